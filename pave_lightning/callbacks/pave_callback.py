@@ -1,0 +1,225 @@
+"""Captures what the linear layers of an expert look at, in a validation pass."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, get_args
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DistributedSampler
+
+from pave_lightning.callbacks.observation import LinearObserver, Moments, linear_layers
+from pave_lightning.errors import PaveError, nearest
+from pave_lightning.statistics import TaskStatistics
+
+
+class PaveCallback(L.Callback):
+    """Measures the second moments of all linear layers during ``trainer.validate``.
+
+    These are the statistics by which PAVE purifies an expert's task vector (An, Yang, Torr, Ghanem, "Purifying Task
+    Vectors in Knowledge-Aware Subspace for Model Merging", arXiv 2510.14697). Any LightningModule will do: the callback
+    needs nothing of it but that its forward pass goes through `torch.nn.Linear` or transformers' `Conv1D` modules.
+
+    What is captured for each layer is its input covariance ``C = X^T X / n``, or, where that is smaller, the cross
+    moment ``A = W C = Y^T X / n`` with the outputs ``Y`` less their bias. Layers that are given the same tensor object
+    (query, key and value) share one covariance. Products are float32, sums float64, whatever the Trainer's precision.
+    Memory is that of the moments and does not grow with the data.
+
+    Rows are tokens. Where the batch holds a mask of shape ``(B, L)``, rows of padded positions are dropped from inputs
+    of shape ``(B, L, d_in)`` and ``(B * L, d_in)``. Inputs of any other leading shape, such as ``(B, d_in)`` after
+    pooling, count in full, and so does everything when there is no mask.
+
+    The callback acts in ``trainer.validate`` only, not in the validation within ``fit``. Each pass begins anew; several
+    validation dataloaders are added up. Over several processes the sums are reduced before they are divided, and every
+    process holds the result.
+
+    Limits:
+        * Over several processes the sampler must not repeat examples to pad: pass ``use_distributed_sampler=False`` to
+          the Trainer and give each process its own part of the data.
+        * The mask is the batch's own: a module that reorders the batch, cuts it up or adds tokens, and a decoder beside
+          an encoder of the same length, are not told apart.
+        * Weights sharded by FSDP or tensor parallelism are not supported. Merge adapters into the weights first.
+        * A layer whose weight is used without calling its module (as in `torch.nn.MultiheadAttention`) is not seen.
+        * Compiled modules run uncompiled during the pass. Statistics are not part of checkpoints.
+
+    Args:
+        path: file to save the statistics to at the end of the pass, by rank zero.
+        backbone: dotted name of the submodule whose layers are captured; layer names are relative to it. None takes the
+            whole LightningModule.
+        moments: ``"smallest"`` takes the cross moment for layers with ``d_in > d_out`` and the input covariance for all
+            others; ``"input"`` always takes the covariance, which some merge methods need.
+        mask_key: key of the padding mask in batches that are mappings.
+        metadata: strings to be kept with the statistics.
+        share_inputs: whether layers with the same input share one covariance. Only needed as False for models that call
+            such layers unequally often.
+
+    Raises:
+        ValueError: ``moments`` is none of the above.
+
+    Example:
+        >>> callback = PaveCallback(backbone="model.bert")
+        >>> trainer = L.Trainer(callbacks=[callback])
+        >>> trainer.validate(expert, dataloader)  # doctest: +SKIP
+        >>> callback.statistics["encoder.layer.0.attention.self.query"].matrix.shape  # doctest: +SKIP
+        torch.Size([768, 768])
+    """
+
+    def __init__(
+        self,
+        path: Path | str | None = None,
+        *,
+        backbone: str | None = None,
+        moments: Moments = "smallest",
+        mask_key: str = "attention_mask",
+        metadata: Mapping[str, str] | None = None,
+        share_inputs: bool = True,
+    ) -> None:
+        if moments not in get_args(Moments):
+            raise ValueError(f"moments must be one of {', '.join(get_args(Moments))}, found '{moments}'")
+        self.path = None if path is None else Path(path)
+        self.backbone = backbone
+        self.moments: Moments = moments
+        self.mask_key = mask_key
+        self.metadata = dict(metadata or {})
+        self.share_inputs = share_inputs
+        self.unreached: list[str] = []
+        self._statistics: TaskStatistics | None = None
+        self._observer: LinearObserver | None = None
+        self._layers: list[str] = []
+        self._examples = 0
+        self._uncompiled = ExitStack()
+
+    @property
+    def statistics(self) -> TaskStatistics:
+        """What the last pass has captured.
+
+        Layers that no process has reached are absent; their names are in ``unreached``.
+
+        Raises:
+            PaveError: no pass has been completed.
+        """
+        if self._statistics is None:
+            raise PaveError(
+                "nothing has been captured: run trainer.validate(...) with this callback in the Trainer's callbacks"
+            )
+        return self._statistics
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin a new pass: find the layers and hook into them."""
+        if not _is_capturing(trainer):
+            return
+        self._stop()
+        self._statistics, self._examples, self.unreached = None, 0, []
+        _warn_of_repeated_examples(trainer)
+        pl_module.eval()
+        layers = linear_layers(self._find_backbone(pl_module))
+        if not layers:
+            raise PaveError(
+                f"found no linear layers below {self.backbone or type(pl_module).__name__}: there is nothing to capture"
+            )
+        if "torch._dynamo" in sys.modules:
+            # Code that was compiled before the hooks were registered would pass them over in silence.
+            self._uncompiled.enter_context(torch.compiler.set_stance("force_eager"))
+        self._layers = list(layers)
+        self._observer = LinearObserver(layers, self.moments, share_inputs=self.share_inputs)
+
+    def on_validation_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Read the padding mask of the batch and count its examples."""
+        if self._observer is None:
+            return
+        mask = self._mask(batch)
+        self._observer.begin_batch(mask)
+        self._examples += _count_examples(batch) if mask is None else int(mask.any(dim=1).sum())
+
+    def on_validation_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+        """Let go of the batch."""
+        if self._observer is not None:
+            self._observer.begin_batch(None)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Reduce over processes, divide, save."""
+        if self._observer is None:
+            return
+        observer = self._observer
+        self._stop()
+        observer.reduce(pl_module.device)
+        examples = int(trainer.strategy.reduce(torch.tensor(self._examples, device=pl_module.device), reduce_op="sum"))
+        moments = observer.moments()
+        self._statistics = TaskStatistics(moments, examples=examples, metadata=self.metadata)
+        self.unreached = [name for name in self._layers if name not in moments]
+        if self.path is not None:
+            if trainer.is_global_zero:
+                self._statistics.save(self.path)
+            trainer.strategy.barrier("pave_callback.save")
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Leave no hook behind."""
+        self._stop()
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Leave no hook behind."""
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._observer is not None:
+            self._observer.remove()
+            self._observer = None
+        self._uncompiled.close()
+
+    def _find_backbone(self, pl_module: L.LightningModule) -> nn.Module:
+        if self.backbone is None:
+            return pl_module
+        try:
+            found = pl_module.get_submodule(self.backbone)
+        except AttributeError:
+            names = [name for name, _ in pl_module.named_modules() if name]
+            raise PaveError(
+                f"{type(pl_module).__name__} has no submodule '{self.backbone}' to capture: "
+                f"{nearest(self.backbone, names)}"
+            ) from None
+        original = getattr(found, "_orig_mod", found)
+        return original if isinstance(original, nn.Module) else found
+
+    def _mask(self, batch: Any) -> Tensor | None:
+        if not isinstance(batch, Mapping) or batch.get(self.mask_key) is None:
+            return None
+        mask = batch[self.mask_key]
+        if not isinstance(mask, Tensor) or mask.ndim != 2:
+            found = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise PaveError(
+                f"batch['{self.mask_key}'] must be a tensor of shape (batch, length), found {found}: "
+                "name the padding mask with mask_key"
+            )
+        return mask
+
+
+def _is_capturing(trainer: L.Trainer) -> bool:
+    return trainer.state.fn == TrainerFn.VALIDATING and not trainer.sanity_checking
+
+
+def _count_examples(batch: Any) -> int:
+    """Length of the first tensor in the batch that has one."""
+    return next((len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim), 0)
+
+
+def _warn_of_repeated_examples(trainer: L.Trainer) -> None:
+    loaders = trainer.val_dataloaders
+    for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
+        sampler = getattr(loader, "sampler", None)
+        if trainer.world_size > 1 and isinstance(sampler, DistributedSampler) and not sampler.drop_last:
+            repeated = sampler.total_size - len(sampler.dataset)  # type: ignore[arg-type]
+            if repeated:
+                rank_zero_warn(
+                    f"the distributed sampler repeats {repeated} examples, which the captured statistics count twice: "
+                    "use Trainer(use_distributed_sampler=False) with a sampler that does not pad"
+                )

@@ -1,0 +1,140 @@
+"""The command ``pave``. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+from jsonargparse import ArgumentParser, Namespace
+
+RECIPE_COMMANDS = {
+    "run": "do everything a recipe asks for: fit, capture, purify, merge, evaluate, report",
+    "plan": "check everything and show what would be done; run nothing",
+    "fit": "fine-tune the experts (or one of them)",
+    "capture": "measure what the experts' layers see",
+    "merge": "purify and merge the experts",
+    "evaluate": "score base, experts and merged models on the test splits",
+    "report": "write tables and pictures from the scores that are there",
+}
+PER_TASK = ("fit", "capture")
+
+
+def build_parser() -> ArgumentParser:
+    """The parser of the command line."""
+    parser = ArgumentParser(
+        prog="pave",
+        description="Turn separately fine-tuned models into one model that does all their tasks.",
+        version=_version(),
+    )
+    commands = parser.add_subcommands(required=True, dest="command")
+    for name, summary in RECIPE_COMMANDS.items():
+        command = ArgumentParser(description=summary[0].upper() + summary[1:] + ".")
+        command.add_argument("recipe", type=str, help="path of the recipe, a YAML file")
+        command.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            help="change a key of the recipe, such as --set merge.0.scale=0.4 or --set tasks.movie.examples.train=500; "
+            "may be repeated",
+        )
+        command.add_argument(
+            "--print-config", action="store_true", help="print the resolved recipe with every default and stop"
+        )
+        if name in PER_TASK:
+            command.add_argument("--task", type=str, default=None, help="only this task")
+        command.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' own messages")
+        commands.add_subcommand(name, command, help=summary)
+    methods = ArgumentParser(description="List the merge methods, or the options of one.")
+    methods.add_argument("method", type=str, nargs="?", default=None, help="a method, to see its options")
+    methods.add_argument("--debug", action="store_true", help="show tracebacks")
+    commands.add_subcommand("methods", methods, help="list the merge methods, or the options of one")
+    schema = ArgumentParser(description="Print the JSON schema of recipes, for editors.")
+    schema.add_argument("--debug", action="store_true", help="show tracebacks")
+    commands.add_subcommand("schema", schema, help="print the JSON schema of recipes, for editors")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; returns its exit code: 0 done, 2 a mistake of the user, 130 or 143 stopped, 1 a fault of ours."""
+    parsed = build_parser().parse_args(arguments)
+    command = str(parsed.command)
+    options = parsed[command]
+    from pave_lightning.errors import Interrupted, PaveError
+
+    _configure_output(bool(options.debug))
+    try:
+        _execute(command, options)
+    except PaveError as error:
+        if options.debug:
+            raise
+        _say(f"error: {error}")
+        return 2
+    except (Interrupted, KeyboardInterrupt) as stop:
+        _say("stopped; run the same command again to go on from here")
+        return stop.exit_code if isinstance(stop, Interrupted) else 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if options.debug:
+            raise
+        _say(f"unexpected error: {type(error).__name__}: {error}\nrun again with --debug to see where")
+        return 1
+    return 0
+
+
+def _execute(command: str, options: Namespace) -> None:
+    if command == "methods":
+        from pave_lightning.reporting.methods import print_methods
+
+        return print_methods(options.method)
+    from pave_lightning.recipe_loading import load_recipe, recipe_schema, recipe_to_yaml
+
+    if command == "schema":
+        import json
+
+        return _out(json.dumps(recipe_schema(), indent=2))
+    recipe = load_recipe(options.recipe, options.set)
+    if options.print_config:
+        return _out(recipe_to_yaml(recipe).rstrip())
+    from pave_lightning import commands
+
+    if command == "run":
+        commands.run_recipe(recipe)
+    elif command == "plan":
+        commands.plan_recipe(recipe)
+    else:
+        commands.run_stage(recipe, command, options.get("task"))
+    return None
+
+
+def _configure_output(debug: bool) -> None:
+    """Our own messages through rich; the libraries' notices stay away unless asked for."""
+    from rich.console import Console
+    from rich.logging import RichHandler
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    handler = RichHandler(
+        console=Console(stderr=True), show_path=False, show_level=debug, log_time_format="[%H:%M:%S]", markup=False
+    )
+    ours = logging.getLogger("pave_lightning")
+    ours.handlers = [handler]
+    ours.setLevel(logging.DEBUG if debug else logging.INFO)
+    ours.propagate = False
+
+
+def _out(text: str) -> None:
+    sys.stdout.write(text + "\n")
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")
+
+
+def _version() -> str:
+    from pave_lightning import __version__
+
+    return __version__
+

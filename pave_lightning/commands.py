@@ -1,0 +1,136 @@
+"""The commands behind the command line, callable from Python as well."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pave_lightning.errors import Interrupted, PaveError, nearest
+from pave_lightning.recipe import Recipe
+from pave_lightning.recipe_loading import recipe_digest, recipe_to_yaml
+
+
+def run_recipe(recipe: Recipe) -> Path:
+    """Run a recipe to its end: fit, capture, purify, merge, evaluate, report. Finished stages are not run again.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        PaveError: something is wrong with the recipe, its data or its models; found before anything runs where possible.
+    """
+    from pave_lightning.reporting.report import write_report
+
+    with working(recipe) as workflow:
+        workflow.run()
+        write_report(workflow)
+    return Path(recipe.output) / recipe.name
+
+
+def run_stage(recipe: Recipe, stage: str, task: str | None = None) -> None:
+    """Run one stage alone, for one task or (fit, capture) for all.
+
+    Raises:
+        PaveError: what the stage builds on is missing or stale; the message names the command that makes it.
+    """
+    from pave_lightning.reporting.report import write_report
+
+    names = [entry.name for entry in recipe.tasks]
+    if task is not None and task not in names:
+        raise PaveError(f"--task {task}: the recipe has no such task; {nearest(task, names)}")
+    chosen = [entry for entry in recipe.tasks if task in (None, entry.name)]
+    with working(recipe) as workflow:
+        actions: dict[str, Callable[[], object]] = {
+            "fit": lambda: [workflow.fit(entry) for entry in chosen],
+            "capture": lambda: [workflow.capture(entry) for entry in chosen],
+            "merge": lambda: [workflow.merge(step, vectors) for step, vectors in workflow.merges()],
+            "evaluate": workflow.evaluate,
+            "report": lambda: write_report(workflow),
+        }
+        actions[stage]()
+
+
+def plan_recipe(recipe: Recipe, console: Console | None = None) -> None:
+    """Check everything, run nothing, and print what would be done.
+
+    Raises:
+        PaveError: lists everything that is wrong.
+    """
+    from pave_lightning.planning import check_recipe, plan_rows
+    from pave_lightning.run_folder import RunFolder
+
+    folder = RunFolder(Path(recipe.output) / recipe.name)
+    check_recipe(recipe, folder)
+    table = Table(title=f"{recipe.name} in {folder.root}", title_justify="left")
+    for heading in ("stage", "result", "what"):
+        table.add_column(heading)
+    for row in plan_rows(recipe, folder):
+        table.add_row(*row)
+    (console or Console()).print(table)
+
+
+@contextmanager
+def working(recipe: Recipe) -> Iterator[Any]:
+    """A workflow over the recipe's run folder: checked, locked and recorded in MLflow.
+
+    Inside a process that a driver started, the driver has done all this, and only rank zero records.
+    """
+    from pave_lightning.launching import attached_tracker, is_launched
+    from pave_lightning.run_folder import RunFolder
+    from pave_lightning.workflow import Workflow
+
+    folder = RunFolder(Path(recipe.output) / recipe.name)
+    if is_launched():
+        yield Workflow(recipe, folder, attached_tracker())
+        return
+
+    from pave_lightning.launching import Launcher
+    from pave_lightning.planning import check_recipe
+    from pave_lightning.tracking import Tracker, environment_tags
+
+    with folder.locked(), _sigterm_interrupts():
+        check_recipe(recipe, folder)
+        resolved = folder.write_text("recipe.yaml", recipe_to_yaml(recipe))
+        tracker = Tracker.start(
+            recipe.tracking.uri,
+            recipe.tracking.experiment,
+            recipe.name,
+            key=f"{folder.root.resolve()}:{recipe_digest(recipe)}",
+            params={
+                "base": recipe.base,
+                "seed": recipe.seed,
+                "tasks": ", ".join(task.name for task in recipe.tasks),
+                "capture": recipe.capture.model_dump(),
+                "purify": recipe.purify.model_dump(),
+                "trainer": recipe.trainer,
+            },
+            tags=environment_tags(),
+        )
+        with tracker.recording():
+            tracker.log_file(tracker.parent_run_id, resolved)
+            yield Workflow(recipe, folder, tracker, Launcher())
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """Let SIGTERM unwind the program as Ctrl-C does, so that nothing half written stays behind."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(143)
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread: signals are somebody else's
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

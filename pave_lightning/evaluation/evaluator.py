@@ -1,0 +1,151 @@
+"""The evaluator: one Lightning module that scores a model on every task with the task's own head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import lightning.pytorch as L
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from pave_lightning.errors import PaveError
+from pave_lightning.evaluation.candidates import Candidate
+from pave_lightning.experts.trainers import honest_interrupts, quiet_lightning
+from pave_lightning.recipe import Task
+from pave_lightning.tasks.data_module import TaskDataModule
+from pave_lightning.tasks.metrics import build_metrics, predictions, scores
+from pave_lightning.weights import Checkpoint
+from pave_lightning.weights.architecture import backbone_of, empty_classifier
+from pave_lightning.weights.task_vectors import absent_children
+
+Split = Literal["validation", "test"]
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """A task's metrics on one split, and over how many examples they were computed."""
+
+    metrics: dict[str, float]
+    examples: int
+
+
+class SuiteData(L.LightningDataModule):
+    """One split of several tasks, one loader each, in order; every row once over all processes.
+
+    Args:
+        modules: the tasks' data.
+        split: which split is scored.
+    """
+
+    allow_zero_length_dataloader_with_multiple_devices = True
+
+    def __init__(self, modules: Sequence[TaskDataModule], split: Split) -> None:
+        super().__init__()
+        self.modules = list(modules)
+        self.split = split
+
+    def prepare_data(self) -> None:
+        """Tokenise what is not tokenised yet."""
+        for module in self.modules:
+            module.dataset(self.split)
+
+    def test_dataloader(self) -> list[DataLoader[Any]]:
+        """The tasks' loaders."""
+        loaders = []
+        for module in self.modules:
+            module.trainer = self.trainer
+            loaders.append(module.test_dataloader() if self.split == "test" else module.val_dataloader())
+        return loaders
+
+
+class Evaluator(L.LightningModule):
+    """Scores candidates on all tasks. The backbone exists once; each task brings its own head.
+
+    Every example is counted once over all processes: metrics are reduced as sums (or, for rank correlation, gathered
+    whole), and the loaders must neither pad nor repeat.
+
+    Args:
+        tasks: the tasks, in the order of the data.
+        experts: each task's expert checkpoint, which holds the head.
+        base: the base's checkpoint; what of the backbone it lacks altogether belongs to the heads.
+    """
+
+    def __init__(self, tasks: Sequence[Task], experts: Mapping[str, Checkpoint], base: Checkpoint) -> None:
+        super().__init__()
+        self.tasks = list(tasks)
+        self.metrics = nn.ModuleList([build_metrics(task) for task in tasks])
+        self.register_buffer("counts", torch.zeros(len(self.tasks), dtype=torch.int64), persistent=False)
+        self._private: dict[str, dict[str, Tensor]] = {}
+        models = [self._headed(task, experts[task.name], base) for task in tasks]
+        prefix = str(models[0].base_model_prefix)
+        # Built on the CPU, not on the meta device: position ids and other buffers stand in no checkpoint.
+        self.backbone = backbone_of(empty_classifier(experts[tasks[0].name].folder, device="cpu")).float()
+        for model in models:
+            setattr(model, prefix, self.backbone)
+        self.models = nn.ModuleList(models)
+        self._candidate: Candidate | None = None
+        self._loaded: str | None = None
+        self.requires_grad_(False)
+        self.eval()
+
+    def _headed(self, task: Task, expert: Checkpoint, base: Checkpoint) -> nn.Module:
+        model = empty_classifier(expert.folder)
+        head = expert.head_tensors()
+        model.load_state_dict({name: value.float() for name, value in head.items()}, strict=False, assign=True)
+        prefix = f"{model.base_model_prefix}."
+        lacking = [n for n, value in model.named_parameters() if value.is_meta and not n.startswith(prefix)]
+        if lacking:
+            raise PaveError(f"task '{task.name}': {expert.folder} lacks weights of the head: {', '.join(lacking)}")
+        private = absent_children(base, expert)
+        self._private[task.name] = {
+            name: expert.tensor(name).float() for name in expert if name.partition(".")[0] in private
+        }
+        return model
+
+    def score(self, candidate: Candidate, data: SuiteData, trainer: L.Trainer) -> dict[str, TaskScore]:
+        """Score one candidate on data that holds the same tasks in the same order. Returns each task's metrics."""
+        self._candidate, self._loaded = candidate, None
+        self.counts.zero_()
+        for metrics in self.metrics:
+            metrics.reset()
+        with quiet_lightning(), honest_interrupts():
+            trainer.test(self, datamodule=data, verbose=False)
+        return dict(self._scores)
+
+    def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Load the weights of the task whose loader begins."""
+        task = self.tasks[dataloader_idx].name
+        if task == self._loaded or self._candidate is None:
+            return
+        if self._loaded is None or not self._candidate.shared:
+            self._load(self._candidate.weights(task))
+        if self._private[task]:
+            self._load(self._private[task].items())
+        self._loaded = task
+
+    @torch.no_grad()
+    def _load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        own = dict(self.backbone.named_parameters()) | dict(self.backbone.named_buffers())
+        for name, tensor in weights:
+            if name in own:
+                own[name].copy_(tensor)
+
+    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add one batch to its task's metrics."""
+        task = self.tasks[dataloader_idx]
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        logits = self.models[dataloader_idx](**inputs).logits
+        self.metrics[dataloader_idx].update(predictions(task, logits), batch["labels"])
+        self.counts[dataloader_idx] += len(batch["labels"])
+
+    def on_test_epoch_end(self) -> None:
+        """Reduce over processes and keep the scores."""
+        counts = self.trainer.strategy.reduce(self.counts.clone(), reduce_op="sum")
+        self._scores = {
+            task.name: TaskScore(scores(metrics), int(count))
+            for task, metrics, count in zip(self.tasks, self.metrics, counts, strict=True)
+        }
+

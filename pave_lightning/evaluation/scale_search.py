@@ -1,0 +1,93 @@
+"""Choosing a scale on validation data."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pave_lightning.errors import PaveError
+from pave_lightning.evaluation.candidates import Candidate, ExpertsCandidate, ScaledCandidate
+from pave_lightning.evaluation.evaluator import Evaluator, SuiteData
+from pave_lightning.experts.trainers import build_trainer, quiet_lightning
+from pave_lightning.recipe import Examples, ScaleSearch, Task
+from pave_lightning.tasks.data_module import TaskDataModule
+from pave_lightning.weights import TaskVectors
+
+log = logging.getLogger("pave_lightning")
+
+
+class ScaleSearcher:
+    """Tries evenly spaced scales and takes the one with the best average of normalised headline scores.
+
+    Only validation splits are looked at; test splits never are. Among equals the smaller scale wins.
+
+    Args:
+        tasks: the tasks.
+        evaluator: scores candidates on all of them.
+        experts: the experts, whose scores normalise the others.
+        data: gives a task's data.
+        options: options of the trainer that runs the passes (one process).
+        precision: its precision.
+        root: its folder.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        evaluator: Evaluator,
+        experts: ExpertsCandidate,
+        *,
+        data: Callable[[Task], TaskDataModule],
+        options: Mapping[str, Any],
+        precision: str,
+        root: Path,
+    ) -> None:
+        self.tasks, self.evaluator, self.experts, self.data = list(tasks), evaluator, experts, data
+        self.options, self.precision, self.root = options, precision, root
+        self._references: dict[int | None, dict[str, float]] = {}
+
+    def best(self, source: TaskVectors, vectors: Mapping[str, Tensor], search: ScaleSearch) -> dict[str, Any]:
+        """The best scale for merged task vectors, and every scale that was tried with its score.
+
+        Returns:
+            ``{"scale": best, "tried": [[scale, average normalised validation score], ...]}``
+
+        Raises:
+            PaveError: no expert has a positive score, so nothing can be normalised.
+        """
+        data = SuiteData([self.data(self._limited(task, search.examples)) for task in self.tasks], "validation")
+        if search.examples not in self._references:
+            self._references[search.examples] = self._headlines(self.experts, data)
+        reference = {task: value for task, value in self._references[search.examples].items() if value > 0}
+        if not reference:
+            raise PaveError("no expert scores above zero on its validation split, so no scale can be chosen")
+        tried = []
+        for scale in torch.linspace(*search.search, search.points, dtype=torch.float64).tolist():
+            found = self._headlines(ScaledCandidate(source, vectors, scale), data)
+            average = sum(found[task] / value for task, value in reference.items()) / len(reference)
+            tried.append([scale, average])
+            log.info("  scale %.3f: %.4f of the experts on validation", scale, average)
+        best = max((entry for entry in tried if math.isfinite(entry[1])), key=lambda entry: (entry[1], -entry[0]))
+        return {"scale": best[0], "tried": tried}
+
+    def _headlines(self, candidate: Candidate, data: SuiteData) -> dict[str, float]:
+        with quiet_lightning():
+            trainer = build_trainer(
+                self.options, root=self.root, precision=self.precision, enable_progress_bar=False
+            )
+        scores = self.evaluator.score(candidate, data, trainer)
+        return {task.name: scores[task.name].metrics[task.headline] for task in self.tasks}
+
+    @staticmethod
+    def _limited(task: Task, examples: int | None) -> Task:
+        if examples is None:
+            return task
+        fewer = min(examples, task.examples.validation or examples)
+        limited = Examples(train=task.examples.train, validation=fewer, test=task.examples.test)
+        return task.model_copy(update={"examples": limited})

@@ -1,0 +1,116 @@
+"""The fit stage: one task in, one expert folder out."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import Logger
+from torch import nn
+
+from pave_lightning.errors import PaveError
+from pave_lightning.experts.loading import add_adapters, load_tokenizer, load_with_new_head
+from pave_lightning.experts.task_expert import TaskExpert, freeze
+from pave_lightning.experts.trainers import build_trainer, honest_interrupts, quiet_lightning
+from pave_lightning.recipe import Task
+from pave_lightning.tasks.data_module import TaskDataModule
+
+log = logging.getLogger("pave_lightning")
+
+
+def fit_expert(
+    task: Task,
+    base: Path,
+    *,
+    seed: int,
+    work_folder: Path,
+    cache_folder: Path,
+    logger: Logger | None = None,
+) -> tuple[nn.Module, dict[str, float]]:
+    """Fine-tune one expert and return it with the weights of its best checkpoint.
+
+    Training goes on from the last checkpoint in ``work_folder`` where there is one.
+
+    Args:
+        task: the task, with its training and trainer options.
+        base: folder of the base model.
+        seed: seed of the head, the order of examples and dropout.
+        work_folder: where checkpoints are kept while training.
+        cache_folder: where tokenised data is kept.
+        logger: receives the metrics while training.
+
+    Returns:
+        The trained model, in eval mode (a peft model where adapters were trained), and its headline validation metric.
+
+    Raises:
+        PaveError: training gave NaN or infinite weights.
+        Interrupted: training was stopped from outside.
+    """
+    L.seed_everything(seed, workers=True, verbose=False)
+    options = task.training
+    model = load_with_new_head(base, task)
+    freeze(model, options.freeze)
+    if options.lora is not None:
+        model = add_adapters(model, options.lora)
+    expert = TaskExpert(model, task, seed=seed)
+    data = TaskDataModule(
+        task,
+        load_tokenizer(base),
+        seed=seed,
+        cache_dir=cache_folder,
+        batch_size=options.batch_size,
+        max_length=options.max_length,
+    )
+    monitor = f"validation/{task.headline}"
+    checkpoint = ModelCheckpoint(
+        dirpath=work_folder, filename="best", monitor=monitor, mode="max", save_last=True, enable_version_counter=False
+    )
+    callbacks: list[Callback] = [checkpoint]
+    if options.early_stopping is not None:
+        callbacks.append(EarlyStopping(monitor, mode="max", **options.early_stopping.model_dump()))
+    settings: dict[str, Any] = {"max_epochs": 3, "log_every_n_steps": 10, **task.trainer}
+    last = work_folder / "last.ckpt"
+    with quiet_lightning(), honest_interrupts():
+        trainer = build_trainer(
+            settings,
+            root=work_folder,
+            logger=logger,
+            callbacks=callbacks,
+            enable_checkpointing=True,
+            reload_dataloaders_every_n_epochs=0,
+        )
+        if last.is_file():
+            log.info("%s: training goes on from its last checkpoint", task.name)
+        trainer.fit(expert, datamodule=data, ckpt_path=last if last.is_file() else None)
+    best = checkpoint.best_model_path
+    if best and Path(best).is_file():
+        state = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
+        expert.load_state_dict(state)
+    score = checkpoint.best_model_score
+    metrics = {monitor: float(score)} if score is not None else {}
+    broken = [name for name, value in expert.model.named_parameters() if not bool(torch.isfinite(value).all())]
+    if broken:
+        raise PaveError(
+            f"task '{task.name}': training gave NaN or infinite weights ({len(broken)} tensors, first {broken[0]}); "
+            "lower the learning rates or use a safer precision"
+        )
+    return expert.model.eval(), metrics
+
+
+def save_expert(model: nn.Module, base: Path, folder: Path) -> None:
+    """Write an expert as a Hugging Face folder with its tokenizer; adapters are kept beside the weights they merge into.
+
+    Args:
+        model: a sequence-classification model, or a peft model around one.
+        base: folder of the base model, whose tokenizer it is.
+        folder: an existing folder.
+    """
+    if hasattr(model, "merge_and_unload"):
+        model.save_pretrained(folder / "adapter")  # type: ignore[operator]
+        model = model.merge_and_unload()  # type: ignore[operator]
+    model.save_pretrained(folder)  # type: ignore[operator]
+    load_tokenizer(base).save_pretrained(folder)

@@ -1,0 +1,117 @@
+"""The module that Lightning trains: one backbone, one head, one task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+from transformers import get_linear_schedule_with_warmup
+
+from pave_lightning.errors import PaveError, nearest
+from pave_lightning.recipe import Task, Training
+from pave_lightning.tasks.metrics import build_metrics, loss, predictions, scores
+from pave_lightning.weights.architecture import backbone_of
+
+
+class TaskExpert(L.LightningModule):
+    """Fine-tunes a sequence-classification model on one task.
+
+    Two learning rates: the head starts at random and needs a high one; the backbone must move little, so that its task
+    vector can be merged with others. AdamW with linear warm-up and linear decay over all steps.
+
+    Args:
+        model: a Hugging Face sequence-classification model, or a peft model around one.
+        task: what it is taught; decides loss and metrics.
+        training: the optimiser's settings; those of the task where nothing is given.
+        seed: together with the epoch it seeds dropout, so that a resumed run equals an uninterrupted one.
+
+    Batches are mappings with ``input_ids``, ``attention_mask`` (B x L, int64), perhaps ``token_type_ids``, and
+    ``labels`` (B; int64 class indices, or float32 values).
+    """
+
+    def __init__(self, model: nn.Module, task: Task, training: Training | None = None, seed: int = 0) -> None:
+        super().__init__()
+        self.model = model
+        self.task = task
+        self.training_options = training if training is not None else task.training
+        self.seed = seed
+        self.validation_metrics = build_metrics(task)
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Logits (B x outputs) of a batch; labels in it are not looked at."""
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        logits: Tensor = self.model(**inputs).logits
+        return logits
+
+    def on_train_epoch_start(self) -> None:
+        """Seed dropout by epoch; switch to training mode, which ``from_pretrained`` leaves off and Lightning keeps."""
+        torch.manual_seed(self.seed + 1_000_003 * (self.current_epoch + 1))
+        self.model.train()
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        """Loss of one batch."""
+        value = loss(self.task, self(batch), batch["labels"])
+        self.log("train/loss", value, prog_bar=True, batch_size=len(batch["labels"]))
+        return value
+
+    def on_validation_epoch_start(self) -> None:
+        """Start counting anew."""
+        self.validation_metrics.reset()
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Add one batch to the metrics."""
+        self.validation_metrics.update(predictions(self.task, self(batch)), batch["labels"])
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``validation/METRIC`` over all processes."""
+        for name, value in scores(self.validation_metrics).items():
+            self.log(f"validation/{name}", value, prog_bar=name == self.task.headline)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW over four groups: backbone and head, with and without weight decay."""
+        options = self.training_options
+        optimizer = AdamW(parameter_groups(self.model, options), fused=self.device.type in ("cpu", "cuda"))
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = get_linear_schedule_with_warmup(optimizer, round(options.warmup_share * steps), steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def parameter_groups(model: nn.Module, options: Training) -> list[dict[str, Any]]:
+    """Trainable parameters by learning rate (backbone or head) and weight decay (none for vectors: biases, norms)."""
+    backbone_names = {id(parameter) for parameter in _backbone_parameters(model)}
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            key = (id(parameter) in backbone_names, parameter.ndim > 1)
+            groups.setdefault(key, []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": options.learning_rate if in_backbone else options.head_learning_rate,
+            "weight_decay": options.weight_decay if decays else 0.0,
+        }
+        for (in_backbone, decays), parameters in groups.items()
+    ]
+
+
+def _backbone_parameters(model: nn.Module) -> list[nn.Parameter]:
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return list(backbone_of(inner).parameters())
+
+
+def freeze(model: nn.Module, names: list[str]) -> None:
+    """Stop training the named submodules of the backbone.
+
+    Raises:
+        PaveError: the backbone has no submodule of that name.
+    """
+    backbone = backbone_of(model)
+    known = [name for name, _ in backbone.named_modules() if name]
+    for name in names:
+        if name not in known:
+            raise PaveError(f"training.freeze: the backbone has no submodule '{name}'; {nearest(name, known)}")
+        backbone.get_submodule(name).requires_grad_(False)

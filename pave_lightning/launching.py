@@ -1,0 +1,65 @@
+"""Stages in processes of their own, where Lightning starts several of them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+from pave_lightning.errors import Interrupted, PaveError
+from pave_lightning.recipe import Recipe
+from pave_lightning.recipe_loading import recipe_to_yaml
+from pave_lightning.run_folder import RunFolder
+from pave_lightning.tracking import Tracker
+
+DRIVER_URI = "PAVE_DRIVER_TRACKING_URI"
+DRIVER_RUN = "PAVE_DRIVER_RUN_ID"
+DRIVER = "PAVE_DRIVER"
+
+
+class Launcher:
+    """Runs one stage as ``pave STAGE RECIPE`` in a process group of its own.
+
+    Lightning's ddp runs the command again for every further process, so nothing of the driver may stand in it. The
+    driver holds the lock of the run folder and the MLflow run; the stage only attaches to them. Whether the stage
+    succeeded is read from its manifest, not from an exit code.
+    """
+
+    def run(self, stage: str, recipe: Recipe, folder: RunFolder, task: str | None, tracker: Tracker | None) -> None:
+        """Run a stage to its end.
+
+        Raises:
+            Interrupted: the stage was stopped from outside.
+            PaveError: it failed; its own message has been shown.
+        """
+        path = folder.write_text("recipe.yaml", recipe_to_yaml(recipe))
+        command = [sys.executable, "-m", "pave_lightning", stage, str(path)]
+        if task is not None:
+            command += ["--task", task]
+        environment = {**os.environ, DRIVER: "1"}
+        if tracker is not None:
+            environment |= {DRIVER_URI: tracker.uri, DRIVER_RUN: tracker.parent_run_id}
+        code = subprocess.run(command, env=environment, check=False).returncode
+        if code in (130, 143, -2, -15):
+            raise Interrupted(143 if code in (143, -15) else 130)
+        if code:
+            raise PaveError(f"the stage '{stage}'{f' of task {task}' if task else ''} failed (exit code {code}); see above")
+
+
+def is_launched() -> bool:
+    """Whether this process is a stage that a driver started."""
+    return DRIVER in os.environ
+
+
+def is_rank_zero() -> bool:
+    """Whether this process is the first of those that work together; only it writes results."""
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID")) or (
+        os.environ.get("RANK") == "0"
+    )
+
+
+def attached_tracker() -> Tracker | None:
+    """The driver's MLflow run, for rank zero of a launched stage."""
+    if not is_rank_zero() or DRIVER_RUN not in os.environ:
+        return None
+    return Tracker.attach(os.environ[DRIVER_URI], os.environ[DRIVER_RUN])

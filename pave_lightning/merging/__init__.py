@@ -1,0 +1,41 @@
+"""Merge rules: one file each, all behind one interface."""
+
+from pave_lightning.merging.average import Average
+from pave_lightning.merging.base import (
+    MergeMethod,
+    MethodOptions,
+    Modulated,
+    Need,
+    PerTaskMethod,
+    StaticMethod,
+    method_named,
+    methods,
+    register,
+)
+from pave_lightning.merging.emr import Emr
+from pave_lightning.merging.modulators import Modulator, save_modulator
+from pave_lightning.merging.running import MergedVectors, merge, merge_per_task, merge_static
+from pave_lightning.merging.task_arithmetic import TaskArithmetic
+from pave_lightning.merging.ties import Ties
+
+__all__ = [
+    "Average",
+    "Emr",
+    "MergeMethod",
+    "MergedVectors",
+    "MethodOptions",
+    "Modulated",
+    "Modulator",
+    "Need",
+    "PerTaskMethod",
+    "StaticMethod",
+    "TaskArithmetic",
+    "Ties",
+    "merge",
+    "merge_per_task",
+    "merge_static",
+    "method_named",
+    "methods",
+    "register",
+    "save_modulator",
+]

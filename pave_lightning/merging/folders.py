@@ -1,0 +1,158 @@
+"""Merged models as Hugging Face folders, and back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer
+
+from pave_lightning.errors import PaveError, nearest
+from pave_lightning.merging.base import MergeMethod, PerTaskMethod, StaticMethod
+from pave_lightning.merging.modulators import Modulator, save_modulator
+from pave_lightning.merging.running import merge_per_task, merge_static
+from pave_lightning.weights import Architecture, Checkpoint, Parameter, ShardWriter, TaskVectors, locate_model
+from pave_lightning.weights.architecture import backbone_of, empty_classifier
+from pave_lightning.weights.task_vectors import absent_children
+
+FACTS_FILE = "pave.json"
+HEAD_FILE = "head.safetensors"
+
+
+@dataclass(frozen=True)
+class MergeContext:
+    """What a merged folder holds besides the merged weights.
+
+    Attributes:
+        base_reference: how the base is named, for those who load the folder.
+        base: the base's checkpoint; tensors that no expert shares are taken from it.
+        experts: each task's checkpoint, for its head.
+        architecture: the experts' architecture.
+        facts: what else is noted in ``pave.json`` (method, options, scale, ...).
+    """
+
+    base_reference: str
+    base: Checkpoint
+    experts: Mapping[str, Checkpoint]
+    architecture: Architecture
+    facts: Mapping[str, Any]
+
+
+def write_merged(
+    folder: Path,
+    method: MergeMethod,
+    source: TaskVectors,
+    scale: float | None,
+    context: MergeContext,
+    merged: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Merge by one rule and write the result as a Hugging Face folder, one parameter at a time.
+
+    The folder holds the backbone (float32; ``AutoModel.from_pretrained`` loads it), the tokenizer, ``heads/TASK`` with
+    each task's head and configuration, for per-task rules ``modulators/TASK.safetensors``, and ``pave.json``.
+
+    Args:
+        folder: an existing, empty folder.
+        method: the rule.
+        source: plain or purified task vectors.
+        scale: what the merged task vector is multiplied with; None for rules without a scale.
+        context: what else goes into the folder.
+        merged: the merged task vectors of a static rule where they are known already.
+    """
+    writer = ShardWriter(folder)
+    written = set()
+    factor = 1.0 if scale is None else scale
+    if isinstance(method, PerTaskMethod):
+        masks: dict[str, dict[str, Tensor]] = {task: {} for task in source.tasks}
+        for parameter, modulated in merge_per_task(method, source):
+            writer.add(parameter.name, source.base(parameter) + modulated.shared)
+            written.add(parameter.name)
+            for task, mask in modulated.masks.items():
+                masks[task][parameter.name] = mask
+        (folder / "modulators").mkdir()
+        for task, rescaler in method.rescalers().items():
+            save_modulator(folder / "modulators" / f"{task}.safetensors", masks[task], rescaler)
+    elif isinstance(method, StaticMethod):
+        known = None if merged is None else ((p, merged[p.name]) for p in source.parameters)
+        pairs: Iterable[tuple[Parameter, Tensor]] = merge_static(method, source) if known is None else known
+        for parameter, vector in pairs:
+            writer.add(parameter.name, source.base(parameter) + factor * vector)
+            written.add(parameter.name)
+    for name in context.base:
+        if name not in written:
+            writer.add(name, context.base.tensor(name))
+    writer.close()
+    _write_surroundings(folder, method, context)
+
+
+def _write_surroundings(folder: Path, method: MergeMethod, context: MergeContext) -> None:
+    first = next(iter(context.experts.values())).folder
+    config = AutoConfig.from_pretrained(context.base.folder)
+    config.architectures = [type(backbone_of(empty_classifier(first))).__name__]
+    config.dtype = "float32"
+    config.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(first).save_pretrained(folder)
+    for task, expert in context.experts.items():
+        private = absent_children(context.base, expert)
+        prefix = f"{context.architecture.prefix}."
+        head = expert.head_tensors()
+        head |= {prefix + name: expert.tensor(name) for name in expert if name.partition(".")[0] in private}
+        target = folder / "heads" / task
+        target.mkdir(parents=True)
+        save_file({name: tensor.contiguous() for name, tensor in head.items()}, target / HEAD_FILE)
+        AutoConfig.from_pretrained(expert.folder).save_pretrained(target)
+    facts = {"method": method.name, "form": method.form, "base": context.base_reference, **context.facts}
+    (folder / FACTS_FILE).write_text(json.dumps(facts, indent=2))
+
+
+def load_merged(folder: str | Path, task: str, base: str | None = None) -> nn.Module:
+    """A merged model with one task's head, ready to use, in eval mode.
+
+    Args:
+        folder: a merged folder as `write_merged` left it.
+        task: the task whose head (and for per-task models, whose masks) are used.
+        base: the base model, for per-task models only; the one named in the folder where nothing is given.
+
+    Returns:
+        A Hugging Face sequence-classification model, float32.
+
+    Raises:
+        PaveError: the folder is no merged model, or has no such task.
+    """
+    folder = Path(folder)
+    try:
+        facts = json.loads((folder / FACTS_FILE).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise PaveError(f"{folder} is no merged model: it has no readable {FACTS_FILE}") from error
+    heads = folder / "heads"
+    tasks = sorted(child.name for child in heads.iterdir()) if heads.is_dir() else []
+    if task not in tasks:
+        raise PaveError(f"{folder} has no head for task '{task}': {nearest(task, tasks)}")
+    model = empty_classifier(heads / task, device="cpu").float()
+    prefix = str(model.base_model_prefix)
+    checkpoint = Checkpoint(folder, prefix)
+    state = {name: checkpoint.tensor(name).float() for name in checkpoint if checkpoint.backbone[name].is_floating}
+    if facts["form"] == "per-task":
+        modulator = Modulator(folder / "modulators" / f"{task}.safetensors")
+        origin = Checkpoint(locate_model(base or facts["base"], role="base"), prefix)
+        for name in modulator:
+            start = origin.tensor(name).float()
+            state[name] = start + modulator.apply(name, state[name] - start)
+    try:
+        head = load_file(heads / task / HEAD_FILE)
+    except (OSError, SafetensorError) as error:
+        raise PaveError(f"{heads / task} has no readable {HEAD_FILE} ({error}); merge again") from error
+    whole = {f"{prefix}.{name}": tensor for name, tensor in state.items()} | head
+    missing, _ = model.load_state_dict(whole, strict=False)
+    lacking = [name for name in missing if name in dict(model.named_parameters())]
+    if lacking:
+        raise PaveError(f"{folder} lacks {len(lacking)} weights, among them {lacking[0]}; merge again")
+    with torch.no_grad():
+        return model.eval()

@@ -1,0 +1,425 @@
+"""The typed recipe: everything a run does, in one YAML file whose every key is documented here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+
+from pave_lightning.errors import nearest
+from pave_lightning.tasks.suites import suite_task
+
+MetricName = Literal["accuracy", "f1", "macro_f1", "matthews", "pearson", "spearman"]
+Vectors = Literal["plain", "purified"]
+
+CLASSIFICATION_METRICS = ("accuracy", "f1", "macro_f1", "matthews")
+REGRESSION_METRICS = ("pearson", "spearman")
+Span = Annotated[tuple[float, float], Field(strict=False)]  # strict would refuse a list, which is all that YAML has
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+
+
+class Section(BaseModel):
+    """A part of a recipe: frozen, strictly typed (true is no number), unknown keys refused, every field described."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        validate_default=True,
+    )
+
+
+AnySection = TypeVar("AnySection", bound=Section)
+
+
+class Examples(Section):
+    """How many rows of each split are used: a seeded sample, or every row where nothing is said."""
+
+    train: int | None = Field(default=None, ge=1)
+    """Rows of the training split that the expert is fine-tuned on."""
+    validation: int | None = Field(default=None, ge=2)
+    """Rows of the validation split (best checkpoint, scale search)."""
+    test: int | None = Field(default=None, ge=2)
+    """Rows of the test split (the reported scores)."""
+
+
+class Data(Section):
+    """Where a task's rows come from: local csv, jsonl or parquet files, or a dataset on the Hugging Face hub."""
+
+    hub: str | None = None
+    """Name of a hub dataset, such as nyu-mll/glue. Without it, train, validation and test are paths of local files."""
+    config: str | None = None
+    """Configuration of the hub dataset, such as sst2."""
+    revision: str | None = None
+    """Commit, tag or branch of the hub dataset."""
+    train: str = "train"
+    """Path of a local file, or a split of the hub dataset; slices such as train[:90%] are understood for the hub."""
+    validation: str = "validation"
+    """Path or split of the rows that choose the best checkpoint and the scales."""
+    test: str = "test"
+    """Path or split of the rows that are reported."""
+
+
+class Lora(Section):
+    """Fine-tune low-rank adapters (peft) instead of all weights; at the end they are merged into the weights."""
+
+    rank: int = Field(default=8, ge=1)
+    """Rank r of the adapters."""
+    alpha: float = Field(default=16.0, gt=0)
+    """Scaling: the update is alpha / r times B A."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on the adapters' inputs."""
+    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+    """Names (or name endings) of the linear layers that get an adapter."""
+
+
+class EarlyStopping(Section):
+    """Stop fine-tuning when the headline metric no longer rises."""
+
+    patience: int = Field(default=2, ge=1)
+    """Validation passes without a rise before training stops."""
+    min_delta: float = Field(default=0.0, ge=0)
+    """The least rise that counts."""
+
+
+class Training(Section):
+    """How an expert is fine-tuned: AdamW with linear warm-up and linear decay."""
+
+    learning_rate: float = Field(default=3e-5, gt=0)
+    """Peak learning rate of the backbone. Experts trained gently merge far better than those trained hard."""
+    head_learning_rate: float = Field(default=2e-3, gt=0)
+    """Peak learning rate of the head, which starts from random weights and is never merged."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """AdamW's decoupled weight decay; biases and norm weights are not decayed."""
+    warmup_share: float = Field(default=0.06, ge=0, le=1)
+    """Share of all steps in which the learning rate rises."""
+    batch_size: int = Field(default=32, ge=1)
+    """Examples a step and device."""
+    max_length: int = Field(default=128, ge=4)
+    """Longest sequence in tokens; longer texts are cut."""
+    freeze: list[str] = []
+    """Submodules of the backbone that are not trained, such as embeddings."""
+    early_stopping: EarlyStopping | None = None
+    """Stop early on the headline metric; without it all epochs run."""
+    lora: Lora | None = None
+    """Train adapters instead of all weights."""
+
+
+class Expert(Section):
+    """An expert that exists already."""
+
+    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
+
+    from_: str = Field(alias="from")
+    """Folder or hub id of a fine-tuned sequence-classification checkpoint (or of a peft adapter of the base)."""
+
+
+class Task(Section):
+    """One task: its data, columns, head, metrics and expert."""
+
+    name: str = Field(pattern=NAME_PATTERN)
+    """Name of the task in tables, folders and MLflow."""
+    data: Data
+    """Where the rows come from."""
+    text: list[str] = Field(min_length=1, max_length=2)
+    """The column that holds the text, or the two columns of a text pair."""
+    label: str = "label"
+    """The column that holds the label: class indices or names, or numbers for regression."""
+    kind: Literal["classification", "regression"] = "classification"
+    """What is predicted; it decides the head and the loss (cross-entropy, or mean squared error)."""
+    classes: list[str] | None = Field(default=None, min_length=2)
+    """Names of the classes in the order of their indices (classification)."""
+    value_range: Span | None = None
+    """Lowest and highest possible label (regression); labels outside are refused."""
+    metrics: list[MetricName] = Field(min_length=1)
+    """What is measured; the first is the headline unless another is named."""
+    headline: MetricName
+    """The metric that chooses the best checkpoint and stands in the tables."""
+    examples: Examples = Examples()
+    """How many rows of each split are used."""
+    training: Training = Training()
+    """How this task's expert is fine-tuned; keys that are not given come from the recipe's training section."""
+    trainer: dict[str, Any] = {}
+    """Options of lightning.Trainer for this task; keys that are not given come from the recipe's trainer section."""
+    expert: Expert | None = None
+    """An existing checkpoint instead of training."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_short_forms(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict):
+            return raw
+        raw = dict(raw)
+        if isinstance(raw.get("text"), str):
+            raw["text"] = [raw["text"]]
+        if isinstance(raw.get("classes"), int) and not isinstance(raw["classes"], bool):
+            raw["classes"] = [str(index) for index in range(raw["classes"])]
+        if isinstance(raw.get("metrics"), str):
+            raw["metrics"] = [raw["metrics"]]
+        if raw.get("metrics") is None:
+            raw["metrics"] = ["pearson", "spearman"] if raw.get("kind") == "regression" else ["accuracy"]
+        if raw.get("headline") is None and isinstance(raw["metrics"], list) and raw["metrics"]:
+            raw["headline"] = raw["metrics"][0]
+        return raw
+
+    @model_validator(mode="after")
+    def _agree(self) -> Task:
+        classification = self.kind == "classification"
+        wrong: list[str] = []
+        if classification and self.classes is None:
+            wrong.append("a classification task needs 'classes': their number, or their names in index order")
+        if classification and self.value_range is not None:
+            wrong.append("'value_range' belongs to regression tasks")
+        if not classification and self.classes is not None:
+            wrong.append("'classes' belongs to classification tasks")
+        fitting = CLASSIFICATION_METRICS if classification else REGRESSION_METRICS
+        wrong += [
+            f"metric '{metric}' does not fit a {self.kind} task; fitting are {', '.join(fitting)}"
+            for metric in dict.fromkeys([*self.metrics, self.headline])
+            if metric not in fitting
+        ]
+        if "f1" in self.metrics and len(self.classes or ()) > 2:
+            wrong.append("'f1' is for two classes; for more use 'macro_f1'")
+        if self.headline not in self.metrics:
+            wrong.append(f"the headline '{self.headline}' is not among the metrics {', '.join(self.metrics)}")
+        if len(set(self.metrics)) != len(self.metrics):
+            wrong.append("the names in 'metrics' must differ")
+        if self.classes is not None and len(set(self.classes)) != len(self.classes):
+            wrong.append("the names in 'classes' must differ")
+        if self.value_range is not None and self.value_range[0] >= self.value_range[1]:
+            wrong.append("'value_range' must be [lowest, highest]")
+        return _unless_wrong(self, wrong)
+
+    @property
+    def outputs(self) -> int:
+        """Number of logits of the head: one a class, or one for regression."""
+        return len(self.classes) if self.classes is not None else 1
+
+
+class Capture(Section):
+    """The final validation pass in which the second moments of the experts' layer inputs are measured."""
+
+    examples: int = Field(default=512, ge=1)
+    """Examples of the task's training split that are shown to the trained expert."""
+    batch_size: int = Field(default=32, ge=1)
+    """Examples a forward pass."""
+    moments: Literal["smallest", "input"] = "smallest"
+    """smallest: where a layer narrows (d_in > d_out) the cross moment W C, which is all that purification needs and
+    cheaper; input: the second moment C of the input for every layer."""
+    precision: str = "32-true"
+    """Precision of the pass (a lightning.Trainer precision). Lower ones blur the weakest directions."""
+
+
+class Purify(Section):
+    """PAVE: keep of every fine-tuned weight the output directions that its own task excites (arXiv 2510.14697)."""
+
+    rho: float = Field(default=0.97, gt=0, le=1)
+    """Preserved rank ratio: the share of all tasks' components of a layer that are kept."""
+    metric: Literal["covariance", "root", "identity"] = "covariance"
+    """What ranks the directions: W C (the paper), W C^(1/2) (the output error), or W alone."""
+    allocation: Literal["spectral", "even"] = "spectral"
+    """spectral: the weakest normalised components of all tasks go first; even: every task keeps the share rho."""
+    stopping_share: float = Field(default=1.5, ge=1)
+    """With spectral allocation no task loses more than this multiple of the even share."""
+    damping: float = Field(default=0.1, ge=0)
+    """Added to the diagonal of the second moment (epsilon in the paper)."""
+    tasks: list[str] | None = Field(default=None, min_length=1)
+    """Tasks to purify; all of them where nothing is said."""
+
+
+class ScaleSearch(Section):
+    """Choose the scale on the validation split: the one with the best average of normalised headline scores."""
+
+    search: Span
+    """Lowest and highest scale that is tried."""
+    points: int = Field(default=7, ge=2)
+    """Evenly spaced scales between the two, both included."""
+    examples: int | None = Field(default=None, ge=2)
+    """Validation rows a task that the search looks at; all that the task uses where nothing is said."""
+
+    @field_validator("search")
+    @classmethod
+    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if value[0] >= value[1]:
+            raise ValueError("must be [lowest, highest]")
+        return value
+
+
+def _scale_form(value: Any) -> str:
+    return "search" if isinstance(value, (dict, ScaleSearch)) else "number"
+
+
+Scale = Annotated[
+    Annotated[float, Tag("number")] | Annotated[ScaleSearch, Tag("search")],
+    Discriminator(_scale_form),
+]
+
+
+class MergeStep(Section):
+    """One merge rule, run on plain task vectors, on purified ones, or on both."""
+
+    method: str
+    """The merge rule; `pave methods` lists them."""
+    name: str = Field(default="", pattern=rf"^$|{NAME_PATTERN}")
+    """Name of the result in tables and folders; the method's name where nothing is said."""
+    scale: Scale | None = None
+    """What the merged task vector is multiplied with: a number, or {search: [lowest, highest]}. The method's default
+    where nothing is said; only for methods that have a scale."""
+    vectors: list[Vectors] = Field(default=["plain", "purified"], min_length=1)
+    """Which task vectors the rule is run on."""
+    purify: Purify = Purify()
+    """Purification for this step; keys that are not given come from the recipe's purify section."""
+    options: dict[str, Any] = {}
+    """The method's own options; `pave methods NAME` lists them."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_after_method(cls, raw: Any) -> Any:
+        if isinstance(raw, str):
+            raw = {"method": raw}
+        if isinstance(raw, dict) and raw.get("name") in (None, "") and isinstance(raw.get("method"), str):
+            raw = {**raw, "name": raw["method"]}
+        return raw
+
+    @field_validator("vectors")
+    @classmethod
+    def _differ(cls, value: list[Vectors]) -> list[Vectors]:
+        if len(set(value)) != len(value):
+            raise ValueError("must not name the same vectors twice")
+        return value
+
+
+class Evaluate(Section):
+    """How models are scored."""
+
+    batch_size: int = Field(default=64, ge=1)
+    """Examples a forward pass."""
+    precision: str = "32-true"
+    """Precision of the pass (a lightning.Trainer precision)."""
+
+
+class Tracking(Section):
+    """Where MLflow keeps the record."""
+
+    uri: str = "sqlite:///mlruns/mlflow.db"
+    """MLflow tracking URI: a database or a server. Plain folders are no longer supported by MLflow."""
+    experiment: str = "pave-lightning"
+    """MLflow experiment."""
+    upload_models: bool = False
+    """Also store the merged models' weights as MLflow artifacts."""
+
+
+class Recipe(Section):
+    """One run: fine-tune experts, capture their statistics, purify, merge, evaluate, report."""
+
+    name: str = Field(pattern=NAME_PATTERN)
+    """Name of the run; its folder is output/name."""
+    seed: int = Field(default=0, ge=0, le=2**31 - 1)
+    """Seed of everything drawn at random: heads, order of examples, dropout, samples of rows."""
+    base: str
+    """The common base model: a folder, a hub id, or package:NAME/FOLDER for a model inside an installed package."""
+    output: str = "checkpoints"
+    """Folder in which the run folder is made."""
+    trainer: dict[str, Any] = {}
+    """Options of lightning.Trainer (accelerator, devices, strategy, precision, max_epochs, ...), passed straight on."""
+    training: Training = Training()
+    """How experts are fine-tuned, unless a task says otherwise."""
+    examples: Examples = Examples()
+    """How many rows of each split are used, unless a task says otherwise."""
+    tasks: list[Task] = Field(min_length=1)
+    """The tasks: names such as pocket/movie, {use: pocket/movie, ...} to change some keys, or whole tasks."""
+    capture: Capture = Capture()
+    """The capture pass."""
+    purify: Purify = Purify()
+    """Purification, unless a merge step says otherwise."""
+    merge: list[MergeStep] = []
+    """The merge rules to run."""
+    evaluate: Evaluate = Evaluate()
+    """How models are scored."""
+    tracking: Tracking = Tracking()
+    """Where MLflow keeps the record."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _hand_down(cls, raw: Any) -> Any:
+        """Fill tasks and merge steps from the recipe's own sections and from the named suites."""
+        if not isinstance(raw, dict):
+            return raw
+        raw = dict(raw)
+        for key, shared in (("tasks", ("examples", "training", "trainer")), ("merge", ("purify",))):
+            if not isinstance(raw.get(key), list):
+                continue
+            defaults = {name: raw[name] for name in shared if isinstance(raw.get(name), dict)}
+            raw[key] = [_filled(entry, defaults, key) for entry in raw[key]]
+        return raw
+
+    @model_validator(mode="after")
+    def _agree(self) -> Recipe:
+        wrong: list[str] = []
+        for what, names in (
+            ("task", [task.name for task in self.tasks]),
+            ("merge step", [step.name for step in self.merge]),
+        ):
+            repeated = sorted({name for name in names if names.count(name) > 1})
+            if repeated:
+                wrong.append(
+                    f"each {what} needs a name of its own, but {', '.join(repeated)} stands twice; give one a 'name'"
+                )
+        known = [task.name for task in self.tasks]
+        lists = [("purify.tasks", self.purify.tasks)]
+        for step in self.merge:
+            if step.purify.tasks != self.purify.tasks:  # what is handed down is told once
+                lists.append((f"purify.tasks of merge step '{step.name}'", step.purify.tasks))
+        for where, chosen in lists:
+            wrong += [
+                f"{where}: no task is named '{name}'; {nearest(name, known)}"
+                for name in chosen or []
+                if name not in known
+            ]
+        for reserved in ("base", "experts"):
+            if reserved in [step.name for step in self.merge]:
+                wrong.append(f"a merge step cannot be named '{reserved}': the tables use that name")
+        return _unless_wrong(self, wrong)
+
+    def task(self, name: str) -> Task:
+        """The task of that name."""
+        return next(task for task in self.tasks if task.name == name)
+
+
+def _filled(entry: Any, defaults: Mapping[str, Any], key: str) -> Any:
+    if key == "tasks":
+        if isinstance(entry, str):
+            entry = {"use": entry}
+        if isinstance(entry, dict) and isinstance(entry.get("use"), str):
+            own = {name: value for name, value in entry.items() if name != "use"}
+            known = suite_task(entry["use"])
+            if isinstance(own.get("data"), dict):
+                own["data"] = {**known["data"], **own["data"]}
+            entry = {**known, **own}
+    elif isinstance(entry, str):
+        entry = {"method": entry}
+    if not isinstance(entry, dict):
+        return entry
+    filled = dict(entry)
+    for name, shared in defaults.items():
+        own = filled.get(name, {})
+        if isinstance(own, dict):
+            filled[name] = {**shared, **own}
+    return filled
+
+
+def _unless_wrong(section: AnySection, wrong: list[str]) -> AnySection:
+    """The section, unless something is wrong: then everything at once, one line each."""
+    if wrong:
+        raise ValueError("\n".join(wrong))
+    return section
+
+
+def slug(text: str) -> str:
+    """A name that is safe as a folder name on every file system."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", text)

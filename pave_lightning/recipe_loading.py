@@ -1,0 +1,185 @@
+"""Reads a recipe file, with overrides, into a checked `Recipe`; and tells a recipe as YAML, JSON schema and digest."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import SequenceNode
+from ruamel.yaml.representer import SafeRepresenter
+
+from pave_lightning.errors import PaveError, Problems, nearest
+from pave_lightning.recipe import Recipe
+from pave_lightning.recipe_overrides import apply_overrides
+from pave_lightning.recipe_problems import check_recipe, place, plain, show
+from pave_lightning.tasks.suites import suite_task_names
+
+__all__ = ["load_recipe", "recipe_digest", "recipe_schema", "recipe_to_yaml"]
+
+RECIPE_FOLDER = Path("recipes")
+SUFFIXES = (".yaml", ".yml")
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        path: a YAML 1.2 file.
+        overrides: ``key.key=value`` texts that are written over the file's keys before anything is checked, values in
+            YAML. List entries are addressed by number (one past the last appends), entries of ``tasks`` and ``merge``
+            also by name: ``tasks.movie.examples.train=100``, ``merge.ties.scale={search: [0.1, 1]}``.
+
+    Raises:
+        PaveError: the file cannot be read, or something is wrong with the recipe; the message tells everything that is.
+    """
+    path = Path(path)
+    document = _read(path)
+    problems = Problems(f"the recipe {path} cannot be used:")
+    raw = plain(document, lambda keys, message: problems.add(f"{place(keys, document)}: {message}"))
+    applied = apply_overrides(raw, overrides, problems)
+    recipe = check_recipe(raw, problems, complete=applied)
+    problems.raise_if_any()
+    if recipe is None:  # cannot be: a recipe is refused with words
+        raise PaveError(problems.headline)
+    return recipe
+
+
+def recipe_to_yaml(recipe: Recipe) -> str:
+    """The recipe with everything filled in, as a YAML text that loads to an equal recipe."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Representer = _Representer
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # keep the order of the fields
+    yaml.allow_unicode = True
+    yaml.width = 120
+    text = io.StringIO()
+    yaml.dump(_lines(recipe.model_dump(mode="json", by_alias=True)), text)
+    return text.getvalue()
+
+
+def recipe_digest(recipe: Recipe) -> str:
+    """SHA-256 of what the recipe does, in hexadecimal: everything but where results and records are kept."""
+    content = recipe.model_dump(mode="json", by_alias=True, exclude={"tracking", "output"})
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def recipe_schema() -> dict[str, Any]:
+    """JSON schema (draft 2020-12) of recipe files, for editors: described keys, short forms included."""
+    schema = Recipe.model_json_schema(by_alias=True)
+    parts = schema["$defs"]
+    task, step = parts["Task"], parts["MergeStep"]
+    for section, handed_down in ((task, ("examples", "training", "trainer")), (step, ("purify",))):
+        for key in handed_down:
+            del section["properties"][key]["default"]  # it is the recipe's own section
+    keys = task["properties"]
+    a_metric = keys["metrics"]["items"]
+    keys["text"] = _or(keys["text"], {"type": "string"})
+    keys["classes"] = _or(keys["classes"], {"type": "integer", "minimum": 2})
+    keys["metrics"] = _or(keys["metrics"], a_metric, {"type": "null"})
+    keys["headline"] = _or(keys["headline"], {"type": "null"})
+    step["properties"]["name"] = _or(step["properties"]["name"], {"type": "null"})
+    task["required"] = ["name", "data", "text"]
+    used = copy.deepcopy(task)
+    use = {"enum": suite_task_names(), "description": "Name of a known task; the other keys change it."}
+    used.update(title="KnownTask", description="A known task with some keys changed.", required=["use"])
+    parts["KnownTask"] = {**used, "properties": {"use": use, **used["properties"]}}
+    name = {"enum": suite_task_names(), "description": "Name of a known task."}
+    schema["properties"]["tasks"]["items"] = {"anyOf": [name, {"$ref": "#/$defs/KnownTask"}, {"$ref": "#/$defs/Task"}]}
+    method = {"type": "string", "description": step["properties"]["method"]["description"]}
+    schema["properties"]["merge"]["items"] = {"anyOf": [method, {"$ref": "#/$defs/MergeStep"}]}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _or(key: dict[str, Any], *short_forms: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a key that may also be written in other forms."""
+    about: dict[str, Any] = {name: key[name] for name in ("title", "description", "default") if name in key}
+    form = {name: value for name, value in key.items() if name not in about}
+    return {**about, "anyOf": [*(form["anyOf"] if set(form) == {"anyOf"} else [form]), *short_forms]}
+
+
+class _Line(list[Any]):
+    """A list of simple values, which is written in one line."""
+
+
+class _Representer(SafeRepresenter):
+    """Writes lists of simple values in one line, and everything in full each time it occurs."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def represent_line(self, data: _Line) -> SequenceNode:
+        node: SequenceNode = self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
+        return node
+
+
+_Representer.add_representer(_Line, _Representer.represent_line)
+
+
+def _lines(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _lines(item) for key, item in value.items()}
+    if isinstance(value, list):
+        simple = not any(isinstance(item, dict | list) for item in value)
+        return _Line(value) if simple else [_lines(item) for item in value]
+    return value
+
+
+def _read(path: Path) -> dict[Any, Any]:
+    if path.is_dir():
+        raise PaveError(f"{path} is a folder, not a recipe file; {_nearby(path, path)}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise PaveError(f"there is no recipe {path}; {_nearby(path, path.parent)}") from None
+    except UnicodeDecodeError as error:
+        raise PaveError(f"the recipe {path} is not UTF-8 text: byte {error.start} cannot be read") from None
+    except OSError as error:
+        raise PaveError(f"the recipe {path} cannot be read: {error.strerror}") from None
+    document = _parse(text, path)
+    if document is None:
+        raise PaveError(f"the recipe {path} is empty; it needs at least the keys name, base and tasks")
+    if not isinstance(document, dict):
+        raise PaveError(
+            f"the recipe {path} must be a mapping of keys such as name, base and tasks, found {show(document)}"
+        )
+    return document
+
+
+def _parse(text: str, path: Path) -> Any:
+    try:
+        return YAML(typ="safe", pure=True).load(text)
+    except MarkedYAMLError as error:
+        what = " ".join(part for part in (error.context, error.problem) if part)
+        mark = error.problem_mark or error.context_mark
+        if mark is None:
+            raise PaveError(f"{path}: {what}") from None
+        if "'\\t'" in what:
+            what += "; indent with spaces, not with tabs"
+        lines = text.splitlines()
+        line = lines[mark.line].rstrip() if mark.line < len(lines) else ""
+        quoted = f"\n    {line}\n    {' ' * mark.column}^" if line else ""
+        raise PaveError(f"{path}, line {mark.line + 1}, column {mark.column + 1}: {what}{quoted}") from None
+    except (YAMLError, ValueError) as error:
+        raise PaveError(f"{path} is not valid YAML: {error}") from None
+    except RecursionError:
+        raise PaveError(f"{path} is not valid YAML: it is nested too deeply") from None
+
+
+def _nearby(path: Path, folder: Path) -> str:
+    """A hint for a recipe that is not there: the nearest one of the folder or of ./recipes, or all of them."""
+    found = {file for place in (folder, RECIPE_FOLDER) if place.is_dir() for file in place.iterdir()}
+    recipes = {str(file): file for file in sorted(found) if file.suffix in SUFFIXES}
+    if not recipes:
+        return f"there are no recipes (*.yaml) in {folder} or ./{RECIPE_FOLDER}"
+    for name, file in recipes.items():
+        if path.stem == file.stem:
+            return f"did you mean '{name}'?"
+    return nearest(str(path), list(recipes))

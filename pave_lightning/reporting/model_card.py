@@ -1,0 +1,204 @@
+"""The model card of a merged model: Markdown with the front matter that the Hugging Face hub reads."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ruamel.yaml import YAML
+
+from pave_lightning.reporting.scores import Model, ScoreTable
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", flags=re.ASCII)
+
+STATIC = "**Static**: one set of weights that serves all tasks."
+PER_TASK = (
+    "**Per-task**: the weights of this folder are shared by all tasks, and `modulators/` keeps something extra for each"
+    " of them. Loaded alone, the shared weights are no finished model."
+)
+STATIC_USE = """\
+```python
+from transformers import AutoModel
+
+model = AutoModel.from_pretrained("FOLDER")  # the folder of this card
+```
+
+The heads are not merged: each task uses the head of its own expert."""
+PER_TASK_USE = """\
+```python
+from pathlib import Path
+from pave_lightning.merging import Modulator
+
+modulator = Modulator(Path("FOLDER/modulators/TASK.safetensors"))
+# for each parameter that the modulator lists
+weight = base + modulator.apply(name, shared - base)
+```
+
+`base` and `shared` are the float32 weights of the base model and of this folder. The heads are not merged: each task
+uses the head of its own expert."""
+
+
+@dataclass(frozen=True)
+class ExpertSource:
+    """Where an expert came from.
+
+    Args:
+        task: Name of its task.
+        source: Folder or hub id.
+        digest: Hash of its weights.
+    """
+
+    task: str
+    source: str
+    digest: str
+
+
+def model_card(
+    *,
+    name: str,
+    base_model: str,
+    method: str,
+    form: Literal["static", "per-task"],
+    vectors: Literal["plain", "purified"],
+    tasks: Sequence[str],
+    options: Mapping[str, Any] | None = None,
+    scale: float | None = None,
+    scale_origin: str = "",
+    purification: Mapping[str, Any] | None = None,
+    experts: Sequence[ExpertSource] = (),
+    scores: ScoreTable | None = None,
+    versions: Mapping[str, str] | None = None,
+) -> str:
+    """Describe a merged model.
+
+    Args:
+        name: Name of the model, as in the tables.
+        base_model: Hub id or folder of the base. Only a hub id is put into the front matter.
+        method: The merge rule.
+        form: static, or per-task when something extra is kept for each task.
+        vectors: Which task vectors were merged.
+        tasks: Names of the tasks.
+        options: The method's options.
+        scale: What the merged task vector was multiplied with, if the method has a scale.
+        scale_origin: How the scale was found, such as "best of 7 on the validation split".
+        purification: Options of the purification, for purified vectors.
+        experts: Where the experts came from.
+        scores: Scores of base, experts and this model (others are left out), once they are known.
+        versions: Versions of the software by name.
+
+    Returns:
+        The text of README.md.
+    """
+    front: dict[str, Any] = {"library_name": "transformers"}
+    if HUB_ID.fullmatch(base_model):
+        front |= {"base_model": base_model, "base_model_relation": "merge"}
+    front["tags"] = ["merge", "pave-lightning"]
+
+    facts = [
+        ("base", _code(base_model)),
+        ("method", _code(method)),
+        ("task vectors", _escaped(vectors)),
+        ("kind", form),
+        ("tasks", ", ".join(_escaped(task) for task in tasks)),
+    ]
+    if scale is not None:
+        facts.append(("scale", f"{scale!r}" + (f" ({_escaped(scale_origin)})" if scale_origin else "")))
+
+    parts = [
+        f"---\n{_yaml(front)}---",
+        f"# {_escaped(name)}",
+        "Separately fine-tuned experts, merged with pave-lightning.",
+        _table(["", ""], facts),
+    ]
+    if options:
+        parts += ["## Options of the method", _yaml_block(options)]
+    if purification and vectors == "purified":
+        parts += ["## Purification", _yaml_block(purification)]
+    parts += ["## Use", STATIC if form == "static" else PER_TASK, STATIC_USE if form == "static" else PER_TASK_USE]
+    if scores is not None and scores.tasks():
+        parts += ["## Scores", _scores(scores, Model(name, vectors, form)), _reading(form)]
+    if experts:
+        rows = [(_escaped(expert.task), _code(expert.source), _code(expert.digest)) for expert in experts]
+        parts += ["## Experts", _table(["task", "source", "digest of the weights"], rows)]
+    if versions:
+        software = [(_escaped(package), _escaped(version)) for package, version in versions.items()]
+        parts += ["## Versions", _table(["software", "version"], software)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _scores(scores: ScoreTable, merged: Model) -> str:
+    models = [model for model in scores.models() if model.form in ("base", "expert") or model == merged]
+    header = ["model", *(f"{task} ({metric})" for task, metric in scores.headlines.items()), "average", "normalised"]
+    rows = [
+        (
+            _escaped(model.name),
+            *(_number(scores.value(model, task)) for task in scores.tasks()),
+            _number(scores.average(model)),
+            _number(scores.normalised_average(model)),
+        )
+        for model in models
+    ]
+    return _table([_escaped(cell) for cell in header], rows)
+
+
+def _reading(form: str) -> str:
+    text = "*normalised*: a score divided by that of the task's expert, averaged over the tasks."
+    if form == "per-task":
+        text += " This model keeps something extra for each task; compare it with static models with care."
+    return text
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _yaml(content: Mapping[str, Any]) -> str:
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.allow_unicode = True
+    yaml.width = 4096
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    stream = io.StringIO()
+    yaml.dump(_plain(content), stream)
+    return stream.getvalue()
+
+
+def _yaml_block(content: Mapping[str, Any]) -> str:
+    text = _yaml(content)
+    fence = _longer_than_any_run(text, least=3)
+    return f"{fence}yaml\n{text}{fence}"
+
+
+def _plain(value: Any) -> Any:
+    """The same content in types that YAML knows; other objects become their text."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(content) for name, content in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(content) for content in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def _escaped(text: str) -> str:
+    """Text that Markdown shows as it stands, in one line and in one table cell."""
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(text.split()))
+
+
+def _code(text: str) -> str:
+    """Text as code, in one line and in one table cell."""
+    text = " ".join(text.split()).replace("|", "\\|")
+    fence = _longer_than_any_run(text, least=1)
+    blank = " " if "`" in text else ""
+    return f"{fence}{blank}{text}{blank}{fence}" if text else ""
+
+
+def _longer_than_any_run(text: str, least: int) -> str:
+    return "`" * max([least] + [len(run) + 1 for run in re.findall("`+", text)])
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3f}"

@@ -1,0 +1,119 @@
+"""The end of a run: tables, pictures, model cards, and all of it in MLflow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from pave_lightning.errors import PaveError
+from pave_lightning.reporting.plots import kept_ranks, normalised_scores
+from pave_lightning.reporting.scores import KeptRank, Model, Score, ScoreTable
+from pave_lightning.reporting.tables import render
+from pave_lightning.run_folder import Manifest
+from pave_lightning.tracking import Tracker
+from pave_lightning.workflow import Workflow, merged_stage, purified_stage, score_stage
+
+
+def write_report(workflow: Workflow, console: Console | None = None) -> ScoreTable:
+    """Collect the scores, print the table, write ``results.csv``, ``results.parquet`` and the pictures, log everything.
+
+    Raises:
+        PaveError: scores are missing.
+    """
+    table = collect_scores(workflow)
+    root = workflow.folder.root
+    table.write_csv(root / "results.csv")
+    table.write_parquet(root / "results.parquet")
+    files = [root / "results.csv", root / "results.parquet"]
+    if workflow.recipe.merge:
+        normalised_scores(table, root / "normalised_scores.png")
+        files.append(root / "normalised_scores.png")
+    files += _draw_ranks(workflow)
+    if workflow.tracker is not None:
+        _record(workflow, workflow.tracker, table, files)
+    console = console or Console()
+    console.print(render(table, console.width))
+    console.print(f"results: {root / 'results.csv'}", soft_wrap=True)
+    return table
+
+
+def collect_scores(workflow: Workflow) -> ScoreTable:
+    """The scores of base, experts and merged models from the run folder."""
+    rows: list[Score] = []
+
+    def add(stage: str, model: str, vectors: Any, form: Any) -> None:
+        for name, found in _manifest(workflow, stage).result["scores"].items():
+            headline = workflow.recipe.task(name).headline
+            for metric, value in found["metrics"].items():
+                rows.append(
+                    Score(model, vectors, form, name, metric, metric == headline, value, found["examples"])
+                )
+
+    add("scores/base", "base", "", "base")
+    add("scores/experts", "experts", "", "expert")
+    for step, vectors in workflow.merges():
+        form = _manifest(workflow, merged_stage(step, vectors)).result["form"]
+        add(score_stage(step, vectors), step.name, vectors, form)
+    return ScoreTable(rows)
+
+
+def _manifest(workflow: Workflow, stage: str) -> Manifest:
+    found = workflow.folder.manifest(stage)
+    if found is None:
+        raise PaveError(f"{workflow.folder.path(stage)} is not there yet; run `pave run` with this recipe first")
+    return found
+
+
+def _draw_ranks(workflow: Workflow) -> list[Path]:
+    """One heat map for each distinct purification."""
+    stages = list(
+        dict.fromkeys(purified_stage(s.purify) for s, vectors in workflow.merges() if vectors == "purified")
+    )
+    files = []
+    for stage in stages:
+        ending = "" if len(stages) == 1 else "-" + stage.partition("/")[2]
+        path = workflow.folder.root / f"kept_ranks{ending}.png"
+        kept_ranks([KeptRank(*entry) for entry in _manifest(workflow, stage).result["ranks"]], path)
+        files.append(path)
+    return files
+
+
+def _record(workflow: Workflow, tracker: Tracker, table: ScoreTable, files: list[Path]) -> None:
+    """Scores and files into the MLflow tree: averages and files in the parent, each model's scores in its child."""
+    parent = tracker.parent_run_id
+    averages: dict[str, float] = {}
+    for model in table.models():
+        label = model.name if not model.vectors else f"{model.name}-{model.vectors}"
+        averages[f"average/{label}"] = table.average(model)
+        averages[f"normalised_average/{label}"] = table.normalised_average(model)
+    tracker.log_metrics(parent, averages)
+    for file in files:
+        tracker.log_file(parent, file)
+    for task in workflow.recipe.tasks:
+        run = tracker.child(f"expert:{task.name}", stage="fit")
+        own = {f"test/{s.metric}": s.value for s in table.scores if s.form == "expert" and s.task == task.name}
+        tracker.log_metrics(run, own)
+        tracker.end(run, "FINISHED")
+    for step, vectors in workflow.merges():
+        facts = _manifest(workflow, merged_stage(step, vectors)).result
+        params = {"method": step.method, "vectors": vectors, "scale": facts["scale"], "options": facts["options"]}
+        if vectors == "purified":
+            params["purify"] = step.purify.model_dump()
+        run = tracker.child(f"merge:{step.name}:{vectors}", stage="merge", params=params)
+        tracker.log_metrics(run, _model_metrics(table, step.name, vectors))
+        if workflow.recipe.tracking.upload_models:
+            tracker.log_folder(run, workflow.folder.path(merged_stage(step, vectors)), "model")
+        tracker.end(run, "FINISHED")
+
+
+def _model_metrics(table: ScoreTable, name: str, vectors: str) -> dict[str, float]:
+    model = next(m for m in table.models() if (m.name, m.vectors) == (name, vectors))
+    metrics = {"average": table.average(model), "normalised_average": table.normalised_average(model)}
+    for score in table.scores:
+        if Model(score.model, score.vectors, score.form) == model:
+            metrics[f"test/{score.task}/{score.metric}"] = score.value
+            if score.headline:
+                metrics[f"normalised/{score.task}"] = table.normalised(score)
+    return metrics

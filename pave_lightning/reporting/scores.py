@@ -1,0 +1,241 @@
+"""Scores of models on tasks, and the table that compares them with the experts.
+
+A score is *normalised* by dividing it by the expert's score of the same task and metric: 1.0 means that the model does
+this task as well as the expert that was fine-tuned for it.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Vectors = Literal["", "plain", "purified"]
+Form = Literal["base", "expert", "static", "per-task"]
+
+FORMS: tuple[Form, ...] = ("base", "expert", "static", "per-task")
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric of one model on one task.
+
+    Args:
+        model: Name of the model; base and experts are models too. The experts together are one model.
+        vectors: Which task vectors were merged; empty for base and experts.
+        form: base, expert, static (one set of weights for all tasks), or per-task (keeps something extra for a task).
+        task: Name of the task.
+        metric: Name of the metric.
+        headline: Whether this metric stands for the task in tables and averages.
+        value: The value, higher is better.
+        examples: How many examples it was measured on.
+    """
+
+    model: str
+    vectors: Vectors
+    form: Form
+    task: str
+    metric: str
+    headline: bool
+    value: float
+    examples: int
+
+
+@dataclass(frozen=True)
+class KeptRank:
+    """How much of a layer's rank purification kept for a task.
+
+    Args:
+        task: Name of the task.
+        layer: Name of the layer.
+        rank: Directions that were kept.
+        full: Directions that there are.
+    """
+
+    task: str
+    layer: str
+    rank: int
+    full: int
+
+    @property
+    def share(self) -> float:
+        """Kept share of the rank; NaN for a layer without directions."""
+        return self.rank / self.full if self.full > 0 else math.nan
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a row of a table is about: a model's name, which vectors were merged, and its form."""
+
+    name: str
+    vectors: Vectors
+    form: Form
+
+
+class ScoreTable:
+    """Scores of several models on the same tasks.
+
+    Args:
+        scores: In any order. The order in which tasks first come is kept; models are grouped by form (base, experts,
+            static, per-task) and keep their order within.
+
+    Raises:
+        ValueError: If a score is given twice, if two experts have a score of the same task and metric, or if a task's
+            headline metric is not the same one for all models.
+
+    Example:
+        >>> table = ScoreTable([
+        ...     Score("experts", "", "expert", "sst2", "accuracy", True, 0.8, 100),
+        ...     Score("ties", "plain", "static", "sst2", "accuracy", True, 0.6, 100),
+        ... ])
+        >>> round(table.normalised_average(table.models()[-1]), 3)
+        0.75
+    """
+
+    def __init__(self, scores: Iterable[Score]) -> None:
+        self.scores: tuple[Score, ...] = tuple(scores)
+        self.headlines: dict[str, str] = {}
+        self._values: dict[tuple[Model, str, str], Score] = {}
+        self._experts: dict[tuple[str, str], float] = {}
+        for score in self.scores:
+            self._add(score)
+
+    def _add(self, score: Score) -> None:
+        where = f"'{score.metric}' of task '{score.task}'"
+        key = (model_of(score), score.task, score.metric)
+        if key in self._values:
+            raise ValueError(f"model '{score.model}' ({score.vectors or score.form}) has {where} twice")
+        self._values[key] = score
+        if score.headline and self.headlines.setdefault(score.task, score.metric) != score.metric:
+            raise ValueError(f"the headline of task '{score.task}' is '{self.headlines[score.task]}', not {where}")
+        if score.form == "expert":
+            if (score.task, score.metric) in self._experts:
+                raise ValueError(f"two experts have {where}; normalised values need one expert a task")
+            self._experts[score.task, score.metric] = score.value
+
+    def models(self) -> list[Model]:
+        """The models in order: base, experts, static, per-task."""
+        return sorted(dict.fromkeys(model for model, _, _ in self._values), key=lambda model: FORMS.index(model.form))
+
+    def tasks(self) -> list[str]:
+        """The tasks that have a headline score, in order."""
+        return list(self.headlines)
+
+    def value(self, model: Model, task: str) -> float:
+        """The headline value of a model on a task; NaN where it was not measured."""
+        score = self._headline(model, task)
+        return math.nan if score is None else score.value
+
+    def normalised(self, score: Score) -> float:
+        """A score divided by the expert's of the same task and metric; NaN when that is missing or not positive."""
+        expert = self._experts.get((score.task, score.metric), math.nan)
+        return score.value / expert if expert > 0 else math.nan
+
+    def normalised_value(self, model: Model, task: str) -> float:
+        """The normalised headline value of a model on a task; NaN where there is none."""
+        score = self._headline(model, task)
+        return math.nan if score is None else self.normalised(score)
+
+    def average(self, model: Model) -> float:
+        """Mean of a model's headline values over all tasks; NaN when one is missing."""
+        return _mean([self.value(model, task) for task in self.tasks()])
+
+    def normalised_average(self, model: Model) -> float:
+        """Mean of a model's normalised headline values.
+
+        Tasks whose expert has no positive value are left out, for every model alike; NaN when another value is missing.
+        """
+        tasks = [task for task in self.tasks() if self._experts.get((task, self.headlines[task]), math.nan) > 0]
+        return _mean([self.normalised_value(model, task) for task in tasks])
+
+    def to_long_frame(self) -> pd.DataFrame:
+        """One row a score: the fields of `Score` and `normalised`."""
+        import pandas as pd
+
+        columns = ["model", "vectors", "form", "task", "metric", "headline", "value", "examples"]
+        frame = pd.DataFrame([vars(score) for score in self.scores], columns=columns)
+        frame.insert(columns.index("value") + 1, "normalised", [self.normalised(score) for score in self.scores])
+        return frame
+
+    def to_wide_frame(self) -> pd.DataFrame:
+        """One row a model: headline values, their average, normalised values, their average."""
+        import pandas as pd
+
+        return pd.DataFrame(self._rows(), columns=self._columns())
+
+    def write_csv(self, path: Path | str) -> None:
+        """Write the wide table with all digits; what was not measured stays empty.
+
+        Args:
+            path: The file; its folder is made where it does not exist.
+        """
+        with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(self._columns())
+            for row in self._rows():
+                writer.writerow(["" if isinstance(cell, float) and math.isnan(cell) else cell for cell in row])
+
+    def write_parquet(self, path: Path | str) -> None:
+        """Write the long table.
+
+        Args:
+            path: The file; its folder is made where it does not exist.
+        """
+        with replacing(path) as temporary:
+            self.to_long_frame().to_parquet(temporary, index=False)
+
+    def _headline(self, model: Model, task: str) -> Score | None:
+        return self._values.get((model, task, self.headlines.get(task, "")))
+
+    def _columns(self) -> list[str]:
+        values = [f"{task}/{metric}" for task, metric in self.headlines.items()]
+        normalised = [f"{task}/normalised" for task in self.headlines]
+        return ["model", "vectors", "form", *values, "average", *normalised, "normalised_average"]
+
+    def _rows(self) -> list[list[str | float]]:
+        return [
+            [
+                model.name,
+                model.vectors,
+                model.form,
+                *(self.value(model, task) for task in self.tasks()),
+                self.average(model),
+                *(self.normalised_value(model, task) for task in self.tasks()),
+                self.normalised_average(model),
+            ]
+            for model in self.models()
+        ]
+
+
+def model_of(score: Score) -> Model:
+    """The model that a score belongs to."""
+    return Model(score.model, score.vectors, score.form)
+
+
+@contextmanager
+def replacing(path: Path | str) -> Iterator[Path]:
+    """Give a temporary name in the folder of `path` and rename it when the block ends well, so no file is half written.
+
+    Args:
+        path: The file that is to be written; its folder is made where it does not exist.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _mean(values: list[float]) -> float:
+    return math.fsum(values) / len(values) if values else math.nan

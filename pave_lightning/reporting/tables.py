@@ -1,0 +1,132 @@
+"""The table of scores for the terminal."""
+
+from __future__ import annotations
+
+import math
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from pave_lightning.reporting.scores import Model, ScoreTable
+
+SHORT_METRICS = {
+    "accuracy": "acc",
+    "f1": "F1",
+    "macro_f1": "m-F1",
+    "matthews": "MCC",
+    "pearson": "r",
+    "spearman": "rho",
+}
+EXTRA_MARK = "*"
+
+# Widths in characters; longer names are folded
+GAP = 2
+NUMBER_WIDTH = 5
+TASK_WIDTH = 12
+MODEL_WIDTH = 24
+
+
+def render(table: ScoreTable, width: int = 100) -> Table:
+    """Show the headline scores, one row a model.
+
+    Base and experts, static models, and per-task models are kept apart by lines, because a model that keeps something
+    extra for each task is not comparable with one that does not. The best normalised average of the static models is
+    bold. Tasks that do not fit stand in further tables below.
+
+    Args:
+        table: The scores.
+        width: Columns of the terminal.
+
+    Returns:
+        A table for a rich console; where the tasks do not fit beside each other, a grid of tables.
+    """
+    tasks = table.tasks()
+    free = width - _model_width(table) - (GAP + len("purified"))
+    averages = GAP + len("average") + GAP + len("normalised")
+    if sum(_width(table, task) for task in tasks) + averages <= free:
+        whole = _part(table, tasks, with_averages=True)
+    else:
+        whole = Table.grid()
+        whole.add_column()
+        whole.add_row(_part(table, [], with_averages=True))
+        for group in _groups(tasks, [_width(table, task) for task in tasks], free):
+            whole.add_row("")
+            whole.add_row(_part(table, group, with_averages=False))
+    whole.caption = Text("\n" + _caption(table), style="dim")
+    whole.caption_justify = "left"
+    return whole
+
+
+def _part(table: ScoreTable, tasks: list[str], *, with_averages: bool) -> Table:
+    part = Table(box=box.HORIZONTALS, show_edge=False, pad_edge=False, padding=(0, GAP - 1, 0, 0))
+    part.add_column("model", overflow="fold", min_width=NUMBER_WIDTH, max_width=MODEL_WIDTH)
+    part.add_column("vectors", no_wrap=True)
+    for task in tasks:
+        header = Text(f"{task}\n{_short(table.headlines[task])}")
+        part.add_column(header, justify="right", overflow="fold", width=_width(table, task) - GAP)
+    if with_averages:
+        part.add_column("average", justify="right", no_wrap=True)
+        part.add_column("normalised\naverage", justify="right", no_wrap=True)
+    best = _best_static(table)
+    previous = None
+    for model in table.models():
+        if previous is not None and _section(model) != _section(previous):
+            part.add_section()
+        cells = [Text(_label(model)), Text(model.vectors)]
+        cells += [Text(_number(table.value(model, task))) for task in tasks]
+        if with_averages:
+            normalised = table.normalised_average(model)
+            style = "bold" if model.form == "static" and normalised == best else ""
+            cells += [Text(_number(table.average(model))), Text(_number(normalised), style=style)]
+        part.add_row(*cells)
+        previous = model
+    return part
+
+
+def _model_width(table: ScoreTable) -> int:
+    return min(max([len(_label(model)) for model in table.models()] + [len("model")]), MODEL_WIDTH)
+
+
+def _width(table: ScoreTable, task: str) -> int:
+    return GAP + min(max(NUMBER_WIDTH, len(task), len(_short(table.headlines[task]))), TASK_WIDTH)
+
+
+def _groups(tasks: list[str], widths: list[int], free: int) -> list[list[str]]:
+    groups: list[list[str]] = [[]]
+    left = free
+    for task, width in zip(tasks, widths, strict=True):
+        if width > left and groups[-1]:
+            groups.append([])
+            left = free
+        groups[-1].append(task)
+        left -= width
+    return groups
+
+
+def _caption(table: ScoreTable) -> str:
+    text = "normalised: a score divided by that of the task's expert (1.000: as good as the expert)."
+    if any(model.form == "per-task" for model in table.models()):
+        text += f" {EXTRA_MARK} per-task: keeps something extra for each task, so not one model for all tasks."
+    return text
+
+
+def _best_static(table: ScoreTable) -> float:
+    values = [table.normalised_average(model) for model in table.models() if model.form == "static"]
+    return max((value for value in values if not math.isnan(value)), default=math.nan)
+
+
+def _section(model: Model) -> str:
+    return "reference" if model.form in ("base", "expert") else model.form
+
+
+def _label(model: Model) -> str:
+    return f"{model.name} {EXTRA_MARK}" if model.form == "per-task" else model.name
+
+
+def _short(metric: str) -> str:
+    return SHORT_METRICS.get(metric, metric)
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3f}"

@@ -1,0 +1,162 @@
+"""What each stage leaves behind, and how a later run knows that it need not be done again."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from pave_lightning.errors import PaveError
+from pave_lightning.weights.writing import file_sha256
+
+MANIFEST = "manifest.json"
+UNFINISHED = ".unfinished-"
+REPLACED = ".replaced-"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a finished stage says of itself.
+
+    Attributes:
+        stage: its name, which is its folder below the run folder.
+        inputs: everything its result depends on, as plain JSON values.
+        files: size and sha256 of every file it left.
+        result: small results (scores, chosen scale, ...), as plain JSON values.
+    """
+
+    stage: str
+    inputs: dict[str, Any]
+    files: dict[str, dict[str, Any]]
+    result: dict[str, Any]
+
+    def digest(self, ending: str = "") -> str:
+        """What identifies the stage's files: their sha256 in order of their names, for names with that ending."""
+        return "+".join(self.files[name]["sha256"] for name in sorted(self.files) if name.endswith(ending))
+
+
+@dataclass
+class StageWriter:
+    """An open stage: put files below ``path`` and small results into ``result``."""
+
+    path: Path
+    result: dict[str, Any] = field(default_factory=dict)
+
+
+class RunFolder:
+    """The folder of one run; each finished stage is a folder in it, with a manifest that was written last.
+
+    Args:
+        root: the folder; made if it is not there.
+
+    Raises:
+        PaveError: it cannot be made or written to.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(root)
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise PaveError(f"the run folder {self.root} cannot be made: {error.strerror}") from error
+        if not self.root.is_dir() or not os.access(self.root, os.W_OK):
+            raise PaveError(f"the run folder {self.root} is not writable; choose another with --set output=FOLDER")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for this process alone and clear away what killed processes left unfinished.
+
+        Raises:
+            PaveError: another process works in it.
+        """
+        lock = FileLock(self.root / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise PaveError(
+                f"another pave process works in {self.root}; wait for it, or give this run another name"
+            ) from error
+        try:
+            self._sweep()
+            yield
+        finally:
+            lock.release()
+
+    def _sweep(self) -> None:
+        for replaced in self.root.rglob(f"*{REPLACED}*"):
+            final = replaced.with_name(replaced.name.partition(REPLACED)[0])
+            if final.exists():
+                shutil.rmtree(replaced)
+            else:
+                replaced.rename(final)
+        for unfinished in self.root.rglob(f"*{UNFINISHED}*"):
+            shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
+
+    def path(self, stage: str) -> Path:
+        """The folder of a stage."""
+        return self.root / stage
+
+    def manifest(self, stage: str) -> Manifest | None:
+        """The manifest of a stage whose files are all there with their sizes; None otherwise."""
+        folder = self.path(stage)
+        try:
+            raw = json.loads((folder / MANIFEST).read_text())
+            found = Manifest(**raw)
+        except (OSError, json.JSONDecodeError, TypeError):
+            return None
+        for name, facts in found.files.items():
+            file = folder / name
+            if not file.is_file() or file.stat().st_size != facts["size"]:
+                return None
+        return found
+
+    def current(self, stage: str, inputs: Mapping[str, Any]) -> Manifest | None:
+        """The manifest of a stage that is finished and was made from these very inputs; None otherwise."""
+        found = self.manifest(stage)
+        return found if found is not None and found.inputs == _plain(inputs) else None
+
+    @contextmanager
+    def writing(self, stage: str, inputs: Mapping[str, Any]) -> Iterator[StageWriter]:
+        """Write a stage: all of it appears under its final name at once, or nothing does."""
+        final = self.path(stage)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = final.with_name(f"{final.name}{UNFINISHED}{os.getpid()}")
+        unfinished.mkdir()
+        writer = StageWriter(unfinished)
+        try:
+            yield writer
+            files = {
+                str(file.relative_to(unfinished)): {"size": file.stat().st_size, "sha256": file_sha256(file)}
+                for file in sorted(unfinished.rglob("*"))
+                if file.is_file()
+            }
+            manifest = {"stage": stage, "inputs": _plain(inputs), "files": files, "result": _plain(writer.result)}
+            (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=2))
+            replaced = final.with_name(f"{final.name}{REPLACED}{os.getpid()}")
+            if final.exists():
+                final.rename(replaced)
+            unfinished.rename(final)
+            shutil.rmtree(replaced, ignore_errors=True)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+    def write_text(self, name: str, text: str) -> Path:
+        """Write a small file at once."""
+        path = self.root / name
+        unfinished = path.with_name(f"{path.name}{UNFINISHED}{os.getpid()}")
+        unfinished.write_text(text)
+        unfinished.replace(path)
+        return path
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values as JSON gives them back (tuples become lists), so that comparison is exact."""
+    plain: dict[str, Any] = json.loads(json.dumps(values, sort_keys=True))
+    return plain

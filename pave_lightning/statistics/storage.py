@@ -1,0 +1,221 @@
+"""The statistics of one task as one safetensors file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pave_lightning.errors import PaveError, nearest
+from pave_lightning.statistics.second_moment import LayerMoment, MomentKind
+
+# One metadata entry, because safetensors writes several in random order: equal statistics give equal files.
+HEADER_KEY = "pave_lightning.statistics"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """What is known of a layer without reading its matrix."""
+
+    owner: str
+    kind: MomentKind
+    rows: int
+    shape: tuple[int, int]
+
+
+class TaskStatistics(Mapping[str, LayerMoment]):
+    """Layer name -> moment, over the data of one task.
+
+    Layers that read the same input (query, key and value) share one moment, in memory and on disk. Statistics that were
+    loaded read a layer's matrix anew each time it is asked for and keep nothing of it.
+
+    Args:
+        moments: layer name -> moment. Layers whose ``matrix`` is the same tensor object share it.
+        examples: how many examples (sequences, images) were seen.
+        metadata: free-form strings to be kept with the statistics.
+
+    Attributes:
+        examples: how many examples were seen.
+        metadata: the free-form strings.
+
+    Raises:
+        PaveError: a moment is not a float32 matrix, or its kind and shape do not fit.
+    """
+
+    def __init__(
+        self, moments: Mapping[str, LayerMoment], *, examples: int, metadata: Mapping[str, str] | None = None
+    ) -> None:
+        self.examples = examples
+        self.metadata = dict(metadata or {})
+        self._file: Path | None = None
+        self._moments = {name: moments[name] for name in sorted(moments)}
+        self._entries: dict[str, _Entry] = {}
+        owners: dict[int, str] = {}
+        for name, moment in self._moments.items():
+            _check_moment(name, moment)
+            owner = owners.setdefault(id(moment.matrix), name)
+            if moment.kind != self._moments[owner].kind or moment.rows != self._moments[owner].rows:
+                raise PaveError(f"layers '{owner}' and '{name}' share a matrix but differ in kind or number of rows")
+            height, width = moment.matrix.shape
+            self._entries[name] = _Entry(owner, moment.kind, moment.rows, (height, width))
+
+    @classmethod
+    def load(cls, path: Path | str) -> TaskStatistics:
+        """Open a file written by `save`. Only its header is read.
+
+        Args:
+            path: the file.
+
+        Returns:
+            Statistics that read a layer's matrix from the file when it is asked for.
+
+        Raises:
+            PaveError: the file is missing, truncated, no safetensors file, none of ours, or of a newer format.
+        """
+        file = Path(path)
+        header, shapes = _read_header(file)
+        statistics = cls({}, examples=header["examples"], metadata=header["metadata"])
+        statistics._file = file
+        for name, entry in header["layers"].items():
+            statistics._entries[name] = _Entry(entry["owner"], entry["kind"], entry["rows"], shapes[entry["owner"]])
+        return statistics
+
+    def save(self, path: Path | str) -> None:
+        """Write everything to one safetensors file, each shared matrix once.
+
+        The file appears whole or not at all: it is written under a temporary name in the same folder, then renamed.
+        Equal statistics give equal bytes.
+
+        Args:
+            path: the file; its folder is created when it does not exist.
+
+        Raises:
+            PaveError: a matrix, read from an earlier file, is broken.
+        """
+        file = Path(path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        layers = {
+            name: {"owner": entry.owner, "kind": entry.kind, "rows": entry.rows}
+            for name, entry in sorted(self._entries.items())
+        }
+        header = {
+            "format_version": FORMAT_VERSION,
+            "examples": self.examples,
+            "layers": layers,
+            "metadata": self.metadata,
+        }
+        owners = sorted({entry.owner for entry in self._entries.values()})
+        matrices = {owner: self[owner].matrix.contiguous() for owner in owners}
+        temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+        try:
+            save_file(matrices, temporary, metadata={HEADER_KEY: json.dumps(header, sort_keys=True)})
+            with temporary.open("rb+") as written:
+                os.fsync(written.fileno())
+            temporary.replace(file)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def layers(self) -> list[str]:
+        """Names of all layers, sorted."""
+        return sorted(self._entries)
+
+    def shape(self, layer: str) -> tuple[int, int]:
+        """Shape of a layer's matrix, without reading it: ``(d_in, d_in)``, or ``(d_out, d_in)`` for a cross moment."""
+        return self._entry(layer).shape
+
+    def kind(self, layer: str) -> MomentKind:
+        """Which moment a layer has, without reading it."""
+        return self._entry(layer).kind
+
+    def rows(self, layer: str) -> int:
+        """How many rows a layer has seen, without reading its matrix."""
+        return self._entry(layer).rows
+
+    def owner(self, layer: str) -> str:
+        """The layer under whose name the matrix is stored: itself, or one that reads the same input."""
+        return self._entry(layer).owner
+
+    def __getitem__(self, layer: str) -> LayerMoment:
+        entry = self._entry(layer)
+        if self._file is None:
+            return self._moments[layer]
+        matrix = _read_matrix(self._file, entry.owner)
+        return LayerMoment(entry.kind, matrix, entry.rows)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, layer: object) -> bool:
+        # The inherited test would read the matrix.
+        return layer in self._entries
+
+    def __repr__(self) -> str:
+        where = "" if self._file is None else f", file='{self._file}'"
+        return f"{type(self).__name__}(layers={len(self)}, examples={self.examples}{where})"
+
+    def _entry(self, layer: str) -> _Entry:
+        try:
+            return self._entries[layer]
+        except KeyError:
+            raise KeyError(f"no statistics for layer '{layer}': {nearest(layer, self.layers())}") from None
+
+
+def _check_moment(name: str, moment: LayerMoment) -> None:
+    matrix = moment.matrix
+    square = matrix.ndim == 2 and matrix.shape[0] == matrix.shape[1]
+    if matrix.dtype != torch.float32 or matrix.ndim != 2 or (moment.kind == "input" and not square):
+        raise PaveError(
+            f"layer '{name}': expected a float32 matrix, square for kind 'input', found {matrix.dtype} of shape "
+            f"{tuple(matrix.shape)} with kind '{moment.kind}'"
+        )
+
+
+def _read_header(file: Path) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
+    """The header's JSON and the shapes of the stored matrices, all of it checked."""
+    if not file.is_file():
+        raise PaveError(f"no statistics at {file}: capture them first")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            text = (opened.metadata() or {}).get(HEADER_KEY)
+            shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise PaveError(f"{file} is truncated or no safetensors file ({error}): capture it again") from error
+    if text is None:
+        raise PaveError(f"{file} is a safetensors file, but holds no task statistics: give one written by a capture")
+    try:
+        header = json.loads(text)
+        version = header["format_version"]
+        if version > FORMAT_VERSION:
+            raise PaveError(f"{file} has statistics format {version}, known is up to {FORMAT_VERSION}: upgrade")
+        well_formed = isinstance(header["examples"], int) and isinstance(header["metadata"], dict)
+        for entry in header["layers"].values():
+            known = entry["kind"] in get_args(MomentKind) and isinstance(entry["rows"], int)
+            well_formed = well_formed and known and len(shapes[entry["owner"]]) == 2
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PaveError(f"{file} has a damaged statistics header ({error!r}): capture the statistics again") from error
+    if not well_formed:
+        raise PaveError(f"{file} has a damaged statistics header: capture the statistics again")
+    return header, cast(dict[str, tuple[int, int]], shapes)
+
+
+def _read_matrix(file: Path, owner: str) -> Tensor:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            matrix: Tensor = opened.get_tensor(owner)
+    except (SafetensorError, OSError) as error:
+        raise PaveError(f"cannot read layer '{owner}' from {file} ({error}): capture the statistics again") from error
+    if not torch.isfinite(matrix).all():
+        raise PaveError(f"layer '{owner}' in {file} holds NaN or infinite values: capture the statistics again")
+    return matrix

@@ -1,0 +1,1 @@
+"""What an expert is taught and judged on: data, columns, head, loss and metrics."""

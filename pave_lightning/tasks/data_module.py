@@ -1,0 +1,278 @@
+"""The rows of one task as batches of tokens, in an order that a resumed or distributed run repeats exactly."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import numpy.typing as npt
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, Sampler
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+from transformers.trainer_pt_utils import DistributedLengthGroupedSampler
+
+from pave_lightning.errors import PaveError
+from pave_lightning.recipe import Task
+from pave_lightning.tasks.data import SPLITS, Split, load_split, quiet_datasets, sample_rows, split_fingerprint
+
+# Raise it when the tokenised files change their form, so that older ones are not read.
+CACHE_FORMAT = 1
+
+STAGE_SPLITS: dict[str, tuple[Split, ...]] = {
+    "fit": ("train", "validation"),
+    "validate": ("validation",),
+    "test": ("test",),
+}
+
+
+class ExactSampler(Sampler[int]):
+    """Every row once over all processes, longest rows first so that a batch needs little padding.
+
+    Nothing is padded or repeated, so sums over processes equal those of one process; in exchange some processes may
+    have one row, and so one batch, less than others. Strategies that talk in every forward pass (FSDP, tensor parallel)
+    wait for the missing batch: use one process there.
+
+    Args:
+        lengths: length in tokens of each row.
+        world: number of processes.
+        rank: index of this process.
+    """
+
+    def __init__(self, lengths: npt.ArrayLike, *, world: int = 1, rank: int = 0) -> None:
+        # Stable: rows of one length stay in their order on every platform.
+        order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
+        self.rows: list[int] = order[rank::world].tolist()
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+class TaskDataModule(LightningDataModule):
+    """Tokenised rows of one task.
+
+    Each split is tokenised once, in `prepare_data`, and kept as an Arrow file named after everything it depends on; it
+    is read memory-mapped, so processes share it. Give ``use_distributed_sampler=False`` to the trainer: the samplers
+    here divide the rows themselves, by the world size and rank of the attached trainer (one process where there is
+    none, so set ``trainer`` before making loaders by hand).
+
+    Batches hold ``input_ids``, ``attention_mask`` and, where the tokenizer gives them, ``token_type_ids``, int64 of
+    shape ``(n, longest row of the batch)``, and ``labels`` of shape ``(n,)``, int64 class indices or float32 numbers.
+
+    Args:
+        task: the task.
+        tokenizer: the base model's tokenizer; it needs a padding token.
+        seed: of the samples of rows and the order of training batches.
+        cache_dir: folder for Arrow copies of the raw and the tokenised rows.
+        batch_size: rows a batch and process.
+        max_length: longest sequence in tokens; longer texts are cut, of a pair the longer text first.
+        num_workers: worker processes a loader.
+
+    Raises:
+        PaveError: the tokenizer has no padding token; later, when a split is read, all that is wrong with its data.
+    """
+
+    # A split with fewer rows than processes leaves some of them without a batch, which is exact and harmless.
+    allow_zero_length_dataloader_with_multiple_devices = True
+
+    def __init__(
+        self,
+        task: Task,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        seed: int,
+        cache_dir: str | Path,
+        batch_size: int,
+        max_length: int,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        if tokenizer.pad_token is None:
+            raise PaveError(
+                f"task '{task.name}': the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__} has no "
+                "padding token, but rows of one batch must be padded to one length; set 'pad_token' in its "
+                "tokenizer_config.json, for instance to its end-of-text token"
+            )
+        self.task = task
+        self.tokenizer = tokenizer
+        self.seed = seed
+        self.cache_dir = Path(cache_dir)
+        self.batch_size = batch_size
+        self.max_length = max_length
+        self.num_workers = num_workers
+        self.collate = DataCollatorWithPadding(tokenizer)
+        self._datasets: dict[Split, datasets.Dataset] = {}
+
+    def prepare_data(self) -> None:
+        """Tokenise what the trainer's stage needs (all splits without a trainer) unless the files are there already."""
+        stage = self.trainer.state.fn if self.trainer is not None else None
+        for split in STAGE_SPLITS.get(stage or "", SPLITS):
+            self._tokenised_file(split)
+
+    def setup(self, stage: str) -> None:
+        """Open the files that a stage needs."""
+        for split in STAGE_SPLITS.get(stage, SPLITS):
+            self.dataset(split)
+
+    def dataset(self, split: Split) -> datasets.Dataset:
+        """The tokenised rows of a split with their labels and ``length`` in tokens; made now if they are not there.
+
+        Raises:
+            PaveError: the split cannot be read, or a text or label of it cannot be used.
+        """
+        if split not in self._datasets:
+            self._datasets[split] = datasets.Dataset.from_file(str(self._tokenised_file(split)))
+        return self._datasets[split]
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Random batches of rows of similar length.
+
+        They depend only on seed, epoch and world size; Lightning tells the sampler the epoch. Where the rows do not
+        divide evenly over the processes, some of the first rows are drawn twice.
+        """
+        rows = self.dataset("train")
+        world, rank = self._place()
+        sampler = DistributedLengthGroupedSampler(
+            # The batches of all processes together are one slice of the order that the sampler makes.
+            self.batch_size * world,
+            num_replicas=world,
+            rank=rank,
+            seed=self.seed,
+            lengths=_lengths(rows).tolist(),
+        )
+        return self._loader(rows, self.batch_size, sampler)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Every validation row once over all processes."""
+        return self._exact_loader(self.dataset("validation"), self.batch_size)
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Every test row once over all processes."""
+        return self._exact_loader(self.dataset("test"), self.batch_size)
+
+    def capture_dataloader(self, examples: int, batch_size: int, seed: int) -> DataLoader[Any]:
+        """A seeded sample of the rows that the expert is trained on, every one once over all processes.
+
+        Args:
+            examples: how many rows; all of them if there are not more.
+            batch_size: rows a batch and process.
+            seed: of the sample.
+        """
+        rows = self.dataset("train")
+        return self._exact_loader(rows.select(sample_rows(len(rows), examples, seed)), batch_size)
+
+    def _exact_loader(self, rows: datasets.Dataset, batch_size: int) -> DataLoader[Any]:
+        world, rank = self._place()
+        return self._loader(rows, batch_size, ExactSampler(_lengths(rows), world=world, rank=rank))
+
+    def _loader(self, rows: datasets.Dataset, batch_size: int, sampler: Sampler[int]) -> DataLoader[Any]:
+        return DataLoader(
+            rows.remove_columns("length"),
+            batch_size=batch_size,
+            sampler=sampler,
+            collate_fn=self.collate,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            # Its own generator: a loader otherwise draws from the global one and so changes the dropout that follows.
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+
+    def _place(self) -> tuple[int, int]:
+        if self.trainer is None:
+            return 1, 0
+        return self.trainer.world_size, self.trainer.global_rank
+
+    def _tokenised_file(self, split: Split) -> Path:
+        path = self.cache_dir / "tokenised" / f"{self.task.name}-{split}-{self._digest(split)[:32]}.arrow"
+        if path.exists():
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Written beside and renamed: two processes may do this at once, and whoever is last replaces equal by equal.
+        unfinished = path.with_name(f".{path.stem}-{os.getpid()}-{uuid.uuid4().hex}.arrow")
+        try:
+            self._tokenise(split, unfinished)
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+        return path
+
+    def _tokenise(self, split: Split, path: Path) -> None:
+        rows = load_split(self.task, split, seed=self.seed, cache_dir=self.cache_dir)
+        rows = rows.select_columns(list(dict.fromkeys([*self.task.text, self.task.label])))
+        with quiet_datasets():
+            rows.map(
+                self._encode,
+                batched=True,
+                remove_columns=rows.column_names,
+                cache_file_name=str(path),
+                load_from_cache_file=False,
+                # Given, so that datasets need not pickle and hash the tokenizer.
+                new_fingerprint=self._digest(split)[:32],
+            )
+
+    def _encode(self, batch: dict[str, list[Any]]) -> dict[str, Any]:
+        texts = [batch[name] for name in self.task.text]
+        tokens = dict(self.tokenizer(*texts, truncation=True, max_length=self.max_length, return_attention_mask=True))
+        lengths = [len(ids) for ids in tokens["input_ids"]]
+        return {**tokens, "labels": encode_labels(self.task, batch[self.task.label]), "length": lengths}
+
+    def _digest(self, split: Split) -> str:
+        parts = {
+            "format": CACHE_FORMAT,
+            "data": split_fingerprint(self.task, split),
+            "text": self.task.text,
+            "label": [self.task.label, self.task.kind, self.task.classes],
+            "examples": getattr(self.task.examples, split),
+            "seed": self.seed,
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+            "max_length": self.max_length,
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def encode_labels(task: Task, labels: list[Any]) -> npt.NDArray[np.int64] | npt.NDArray[np.float32]:
+    """Checked labels as a model takes them.
+
+    Args:
+        task: its ``kind`` and ``classes`` are used.
+        labels: class names, class indices, or numbers for regression.
+
+    Returns:
+        Array of shape ``(n,)``: int64 class indices, or float32 for regression.
+    """
+    if task.classes is None:
+        return np.asarray(labels, dtype=np.float32)
+    indices = {name: index for index, name in enumerate(task.classes)}
+    return np.asarray([indices[label] if isinstance(label, str) else label for label in labels], dtype=np.int64)
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of all that decides how a tokenizer encodes; the same in every process and before and after use."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        content = json.loads(backend.to_str())
+        # State that each call leaves behind, no property of the tokenizer.
+        content.update(truncation=None, padding=None)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+            content = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    sides = [tokenizer.truncation_side, tokenizer.model_input_names]
+    return hashlib.sha256(json.dumps([content, sides], sort_keys=True).encode()).hexdigest()
+
+
+def _lengths(rows: datasets.Dataset) -> npt.NDArray[np.int64]:
+    return np.asarray(rows.with_format("numpy")["length"][:], dtype=np.int64)

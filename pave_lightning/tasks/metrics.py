@@ -1,0 +1,154 @@
+"""Loss and metrics of a task: from the head's logits to plain numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torchmetrics import Metric, MetricCollection
+from torchmetrics.classification import (
+    BinaryF1Score,
+    MulticlassAccuracy,
+    MulticlassF1Score,
+    MulticlassMatthewsCorrCoef,
+)
+from torchmetrics.functional.regression import pearson_corrcoef
+from torchmetrics.utilities import dim_zero_cat
+
+from pave_lightning.recipe import MetricName, Task
+
+
+class Correlation(Metric):
+    """Correlation of predictions and labels, computed in float64 over all rows at once.
+
+    All rows are kept (8 bytes each), so the value does not depend on batches or on the number of processes. Where the
+    predictions or the labels are constant the correlation is not defined; a constant predictor knows nothing, so the
+    value is 0. A prediction that is not a number makes the value not a number.
+
+    Args:
+        ranked: correlate ranks, ties sharing their mean rank (Spearman), instead of values (Pearson).
+    """
+
+    higher_is_better = True
+    is_differentiable = False
+    full_state_update = False
+
+    predictions: list[Tensor]
+    labels: list[Tensor]
+
+    def __init__(self, *, ranked: bool, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.ranked = ranked
+        self.add_state("predictions", default=[], dist_reduce_fx="cat")
+        self.add_state("labels", default=[], dist_reduce_fx="cat")
+
+    def update(self, predictions: Tensor, labels: Tensor) -> None:
+        """Take in a batch: two floating-point tensors of shape ``(n,)``."""
+        self.predictions.append(predictions.detach())
+        self.labels.append(labels.detach())
+
+    def compute(self) -> Tensor:
+        """The correlation of everything seen: a float32 scalar."""
+        # Some devices know no float64.
+        predictions, labels = (dim_zero_cat(state).cpu().double() for state in (self.predictions, self.labels))
+        if _constant(predictions) or _constant(labels):
+            return torch.zeros((), device=self.device)
+        if not (predictions.isfinite().all() and labels.isfinite().all()):
+            return torch.full((), torch.nan, device=self.device)
+        if self.ranked:
+            predictions, labels = _ranks(predictions), _ranks(labels)
+        return pearson_corrcoef(predictions, labels).float().to(self.device)
+
+
+class MatthewsCorrelation(MulticlassMatthewsCorrCoef):
+    """Matthews correlation that is exactly 0 where only one class is predicted, or only one occurs."""
+
+    def compute(self) -> Tensor:
+        """The correlation of everything seen: a float32 scalar."""
+        confusion = self.confmat
+        if min(int((confusion.sum(dim) > 0).sum()) for dim in (0, 1)) < 2:
+            return torch.zeros((), device=confusion.device)
+        return super().compute().float()
+
+
+def build_metrics(task: Task) -> MetricCollection:
+    """The metrics of a task, keyed by their names in the recipe.
+
+    ``accuracy`` is the share of right rows; ``f1`` is that of class 1; ``macro_f1`` is the mean F1 of the classes that
+    occur among labels or predictions. Feed them with `predictions` and the labels.
+
+    Args:
+        task: its ``metrics``, ``kind`` and ``classes`` are used.
+
+    Returns:
+        A collection whose states add up over batches and processes.
+    """
+    metrics: dict[str, Metric | MetricCollection] = {name: _metric(name, task.outputs) for name in task.metrics}
+    # Compute groups are guessed from the first batch's values; these states are small, so nothing is risked for them.
+    return MetricCollection(metrics, compute_groups=False)
+
+
+def predictions(task: Task, logits: Tensor) -> Tensor:
+    """What the metrics compare with the labels.
+
+    Args:
+        task: its ``kind`` is used.
+        logits: floating-point tensor of shape ``(n, outputs)``.
+
+    Returns:
+        Class indices, int64 of shape ``(n,)``, or for regression the predicted numbers, float32 of shape ``(n,)``.
+    """
+    if task.kind == "classification":
+        return logits.argmax(dim=-1)
+    return logits.squeeze(-1).float()
+
+
+def loss(task: Task, logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean loss of a batch, computed in float32: cross-entropy, or mean squared error for regression.
+
+    Args:
+        task: its ``kind`` is used.
+        logits: floating-point tensor of shape ``(n, outputs)``.
+        labels: int64 class indices or floating-point numbers of shape ``(n,)``.
+
+    Returns:
+        Scalar float32 tensor.
+    """
+    if task.kind == "classification":
+        return functional.cross_entropy(logits.float(), labels)
+    return functional.mse_loss(logits.squeeze(-1).float(), labels.float())
+
+
+def scores(metrics: MetricCollection) -> dict[str, float]:
+    """The values of all metrics as plain numbers; over several processes every one of them has to call this."""
+    return {name: float(value) for name, value in metrics.compute().items()}
+
+
+def _metric(name: MetricName, outputs: int) -> Metric:
+    # validate_args costs a pass over each batch; argmax and the checked labels are always valid.
+    match name:
+        case "accuracy":
+            return MulticlassAccuracy(outputs, average="micro", validate_args=False)
+        case "f1":
+            return BinaryF1Score(validate_args=False)
+        case "macro_f1":
+            return MulticlassF1Score(outputs, average="macro", validate_args=False)
+        case "matthews":
+            return MatthewsCorrelation(outputs, validate_args=False)
+        case "pearson":
+            return Correlation(ranked=False)
+        case "spearman":
+            return Correlation(ranked=True)
+
+
+def _constant(values: Tensor) -> bool:
+    return bool((values == values[0]).all())
+
+
+def _ranks(values: Tensor) -> Tensor:
+    _, position, counts = torch.unique(values, return_inverse=True, return_counts=True)
+    # The last rank of a value's ties minus half their spread is their mean rank.
+    ranks: Tensor = counts.cumsum(0) - (counts - 1).double() / 2
+    return ranks[position]

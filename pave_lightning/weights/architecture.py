@@ -1,0 +1,82 @@
+"""What a model's configuration says about its weights, without loading any."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from pave_lightning.errors import PaveError
+from pave_lightning.weights.parameters import Parameter, ParameterKind, kind_of
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The backbone of a sequence-classification model, built on the meta device: shapes and kinds, no weights.
+
+    Attributes:
+        prefix: name under which the whole model holds its backbone (``bert``, ``roberta``, ...).
+        parameters: the backbone's parameters by name, in the order of the modules.
+        children: names of the backbone's direct submodules.
+        config: the configuration, as plain values.
+    """
+
+    prefix: str
+    parameters: dict[str, Parameter]
+    children: tuple[str, ...]
+    config: dict[str, Any] = field(repr=False)
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> Architecture:
+        """Read ``config.json`` of a model folder.
+
+        Raises:
+            PaveError: the configuration is missing, broken, or of an architecture without a sequence-classification form.
+        """
+        model = empty_classifier(folder)
+        backbone = backbone_of(model)
+        kinds: dict[str, tuple[ParameterKind, int | None]] = {}
+        for module_name, module in backbone.named_modules():
+            for attribute, _ in module.named_parameters(recurse=False):
+                name = f"{module_name}.{attribute}" if module_name else attribute
+                kinds[name] = kind_of(module, attribute)
+        parameters = {
+            name: Parameter(name, kinds[name][0], tuple(tensor.shape), kinds[name][1])
+            for name, tensor in backbone.named_parameters()
+        }
+        return cls(
+            prefix=str(model.base_model_prefix),
+            parameters=parameters,
+            children=tuple(name for name, _ in backbone.named_children()),
+            config=json.loads((folder / "config.json").read_text()),
+        )
+
+    def describe(self, name: str, shape: tuple[int, ...]) -> Parameter:
+        """The parameter of that name; a stored tensor that the model class does not know is of kind other."""
+        known = self.parameters.get(name)
+        return known if known is not None else Parameter(name, ParameterKind.OTHER, shape)
+
+
+def empty_classifier(folder: Path, device: str = "meta") -> nn.Module:
+    """A sequence-classification model of the folder's configuration, untrained; on the meta device it needs no memory."""
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device(device):
+            model: nn.Module = AutoModelForSequenceClassification.from_config(config)
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise PaveError(f"{folder}: its config.json gives no sequence-classification model: {reason}") from error
+    return model
+
+
+def backbone_of(model: nn.Module) -> nn.Module:
+    """The part of a Hugging Face model below its head."""
+    backbone = getattr(model, str(model.base_model_prefix))
+    if not isinstance(backbone, nn.Module):
+        raise PaveError(f"{type(model).__name__} has no backbone named '{model.base_model_prefix}'")
+    return backbone

@@ -1,0 +1,153 @@
+"""A model folder whose tensors are read one at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from pave_lightning.errors import PaveError
+from pave_lightning.weights.writing import file_sha256
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+PICKLED_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
+FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies: its file, its name there, and what the file's header says of it."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def is_floating(self) -> bool:
+        """Whether it holds floating-point numbers (index buffers do not)."""
+        return self.dtype in FLOATING
+
+
+class Checkpoint:
+    """The weights of a Hugging Face model folder, split into backbone and head, read lazily from safetensors.
+
+    Only headers are read at construction. Stored names may carry the architecture's prefix (``bert.``) or not; backbone
+    tensors are known here by their name without it.
+
+    Args:
+        folder: folder with ``model.safetensors``, or with shards and their index.
+        prefix: the architecture's backbone prefix, without the dot.
+
+    Raises:
+        PaveError: weights are missing, pickled, truncated or no safetensors; shards are missing.
+    """
+
+    def __init__(self, folder: Path, prefix: str) -> None:
+        self.folder = Path(folder)
+        self.files = weight_files(self.folder)
+        self._open: dict[Path, Any] = {}
+        stored = {name: tensor for file in self.files for name, tensor in self._read_header(file).items()}
+        start = f"{prefix}."
+        if any(name.startswith(start) for name in stored):
+            self.backbone = {
+                name.removeprefix(start): tensor for name, tensor in stored.items() if name.startswith(start)
+            }
+            self.head = {name: tensor for name, tensor in stored.items() if not name.startswith(start)}
+        else:
+            self.backbone, self.head = stored, {}
+        legacy = {".gamma": ".weight", ".beta": ".bias"}
+        for name in list(self.backbone):
+            for old, new in legacy.items():
+                if name.endswith(f"LayerNorm{old}"):
+                    self.backbone[name.removesuffix(old) + new] = self.backbone.pop(name)
+
+    def _read_header(self, file: Path) -> dict[str, StoredTensor]:
+        try:
+            handle = safe_open(file, framework="pt")
+            found = {}
+            for name in sorted(handle.keys()):
+                view = handle.get_slice(name)
+                found[name] = StoredTensor(file, name, tuple(view.get_shape()), str(view.get_dtype()))
+        except (SafetensorError, OSError) as error:
+            raise PaveError(
+                f"{file} is truncated or no safetensors file ({error}); fetch or save the checkpoint again"
+            ) from error
+        self._open[file] = handle
+        return found
+
+    def tensor(self, name: str, rows: slice | None = None) -> Tensor:
+        """A backbone tensor in its stored dtype; with ``rows``, only these rows of its first axis are read."""
+        return self._read(self.backbone[name], rows)
+
+    def head_tensors(self) -> dict[str, Tensor]:
+        """All tensors outside the backbone, by their stored names."""
+        return {name: self._read(stored) for name, stored in self.head.items()}
+
+    def _read(self, stored: StoredTensor, rows: slice | None = None) -> Tensor:
+        view = self._open[stored.file].get_slice(stored.name)
+        tensor: Tensor = view[rows] if rows is not None else view[...] if stored.shape else self._whole(stored)
+        return tensor
+
+    def _whole(self, stored: StoredTensor) -> Tensor:
+        tensor: Tensor = self._open[stored.file].get_tensor(stored.name)
+        return tensor
+
+    def non_finite(self) -> list[str]:
+        """Names of tensors, backbone and head, that hold NaN or infinity (reads every weight once)."""
+        bad = []
+        for name, stored in [*self.backbone.items(), *self.head.items()]:
+            if stored.is_floating and not bool(torch.isfinite(self._read(stored)).all()):
+                bad.append(name)
+        return bad
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.backbone)
+
+
+def weights_digest(folder: Path) -> str:
+    """What identifies a folder's weights: the sha256 of each safetensors file, in order of their names."""
+    files = sorted(folder.glob("*.safetensors"))
+    return "+".join(_remembered_sha256(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+
+
+@lru_cache(maxsize=1024)
+def _remembered_sha256(file: Path, size: int, modified: int) -> str:
+    return file_sha256(file)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, by its index where it is sharded.
+
+    Raises:
+        PaveError: there are none, only pickled ones, or shards of the index are missing.
+    """
+    index = folder / INDEX_FILE
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (json.JSONDecodeError, KeyError, AttributeError) as error:
+            raise PaveError(f"{index} is broken: expected JSON with a weight_map; save the checkpoint again") from error
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise PaveError(f"{folder}: the index names shards that are not there: {', '.join(missing)}")
+        return [folder / name for name in names]
+    if (folder / SINGLE_FILE).is_file():
+        return [folder / SINGLE_FILE]
+    if not folder.is_dir():
+        raise PaveError(f"there is no folder {folder}")
+    pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLED_ENDINGS)
+    if pickled:
+        raise PaveError(
+            f"{folder} holds its weights as {', '.join(pickled)}; pickled weights can run code and are refused: "
+            "load and save them once with save_pretrained to get safetensors"
+        )
+    raise PaveError(f"{folder} has no {SINGLE_FILE} (nor shards with an index)")

@@ -1,0 +1,63 @@
+"""From what a recipe says about a model to a folder on this machine."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from pave_lightning.errors import PaveError
+
+PACKAGE_SCHEME = "package:"
+
+
+def locate_model(reference: str, *, role: str = "model") -> Path:
+    """The local folder of a model, downloading it from the hub when it is named by its hub id.
+
+    Args:
+        reference: a folder; ``package:NAME/FOLDER`` for a model that an installed Python package carries
+            (the package is found, not imported); or a hub id such as ``FacebookAI/roberta-base``.
+        role: what the model is, for messages.
+
+    Raises:
+        PaveError: nothing is found under that name; the message says where was looked.
+    """
+    if reference.startswith(PACKAGE_SCHEME):
+        return _inside_package(reference.removeprefix(PACKAGE_SCHEME), role)
+    folder = Path(reference).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
+            raise PaveError(f"{role}: the folder {folder} has no config.json, so it is no Hugging Face model folder")
+        return folder
+    if folder.exists():
+        raise PaveError(f"{role}: {folder} is a file; a model is named by its folder (with config.json and safetensors)")
+    if reference.startswith((".", "/", "~")) or reference.count("/") > 1:
+        raise PaveError(f"{role}: there is no folder {folder}")
+    return _from_hub(reference, role)
+
+
+def _inside_package(inside: str, role: str) -> Path:
+    name, _, rest = inside.partition("/")
+    found = importlib.util.find_spec(name)
+    if found is None or not found.submodule_search_locations:
+        distribution = name.replace("_", "-")
+        raise PaveError(f"{role}: the package '{name}' is not installed; run: pip install {distribution}")
+    folder = Path(found.submodule_search_locations[0]) / rest
+    if not (folder / "config.json").is_file():
+        raise PaveError(f"{role}: the package '{name}' has no model folder '{rest}' (no config.json there)")
+    return folder
+
+
+def _from_hub(reference: str, role: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(reference, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+    except HFValidationError as error:
+        raise PaveError(f"{role}: '{reference}' is neither a folder here nor a valid hub id") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise PaveError(
+            f"{role}: '{reference}' is no folder here and could not be fetched from the hub ({reason}); "
+            "check the name, the network and HF_HUB_OFFLINE"
+        ) from error

@@ -1,0 +1,69 @@
+"""Writing weights in shards, one tensor at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+SHARD_BYTES = 4_000_000_000
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file's content, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+class ShardWriter:
+    """Collects tensors and writes them as a Hugging Face checkpoint: one file, or shards with an index.
+
+    Memory is bounded by one shard. Call :meth:`close` after the last tensor; until then no file has its final name.
+
+    Args:
+        folder: an existing folder.
+        shard_bytes: largest size of one file.
+    """
+
+    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+        self.folder = folder
+        self.shard_bytes = shard_bytes
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
+        self._shards: list[list[str]] = []
+        self._total_bytes = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Add one tensor; it is copied to contiguous memory if need be."""
+        size = tensor.numel() * tensor.element_size()
+        if self._pending and self._pending_bytes + size > self.shard_bytes:
+            self._flush()
+        self._pending[name] = tensor.detach().contiguous()
+        self._pending_bytes += size
+        self._total_bytes += size
+
+    def _temporary(self, number: int) -> Path:
+        return self.folder / f"shard-{number}.tmp"
+
+    def _flush(self) -> None:
+        save_file(self._pending, self._temporary(len(self._shards)), metadata={"format": "pt"})
+        self._shards.append(list(self._pending))
+        self._pending, self._pending_bytes = {}, 0
+
+    def close(self) -> None:
+        """Write what is pending, give the files their final names and write the index where there are several."""
+        self._flush()
+        count = len(self._shards)
+        if count == 1:
+            self._temporary(0).replace(self.folder / "model.safetensors")
+            return
+        weight_map = {}
+        for number, names in enumerate(self._shards):
+            file = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+            self._temporary(number).replace(self.folder / file)
+            weight_map.update(dict.fromkeys(names, file))
+        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
+        (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))

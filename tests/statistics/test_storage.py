@@ -1,0 +1,164 @@
+import json
+import os
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from safetensors import safe_open
+
+from pave_lightning.errors import PaveError
+from pave_lightning.statistics import LayerMoment, TaskStatistics
+from pave_lightning.statistics.storage import HEADER_KEY
+
+
+def make_statistics() -> TaskStatistics:
+    shared = LayerMoment("input", torch.randn(4, 4), 30)
+    cross = LayerMoment("cross", torch.randn(2, 8), 20)
+    moments = {"layer.1.query": shared, "layer.1.key": shared, "layer.1.down": cross}
+    return TaskStatistics(moments, examples=7, metadata={"task": "movie", "note": 'quoted "words" – and more'})
+
+
+def test_comes_back_as_it_was(tmp_path: Path) -> None:
+    statistics = make_statistics()
+    file = tmp_path / "new" / "movie.safetensors"
+    statistics.save(file)
+    loaded = TaskStatistics.load(str(file))
+    assert loaded.layers() == list(loaded) == ["layer.1.down", "layer.1.key", "layer.1.query"]
+    assert (loaded.examples, loaded.metadata, len(loaded)) == (7, statistics.metadata, 3)
+    for name in loaded:
+        assert torch.equal(loaded[name].matrix, statistics[name].matrix)
+        assert (loaded[name].kind, loaded[name].rows) == (statistics[name].kind, statistics[name].rows)
+        assert loaded.shape(name) == tuple(statistics[name].matrix.shape) == statistics.shape(name)
+        assert (loaded.kind(name), loaded.rows(name)) == (statistics.kind(name), statistics.rows(name))
+        assert loaded.owner(name) == statistics.owner(name)
+    assert os.listdir(file.parent) == [file.name]
+
+
+def test_a_shared_matrix_is_stored_once(tmp_path: Path) -> None:
+    statistics, file = make_statistics(), tmp_path / "movie.safetensors"
+    statistics.save(file)
+    with safe_open(file, framework="pt") as opened:
+        assert sorted(opened.keys()) == ["layer.1.down", "layer.1.key"]
+    assert statistics["layer.1.query"].matrix is statistics["layer.1.key"].matrix
+    assert TaskStatistics.load(file).owner("layer.1.query") == "layer.1.key"
+
+
+def test_equal_statistics_give_equal_bytes(tmp_path: Path) -> None:
+    statistics = make_statistics()
+    backwards = TaskStatistics(
+        dict(reversed(list(statistics.items()))), examples=7, metadata=dict(reversed(statistics.metadata.items()))
+    )
+    for name, given in [("a", statistics), ("b", backwards)]:
+        given.save(tmp_path / name)
+    TaskStatistics.load(tmp_path / "a").save(tmp_path / "c")
+    assert len({(tmp_path / name).read_bytes() for name in "abc"}) == 1
+
+
+def test_loading_reads_headers_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "movie.safetensors"
+    make_statistics().save(file)
+    read: list[str] = []
+    reader = "pave_lightning.statistics.storage._read_matrix"
+    monkeypatch.setattr(reader, lambda path, owner: (read.append(owner), torch.zeros(4, 4))[1])
+    loaded = TaskStatistics.load(file)
+    assert "layer.1.query" in loaded
+    assert "layer.1.value" not in loaded
+    assert (loaded.shape("layer.1.query"), loaded.rows("layer.1.down")) == ((4, 4), 20)
+    assert "layers=3" in repr(loaded)
+    assert read == []
+    assert loaded["layer.1.query"].rows == 30
+    assert read == ["layer.1.key"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "movie.safetensors"
+    make_statistics().save(file)
+    before = file.read_bytes()
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("pave_lightning.statistics.storage.os.fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        make_statistics().save(file)
+    assert file.read_bytes() == before
+    assert os.listdir(tmp_path) == [file.name]
+
+
+def test_refuses_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(PaveError, match=r"no statistics at .*nowhere"):
+        TaskStatistics.load(tmp_path / "nowhere")
+    with pytest.raises(PaveError, match="no statistics at"):
+        TaskStatistics.load(tmp_path)
+
+
+@pytest.mark.parametrize("size", [0, 4, 100, -1])
+def test_refuses_a_truncated_file(tmp_path: Path, size: int) -> None:
+    file = tmp_path / "movie.safetensors"
+    make_statistics().save(file)
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(PaveError, match="truncated or no safetensors"):
+        TaskStatistics.load(file)
+
+
+def test_refuses_the_files_of_others(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_text("not safetensors at all, but long enough to look like a header")
+    with pytest.raises(PaveError, match="truncated or no safetensors"):
+        TaskStatistics.load(file)
+    safetensors.torch.save_file({"weight": torch.ones(2)}, file)
+    with pytest.raises(PaveError, match="holds no task statistics"):
+        TaskStatistics.load(file)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 99}, "format 99"),
+        ({"examples": "many"}, "damaged"),
+        ({"layers": {"x": {"owner": "gone", "kind": "input", "rows": 1}}}, "damaged"),
+        ({"layers": {"x": {"owner": "a", "kind": "output", "rows": 1}}}, "damaged"),
+        ({"layers": 3}, "damaged"),
+    ],
+)
+def test_refuses_a_damaged_header(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    header = {"format_version": 1, "examples": 1, "metadata": {}, "layers": {}} | change
+    file = tmp_path / "movie.safetensors"
+    safetensors.torch.save_file({"a": torch.ones(2, 2)}, file, metadata={HEADER_KEY: json.dumps(header)})
+    with pytest.raises(PaveError, match=message):
+        TaskStatistics.load(file)
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_names_a_layer_that_is_not_finite(tmp_path: Path, broken: float) -> None:
+    moments = {
+        "good": LayerMoment("input", torch.ones(2, 2), 1),
+        "bad": LayerMoment("input", torch.full((2, 2), broken), 1),
+    }
+    TaskStatistics(moments, examples=1).save(tmp_path / "file")
+    loaded = TaskStatistics.load(tmp_path / "file")
+    assert loaded["good"].rows == 1
+    with pytest.raises(PaveError, match=r"layer 'bad' .* NaN or infinite"):
+        loaded["bad"]
+
+
+def test_refuses_moments_that_are_none() -> None:
+    for moment in (
+        LayerMoment("input", torch.ones(2, 3), 1),
+        LayerMoment("cross", torch.ones(2), 1),
+        LayerMoment("cross", torch.ones(2, 3, dtype=torch.float64), 1),
+    ):
+        with pytest.raises(PaveError, match="layer 'a'"):
+            TaskStatistics({"a": moment}, examples=1)
+    matrix = torch.ones(2, 2)
+    unlike = {"a": LayerMoment("input", matrix, 1), "b": LayerMoment("input", matrix, 2)}
+    with pytest.raises(PaveError, match="share a matrix"):
+        TaskStatistics(unlike, examples=1)
+
+
+def test_an_unknown_layer_is_a_key_error() -> None:
+    statistics = make_statistics()
+    with pytest.raises(KeyError, match=r"did you mean 'layer\.1\.query'"):
+        statistics["layer.1.quary"]
+    assert statistics.get("layer.1.quary") is None
