@@ -41,7 +41,36 @@ _HOMES = {
     "task_vectors": "weights",
 }
 
-__all__ = sorted(_HOMES)
+__all__ = [
+    "Architecture",
+    "Average",
+    "Checkpoint",
+    "Emr",
+    "Evaluator",
+    "ExpertTaskVectors",
+    "MethodOptions",
+    "PaveCallback",
+    "PaveError",
+    "PerTaskMethod",
+    "PurifiedTaskVectors",
+    "Purify",
+    "Recipe",
+    "StaticMethod",
+    "Task",
+    "TaskArithmetic",
+    "TaskDataModule",
+    "TaskExpert",
+    "TaskStatistics",
+    "TaskVectors",
+    "Ties",
+    "load_merged",
+    "load_recipe",
+    "merge",
+    "plan_recipe",
+    "register",
+    "run_recipe",
+    "task_vectors",
+]
 
 if TYPE_CHECKING:
     from pave_lightning.callbacks import PaveCallback as PaveCallback

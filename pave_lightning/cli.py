@@ -137,4 +137,3 @@ def _version() -> str:
     from pave_lightning import __version__
 
     return __version__
-

@@ -24,7 +24,7 @@ def run_recipe(recipe: Recipe) -> Path:
         The run folder.
 
     Raises:
-        PaveError: something is wrong with the recipe, its data or its models; found before anything runs where possible.
+        PaveError: something is wrong with the recipe, its data or its models; found before anything runs where it can.
     """
     from pave_lightning.reporting.report import write_report
 

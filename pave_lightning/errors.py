@@ -12,7 +12,7 @@ class PaveError(Exception):
     """A mistake in what was given (recipe, data, checkpoint, folder), told in words meant for the user."""
 
 
-class Interrupted(Exception):
+class Interrupted(Exception):  # noqa: N818 - being stopped is no error
     """The user or the system asked the program to stop; what is finished stays and the run can go on later.
 
     Args:

@@ -43,7 +43,9 @@ class Launcher:
         if code in (130, 143, -2, -15):
             raise Interrupted(143 if code in (143, -15) else 130)
         if code:
-            raise PaveError(f"the stage '{stage}'{f' of task {task}' if task else ''} failed (exit code {code}); see above")
+            raise PaveError(
+                f"the stage '{stage}'{f' of task {task}' if task else ''} failed (exit code {code}); see above"
+            )
 
 
 def is_launched() -> bool:

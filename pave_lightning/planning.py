@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from pave_lightning.errors import PaveError, Problems, nearest
 from pave_lightning.experts.loading import ADAPTER_CONFIG, load_tokenizer
 from pave_lightning.experts.trainers import machine_options, trainer_problems
-from pave_lightning.recipe import Recipe, Task
+from pave_lightning.merging import make_method
+from pave_lightning.recipe import MergeStep, Recipe, Task
 from pave_lightning.run_folder import RunFolder
 from pave_lightning.tasks.data import check_task, load_split
 from pave_lightning.tracking import resolve_uri
 from pave_lightning.weights import Architecture, Checkpoint, locate_model
 from pave_lightning.weights.task_vectors import config_differences, differences
-from pave_lightning.workflow import build_method, expert_stage, merged_stage, purified_stage, score_stage, statistics_stage
+from pave_lightning.workflow import expert_stage, merged_stage, purified_stage, score_stage, statistics_stage
 
 
 def check_recipe(recipe: Recipe, folder: RunFolder) -> None:
@@ -26,7 +28,7 @@ def check_recipe(recipe: Recipe, folder: RunFolder) -> None:
     """
     problems = Problems(f"recipe '{recipe.name}' cannot be run:")
 
-    def attempt(check: Callable[[], None]) -> None:
+    def attempt(check: Callable[[], object]) -> None:
         try:
             check()
         except PaveError as error:
@@ -39,13 +41,19 @@ def check_recipe(recipe: Recipe, folder: RunFolder) -> None:
         problems.extend(trainer_problems(options, where if options != recipe.trainer else "trainer"))
     for where, precision in (("capture", recipe.capture.precision), ("evaluate", recipe.evaluate.precision)):
         problems.extend(trainer_problems({**machine_options(recipe.trainer), "precision": precision}, where))
-    attempt(lambda: _check_models(recipe, problems))
+    attempt(partial(_check_models, recipe, problems))
     for step in recipe.merge:
-        attempt(lambda step=step: build_method(step) and None)  # type: ignore[misc]
+        attempt(partial(_check_step, step))
     if recipe.merge and len(recipe.tasks) < 2:
         problems.add("merging needs at least two tasks; the recipe has one")
-    attempt(lambda: resolve_uri(recipe.tracking.uri) and None)
+    attempt(partial(resolve_uri, recipe.tracking.uri))
     problems.raise_if_any()
+
+
+def _check_step(step: MergeStep) -> None:
+    method = make_method(step.method, step.options)
+    if step.scale is not None and method.default_scale is None:
+        raise PaveError(f"merge step '{step.name}': {step.method} has no scale; leave the key 'scale' out")
 
 
 def _check_models(recipe: Recipe, problems: Problems) -> None:
@@ -110,7 +118,9 @@ def plan_rows(recipe: Recipe, folder: RunFolder) -> list[tuple[str, str, str]]:
         add(stage, f"rho {options.rho:g}, {options.metric}, {options.allocation} allocation")
     for step in recipe.merge:
         for vectors in step.vectors:
-            scale = "" if step.scale is None else f", scale {step.scale if isinstance(step.scale, float) else 'searched'}"
+            scale = (
+                "" if step.scale is None else f", scale {step.scale if isinstance(step.scale, float) else 'searched'}"
+            )
             add(merged_stage(step, vectors), f"{step.method}{scale}")
     scored = [score_stage(step, vectors) for step in recipe.merge for vectors in step.vectors]
     for stage in ["scores/base", "scores/experts", *scored]:

@@ -31,10 +31,10 @@ class LayerRank:
 
 
 class PurifiedTaskVectors(TaskVectors):
-    """Task vectors whose fine-tuned linear weights are projected onto the directions that their own task excites.
+    r"""Task vectors whose fine-tuned linear weights are projected onto the directions that their own task excites.
 
     Every linear weight :math:`W_t` becomes :math:`U_r U_r^T W_t`, where :math:`U_r` are the leading left singular
-    vectors of :math:`W_t (C_t + \\epsilon I)` and the ranks of a layer are shared out over its tasks; all else stays as
+    vectors of :math:`W_t (C_t + \epsilon I)` and the ranks of a layer are shared out over its tasks; all else stays as
     it is. A weight that keeps its full rank stays the same bit for bit. Computed one layer at a time, when it is asked
     for; only the last layer is held.
 

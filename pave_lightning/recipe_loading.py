@@ -18,7 +18,7 @@ from ruamel.yaml.representer import SafeRepresenter
 from pave_lightning.errors import PaveError, Problems, nearest
 from pave_lightning.recipe import Recipe
 from pave_lightning.recipe_overrides import apply_overrides
-from pave_lightning.recipe_problems import check_recipe, place, plain, show
+from pave_lightning.recipe_problems import check_recipe, show
 from pave_lightning.tasks.suites import suite_task_names
 
 __all__ = ["load_recipe", "recipe_digest", "recipe_schema", "recipe_to_yaml"]
@@ -40,9 +40,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         PaveError: the file cannot be read, or something is wrong with the recipe; the message tells everything that is.
     """
     path = Path(path)
-    document = _read(path)
+    raw = _read(path)
     problems = Problems(f"the recipe {path} cannot be used:")
-    raw = plain(document, lambda keys, message: problems.add(f"{place(keys, document)}: {message}"))
     applied = apply_overrides(raw, overrides, problems)
     recipe = check_recipe(raw, problems, complete=applied)
     problems.raise_if_any()
@@ -132,13 +131,14 @@ def _lines(value: Any) -> Any:
     return value
 
 
-def _read(path: Path) -> dict[Any, Any]:
+def _read(path: Path) -> Any:
+    """The mapping in a recipe file."""
     if path.is_dir():
-        raise PaveError(f"{path} is a folder, not a recipe file; {_nearby(path, path)}")
+        raise PaveError(f"{path} is a folder, not a recipe file; recipes are: {', '.join(_recipes(path)) or 'none'}")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise PaveError(f"there is no recipe {path}; {_nearby(path, path.parent)}") from None
+        raise PaveError(f"there is no recipe {path}; {_nearby(path)}") from None
     except UnicodeDecodeError as error:
         raise PaveError(f"the recipe {path} is not UTF-8 text: byte {error.start} cannot be read") from None
     except OSError as error:
@@ -150,7 +150,17 @@ def _read(path: Path) -> dict[Any, Any]:
         raise PaveError(
             f"the recipe {path} must be a mapping of keys such as name, base and tasks, found {show(document)}"
         )
-    return document
+    try:
+        return _unshared(document)
+    except RecursionError:
+        raise PaveError(f"the recipe {path} cannot be used: a YAML alias contains itself") from None
+
+
+def _unshared(value: Any) -> Any:
+    """A copy in which no two places share a mapping or list, as they do after a YAML alias."""
+    if isinstance(value, dict):
+        return {key: _unshared(item) for key, item in value.items()}
+    return [_unshared(item) for item in value] if isinstance(value, list) else value
 
 
 def _parse(text: str, path: Path) -> Any:
@@ -163,7 +173,7 @@ def _parse(text: str, path: Path) -> Any:
             raise PaveError(f"{path}: {what}") from None
         if "'\\t'" in what:
             what += "; indent with spaces, not with tabs"
-        lines = text.splitlines()
+        lines = text.split("\n")
         line = lines[mark.line].rstrip() if mark.line < len(lines) else ""
         quoted = f"\n    {line}\n    {' ' * mark.column}^" if line else ""
         raise PaveError(f"{path}, line {mark.line + 1}, column {mark.column + 1}: {what}{quoted}") from None
@@ -173,13 +183,16 @@ def _parse(text: str, path: Path) -> Any:
         raise PaveError(f"{path} is not valid YAML: it is nested too deeply") from None
 
 
-def _nearby(path: Path, folder: Path) -> str:
-    """A hint for a recipe that is not there: the nearest one of the folder or of ./recipes, or all of them."""
-    found = {file for place in (folder, RECIPE_FOLDER) if place.is_dir() for file in place.iterdir()}
-    recipes = {str(file): file for file in sorted(found) if file.suffix in SUFFIXES}
+def _nearby(path: Path) -> str:
+    """A hint for a recipe that is not there: the nearest one of its folder or of ./recipes, or all of them."""
+    recipes = _recipes(path.parent)
     if not recipes:
-        return f"there are no recipes (*.yaml) in {folder} or ./{RECIPE_FOLDER}"
-    for name, file in recipes.items():
-        if path.stem == file.stem:
-            return f"did you mean '{name}'?"
-    return nearest(str(path), list(recipes))
+        return f"there are no recipes (*.yaml) in {path.parent} or ./{RECIPE_FOLDER}"
+    same = [recipe for recipe in recipes if Path(recipe).stem == path.stem]
+    return nearest(same[0] if same else str(path), recipes)
+
+
+def _recipes(folder: Path) -> list[str]:
+    """The recipe files of a folder and of ./recipes."""
+    files = {file for place in (folder, RECIPE_FOLDER) if place.is_dir() for file in place.iterdir()}
+    return sorted(str(file) for file in files if file.suffix in SUFFIXES)

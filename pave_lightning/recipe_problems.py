@@ -34,6 +34,11 @@ LIGHTNING_OPTIONS = {
 }
 """The best known options of lightning.Trainer, to say where they belong; `trainer` takes every option."""
 
+NO_TASK = "the key 'use' with the name of a known task is missing, or else the keys name, data and text"
+
+_SYNONYMS = {"lr": "learning_rate", "use": "method", "columns": "text", "labels": "classes"}
+"""What other programs call a key."""
+
 _EXPECTED: dict[tuple[type[Section] | None, str], str] = {
     (Task, "text"): "the name of a column, or a list of one or two",
     (Task, "classes"): "the number of classes, or a list of their names",
@@ -110,8 +115,8 @@ def check_recipe(raw: Any, problems: Problems, *, complete: bool = True) -> Reci
     return recipe
 
 
-def plain(value: Any, tell: Callable[[Keys, str], None], keys: Keys = (), above: tuple[int, ...] = ()) -> Any:
-    """A copy made of mappings with text keys, lists and simple values only, in which nothing is shared.
+def _plain(value: Any, tell: Callable[[Keys, str], None], keys: Keys = (), above: tuple[int, ...] = ()) -> Any:
+    """A copy made of mappings with text keys, lists and simple values only.
 
     Args:
         value: what was read.
@@ -128,10 +133,10 @@ def plain(value: Any, tell: Callable[[Keys, str], None], keys: Keys = (), above:
         for key, item in value.items():
             if not isinstance(key, str):
                 tell((*keys, str(key)), f"the key {show(key)} is not a text; put it in quotes")
-            copied[str(key)] = plain(item, tell, (*keys, str(key)), above)
+            copied[str(key)] = _plain(item, tell, (*keys, str(key)), above)
         return copied
     if isinstance(value, list):
-        return [plain(item, tell, (*keys, index), above) for index, item in enumerate(value)]
+        return [_plain(item, tell, (*keys, index), above) for index, item in enumerate(value)]
     if isinstance(value, float) and not math.isfinite(value):
         tell(keys, f"must be a finite number, found {show(value)}")
     elif isinstance(value, datetime.date):
@@ -212,7 +217,7 @@ class _Check:
     def __init__(self, raw: Any, complete: bool) -> None:
         self.faults: list[Fault] = []
         self.complete = complete
-        self.raw = plain(raw, self._tell)
+        self.raw = _plain(raw, self._tell)
         self.repaired = copy.deepcopy(self.raw)
 
     def run(self) -> Recipe | None:
@@ -221,7 +226,7 @@ class _Check:
             try:
                 recipe = Recipe.model_validate(self.repaired)
             except ValidationError as error:
-                if not self._take(error) and not self.faults:
+                if not self._take(error) and not self.faults and self.complete:
                     self._tell((), str(error.errors()[0]["msg"]))
             else:
                 return None if self.faults else recipe
@@ -261,14 +266,18 @@ class _Check:
             if details["type"] == "extra_forbidden" and (near := _near_key(spot))
         }
         told = {fault.keys for fault in self.faults if fault.subject is None}
+        missing = {spot.keys for details, spot in own if details["type"] == "missing"} - hinted
         before = len(self.faults)
         for details, spot in own:
             inner = any(other.keys[: len(spot.keys)] == spot.keys != other.keys for _, other in own)
             if self._follows(details, spot, told, hinted) or (inner and spot.branch is not spot.expected):
                 continue
             if details["type"] == "missing" and spot.field is not None and spot.keys[-1] not in self._keys_at(spot):
-                *parent, key = spot.keys
-                self._tell(tuple(parent), f"the key '{key}' is missing ({_purpose(spot.field)})", subject=key)
+                entry, key = spot.keys[:-1], spot.keys[-1]
+                if entry[:1] == ("tasks",) and {(*entry, "data"), (*entry, "text")} <= missing:
+                    self._tell(entry, NO_TASK, subject="use")
+                else:
+                    self._tell(entry, f"the key '{key}' is missing ({_purpose(spot.field)})", subject=key)
                 continue
             together = "taken together" if details["type"] == "value_error" and _is_section(spot.branch) else None
             for line in _words(details, spot, self._found(details, spot)):
@@ -345,13 +354,10 @@ class _Check:
 
 def _changes_names(fault: Fault) -> bool:
     """Whether a fault makes it unsure what tasks and merge steps are called."""
-    keys = fault.keys
-    if not keys or keys[0] not in SHORT_FORMS:
+    path = (*fault.keys, fault.subject)
+    if path[0] not in SHORT_FORMS:
         return False
-    if len(keys) < 2:
-        return True
-    key = fault.key_of(keys[:2])
-    return key in (None, "name", "use", "method") or (fault.unknown and len(keys) == 3)
+    return len(fault.keys) < 2 or path[2] in (None, "name", "use", "method") or (fault.unknown and len(path) == 4)
 
 
 def _stand_in_task(name: str) -> dict[str, Any]:
@@ -454,10 +460,13 @@ def _homes(section: type[Section] = Recipe, path: str = "") -> Iterator[tuple[st
 
 def _near_key(spot: Spot) -> str | None:
     """The key that an unknown one is probably meant to be."""
-    if spot.owner is None or not spot.keys:
+    if spot.owner is None or _belongs(spot):
         return None
-    close = difflib.get_close_matches(str(spot.keys[-1]), _known_keys(spot.owner), n=1, cutoff=0.5)
-    return close[0] if close and not _belongs(spot) else None
+    key, known = str(spot.keys[-1]), _known_keys(spot.owner)
+    if _SYNONYMS.get(key) in known:
+        return _SYNONYMS[key]
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return close[0] if close else None
 
 
 def _belongs(spot: Spot) -> str | None:
@@ -475,7 +484,9 @@ def _unknown_key(spot: Spot) -> str:
         return "unknown key; it is an option of lightning.Trainer and belongs under 'trainer'"
     if home:
         return f"unknown key; it belongs under '{home}'"
-    return f"unknown key; {nearest(str(spot.keys[-1]), _known_keys(spot.owner) if spot.owner else [])}"
+    near = _near_key(spot)
+    known = _known_keys(spot.owner) if spot.owner else []
+    return f"unknown key; {nearest(near or str(spot.keys[-1]), known)}"
 
 
 def _purpose(field: FieldInfo) -> str:

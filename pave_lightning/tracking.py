@@ -316,9 +316,12 @@ class Tracker:
         return otherwise
 
     def _change_store(self, error: Exception) -> None:
-        failed, failed_parent, self._client = self.uri, self.parent_run_id, None
+        """Go on in the local store, or without a record when that fails too."""
+        failed, failed_parent = self.uri, self.parent_run_id
+        failure = f"{_without_password(failed)} cannot be used ({_reason(error)})"
+        self._client, self._present = None, {}
         if self._fallen_back:
-            self._stop(failed, error)
+            self._stop(failure)
             return
         self._fallen_back = True
         local = _sibling(self._fallback_uri) if failed == self._fallback_uri else self._fallback_uri
@@ -329,24 +332,19 @@ class Tracker:
                 origin = f"{_without_password(failed)} {failed_parent}"
                 self._client.set_tag(self.parent_run_id, ORIGIN_TAG, origin[:TAG_LENGTH])
         except Exception as second_error:
-            self._stop(local, second_error)
+            self._stop(f"{failure}, and neither can {local} ({_reason(second_error)})")
             return
         _log.warning(
-            "MLflow at %s cannot be used (%s). The run goes on and is recorded in %s; to look at it: "
-            "mlflow ui --backend-store-uri %s",
-            _without_password(failed),
-            _reason(error),
+            "MLflow at %s. The run goes on and is recorded in %s; to look at it: mlflow ui --backend-store-uri %s",
+            failure,
             local,
             shlex.quote(local),
         )
 
-    def _stop(self, failed: str, error: Exception) -> None:
+    def _stop(self, failure: str) -> None:
         self.uri = self.parent_run_id = ""
-        _log.warning(
-            "MLflow at %s cannot be used either (%s). The run goes on, but nothing more of it is recorded in MLflow.",
-            _without_password(failed),
-            _reason(error),
-        )
+        self._client = None
+        _log.warning("MLflow at %s. The run goes on, but nothing more of it is recorded in MLflow.", failure)
 
     def _open(self, uri: str) -> None:
         """Connect, find or make experiment and parent run; state changes only when all of it worked."""

@@ -7,17 +7,16 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from pydantic import ValidationError
 
 from pave_lightning.callbacks import PaveCallback
-from pave_lightning.errors import PaveError, Problems, nearest
+from pave_lightning.errors import PaveError
 from pave_lightning.evaluation import (
     Candidate,
     CheckpointCandidate,
@@ -38,7 +37,7 @@ from pave_lightning.experts.trainers import (
     quiet_lightning,
 )
 from pave_lightning.launching import Launcher, is_rank_zero
-from pave_lightning.merging import MergeMethod, MethodOptions, Modulator, merge, method_named
+from pave_lightning.merging import Modulator, make_method, merge
 from pave_lightning.merging.folders import MergeContext, write_merged
 from pave_lightning.purification import PurifiedTaskVectors, StoredPurification, write_purified
 from pave_lightning.recipe import MergeStep, Purify, Recipe, ScaleSearch, Task, Vectors, slug
@@ -48,7 +47,14 @@ from pave_lightning.tasks.data import split_fingerprint
 from pave_lightning.tasks.data_module import TaskDataModule
 from pave_lightning.tracking import Tracker
 from pave_lightning.tracking_logger import TrackingLogger
-from pave_lightning.weights import Architecture, Checkpoint, ExpertTaskVectors, TaskVectors, locate_model, weights_digest
+from pave_lightning.weights import (
+    Architecture,
+    Checkpoint,
+    ExpertTaskVectors,
+    TaskVectors,
+    locate_model,
+    weights_digest,
+)
 
 log = logging.getLogger("pave_lightning")
 
@@ -179,7 +185,8 @@ class Workflow:
                     callbacks=[callback],
                     precision=options.precision,
                 )
-                trainer.validate(module, datamodule=_CaptureData(data, options.examples, self.recipe.seed), verbose=False)
+                shown = _CaptureData(data, options.examples, self.recipe.seed)
+                trainer.validate(module, datamodule=shown, verbose=False)
             statistics = callback.statistics
             if is_rank_zero():
                 with self.folder.writing(stage, inputs) as writer:
@@ -244,7 +251,7 @@ class Workflow:
             return self._already(stage)
         source = self.plain if vectors == "plain" else self._purified(step.purify)
         with self._doing(f"merge {step.name} ({vectors})"), self.folder.writing(stage, inputs) as writer:
-            method = build_method(step)
+            method = make_method(step.method, step.options)
             scale, merged = step.scale if step.scale is not None else method.default_scale, None
             facts: dict[str, Any] = {"vectors": vectors, "options": method.options.model_dump()}
             if isinstance(scale, ScaleSearch):
@@ -253,7 +260,7 @@ class Workflow:
                 scale, facts["search"] = float(found["scale"]), found["tried"]
             facts["scale"] = scale
             context = MergeContext(self.recipe.base, self._base, self._experts, self._architecture, facts)
-            write_merged(writer.path, method, source, scale, context, merged)
+            write_merged(writer.path, method, source, scale, context, merged=merged)
             writer.result.update(facts, form=method.form)
         return None
 
@@ -413,7 +420,7 @@ class Workflow:
         found = self.folder.current(stage, inputs)
         if found is None:
             state = "stale: its inputs have changed" if self.folder.manifest(stage) is not None else "not there yet"
-            raise PaveError(f"{self.folder.path(stage)} is {state}; run `{command}` with this recipe first, or `pave run`")
+            raise PaveError(f"{self.folder.path(stage)} is {state}; run `{command}` with this recipe, or `pave run`")
         return found
 
     def _elsewhere(self, stage: str, task: Task | None) -> bool:
@@ -483,31 +490,6 @@ def merged_stage(step: MergeStep, vectors: Vectors) -> str:
 def score_stage(step: MergeStep, vectors: Vectors) -> str:
     """Stage of a merged model's scores."""
     return f"scores/{step.name}-{vectors}"
-
-
-def build_method(step: MergeStep) -> MergeMethod:
-    """The merge rule of a step with its options.
-
-    Raises:
-        PaveError: the method or an option is unknown or out of range, or a scale is given to a rule that has none.
-    """
-    kind = method_named(step.method)
-    problems = Problems(f"merge step '{step.name}':")
-    known = list(kind.Options.model_fields)
-    options = MethodOptions()
-    try:
-        options = kind.Options.model_validate(step.options)
-    except ValidationError as error:
-        for found in error.errors():
-            key = str(found["loc"][0])
-            if found["type"] == "extra_forbidden":
-                problems.add(f"options.{key}: {step.method} has no such option; {nearest(key, known)}")
-            else:
-                problems.add(f"options.{key}: {found['msg'].removeprefix('Input should be ')}, found {found['input']!r}")
-    if step.scale is not None and kind.default_scale is None:
-        problems.add(f"scale: {step.method} has no scale; leave the key out")
-    problems.raise_if_any()
-    return kind(options)
 
 
 def _described(task: Task) -> dict[str, Any]:

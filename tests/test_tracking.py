@@ -5,6 +5,7 @@ import pickle
 import socket
 import sqlite3
 import subprocess
+import sys
 import time
 from contextlib import closing
 from pathlib import Path
@@ -369,7 +370,7 @@ def test_environment_tags(tmp_path, monkeypatch):
 
 def test_importing_is_cheap():
     code = "import sys, pave_lightning.tracking; sys.exit('mlflow' in sys.modules or 'lightning' in sys.modules)"
-    assert subprocess.run(["python", "-c", code], check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_messages_of_the_store_stay_quiet(store, capfd):

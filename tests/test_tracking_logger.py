@@ -1,6 +1,6 @@
-import lightning.pytorch as L
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -59,7 +59,7 @@ class Model(BoringModel):
 def test_under_a_trainer(tracker, tmp_path):
     torch.manual_seed(0)
     logger = TrackingLogger(tracker, "run-1", name="mlflow")
-    trainer = L.Trainer(
+    trainer = Trainer(
         default_root_dir=tmp_path,
         logger=logger,
         max_steps=4,

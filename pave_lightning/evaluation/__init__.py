@@ -9,4 +9,14 @@ from pave_lightning.evaluation.candidates import (
 )
 from pave_lightning.evaluation.evaluator import Evaluator, Split, SuiteData, TaskScore
 
-__all__ = ["Candidate", "CheckpointCandidate", "Evaluator", "ExpertsCandidate", "ModulatedCandidate", "ScaledCandidate", "Split", "SuiteData", "TaskScore"]
+__all__ = [
+    "Candidate",
+    "CheckpointCandidate",
+    "Evaluator",
+    "ExpertsCandidate",
+    "ModulatedCandidate",
+    "ScaledCandidate",
+    "Split",
+    "SuiteData",
+    "TaskScore",
+]

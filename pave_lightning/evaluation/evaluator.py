@@ -76,15 +76,17 @@ class Evaluator(L.LightningModule):
     def __init__(self, tasks: Sequence[Task], experts: Mapping[str, Checkpoint], base: Checkpoint) -> None:
         super().__init__()
         self.tasks = list(tasks)
-        self.metrics = nn.ModuleList([build_metrics(task) for task in tasks])
-        self.register_buffer("counts", torch.zeros(len(self.tasks), dtype=torch.int64), persistent=False)
+        self._metrics = [build_metrics(task) for task in tasks]
+        self.metrics = nn.ModuleList(self._metrics)
+        self._counts = [0] * len(self.tasks)
         self._private: dict[str, dict[str, Tensor]] = {}
         models = [self._headed(task, experts[task.name], base) for task in tasks]
         prefix = str(models[0].base_model_prefix)
         # Built on the CPU, not on the meta device: position ids and other buffers stand in no checkpoint.
-        self.backbone = backbone_of(empty_classifier(experts[tasks[0].name].folder, device="cpu")).float()
+        self.backbone: nn.Module = backbone_of(empty_classifier(experts[tasks[0].name].folder, device="cpu")).float()
         for model in models:
             setattr(model, prefix, self.backbone)
+        self._models = models
         self.models = nn.ModuleList(models)
         self._candidate: Candidate | None = None
         self._loaded: str | None = None
@@ -108,8 +110,8 @@ class Evaluator(L.LightningModule):
     def score(self, candidate: Candidate, data: SuiteData, trainer: L.Trainer) -> dict[str, TaskScore]:
         """Score one candidate on data that holds the same tasks in the same order. Returns each task's metrics."""
         self._candidate, self._loaded = candidate, None
-        self.counts.zero_()
-        for metrics in self.metrics:
+        self._counts = [0] * len(self.tasks)
+        for metrics in self._metrics:
             metrics.reset()
         with quiet_lightning(), honest_interrupts():
             trainer.test(self, datamodule=data, verbose=False)
@@ -137,15 +139,14 @@ class Evaluator(L.LightningModule):
         """Add one batch to its task's metrics."""
         task = self.tasks[dataloader_idx]
         inputs = {name: value for name, value in batch.items() if name != "labels"}
-        logits = self.models[dataloader_idx](**inputs).logits
-        self.metrics[dataloader_idx].update(predictions(task, logits), batch["labels"])
-        self.counts[dataloader_idx] += len(batch["labels"])
+        logits = self._models[dataloader_idx](**inputs).logits
+        self._metrics[dataloader_idx].update(predictions(task, logits), batch["labels"])
+        self._counts[dataloader_idx] += len(batch["labels"])
 
     def on_test_epoch_end(self) -> None:
         """Reduce over processes and keep the scores."""
-        counts = self.trainer.strategy.reduce(self.counts.clone(), reduce_op="sum")
+        counts = self.trainer.strategy.reduce(torch.tensor(self._counts, device=self.device), reduce_op="sum")
         self._scores = {
             task.name: TaskScore(scores(metrics), int(count))
-            for task, metrics, count in zip(self.tasks, self.metrics, counts, strict=True)
+            for task, metrics, count in zip(self.tasks, self._metrics, counts.tolist(), strict=True)
         }
-

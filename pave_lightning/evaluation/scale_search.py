@@ -78,9 +78,7 @@ class ScaleSearcher:
 
     def _headlines(self, candidate: Candidate, data: SuiteData) -> dict[str, float]:
         with quiet_lightning():
-            trainer = build_trainer(
-                self.options, root=self.root, precision=self.precision, enable_progress_bar=False
-            )
+            trainer = build_trainer(self.options, root=self.root, precision=self.precision, enable_progress_bar=False)
         scores = self.evaluator.score(candidate, data, trainer)
         return {task.name: scores[task.name].metrics[task.headline] for task in self.tasks}
 

@@ -102,7 +102,7 @@ def fit_expert(
 
 
 def save_expert(model: nn.Module, base: Path, folder: Path) -> None:
-    """Write an expert as a Hugging Face folder with its tokenizer; adapters are kept beside the weights they merge into.
+    """Write an expert as a Hugging Face folder with its tokenizer; adapters stand beside the weights they merge into.
 
     Args:
         model: a sequence-classification model, or a peft model around one.

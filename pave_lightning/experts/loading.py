@@ -28,7 +28,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise PaveError(f"{folder}: no tokenizer could be loaded ({reason}); put tokenizer.json beside the model") from error
+        raise PaveError(
+            f"{folder}: no tokenizer could be loaded ({reason}); put tokenizer.json beside the model"
+        ) from error
     return tokenizer
 
 
@@ -62,8 +64,8 @@ def load_expert(folder: Path, task: Task) -> nn.Module:
     missing = sorted(info["missing_keys"])
     if missing:
         raise PaveError(
-            f"task '{task.name}': the checkpoint {folder} lacks {len(missing)} weights, among them {', '.join(missing[:3])}; "
-            "expected a fine-tuned sequence-classification model with its head"
+            f"task '{task.name}': the checkpoint {folder} lacks {len(missing)} weights, among them "
+            f"{', '.join(missing[:3])}; expected a fine-tuned sequence-classification model with its head"
         )
     outputs = int(model.config.num_labels)  # type: ignore[union-attr, arg-type]
     if outputs != task.outputs:

@@ -7,8 +7,10 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import AdamW
+from torchmetrics import MetricCollection
 from transformers import get_linear_schedule_with_warmup
 
 from pave_lightning.errors import PaveError, nearest
@@ -39,7 +41,7 @@ class TaskExpert(L.LightningModule):
         self.task = task
         self.training_options = training if training is not None else task.training
         self.seed = seed
-        self.validation_metrics = build_metrics(task)
+        self.validation_metrics: MetricCollection = build_metrics(task)
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Logits (B x outputs) of a batch; labels in it are not looked at."""
@@ -99,7 +101,7 @@ def parameter_groups(model: nn.Module, options: Training) -> list[dict[str, Any]
 
 
 def _backbone_parameters(model: nn.Module) -> list[nn.Parameter]:
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
     return list(backbone_of(inner).parameters())
 
 

@@ -9,10 +9,10 @@ from enum import StrEnum
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from pave_lightning.errors import PaveError, nearest
+from pave_lightning.errors import PaveError, Problems, nearest
 from pave_lightning.weights import Parameter, TaskVectors
 
 ENTRY_POINTS = "pave_lightning.methods"
@@ -158,3 +158,24 @@ def method_named(name: str) -> type[MergeMethod]:
     if name not in known:
         raise PaveError(f"unknown merge method '{name}': {nearest(name, sorted(known))} (see: pave methods)")
     return known[name]
+
+
+def make_method(name: str, options: Mapping[str, Any]) -> MergeMethod:
+    """The rule of that name with the given options.
+
+    Raises:
+        PaveError: the rule or an option is unknown, or an option's value is not possible; all is told at once.
+    """
+    kind = method_named(name)
+    try:
+        return kind(kind.Options.model_validate(options))
+    except ValidationError as error:
+        problems = Problems(f"the options of merge method '{name}':")
+        for found in error.errors():
+            key = ".".join(str(part) for part in found["loc"])
+            if found["type"] == "extra_forbidden":
+                problems.add(f"{key}: unknown option; {nearest(key, list(kind.Options.model_fields))}")
+            else:
+                problems.add(f"{key}: {found['msg'].removeprefix('Input ')}, found {found['input']!r}")
+        problems.raise_if_any()
+        raise

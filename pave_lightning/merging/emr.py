@@ -59,6 +59,4 @@ class Emr(PerTaskMethod):
 
     def rescalers(self) -> dict[str, float]:
         """The factor of each task; 1 for a task whose expert does not differ from the base."""
-        return {
-            task: self._own[task] / self._masked[task] if self._masked[task] > 0 else 1.0 for task in self._own
-        }
+        return {task: self._own[task] / self._masked[task] if self._masked[task] > 0 else 1.0 for task in self._own}

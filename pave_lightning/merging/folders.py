@@ -51,6 +51,7 @@ def write_merged(
     source: TaskVectors,
     scale: float | None,
     context: MergeContext,
+    *,
     merged: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Merge by one rule and write the result as a Hugging Face folder, one parameter at a time.

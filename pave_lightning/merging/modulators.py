@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
@@ -46,8 +47,9 @@ class Modulator:
 
     def __init__(self, path: Path) -> None:
         try:
-            self._file = safe_open(path, framework="pt")
-            metadata = self._file.metadata() or {}
+            file: Any = safe_open(path, framework="pt")
+            metadata: dict[str, str] = file.metadata() or {}
+            self._file = file
             self._shapes = {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}
             self.rescaler = float(metadata["rescaler"])
         except (SafetensorError, OSError, KeyError, ValueError) as error:

@@ -29,8 +29,8 @@ class Ties(StaticMethod):
     2. Elect by mass: :math:`\gamma = \mathrm{sgn}(\sum_t \hat\tau_t)`.
     3. Disjoint mean: the mean of the non-zero :math:`\hat\tau_t` whose sign is :math:`\gamma`.
 
-    The result is :math:`W = W_0 + \lambda` times that mean. Cost: two histogram passes for the thresholds, which need no
-    sort and no copy of a task vector, and one elementwise pass.
+    The result is :math:`W = W_0 + \lambda` times that mean. Cost: two histogram passes for the thresholds, which need
+    no sort and no copy of a task vector, and one elementwise pass.
 
     Source: Yadav et al., *TIES-Merging*, NeurIPS 2023 (arXiv 2306.01708), default density 0.2 and scale 1. Departure:
     where the trimmed elements sum to exactly zero the paper's sign is zero and nothing is merged; its code falls back

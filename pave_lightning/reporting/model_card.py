@@ -20,26 +20,16 @@ PER_TASK = (
     "**Per-task**: the weights of this folder are shared by all tasks, and `modulators/` keeps something extra for each"
     " of them. Loaded alone, the shared weights are no finished model."
 )
-STATIC_USE = """\
+USE = """\
 ```python
-from transformers import AutoModel
+from pave_lightning import load_merged
 
-model = AutoModel.from_pretrained("FOLDER")  # the folder of this card
+model = load_merged("FOLDER", task="TASK")  # a sequence-classification model with the head of that task
 ```
 
-The heads are not merged: each task uses the head of its own expert."""
-PER_TASK_USE = """\
-```python
-from pathlib import Path
-from pave_lightning.merging import Modulator
-
-modulator = Modulator(Path("FOLDER/modulators/TASK.safetensors"))
-# for each parameter that the modulator lists
-weight = base + modulator.apply(name, shared - base)
-```
-
-`base` and `shared` are the float32 weights of the base model and of this folder. The heads are not merged: each task
-uses the head of its own expert."""
+`heads/` holds the head of each task's own expert; heads are not merged."""
+STATIC_USE = USE + """ The backbone alone loads with `transformers.AutoModel.from_pretrained("FOLDER")`."""
+PER_TASK_USE = USE + """ Loading needs the base model too."""
 
 
 @dataclass(frozen=True)

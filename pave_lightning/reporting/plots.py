@@ -141,7 +141,7 @@ def _draw_model(axes: Axes, table: ScoreTable, model: Model, place: float, tasks
             hatch=HATCH if model.form == "per-task" else None,
             zorder=2,
         )
-    label = f"{average:.3f}" if math.isfinite(average) else "n/a"
+    label = f"{average:.3f}" if abs(average) < 100 else "n/a" if not math.isfinite(average) else f"{average:.0e}"
     # At the foot of the bar, where dots are rare
     axes.annotate(
         label,

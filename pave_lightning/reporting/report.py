@@ -47,9 +47,7 @@ def collect_scores(workflow: Workflow) -> ScoreTable:
         for name, found in _manifest(workflow, stage).result["scores"].items():
             headline = workflow.recipe.task(name).headline
             for metric, value in found["metrics"].items():
-                rows.append(
-                    Score(model, vectors, form, name, metric, metric == headline, value, found["examples"])
-                )
+                rows.append(Score(model, vectors, form, name, metric, metric == headline, value, found["examples"]))
 
     add("scores/base", "base", "", "base")
     add("scores/experts", "experts", "", "expert")
@@ -68,9 +66,7 @@ def _manifest(workflow: Workflow, stage: str) -> Manifest:
 
 def _draw_ranks(workflow: Workflow) -> list[Path]:
     """One heat map for each distinct purification."""
-    stages = list(
-        dict.fromkeys(purified_stage(s.purify) for s, vectors in workflow.merges() if vectors == "purified")
-    )
+    stages = list(dict.fromkeys(purified_stage(s.purify) for s, vectors in workflow.merges() if vectors == "purified"))
     files = []
     for stage in stages:
         ending = "" if len(stages) == 1 else "-" + stage.partition("/")[2]

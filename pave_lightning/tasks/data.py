@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pave_lightning.errors import PaveError
+from pave_lightning.packaged import local_path
 from pave_lightning.recipe import Task
 from pave_lightning.tasks.checks import arrow_column, row_problems
 
@@ -35,7 +36,7 @@ def load_split(task: Task, split: Split, *, seed: int, cache_dir: str | Path) ->
         task: says where the rows come from and, in ``examples``, how many of them are used.
         split: ``"train"``, ``"validation"`` or ``"test"``.
         seed: of the sample of rows; the same seed draws the same rows.
-        cache_dir: folder in which Arrow copies are kept.
+        cache_dir: folder in which Arrow copies of local files are kept; hub datasets stay in the hub's own cache.
 
     Returns:
         A dataset with all columns of the source.
@@ -58,7 +59,7 @@ def check_task(task: Task, *, seed: int, cache_dir: str | Path) -> list[str]:
     Args:
         task: the task to check.
         seed: of the sample of rows.
-        cache_dir: folder in which Arrow copies are kept.
+        cache_dir: folder in which Arrow copies of local files are kept; hub datasets stay in the hub's own cache.
 
     Returns:
         One message a problem: what was expected, what was found, where, and what to do. Empty if all is well.
@@ -156,8 +157,8 @@ def _where(task: Task, split: Split) -> str:
 
 
 def _local_file(task: Task, split: Split) -> Path:
-    path = Path(getattr(task.data, split)).expanduser()
     where = f"task '{task.name}', {split} split"
+    path = local_path(getattr(task.data, split))
     if path.is_dir():
         raise PaveError(f"{where}: expected a file, but {path} is a folder; name the csv, jsonl or parquet file in it")
     if not path.is_file():
@@ -183,7 +184,7 @@ def _file_kind(task: Task, split: Split, path: Path) -> str:
 
 def _read(task: Task, split: Split, cache_dir: Path) -> datasets.Dataset:
     with quiet_datasets():
-        return _read_local(task, split, cache_dir) if task.data.hub is None else _read_hub(task, split, cache_dir)
+        return _read_local(task, split, cache_dir) if task.data.hub is None else _read_hub(task, split)
 
 
 def _read_local(task: Task, split: Split, cache_dir: Path) -> datasets.Dataset:
@@ -228,12 +229,10 @@ def _holds_no_rows(path: Path, kind: str) -> bool:
         return len(list(islice((line for line in file if line.strip()), 2))) < 2
 
 
-def _read_hub(task: Task, split: Split, cache_dir: Path) -> datasets.Dataset:
+def _read_hub(task: Task, split: Split) -> datasets.Dataset:
     data = task.data
     try:
-        rows = datasets.load_dataset(
-            data.hub, data.config, split=getattr(data, split), revision=data.revision, cache_dir=str(cache_dir / "hub")
-        )
+        rows = datasets.load_dataset(data.hub, data.config, split=getattr(data, split), revision=data.revision)
     # Scripts end in a RuntimeError; unknown configurations and splits in a ValueError; no network in an OSError.
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
         raise PaveError(

@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 import uuid
-from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,14 @@ import datasets
 import numpy as np
 import numpy.typing as npt
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader, Sampler
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
-from transformers.trainer_pt_utils import DistributedLengthGroupedSampler
 
 from pave_lightning.errors import PaveError
 from pave_lightning.recipe import Task
 from pave_lightning.tasks.data import SPLITS, Split, load_split, quiet_datasets, sample_rows, split_fingerprint
+from pave_lightning.tasks.samplers import ExactSampler, TrainingSampler
 
 # Raise it when the tokenised files change their form, so that older ones are not read.
 CACHE_FORMAT = 1
@@ -34,29 +34,15 @@ STAGE_SPLITS: dict[str, tuple[Split, ...]] = {
 }
 
 
-class ExactSampler(Sampler[int]):
-    """Every row once over all processes, longest rows first so that a batch needs little padding.
+class ResumableLoader(DataLoader[Any]):
+    """A loader that Lightning takes for resumable: its sampler already begins where the checkpoint ended."""
 
-    Nothing is padded or repeated, so sums over processes equal those of one process; in exchange some processes may
-    have one row, and so one batch, less than others. Strategies that talk in every forward pass (FSDP, tensor parallel)
-    wait for the missing batch: use one process there.
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the trainer's own progress says all."""
+        return {}
 
-    Args:
-        lengths: length in tokens of each row.
-        world: number of processes.
-        rank: index of this process.
-    """
-
-    def __init__(self, lengths: npt.ArrayLike, *, world: int = 1, rank: int = 0) -> None:
-        # Stable: rows of one length stay in their order on every platform.
-        order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
-        self.rows: list[int] = order[rank::world].tolist()
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.rows)
-
-    def __len__(self) -> int:
-        return len(self.rows)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to do."""
 
 
 class TaskDataModule(LightningDataModule):
@@ -138,20 +124,16 @@ class TaskDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Random batches of rows of similar length.
 
-        They depend only on seed, epoch and world size; Lightning tells the sampler the epoch. Where the rows do not
-        divide evenly over the processes, some of the first rows are drawn twice.
+        They depend only on seed, epoch and world size; Lightning tells the sampler the epoch. A run that is resumed
+        from a checkpoint within an epoch gets the batches that were still to come.
         """
         rows = self.dataset("train")
         world, rank = self._place()
-        sampler = DistributedLengthGroupedSampler(
-            # The batches of all processes together are one slice of the order that the sampler makes.
-            self.batch_size * world,
-            num_replicas=world,
-            rank=rank,
-            seed=self.seed,
-            lengths=_lengths(rows).tolist(),
-        )
-        return self._loader(rows, self.batch_size, sampler)
+        sampler = TrainingSampler(_lengths(rows), batch_size=self.batch_size, seed=self.seed, world=world, rank=rank)
+        if self.trainer is not None:
+            # Told now: worker processes draw the first batches before Lightning sets the epoch.
+            sampler.resume(*_progress(self.trainer))
+        return self._loader(rows, self.batch_size, sampler, ResumableLoader)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Every validation row once over all processes."""
@@ -176,8 +158,10 @@ class TaskDataModule(LightningDataModule):
         world, rank = self._place()
         return self._loader(rows, batch_size, ExactSampler(_lengths(rows), world=world, rank=rank))
 
-    def _loader(self, rows: datasets.Dataset, batch_size: int, sampler: Sampler[int]) -> DataLoader[Any]:
-        return DataLoader(
+    def _loader(
+        self, rows: datasets.Dataset, batch_size: int, sampler: Sampler[int], kind: type[DataLoader[Any]] = DataLoader
+    ) -> DataLoader[Any]:
+        return kind(
             rows.remove_columns("length"),
             batch_size=batch_size,
             sampler=sampler,
@@ -228,6 +212,10 @@ class TaskDataModule(LightningDataModule):
         lengths = [len(ids) for ids in tokens["input_ids"]]
         return {**tokens, "labels": encode_labels(self.task, batch[self.task.label]), "length": lengths}
 
+    @cached_property
+    def _tokenizer_fingerprint(self) -> str:
+        return tokenizer_fingerprint(self.tokenizer)
+
     def _digest(self, split: Split) -> str:
         parts = {
             "format": CACHE_FORMAT,
@@ -236,7 +224,7 @@ class TaskDataModule(LightningDataModule):
             "label": [self.task.label, self.task.kind, self.task.classes],
             "examples": getattr(self.task.examples, split),
             "seed": self.seed,
-            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+            "tokenizer": self._tokenizer_fingerprint,
             "max_length": self.max_length,
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -272,6 +260,17 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
             content = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     sides = [tokenizer.truncation_side, tokenizer.model_input_names]
     return hashlib.sha256(json.dumps([content, sides], sort_keys=True).encode()).hexdigest()
+
+
+def _progress(trainer: Trainer) -> tuple[int, int]:
+    """The epoch that comes next or is resumed, and how many of its batches are done."""
+    epoch: Any = trainer.fit_loop.epoch_progress.current
+    batch: Any = trainer.fit_loop.epoch_loop.batch_progress
+    # processed, not completed: a checkpoint written at the end of a batch still counts that batch as incomplete.
+    over = batch.is_last_batch and batch.current.processed == batch.current.ready
+    if over or epoch.processed == epoch.started:
+        return epoch.started, 0
+    return epoch.processed, batch.current.processed
 
 
 def _lengths(rows: datasets.Dataset) -> npt.NDArray[np.int64]:

@@ -9,9 +9,13 @@ from pave_lightning.errors import nearest
 
 POCKET_FOLDER = Path(__file__).parent / "pocket"
 
-TOPICS = (
-    "animal plant food artifact person location body act communication cognition state substance".split()
-)
+# Named by package, not by path, so that a resolved recipe means the same wherever the package is installed.
+_POCKET_DATA = "package:pave_lightning/tasks/pocket"
+
+TOPICS = [
+    *("animal", "plant", "food", "artifact", "person", "location"),
+    *("body", "act", "communication", "cognition", "state", "substance"),
+]
 
 _POCKET: dict[str, dict[str, Any]] = {
     "movie": {"text": ["text"], "classes": ["negative", "positive"], "metrics": ["accuracy"]},
@@ -70,7 +74,7 @@ def suite_task(name: str) -> dict[str, Any]:
     """
     suite, _, task = name.partition("/")
     if suite == "pocket" and task in _POCKET:
-        splits = {split: str(POCKET_FOLDER / task / f"{split}.parquet") for split in ("train", "validation", "test")}
+        splits = {split: f"{_POCKET_DATA}/{task}/{split}.parquet" for split in ("train", "validation", "test")}
         return {"name": task, "data": splits, **_POCKET[task]}
     if suite == "glue" and task in _GLUE:
         splits = dict(_GLUE_SPLITS)

@@ -36,7 +36,7 @@ class Architecture:
         """Read ``config.json`` of a model folder.
 
         Raises:
-            PaveError: the configuration is missing, broken, or of an architecture without a sequence-classification form.
+            PaveError: the configuration is missing, broken, or of an architecture that has no classification form.
         """
         model = empty_classifier(folder)
         backbone = backbone_of(model)
@@ -63,7 +63,7 @@ class Architecture:
 
 
 def empty_classifier(folder: Path, device: str = "meta") -> nn.Module:
-    """A sequence-classification model of the folder's configuration, untrained; on the meta device it needs no memory."""
+    """A sequence-classification model of the folder's configuration, untrained; the meta device needs no memory."""
     try:
         config = AutoConfig.from_pretrained(folder)
         with torch.device(device):

@@ -72,7 +72,7 @@ class Checkpoint:
 
     def _read_header(self, file: Path) -> dict[str, StoredTensor]:
         try:
-            handle = safe_open(file, framework="pt")
+            handle: Any = safe_open(file, framework="pt")
             found = {}
             for name in sorted(handle.keys()):
                 view = handle.get_slice(name)

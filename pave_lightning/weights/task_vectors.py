@@ -115,7 +115,8 @@ def differences(task: str, base: Checkpoint, expert: Checkpoint) -> list[str]:
             found.append(f"task '{task}': {name} {list(stored.shape)} is in the expert, but not in the base")
         elif stored.shape != base.backbone[name].shape:
             found.append(
-                f"task '{task}': {name} is {list(stored.shape)} in the expert, {list(base.backbone[name].shape)} in the base"
+                f"task '{task}': {name} is {list(stored.shape)} in the expert, "
+                f"{list(base.backbone[name].shape)} in the base"
             )
     for name, stored in base.backbone.items():
         # A child that the expert lacks altogether (a pooler its architecture drops) stays as it is in the base.
@@ -127,7 +128,8 @@ def differences(task: str, base: Checkpoint, expert: Checkpoint) -> list[str]:
 def config_differences(task: str, base: Architecture, expert: Architecture) -> list[str]:
     """Values of ``config.json`` in which an expert differs from the base although merging needs them equal."""
     return [
-        f"task '{task}': {key} is {expert.config.get(key)!r} in the expert's config, {base.config.get(key)!r} in the base's"
+        f"task '{task}': {key} is {expert.config.get(key)!r} in the expert's config.json, "
+        f"{base.config.get(key)!r} in the base's"
         for key in COMPARED_CONFIG
         if base.config.get(key) != expert.config.get(key)
     ]

@@ -42,14 +42,14 @@ def test_cross_moment() -> None:
 
 
 def test_many_rows_are_summed_in_float64() -> None:
-    rows = torch.randn(PARTIAL_ROWS, 8)
+    rows = torch.randn(PARTIAL_ROWS, 8, generator=torch.Generator().manual_seed(0))
     moment, single = SecondMoment(8), torch.zeros(8, 8)
     for _ in range(64):
         moment.update(rows)
         single.addmm_(rows.T, rows)
     error = (moment.mean() - exact(rows)).abs().max()
-    assert error < (single / (64 * len(rows)) - exact(rows)).abs().max()
-    assert error < 1e-6
+    assert error < 0.5 * (single / (64 * len(rows)) - exact(rows)).abs().max()
+    assert error < 5e-6
 
 
 def test_merging_shards_is_exact() -> None:
@@ -161,7 +161,6 @@ def reduce_in_process(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.slow
 def test_all_reduce_over_two_processes(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=reduce_in_process, args=(rank, str(tmp_path))) for rank in range(2)]

@@ -1,5 +1,4 @@
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ def make_statistics() -> TaskStatistics:
     shared = LayerMoment("input", torch.randn(4, 4), 30)
     cross = LayerMoment("cross", torch.randn(2, 8), 20)
     moments = {"layer.1.query": shared, "layer.1.key": shared, "layer.1.down": cross}
-    return TaskStatistics(moments, examples=7, metadata={"task": "movie", "note": 'quoted "words" – and more'})
+    return TaskStatistics(moments, examples=7, metadata={"task": "movie", "note": 'quoted "words" ünd and more'})
 
 
 def test_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -32,7 +31,7 @@ def test_comes_back_as_it_was(tmp_path: Path) -> None:
         assert loaded.shape(name) == tuple(statistics[name].matrix.shape) == statistics.shape(name)
         assert (loaded.kind(name), loaded.rows(name)) == (statistics.kind(name), statistics.rows(name))
         assert loaded.owner(name) == statistics.owner(name)
-    assert os.listdir(file.parent) == [file.name]
+    assert list(file.parent.iterdir()) == [file]
 
 
 def test_a_shared_matrix_is_stored_once(tmp_path: Path) -> None:
@@ -83,7 +82,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(OSError, match="disk full"):
         make_statistics().save(file)
     assert file.read_bytes() == before
-    assert os.listdir(tmp_path) == [file.name]
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_refuses_a_missing_file(tmp_path: Path) -> None:

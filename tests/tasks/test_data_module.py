@@ -1,18 +1,20 @@
 from types import SimpleNamespace
 
 import datasets
-import lightning.pytorch as L  # noqa: N812
+import lightning.pytorch as L
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning.pytorch.callbacks import ModelCheckpoint
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from pave_lightning.errors import PaveError
-from pave_lightning.tasks.data_module import ExactSampler, TaskDataModule, tokenizer_fingerprint
+from pave_lightning.tasks.data_module import TaskDataModule, tokenizer_fingerprint
+from pave_lightning.tasks.samplers import ExactSampler, TrainingSampler
 
 
 @pytest.fixture
@@ -25,7 +27,13 @@ def make_module(tmp_path, tokenizer):
 
 
 def attach(module, world, rank, fn=None):
-    module.trainer = SimpleNamespace(world_size=world, global_rank=rank, state=SimpleNamespace(fn=fn))
+    progress = SimpleNamespace(ready=0, started=0, processed=0, completed=0)
+    loop = SimpleNamespace(
+        epoch_progress=SimpleNamespace(current=progress),
+        epoch_loop=SimpleNamespace(batch_progress=SimpleNamespace(current=progress, is_last_batch=False)),
+    )
+    state = SimpleNamespace(fn=fn)
+    module.trainer = SimpleNamespace(world_size=world, global_rank=rank, state=state, fit_loop=loop)
     return module
 
 
@@ -58,6 +66,17 @@ def test_every_row_once_over_all_ranks(lengths, world):
 
 def test_rows_of_one_length_keep_their_order():
     assert list(ExactSampler([3, 5, 3, 5, 3])) == [1, 3, 0, 2, 4]
+
+
+def test_a_resumed_sampler_leaves_out_what_is_done_in_its_epoch_only():
+    sampler = TrainingSampler(range(10), batch_size=3, seed=0)
+    sampler.set_epoch(4)
+    whole = list(sampler)
+    sampler.resume(4, 2)
+    assert list(sampler) == list(sampler) == whole[6:]
+    assert len(sampler) == 10
+    sampler.set_epoch(5)
+    assert len(list(sampler)) == 10
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------
@@ -291,16 +310,19 @@ def test_a_stage_tokenises_only_its_splits(stage, splits, make_module, make_task
 
 
 class Probe(L.LightningModule):
-    def __init__(self):
+    def __init__(self, fail_at=None):
         super().__init__()
         self.layer = torch.nn.Linear(1, 1)
         self.seen = {"train": [], "val": [], "test": []}
+        self.fail_at = fail_at
 
     def note(self, which, batch):
         self.seen[which].append((self.current_epoch, batch["input_ids"].tolist()))
         return self.layer(batch["labels"][:, None].float()).sum()
 
     def training_step(self, batch, index):
+        if self.global_step == self.fail_at:
+            raise RuntimeError("stopped")
         return self.note("train", batch)
 
     def validation_step(self, batch, index):
@@ -313,24 +335,61 @@ class Probe(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.0)
 
 
+@pytest.fixture
+def make_trainer(tmp_path):
+    def build(**options):
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+        fixed = {"devices": 1, "use_distributed_sampler": False, "default_root_dir": tmp_path, "max_epochs": 3}
+        return L.Trainer(**{**quiet, **fixed, "num_sanity_val_steps": 0, "enable_checkpointing": False, **options})
+
+    return build
+
+
 @pytest.mark.filterwarnings("ignore")
-def test_lightning_tells_the_epoch_also_after_resuming(make_module, make_task, tmp_path):
-    task = make_task()
-    quiet = {
-        "logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0,
-        "accelerator": "cpu", "devices": 1, "use_distributed_sampler": False, "default_root_dir": tmp_path,
-    }  # fmt: skip
-    whole, half, rest = Probe(), Probe(), Probe()
-    trainer = L.Trainer(max_epochs=3, enable_checkpointing=False, **quiet)
-    trainer.fit(whole, datamodule=make_module(task))
-    trainer.test(whole, datamodule=make_module(task), verbose=False)
-    part = L.Trainer(max_epochs=2, enable_checkpointing=False, **quiet)
-    part.fit(half, datamodule=make_module(task))
-    part.save_checkpoint(tmp_path / "half.ckpt")
-    L.Trainer(max_epochs=3, enable_checkpointing=False, **quiet).fit(
-        rest, datamodule=make_module(task), ckpt_path=tmp_path / "half.ckpt"
-    )
-    assert half.seen["train"] + rest.seen["train"] == whole.seen["train"]
-    by_epoch = [[ids for epoch, ids in whole.seen["train"] if epoch == which] for which in range(3)]
+def test_lightning_shows_every_epoch_other_batches(make_module, make_task, make_trainer):
+    probe, trainer = Probe(), make_trainer()
+    trainer.fit(probe, datamodule=make_module(make_task()))
+    trainer.test(probe, datamodule=make_module(make_task()), verbose=False)
+    by_epoch = [[ids for epoch, ids in probe.seen["train"] if epoch == which] for which in range(3)]
     assert by_epoch[0] != by_epoch[1] != by_epoch[2]
-    assert sum(len(ids) for _, ids in whole.seen["test"]) == 23
+    assert [sum(map(len, epoch)) for epoch in by_epoch] == [23, 23, 23]
+    assert sum(len(ids) for _, ids in probe.seen["val"]) == 3 * 23
+    assert sum(len(ids) for _, ids in probe.seen["test"]) == 23
+
+
+@pytest.fixture
+def make_toy(make_module, make_task):
+    task = make_task()
+    return lambda **options: make_module(task, **options)
+
+
+# 6 batches an epoch: inside the first and the second epoch, and where one begins.
+@pytest.mark.filterwarnings("ignore", "error:.*not resumable")
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("fail_at", [2, 6, 9, 11, 12])
+def test_resuming_after_a_failure_goes_on_with_the_next_batch(fail_at, workers, make_toy, make_trainer, tmp_path):
+    whole, half, rest = Probe(), Probe(fail_at), Probe()
+    make_trainer().fit(whole, datamodule=make_toy())
+    saving = ModelCheckpoint(tmp_path, save_on_exception=True, save_last=True)
+    options = {"callbacks": [saving], "enable_checkpointing": True}
+    with pytest.raises(RuntimeError, match="stopped"):
+        make_trainer(**options).fit(half, datamodule=make_toy(num_workers=workers))
+    newest = max(tmp_path.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+    make_trainer().fit(rest, datamodule=make_toy(num_workers=workers), ckpt_path=newest)
+    assert half.seen["train"] + rest.seen["train"] == whole.seen["train"]
+
+
+@pytest.mark.filterwarnings("ignore", "error:.*not resumable")
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("when", [{"every_n_train_steps": 2}, {"every_n_epochs": 1}, {"save_on_train_epoch_end": True}])
+def test_resuming_from_any_checkpoint_goes_on_with_the_next_batch(when, workers, make_toy, make_trainer, tmp_path):
+    whole = Probe()
+    saving = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, **when)
+    make_trainer(callbacks=[saving], enable_checkpointing=True).fit(whole, datamodule=make_toy())
+    saved = list(tmp_path.glob("*.ckpt"))
+    assert len(saved) >= 3
+    for path in saved:
+        rest = Probe()
+        make_trainer().fit(rest, datamodule=make_toy(num_workers=workers), ckpt_path=path)
+        done = int(path.stem.removeprefix("step="))
+        assert [ids for _, ids in rest.seen["train"]] == [ids for _, ids in whole.seen["train"]][done:]

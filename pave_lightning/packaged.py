@@ -1,0 +1,31 @@
+"""Files that installed Python packages carry, named as ``package:NAME/PATH``."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from pave_lightning.errors import PaveError
+
+SCHEME = "package:"
+
+
+def local_path(reference: str) -> Path:
+    """The path that a reference means: a path of the file system, or a file or folder inside an installed package.
+
+    The package is found, not imported.
+
+    Args:
+        reference: a path, or ``package:NAME/PATH``.
+
+    Raises:
+        PaveError: the package is not installed. Whether the path exists is not looked at.
+    """
+    if not reference.startswith(SCHEME):
+        return Path(reference).expanduser()
+    name, _, inside = reference.removeprefix(SCHEME).partition("/")
+    found = importlib.util.find_spec(name) if name.isidentifier() else None
+    if found is None or not found.submodule_search_locations:
+        distribution = name.replace("_", "-")
+        raise PaveError(f"{reference}: the package '{name}' is not installed; run: pip install {distribution}")
+    return Path(found.submodule_search_locations[0]) / inside

@@ -1,0 +1,443 @@
+import gc
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import BatchEncoding, BertConfig, BertModel, GPT2Config, GPT2Model
+
+from pave_lightning.callbacks import PaveCallback
+from pave_lightning.errors import PaveError
+from pave_lightning.statistics import TaskStatistics
+
+torch.set_num_threads(1)
+
+HIDDEN, INNER, LENGTH = 16, 40, 7
+
+
+class Expert(L.LightningModule):
+    """A LightningModule that knows nothing of the package."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Linear(HIDDEN, 2)
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.head(self.backbone(**batch).last_hidden_state[:, 0])
+
+    def training_step(self, batch: Any, _: int) -> Tensor:
+        return self(batch).sum()
+
+    def validation_step(self, batch: Any, _: int) -> None:
+        self(batch)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+class Recorder:
+    """The plain way: keep every row of every linear layer and multiply in float64 at the end."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.rows: dict[str, list[Tensor]] = {}
+        self.mask: Tensor | None = None
+        self.handles = [
+            layer.register_forward_hook(lambda _, args, __, name=name: self.keep(name, args[0]))
+            for name, layer in module.named_modules()
+            if type(layer).__name__ in {"Linear", "Conv1D"}
+        ]
+
+    def keep(self, name: str, inputs: Tensor) -> None:
+        if self.mask is not None and inputs.ndim == 3:
+            kept = [row for sentence, real in zip(inputs, self.mask, strict=True) for row in sentence[real.bool()]]
+            inputs = torch.stack(kept)
+        self.rows.setdefault(name, []).append(inputs.detach().reshape(-1, inputs.shape[-1]).double())
+
+    def covariance(self, name: str) -> Tensor:
+        rows = torch.cat(self.rows[name])
+        return rows.T @ rows / len(rows)
+
+
+def record(module: L.LightningModule, batches: list[Any]) -> Recorder:
+    recorder = Recorder(module)
+    module.eval()
+    with torch.no_grad():
+        for batch in batches:
+            recorder.mask = batch.get("attention_mask") if isinstance(batch, dict | BatchEncoding) else None
+            module.validation_step(batch, 0)
+    for handle in recorder.handles:
+        handle.remove()
+    return recorder
+
+
+def bert() -> BertModel:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=50,
+        hidden_size=HIDDEN,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=INNER,
+        max_position_embeddings=LENGTH,
+    )
+    model = BertModel(config)
+    for parameter in model.parameters():  # biases start at zero, which would hide a forgotten one
+        nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def batches(count: int = 3) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    made = []
+    for size in range(2, 2 + count):
+        lengths = torch.randint(2, LENGTH + 1, (size, 1), generator=generator)
+        mask = (torch.arange(LENGTH) < lengths).long()
+        made.append(
+            {"input_ids": torch.randint(1, 50, (size, LENGTH), generator=generator) * mask, "attention_mask": mask}
+        )
+    return made
+
+
+def loader(data: list[Any]) -> DataLoader[Any]:
+    return DataLoader(data, batch_size=None)  # type: ignore[arg-type]
+
+
+def trainer(callback: L.Callback | list[L.Callback], **options: Any) -> L.Trainer:
+    return L.Trainer(
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        callbacks=callback,
+        **options,
+    )
+
+
+def validate(module: L.LightningModule, data: list[Any], callback: PaveCallback, **options: Any) -> TaskStatistics:
+    trainer(callback, **options).validate(module, loader(data), verbose=False)
+    return callback.statistics
+
+
+def hooks_in(module: nn.Module) -> int:
+    return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules())
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning")
+        warnings.filterwarnings("ignore", module="torch")
+        yield
+
+
+def test_equals_the_plain_computation_without_padding() -> None:
+    expert, data = Expert(bert()), batches()
+    recorder = record(expert, data)
+    captured = validate(expert, data, PaveCallback(backbone="backbone"))
+    real_tokens = sum(int(batch["attention_mask"].sum()) for batch in data)
+    assert captured.examples == 2 + 3 + 4
+    assert len(captured) == 2 * 6 + 1
+    for name, moment in captured.items():
+        expected = recorder.covariance(f"backbone.{name}")
+        if name.endswith(".output.dense") and "attention" not in name:
+            assert moment.kind == "cross"
+            expected = expert.get_submodule(f"backbone.{name}").weight.double() @ expected
+        else:
+            assert moment.kind == "input"
+        assert moment.rows == (9 if name == "pooler.dense" else real_tokens)
+        assert not moment.matrix.is_inference()
+        torch.testing.assert_close(moment.matrix.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_all_covariances_on_demand() -> None:
+    expert, data = Expert(bert()), batches()
+    recorder = record(expert, data)
+    captured = validate(expert, data, PaveCallback(backbone="backbone", moments="input"))
+    assert {captured.kind(name) for name in captured} == {"input"}
+    for name, moment in captured.items():
+        expected = recorder.covariance(f"backbone.{name}")
+        torch.testing.assert_close(moment.matrix.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_query_key_and_value_share_one_matrix() -> None:
+    captured = validate(Expert(bert()), batches(), PaveCallback(backbone="backbone"))
+    attention = "encoder.layer.1.attention.self"
+    assert captured[f"{attention}.query"].matrix is captured[f"{attention}.value"].matrix
+    assert len({captured.owner(f"{attention}.{name}") for name in ("query", "key", "value")}) == 1
+    assert captured.owner("encoder.layer.1.intermediate.dense") == "encoder.layer.1.intermediate.dense"
+    apart = validate(Expert(bert()), batches(), PaveCallback(backbone="backbone", share_inputs=False))
+    assert apart[f"{attention}.query"].matrix is not apart[f"{attention}.value"].matrix
+    torch.testing.assert_close(apart[f"{attention}.query"].matrix, captured[f"{attention}.value"].matrix)
+
+
+def test_the_whole_module_is_the_default_backbone() -> None:
+    captured = validate(Expert(bert()), batches(), PaveCallback())
+    assert "head" in captured
+    assert captured.rows("head") == 9
+    assert "backbone.encoder.layer.0.intermediate.dense" in captured
+
+
+def test_a_second_pass_begins_anew() -> None:
+    expert, data, callback = Expert(bert()), batches(), PaveCallback()
+    once = validate(expert, data, callback)
+    runner = trainer(callback)
+    for _ in range(2):
+        runner.validate(expert, loader(data), verbose=False)
+    assert callback.statistics is not once
+    assert callback.statistics.examples == once.examples
+    for name in once:
+        assert callback.statistics.rows(name) == once.rows(name)
+        assert torch.equal(callback.statistics[name].matrix, once[name].matrix)
+
+
+def test_saves_what_it_holds(tmp_path: Path) -> None:
+    file = tmp_path / "statistics" / "movie.safetensors"
+    captured = validate(Expert(bert()), batches(), PaveCallback(str(file), metadata={"task": "movie"}))
+    loaded = TaskStatistics.load(file)
+    assert (loaded.examples, loaded.metadata) == (9, {"task": "movie"})
+    assert loaded.layers() == captured.layers()
+    assert all(torch.equal(loaded[name].matrix, captured[name].matrix) for name in loaded)
+
+
+def test_stays_out_of_fit() -> None:
+    expert, callback = Expert(bert()), PaveCallback()
+    watched: list[int] = []
+
+    class Watch(L.Callback):
+        def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
+            watched.append(hooks_in(expert))
+
+    runner = trainer([callback, Watch()], max_epochs=1, num_sanity_val_steps=1)
+    runner.fit(expert, loader(batches()), loader(batches()))
+    assert set(watched) == {0}
+    with pytest.raises(PaveError, match="nothing has been captured"):
+        _ = callback.statistics
+    assert callback.state_dict() == {}
+
+
+def test_hooks_go_after_the_pass_and_after_an_exception() -> None:
+    class Failing(Expert):
+        fails = True
+
+        def validation_step(self, batch: Any, index: int) -> None:
+            assert hooks_in(self)
+            super().validation_step(batch, index)
+            if self.fails:
+                raise RuntimeError("out of luck")
+
+    expert, callback = Failing(bert()), PaveCallback()
+    with pytest.raises(RuntimeError, match="out of luck"):
+        validate(expert, batches(), callback)
+    assert hooks_in(expert) == 0
+    with pytest.raises(PaveError, match="nothing has been captured"):
+        _ = callback.statistics
+    expert.fails = False
+    assert validate(expert, batches(), callback).examples == 9
+    assert hooks_in(expert) == 0
+
+
+def test_the_output_of_the_model_is_left_alone() -> None:
+    class Keeping(Expert):
+        def validation_step(self, batch: Any, _: int) -> None:
+            seen.append(self(batch))
+
+    seen: list[Tensor] = []
+    expert, data = Keeping(bert()), batches(1)
+    trainer([]).validate(expert, loader(data), verbose=False)
+    validate(expert, data, PaveCallback())
+    assert torch.equal(seen[0], seen[1])
+
+
+def test_nothing_of_the_batches_is_kept() -> None:
+    counts = []
+
+    class Count(L.Callback):
+        def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
+            gc.collect()
+            counts.append(sum(isinstance(thing, Tensor) for thing in gc.get_objects()))
+
+    data = [batches(1)[0] for _ in range(6)]
+    callback = PaveCallback()
+    trainer([callback, Count()]).validate(Expert(bert()), loader(data), verbose=False)
+    assert max(counts[1:]) <= counts[0]
+    assert callback._observer is None
+
+
+@pytest.mark.parametrize("moments", ["smallest", "input"])
+def test_autocast_takes_no_precision_from_the_products(moments: Any) -> None:
+    expert, data = Expert(bert()), batches()
+    with torch.autocast("cpu", torch.bfloat16):
+        recorder = record(expert, data)
+    captured = validate(expert, data, PaveCallback(backbone="backbone", moments=moments), precision="bf16-mixed")
+    for name, moment in captured.items():
+        expected = recorder.covariance(f"backbone.{name}")
+        if moment.kind == "cross":
+            expected = expert.get_submodule(f"backbone.{name}").weight.double() @ expected
+        torch.testing.assert_close(moment.matrix.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_low_matrix_precision_does_not_reach_the_outputs_used() -> None:
+    expert, data = Expert(bert()), batches()
+    plain = validate(expert, data, PaveCallback())
+    torch.set_float32_matmul_precision("medium")
+    try:
+        captured = validate(expert, data, PaveCallback())
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    for name in plain:
+        torch.testing.assert_close(captured[name].matrix, plain[name].matrix, atol=1e-4, rtol=1e-3)
+
+
+class Perceptron(L.LightningModule):
+    """No mask, tuples for batches, layers called by keyword, twice, or never."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.widen = nn.Linear(3, 8)
+        self.twice = nn.Linear(8, 8)
+        self.narrow = nn.Linear(8, 2, bias=False)
+        self.never = nn.Linear(8, 8)
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        inner = self.widen(input=batch[0])
+        self.narrow(self.twice(self.twice(inner).relu()))
+
+
+def test_any_module_will_do() -> None:
+    module, callback = Perceptron(), PaveCallback()
+    data = [(torch.randn(size, 5, 3), torch.zeros(size)) for size in (4, 2)]
+    captured = validate(module, data, callback)
+    assert captured.layers() == ["narrow", "twice", "widen"]
+    assert callback.unreached == ["never"]
+    assert captured.examples == 6
+    assert [captured.rows(name) for name in ("widen", "twice", "narrow")] == [30, 60, 30]
+    rows = torch.cat([inputs.reshape(-1, 3) for inputs, _ in data]).double()
+    torch.testing.assert_close(captured["widen"].matrix.double(), rows.T @ rows / 30, atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        first = module.widen(rows.float())
+        second = module.twice(first).relu()
+        last = module.twice(second).double()
+    both = torch.cat([first, second]).double()
+    torch.testing.assert_close(captured["twice"].matrix.double(), both.T @ both / 60, atol=1e-5, rtol=1e-5)
+    cross = module.narrow.weight.double() @ (last.T @ last / 30)
+    assert captured.kind("narrow") == "cross"
+    torch.testing.assert_close(captured["narrow"].matrix.double(), cross, atol=1e-5, rtol=1e-5)
+
+
+def test_conv1d_of_gpt2() -> None:
+    config = GPT2Config(vocab_size=50, n_embd=HIDDEN, n_layer=1, n_head=2, n_positions=LENGTH)
+    torch.manual_seed(0)
+    backbone = GPT2Model(config)
+    for parameter in backbone.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    expert, data = Expert(backbone), batches()
+    recorder = record(expert, data)
+    for precision in ("32-true", "bf16-mixed"):
+        captured = validate(expert, data, PaveCallback(backbone="backbone"), precision=precision)
+        assert captured.layers() == [f"h.0.{name}" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
+        assert captured.shape("h.0.attn.c_attn") == (HIDDEN, HIDDEN)
+        assert (captured.kind("h.0.mlp.c_proj"), captured.shape("h.0.mlp.c_proj")) == ("cross", (HIDDEN, 4 * HIDDEN))
+        tolerance = 1e-5 if precision == "32-true" else 0.05
+        for name, moment in captured.items():
+            expected = recorder.covariance(f"backbone.{name}")
+            if moment.kind == "cross":
+                expected = backbone.get_submodule(name).weight.double().T @ expected
+            error = torch.linalg.norm(moment.matrix - expected) / torch.linalg.norm(expected)
+            assert error < tolerance
+
+
+def test_flattened_tokens_are_masked_too() -> None:
+    class Flat(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+        def validation_step(self, batch: Any, _: int) -> None:
+            self.layer(batch["features"].reshape(-1, 3))
+
+    features = torch.randn(2, 4, 3)
+    mask = torch.tensor([[1, 1, 1, 0], [0, 0, 0, 0]])
+    batch = BatchEncoding({"features": features, "mask": mask})
+    captured = validate(Flat(), [batch], PaveCallback(mask_key="mask"))
+    rows = features[0, :3].double()
+    assert (captured.examples, captured.rows("layer")) == (1, 3)
+    torch.testing.assert_close(captured["layer"].matrix.double(), rows.T @ rows / 3, atol=1e-6, rtol=1e-5)
+
+
+def test_a_compiled_backbone_is_seen() -> None:
+    data = batches()
+    plain = validate(Expert(bert()), data, PaveCallback(backbone="backbone"))
+    expert = Expert(bert()).eval()
+    expert.backbone = torch.compile(expert.backbone, backend="eager")  # type: ignore[assignment]
+    with torch.no_grad():
+        expert(data[0])  # compiled before the hooks are there
+    for backbone in ("backbone", None):
+        captured = validate(expert, data, PaveCallback(backbone=backbone))
+        prefix = "" if backbone else "backbone."
+        for name in plain:
+            torch.testing.assert_close(captured[prefix + name].matrix, plain[name].matrix)
+
+
+class Uneven(L.LightningModule):
+    """Two layers that read the same input in some batches only."""
+
+    def __init__(self, pattern: list[str]) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.pattern = pattern
+
+    def validation_step(self, batch: Tensor, index: int) -> None:
+        for layer in self.pattern[index]:
+            match layer:
+                case "f":
+                    self.first(batch)
+                case "s":
+                    self.second(batch)
+                case "o":
+                    self.second(batch + 1)
+
+
+@pytest.mark.parametrize("pattern", [["fs", "f"], ["fs", "fo"], ["fs", "f", "fs"], ["fs", "ffss", "sf"]])
+def test_layers_that_cease_to_share_are_not_mixed_up(pattern: list[str]) -> None:
+    data = [torch.randn(4, 3) for _ in pattern]
+    with pytest.raises(PaveError, match=r"'second' and 'first'.*share_inputs=False"):
+        validate(Uneven(pattern), data, PaveCallback())
+    captured = validate(Uneven(pattern), data, PaveCallback(share_inputs=False))
+    seen = [
+        batch + (layer == "o") for layers, batch in zip(pattern, data, strict=True) for layer in layers if layer in "so"
+    ]
+    rows = torch.cat(seen).double()
+    expected = rows.T @ rows / len(rows)
+    torch.testing.assert_close(captured["second"].matrix.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_layer_that_joins_late_has_its_own_matrix() -> None:
+    data = [torch.randn(4, 3) for _ in range(3)]
+    captured = validate(Uneven(["f", "fs", "fs"]), data, PaveCallback())
+    rows = torch.cat(data[1:]).double()
+    torch.testing.assert_close(captured["second"].matrix.double(), rows.T @ rows / 8, atol=1e-5, rtol=1e-5)
+    assert [captured.rows(name) for name in ("first", "second")] == [12, 8]
+
+
+def test_says_what_is_wrong() -> None:
+    with pytest.raises(ValueError, match="moments must be one of smallest, input"):
+        PaveCallback(moments="largest")  # type: ignore[arg-type]
+    with pytest.raises(PaveError, match=r"no submodule 'backbon'.*did you mean 'backbone'"):
+        validate(Expert(bert()), batches(), PaveCallback(backbone="backbon"))
+    with pytest.raises(PaveError, match=r"no linear layers below backbone\.embeddings"):
+        validate(Expert(bert()), batches(), PaveCallback(backbone="backbone.embeddings"))
+    broken = Perceptron()
+    nn.init.constant_(broken.widen.weight, float("nan"))
+    with pytest.raises(PaveError, match=r"layer 'twice' has seen NaN"):
+        validate(broken, [(torch.randn(4, 3),)], PaveCallback())
+    with pytest.raises(PaveError, match=r"attention_mask.*shape \(2, 1, 7\)"):
+        validate(Perceptron(), [{"attention_mask": torch.ones(2, 1, 7)}], PaveCallback())

@@ -1,0 +1,107 @@
+"""Fixtures shared by all tests: one thread, no network, tiny random models on disk."""
+
+import os
+
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    MLFLOW_DISABLE_TELEMETRY="true",
+    DO_NOT_TRACK="true",
+    TOKENIZERS_PARALLELISM="false",
+)
+
+import pytest
+
+WORDS = tuple(f"w{index}" for index in range(96))
+BERT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 32,
+    "vocab_size": 100,
+    "pad_token_id": 0,
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    """A tokenizer of the words w0 to w95 and four special ones."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    words = [*special.values(), *WORDS]
+    backend = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = Whitespace()
+    backend.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(tokenizer_object=backend, model_input_names=names, **special)
+
+
+@pytest.fixture(scope="session")
+def make_base(tmp_path_factory, tiny_tokenizer):
+    """Write the folder of a tiny random BERT without head, names without prefix; with pooler unless told otherwise."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    def build(*, seed=0, pooler=True, **config):
+        folder = tmp_path_factory.mktemp("base")
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = BertModel(BertConfig(**{**BERT, **config}), add_pooling_layer=pooler)
+        model.save_pretrained(folder)
+        tiny_tokenizer.save_pretrained(folder)
+        return folder
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def make_expert(tmp_path_factory, tiny_tokenizer):
+    """Write the folder of a classifier whose backbone is the base plus seeded noise in every weight."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+    from transformers.utils import logging
+
+    def build(base, *, seed=1, num_labels=2, size=0.05, **saving):
+        folder = tmp_path_factory.mktemp("expert")
+        logging.set_verbosity_error()
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(seed)
+            model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=num_labels)
+            for parameter in model.parameters():
+                parameter += size * torch.randn_like(parameter)
+        logging.set_verbosity_warning()
+        model.save_pretrained(folder, **saving)
+        tiny_tokenizer.save_pretrained(folder)
+        return folder
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def base_folder(make_base):
+    """One tiny base for all tests that only read it."""
+    return make_base()
+
+
+@pytest.fixture(scope="session")
+def expert_folders(base_folder, make_expert):
+    """Three experts of that base, with heads of different sizes; only to be read."""
+    return {
+        "first": make_expert(base_folder, seed=1, num_labels=2),
+        "second": make_expert(base_folder, seed=2, num_labels=3),
+        "third": make_expert(base_folder, seed=3, num_labels=1),
+    }

@@ -1,0 +1,154 @@
+import csv
+import math
+
+import pandas as pd
+import pytest
+
+from pave_lightning.reporting.scores import KeptRank, Model, Score, ScoreTable, model_of, replacing
+
+
+def score(model, task, value, *, form="static", vectors="", metric="accuracy", headline=True):
+    return Score(model, vectors, form, task, metric, headline, value, 100)
+
+
+@pytest.fixture
+def table():
+    return ScoreTable(
+        [
+            score("emr", "sst2", 0.9, form="per-task", vectors="plain"),
+            score("emr", "cola", 0.3, form="per-task", vectors="plain", metric="matthews"),
+            score("ties", "sst2", 0.6, vectors="purified"),
+            score("ties", "sst2", 0.5, vectors="purified", metric="f1", headline=False),
+            score("ties", "cola", 0.1, vectors="purified", metric="matthews"),
+            score("experts", "sst2", 0.8, form="expert"),
+            score("experts", "sst2", 0.5, form="expert", metric="f1", headline=False),
+            score("experts", "cola", 0.4, form="expert", metric="matthews"),
+            score("base", "sst2", 0.5, form="base"),
+        ]
+    )
+
+
+BASE, EXPERTS = Model("base", "", "base"), Model("experts", "", "expert")
+TIES, EMR = Model("ties", "purified", "static"), Model("emr", "plain", "per-task")
+
+
+def test_models_and_tasks_in_order(table):
+    assert table.models() == [BASE, EXPERTS, TIES, EMR]
+    assert table.tasks() == ["sst2", "cola"]
+    assert table.headlines == {"sst2": "accuracy", "cola": "matthews"}
+
+
+def test_normalised_values_and_averages_by_hand(table):
+    f1 = next(entry for entry in table.scores if entry.metric == "f1" and entry.model == "ties")
+    assert table.normalised(f1) == 1.0
+    assert table.normalised_value(TIES, "sst2") == pytest.approx(0.75)
+    assert table.normalised_value(TIES, "cola") == pytest.approx(0.25)
+    assert table.average(TIES) == pytest.approx(0.35)
+    assert table.normalised_average(TIES) == pytest.approx(0.5)
+    assert table.normalised_average(EXPERTS) == 1.0
+    assert table.normalised_average(EMR) == pytest.approx((0.9 / 0.8 + 0.3 / 0.4) / 2)
+    # The base was not measured on cola: no average over other tasks than everyone else's
+    assert math.isnan(table.value(BASE, "cola"))
+    assert math.isnan(table.average(BASE))
+    assert math.isnan(table.normalised_average(BASE))
+
+
+@pytest.mark.parametrize("useless", [0.0, -0.2, math.nan])
+def test_an_expert_without_a_positive_value_normalises_nothing(useless):
+    table = ScoreTable(
+        [
+            score("experts", "a", useless, form="expert"),
+            score("experts", "b", 0.5, form="expert"),
+            score("ties", "a", 0.3),
+            score("ties", "b", 0.25),
+        ]
+    )
+    ties = table.models()[-1]
+    assert math.isnan(table.normalised_value(ties, "a"))
+    assert table.normalised_average(ties) == 0.5
+
+
+def test_without_experts_nothing_is_normalised():
+    table = ScoreTable([score("ties", "a", 0.3)])
+    assert math.isnan(table.normalised_average(table.models()[0]))
+    assert ScoreTable([]).models() == []
+
+
+def test_csv_by_hand(table, tmp_path):
+    table.write_csv(tmp_path / "new" / "scores.csv")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["scores.csv"]
+    header, *rows = csv.reader((tmp_path / "new" / "scores.csv").open(newline=""))
+    assert header == [
+        *("model", "vectors", "form"),
+        *("sst2/accuracy", "cola/matthews", "average"),
+        *("sst2/normalised", "cola/normalised", "normalised_average"),
+    ]
+    assert rows[0] == ["base", "", "base", "0.5", "", "", "0.625", "", ""]
+    assert rows[1] == ["experts", "", "expert", "0.8", "0.4", "0.6000000000000001", "1.0", "1.0", "1.0"]
+    assert rows[2] == [
+        "ties",
+        "purified",
+        "static",
+        "0.6",
+        "0.1",
+        "0.35",
+        "0.7499999999999999",
+        "0.25",
+        "0.49999999999999994",
+    ]
+    assert rows[3][:5] == ["emr", "plain", "per-task", "0.9", "0.3"]
+
+
+def test_frames(table, tmp_path):
+    wide, long = table.to_wide_frame(), table.to_long_frame()
+    table.write_csv(tmp_path / "scores.csv")
+    again = pd.read_csv(tmp_path / "scores.csv", float_precision="round_trip", keep_default_na=False, na_values={
+        name: [""] for name in wide.columns[3:]
+    })  # fmt: skip
+    pd.testing.assert_frame_equal(again, wide, check_dtype=False)
+
+    assert len(long) == len(table.scores)
+    assert list(long.columns) == [
+        *("model", "vectors", "form", "task", "metric", "headline", "value", "normalised", "examples")
+    ]
+    row = long[(long.model == "ties") & (long.metric == "matthews")].iloc[0]
+    assert (row.value, row.normalised, row.examples) == (0.1, 0.25, 100)
+
+    table.write_parquet(tmp_path / "scores.parquet")
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "scores.parquet"), long)
+    assert ScoreTable([]).to_long_frame().empty
+    assert ScoreTable([]).to_wide_frame().empty
+
+
+def test_contradictions_are_refused():
+    ties = score("ties", "a", 0.3)
+    with pytest.raises(ValueError, match=r"'ties' .* has 'accuracy' of task 'a' twice"):
+        ScoreTable([ties, ties])
+    with pytest.raises(ValueError, match="two experts"):
+        ScoreTable([score("one", "a", 0.3, form="expert"), score("two", "a", 0.3, form="expert")])
+    with pytest.raises(ValueError, match="headline of task 'a' is 'accuracy'"):
+        ScoreTable([ties, score("emr", "a", 0.3, metric="f1")])
+
+
+def test_model_of():
+    assert model_of(score("ties", "a", 0.1, vectors="plain")) == Model("ties", "plain", "static")
+
+
+def test_kept_share():
+    assert KeptRank("a", "fc", 3, 4).share == 0.75
+    assert math.isnan(KeptRank("a", "fc", 0, 0).share)
+
+
+def test_replacing_leaves_the_old_file_when_writing_fails(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+
+    def write_half():
+        with replacing(path) as temporary:
+            temporary.write_text("half")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_half()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]

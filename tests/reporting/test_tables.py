@@ -1,0 +1,97 @@
+import io
+import math
+import re
+
+import pytest
+from rich.console import Console
+
+from pave_lightning.reporting.scores import Score, ScoreTable
+from pave_lightning.reporting.tables import render
+
+METHODS = ("weight-average", "task-arithmetic", "ties", "iso-cts")
+
+
+def scores(tasks, per_task=("emr",)):
+    entries = []
+    for index, task in enumerate(tasks):
+        entries.append(Score("base", "", "base", task, "accuracy", True, 0.25, 10))
+        entries.append(Score("experts", "", "expert", task, "accuracy", True, 0.8, 10))
+        for form, names in (("static", METHODS), ("per-task", per_task)):
+            for place, name in enumerate(names):
+                for bonus, vectors in enumerate(("plain", "purified")):
+                    value = 0.4 + 0.05 * place + 0.02 * bonus + 0.002 * index
+                    entries.append(Score(name, vectors, form, task, "accuracy", True, value, 10))
+    return ScoreTable(entries)
+
+
+def shown(table, width=100, **options):
+    file = io.StringIO()
+    Console(file=file, width=width, **options).print(render(table, width))
+    return file.getvalue()
+
+
+def test_six_tasks_fit_in_100_columns():
+    text = shown(scores([f"task{index}" for index in range(6)]))
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 100
+    (row,) = [line for line in lines if line.startswith("task-arithmetic  plain")]
+    assert row.split() == [
+        "task-arithmetic",
+        "plain",
+        *(f"{0.45 + 0.002 * index:.3f}" for index in range(6)),
+        "0.455",  # (0.450 + 0.452 + ... + 0.460) / 6
+        "0.569",  # 0.455 / 0.8
+    ]
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+@pytest.mark.parametrize("count", [1, 4, 8, 20])
+def test_every_task_is_shown_whole_at_any_width(width, count):
+    tasks = [f"task{index}" for index in range(count)]
+    text = shown(scores(tasks), width)
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    for task in tasks:
+        assert text.count(f" {task} ") + text.count(f" {task}\n") == 1
+    assert text.count("normalised  ") + text.count("normalised\n") == 1
+    assert text.count("iso-cts") % 2 == 0
+
+
+def test_long_names_are_folded():
+    text = shown(scores([f"customer-support-intent-{index}" for index in range(4)]), 80)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "customer-sup" in text
+    assert "0.456" in text
+
+
+def test_sections_and_caption():
+    text = shown(scores(["a", "b"]))
+    lines = text.splitlines()
+    kinds = [line.split()[0] if line.strip() else "" for line in lines]
+    between = kinds[kinds.index("experts") + 1], kinds[kinds.index("emr") - 1]
+    assert all(set(rule) == {"─"} for rule in between)
+    assert "1.000: as good as the expert" in text
+    assert "keeps something extra for each task" in " ".join(text.split())
+    assert "extra" not in shown(scores(["a"], per_task=()))
+
+
+def test_best_static_normalised_average_is_bold():
+    text = shown(scores(["a"]), force_terminal=True, color_system="standard")
+    bold = [line for line in text.splitlines() if re.search(r"\x1b\[1m *0\.", line)]
+    assert len(bold) == 1
+    assert "iso-cts" in bold[0]
+    assert "purified" in bold[0]
+
+
+def test_missing_values_and_markup():
+    table = ScoreTable(
+        [
+            Score("[red]x[/red]", "plain", "static", "[bold]t", "accuracy", True, math.nan, 1),
+            Score("y", "plain", "static", "u", "accuracy", True, 0.5, 1),
+        ]
+    )
+    text = shown(table)
+    assert "[red]x[/red]" in text
+    assert "[bold]t" in text
+    assert "nan" not in text
+    assert shown(ScoreTable([]))

@@ -1,0 +1,240 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+import pave_lightning.recipe as recipe_module
+from pave_lightning.recipe import Expert, MergeStep, Purify, Recipe, ScaleSearch, Section, Task, Training, slug
+from pave_lightning.tasks.suites import suite_task, suite_task_names
+
+SECTIONS = sorted(
+    (
+        value
+        for value in vars(recipe_module).values()
+        if isinstance(value, type) and issubclass(value, Section) and value is not Section
+    ),
+    key=lambda section: section.__name__,
+)
+OWN_TASK = {"name": "own", "data": {"train": "a.csv"}, "text": "body", "classes": 2}
+
+
+def build(**keys: Any) -> Recipe:
+    return Recipe.model_validate({"name": "demo", "base": "folder", "tasks": ["pocket/movie"], **keys})
+
+
+def build_task(**keys: Any) -> Task:
+    return Task.model_validate({**OWN_TASK, **keys})
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.__name__)
+def test_every_section_and_every_key_is_documented(section: type[Section]) -> None:
+    assert section.__doc__
+    for name, field in section.model_fields.items():
+        assert field.description, f"{section.__name__}.{name} has no description"
+        assert field.description.rstrip().endswith((".", "output.")), f"{section.__name__}.{name}"
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.__name__)
+def test_every_section_is_frozen_and_refuses_unknown_keys(section: type[Section]) -> None:
+    assert section.model_config["frozen"]
+    assert section.model_config["extra"] == "forbid"
+    assert section.model_config["strict"]
+
+
+def test_defaults() -> None:
+    recipe = build()
+    assert recipe.seed == 0
+    assert recipe.merge == []
+    assert recipe.output == "checkpoints"
+    assert recipe.task("movie").training == Training()
+    assert recipe.purify == Purify()
+
+
+@pytest.mark.parametrize("name", suite_task_names())
+def test_every_suite_task_is_valid(name: str) -> None:
+    (task,) = build(tasks=[name]).tasks
+    assert task.name == name.partition("/")[2]
+    assert task.headline == task.metrics[0]
+
+
+def test_suite_names_that_do_not_exist() -> None:
+    with pytest.raises(ValueError, match=r"unknown task 'pocket/movi': did you mean 'pocket/movie'\?"):
+        suite_task("pocket/movi")
+
+
+def test_short_forms_of_a_task() -> None:
+    task = build_task(metrics="accuracy")
+    assert task.text == ["body"]
+    assert task.classes == ["0", "1"]
+    assert task.metrics == ["accuracy"]
+    assert task.headline == "accuracy"
+    assert task.outputs == 2
+
+
+def test_a_regression_task() -> None:
+    task = build_task(kind="regression", classes=None, value_range=[0, 5])
+    assert task.metrics == ["pearson", "spearman"]
+    assert task.headline == "pearson"
+    assert task.outputs == 1
+    assert task.value_range == (0.0, 5.0)
+
+
+def test_another_headline() -> None:
+    assert build_task(metrics=["matthews", "accuracy"], headline="accuracy").headline == "accuracy"
+
+
+def test_short_forms_of_merge_steps() -> None:
+    recipe = build(merge=["average", {"method": "ties", "scale": 1}, {"method": "ties", "name": "searched"}])
+    assert [step.name for step in recipe.merge] == ["average", "ties", "searched"]
+    assert recipe.merge[1].scale == 1.0
+    assert MergeStep.model_validate("average").method == "average"
+
+
+def test_a_scale_is_a_number_or_a_search() -> None:
+    step = MergeStep.model_validate({"method": "ties", "scale": {"search": [0.1, 1]}})
+    assert step.scale == ScaleSearch(search=(0.1, 1.0))
+    assert MergeStep.model_validate({"method": "ties", "scale": 0.4}).scale == 0.4
+    assert MergeStep.model_validate({"method": "ties"}).scale is None
+
+
+def test_expert_is_written_from() -> None:
+    expert = Expert.model_validate({"from": "folder"})
+    assert expert.from_ == "folder"
+    assert expert.model_dump(by_alias=True) == {"from": "folder"}
+
+
+def test_training_is_handed_down_key_by_key() -> None:
+    recipe = build(
+        training={"learning_rate": 1e-4, "batch_size": 8},
+        tasks=["pocket/movie", {"use": "pocket/isa", "training": {"batch_size": 16}}, OWN_TASK],
+    )
+    movie, isa, own = recipe.tasks
+    assert (movie.training.learning_rate, movie.training.batch_size) == (1e-4, 8)
+    assert (isa.training.learning_rate, isa.training.batch_size) == (1e-4, 16)
+    assert own.training == recipe.training
+
+
+def test_examples_and_trainer_are_handed_down_key_by_key() -> None:
+    recipe = build(
+        examples={"train": 100, "test": 50},
+        trainer={"max_epochs": 2, "accelerator": "cpu"},
+        tasks=["pocket/movie", {"use": "pocket/isa", "examples": {"train": None}, "trainer": {"max_epochs": 1}}],
+    )
+    movie, isa = recipe.tasks
+    assert (movie.examples.train, movie.examples.validation, movie.examples.test) == (100, None, 50)
+    assert (isa.examples.train, isa.examples.test) == (None, 50)
+    assert movie.trainer == {"max_epochs": 2, "accelerator": "cpu"}
+    assert isa.trainer == {"max_epochs": 1, "accelerator": "cpu"}
+
+
+def test_purify_is_handed_down_key_by_key() -> None:
+    recipe = build(purify={"rho": 0.5, "damping": 0.2}, merge=["average", {"method": "ties", "purify": {"rho": 0.9}}])
+    average, ties = recipe.merge
+    assert average.purify == recipe.purify
+    assert (ties.purify.rho, ties.purify.damping) == (0.9, 0.2)
+
+
+def test_what_is_handed_in_is_not_changed() -> None:
+    raw = {"name": "d", "base": "b", "training": {"batch_size": 8}, "tasks": [{"use": "pocket/isa", "training": {}}]}
+    Recipe.model_validate(raw)
+    assert raw["tasks"] == [{"use": "pocket/isa", "training": {}}]
+
+
+def test_keys_of_a_suite_task_can_be_changed_one_by_one() -> None:
+    (task,) = build(tasks=[{"use": "glue/sst2", "name": "sst", "data": {"revision": "abc"}}]).tasks
+    assert task.name == "sst"
+    assert task.data.hub == "nyu-mll/glue"
+    assert task.data.revision == "abc"
+    assert task.data.test == "validation"
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"classes": None}, "a classification task needs 'classes'"),
+        ({"value_range": [0, 1]}, "'value_range' belongs to regression tasks"),
+        ({"kind": "regression"}, "'classes' belongs to classification tasks"),
+        ({"metrics": ["pearson"]}, "metric 'pearson' does not fit a classification task; fitting are accuracy, f1"),
+        ({"kind": "regression", "classes": None, "metrics": "f1"}, "metric 'f1' does not fit a regression task"),
+        ({"classes": 3, "metrics": ["f1"]}, "'f1' is for two classes; for more use 'macro_f1'"),
+        ({"headline": "matthews"}, "the headline 'matthews' is not among the metrics accuracy"),
+        ({"classes": ["a", "a"]}, "the names in 'classes' must differ"),
+        ({"metrics": ["f1", "f1"]}, "the names in 'metrics' must differ"),
+        ({"kind": "regression", "classes": None, "value_range": [1, 1]}, r"'value_range' must be \[lowest, highest\]"),
+    ],
+)
+def test_keys_of_a_task_that_disagree(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        build_task(**keys)
+
+
+def test_everything_that_disagrees_in_a_task_is_told() -> None:
+    with pytest.raises(ValidationError) as caught:
+        build_task(kind="regression", metrics=["accuracy"], headline="f1")
+    assert str(caught.value.errors()[0]["ctx"]["error"]).splitlines() == [
+        "'classes' belongs to classification tasks",
+        "metric 'accuracy' does not fit a regression task; fitting are pearson, spearman",
+        "metric 'f1' does not fit a regression task; fitting are pearson, spearman",
+        "the headline 'f1' is not among the metrics accuracy",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"tasks": ["pocket/movie", "pocket/movie"]}, "each task needs a name of its own, but movie stands twice"),
+        ({"merge": ["ties", "ties"]}, "each merge step needs a name of its own, but ties stands twice"),
+        ({"merge": ["base"]}, "a merge step cannot be named 'base'"),
+        ({"merge": [{"method": "average", "name": "experts"}]}, "a merge step cannot be named 'experts'"),
+        ({"purify": {"tasks": ["movi"]}}, r"purify.tasks: no task is named 'movi'; did you mean 'movie'\?"),
+        (
+            {"merge": [{"method": "ties", "purify": {"tasks": ["isa"]}}]},
+            "purify.tasks of merge step 'ties': no task is named 'isa'",
+        ),
+    ],
+)
+def test_sections_that_disagree(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        build(**keys)
+
+
+def test_a_wrong_task_to_purify_is_told_once_and_not_for_every_step() -> None:
+    with pytest.raises(ValidationError) as caught:
+        build(purify={"tasks": ["movi"]}, merge=["average", "ties"])
+    assert str(caught.value).count("no task is named") == 1
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"seed": True},
+        {"seed": "3"},
+        {"seed": 1.0},
+        {"purify": {"rho": True}},
+        {"purify": {"rho": "0.5"}},
+        {"purify": {"rho": float("nan")}},
+        {"purify": {"damping": float("inf")}},
+        {"tracking": {"upload_models": 1}},
+        {"merge": [{"method": "ties", "scale": True}]},
+        {"merge": [{"method": "ties", "scale": {"search": [False, True]}}]},
+        {"merge": [{"method": "ties", "name": 0}]},
+        {"merge": [{"method": "ties", "vectors": ["plain", "plain"]}]},
+        {"name": "a b"},
+        {"name": ".hidden"},
+        {"name": ""},
+    ],
+)
+def test_values_of_another_kind_are_not_converted(keys: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        build(**keys)
+
+
+def test_whole_numbers_are_numbers() -> None:
+    assert build(purify={"rho": 1}).purify.rho == 1.0
+
+
+def test_slug() -> None:
+    assert slug("a/b: c") == "a-b-c"
+    assert slug("ties_0.5-x") == "ties_0.5-x"
