@@ -91,7 +91,7 @@ def _expert_problems(task: Task, base: Checkpoint, architecture: Architecture) -
     own = Architecture.of_folder(folder)
     expert = Checkpoint(folder, own.prefix)
     yield from config_differences(task.name, architecture, own)
-    yield from differences(task.name, base, expert)
+    yield from differences(task.name, base, expert, own)
     outputs = len(own.config.get("id2label", {0: 0, 1: 1}))
     if outputs != task.outputs:
         yield f"task '{task.name}': the head of {folder} has {outputs} outputs, but the task needs {task.outputs}"

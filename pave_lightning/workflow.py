@@ -237,7 +237,7 @@ class Workflow:
             statistics[task.name] = captured.digest()
         return {
             "format": FORMATS["purify"],
-            "experts": self._expert_digests(),
+            "experts": self.expert_digests(),
             "statistics": statistics,
             "purify": options.model_dump(),
         }
@@ -274,7 +274,7 @@ class Workflow:
     def _merge_inputs(self, step: MergeStep, vectors: Vectors) -> dict[str, Any]:
         inputs: dict[str, Any] = {
             "format": FORMATS["merge"],
-            "experts": self._expert_digests(),
+            "experts": self.expert_digests(),
             "base": self._base_digest,
             "step": step.model_dump(include={"method", "scale", "options"}),
         }
@@ -323,7 +323,7 @@ class Workflow:
     def _to_score(self) -> Iterator[tuple[str, dict[str, Any]]]:
         shared = self._score_inputs("test")
         yield "scores/base", {**shared, "model": self._base_digest}
-        yield "scores/experts", {**shared, "model": self._expert_digests()}
+        yield "scores/experts", {**shared, "model": self.expert_digests()}
         for step, vectors in self.merges():
             merged = self._finished(merged_stage(step, vectors), self._merge_inputs(step, vectors), "pave merge")
             yield score_stage(step, vectors), {**shared, "model": merged.digest(".safetensors")}
@@ -331,7 +331,7 @@ class Workflow:
     def _score_inputs(self, split: str) -> dict[str, Any]:
         return {
             "format": FORMATS["evaluate"],
-            "heads": self._expert_digests(),
+            "heads": self.expert_digests(),
             "tasks": {
                 task.name: {
                     "data": split_fingerprint(task, cast(Any, split)),
@@ -409,7 +409,8 @@ class Workflow:
             raise PaveError(f"the expert of task '{task.name}' is not there yet; run: pave fit --task {task.name}")
         return Path(found.result["folder"]) if "folder" in found.result else self.folder.path(expert_stage(task))
 
-    def _expert_digests(self) -> dict[str, Any]:
+    def expert_digests(self) -> dict[str, str]:
+        """What identifies each expert's weights."""
         digests = {}
         for task in self.recipe.tasks:
             found = self._finished(expert_stage(task), self._fit_inputs(task), f"pave fit --task {task.name}")

@@ -82,7 +82,7 @@ def make_expert(tmp_path_factory, tiny_tokenizer):
             torch.manual_seed(seed)
             model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=num_labels)
             for parameter in model.parameters():
-                parameter += size * torch.randn_like(parameter)
+                parameter.add_(size * torch.randn_like(parameter))
         logging.set_verbosity_warning()
         model.save_pretrained(folder, **saving)
         tiny_tokenizer.save_pretrained(folder)
@@ -104,4 +104,59 @@ def expert_folders(base_folder, make_expert):
         "first": make_expert(base_folder, seed=1, num_labels=2),
         "second": make_expert(base_folder, seed=2, num_labels=3),
         "third": make_expert(base_folder, seed=3, num_labels=1),
+    }
+
+
+@pytest.fixture(scope="session")
+def task_files(tmp_path_factory):
+    """Rows of a task whose label is whether the first word's number is high; a model can learn it."""
+    import json
+    import random
+
+    folder = tmp_path_factory.mktemp("rows")
+
+    def write(name, rows, *, regression=False):
+        draw = random.Random(f"{name}{rows}")
+        lines = []
+        for _ in range(rows):
+            first = draw.randrange(96)
+            text = " ".join(f"w{index}" for index in [first, *draw.choices(range(96), k=draw.randrange(2, 9))])
+            label = first / 96 if regression else int(first >= 48)
+            lines.append(json.dumps({"text": text, "label": label}))
+        path = folder / f"{name}.jsonl"
+        path.write_text("\n".join(lines) + "\n")
+        return str(path)
+
+    def build(kind="classification"):
+        regression = kind == "regression"
+        return {
+            split: write(f"{kind}-{split}", rows, regression=regression)
+            for split, rows in (("train", 48), ("validation", 24), ("test", 30))
+        }
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tracking_uri(tmp_path_factory):
+    """One MLflow database for all tests that run recipes: making one takes seconds."""
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+
+
+@pytest.fixture
+def recipe_settings(base_folder, task_files, tracking_uri, tmp_path):
+    """A recipe, as plain values, that runs in seconds: two tasks, two merge rules."""
+    words = {"data": task_files(), "text": "text", "classes": ["low", "high"]}
+    numbers = {"data": task_files("regression"), "text": "text", "kind": "regression", "value_range": [0.0, 1.0]}
+    return {
+        "name": "tiny",
+        "base": str(base_folder),
+        "output": str(tmp_path / "runs"),
+        "trainer": {"max_epochs": 2, "accelerator": "cpu", "enable_progress_bar": False, "log_every_n_steps": 2},
+        "training": {"learning_rate": 1e-3, "batch_size": 16, "max_length": 16},
+        "tasks": [{"name": "words", **words}, {"name": "numbers", **numbers}],
+        "capture": {"examples": 32},
+        "purify": {"rho": 0.9},
+        "merge": [{"method": "task_arithmetic", "scale": {"search": [0.2, 0.6], "points": 2}}, {"method": "emr"}],
+        "tracking": {"uri": tracking_uri},
     }

@@ -8,12 +8,12 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from torch import nn
 
 from pave_lightning.errors import PaveError
-from pave_lightning.experts.loading import add_adapters, load_tokenizer, load_with_new_head
+from pave_lightning.experts.loading import add_adapters, load_tokenizer, load_with_new_head, quiet_transformers
 from pave_lightning.experts.task_expert import TaskExpert, freeze
 from pave_lightning.experts.trainers import build_trainer, honest_interrupts, quiet_lightning
 from pave_lightning.recipe import Task
@@ -72,6 +72,8 @@ def fit_expert(
     callbacks: list[Callback] = [checkpoint]
     if options.early_stopping is not None:
         callbacks.append(EarlyStopping(monitor, mode="max", **options.early_stopping.model_dump()))
+    if logger is not None:
+        callbacks.append(LearningRateMonitor("step"))
     settings: dict[str, Any] = {"max_epochs": 3, "log_every_n_steps": 10, **task.trainer}
     last = work_folder / "last.ckpt"
     with quiet_lightning(), honest_interrupts():
@@ -112,5 +114,6 @@ def save_expert(model: nn.Module, base: Path, folder: Path) -> None:
     if hasattr(model, "merge_and_unload"):
         model.save_pretrained(folder / "adapter")  # type: ignore[operator]
         model = model.merge_and_unload()  # type: ignore[operator]
-    model.save_pretrained(folder)  # type: ignore[operator]
+    with quiet_transformers():
+        model.save_pretrained(folder)  # type: ignore[operator]
     load_tokenizer(base).save_pretrained(folder)

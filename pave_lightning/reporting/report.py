@@ -8,11 +8,12 @@ from typing import Any
 from rich.console import Console
 
 from pave_lightning.errors import PaveError
+from pave_lightning.reporting.model_card import ExpertSource, model_card
 from pave_lightning.reporting.plots import kept_ranks, normalised_scores
 from pave_lightning.reporting.scores import KeptRank, Model, Score, ScoreTable
 from pave_lightning.reporting.tables import render
 from pave_lightning.run_folder import Manifest
-from pave_lightning.tracking import Tracker
+from pave_lightning.tracking import Tracker, environment_tags
 from pave_lightning.workflow import Workflow, merged_stage, purified_stage, score_stage
 
 
@@ -31,6 +32,7 @@ def write_report(workflow: Workflow, console: Console | None = None) -> ScoreTab
         normalised_scores(table, root / "normalised_scores.png")
         files.append(root / "normalised_scores.png")
     files += _draw_ranks(workflow)
+    _write_cards(workflow, table)
     if workflow.tracker is not None:
         _record(workflow, workflow.tracker, table, files)
     console = console or Console()
@@ -74,6 +76,40 @@ def _draw_ranks(workflow: Workflow) -> list[Path]:
         kept_ranks([KeptRank(*entry) for entry in _manifest(workflow, stage).result["ranks"]], path)
         files.append(path)
     return files
+
+
+def _write_cards(workflow: Workflow, table: ScoreTable) -> None:
+    """A README.md in each merged folder. It stands outside the manifest, because scores come after merging."""
+    recipe = workflow.recipe
+    experts = [
+        ExpertSource(task.name, task.expert.from_ if task.expert else "fine-tuned in this run", digest)
+        for task, digest in zip(recipe.tasks, workflow.expert_digests().values(), strict=True)
+    ]
+    versions = {name.removeprefix("version."): text for name, text in environment_tags().items()}
+    for step, vectors in workflow.merges():
+        stage = merged_stage(step, vectors)
+        facts = _manifest(workflow, stage).result
+        found = f"best of {len(facts['search'])} on the validation splits" if "search" in facts else ""
+        card = model_card(
+            name=f"{recipe.name}: {step.name} ({vectors})",
+            base_model=recipe.base,
+            method=step.method,
+            form=facts["form"],
+            vectors=vectors,
+            tasks=[task.name for task in recipe.tasks],
+            options=facts["options"],
+            scale=facts["scale"],
+            scale_origin=found,
+            purification=step.purify.model_dump() if vectors == "purified" else None,
+            experts=experts,
+            scores=ScoreTable(
+                score
+                for score in table.scores
+                if score.form in ("base", "expert") or (score.model, score.vectors) == (step.name, vectors)
+            ),
+            versions=versions,
+        )
+        workflow.folder.write_text(f"{stage}/README.md", card)
 
 
 def _record(workflow: Workflow, tracker: Tracker, table: ScoreTable, files: list[Path]) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -24,12 +26,14 @@ class Architecture:
         parameters: the backbone's parameters by name, in the order of the modules.
         children: names of the backbone's direct submodules.
         config: the configuration, as plain values.
+        obsolete: patterns of tensors that older releases of transformers stored and the model no longer has.
     """
 
     prefix: str
     parameters: dict[str, Parameter]
     children: tuple[str, ...]
     config: dict[str, Any] = field(repr=False)
+    obsolete: tuple[str, ...] = ()
 
     @classmethod
     def of_folder(cls, folder: Path) -> Architecture:
@@ -54,12 +58,17 @@ class Architecture:
             parameters=parameters,
             children=tuple(name for name, _ in backbone.named_children()),
             config=json.loads((folder / "config.json").read_text()),
+            obsolete=tuple(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),
         )
 
     def describe(self, name: str, shape: tuple[int, ...]) -> Parameter:
         """The parameter of that name; a stored tensor that the model class does not know is of kind other."""
         known = self.parameters.get(name)
         return known if known is not None else Parameter(name, ParameterKind.OTHER, shape)
+
+    def ignores(self, name: str) -> bool:
+        """Whether a stored tensor of that name means nothing to the model (the causal masks of old GPT-2 files)."""
+        return name not in self.parameters and any(re.search(pattern, name) for pattern in self.obsolete)
 
 
 def empty_classifier(folder: Path, device: str = "meta") -> nn.Module:
@@ -68,7 +77,7 @@ def empty_classifier(folder: Path, device: str = "meta") -> nn.Module:
         config = AutoConfig.from_pretrained(folder)
         with torch.device(device):
             model: nn.Module = AutoModelForSequenceClassification.from_config(config)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         reason = str(error).strip().splitlines()[0]
         raise PaveError(f"{folder}: its config.json gives no sequence-classification model: {reason}") from error
     return model

@@ -134,9 +134,9 @@ def weight_files(folder: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, AttributeError) as error:
+            missing = [name for name in names if not (folder / name).is_file()]
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise PaveError(f"{index} is broken: expected JSON with a weight_map; save the checkpoint again") from error
-        missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise PaveError(f"{folder}: the index names shards that are not there: {', '.join(missing)}")
         return [folder / name for name in names]

@@ -67,7 +67,7 @@ class ExpertTaskVectors(TaskVectors):
     def __init__(self, base: Checkpoint, experts: Mapping[str, Checkpoint], architecture: Architecture) -> None:
         problems = Problems("the experts do not fit the base:")
         for task, expert in experts.items():
-            problems.extend(differences(task, base, expert))
+            problems.extend(differences(task, base, expert, architecture))
         problems.raise_if_any()
         shared = set.intersection(*(set(expert.backbone) for expert in experts.values())) if experts else set()
         self._base, self._experts = base, dict(experts)
@@ -75,7 +75,7 @@ class ExpertTaskVectors(TaskVectors):
         self.parameters = tuple(
             architecture.describe(name, stored.shape)
             for name, stored in sorted(base.backbone.items())
-            if name in shared and stored.is_floating
+            if name in shared and stored.is_floating and not architecture.ignores(name)
         )
 
     def base(self, parameter: Parameter, rows: slice | None = None) -> Tensor:
@@ -103,13 +103,16 @@ def absent_children(base: Checkpoint, expert: Checkpoint) -> set[str]:
     return {name.partition(".")[0] for name in expert.backbone} - of_base
 
 
-def differences(task: str, base: Checkpoint, expert: Checkpoint) -> list[str]:
-    """What keeps an expert from being merged with others of that base: names and shapes, from the headers alone."""
+def differences(task: str, base: Checkpoint, expert: Checkpoint, architecture: Architecture) -> list[str]:
+    """What keeps an expert from being merged with others of that base: names and shapes, from the headers alone.
+
+    Index buffers and other tensors that the architecture ignores may differ: releases of transformers store them or not.
+    """
     found = []
     private = absent_children(base, expert)
     of_expert = {name.partition(".")[0] for name in expert.backbone}
     for name, stored in expert.backbone.items():
-        if name.partition(".")[0] in private:
+        if name.partition(".")[0] in private or not stored.is_floating or architecture.ignores(name):
             continue
         if name not in base.backbone:
             found.append(f"task '{task}': {name} {list(stored.shape)} is in the expert, but not in the base")
@@ -120,7 +123,8 @@ def differences(task: str, base: Checkpoint, expert: Checkpoint) -> list[str]:
             )
     for name, stored in base.backbone.items():
         # A child that the expert lacks altogether (a pooler its architecture drops) stays as it is in the base.
-        if name not in expert.backbone and stored.is_floating and name.partition(".")[0] in of_expert:
+        matters = stored.is_floating and not architecture.ignores(name) and name.partition(".")[0] in of_expert
+        if name not in expert.backbone and matters:
             found.append(f"task '{task}': {name} {list(stored.shape)} is in the base, but not in the expert")
     return found
 

@@ -71,7 +71,7 @@ def test_everything_is_told():
     assert text.endswith("|\n")
 
 
-@pytest.mark.parametrize(("form", "use"), [("static", "**Static**"), ("per-task", "Modulator(")])
+@pytest.mark.parametrize(("form", "use"), [("static", "**Static**"), ("per-task", "Loading needs the base model too")])
 def test_kind_says_how_to_use_it(form, use):
     assert use in card(form=form)
 

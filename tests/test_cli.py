@@ -1,0 +1,147 @@
+"""The command as a user meets it: help, mistakes, exit codes."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from pave_lightning import Recipe
+from pave_lightning.cli import RECIPE_COMMANDS, main
+from pave_lightning.merging import methods
+from pave_lightning.recipe_loading import recipe_to_yaml
+
+
+@pytest.fixture
+def recipe_file(recipe_settings, tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(recipe_to_yaml(Recipe.model_validate(recipe_settings)))
+    return str(path)
+
+
+def fails(arguments, capsys):
+    """The message of a call that must end with exit code 2 and without a traceback."""
+    try:
+        code = main(arguments)
+    except SystemExit as stop:
+        code = stop.code
+    shown = capsys.readouterr()
+    assert code == 2, shown
+    assert "Traceback" not in shown.err
+    assert shown.err.strip()
+    return shown.err
+
+
+def test_help_is_fast_and_loads_nothing_heavy():
+    script = (
+        "import sys, time; from pave_lightning.cli import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'lightning', 'transformers', 'mlflow', 'datasets', 'pandas', 'matplotlib'} & set(sys.modules)\n"
+        "sys.exit(f'loaded {heavy}' if heavy else 0)"
+    )
+    took = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+        took.append(time.perf_counter() - start)
+        assert done.returncode == 0, done.stderr
+        assert "evaluate" in done.stdout
+    assert min(took) < 1.0
+
+
+@pytest.mark.parametrize("command", [*RECIPE_COMMANDS, "methods", "schema"])
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert "--debug" in capsys.readouterr().out
+
+
+def test_no_command_and_wrong_flags_are_told(capsys, recipe_file):
+    assert "run" in fails([], capsys)
+    assert "rnu" in fails(["rnu", recipe_file], capsys)
+    assert "--stet" in fails(["run", recipe_file, "--stet", "a=1"], capsys)
+    assert "recipe" in fails(["run"], capsys)
+
+
+def test_mistakes_in_a_recipe_are_told_at_once_with_the_nearest_names(capsys, recipe_file):
+    assert "tiny.yaml" in fails(["run", recipe_file.replace("tiny.yaml", "tinny.yaml")], capsys)
+    text = fails(["plan", recipe_file, "--set", "purify.rhoo=0.9", "--set", "capture.examples=0"], capsys)
+    assert "did you mean 'rho'" in text
+    assert "capture.examples" in text
+    text = fails(
+        [
+            *("run", recipe_file, "--set", "merge.emr.method=emrr", "--set", "merge.0.options.density=2"),
+            *("--set", "trainer.max_epoch=2", "--set", "tasks.words.label=labell", "--set", "tracking.uri=file:./x"),
+        ],
+        capsys,
+    )
+    for hint in ("did you mean 'emr'", "density", "did you mean 'max_epochs'", "'label'", "sqlite:///"):
+        assert hint in text
+    assert "Recipe(" not in text
+
+
+def test_a_scale_for_a_rule_without_one_is_refused(capsys, recipe_file):
+    assert "emr has no scale" in fails(["plan", recipe_file, "--set", "merge.emr.scale=0.4"], capsys)
+
+
+def test_plan_runs_nothing(capsys, recipe_file, recipe_settings, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    assert main(["plan", recipe_file]) == 0
+    shown = capsys.readouterr().out
+    assert "experts/words" in shown
+    assert "48 rows, 2 epochs, 6 steps of 16" in shown
+    folder = os.path.join(recipe_settings["output"], "tiny")  # noqa: PTH118
+    assert not set(os.listdir(folder)) - {"data"}  # noqa: PTH208
+
+
+def test_print_config_shows_every_default_and_is_a_recipe_itself(capsys, recipe_file, tmp_path):
+    assert main(["run", recipe_file, "--print-config", "--set", "merge.0.scale=0.4"]) == 0
+    shown = capsys.readouterr().out
+    assert "stopping_share: 1.5" in shown
+    again = tmp_path / "again.yaml"
+    again.write_text(shown)
+    assert main(["run", str(again), "--print-config"]) == 0
+    assert capsys.readouterr().out == shown
+
+
+def test_methods_lists_all_of_them(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["methods"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in methods())
+    assert main(["methods", "ties"]) == 0
+    assert "options.density (default 0.2)" in capsys.readouterr().out
+    assert "did you mean 'ties'" in fails(["methods", "tiess"], capsys)
+
+
+def test_schema_is_json(capsys):
+    assert main(["schema"]) == 0
+    assert json.loads(capsys.readouterr().out)["type"] == "object"
+
+
+def test_a_fault_of_ours_is_one_line_unless_debug(capsys, recipe_file, monkeypatch):
+    import pave_lightning.commands as commands
+
+    def explode(*args):
+        raise RuntimeError("broken inside")
+
+    monkeypatch.setattr(commands, "plan_recipe", explode)
+    assert main(["plan", recipe_file]) == 1
+    assert "broken inside" in capsys.readouterr().err
+    with pytest.raises(RuntimeError):
+        main(["plan", recipe_file, "--debug"])
+
+
+def test_a_folder_in_use_is_refused(capsys, recipe_file, recipe_settings):
+    from pathlib import Path
+
+    from pave_lightning.run_folder import RunFolder
+
+    with RunFolder(Path(recipe_settings["output"]) / "tiny").locked():
+        script = f"from pave_lightning.cli import main; raise SystemExit(main(['fit', {recipe_file!r}]))"
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "another pave process" in done.stderr

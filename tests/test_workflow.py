@@ -1,0 +1,270 @@
+"""A whole run on a tiny random BERT: what it leaves, what it does again, what it survives."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+
+from pave_lightning import Recipe, load_merged, run_recipe
+from pave_lightning.errors import PaveError
+from pave_lightning.recipe_loading import recipe_to_yaml
+from pave_lightning.statistics import TaskStatistics
+
+
+@pytest.fixture
+def recipe(recipe_settings):
+    return Recipe.model_validate(recipe_settings)
+
+
+def manifests(folder):
+    return {str(path.parent.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("manifest.json")}
+
+
+def changed(before, after):
+    return {stage for stage in after if before.get(stage) != after[stage]}
+
+
+def rerun(settings, **changes):
+    return run_recipe(Recipe.model_validate({**settings, **changes}))
+
+
+def test_a_run_leaves_everything_it_promises(recipe, tracking_uri, capsys):
+    folder = run_recipe(recipe)
+
+    for task, outputs in (("words", 2), ("numbers", 1)):
+        expert = AutoModelForSequenceClassification.from_pretrained(folder / "experts" / task)
+        assert expert.config.num_labels == outputs
+        AutoTokenizer.from_pretrained(folder / "experts" / task)
+        statistics = TaskStatistics.load(folder / "statistics" / task / "moments.safetensors")
+        assert statistics.examples == 32
+        assert "encoder.layer.1.output.dense" in statistics.layers()
+    assert expert.config.problem_type == "regression"
+
+    for name in ("task_arithmetic-plain", "task_arithmetic-purified", "emr-plain", "emr-purified"):
+        AutoModel.from_pretrained(folder / "merged" / name)
+        AutoTokenizer.from_pretrained(folder / "merged" / name)
+        assert load_merged(folder / "merged" / name, "words").config.num_labels == 2
+        assert (folder / "merged" / name / "README.md").read_text().startswith("---")
+
+    rows = list(csv.DictReader((folder / "results.csv").open()))
+    assert [(row["model"], row["vectors"]) for row in rows] == [
+        ("base", ""),
+        ("experts", ""),
+        ("task_arithmetic", "plain"),
+        ("task_arithmetic", "purified"),
+        ("emr", "plain"),
+        ("emr", "purified"),
+    ]
+    assert float(rows[1]["normalised_average"]) == 1.0
+    for picture in ("normalised_scores.png", "kept_ranks.png"):
+        assert (folder / picture).read_bytes().startswith(b"\x89PNG")
+    assert (folder / "recipe.yaml").is_file()
+    assert not (folder / "training").exists() or not list((folder / "training").iterdir())
+    assert "normalised" in capsys.readouterr().out
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri)
+    experiment = client.get_experiment_by_name("pave-lightning").experiment_id
+    runs = client.search_runs([experiment])
+    parent = next(run for run in runs if client_key(run).startswith(str(folder.resolve())))
+    children = {
+        run.info.run_name: run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id
+    }
+    assert parent.info.status == "FINISHED"
+    assert {run.info.status for run in children.values()} == {"FINISHED"}
+    assert set(children) >= {"expert:words", "expert:numbers", "merge:emr:plain", "merge:task_arithmetic:purified"}
+    assert "train/loss" in children["expert:words"].data.metrics
+    assert children["merge:task_arithmetic:plain"].data.params["method"] == "task_arithmetic"
+    assert parent.data.tags["version.torch"].startswith(torch.__version__.split("+")[0])
+    stored = {file.path for file in client.list_artifacts(parent.info.run_id)}
+    assert stored >= {"recipe.yaml", "results.csv", "normalised_scores.png", "kept_ranks.png"}
+
+
+def client_key(run):
+    return run.data.tags.get("pave.key", "")
+
+
+def test_scores_are_those_of_the_folders_that_are_left(recipe):
+    from pave_lightning.tasks.data import load_split
+
+    folder = run_recipe(recipe)
+    task = recipe.task("words")
+    rows = load_split(task, "test", seed=0, cache_dir=folder / "data")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "experts" / "words")
+    encoded = tokenizer(list(rows["text"]), padding=True, truncation=True, max_length=16, return_tensors="pt")
+    labels = torch.tensor(rows["label"])
+    table = {(row["model"], row["vectors"]): row for row in csv.DictReader((folder / "results.csv").open())}
+    for model, vectors in (("task_arithmetic", "purified"), ("emr", "plain"), ("emr", "purified")):
+        merged = load_merged(folder / "merged" / f"{model}-{vectors}", "words")
+        with torch.no_grad():
+            accuracy = (merged(**encoded).logits.argmax(-1) == labels).double().mean()
+        assert float(table[model, vectors]["words/accuracy"]) == pytest.approx(float(accuracy), abs=1e-6)
+
+
+def test_a_second_run_does_nothing_again_and_a_change_only_what_depends_on_it(recipe_settings):
+    folder = rerun(recipe_settings)
+    first = manifests(folder)
+
+    rerun(recipe_settings)
+    assert manifests(folder) == first
+
+    rerun(recipe_settings, purify={"rho": 0.8})
+    second = manifests(folder)
+    again = changed(first, second)
+    assert {stage.split("/")[0] for stage in again} == {"purified", "merged", "scores"}
+    assert all("purified" in stage for stage in again)
+
+    tasks = [dict(task) for task in recipe_settings["tasks"]]
+    tasks[0]["training"] = {"weight_decay": 0.1}
+    rerun(recipe_settings, purify={"rho": 0.8}, tasks=tasks)
+    again = changed(second, manifests(folder))
+    assert {"experts/words", "statistics/words"} <= again
+    assert not {"experts/numbers", "statistics/numbers", "scores/base"} & again - {"scores/base"}
+    assert {"scores/experts", "merged/emr-plain"} <= again
+
+
+def test_damaged_results_are_made_again(recipe_settings):
+    folder = rerun(recipe_settings)
+    weights = folder / "experts" / "words" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-10])
+    rerun(recipe_settings)
+    assert weights.read_bytes() == whole
+
+
+def test_an_existing_expert_is_only_captured(recipe_settings, expert_folders):
+    settings = dict(recipe_settings)
+    settings["tasks"] = [{**settings["tasks"][0], "expert": {"from": str(expert_folders["first"])}}, settings["tasks"][1]]
+    folder = rerun(settings)
+    assert not (folder / "experts" / "words" / "model.safetensors").exists()
+    assert (folder / "statistics" / "words" / "moments.safetensors").is_file()
+    assert (folder / "scores" / "emr-purified" / "manifest.json").is_file()
+
+
+def test_lora_experts_merge_like_full_ones_and_their_adapters_can_be_taken_in(recipe_settings):
+    settings = dict(recipe_settings)
+    settings["training"] = {**settings["training"], "lora": {"rank": 2}}
+    folder = rerun(settings)
+    adapter = folder / "experts" / "words" / "adapter"
+    assert (adapter / "adapter_model.safetensors").is_file()
+
+    again = {**settings, "name": "taken"}
+    again["tasks"] = [{**settings["tasks"][0], "expert": {"from": str(adapter)}}, settings["tasks"][1]]
+    taken = rerun(again)
+    text = AutoTokenizer.from_pretrained(folder / "experts" / "words")(["w3 w50 w7"], return_tensors="pt")
+    logits = [
+        AutoModelForSequenceClassification.from_pretrained(place / "experts" / "words").eval()(**text).logits
+        for place in (folder, taken)
+    ]
+    torch.testing.assert_close(*logits)
+
+
+def test_a_stage_alone_says_what_it_lacks(recipe):
+    from pave_lightning.commands import run_stage
+
+    with pytest.raises(PaveError, match="pave fit --task words"):
+        run_stage(recipe, "capture", "words")
+    run_stage(recipe, "fit")
+    with pytest.raises(PaveError, match="pave capture --task words"):
+        run_stage(recipe, "merge")
+    with pytest.raises(PaveError, match="did you mean 'words'"):
+        run_stage(recipe, "capture", "word")
+    for stage in ("capture", "merge", "evaluate", "report"):
+        run_stage(recipe, stage)
+    assert (Path(recipe.output) / "tiny" / "results.csv").is_file()
+
+
+def test_an_error_ends_the_mlflow_run_as_failed(recipe, tracking_uri, monkeypatch):
+    import pave_lightning.workflow as workflow
+    from mlflow import MlflowClient
+
+    def explode(*args, **kwargs):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(workflow, "fit_expert", explode)
+    with pytest.raises(RuntimeError):
+        run_recipe(recipe)
+    client = MlflowClient(tracking_uri)
+    experiment = client.get_experiment_by_name("pave-lightning").experiment_id
+    mine = [run for run in client.search_runs([experiment]) if str(recipe.output) in client_key(run)]
+    assert [run.info.status for run in mine] == ["FAILED"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_killed_run_goes_on_and_ends_like_an_undisturbed_one(recipe_settings, tmp_path, stop):
+    def start(settings):
+        path = tmp_path / f"{settings['name']}.yaml"
+        path.write_text(recipe_to_yaml(Recipe.model_validate(settings)))
+        command = [sys.executable, "-m", "pave_lightning", "run", str(path)]
+        return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    settings = {**recipe_settings, "trainer": {**recipe_settings["trainer"], "max_epochs": 30}}
+    whole = {**settings, "name": "whole"}
+    undisturbed = start(whole)
+    output, _ = undisturbed.communicate(timeout=240)
+    assert undisturbed.returncode == 0, output
+
+    folder = Path(settings["output"]) / "tiny"
+    process = start(settings)
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("training/*/last.ckpt")):
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(stop)
+    process.wait(60)
+    assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[stop]
+    finished = manifests(folder)
+    assert "scores/emr-plain" not in finished
+
+    again = start(settings)
+    output, _ = again.communicate(timeout=240)
+    assert again.returncode == 0, output
+    assert "goes on from its last checkpoint" in output
+    assert not [path for path in folder.rglob("*") if ".unfinished-" in path.name]
+
+    def results(name):
+        return (Path(settings["output"]) / name / "results.csv").read_text()
+
+    assert results("tiny") == results("whole")
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_same_experts_statistics_and_scores_as_one(recipe_settings, tmp_path):
+    folder = rerun(recipe_settings)
+    two = {**recipe_settings, "name": "two"}
+    two["trainer"] = {**two["trainer"], "devices": 2, "strategy": "ddp"}
+    # The same experts, so that capture and evaluation can be compared with one process exactly.
+    two["tasks"] = [
+        {**task, "expert": {"from": str(folder / "experts" / task["name"])}} for task in recipe_settings["tasks"]
+    ]
+    path = tmp_path / "two.yaml"
+    path.write_text(recipe_to_yaml(Recipe.model_validate(two)))
+    command = [sys.executable, "-m", "pave_lightning", "run", str(path)]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=280, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    other = folder.parent / "two"
+    for task in ("words", "numbers"):
+        one, both = (TaskStatistics.load(place / "statistics" / task / "moments.safetensors") for place in (folder, other))
+        assert one.examples == both.examples == 32
+        for layer in one.layers():
+            assert one[layer].rows == both[layer].rows
+            torch.testing.assert_close(one[layer].matrix, both[layer].matrix, rtol=1e-5, atol=1e-6)
+    scores = [json.loads((place / "scores/experts/manifest.json").read_text())["result"] for place in (folder, other)]
+    for task in ("words", "numbers"):
+        first, second = (found["scores"][task] for found in scores)
+        assert first["examples"] == second["examples"] == 30
+        assert first["metrics"] == pytest.approx(second["metrics"], abs=1e-5)

@@ -1,0 +1,130 @@
+import json
+
+import pytest
+import torch
+from transformers import BertConfig, GPT2Config, ViTConfig
+
+from pave_lightning.errors import PaveError
+from pave_lightning.weights import Architecture, Parameter, ParameterKind
+from pave_lightning.weights.architecture import backbone_of, empty_classifier
+
+
+@pytest.fixture
+def gpt2_folder(tmp_path):
+    GPT2Config(
+        n_embd=8, n_layer=1, n_head=2, vocab_size=20, n_positions=8, eos_token_id=0, bos_token_id=0
+    ).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_bert(base_folder):
+    found = Architecture.of_folder(base_folder)
+    assert found.prefix == "bert"
+    assert found.children == ("embeddings", "encoder", "pooler")
+    assert found.config["hidden_size"] == 32
+    layer = "encoder.layer.1"
+    expected = {
+        "embeddings.word_embeddings.weight": (ParameterKind.EMBEDDING, (100, 32), None),
+        "embeddings.LayerNorm.weight": (ParameterKind.NORM_SCALE, (32,), None),
+        "embeddings.LayerNorm.bias": (ParameterKind.NORM_SHIFT, (32,), None),
+        f"{layer}.attention.self.query.weight": (ParameterKind.LINEAR, (32, 32), 1),
+        f"{layer}.attention.self.query.bias": (ParameterKind.BIAS, (32,), None),
+        f"{layer}.intermediate.dense.weight": (ParameterKind.LINEAR, (64, 32), 1),
+        f"{layer}.output.dense.weight": (ParameterKind.LINEAR, (32, 64), 1),
+        "pooler.dense.weight": (ParameterKind.LINEAR, (32, 32), 1),
+    }
+    for name, (kind, shape, axis) in expected.items():
+        assert found.parameters[name] == Parameter(name, kind, shape, axis)
+    assert not any("classifier" in name for name in found.parameters)
+
+
+def test_it_agrees_with_the_model_that_transformers_builds(base_folder):
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(base_folder)
+    shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
+    assert {name: p.shape for name, p in Architecture.of_folder(base_folder).parameters.items()} == shapes
+
+
+def test_gpt2_holds_its_linear_weights_transposed(gpt2_folder):
+    found = Architecture.of_folder(gpt2_folder)
+    assert found.prefix == "transformer"
+    assert found.parameters["h.0.attn.c_attn.weight"] == Parameter(
+        "h.0.attn.c_attn.weight", ParameterKind.LINEAR, (8, 24), 0
+    )
+    assert found.parameters["h.0.mlp.c_proj.weight"].input_axis == 0
+    assert found.parameters["h.0.mlp.c_proj.weight"].shape == (32, 8)
+    assert found.parameters["h.0.ln_1.weight"].kind == ParameterKind.NORM_SCALE
+    assert found.parameters["wte.weight"].kind == ParameterKind.EMBEDDING
+
+
+def test_convolutions_and_bare_parameters(tmp_path):
+    from pave_lightning.weights.parameters import kind_of
+
+    config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=8)
+    config.patch_size = 4
+    from transformers import ViTModel
+
+    model = ViTModel(config, add_pooling_layer=False)
+    patch = model.embeddings.patch_embeddings.projection
+    assert kind_of(patch, "weight") == (ParameterKind.CONVOLUTION, None)
+    assert kind_of(patch, "bias") == (ParameterKind.BIAS, None)
+    assert kind_of(model.embeddings, "cls_token") == (ParameterKind.OTHER, None)
+    assert kind_of(torch.nn.LSTM(2, 2), "weight_ih_l0") == (ParameterKind.OTHER, None)
+
+
+def test_nothing_is_allocated(tmp_path):
+    BertConfig(hidden_size=4096, num_attention_heads=32, intermediate_size=4096, vocab_size=2_000_000).save_pretrained(
+        tmp_path
+    )  # the embeddings alone would take 32 GB
+    assert Architecture.of_folder(tmp_path).parameters["embeddings.word_embeddings.weight"].elements == 2_000_000 * 4096
+
+
+def test_layer_and_elements_of_a_parameter():
+    parameter = Parameter("encoder.layer.0.output.dense.weight", ParameterKind.LINEAR, (3, 4), 1)
+    assert parameter.layer == "encoder.layer.0.output.dense"
+    assert parameter.elements == 12
+    assert Parameter("scale", ParameterKind.OTHER, ()).layer == ""
+    assert Parameter("scale", ParameterKind.OTHER, ()).elements == 1
+
+
+def test_a_tensor_that_the_class_does_not_know_is_other(base_folder):
+    found = Architecture.of_folder(base_folder)
+    assert found.describe("something.new", (3, 2)) == Parameter("something.new", ParameterKind.OTHER, (3, 2))
+
+
+def test_no_configuration(tmp_path):
+    with pytest.raises(PaveError, match=r"config\.json gives no sequence-classification model"):
+        Architecture.of_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"model_type": "unheard-of"}, {"model_type": "clip"}, {"hidden_size": 33}, {"hidden_size": "wide"}],
+    ids=["unknown type", "no classifier", "impossible size", "size of another type"],
+)
+def test_a_configuration_that_gives_no_model(tmp_path, base_folder, changes):
+    config = json.loads((base_folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(PaveError, match=r"config\.json gives no sequence-classification model: \S"):
+        Architecture.of_folder(tmp_path)
+
+
+def test_broken_json(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(PaveError, match=r"config\.json gives no"):
+        Architecture.of_folder(tmp_path)
+
+
+def test_the_empty_classifier_is_on_the_device_asked_for(base_folder):
+    assert all(value.is_meta for value in empty_classifier(base_folder).parameters())
+    model = empty_classifier(base_folder, device="cpu")
+    assert not any(value.is_meta for value in model.parameters())
+    assert type(backbone_of(model)).__name__ == "BertModel"
+
+
+def test_a_model_without_backbone_is_told():
+    model = torch.nn.Linear(1, 1)
+    model.base_model_prefix = "weight"
+    with pytest.raises(PaveError, match="Linear has no backbone named 'weight'"):
+        backbone_of(model)

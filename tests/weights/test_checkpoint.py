@@ -1,0 +1,168 @@
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pave_lightning.errors import PaveError
+from pave_lightning.weights import Checkpoint, weights_digest
+
+
+@pytest.fixture
+def write(tmp_path):
+    def build(tensors, name="model"):
+        folder = tmp_path / name
+        folder.mkdir()
+        save_file(tensors, folder / "model.safetensors")
+        return folder
+
+    return build
+
+
+def test_names_with_prefix_are_split_into_backbone_and_head(write):
+    weight, head = torch.arange(6.0).reshape(2, 3), torch.ones(2)
+    checkpoint = Checkpoint(write({"bert.layer.weight": weight, "classifier.bias": head}), "bert")
+    assert list(checkpoint) == ["layer.weight"]
+    assert torch.equal(checkpoint.tensor("layer.weight"), weight)
+    assert torch.equal(checkpoint.head_tensors()["classifier.bias"], head)
+    assert list(checkpoint.head_tensors()) == ["classifier.bias"]
+
+
+def test_names_without_prefix_are_all_backbone(write):
+    checkpoint = Checkpoint(write({"layer.weight": torch.ones(2), "bertish.weight": torch.ones(1)}), "bert")
+    assert sorted(checkpoint) == ["bertish.weight", "layer.weight"]
+    assert checkpoint.head_tensors() == {}
+
+
+def test_a_saved_base_and_its_expert_have_the_same_backbone_names(base_folder, expert_folders):
+    base, expert = Checkpoint(base_folder, "bert"), Checkpoint(expert_folders["second"], "bert")
+    assert set(base) == set(expert)
+    assert not any(name.startswith("bert.") for name in base)
+    assert sorted(expert.head) == ["classifier.bias", "classifier.weight"]
+    assert expert.head["classifier.weight"].shape == (3, 32)
+    stored = load_file(expert_folders["second"] / "model.safetensors")
+    assert all(torch.equal(expert.tensor(name), stored[f"bert.{name}"]) for name in expert)
+
+
+@pytest.mark.parametrize("rows", [slice(0, 1), slice(1, 4), slice(4, 5), slice(0, 5), slice(2, 2)])
+def test_rows_are_rows_of_the_whole_tensor(write, rows):
+    weight = torch.randn(5, 3, 2)
+    checkpoint = Checkpoint(write({"weight": weight, "scalar": torch.tensor(2.5)}), "bert")
+    assert torch.equal(checkpoint.tensor("weight", rows), weight[rows])
+    assert checkpoint.tensor("scalar").shape == ()
+    assert float(checkpoint.tensor("scalar")) == 2.5
+
+
+def test_reading_rows_leaves_the_rest_of_the_file_alone(write):
+    folder = write({"weight": torch.zeros(4, 2)})
+    checkpoint = Checkpoint(folder, "bert")
+    path = folder / "model.safetensors"
+    with path.open("rb+") as file:  # write 1.0 into the last row behind the reader's back
+        file.seek(-4, os.SEEK_END)
+        file.write(torch.ones(1).numpy().tobytes())
+    assert torch.equal(checkpoint.tensor("weight", slice(0, 3)), torch.zeros(3, 2))
+    assert torch.equal(checkpoint.tensor("weight", slice(3, 4)), torch.tensor([[0.0, 1.0]]))
+
+
+def test_legacy_names_of_layer_norms(write):
+    tensors = {
+        "bert.embeddings.LayerNorm.gamma": torch.tensor([2.0]),
+        "bert.embeddings.LayerNorm.beta": torch.tensor([3.0]),
+        "bert.other.gamma": torch.tensor([4.0]),
+    }
+    checkpoint = Checkpoint(write(tensors), "bert")
+    assert sorted(checkpoint) == ["embeddings.LayerNorm.bias", "embeddings.LayerNorm.weight", "other.gamma"]
+    assert float(checkpoint.tensor("embeddings.LayerNorm.weight")) == 2
+    assert float(checkpoint.tensor("embeddings.LayerNorm.bias")) == 3
+
+
+def test_the_stored_dtype_is_kept(write):
+    tensors = {"half": torch.ones(2).half(), "brain": torch.ones(2).bfloat16(), "index": torch.arange(2)}
+    checkpoint = Checkpoint(write(tensors), "bert")
+    assert {name: checkpoint.tensor(name).dtype for name in checkpoint} == {
+        "half": torch.float16,
+        "brain": torch.bfloat16,
+        "index": torch.int64,
+    }
+    assert {name: stored.is_floating for name, stored in checkpoint.backbone.items()} == {
+        "half": True,
+        "brain": True,
+        "index": False,
+    }
+
+
+def test_weights_that_are_not_finite_are_named(write):
+    tensors = {
+        "bert.good": torch.ones(3),
+        "bert.nan": torch.tensor([1.0, float("nan")]),
+        "bert.index": torch.arange(3),
+        "head.infinite": torch.tensor([float("-inf")]).half(),
+        "head.good": torch.ones(1),
+    }
+    assert Checkpoint(write(tensors), "bert").non_finite() == ["nan", "head.infinite"]
+
+
+def test_a_truncated_file_is_told(write):
+    folder = write({"weight": torch.ones(100)})
+    path = folder / "model.safetensors"
+    os.truncate(path, path.stat().st_size - 8)
+    with pytest.raises(PaveError, match=r"model\.safetensors is truncated or no safetensors file"):
+        Checkpoint(folder, "bert")
+
+
+def test_a_file_of_another_kind_is_told(tmp_path):
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(PaveError, match="truncated or no safetensors file"):
+        Checkpoint(tmp_path, "bert")
+
+
+def test_pickled_weights_are_refused_and_not_opened(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "exploded"),))
+
+    torch.save(Bomb(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(PaveError, match=r"pytorch_model\.bin; pickled weights can run code and are refused"):
+        Checkpoint(tmp_path, "bert")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_safetensors_beside_pickles_are_read(write):
+    folder = write({"weight": torch.ones(2)})
+    (folder / "pytorch_model.bin").write_bytes(b"never read")
+    assert list(Checkpoint(folder, "bert")) == ["weight"]
+
+
+def test_an_empty_folder_and_no_folder(tmp_path):
+    with pytest.raises(PaveError, match=r"has no model\.safetensors"):
+        Checkpoint(tmp_path, "bert")
+    with pytest.raises(PaveError, match=r"there is no folder .*nowhere"):
+        Checkpoint(tmp_path / "nowhere", "bert")
+
+
+def test_missing_shards_are_all_named(tmp_path):
+    save_file({"a": torch.ones(1)}, tmp_path / "one.safetensors")
+    index = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors", "c": "three.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(PaveError, match=r"not there: three\.safetensors, two\.safetensors"):
+        Checkpoint(tmp_path, "bert")
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
+def test_a_broken_index_is_told(tmp_path, text):
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(PaveError, match=r"index\.json is broken"):
+        Checkpoint(tmp_path, "bert")
+
+
+def test_the_digest_follows_the_content_and_nothing_else(write):
+    first = write({"weight": torch.zeros(2)}, "first")
+    same = write({"weight": torch.zeros(2)}, "same")
+    other = write({"weight": torch.ones(2)}, "other")
+    (same / "config.json").write_text("{}")
+    assert weights_digest(first) == weights_digest(same)
+    assert weights_digest(first) != weights_digest(other)
+    before = weights_digest(first)
+    save_file({"weight": torch.full((2,), 7.0)}, first / "model.safetensors")
+    assert weights_digest(first) != before

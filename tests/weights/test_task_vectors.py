@@ -1,0 +1,211 @@
+import re
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2Model
+
+from pave_lightning.errors import PaveError
+from pave_lightning.weights import (
+    Architecture,
+    Checkpoint,
+    ExpertTaskVectors,
+    Parameter,
+    ParameterKind,
+    task_vectors,
+)
+from pave_lightning.weights.task_vectors import absent_children, config_differences, differences
+
+
+def changed(folder, target, change):
+    """A copy of a model folder whose stored tensors went through ``change``."""
+    shutil.copytree(folder, target)
+    tensors = load_file(target / "model.safetensors")
+    change(tensors)
+    save_file({name: value.contiguous() for name, value in tensors.items()}, target / "model.safetensors")
+    return target
+
+
+def references(expert_folders, **others):
+    return {name: str(folder) for name, folder in {**expert_folders, **others}.items()}
+
+
+def test_vectors_are_expert_minus_base(base_folder, expert_folders):
+    source = task_vectors(str(base_folder), references(expert_folders))
+    assert source.tasks == ("first", "second", "third")
+    base = load_file(base_folder / "model.safetensors")
+    assert {parameter.name for parameter in source.parameters} == set(base)
+    for task, folder in expert_folders.items():
+        expert = load_file(folder / "model.safetensors")
+        for parameter in source.parameters:
+            stored = expert[f"bert.{parameter.name}"]
+            assert torch.equal(source.base(parameter), base[parameter.name])
+            assert torch.equal(source.expert(task, parameter), stored)
+            assert torch.equal(source.vector(task, parameter), stored - base[parameter.name])
+
+
+def test_kinds_come_with_the_parameters(base_folder, expert_folders):
+    source = task_vectors(str(base_folder), references(expert_folders))
+    kinds = {parameter.name: parameter for parameter in source.parameters}
+    assert kinds["encoder.layer.0.output.dense.weight"].kind == ParameterKind.LINEAR
+    assert kinds["encoder.layer.0.output.dense.weight"].input_axis == 1
+    assert sum(parameter.kind == ParameterKind.LINEAR for parameter in source.parameters) == 2 * 6 + 1
+
+
+@pytest.mark.parametrize("elements", [1, 31, 32, 33, 100, 1600, 3199])
+def test_blocks_cover_every_row_once(base_folder, expert_folders, elements):
+    source = task_vectors(str(base_folder), references(expert_folders))
+    parameter = next(p for p in source.parameters if p.name == "embeddings.word_embeddings.weight")
+    blocks = list(source.blocks(parameter, elements))
+    parts = [source.vector("second", parameter, rows) for rows in blocks]
+    assert torch.equal(torch.cat(parts), source.vector("second", parameter))
+    assert all(len(part) == 1 or part.numel() <= elements for part in parts)
+    assert len(parts) > 1
+
+
+def test_small_parameters_and_scalars_are_one_block(base_folder, expert_folders):
+    source = task_vectors(str(base_folder), references(expert_folders))
+    parameter = source.parameters[0]
+    assert list(source.blocks(parameter, parameter.elements)) == [None]
+    assert list(source.blocks(Parameter("scale", ParameterKind.OTHER, ()), 0)) == [None]
+
+
+def test_half_precision_experts_are_read_as_float32(base_folder, expert_folders, tmp_path):
+    def halve(tensors):
+        tensors.update({name: value.half() for name, value in tensors.items()})
+
+    half = changed(expert_folders["first"], tmp_path / "half", halve)
+    source = task_vectors(str(base_folder), {"a": str(half)})
+    parameter = source.parameters[0]
+    assert source.expert("a", parameter).dtype == torch.float32
+    stored = load_file(half / "model.safetensors")[f"bert.{parameter.name}"]
+    assert torch.equal(source.expert("a", parameter), stored.float())
+
+
+def test_no_experts(base_folder):
+    with pytest.raises(PaveError, match="no experts are given"):
+        task_vectors(str(base_folder), {})
+
+
+def test_weights_that_are_not_finite_are_named_when_they_are_read(base_folder, expert_folders, tmp_path):
+    name = "encoder.layer.1.output.dense.bias"
+
+    def poison(tensors):
+        tensors[f"bert.{name}"][3] = float("nan")
+
+    bad = changed(expert_folders["first"], tmp_path / "poisoned", poison)
+    source = task_vectors(str(base_folder), {"good": str(expert_folders["second"]), "bad": str(bad)})
+    parameter = next(p for p in source.parameters if p.name == name)
+    source.expert("good", parameter)
+    with pytest.raises(PaveError, match=rf"poisoned: the weight {re.escape(name)} holds NaN"):
+        source.vector("bad", parameter)
+
+
+def test_all_differences_of_all_experts_are_told_at_once(base_folder, expert_folders, tmp_path):
+    def rename(tensors):
+        tensors["bert.encoder.layer.0.renamed.weight"] = tensors.pop("bert.encoder.layer.0.output.dense.weight")
+
+    def widen(tensors):
+        tensors["bert.embeddings.word_embeddings.weight"] = torch.zeros(101, 32)
+
+    renamed = changed(expert_folders["first"], tmp_path / "renamed", rename)
+    widened = changed(expert_folders["second"], tmp_path / "widened", widen)
+    with pytest.raises(PaveError) as caught:
+        task_vectors(str(base_folder), references(expert_folders, renamed=renamed, widened=widened))
+    assert str(caught.value).splitlines() == [
+        "the experts do not fit the base:",
+        "  - task 'renamed': encoder.layer.0.renamed.weight [32, 64] is in the expert, but not in the base",
+        "  - task 'renamed': encoder.layer.0.output.dense.weight [32, 64] is in the base, but not in the expert",
+        "  - task 'widened': embeddings.word_embeddings.weight is [101, 32] in the expert, [100, 32] in the base",
+    ]
+
+
+def test_beyond_twenty_differences_are_counted(base_folder, make_base, make_expert):
+    wide = make_expert(make_base(hidden_size=48))
+    # Every tensor of the backbone differs in shape, but the inner biases.
+    different = len(Checkpoint(base_folder, "bert").backbone) - 2
+    with pytest.raises(PaveError) as caught:
+        task_vectors(str(base_folder), {"wide": str(wide)})
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 1 + 20 + 1
+    assert lines[-1] == f"  ... and {different - 20} more"
+
+
+def test_an_expert_with_more_layers(base_folder, make_base, make_expert):
+    deep = make_expert(make_base(num_hidden_layers=3))
+    base, expert = Checkpoint(base_folder, "bert"), Checkpoint(deep, "bert")
+    architecture = Architecture.of_folder(base_folder)
+    found = differences("deep", base, expert, architecture)
+    assert len(found) == 16
+    assert all("encoder.layer.2." in line and "in the expert, but not in the base" in line for line in found)
+    found = differences("shallow", expert, base, architecture)
+    assert len(found) == 16
+    assert all("in the base, but not in the expert" in line for line in found)
+
+
+def test_experts_that_fit_differ_in_nothing(base_folder, expert_folders):
+    base = Checkpoint(base_folder, "bert")
+    expert = Checkpoint(expert_folders["first"], "bert")
+    assert differences("first", base, expert, Architecture.of_folder(base_folder)) == []
+
+
+def test_a_child_that_the_base_lacks_belongs_to_the_head(make_base, make_expert):
+    base_folder = make_base(pooler=False)
+    base, expert = Checkpoint(base_folder, "bert"), Checkpoint(make_expert(base_folder), "bert")
+    assert absent_children(base, expert) == {"pooler"}
+    architecture = Architecture.of_folder(base_folder)
+    assert differences("a", base, expert, architecture) == []
+    source = ExpertTaskVectors(base, {"a": expert}, architecture)
+    assert not any(parameter.name.startswith("pooler") for parameter in source.parameters)
+    assert len(source.parameters) == len(base.backbone)
+
+
+def test_a_child_that_the_expert_lacks_stays_out(base_folder, expert_folders, tmp_path):
+    def drop(tensors):
+        del tensors["bert.pooler.dense.weight"], tensors["bert.pooler.dense.bias"]
+
+    bare = changed(expert_folders["first"], tmp_path / "bare", drop)
+    source = task_vectors(str(base_folder), {"bare": str(bare), "second": str(expert_folders["second"])})
+    assert not any(parameter.name.startswith("pooler") for parameter in source.parameters)
+
+
+@pytest.mark.parametrize("in_base", [True, False])
+def test_index_buffers_of_older_checkpoints_do_not_matter(base_folder, expert_folders, tmp_path, in_base):
+    def add(tensors):
+        prefix = "" if in_base else "bert."
+        tensors[f"{prefix}embeddings.position_ids"] = torch.arange(32).reshape(1, -1)
+
+    old = changed(base_folder if in_base else expert_folders["first"], tmp_path / "old", add)
+    base, expert = (old, expert_folders["first"]) if in_base else (base_folder, old)
+    source = task_vectors(str(base), {"a": str(expert)})
+    assert not any("position_ids" in parameter.name for parameter in source.parameters)
+    assert len(source.parameters) == len(Checkpoint(base_folder, "bert").backbone)
+
+
+@pytest.mark.parametrize("in_base", [True, False])
+def test_causal_masks_in_old_gpt2_files_do_not_matter(tmp_path, in_base):
+    config = GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=20, n_positions=8, eos_token_id=0, bos_token_id=0)
+    GPT2Model(config).save_pretrained(tmp_path / "base")
+    GPT2ForSequenceClassification(config).save_pretrained(tmp_path / "expert")
+
+    def add(tensors):
+        tensors["h.0.attn.bias" if in_base else "transformer.h.0.attn.bias"] = torch.ones(1, 1, 8, 8).tril()
+
+    kind = "base" if in_base else "expert"
+    folders = {"base": tmp_path / "base", "expert": tmp_path / "expert"}
+    folders[kind] = changed(folders[kind], tmp_path / "old", add)
+    source = task_vectors(str(folders["base"]), {"a": str(folders["expert"])})
+    names = {parameter.name for parameter in source.parameters}
+    assert "h.0.attn.c_attn.bias" in names
+    assert "h.0.attn.bias" not in names
+
+
+def test_configurations_are_compared(base_folder, expert_folders, make_base):
+    base = Architecture.of_folder(base_folder)
+    assert config_differences("a", base, Architecture.of_folder(expert_folders["first"])) == []
+    other = Architecture.of_folder(make_base(num_hidden_layers=1, hidden_act="relu"))
+    found = config_differences("a", base, other)
+    assert len(found) == 2
+    assert "num_hidden_layers is 1 in the expert's config" in found[0]
+    assert "hidden_act is 'relu' in the expert's config" in found[1]

@@ -1,0 +1,79 @@
+import hashlib
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pave_lightning.weights import Checkpoint, ShardWriter, file_sha256
+
+TENSORS = {f"layer.{index}.weight": torch.randn(3, index + 1) for index in range(5)}
+
+
+def write(folder, shard_bytes, tensors=None):
+    writer = ShardWriter(folder, shard_bytes)
+    for name, tensor in (tensors or TENSORS).items():
+        writer.add(name, tensor)
+    writer.close()
+    return writer
+
+
+def test_one_file_where_all_fits(tmp_path):
+    write(tmp_path, 10_000)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
+    loaded = load_file(tmp_path / "model.safetensors")
+    assert loaded.keys() == TENSORS.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in TENSORS.items())
+
+
+@pytest.mark.parametrize("shard_bytes", [1, 60, 100, 179])
+def test_shards_are_read_back_as_they_were(tmp_path, shard_bytes):
+    write(tmp_path, shard_bytes)
+    shards = sorted(file.name for file in tmp_path.glob("*.safetensors"))
+    assert len(shards) > 1
+    assert shards == [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    for shard in shards:
+        held = load_file(tmp_path / shard)
+        size = sum(tensor.numel() * 4 for tensor in held.values())
+        assert size <= shard_bytes or len(held) == 1
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.numel() * 4 for tensor in TENSORS.values())
+    checkpoint = Checkpoint(tmp_path, "bert")
+    assert sorted(checkpoint) == sorted(TENSORS)
+    assert all(torch.equal(checkpoint.tensor(name), tensor) for name, tensor in TENSORS.items())
+    assert torch.equal(checkpoint.tensor("layer.3.weight", slice(1, 3)), TENSORS["layer.3.weight"][1:3])
+
+
+def test_transformers_loads_the_shards(tmp_path, base_folder):
+    from transformers import AutoModel
+
+    base = Checkpoint(base_folder, "bert")
+    write(tmp_path, 20_000, {name: base.tensor(name) for name in base})
+    (tmp_path / "config.json").write_bytes((base_folder / "config.json").read_bytes())
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    model, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert all(torch.equal(value, base.tensor(name)) for name, value in model.state_dict().items() if name in base)
+
+
+def test_no_file_has_its_final_name_before_the_end(tmp_path):
+    writer = ShardWriter(tmp_path, 1)
+    for name, tensor in TENSORS.items():
+        writer.add(name, tensor)
+    assert list(tmp_path.iterdir())
+    assert not list(tmp_path.glob("*.safetensors"))
+    writer.close()
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_transposed_tensors_are_written_as_they_read(tmp_path):
+    weight = torch.randn(3, 4)
+    write(tmp_path, 1000, {"weight": weight.T})
+    assert torch.equal(load_file(tmp_path / "model.safetensors")["weight"], weight.T)
+
+
+def test_the_sha256_of_a_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"weights" * 1000)
+    assert file_sha256(path) == hashlib.sha256(b"weights" * 1000).hexdigest()
