@@ -132,10 +132,11 @@ class PurifiedTaskVectors(TaskVectors):
 
     def _check(self) -> None:
         problems = Problems("the captured statistics do not fit the experts:")
-        if self.options.tasks is not None:
-            for task in set(self.options.tasks) - set(self.source.tasks):
+        for task in self.options.tasks or ():
+            if task not in self.source.tasks:
                 problems.add(f"task '{task}' is to be purified, but there are only {', '.join(self.source.tasks)}")
         linear = {p.layer: p for p in self.parameters if p.kind is ParameterKind.LINEAR}
+        children = {p.name.partition(".")[0] for p in self.parameters}
         for task in self.purified_tasks if self._needs_moments else ():
             if task not in self.statistics:
                 problems.add(f"task '{task}' has no captured statistics; capture them first")
@@ -143,7 +144,9 @@ class PurifiedTaskVectors(TaskVectors):
             statistics = self.statistics[task]
             for layer in statistics.layers():
                 if layer not in linear:
-                    problems.add(f"task '{task}': the statistics hold a layer {layer}, which the model has not")
+                    # A child of the backbone that the base lacks belongs to the heads; its layers are captured too.
+                    if layer.partition(".")[0] in children:
+                        problems.add(f"task '{task}': the statistics hold a layer {layer}, which the model has not")
                     continue
                 width_out, width_in = _upright_shape(linear[layer])
                 expected = (width_in if statistics.kind(layer) == "input" else width_out, width_in)

@@ -107,13 +107,13 @@ class RunFolder:
         """The manifest of a stage whose files are all there with their sizes; None otherwise."""
         folder = self.path(stage)
         try:
-            raw = json.loads((folder / MANIFEST).read_text())
-            found = Manifest(**raw)
-        except (OSError, json.JSONDecodeError, TypeError):
+            found = Manifest(**json.loads((folder / MANIFEST).read_text()))
+            sizes = {name: facts["size"] for name, facts in found.files.items()}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return None
-        for name, facts in found.files.items():
+        for name, size in sizes.items():
             file = folder / name
-            if not file.is_file() or file.stat().st_size != facts["size"]:
+            if not file.is_file() or file.stat().st_size != size:
                 return None
         return found
 

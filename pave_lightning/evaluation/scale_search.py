@@ -59,7 +59,7 @@ class ScaleSearcher:
             ``{"scale": best, "tried": [[scale, average normalised validation score], ...]}``
 
         Raises:
-            PaveError: no expert has a positive score, so nothing can be normalised.
+            PaveError: no expert has a positive score, so nothing can be normalised; or no scale gives finite scores.
         """
         data = SuiteData([self.data(self._limited(task, search.examples)) for task in self.tasks], "validation")
         if search.examples not in self._references:
@@ -73,7 +73,10 @@ class ScaleSearcher:
             average = sum(found[task] / value for task, value in reference.items()) / len(reference)
             tried.append([scale, average])
             log.info("  scale %.3f: %.4f of the experts on validation", scale, average)
-        best = max((entry for entry in tried if math.isfinite(entry[1])), key=lambda entry: (entry[1], -entry[0]))
+        usable = [entry for entry in tried if math.isfinite(entry[1])]
+        if not usable:
+            raise PaveError("no scale that was tried gives finite scores on the validation splits; try smaller ones")
+        best = max(usable, key=lambda entry: (entry[1], -entry[0]))
         return {"scale": best[0], "tried": tried}
 
     def _headlines(self, candidate: Candidate, data: SuiteData) -> dict[str, float]:

@@ -130,7 +130,8 @@ def load_merged(folder: str | Path, task: str, base: str | None = None) -> nn.Mo
     folder = Path(folder)
     try:
         facts = json.loads((folder / FACTS_FILE).read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        per_task = facts["form"] == PerTaskMethod.form
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise PaveError(f"{folder} is no merged model: it has no readable {FACTS_FILE}") from error
     heads = folder / "heads"
     tasks = sorted(child.name for child in heads.iterdir()) if heads.is_dir() else []
@@ -140,7 +141,7 @@ def load_merged(folder: str | Path, task: str, base: str | None = None) -> nn.Mo
     prefix = str(model.base_model_prefix)
     checkpoint = Checkpoint(folder, prefix)
     state = {name: checkpoint.tensor(name).float() for name in checkpoint if checkpoint.backbone[name].is_floating}
-    if facts["form"] == "per-task":
+    if per_task:
         modulator = Modulator(folder / "modulators" / f"{task}.safetensors")
         origin = Checkpoint(locate_model(base or facts["base"], role="base"), prefix)
         for name in modulator:

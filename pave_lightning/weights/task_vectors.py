@@ -106,7 +106,8 @@ def absent_children(base: Checkpoint, expert: Checkpoint) -> set[str]:
 def differences(task: str, base: Checkpoint, expert: Checkpoint, architecture: Architecture) -> list[str]:
     """What keeps an expert from being merged with others of that base: names and shapes, from the headers alone.
 
-    Index buffers and other tensors that the architecture ignores may differ: releases of transformers store them or not.
+    Index buffers and other tensors that the architecture ignores may differ: not every release of transformers stores
+    them.
     """
     found = []
     private = absent_children(base, expert)

@@ -1,0 +1,57 @@
+import torch
+from safetensors.torch import load_file
+
+from pave_lightning.evaluation import CheckpointCandidate, ExpertsCandidate, ModulatedCandidate, ScaledCandidate
+from pave_lightning.merging import Modulator, save_modulator
+from pave_lightning.weights import Checkpoint, task_vectors
+
+
+def same(found, expected):
+    assert found.keys() == expected.keys()
+    return all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_one_checkpoint_for_all_tasks(base_folder):
+    candidate = CheckpointCandidate(Checkpoint(base_folder, "bert"))
+    base = load_file(base_folder / "model.safetensors")
+    assert candidate.shared
+    assert same(dict(candidate.weights("first")), base)
+    assert same(dict(candidate.weights("anything")), base)
+
+
+def test_each_task_has_its_expert(expert_folders):
+    candidate = ExpertsCandidate({task: Checkpoint(folder, "bert") for task, folder in expert_folders.items()})
+    assert not candidate.shared
+    for task, folder in expert_folders.items():
+        stored = load_file(folder / "model.safetensors")
+        own = {name.removeprefix("bert."): value for name, value in stored.items() if name.startswith("bert.")}
+        assert same(dict(candidate.weights(task)), own)
+
+
+def test_a_multiple_of_the_merged_vector(base_folder, expert_folders):
+    source = task_vectors(str(base_folder), {task: str(folder) for task, folder in expert_folders.items()})
+    vectors = {parameter.name: torch.ones(parameter.shape) for parameter in source.parameters}
+    base = load_file(base_folder / "model.safetensors")
+    candidate = ScaledCandidate(source, vectors, 0.25)
+    assert candidate.shared
+    assert same(dict(candidate.weights("first")), {name: value + 0.25 for name, value in base.items()})
+    assert same(dict(ScaledCandidate(source, vectors, 0.0).weights("first")), base)
+
+
+def test_masks_switch_with_the_task_and_leave_the_rest(base_folder, expert_folders, tmp_path):
+    base, unified = Checkpoint(base_folder, "bert"), Checkpoint(expert_folders["first"], "bert")
+    name = "encoder.layer.0.output.dense.weight"
+    masks = {"a": torch.rand(32, 64) < 0.5, "b": torch.zeros(32, 64, dtype=torch.bool)}
+    for task, factor in (("a", 0.75), ("b", 2.0)):
+        save_modulator(tmp_path / f"{task}.safetensors", {name: masks[task]}, factor)
+    modulators = {task: Modulator(tmp_path / f"{task}.safetensors") for task in masks}
+    candidate = ModulatedCandidate(base, unified, modulators)
+    assert not candidate.shared
+    first, second = dict(candidate.weights("a")), dict(candidate.weights("b"))
+    difference = unified.tensor(name) - base.tensor(name)
+    assert torch.allclose(first[name], base.tensor(name) + 0.75 * masks["a"] * difference, atol=1e-7)
+    assert torch.equal(second[name], base.tensor(name))
+    for other in unified:
+        if other != name:
+            assert torch.equal(first[other], unified.tensor(other))
+    assert first.keys() == set(unified)

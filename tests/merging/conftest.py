@@ -1,0 +1,76 @@
+"""A source of task vectors in memory, and everything that is needed to write merged folders of a tiny BERT."""
+
+import numpy as np
+import pytest
+import torch
+
+from pave_lightning.merging.folders import MergeContext
+from pave_lightning.weights import (
+    Architecture,
+    Checkpoint,
+    ExpertTaskVectors,
+    Parameter,
+    ParameterKind,
+    TaskVectors,
+)
+
+
+class ArrayVectors(TaskVectors):
+    """Task vectors of plain arrays; ``elements`` forces blocks of about that size."""
+
+    def __init__(self, vectors, base=None, elements=None):
+        first = next(iter(vectors.values()), {})
+        self.tasks = tuple(vectors)
+        self.parameters = tuple(
+            Parameter(name, ParameterKind.OTHER, np.shape(value)) for name, value in sorted(first.items())
+        )
+        zeros = {name: np.zeros(np.shape(value)) for name, value in first.items()}
+        self._base = {name: torch.tensor(value, dtype=torch.float32) for name, value in (base or zeros).items()}
+        self._vectors = {
+            task: {name: torch.tensor(value, dtype=torch.float32) for name, value in named.items()}
+            for task, named in vectors.items()
+        }
+        self._elements = elements
+
+    def base(self, parameter, rows=None):
+        tensor = self._base[parameter.name]
+        return tensor if rows is None else tensor[rows]
+
+    def expert(self, task, parameter, rows=None):
+        tensor = self._base[parameter.name] + self._vectors[task][parameter.name]
+        return tensor if rows is None else tensor[rows]
+
+    def blocks(self, parameter, elements=None):
+        wanted = elements or self._elements
+        return super().blocks(parameter) if wanted is None else super().blocks(parameter, wanted)
+
+
+@pytest.fixture(scope="session")
+def make_source():
+    """Build a source from ``{task: {name: array}}``."""
+    return ArrayVectors
+
+
+@pytest.fixture(scope="session")
+def random_vectors():
+    """Three tasks' vectors of four parameters, multiples of 1/64: sums are exact in any order. Some are zero."""
+    random = np.random.default_rng(7)
+    shapes = {"a": (7, 5), "b": (11,), "c": (3, 2, 2), "d": ()}
+    return {
+        task: {name: random.integers(-40, 41, shape) / 64 for name, shape in shapes.items()}
+        for task in ("one", "two", "three")
+    }
+
+
+@pytest.fixture(scope="session")
+def context_of():
+    """Source and context of merged folders from folders of a base and its experts."""
+
+    def build(base_folder, expert_folders, **facts):
+        architecture = Architecture.of_folder(next(iter(expert_folders.values())))
+        base = Checkpoint(base_folder, architecture.prefix)
+        experts = {task: Checkpoint(folder, architecture.prefix) for task, folder in expert_folders.items()}
+        source = ExpertTaskVectors(base, experts, architecture)
+        return source, MergeContext(str(base_folder), base, experts, architecture, facts)
+
+    return build

@@ -1,0 +1,245 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+
+from pave_lightning.errors import PaveError
+from pave_lightning.merging import Average, Emr, TaskArithmetic, Ties, merge
+from pave_lightning.merging.folders import load_merged, write_merged
+
+INPUTS = {
+    "input_ids": torch.tensor([[2, 5, 40, 99, 3], [2, 17, 3, 0, 0]]),
+    "attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]),
+}
+
+
+@pytest.fixture
+def write(tmp_path, context_of, base_folder, expert_folders):
+    def build(method, scale=None, *, base=base_folder, experts=expert_folders, merged=None, **facts):
+        source, context = context_of(base, experts, **facts)
+        folder = tmp_path / "merged"
+        folder.mkdir()
+        write_merged(folder, method, source, scale, context, merged=merged)
+        return folder
+
+    return build
+
+
+def state(folder, prefix=""):
+    tensors = load_file(folder / "model.safetensors")
+    return {n.removeprefix(prefix): value.double().numpy() for n, value in tensors.items() if n.startswith(prefix)}
+
+
+def by_hand(base_folder, expert_folders, rule):
+    """Each task's merged backbone in float64: ``rule`` maps a list of task vectors to the list of tasks' vectors."""
+    base = state(base_folder)
+    experts = {task: state(folder, "bert.") for task, folder in expert_folders.items()}
+    vectors = {task: {name: own[name] - base[name] for name in base} for task, own in experts.items()}
+    merged = rule(vectors)
+    return {task: {name: base[name] + merged[task][name] for name in base} for task in experts}
+
+
+def summed(scale):
+    def rule(vectors):
+        total = {name: scale * sum(own[name] for own in vectors.values()) for name in next(iter(vectors.values()))}
+        return dict.fromkeys(vectors, total)
+
+    return rule
+
+
+def elected(vectors):
+    names = list(next(iter(vectors.values())))
+    masks, unified = {task: {} for task in vectors}, {}
+    for name in names:
+        stacked = np.stack([own[name] for own in vectors.values()])
+        sign = np.where(stacked.sum(0) > 0, 1.0, -1.0)
+        agrees = stacked * sign > 0
+        unified[name] = sign * np.where(agrees, abs(stacked), 0).max(0)
+        for task, mask in zip(vectors, agrees, strict=True):
+            masks[task][name] = mask
+    result = {}
+    for task, own in vectors.items():
+        factor = sum(abs(own[n]).sum() for n in names) / sum(abs(unified[n][masks[task][n]]).sum() for n in names)
+        result[task] = {name: factor * masks[task][name] * unified[name] for name in names}
+    return result
+
+
+@torch.no_grad()
+def logits_by_hand(expert_folder, backbone):
+    """The expert's model with another backbone."""
+    model = AutoModelForSequenceClassification.from_pretrained(expert_folder).eval()
+    own = model.bert.state_dict()
+    model.bert.load_state_dict({**own, **{name: torch.tensor(value).float() for name, value in backbone.items()}})
+    return model(**INPUTS).logits
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        (Average(), None, summed(1 / 3)),
+        (TaskArithmetic(), 0.3, summed(0.3)),
+        (TaskArithmetic(), -0.5, summed(-0.5)),
+        (Emr(), None, elected),
+    ],
+    ids=["average", "task arithmetic", "negated", "emr"],
+)
+def test_a_merged_model_answers_as_one_merged_by_hand(write, base_folder, expert_folders, case):
+    method, scale, rule = case
+    folder = write(method, scale)
+    expected = by_hand(base_folder, expert_folders, rule)
+    for task, expert in expert_folders.items():
+        model = load_merged(folder, task)
+        assert not model.training
+        with torch.no_grad():
+            found = model(**INPUTS).logits
+        wanted = logits_by_hand(expert, expected[task])
+        assert found.shape == wanted.shape
+        assert torch.allclose(found, wanted, atol=1e-5)
+        # The test can tell: the expert itself answers otherwise.
+        assert not torch.allclose(found, logits_by_hand(expert, state(expert, "bert.")), atol=1e-3)
+
+
+def test_transformers_loads_backbone_tokenizer_and_heads(write, base_folder, expert_folders):
+    folder = write(TaskArithmetic(), 0.3)
+    model, info = AutoModel.from_pretrained(folder, output_loading_info=True)
+    assert type(model).__name__ == "BertModel"
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    expected = by_hand(base_folder, expert_folders, summed(0.3))["first"]
+    for name, value in model.named_parameters():
+        assert value.dtype == torch.float32
+        assert torch.allclose(value, torch.tensor(expected[name]).float(), atol=1e-6)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert (
+        tokenizer("w1 w2", "w3")["input_ids"] == AutoTokenizer.from_pretrained(base_folder)("w1 w2", "w3")["input_ids"]
+    )
+    assert json.loads((folder / "config.json").read_text())["architectures"] == ["BertModel"]
+    heads = {task: load_file(folder / "heads" / task / "head.safetensors") for task in expert_folders}
+    for task, head in heads.items():
+        stored = load_file(expert_folders[task] / "model.safetensors")
+        assert sorted(head) == ["classifier.bias", "classifier.weight"]
+        assert all(torch.equal(value, stored[name]) for name, value in head.items())
+    assert json.loads((folder / "heads" / "second" / "config.json").read_text())["id2label"].keys() == {"0", "1", "2"}
+
+
+def test_what_the_folder_says_of_itself(write, base_folder):
+    facts = json.loads((write(Ties(), 1.0, vectors="purified", seeds=[1, 2]) / "pave.json").read_text())
+    assert facts == {
+        "method": "ties",
+        "form": "static",
+        "base": str(base_folder),
+        "vectors": "purified",
+        "seeds": [1, 2],
+    }
+
+
+def test_per_task_folders_say_so_and_hold_masks(write, expert_folders):
+    folder = write(Emr())
+    assert json.loads((folder / "pave.json").read_text())["form"] == "per-task"
+    assert sorted(file.stem for file in (folder / "modulators").iterdir()) == sorted(expert_folders)
+
+
+def test_the_scale_zero_gives_the_base_bit_for_bit(write, base_folder):
+    merged = load_file(write(TaskArithmetic(), 0.0) / "model.safetensors")
+    base = load_file(base_folder / "model.safetensors")
+    assert merged.keys() == base.keys()
+    assert all(torch.equal(merged[name], value) for name, value in base.items())
+
+
+@pytest.mark.parametrize("method", [Average(), TaskArithmetic(), Ties(), Emr()], ids=lambda method: method.name)
+def test_experts_that_equal_the_base_give_the_base_bit_for_bit(write, base_folder, make_expert, method):
+    same = {task: make_expert(base_folder, size=0.0) for task in "ab"}
+    folder = write(method, 1.0 if method.default_scale else None, experts=same)
+    base = load_file(base_folder / "model.safetensors")
+    for task in same:
+        for name, value in load_merged(folder, task).bert.named_parameters():
+            assert torch.equal(value, base[name])
+
+
+def test_vectors_that_are_known_already_are_not_merged_again(write, context_of, base_folder, expert_folders):
+    source, _ = context_of(base_folder, expert_folders)
+    known = {parameter.name: torch.ones(parameter.shape) for parameter in source.parameters}
+    merged = load_file(write(TaskArithmetic(), 0.5, merged=known) / "model.safetensors")
+    base = load_file(base_folder / "model.safetensors")
+    assert all(torch.equal(merged[name], value + 0.5) for name, value in base.items())
+    again = merge(TaskArithmetic(), source).vectors
+    assert not torch.equal(again["pooler.dense.bias"], known["pooler.dense.bias"])
+
+
+@pytest.mark.parametrize("method", [Average(), Emr()], ids=lambda method: method.name)
+def test_a_pooler_that_the_base_lacks_stays_with_each_task(write, make_base, make_expert, method):
+    base = make_base(pooler=False)
+    experts = {"a": make_expert(base, seed=1), "b": make_expert(base, seed=2)}
+    folder = write(method, base=base, experts=experts)
+    assert not any("pooler" in name for name in load_file(folder / "model.safetensors"))
+    for task, expert in experts.items():
+        stored = load_file(expert / "model.safetensors")
+        pooler = load_merged(folder, task).bert.pooler.dense
+        assert torch.equal(pooler.weight, stored["bert.pooler.dense.weight"])
+        assert torch.equal(pooler.bias, stored["bert.pooler.dense.bias"])
+
+
+def test_what_no_expert_shares_is_taken_from_the_base(write, base_folder, expert_folders, tmp_path):
+    bare = {}
+    for task, folder in expert_folders.items():
+        bare[task] = tmp_path / task
+        shutil.copytree(folder, bare[task])
+        tensors = {n: v for n, v in load_file(folder / "model.safetensors").items() if "pooler" not in n}
+        save_file(tensors, bare[task] / "model.safetensors")
+    merged = load_file(write(Average(), experts=bare) / "model.safetensors")
+    base = load_file(base_folder / "model.safetensors")
+    assert torch.equal(merged["pooler.dense.weight"], base["pooler.dense.weight"])
+
+
+def test_another_place_of_the_base_can_be_given(write, base_folder, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(base_folder, moved)
+    folder = write(Emr(), base=moved)
+    here = load_merged(folder, "first").state_dict()
+    moved.rename(tmp_path / "elsewhere")
+    with pytest.raises(PaveError, match="base: there is no folder"):
+        load_merged(folder, "first")
+    there = load_merged(folder, "first", base=str(tmp_path / "elsewhere")).state_dict()
+    assert all(torch.equal(value, there[name]) for name, value in here.items())
+
+
+def test_a_task_that_is_not_there(write):
+    folder = write(Average())
+    with pytest.raises(PaveError, match="no head for task 'secnod': did you mean 'second'"):
+        load_merged(folder, "secnod")
+
+
+def test_folders_that_are_no_merged_models(tmp_path, base_folder):
+    for folder in (tmp_path, base_folder, tmp_path / "nowhere"):
+        with pytest.raises(PaveError, match=r"is no merged model: it has no readable pave\.json"):
+            load_merged(folder, "first")
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "3", '"merged"'])
+def test_a_file_of_the_same_name_that_is_none_of_ours(write, text):
+    folder = write(Average())
+    (folder / "pave.json").write_text(text)
+    with pytest.raises(PaveError, match="is no merged model"):
+        load_merged(folder, "first")
+
+
+def test_a_merged_folder_that_lost_weights(write):
+    folder = write(Average())
+    tensors = load_file(folder / "model.safetensors")
+    lost = [name for name in tensors if name.startswith("encoder.layer.1.output")]
+    for name in lost:
+        del tensors[name]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(PaveError, match=rf"lacks {len(lost)} weights, among them bert\.encoder\.layer\.1\.output"):
+        load_merged(folder, "first")
+
+
+def test_a_head_that_is_broken(write):
+    folder = write(Average())
+    (folder / "heads" / "first" / "head.safetensors").write_bytes(b"broken")
+    with pytest.raises(PaveError, match=r"no readable head\.safetensors"):
+        load_merged(folder, "first")

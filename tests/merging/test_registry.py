@@ -1,0 +1,84 @@
+import pytest
+
+from pave_lightning.errors import PaveError
+from pave_lightning.merging import Average, StaticMethod, Ties, base, make_method, method_named, methods, register
+
+
+@pytest.fixture(autouse=True)
+def _own_registry(monkeypatch):
+    monkeypatch.setattr(base, "_registry", dict(base._registry))
+
+
+class Nothing(StaticMethod):
+    summary = "nothing"
+    source = "nowhere"
+
+    def merge(self, parameter, base, vectors):
+        return 0 * base
+
+
+def test_a_registered_rule_is_known_by_its_name():
+    assert register("nothing_at_all")(Nothing) is Nothing
+    assert Nothing.name == "nothing_at_all"
+    assert method_named("nothing_at_all") is Nothing
+    assert methods()["nothing_at_all"] is Nothing
+
+
+def test_a_name_is_given_once():
+    with pytest.raises(ValueError, match="two merge methods are named 'ties': Ties and Nothing"):
+        register("ties")(Nothing)
+    assert method_named("ties") is Ties
+
+
+def test_the_same_class_may_be_registered_again():
+    register("average")(Average)
+    assert method_named("average") is Average
+
+
+def test_an_unknown_rule_is_told_with_the_nearest_one():
+    with pytest.raises(PaveError, match="unknown merge method 'task_arithmatic': did you mean 'task_arithmetic'"):
+        method_named("task_arithmatic")
+    with pytest.raises(PaveError, match="known are: average, emr, task_arithmetic, ties"):
+        method_named("qqqqqqqq")
+
+
+def test_rules_of_other_packages_are_loaded(monkeypatch):
+    class Entry:
+        def load(self):
+            register("from_elsewhere")(Nothing)
+
+    def entry_points(*, group):
+        return [Entry()] if group == "pave_lightning.methods" else []
+
+    monkeypatch.setattr(base, "entry_points", entry_points)
+    assert method_named("from_elsewhere") is Nothing
+
+
+def test_every_rule_says_what_it_is():
+    for name, method in methods().items():
+        assert method.name == name
+        assert method.form in ("static", "per-task")
+        assert method.summary
+        assert method.source
+        assert method().options == method.Options()
+
+
+def test_a_rule_with_its_options():
+    assert make_method("ties", {"density": 0.5}).options.density == 0.5
+    assert make_method("ties", {}).options.density == 0.2
+    assert isinstance(make_method("average", {}), Average)
+
+
+def test_all_wrong_options_are_told_at_once():
+    with pytest.raises(PaveError) as caught:
+        make_method("ties", {"densitty": 0.5, "density": 2})
+    text = str(caught.value)
+    assert "'ties'" in text
+    assert "densitty: unknown option; did you mean 'density'?" in text
+    assert "density: should be less than or equal to 1, found 2" in text
+
+
+def test_options_are_frozen():
+    options = make_method("ties", {}).options
+    with pytest.raises(ValueError, match="frozen"):
+        options.density = 1.0

@@ -1,0 +1,62 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pave_lightning.subspace.selection import kth_largest_magnitude
+
+# Few distinct values (ties, both zeros), neighbours that share their upper 16 bits, denormals, the largest number.
+AWKWARD = [0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, 1e-40, 3.4e38, float(np.float32(1) + np.float32(2**-23))]
+VALUE = st.one_of(st.sampled_from(AWKWARD), st.floats(width=32, allow_nan=False, allow_infinity=False))
+
+
+@st.composite
+def split_vectors(draw):
+    values = np.array(draw(st.lists(VALUE, min_size=1, max_size=60)), dtype=np.float32)
+    cuts = sorted(draw(st.lists(st.integers(0, len(values)), max_size=5)))
+    return values, [torch.from_numpy(part.copy()) for part in np.split(values, cuts)]
+
+
+@settings(max_examples=80, deadline=None)
+@given(split_vectors(), st.data())
+def test_exact_against_a_sort_whatever_the_blocks(vector, data):
+    values, blocks = vector
+    k = data.draw(st.integers(1, len(values)))
+    expected = np.sort(np.abs(values))[::-1][k - 1]
+    found = kth_largest_magnitude(lambda: iter(blocks), k)
+    assert np.float32(found) == expected
+    assert found == float(expected)
+
+
+def test_every_k_of_a_long_vector():
+    values = torch.randn(500, generator=torch.Generator().manual_seed(0)) * 1e-3
+    ordered = values.abs().sort(descending=True).values.tolist()
+    blocks = [values[:100].reshape(10, 10), values[100:].reshape(2, 2, 100)]
+    assert [kth_largest_magnitude(lambda: blocks, k) for k in range(1, 501, 7)] == ordered[::7]
+
+
+def test_transposed_blocks():
+    block = torch.arange(6.0).reshape(2, 3).T
+    assert kth_largest_magnitude(lambda: [block], 2) == 4.0
+
+
+def test_half_precision_blocks():
+    assert kth_largest_magnitude(lambda: [torch.tensor([1.0, -3.0, 2.0]).half()], 1) == 3.0
+
+
+def test_at_least_k_elements_reach_the_threshold():
+    values = torch.tensor([2.0, -2.0, 2.0, 1.0])
+    assert kth_largest_magnitude(lambda: [values], 1) == 2.0
+    assert int((values.abs() >= kth_largest_magnitude(lambda: [values], 2)).sum()) == 3
+
+
+@pytest.mark.parametrize("k", [-1, 0, 4])
+def test_a_rank_that_is_not_there(k):
+    with pytest.raises(ValueError, match=f"k must be between 1 and 3, the number of elements; found {k}"):
+        kth_largest_magnitude(lambda: [torch.ones(2), torch.ones(1)], k)
+
+
+def test_no_elements():
+    with pytest.raises(ValueError, match="between 1 and 0"):
+        kth_largest_magnitude(lambda: [], 1)
