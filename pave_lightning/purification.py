@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +22,25 @@ PURIFIED_SHARD_BYTES = 500_000_000
 
 
 @dataclass(frozen=True)
-class LayerRank:
-    """How many of a layer's components a task keeps."""
+class KeptRank:
+    """How many of a layer's components a task keeps.
+
+    Attributes:
+        task: name of the task.
+        layer: name of the layer inside the backbone.
+        rank: components that are kept.
+        full: components that there are, ``min(d_out, d_in)``.
+    """
 
     task: str
     layer: str
     rank: int
     full: int
+
+    @property
+    def share(self) -> float:
+        """Kept share of the rank; NaN for a layer without components."""
+        return self.rank / self.full if self.full > 0 else math.nan
 
 
 class PurifiedTaskVectors(TaskVectors):
@@ -61,7 +74,7 @@ class PurifiedTaskVectors(TaskVectors):
         self.source, self.statistics = source, statistics
         self.options = options if options is not None else Purify()
         self.tasks, self.parameters = source.tasks, source.parameters
-        self.ranks: dict[tuple[str, str], LayerRank] = {}
+        self.ranks: dict[tuple[str, str], KeptRank] = {}
         self.untouched: dict[tuple[str, str], str] = {}
         self.purified_tasks = tuple(task for task in source.tasks if task in (self.options.tasks or source.tasks))
         self._needs_moments = self.options.metric != "identity"
@@ -105,7 +118,7 @@ class PurifiedTaskVectors(TaskVectors):
             spectra[task] = spectrum
         for task, rank in self._ranks(spectra).items():
             values = spectra[task].values
-            self.ranks[task, parameter.layer] = LayerRank(task, parameter.layer, rank, len(values))
+            self.ranks[task, parameter.layer] = KeptRank(task, parameter.layer, rank, len(values))
             purified = project(_upright(weights[task], parameter), spectra[task], rank)
             weights[task] = _upright(purified, parameter).contiguous()
         return weights

@@ -14,7 +14,7 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import Logger
 
 from pave_lightning.errors import Interrupted, PaveError, nearest
@@ -84,6 +84,8 @@ def build_trainer(
         **options,
         **ours,
     }
+    if settings["enable_progress_bar"]:
+        settings["callbacks"].append(RichProgressBar(leave=False))
     try:
         return L.Trainer(**settings)
     except (MisconfigurationException, ValueError, TypeError) as error:

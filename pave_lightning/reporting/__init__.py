@@ -3,6 +3,6 @@
 Nothing here imports torch, so that a report is quick.
 """
 
-from pave_lightning.reporting.scores import KeptRank, Model, Score, ScoreTable
+from pave_lightning.reporting.scores import Model, Score, ScoreTable
 
-__all__ = ["KeptRank", "Model", "Score", "ScoreTable"]
+__all__ = ["Model", "Score", "ScoreTable"]

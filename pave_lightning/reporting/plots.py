@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pave_lightning.reporting.scores import Form, KeptRank, Model, ScoreTable, replacing
+from pave_lightning.purification import KeptRank
+from pave_lightning.reporting.scores import Form, Model, ScoreTable, replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

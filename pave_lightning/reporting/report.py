@@ -8,9 +8,10 @@ from typing import Any
 from rich.console import Console
 
 from pave_lightning.errors import PaveError
+from pave_lightning.purification import KeptRank
 from pave_lightning.reporting.model_card import ExpertSource, model_card
 from pave_lightning.reporting.plots import kept_ranks, normalised_scores
-from pave_lightning.reporting.scores import KeptRank, Model, Score, ScoreTable
+from pave_lightning.reporting.scores import Model, Score, ScoreTable
 from pave_lightning.reporting.tables import render
 from pave_lightning.run_folder import Manifest
 from pave_lightning.tracking import Tracker, environment_tags

@@ -50,28 +50,6 @@ class Score:
 
 
 @dataclass(frozen=True)
-class KeptRank:
-    """How much of a layer's rank purification kept for a task.
-
-    Args:
-        task: Name of the task.
-        layer: Name of the layer.
-        rank: Directions that were kept.
-        full: Directions that there are.
-    """
-
-    task: str
-    layer: str
-    rank: int
-    full: int
-
-    @property
-    def share(self) -> float:
-        """Kept share of the rank; NaN for a layer without directions."""
-        return self.rank / self.full if self.full > 0 else math.nan
-
-
-@dataclass(frozen=True)
 class Model:
     """What a row of a table is about: a model's name, which vectors were merged, and its form."""
 

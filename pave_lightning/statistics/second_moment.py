@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-MomentKind = Literal["input", "cross"]
+from pave_lightning.subspace import MomentKind
 
 # Rows that may be summed in float32 before they are added to the float64 total.
 PARTIAL_ROWS = 4096

