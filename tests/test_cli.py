@@ -123,7 +123,7 @@ def test_schema_is_json(capsys):
 
 
 def test_a_fault_of_ours_is_one_line_unless_debug(capsys, recipe_file, monkeypatch):
-    import pave_lightning.commands as commands
+    from pave_lightning import commands
 
     def explode(*args):
         raise RuntimeError("broken inside")

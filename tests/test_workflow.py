@@ -76,9 +76,7 @@ def test_a_run_leaves_everything_it_promises(recipe, tracking_uri, capsys):
     experiment = client.get_experiment_by_name("pave-lightning").experiment_id
     runs = client.search_runs([experiment])
     parent = next(run for run in runs if client_key(run).startswith(str(folder.resolve())))
-    children = {
-        run.info.run_name: run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id
-    }
+    children = {run.info.run_name: run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id}
     assert parent.info.status == "FINISHED"
     assert {run.info.status for run in children.values()} == {"FINISHED"}
     assert set(children) >= {"expert:words", "expert:numbers", "merge:emr:plain", "merge:task_arithmetic:purified"}
@@ -143,7 +141,10 @@ def test_damaged_results_are_made_again(recipe_settings):
 
 def test_an_existing_expert_is_only_captured(recipe_settings, expert_folders):
     settings = dict(recipe_settings)
-    settings["tasks"] = [{**settings["tasks"][0], "expert": {"from": str(expert_folders["first"])}}, settings["tasks"][1]]
+    settings["tasks"] = [
+        {**settings["tasks"][0], "expert": {"from": str(expert_folders["first"])}},
+        settings["tasks"][1],
+    ]
     folder = rerun(settings)
     assert not (folder / "experts" / "words" / "model.safetensors").exists()
     assert (folder / "statistics" / "words" / "moments.safetensors").is_file()
@@ -184,8 +185,9 @@ def test_a_stage_alone_says_what_it_lacks(recipe):
 
 
 def test_an_error_ends_the_mlflow_run_as_failed(recipe, tracking_uri, monkeypatch):
-    import pave_lightning.workflow as workflow
     from mlflow import MlflowClient
+
+    from pave_lightning import workflow
 
     def explode(*args, **kwargs):
         raise RuntimeError("no")
@@ -258,7 +260,9 @@ def test_two_processes_give_the_same_experts_statistics_and_scores_as_one(recipe
 
     other = folder.parent / "two"
     for task in ("words", "numbers"):
-        one, both = (TaskStatistics.load(place / "statistics" / task / "moments.safetensors") for place in (folder, other))
+        one, both = (
+            TaskStatistics.load(place / "statistics" / task / "moments.safetensors") for place in (folder, other)
+        )
         assert one.examples == both.examples == 32
         for layer in one.layers():
             assert one[layer].rows == both[layer].rows

@@ -7,12 +7,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pave_lightning.purification import KeptRank
 from pave_lightning.reporting.scores import Form, Model, ScoreTable, replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from pave_lightning.purification import KeptRank
 
 DPI = 150
 

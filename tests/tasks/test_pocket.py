@@ -4,6 +4,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pave_lightning.packaged import local_path
 from pave_lightning.recipe import Task
 from pave_lightning.tasks.data import SPLITS, check_task, load_split
 from pave_lightning.tasks.suites import POCKET_FOLDER, suite_task, suite_task_names
@@ -12,7 +13,7 @@ NAMES = [name for name in suite_task_names() if name.startswith("pocket/")]
 
 
 def tables(task: Task) -> dict[str, pa.Table]:
-    return {split: pq.read_table(getattr(task.data, split)) for split in SPLITS}
+    return {split: pq.read_table(local_path(getattr(task.data, split))) for split in SPLITS}
 
 
 @pytest.mark.parametrize("name", NAMES)
