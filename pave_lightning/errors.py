@@ -45,7 +45,8 @@ class Problems:
         """Raise one `PaveError` that lists up to 20 problems and counts the rest."""
         if not self.messages:
             return
-        shown = [f"  - {message}" for message in self.messages[:LISTED_PROBLEMS]]
+        # What a message itself lists stands one step further in.
+        shown = ["  - " + message.replace("\n", "\n    ") for message in self.messages[:LISTED_PROBLEMS]]
         hidden = len(self.messages) - len(shown)
         if hidden:
             shown.append(f"  ... and {hidden} more")

@@ -21,8 +21,8 @@ class Launcher:
     """Runs one stage as ``pave STAGE RECIPE`` in a process group of its own.
 
     Lightning's ddp runs the command again for every further process, so nothing of the driver may stand in it. The
-    driver holds the lock of the run folder and the MLflow run; the stage only attaches to them. Whether the stage
-    succeeded is read from its manifest, not from an exit code.
+    driver holds the lock of the run folder and the MLflow run; the stage only attaches to them. An exit code of 0 is
+    no proof of success: the caller looks for the stage's manifest.
     """
 
     def run(self, stage: str, recipe: Recipe, folder: RunFolder, task: str | None, tracker: Tracker | None) -> None:
@@ -55,9 +55,9 @@ def is_launched() -> bool:
 
 def is_rank_zero() -> bool:
     """Whether this process is the first of those that work together; only it writes results."""
-    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID")) or (
-        os.environ.get("RANK") == "0"
-    )
+    if "RANK" in os.environ:
+        return os.environ["RANK"] == "0"
+    return all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
 def attached_tracker() -> Tracker | None:

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
 from pave_lightning.errors import PaveError, Problems, nearest
-from pave_lightning.experts.loading import ADAPTER_CONFIG, load_tokenizer
+from pave_lightning.experts.fitting import DEFAULT_EPOCHS
+from pave_lightning.experts.loading import ADAPTER_CONFIG, adapter_problems, load_tokenizer
 from pave_lightning.experts.trainers import machine_options, trainer_problems
 from pave_lightning.merging import make_method
 from pave_lightning.recipe import MergeStep, Recipe, Task
 from pave_lightning.run_folder import RunFolder
 from pave_lightning.tasks.data import check_task, load_split
 from pave_lightning.tracking import resolve_uri
-from pave_lightning.weights import Architecture, Checkpoint, locate_model
+from pave_lightning.weights import Architecture, Checkpoint, ParameterKind, locate_model
 from pave_lightning.weights.task_vectors import config_differences, differences
-from pave_lightning.workflow import expert_stage, merged_stage, purified_stage, score_stage, statistics_stage
+from pave_lightning.workflow import Workflow, expert_stage, merged_stage, purified_stage, statistics_stage
 
 
 def check_recipe(recipe: Recipe, folder: RunFolder) -> None:
@@ -60,20 +61,42 @@ def _check_models(recipe: Recipe, problems: Problems) -> None:
     base_folder = locate_model(recipe.base, role="base")
     architecture = Architecture.of_folder(base_folder)
     base = Checkpoint(base_folder, architecture.prefix)
-    load_tokenizer(base_folder)
+    tokenizer = load_tokenizer(base_folder)
     for name in base.non_finite():
         problems.add(f"base: the weight {name} holds NaN or infinity")
-    layers = sorted({module for name in architecture.parameters for module in _ancestors(name)})
+    if len(tokenizer) > architecture.vocabulary:
+        problems.add(
+            f"base: its tokenizer has {len(tokenizer)} tokens, but its embedding {architecture.vocabulary} rows"
+        )
     for task in recipe.tasks:
-        if task.expert is not None:
-            try:
-                problems.extend(_expert_problems(task, base, architecture))
-            except PaveError as error:
-                problems.add(str(error))
-            continue
-        for name in task.training.freeze:
-            if name not in layers:
-                problems.add(f"task '{task.name}': training.freeze: no submodule '{name}'; {nearest(name, layers)}")
+        limit = architecture.positions
+        if limit is not None and task.training.max_length > limit:
+            problems.add(
+                f"task '{task.name}': training.max_length is {task.training.max_length}, "
+                f"but the base reads at most {limit} tokens"
+            )
+        try:
+            if task.expert is not None:
+                problems.extend(_expert_problems(task, base, architecture, tokenizer.get_vocab()))
+            else:
+                problems.extend(_training_problems(task, architecture))
+        except PaveError as error:
+            problems.add(str(error))
+
+
+def _training_problems(task: Task, architecture: Architecture) -> Iterator[str]:
+    layers = sorted({module for name in architecture.parameters for module in _ancestors(name)})
+    for name in task.training.freeze:
+        if name not in layers:
+            yield f"task '{task.name}': training.freeze: no submodule '{name}'; {nearest(name, layers)}"
+    lora = task.training.lora
+    if lora is not None and not isinstance(lora.target_modules, str):
+        linear = [p.layer for p in architecture.parameters.values() if p.kind is ParameterKind.LINEAR]
+        endings = sorted({layer.rpartition(".")[2] for layer in linear})
+        for name in lora.target_modules:
+            if not any(layer == name or layer.endswith(f".{name}") for layer in linear):
+                hint = nearest(name, endings)
+                yield f"task '{task.name}': training.lora.target_modules: no linear layer '{name}'; {hint}"
 
 
 def _ancestors(name: str) -> Iterator[str]:
@@ -82,56 +105,67 @@ def _ancestors(name: str) -> Iterator[str]:
         yield ".".join(parts[:end])
 
 
-def _expert_problems(task: Task, base: Checkpoint, architecture: Architecture) -> Iterator[str]:
+def _expert_problems(
+    task: Task, base: Checkpoint, architecture: Architecture, vocabulary: Mapping[str, int]
+) -> Iterator[str]:
     """What is wrong with a checkpoint that a recipe names instead of training."""
     reference = task.expert.from_ if task.expert is not None else ""
     folder = locate_model(reference, role=f"task '{task.name}'")
+    where = f"task '{task.name}'"
     if (folder / ADAPTER_CONFIG).is_file():
+        yield from (f"{where}: {problem}" for problem in adapter_problems(folder))
         return
     own = Architecture.of_folder(folder)
     expert = Checkpoint(folder, own.prefix)
     yield from config_differences(task.name, architecture, own)
-    yield from differences(task.name, base, expert, own)
-    outputs = len(own.config.get("id2label", {0: 0, 1: 1}))
-    if outputs != task.outputs:
-        yield f"task '{task.name}': the head of {folder} has {outputs} outputs, but the task needs {task.outputs}"
-    if not expert.head:
-        yield f"task '{task.name}': {folder} has no head; expected a fine-tuned sequence-classification model"
+    yield from differences(task.name, base, expert, architecture)
+    lacking = sorted(own.head - set(expert.head))
+    if lacking:
+        yield f"{where}: {folder} has no classification head (no {lacking[0]}); expected a fine-tuned classifier"
+    yield from (f"{where}: {problem}" for problem in _head_problems(task, folder, own))
     for name in expert.non_finite():
-        yield f"task '{task.name}': the weight {name} of {folder} holds NaN or infinity"
-    load_tokenizer(folder)
+        yield f"{where}: the weight {name} of {folder} holds NaN or infinity"
+    others = load_tokenizer(folder).get_vocab()
+    differing = [token for token, index in others.items() if vocabulary.get(token) != index]
+    if differing or len(others) != len(vocabulary):
+        yield (
+            f"{where}: the vocabulary of {folder} is not the base's ({len(differing)} tokens differ, "
+            f"such as {differing[:1]}); experts of one base must share its tokenizer"
+        )
+
+
+def _head_problems(task: Task, folder: Path, own: Architecture) -> Iterator[str]:
+    if own.outputs != task.outputs:
+        yield f"the head of {folder} has {own.outputs} outputs, but the task needs {task.outputs}"
+    names = list(own.labels.values())
+    if task.classes is not None and sorted(names) == sorted(task.classes) and names != task.classes:
+        yield f"the head of {folder} has the classes in the order {names}, the task in the order {task.classes}"
+    if own.padding is None:
+        yield f"{folder}: config.json has no pad_token_id, so batches cannot be padded; set it"
 
 
 def plan_rows(recipe: Recipe, folder: RunFolder) -> list[tuple[str, str, str]]:
-    """One row a stage: its name, whether its result is there, and what it will do."""
-    rows = []
-
-    def add(stage: str, what: str) -> None:
-        rows.append((stage, "there" if folder.manifest(stage) is not None else "to do", what))
-
+    """One row a stage: its name, whether its result is there, stale or to do, and what the stage does."""
+    about = {}
     for task in recipe.tasks:
-        add(expert_stage(task), _fit_summary(recipe, task, folder.root / "data"))
-    for task in recipe.tasks:
-        add(statistics_stage(task), f"{recipe.capture.examples} training examples")
-    purified = {purified_stage(step.purify): step.purify for step in recipe.merge if "purified" in step.vectors}
-    for stage, options in purified.items():
-        add(stage, f"rho {options.rho:g}, {options.metric}, {options.allocation} allocation")
+        about[expert_stage(task)] = _fit_summary(recipe, task, folder.root / "data")
+        about[statistics_stage(task)] = f"{recipe.capture.examples} training examples"
     for step in recipe.merge:
+        options = step.purify
+        about[purified_stage(options)] = f"rho {options.rho:g}, {options.metric}, {options.allocation} allocation"
+        scale = "" if step.scale is None else f", scale {step.scale if isinstance(step.scale, float) else 'searched'}"
         for vectors in step.vectors:
-            scale = (
-                "" if step.scale is None else f", scale {step.scale if isinstance(step.scale, float) else 'searched'}"
-            )
-            add(merged_stage(step, vectors), f"{step.method}{scale}")
-    scored = [score_stage(step, vectors) for step in recipe.merge for vectors in step.vectors]
-    for stage in ["scores/base", "scores/experts", *scored]:
-        add(stage, "all test splits")
-    return rows
+            about[merged_stage(step, vectors)] = f"{step.method}{scale}"
+    states = Workflow(recipe, folder).states()
+    return [(stage, state, about.get(stage, "all test splits")) for stage, state in states.items()]
 
 
 def _fit_summary(recipe: Recipe, task: Task, cache: Path) -> str:
     if task.expert is not None:
         return f"from {task.expert.from_}"
     rows = len(load_split(task, "train", seed=recipe.seed, cache_dir=cache))
-    epochs = task.trainer.get("max_epochs", 3)
+    epochs = task.trainer.get("max_epochs", DEFAULT_EPOCHS)
+    if not isinstance(epochs, int) or epochs < 0:
+        return f"{rows} rows"
     steps = math.ceil(rows / task.training.batch_size) * epochs
     return f"{rows} rows, {epochs} epochs, {steps} steps of {task.training.batch_size}"

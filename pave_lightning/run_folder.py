@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from pave_lightning.errors import PaveError
-from pave_lightning.weights.writing import file_sha256
+from pave_lightning.files import file_sha256
 
 MANIFEST = "manifest.json"
 UNFINISHED = ".unfinished-"
@@ -37,9 +38,10 @@ class Manifest:
     files: dict[str, dict[str, Any]]
     result: dict[str, Any]
 
-    def digest(self, ending: str = "") -> str:
-        """What identifies the stage's files: their sha256 in order of their names, for names with that ending."""
-        return "+".join(self.files[name]["sha256"] for name in sorted(self.files) if name.endswith(ending))
+    def digest(self) -> str:
+        """What identifies the stage's result: one sha256 over the names and contents of its files."""
+        parts = "".join(f"{name}:{self.files[name]['sha256']};" for name in sorted(self.files))
+        return hashlib.sha256(parts.encode()).hexdigest()
 
 
 @dataclass

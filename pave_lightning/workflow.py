@@ -7,9 +7,9 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -53,7 +53,7 @@ from pave_lightning.weights import (
     ExpertTaskVectors,
     TaskVectors,
     locate_model,
-    weights_digest,
+    model_digest,
 )
 
 log = logging.getLogger("pave_lightning")
@@ -61,6 +61,10 @@ log = logging.getLogger("pave_lightning")
 STATISTICS_FILE = "moments.safetensors"
 # Raised when a stage's results change meaning, so that older results are made anew.
 FORMATS = {"fit": 1, "capture": 1, "purify": 1, "merge": 1, "evaluate": 1}
+
+
+# Options of the trainer that change neither the order of examples nor the arithmetic that is asked for.
+HARMLESS_OPTIONS = ("enable_progress_bar", "log_every_n_steps", "accelerator", "profiler", "detect_anomaly")
 
 
 class Workflow:
@@ -105,8 +109,9 @@ class Workflow:
         if task.expert is not None:
             return self._take_in(task, stage, inputs)
         if self._elsewhere("fit", task):
+            self._finished(stage, inputs, f"pave fit --task {task.name}")
             return None
-        work = self.folder.root / "training" / f"{task.name}-{_short_digest(inputs)}"
+        training = self.folder.root / "training" / task.name
         with self._doing(f"fit {task.name}"):
             run = self._child(f"expert:{task.name}", "fit", {"task": _described(task), "seed": self.recipe.seed})
             logger = TrackingLogger(self.tracker, run) if self.tracker is not None and run else None
@@ -114,7 +119,7 @@ class Workflow:
                 task,
                 self.base_folder,
                 seed=self.recipe.seed,
-                work_folder=work,
+                work_folder=training / _short_digest(inputs),
                 cache_folder=self._cache,
                 logger=logger,
             )
@@ -122,8 +127,9 @@ class Workflow:
                 with self.folder.writing(stage, inputs) as writer:
                     save_expert(model, self.base_folder, writer.path)
                     writer.result.update(metrics=metrics)
-                shutil.rmtree(work, ignore_errors=True)
+                shutil.rmtree(training, ignore_errors=True)
                 self._log(run, metrics)
+                self._end(run)
         return None
 
     def _take_in(self, task: Task, stage: str, inputs: dict[str, Any]) -> None:
@@ -136,7 +142,7 @@ class Workflow:
                 else:
                     load_expert(folder, task)
                     writer.result["folder"] = str(folder.resolve())
-            self._child(f"expert:{task.name}", "fit", {"task": _described(task)})
+            self._end(self._child(f"expert:{task.name}", "fit", {"task": _described(task)}))
 
     def _existing_folder(self, task: Task) -> Path:
         reference = task.expert.from_ if task.expert is not None else ""
@@ -146,7 +152,7 @@ class Workflow:
         inputs: dict[str, Any] = {"format": FORMATS["fit"], "base": self._base_digest}
         if task.expert is not None:
             folder = self._existing_folder(task)
-            return {**inputs, "from": str(folder), "weights": weights_digest(folder), "outputs": task.outputs}
+            return {**inputs, "from": str(folder), "weights": model_digest(folder), "outputs": task.outputs}
         return {
             **inputs,
             "seed": self.recipe.seed,
@@ -156,7 +162,7 @@ class Workflow:
             "kind": [task.kind, task.classes],
             "headline": task.headline,
             "training": task.training.model_dump(),
-            "trainer": {k: v for k, v in task.trainer.items() if k != "enable_progress_bar"},
+            "trainer": {key: value for key, value in task.trainer.items() if key not in HARMLESS_OPTIONS},
         }
 
     # ---- capture ---------------------------------------------------------------------------------------------------
@@ -168,6 +174,7 @@ class Workflow:
         if self.folder.current(stage, inputs) is not None:
             return self._already(stage)
         if self._elsewhere("capture", task):
+            self._finished(stage, inputs, f"pave capture --task {task.name}")
             return None
         options = self.recipe.capture
         with self._doing(f"capture {task.name}"):
@@ -176,7 +183,7 @@ class Workflow:
             callback = PaveCallback(
                 backbone=f"model.{module.model.base_model_prefix}",
                 moments=options.moments,
-                metadata={"task": task.name, "expert": expert.digest(".safetensors") or expert.inputs["weights"]},
+                metadata={"task": task.name, "expert": _expert_digest(expert)},
             )
             with quiet_lightning(), honest_interrupts():
                 trainer = build_trainer(
@@ -195,12 +202,13 @@ class Workflow:
                     writer.result.update(facts, unreached=list(callback.unreached))
                 run = self._child(f"expert:{task.name}", "fit", {})
                 self._log(run, {f"capture/{name}": float(value) for name, value in facts.items()})
+                self._end(run)
         return None
 
     def _capture_inputs(self, task: Task, expert: Manifest) -> dict[str, Any]:
         return {
             "format": FORMATS["capture"],
-            "expert": expert.inputs if "folder" in expert.result else expert.digest(".safetensors"),
+            "expert": _expert_digest(expert),
             "data": split_fingerprint(task, "train"),
             "rows": [task.examples.train, self.recipe.seed],
             "columns": task.text,
@@ -250,8 +258,9 @@ class Workflow:
         if self.folder.current(stage, inputs) is not None:
             return self._already(stage)
         source = self.plain if vectors == "plain" else self._purified(step.purify)
+        method = make_method(step.method, step.options)
+        run = self._child(f"merge:{step.name}:{vectors}", "merge", merge_params(step, vectors))
         with self._doing(f"merge {step.name} ({vectors})"), self.folder.writing(stage, inputs) as writer:
-            method = make_method(step.method, step.options)
             scale, merged = step.scale if step.scale is not None else method.default_scale, None
             facts: dict[str, Any] = {"vectors": vectors, "options": method.options.model_dump()}
             if isinstance(scale, ScaleSearch):
@@ -262,6 +271,9 @@ class Workflow:
             context = MergeContext(self.recipe.base, self._base, self._experts, self._architecture, facts)
             write_merged(writer.path, method, source, scale, context, merged=merged)
             writer.result.update(facts, form=method.form)
+        if scale is not None:
+            self._log(run, {"scale": float(scale)})
+        self._end(run)
         return None
 
     def _purified(self, options: Purify) -> TaskVectors:
@@ -301,7 +313,11 @@ class Workflow:
     def evaluate(self) -> None:
         """Score base, experts and every merged model on all test splits."""
         waiting = [(name, inputs) for name, inputs in self._to_score() if self.folder.current(name, inputs) is None]
-        if not waiting or self._elsewhere("evaluate", None):
+        if not waiting:
+            return
+        if self._elsewhere("evaluate", None):
+            for stage, inputs in waiting:
+                self._finished(stage, inputs, "pave evaluate")
             return
         data = SuiteData([self._data(t, self.recipe.evaluate.batch_size) for t in self.recipe.tasks], "test")
         for stage, inputs in waiting:
@@ -325,8 +341,10 @@ class Workflow:
         yield "scores/base", {**shared, "model": self._base_digest}
         yield "scores/experts", {**shared, "model": self.expert_digests()}
         for step, vectors in self.merges():
-            merged = self._finished(merged_stage(step, vectors), self._merge_inputs(step, vectors), "pave merge")
-            yield score_stage(step, vectors), {**shared, "model": merged.digest(".safetensors")}
+            yield score_stage(step, vectors), self._merged_score_inputs(step, vectors)
+
+    def _merged_score_inputs(self, step: MergeStep, vectors: Vectors) -> dict[str, Any]:
+        return {**self._score_inputs("test"), "model": self.merged(step, vectors).digest()}
 
     def _score_inputs(self, split: str) -> dict[str, Any]:
         return {
@@ -337,6 +355,7 @@ class Workflow:
                     "data": split_fingerprint(task, cast(Any, split)),
                     "examples": [getattr(task.examples, split), self.recipe.seed],
                     "columns": [task.text, task.label],
+                    "kind": [task.kind, task.classes],
                     "metrics": [task.metrics, task.headline],
                     "max_length": task.training.max_length,
                 }
@@ -357,6 +376,51 @@ class Workflow:
             return CheckpointCandidate(checkpoint)
         modulators = {t.name: Modulator(folder / "modulators" / f"{t.name}.safetensors") for t in self.recipe.tasks}
         return ModulatedCandidate(self._base, checkpoint, modulators)
+
+    # ---- what is there ---------------------------------------------------------------------------------------------
+
+    def scored(self) -> dict[str, Manifest]:
+        """The scores of base, experts and every merged model, by stage.
+
+        Raises:
+            PaveError: some are missing or stale.
+        """
+        return {stage: self._finished(stage, inputs, "pave evaluate") for stage, inputs in self._to_score()}
+
+    def merged(self, step: MergeStep, vectors: Vectors) -> Manifest:
+        """A finished merged model."""
+        return self._finished(merged_stage(step, vectors), self._merge_inputs(step, vectors), "pave merge")
+
+    def purified(self, options: Purify) -> Manifest:
+        """A finished purification."""
+        return self._finished(purified_stage(options), self._purify_inputs(options), "pave merge")
+
+    def states(self) -> dict[str, str]:
+        """Every stage in order, and whether its result is there, stale, or to do."""
+        asked: dict[str, Callable[[], dict[str, Any]]] = {}
+        for task in self.recipe.tasks:
+            asked[expert_stage(task)] = partial(self._fit_inputs, task)
+        for task in self.recipe.tasks:
+            asked[statistics_stage(task)] = lambda task=task: self._capture_inputs(  # type: ignore[misc]
+                task, self._finished(expert_stage(task), self._fit_inputs(task), "pave fit")
+            )
+        for step, vectors in self.merges():
+            if vectors == "purified":
+                asked[purified_stage(step.purify)] = partial(self._purify_inputs, step.purify)
+            asked[merged_stage(step, vectors)] = partial(self._merge_inputs, step, vectors)
+        asked["scores/base"] = lambda: {**self._score_inputs("test"), "model": self._base_digest}
+        asked["scores/experts"] = lambda: {**self._score_inputs("test"), "model": self.expert_digests()}
+        for step, vectors in self.merges():
+            asked[score_stage(step, vectors)] = partial(self._merged_score_inputs, step, vectors)
+        return {stage: self._state(stage, inputs) for stage, inputs in asked.items()}
+
+    def _state(self, stage: str, inputs: Callable[[], dict[str, Any]]) -> str:
+        try:
+            if self.folder.current(stage, inputs()) is not None:
+                return "there"
+        except PaveError:  # something that it builds on is not there or stale itself
+            pass
+        return "stale" if self.folder.manifest(stage) is not None else "to do"
 
     # ---- what stages share -----------------------------------------------------------------------------------------
 
@@ -387,7 +451,7 @@ class Workflow:
 
     @cached_property
     def _base_digest(self) -> str:
-        return weights_digest(self.base_folder)
+        return model_digest(self.base_folder)
 
     @property
     def _cache(self) -> Path:
@@ -414,7 +478,7 @@ class Workflow:
         digests = {}
         for task in self.recipe.tasks:
             found = self._finished(expert_stage(task), self._fit_inputs(task), f"pave fit --task {task.name}")
-            digests[task.name] = found.inputs["weights"] if "folder" in found.result else found.digest(".safetensors")
+            digests[task.name] = _expert_digest(found)
         return digests
 
     def _finished(self, stage: str, inputs: dict[str, Any], command: str) -> Manifest:
@@ -444,6 +508,10 @@ class Workflow:
 
     def _child(self, name: str, stage: str, params: dict[str, Any]) -> str:
         return self.tracker.child(name, stage=stage, params=params) if self.tracker is not None else ""
+
+    def _end(self, run: str) -> None:
+        if self.tracker is not None and run:
+            self.tracker.end(run, "FINISHED")
 
     def _log(self, run: str, metrics: dict[str, float]) -> None:
         if self.tracker is not None and run:
@@ -491,6 +559,17 @@ def merged_stage(step: MergeStep, vectors: Vectors) -> str:
 def score_stage(step: MergeStep, vectors: Vectors) -> str:
     """Stage of a merged model's scores."""
     return f"scores/{step.name}-{vectors}"
+
+
+def merge_params(step: MergeStep, vectors: Vectors) -> dict[str, Any]:
+    """What MLflow notes of a merge before it begins."""
+    params = {"method": step.method, "vectors": vectors, "asked_scale": step.scale, "options": step.options}
+    return {**params, "purify": step.purify.model_dump()} if vectors == "purified" else params
+
+
+def _expert_digest(expert: Manifest) -> str:
+    """What identifies an expert: its own files, or those of the folder that it was taken in from."""
+    return str(expert.inputs["weights"]) if "folder" in expert.result else expert.digest()
 
 
 def _described(task: Task) -> dict[str, Any]:

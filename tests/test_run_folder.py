@@ -238,15 +238,12 @@ def test_the_digest_follows_names_and_content(folder):
         write(folder, **files)
         return folder.manifest("experts/a").digest
 
-    first = digest(**{"b.safetensors": "2", "a.safetensors": "1", "config.json": "{}"})
+    first = digest(**{"b.safetensors": "2", "a.safetensors": "1"})
     ones, twos = (hashlib.sha256(text).hexdigest() for text in (b"1", b"2"))
-    assert first(".safetensors") == f"{ones}+{twos}"
-    assert first() == f"{ones}+{twos}+{hashlib.sha256(b'{}').hexdigest()}"
-    other = digest(**{"b.safetensors": "2", "a.safetensors": "1", "config.json": "[]"})
-    assert other(".safetensors") == first(".safetensors")
-    assert other() != first()
-    assert digest(**{"a.safetensors": "2", "b.safetensors": "1"})(".safetensors") != first(".safetensors")
-    assert first(".bin") == ""
+    assert first() == hashlib.sha256(f"a.safetensors:{ones};b.safetensors:{twos};".encode()).hexdigest()
+    assert digest(**{"a.safetensors": "1", "b.safetensors": "2"})() == first()
+    assert digest(**{"a.safetensors": "2", "b.safetensors": "1"})() != first()
+    assert digest(**{"a.safetensors": "1", "b.safetensors": "2", "config.json": "{}"})() != first()
 
 
 def test_small_files_are_written_at_once(folder):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import lightning.pytorch as L
@@ -18,8 +20,13 @@ from pave_lightning.experts.task_expert import TaskExpert, freeze
 from pave_lightning.experts.trainers import build_trainer, honest_interrupts, quiet_lightning
 from pave_lightning.recipe import Task
 from pave_lightning.tasks.data_module import TaskDataModule
+from pave_lightning.weights import Checkpoint
+from pave_lightning.weights.architecture import backbone_of
+from pave_lightning.weights.task_vectors import absent_children
 
 log = logging.getLogger("pave_lightning")
+
+DEFAULT_EPOCHS = 3
 
 
 def fit_expert(
@@ -55,7 +62,8 @@ def fit_expert(
     model = load_with_new_head(base, task)
     freeze(model, options.freeze)
     if options.lora is not None:
-        model = add_adapters(model, options.lora)
+        private = absent_children(Checkpoint(base, str(model.base_model_prefix)), backbone_of(model).state_dict())
+        model = add_adapters(model, options.lora, frozen=options.freeze, private=private)
     expert = TaskExpert(model, task, seed=seed)
     data = TaskDataModule(
         task,
@@ -74,8 +82,11 @@ def fit_expert(
         callbacks.append(EarlyStopping(monitor, mode="max", **options.early_stopping.model_dump()))
     if logger is not None:
         callbacks.append(LearningRateMonitor("step"))
-    settings: dict[str, Any] = {"max_epochs": 3, "log_every_n_steps": 10, **task.trainer}
+    settings: dict[str, Any] = {"max_epochs": DEFAULT_EPOCHS, "log_every_n_steps": 10, **task.trainer}
     last = work_folder / "last.ckpt"
+    if last.is_file() and not _is_readable(last):
+        log.warning("%s: the last checkpoint is damaged; training starts anew", task.name)
+        shutil.rmtree(work_folder)
     with quiet_lightning(), honest_interrupts():
         trainer = build_trainer(
             settings,
@@ -88,10 +99,13 @@ def fit_expert(
         if last.is_file():
             log.info("%s: training goes on from its last checkpoint", task.name)
         trainer.fit(expert, datamodule=data, ckpt_path=last if last.is_file() else None)
-    best = checkpoint.best_model_path
-    if best and Path(best).is_file():
-        state = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
-        expert.load_state_dict(state)
+    best = Path(checkpoint.best_model_path)
+    if not best.is_file():
+        raise PaveError(
+            f"task '{task.name}': no validation pass ended, so there is no best checkpoint; the trainer needs at least "
+            "one epoch and a validation pass in it (max_epochs, limit_val_batches, check_val_every_n_epoch)"
+        )
+    expert.load_state_dict(torch.load(best, map_location="cpu", weights_only=True)["state_dict"])
     score = checkpoint.best_model_score
     metrics = {monitor: float(score)} if score is not None else {}
     broken = [name for name, value in expert.model.named_parameters() if not bool(torch.isfinite(value).all())]
@@ -101,6 +115,14 @@ def fit_expert(
             "lower the learning rates or use a safer precision"
         )
     return expert.model.eval(), metrics
+
+
+def _is_readable(checkpoint: Path) -> bool:
+    try:
+        torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, UnpicklingError):
+        return False
+    return True
 
 
 def save_expert(model: nn.Module, base: Path, folder: Path) -> None:

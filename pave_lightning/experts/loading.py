@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from pave_lightning.errors import PaveError
 from pave_lightning.recipe import Lora, Task
+from pave_lightning.weights.architecture import backbone_of
 from pave_lightning.weights.checkpoint import weight_files
+from pave_lightning.weights.parameters import is_linear
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -49,9 +52,24 @@ def label_names(task: Task) -> dict[str, Any]:
 
 
 def load_with_new_head(base: Path, task: Task) -> nn.Module:
-    """The base model in float32 with a head of the task's size, drawn from torch's current seed."""
+    """The base model in float32 with a head of the task's size, drawn from torch's current seed.
+
+    A head that the base may have already is not kept.
+
+    Raises:
+        PaveError: the base cannot be loaded, or weights of its backbone have other shapes than its configuration says.
+    """
     weight_files(base)
-    model, _ = _load(base, **label_names(task))
+    loaded, info = _load(base, ignore_mismatched_sizes=True, **label_names(task))
+    prefix = f"{loaded.base_model_prefix}."
+    wrong = sorted(str(entry[0]) for entry in info["mismatched_keys"] if str(entry[0]).startswith(prefix))
+    if wrong:
+        raise PaveError(f"{base}: {len(wrong)} weights have other shapes than config.json says, first {wrong[0]}")
+    config: Any = loaded.config
+    if config.pad_token_id is None:
+        config.pad_token_id = load_tokenizer(base).pad_token_id
+    model: nn.Module = AutoModelForSequenceClassification.from_config(config).float()
+    setattr(model, str(model.base_model_prefix), backbone_of(loaded))
     return model
 
 
@@ -86,38 +104,73 @@ def load_adapter(base: Path, folder: Path, task: Task) -> nn.Module:
     """
     from peft import PeftModel
 
-    settings = json.loads((folder / ADAPTER_CONFIG).read_text())
-    if not settings.get("modules_to_save"):
-        raise PaveError(
-            f"task '{task.name}': the adapter {folder} holds no head (modules_to_save is empty); "
-            "train it with task_type SEQ_CLS"
-        )
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise PaveError(f"task '{task.name}': {folder} has no adapter_model.safetensors; pickled adapters are refused")
+    problems = adapter_problems(folder)
+    if problems:
+        raise PaveError(f"task '{task.name}': {problems[0]}")
     try:
         adapted = PeftModel.from_pretrained(load_with_new_head(base, task), folder)
         merged: nn.Module = adapted.merge_and_unload()
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise PaveError(f"task '{task.name}': the adapter {folder} does not fit the base {base}: {reason}") from error
     return merged.eval()
 
 
-def add_adapters(model: nn.Module, lora: Lora) -> nn.Module:
-    """Wrap a model so that only low-rank adapters and the head are trained (peft)."""
+def adapter_problems(folder: Path) -> list[str]:
+    """What is wrong with a peft adapter as far as its configuration and file header tell."""
+    try:
+        settings = json.loads((folder / ADAPTER_CONFIG).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        return [f"{folder / ADAPTER_CONFIG} cannot be read ({error}); save the adapter again"]
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
+        return [f"{folder} has no adapter_model.safetensors; pickled adapters are refused"]
+    try:
+        with safe_open(weights, framework="pt") as file:
+            list(file.keys())
+    except (OSError, SafetensorError) as error:
+        return [f"{weights} is truncated or no safetensors file ({error}); save the adapter again"]
+    if not settings.get("modules_to_save"):
+        return [f"the adapter {folder} holds no head (modules_to_save is empty); train it with task_type SEQ_CLS"]
+    return []
+
+
+def add_adapters(model: nn.Module, lora: Lora, *, frozen: Sequence[str], private: Collection[str]) -> nn.Module:
+    """Wrap a model so that only low-rank adapters and the head are trained (peft).
+
+    Args:
+        model: a sequence-classification model.
+        lora: rank, scaling and which layers.
+        frozen: submodules of the backbone that get no adapters.
+        private: direct submodules of the backbone that the base has no weights for, such as a pooler; they start at
+            random, so they are trained whole and kept with the head.
+
+    Raises:
+        PaveError: no layer of the backbone is meant by ``target_modules``.
+    """
     from peft import LoraConfig, TaskType, get_peft_model
 
+    prefix = str(model.base_model_prefix)
+    whole = [name for name, child in model.named_children() if name != prefix and list(child.parameters())]
+    whole += [f"{prefix}.{name}" for name in private]
+    without = [*whole, *(f"{prefix}.{name}" for name in frozen)]
     config = LoraConfig(
         task_type=TaskType.SEQ_CLS,
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
+        modules_to_save=whole,
+        exclude_modules=[
+            name
+            for name, module in model.named_modules()
+            if is_linear(module) and any(name == part or name.startswith(f"{part}.") for part in without)
+        ],
     )
     try:
         wrapped: nn.Module = get_peft_model(model, config)
-    except ValueError as error:
-        raise PaveError(f"training.lora: {error}") from error
+    except (ValueError, TypeError) as error:
+        raise PaveError(f"training.lora: {str(error).strip().splitlines()[0]}") from error
     return wrapped
 
 

@@ -27,6 +27,7 @@ OWNED = {
     "reload_dataloaders_every_n_epochs": "the data module decides it",
     "enable_checkpointing": "resuming and the choice of the best checkpoint need it",
     "enable_model_summary": "it is off",
+    "barebones": "it switches off what fine-tuning needs",
 }
 # What concerns the machine, not the training; only these matter for capture and evaluation.
 MACHINE_OPTIONS = ("accelerator", "devices", "strategy", "num_nodes", "enable_progress_bar")

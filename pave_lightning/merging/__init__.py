@@ -14,7 +14,7 @@ from pave_lightning.merging.base import (
     register,
 )
 from pave_lightning.merging.emr import Emr
-from pave_lightning.merging.modulators import Modulator, save_modulator
+from pave_lightning.merging.modulators import Modulator, PackedMasks
 from pave_lightning.merging.running import MergedVectors, merge, merge_per_task, merge_static
 from pave_lightning.merging.task_arithmetic import TaskArithmetic
 from pave_lightning.merging.ties import Ties
@@ -28,6 +28,7 @@ __all__ = [
     "Modulated",
     "Modulator",
     "Need",
+    "PackedMasks",
     "PerTaskMethod",
     "StaticMethod",
     "TaskArithmetic",
@@ -39,5 +40,4 @@ __all__ = [
     "method_named",
     "methods",
     "register",
-    "save_modulator",
 ]

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from pave_lightning.errors import PaveError, nearest
 from pave_lightning.merging.base import MergeMethod, PerTaskMethod, StaticMethod
-from pave_lightning.merging.modulators import Modulator, save_modulator
+from pave_lightning.merging.modulators import Modulator, PackedMasks
 from pave_lightning.merging.running import merge_per_task, merge_static
 from pave_lightning.weights import Architecture, Checkpoint, Parameter, ShardWriter, TaskVectors, locate_model
 from pave_lightning.weights.architecture import backbone_of, empty_classifier
@@ -71,15 +71,15 @@ def write_merged(
     written = set()
     factor = 1.0 if scale is None else scale
     if isinstance(method, PerTaskMethod):
-        masks: dict[str, dict[str, Tensor]] = {task: {} for task in source.tasks}
+        masks = {task: PackedMasks() for task in source.tasks}
         for parameter, modulated in merge_per_task(method, source):
             writer.add(parameter.name, source.base(parameter) + modulated.shared)
             written.add(parameter.name)
             for task, mask in modulated.masks.items():
-                masks[task][parameter.name] = mask
+                masks[task].add(parameter.name, mask)
         (folder / "modulators").mkdir()
         for task, rescaler in method.rescalers().items():
-            save_modulator(folder / "modulators" / f"{task}.safetensors", masks[task], rescaler)
+            masks[task].save(folder / "modulators" / f"{task}.safetensors", rescaler)
     elif isinstance(method, StaticMethod):
         known = None if merged is None else ((p, merged[p.name]) for p in source.parameters)
         pairs: Iterable[tuple[Parameter, Tensor]] = merge_static(method, source) if known is None else known

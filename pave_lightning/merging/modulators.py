@@ -28,11 +28,21 @@ def unpack_mask(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(bits.astype(bool)).reshape(shape)
 
 
-def save_modulator(path: Path, masks: dict[str, Tensor], rescaler: float) -> None:
-    """Write a task's packed masks, their shapes and its rescaling factor."""
-    shapes = {name: list(mask.shape) for name, mask in masks.items()}
-    packed = {name: pack_mask(mask) for name, mask in masks.items()}
-    save_file(packed, path, metadata={"shapes": json.dumps(shapes), "rescaler": repr(rescaler)})
+class PackedMasks:
+    """The masks of one task, packed as they come: one bit an element in memory too."""
+
+    def __init__(self) -> None:
+        self._packed: dict[str, Tensor] = {}
+        self._shapes: dict[str, list[int]] = {}
+
+    def add(self, name: str, mask: Tensor) -> None:
+        """Take in the bool mask of one parameter."""
+        self._packed[name] = pack_mask(mask)
+        self._shapes[name] = list(mask.shape)
+
+    def save(self, path: Path, rescaler: float) -> None:
+        """Write the packed masks, their shapes and the task's rescaling factor as safetensors."""
+        save_file(self._packed, path, metadata={"shapes": json.dumps(self._shapes), "rescaler": repr(rescaler)})
 
 
 class Modulator:

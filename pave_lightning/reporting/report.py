@@ -7,15 +7,13 @@ from typing import Any
 
 from rich.console import Console
 
-from pave_lightning.errors import PaveError
 from pave_lightning.purification import KeptRank
 from pave_lightning.reporting.model_card import ExpertSource, model_card
 from pave_lightning.reporting.plots import kept_ranks, normalised_scores
 from pave_lightning.reporting.scores import Model, Score, ScoreTable
 from pave_lightning.reporting.tables import render
-from pave_lightning.run_folder import Manifest
 from pave_lightning.tracking import Tracker, environment_tags
-from pave_lightning.workflow import Workflow, merged_stage, purified_stage, score_stage
+from pave_lightning.workflow import Workflow, merge_params, merged_stage, purified_stage, score_stage
 
 
 def write_report(workflow: Workflow, console: Console | None = None) -> ScoreTable:
@@ -46,8 +44,10 @@ def collect_scores(workflow: Workflow) -> ScoreTable:
     """The scores of base, experts and merged models from the run folder."""
     rows: list[Score] = []
 
+    scored = workflow.scored()
+
     def add(stage: str, model: str, vectors: Any, form: Any) -> None:
-        for name, found in _manifest(workflow, stage).result["scores"].items():
+        for name, found in scored[stage].result["scores"].items():
             headline = workflow.recipe.task(name).headline
             for metric, value in found["metrics"].items():
                 rows.append(Score(model, vectors, form, name, metric, metric == headline, value, found["examples"]))
@@ -55,26 +55,19 @@ def collect_scores(workflow: Workflow) -> ScoreTable:
     add("scores/base", "base", "", "base")
     add("scores/experts", "experts", "", "expert")
     for step, vectors in workflow.merges():
-        form = _manifest(workflow, merged_stage(step, vectors)).result["form"]
+        form = workflow.merged(step, vectors).result["form"]
         add(score_stage(step, vectors), step.name, vectors, form)
     return ScoreTable(rows)
 
 
-def _manifest(workflow: Workflow, stage: str) -> Manifest:
-    found = workflow.folder.manifest(stage)
-    if found is None:
-        raise PaveError(f"{workflow.folder.path(stage)} is not there yet; run `pave run` with this recipe first")
-    return found
-
-
 def _draw_ranks(workflow: Workflow) -> list[Path]:
     """One heat map for each distinct purification."""
-    stages = list(dict.fromkeys(purified_stage(s.purify) for s, vectors in workflow.merges() if vectors == "purified"))
+    distinct = {purified_stage(step.purify): step.purify for step, kind in workflow.merges() if kind == "purified"}
     files = []
-    for stage in stages:
-        ending = "" if len(stages) == 1 else "-" + stage.partition("/")[2]
+    for stage, options in distinct.items():
+        ending = "" if len(distinct) == 1 else "-" + stage.partition("/")[2]
         path = workflow.folder.root / f"kept_ranks{ending}.png"
-        kept_ranks([KeptRank(*entry) for entry in _manifest(workflow, stage).result["ranks"]], path)
+        kept_ranks([KeptRank(*entry) for entry in workflow.purified(options).result["ranks"]], path)
         files.append(path)
     return files
 
@@ -88,8 +81,7 @@ def _write_cards(workflow: Workflow, table: ScoreTable) -> None:
     ]
     versions = {name.removeprefix("version."): text for name, text in environment_tags().items()}
     for step, vectors in workflow.merges():
-        stage = merged_stage(step, vectors)
-        facts = _manifest(workflow, stage).result
+        facts = workflow.merged(step, vectors).result
         found = f"best of {len(facts['search'])} on the validation splits" if "search" in facts else ""
         card = model_card(
             name=f"{recipe.name}: {step.name} ({vectors})",
@@ -110,7 +102,7 @@ def _write_cards(workflow: Workflow, table: ScoreTable) -> None:
             ),
             versions=versions,
         )
-        workflow.folder.write_text(f"{stage}/README.md", card)
+        workflow.folder.write_text(f"{merged_stage(step, vectors)}/README.md", card)
 
 
 def _record(workflow: Workflow, tracker: Tracker, table: ScoreTable, files: list[Path]) -> None:
@@ -130,11 +122,7 @@ def _record(workflow: Workflow, tracker: Tracker, table: ScoreTable, files: list
         tracker.log_metrics(run, own)
         tracker.end(run, "FINISHED")
     for step, vectors in workflow.merges():
-        facts = _manifest(workflow, merged_stage(step, vectors)).result
-        params = {"method": step.method, "vectors": vectors, "scale": facts["scale"], "options": facts["options"]}
-        if vectors == "purified":
-            params["purify"] = step.purify.model_dump()
-        run = tracker.child(f"merge:{step.name}:{vectors}", stage="merge", params=params)
+        run = tracker.child(f"merge:{step.name}:{vectors}", stage="merge", params=merge_params(step, vectors))
         tracker.log_metrics(run, _model_metrics(table, step.name, vectors))
         if workflow.recipe.tracking.upload_models:
             tracker.log_folder(run, workflow.folder.path(merged_stage(step, vectors)), "model")

@@ -22,7 +22,7 @@ EXTRA_MARK = "*"
 
 # Widths in characters; longer names are folded
 GAP = 2
-NUMBER_WIDTH = 5
+NUMBER_WIDTH = 6
 TASK_WIDTH = 12
 MODEL_WIDTH = 24
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -17,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pave_lightning.errors import PaveError
-from pave_lightning.packaged import local_path
+from pave_lightning.files import file_sha256, local_path
 from pave_lightning.recipe import Task
 from pave_lightning.tasks.checks import arrow_column, row_problems
 
@@ -109,8 +108,7 @@ def split_fingerprint(task: Task, split: Split) -> str:
     data = task.data
     if data.hub is not None:
         return f"{data.hub}/{data.config or ''}@{data.revision or ''}:{getattr(data, split)}"
-    with _local_file(task, split).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_sha256(_local_file(task, split))
 
 
 def sample_rows(rows: int, wanted: int | None, seed: int) -> npt.NDArray[np.int64]:

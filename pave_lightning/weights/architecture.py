@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,13 +24,15 @@ class Architecture:
         prefix: name under which the whole model holds its backbone (``bert``, ``roberta``, ...).
         parameters: the backbone's parameters by name, in the order of the modules.
         children: names of the backbone's direct submodules.
-        config: the configuration, as plain values.
+        head: names of the parameters outside the backbone.
+        config: the configuration, as plain values and with its defaults.
         obsolete: patterns of tensors that older releases of transformers stored and the model no longer has.
     """
 
     prefix: str
     parameters: dict[str, Parameter]
     children: tuple[str, ...]
+    head: frozenset[str]
     config: dict[str, Any] = field(repr=False)
     obsolete: tuple[str, ...] = ()
 
@@ -44,6 +45,7 @@ class Architecture:
         """
         model = empty_classifier(folder)
         backbone = backbone_of(model)
+        prefix = f"{model.base_model_prefix}."
         kinds: dict[str, tuple[ParameterKind, int | None]] = {}
         for module_name, module in backbone.named_modules():
             for attribute, _ in module.named_parameters(recurse=False):
@@ -57,9 +59,43 @@ class Architecture:
             prefix=str(model.base_model_prefix),
             parameters=parameters,
             children=tuple(name for name, _ in backbone.named_children()),
-            config=json.loads((folder / "config.json").read_text()),
+            head=frozenset(name for name, _ in model.named_parameters() if not name.startswith(prefix)),
+            config=AutoConfig.from_pretrained(folder).to_dict(),
             obsolete=tuple(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),
         )
+
+    @property
+    def labels(self) -> dict[int, str]:
+        """Names of the head's outputs by index."""
+        named = self.config.get("id2label") or {0: "LABEL_0", 1: "LABEL_1"}
+        return {int(index): str(name) for index, name in sorted(named.items(), key=lambda item: int(item[0]))}
+
+    @property
+    def outputs(self) -> int:
+        """Number of the head's outputs."""
+        return len(self.labels)
+
+    @property
+    def padding(self) -> int | None:
+        """Index of the padding token; None where the configuration names none."""
+        index = self.config.get("pad_token_id")
+        return index if isinstance(index, int) else None
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the token embedding."""
+        return int(self.config["vocab_size"])
+
+    @property
+    def positions(self) -> int | None:
+        """Longest sequence in tokens; None where it is not limited by a table of positions."""
+        table = self.parameters.get("embeddings.position_embeddings.weight")
+        if table is None:
+            known = self.config.get("max_position_embeddings") or self.config.get("n_positions")
+            return int(known) if isinstance(known, int) else None
+        # RoBERTa and its kin count positions from behind the padding index.
+        offset = (self.padding or 0) + 1 if "roberta" in str(self.config.get("model_type", "")) else 0
+        return table.shape[0] - offset
 
     def describe(self, name: str, shape: tuple[int, ...]) -> Parameter:
         """The parameter of that name; a stored tensor that the model class does not know is of kind other."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pave_lightning.errors import PaveError
-from pave_lightning.weights.writing import file_sha256
+from pave_lightning.files import file_sha256
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 PICKLED_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
+IDENTIFYING = (".safetensors", ".json", ".txt", ".model")
 FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -113,15 +114,10 @@ class Checkpoint:
         return iter(self.backbone)
 
 
-def weights_digest(folder: Path) -> str:
-    """What identifies a folder's weights: the sha256 of each safetensors file, in order of their names."""
-    files = sorted(folder.glob("*.safetensors"))
-    return "+".join(_remembered_sha256(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
-
-
-@lru_cache(maxsize=1024)
-def _remembered_sha256(file: Path, size: int, modified: int) -> str:
-    return file_sha256(file)
+def model_digest(folder: Path) -> str:
+    """What identifies a model folder: one sha256 over its weights, configuration and tokenizer files."""
+    files = sorted(file for file in folder.iterdir() if file.is_file() and file.suffix in IDENTIFYING)
+    return hashlib.sha256("".join(f"{file.name}:{file_sha256(file)};" for file in files).encode()).hexdigest()
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pave_lightning.errors import PaveError
-from pave_lightning.packaged import SCHEME, local_path
+from pave_lightning.files import SCHEME, local_path
 
 
 def locate_model(reference: str, *, role: str = "model") -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -94,13 +94,17 @@ class ExpertTaskVectors(TaskVectors):
         return tensor
 
 
-def absent_children(base: Checkpoint, expert: Checkpoint) -> set[str]:
+def absent_children(base: Checkpoint, expert: Iterable[str]) -> set[str]:
     """Direct submodules of the backbone that the base has no tensor of at all, such as a pooler that was never trained.
 
     They start at random in every expert, so they belong to the head and are not merged.
+
+    Args:
+        base: the base's checkpoint.
+        expert: names of the expert's backbone tensors; a checkpoint is one.
     """
     of_base = {name.partition(".")[0] for name in base.backbone}
-    return {name.partition(".")[0] for name in expert.backbone} - of_base
+    return {name.partition(".")[0] for name in expert} - of_base
 
 
 def differences(task: str, base: Checkpoint, expert: Checkpoint, architecture: Architecture) -> list[str]:

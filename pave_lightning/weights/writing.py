@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -10,12 +9,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 SHARD_BYTES = 4_000_000_000
-
-
-def file_sha256(path: Path) -> str:
-    """The sha256 of a file's content, in hexadecimal."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 class ShardWriter:

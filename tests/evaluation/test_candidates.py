@@ -2,13 +2,20 @@ import torch
 from safetensors.torch import load_file
 
 from pave_lightning.evaluation import CheckpointCandidate, ExpertsCandidate, ModulatedCandidate, ScaledCandidate
-from pave_lightning.merging import Modulator, save_modulator
+from pave_lightning.merging import Modulator, PackedMasks
 from pave_lightning.weights import Checkpoint, task_vectors
 
 
 def same(found, expected):
     assert found.keys() == expected.keys()
     return all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def packed(path, masks, rescaler):
+    kept = PackedMasks()
+    for name, mask in masks.items():
+        kept.add(name, mask)
+    kept.save(path, rescaler)
 
 
 def test_one_checkpoint_for_all_tasks(base_folder):
@@ -43,7 +50,7 @@ def test_masks_switch_with_the_task_and_leave_the_rest(base_folder, expert_folde
     name = "encoder.layer.0.output.dense.weight"
     masks = {"a": torch.rand(32, 64) < 0.5, "b": torch.zeros(32, 64, dtype=torch.bool)}
     for task, factor in (("a", 0.75), ("b", 2.0)):
-        save_modulator(tmp_path / f"{task}.safetensors", {name: masks[task]}, factor)
+        packed(tmp_path / f"{task}.safetensors", {name: masks[task]}, factor)
     modulators = {task: Modulator(tmp_path / f"{task}.safetensors") for task in masks}
     candidate = ModulatedCandidate(base, unified, modulators)
     assert not candidate.shared

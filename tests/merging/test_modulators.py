@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from pave_lightning.errors import PaveError
-from pave_lightning.merging import Modulator, save_modulator
+from pave_lightning.merging import Modulator, PackedMasks
 from pave_lightning.merging.modulators import pack_mask, unpack_mask
 
 
@@ -24,6 +24,13 @@ def test_packed_masks_of_any_size_come_back(shape, seed):
     assert torch.equal(back, mask)
 
 
+def packed(path, masks, rescaler):
+    kept = PackedMasks()
+    for name, mask in masks.items():
+        kept.add(name, mask)
+    kept.save(path, rescaler)
+
+
 def test_the_highest_bit_comes_first():
     assert pack_mask(torch.tensor([True] + 7 * [False] + [False, True])).tolist() == [128, 64]
 
@@ -31,7 +38,7 @@ def test_the_highest_bit_comes_first():
 def test_a_file_of_masks(tmp_path):
     masks = {"a": torch.rand(3, 5) < 0.5, "b": torch.rand(9) < 0.5}
     path = tmp_path / "task.safetensors"
-    save_modulator(path, masks, 0.1 + 0.2)
+    packed(path, masks, 0.1 + 0.2)
     modulator = Modulator(path)
     assert sorted(modulator) == ["a", "b"]
     assert modulator.rescaler == 0.1 + 0.2
@@ -41,7 +48,7 @@ def test_a_file_of_masks(tmp_path):
 
 def test_masks_take_a_bit_an_element(tmp_path):
     path = tmp_path / "task.safetensors"
-    save_modulator(path, {"a": torch.ones(1000, 80, dtype=torch.bool)}, 1.0)
+    packed(path, {"a": torch.ones(1000, 80, dtype=torch.bool)}, 1.0)
     assert path.stat().st_size < 10_000 + 500
 
 
@@ -49,7 +56,7 @@ def test_files_that_are_no_masks(tmp_path):
     path = tmp_path / "task.safetensors"
     with pytest.raises(PaveError, match="no readable file of task masks"):
         Modulator(path)
-    save_modulator(path, {"a": torch.ones(100, dtype=torch.bool)}, 1.0)
+    packed(path, {"a": torch.ones(100, dtype=torch.bool)}, 1.0)
     os.truncate(path, path.stat().st_size - 1)
     with pytest.raises(PaveError, match="no readable file of task masks"):
         Modulator(path)

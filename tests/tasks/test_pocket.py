@@ -4,7 +4,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pave_lightning.packaged import local_path
+from pave_lightning.files import local_path
 from pave_lightning.recipe import Task
 from pave_lightning.tasks.data import SPLITS, check_task, load_split
 from pave_lightning.tasks.suites import POCKET_FOLDER, suite_task, suite_task_names

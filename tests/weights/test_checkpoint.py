@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pave_lightning.errors import PaveError
-from pave_lightning.weights import Checkpoint, weights_digest
+from pave_lightning.weights import Checkpoint, model_digest
 
 
 @pytest.fixture
@@ -160,9 +160,11 @@ def test_the_digest_follows_the_content_and_nothing_else(write):
     first = write({"weight": torch.zeros(2)}, "first")
     same = write({"weight": torch.zeros(2)}, "same")
     other = write({"weight": torch.ones(2)}, "other")
-    (same / "config.json").write_text("{}")
-    assert weights_digest(first) == weights_digest(same)
-    assert weights_digest(first) != weights_digest(other)
-    before = weights_digest(first)
+    (same / "README.md").write_text("words")
+    assert model_digest(first) == model_digest(same)
+    (same / "tokenizer.json").write_text("{}")
+    assert model_digest(first) != model_digest(same)
+    assert model_digest(first) != model_digest(other)
+    before = model_digest(first)
     save_file({"weight": torch.full((2,), 7.0)}, first / "model.safetensors")
-    assert weights_digest(first) != before
+    assert model_digest(first) != before
