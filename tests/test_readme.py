@@ -1,5 +1,6 @@
 """Every command and every example of the README runs."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -9,7 +10,7 @@ import pytest
 
 from pave_lightning import Recipe, run_recipe
 from pave_lightning.cli import main
-from pave_lightning.recipe_loading import load_recipe, recipe_to_yaml
+from pave_lightning.recipe_loading import load_recipe, recipe_schema, recipe_to_yaml
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -84,3 +85,8 @@ def test_recipe_is_one(tmp_path):
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
 def test_shipped_recipes_are_valid(path):
     assert load_recipe(path).name == path.stem
+
+
+def test_shipped_schema_is_that_of_the_code():
+    shipped = json.loads((ROOT / "recipes" / "recipe.schema.json").read_text())
+    assert shipped == recipe_schema(), "write it anew: pave schema > recipes/recipe.schema.json"

@@ -184,6 +184,15 @@ def test_a_stage_alone_says_what_it_lacks(recipe):
     assert (Path(recipe.output) / "tiny" / "results.csv").is_file()
 
 
+def test_a_report_of_stale_scores_is_refused(recipe_settings):
+    from pave_lightning.commands import run_stage
+
+    rerun(recipe_settings)
+    changed = {**recipe_settings, "merge": [{"method": "task_arithmetic", "scale": 0.9}, {"method": "emr"}]}
+    with pytest.raises(PaveError, match="stale"):
+        run_stage(Recipe.model_validate(changed), "report")
+
+
 def test_an_error_ends_the_mlflow_run_as_failed(recipe, tracking_uri, monkeypatch):
     from mlflow import MlflowClient
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import shutil
+import zipfile
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import lightning.pytorch as L
@@ -75,16 +75,18 @@ def fit_expert(
     )
     monitor = f"validation/{task.headline}"
     checkpoint = ModelCheckpoint(
-        dirpath=work_folder, filename="best", monitor=monitor, mode="max", save_last=True, enable_version_counter=False
+        dirpath=work_folder, filename="best", monitor=monitor, mode="max", enable_version_counter=False
     )
-    callbacks: list[Callback] = [checkpoint]
+    # Not save_last of the other: that one writes only in epochs that are the best so far.
+    each_epoch = ModelCheckpoint(dirpath=work_folder, filename="last", enable_version_counter=False)
+    callbacks: list[Callback] = [checkpoint, each_epoch]
     if options.early_stopping is not None:
         callbacks.append(EarlyStopping(monitor, mode="max", **options.early_stopping.model_dump()))
     if logger is not None:
         callbacks.append(LearningRateMonitor("step"))
     settings: dict[str, Any] = {"max_epochs": DEFAULT_EPOCHS, "log_every_n_steps": 10, **task.trainer}
     last = work_folder / "last.ckpt"
-    if last.is_file() and not _is_readable(last):
+    if last.is_file() and not zipfile.is_zipfile(last):
         log.warning("%s: the last checkpoint is damaged; training starts anew", task.name)
         shutil.rmtree(work_folder)
     with quiet_lightning(), honest_interrupts():
@@ -115,14 +117,6 @@ def fit_expert(
             "lower the learning rates or use a safer precision"
         )
     return expert.model.eval(), metrics
-
-
-def _is_readable(checkpoint: Path) -> bool:
-    try:
-        torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, UnpicklingError):
-        return False
-    return True
 
 
 def save_expert(model: nn.Module, base: Path, folder: Path) -> None:

@@ -1,0 +1,176 @@
+"""Fine-tuning: heads, frozen parts, adapters, resuming, models of other families."""
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForSequenceClassification,
+    DistilBertConfig,
+    DistilBertModel,
+    GPT2Config,
+    GPT2Model,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
+
+from pave_lightning.errors import PaveError
+from pave_lightning.experts.fitting import fit_expert, save_expert
+from pave_lightning.experts.loading import load_adapter, load_with_new_head
+from pave_lightning.experts.task_expert import TaskExpert, parameter_groups
+from pave_lightning.recipe import Task
+
+
+@pytest.fixture
+def make_task(task_files):
+    def build(kind="classification", trainer=None, **training):
+        head = {"classes": ["low", "high"]} if kind == "classification" else {"kind": kind}
+        return Task.model_validate(
+            {
+                "name": "words",
+                "data": task_files(kind),
+                "text": "text",
+                **head,
+                "training": {"learning_rate": 1e-3, "batch_size": 16, "max_length": 16, **training},
+                "trainer": {"max_epochs": 1, "accelerator": "cpu", "enable_progress_bar": False, **(trainer or {})},
+            }
+        )
+
+    return build
+
+
+@pytest.fixture
+def fit(tmp_path):
+    def run(task, base, seed=0):
+        return fit_expert(task, base, seed=seed, work_folder=tmp_path / "work", cache_folder=tmp_path / "data")[0]
+
+    return run
+
+
+def test_a_head_that_the_base_has_is_not_kept(expert_folders, make_task):
+    base = expert_folders["first"]
+    own = AutoModelForSequenceClassification.from_pretrained(base)
+    torch.manual_seed(0)
+    model = load_with_new_head(base, make_task())
+    again = load_with_new_head(base, make_task("regression"))
+    assert not torch.allclose(model.classifier.weight, own.classifier.weight, atol=1e-3)
+    assert again.classifier.weight.shape == (1, 32)
+    torch.testing.assert_close(model.bert.state_dict(), own.bert.state_dict(), rtol=0, atol=0)
+
+
+def test_head_and_backbone_have_rates_of_their_own_and_vectors_do_not_decay(base_folder, make_task):
+    task = make_task(head_learning_rate=0.5, weight_decay=0.1)
+    model = load_with_new_head(base_folder, task)
+    rates = {}
+    for group in parameter_groups(model, task.training):
+        for parameter in group["params"]:
+            rates[id(parameter)] = (group["lr"], group["weight_decay"])
+    assert rates[id(model.classifier.weight)] == (0.5, 0.1)
+    assert rates[id(model.classifier.bias)] == (0.5, 0.0)
+    assert rates[id(model.bert.pooler.dense.weight)] == (1e-3, 0.1)
+    assert rates[id(model.bert.embeddings.LayerNorm.weight)] == (1e-3, 0.0)
+    assert len(rates) == len(list(model.parameters()))
+
+
+def test_dropout_is_on_while_training(base_folder, make_task):
+    seen = []
+
+    class Watching(TaskExpert):
+        def training_step(self, batch, batch_idx):
+            seen.append(all(module.training for module in self.model.modules()))
+            return super().training_step(batch, batch_idx)
+
+    from pave_lightning.experts import fitting
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fitting, "TaskExpert", Watching)
+        task = make_task(trainer={"max_epochs": 2})
+        fitting.fit_expert(task, base_folder, seed=0, work_folder=base_folder / "w", cache_folder=base_folder / "d")
+    assert len(seen) == 6
+    assert all(seen)
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}])
+def test_frozen_parts_do_not_move_and_others_do(base_folder, make_task, fit, tmp_path, lora):
+    task = make_task(freeze=["embeddings", "encoder.layer.0"], lora=lora)
+    save_expert(fit(task, base_folder), base_folder, tmp_path)
+    base = AutoModelForSequenceClassification.from_pretrained(base_folder).bert.state_dict()
+    moved = {
+        name
+        for name, value in AutoModelForSequenceClassification.from_pretrained(tmp_path).bert.state_dict().items()
+        if not torch.equal(value, base[name])
+    }
+    assert not [name for name in moved if name.startswith(("embeddings", "encoder.layer.0"))]
+    assert "encoder.layer.1.attention.self.query.weight" in moved
+
+
+def test_an_adapter_is_the_whole_expert_also_where_the_base_has_no_pooler(make_base, make_task, fit, tmp_path):
+    base = make_base(pooler=False)
+    task = make_task(lora={"rank": 2})
+    save_expert(fit(task, base), base, tmp_path)
+    expert = AutoModelForSequenceClassification.from_pretrained(tmp_path).state_dict()
+    torch.manual_seed(99)
+    taken = load_adapter(base, tmp_path / "adapter", task).state_dict()
+    torch.testing.assert_close(taken, expert, rtol=0, atol=1e-6)
+
+
+def families(vocabulary):
+    small = {"vocab_size": vocabulary, "pad_token_id": 0}
+    yield (
+        "roberta",
+        RobertaForMaskedLM(
+            RobertaConfig(
+                **small,
+                hidden_size=32,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                intermediate_size=64,
+                max_position_embeddings=40,
+            )
+        ),
+    )
+    yield (
+        "distilbert",
+        DistilBertModel(
+            DistilBertConfig(**small, dim=32, n_layers=1, n_heads=2, hidden_dim=64, max_position_embeddings=40)
+        ),
+    )
+    yield "gpt2", GPT2Model(GPT2Config(vocab_size=vocabulary, n_embd=32, n_layer=1, n_head=2, n_positions=40))
+
+
+@pytest.mark.parametrize("family", ["roberta", "distilbert", "gpt2"])
+@pytest.mark.parametrize("lora", [None, {"rank": 2}])
+def test_other_families(family, lora, tiny_tokenizer, make_task, fit, tmp_path):
+    base = tmp_path / "base"
+    dict(families(len(tiny_tokenizer)))[family].save_pretrained(base)
+    tiny_tokenizer.save_pretrained(base)
+    target = tmp_path / "expert"
+    target.mkdir()
+    save_expert(fit(make_task(lora=lora), base), base, target)
+    model = AutoModelForSequenceClassification.from_pretrained(target)
+    assert model.config.num_labels == 2
+    assert model.config.pad_token_id == 0
+
+
+def test_a_damaged_last_checkpoint_does_not_block_the_task(base_folder, make_task, fit, tmp_path):
+    (tmp_path / "work").mkdir()
+    path = tmp_path / "work" / "last.ckpt"
+    torch.save({"state_dict": {"weight": torch.zeros(1000)}}, path)
+    path.write_bytes(path.read_bytes()[:2000])
+    fit(make_task(), base_folder)
+
+
+@pytest.mark.parametrize("trainer", [{"limit_val_batches": 0}, {"check_val_every_n_epoch": 3}, {"max_epochs": 0}])
+def test_training_without_validation_is_refused(base_folder, make_task, fit, trainer):
+    with pytest.raises(PaveError, match="no best checkpoint"):
+        fit(make_task(trainer=trainer), base_folder)
+
+
+def test_diverged_training_is_told(base_folder, make_task, fit):
+    with pytest.raises(PaveError, match="NaN or infinite weights"):
+        fit(make_task(learning_rate=1e30, head_learning_rate=1e30, warmup_share=0.0), base_folder)
+
+
+def test_early_stopping_stops(base_folder, make_task, fit, tmp_path):
+    rates = {"learning_rate": 1e-12, "head_learning_rate": 1e-12}
+    fit(make_task(trainer={"max_epochs": 40}, early_stopping={"patience": 2}, **rates), base_folder)
+    state = torch.load(tmp_path / "work" / "last.ckpt", weights_only=True)
+    assert state["epoch"] == 2

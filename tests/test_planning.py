@@ -1,0 +1,171 @@
+"""What is found before anything runs."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertForMaskedLM
+
+from pave_lightning import Recipe, run_recipe
+from pave_lightning.errors import PaveError
+from pave_lightning.planning import check_recipe, plan_rows
+from pave_lightning.run_folder import RunFolder
+
+
+@pytest.fixture
+def problems(recipe_settings, tmp_path):
+    """All that is told about the tiny recipe with some sections changed."""
+
+    def check(**changes):
+        folder = RunFolder(tmp_path / "checked")
+        try:
+            check_recipe(Recipe.model_validate({**recipe_settings, **changes}), folder)
+        except PaveError as error:
+            return str(error)
+        return ""
+
+    return check
+
+
+@pytest.fixture
+def expert(recipe_settings, expert_folders, tmp_path):
+    """A copy of an expert that may be spoilt, and the tasks of a recipe that uses it."""
+    folder = tmp_path / "expert"
+    shutil.copytree(expert_folders["first"], folder)
+    words, numbers = recipe_settings["tasks"]
+    return folder, [{**words, "expert": {"from": str(folder)}}, numbers]
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_the_tiny_recipe_is_fine(problems, expert):
+    assert problems() == ""
+    assert problems(tasks=expert[1]) == ""
+
+
+def test_many_mistakes_are_told_at_once(problems, recipe_settings):
+    words, numbers = recipe_settings["tasks"]
+    text = problems(
+        tasks=[{**words, "label": "lable"}, {**numbers, "text": "txt"}],
+        base="package:no_such_package/model",
+        trainer={"max_epoch": 1},
+        merge=["tiess", {"method": "average", "scale": 0.5}],
+        tracking={"uri": "file:./mlruns"},
+    )
+    for part in ("'label'", "'text'", "no_such_package", "max_epochs", "'ties'", "no scale", "sqlite:///"):
+        assert part in text
+
+
+def test_experts_of_another_kind(problems, expert, make_base, make_expert, recipe_settings):
+    _, tasks = expert
+    words, numbers = recipe_settings["tasks"]
+    other = make_expert(make_base(num_hidden_layers=3, intermediate_size=48))
+    text = problems(tasks=[{**words, "expert": {"from": str(other)}}, numbers])
+    assert "num_hidden_layers is 3" in text
+    assert "[48, 32] in the expert, [64, 32] in the base" in text
+    assert text.count("\n") == 21
+    assert "more" in text.splitlines()[-1]
+
+    wrong = [{**tasks[0], "classes": 3, "data": tasks[0]["data"]}, tasks[1]]
+    assert "2 outputs, but the task needs 3" in problems(tasks=wrong)
+
+
+def test_classes_in_another_order(problems, expert):
+    folder, tasks = expert
+    edit(folder / "config.json", id2label={"0": "high", "1": "low"}, label2id={"high": 0, "low": 1})
+    assert "['high', 'low'], the task in the order ['low', 'high']" in problems(tasks=tasks)
+
+
+def test_another_vocabulary_of_the_same_size(problems, expert):
+    folder, tasks = expert
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["w1"], vocabulary["w2"] = vocabulary["w2"], vocabulary["w1"]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    text = problems(tasks=tasks)
+    assert "vocabulary" in text
+    assert "2 tokens differ" in text
+
+
+def test_weights_that_cannot_be_used(problems, expert):
+    folder, tasks = expert
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["bert.encoder.layer.0.output.dense.weight"][3, 4] = torch.nan
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert "encoder.layer.0.output.dense.weight" in problems(tasks=tasks)
+
+    path.write_bytes(path.read_bytes()[:-100])
+    assert "truncated" in problems(tasks=tasks)
+
+    path.rename(folder / "pytorch_model.bin")
+    assert "pickled" in problems(tasks=tasks)
+
+
+def test_a_checkpoint_without_a_classification_head(problems, expert, tmp_path):
+    folder, tasks = expert
+    config = BertConfig.from_pretrained(folder)
+    BertForMaskedLM(config).save_pretrained(folder)
+    assert "no classification head" in problems(tasks=tasks)
+
+
+def test_adapters_are_looked_at(problems, expert, tmp_path):
+    folder, tasks = expert
+    (folder / "adapter_config.json").write_text(json.dumps({"modules_to_save": ["classifier"]}))
+    assert "adapter_model.safetensors" in problems(tasks=tasks)
+    (folder / "adapter_model.safetensors").write_bytes(b"no")
+    assert "truncated" in problems(tasks=tasks)
+    save_file({"a": torch.zeros(1)}, folder / "adapter_model.safetensors")
+    assert problems(tasks=tasks) == ""
+    (folder / "adapter_config.json").write_text(json.dumps({"modules_to_save": None}))
+    assert "holds no head" in problems(tasks=tasks)
+
+
+@pytest.mark.parametrize(
+    ("training", "told"),
+    [
+        ({"max_length": 33}, "reads at most 32 tokens"),
+        ({"max_length": 16, "freeze": ["embedding"]}, "did you mean 'embeddings'"),
+        ({"max_length": 16, "lora": {"target_modules": ["queri"]}}, "did you mean 'query'"),
+    ],
+)
+def test_training_that_does_not_fit_the_base(problems, training, told):
+    assert told in problems(training=training)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "told"),
+    [
+        ({"max_epochs": 1, "logger": True}, "cannot be set"),
+        ({"max_epochs": 1, "barebones": True}, "cannot be set"),
+        ({"max_epochs": 1, "accelerator": "tpuu"}, "refuses these options"),
+        ({"max_epochs": 1, "precision": "7-bit"}, "refuses these options"),
+    ],
+)
+def test_trainer_options(problems, trainer, told):
+    assert told in problems(trainer=trainer)
+
+
+def test_states_of_stages(recipe_settings):
+    recipe = Recipe.model_validate(recipe_settings)
+    folder = RunFolder(run_recipe(recipe))
+    assert {state for _, state, _ in plan_rows(recipe, folder)} == {"there"}
+
+    changed = Recipe.model_validate({**recipe_settings, "purify": {"rho": 0.8}})
+    states = {stage: state for stage, state, _ in plan_rows(changed, folder)}
+    assert states["experts/words"] == states["merged/emr-plain"] == states["scores/emr-plain"] == "there"
+    assert states["merged/emr-purified"] == states["scores/emr-purified"] == "stale"
+    assert [state for stage, state in states.items() if stage.startswith("purified/")] == ["to do"]
+
+    shown = {stage: state for stage, state, _ in plan_rows(recipe.model_copy(update={"seed": 5}), folder)}
+    assert set(shown.values()) == {"stale"}
+
+
+def test_steps_are_not_told_where_they_are_not_known(recipe_settings):
+    settings = {**recipe_settings, "trainer": {"max_epochs": None, "max_steps": 5}}
+    rows = plan_rows(Recipe.model_validate(settings), RunFolder(settings["output"]))
+    assert rows[0] == ("experts/words", "to do", "48 rows")
