@@ -50,7 +50,7 @@ def run_stage(recipe: Recipe, stage: str, task: str | None = None) -> None:
         actions: dict[str, Callable[[], object]] = {
             "fit": lambda: [workflow.fit(entry) for entry in chosen],
             "capture": lambda: [workflow.capture(entry) for entry in chosen],
-            "merge": lambda: [workflow.merge(step, vectors) for step, vectors in workflow.merges()],
+            "merge": lambda: [workflow.merge(step, vectors) for step, vectors in workflow.stages.merges()],
             "evaluate": workflow.evaluate,
             "report": lambda: write_report(workflow),
         }

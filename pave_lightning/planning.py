@@ -14,11 +14,11 @@ from pave_lightning.experts.trainers import machine_options, trainer_problems
 from pave_lightning.merging import make_method
 from pave_lightning.recipe import MergeStep, Recipe, Task
 from pave_lightning.run_folder import RunFolder
+from pave_lightning.stages import Stages
 from pave_lightning.tasks.data import check_task, load_split
 from pave_lightning.tracking import resolve_uri
 from pave_lightning.weights import Architecture, Checkpoint, ParameterKind, locate_model
 from pave_lightning.weights.task_vectors import config_differences, differences
-from pave_lightning.workflow import Workflow, expert_stage, merged_stage, purified_stage, statistics_stage
 
 
 def check_recipe(recipe: Recipe, folder: RunFolder) -> None:
@@ -146,18 +146,17 @@ def _head_problems(task: Task, folder: Path, own: Architecture) -> Iterator[str]
 
 def plan_rows(recipe: Recipe, folder: RunFolder) -> list[tuple[str, str, str]]:
     """One row a stage: its name, whether its result is there, stale or to do, and what the stage does."""
-    about = {}
+    stages, about = Stages(recipe, folder), {}
     for task in recipe.tasks:
-        about[expert_stage(task)] = _fit_summary(recipe, task, folder.root / "data")
-        about[statistics_stage(task)] = f"{recipe.capture.examples} training examples"
-    for step in recipe.merge:
+        about[stages.expert(task).name] = _fit_summary(recipe, task, folder.root / "data")
+        about[stages.statistics(task).name] = f"{recipe.capture.examples} training examples"
+    for step, vectors in stages.merges():
         options = step.purify
-        about[purified_stage(options)] = f"rho {options.rho:g}, {options.metric}, {options.allocation} allocation"
+        summary = f"rho {options.rho:g}, {options.metric}, {options.allocation} allocation"
+        about[stages.purified(options).name] = summary
         scale = "" if step.scale is None else f", scale {step.scale if isinstance(step.scale, float) else 'searched'}"
-        for vectors in step.vectors:
-            about[merged_stage(step, vectors)] = f"{step.method}{scale}"
-    states = Workflow(recipe, folder).states()
-    return [(stage, state, about.get(stage, "all test splits")) for stage, state in states.items()]
+        about[stages.merged(step, vectors).name] = f"{step.method}{scale}"
+    return [(stage.name, stages.state(stage), about.get(stage.name, "all test splits")) for stage in stages.all()]
 
 
 def _fit_summary(recipe: Recipe, task: Task, cache: Path) -> str:

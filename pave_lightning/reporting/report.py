@@ -13,7 +13,7 @@ from pave_lightning.reporting.plots import kept_ranks, normalised_scores
 from pave_lightning.reporting.scores import Model, Score, ScoreTable
 from pave_lightning.reporting.tables import render
 from pave_lightning.tracking import Tracker, environment_tags
-from pave_lightning.workflow import Workflow, merge_params, merged_stage, purified_stage, score_stage
+from pave_lightning.workflow import Workflow, merge_params
 
 
 def write_report(workflow: Workflow, console: Console | None = None) -> ScoreTable:
@@ -44,7 +44,8 @@ def collect_scores(workflow: Workflow) -> ScoreTable:
     """The scores of base, experts and merged models from the run folder."""
     rows: list[Score] = []
 
-    scored = workflow.scored()
+    stages = workflow.stages
+    scored = {stage.name: stages.finished(stage) for stage in stages.scores()}
 
     def add(stage: str, model: str, vectors: Any, form: Any) -> None:
         for name, found in scored[stage].result["scores"].items():
@@ -54,20 +55,21 @@ def collect_scores(workflow: Workflow) -> ScoreTable:
 
     add("scores/base", "base", "", "base")
     add("scores/experts", "experts", "", "expert")
-    for step, vectors in workflow.merges():
-        form = workflow.merged(step, vectors).result["form"]
-        add(score_stage(step, vectors), step.name, vectors, form)
+    for step, vectors in workflow.stages.merges():
+        form = stages.finished(stages.merged(step, vectors)).result["form"]
+        add(stages.scores_of(step, vectors).name, step.name, vectors, form)
     return ScoreTable(rows)
 
 
 def _draw_ranks(workflow: Workflow) -> list[Path]:
     """One heat map for each distinct purification."""
-    distinct = {purified_stage(step.purify): step.purify for step, kind in workflow.merges() if kind == "purified"}
+    stages = workflow.stages
+    distinct = {stages.purified(step.purify).name: step.purify for step, kind in stages.merges() if kind == "purified"}
     files = []
-    for stage, options in distinct.items():
-        ending = "" if len(distinct) == 1 else "-" + stage.partition("/")[2]
+    for name, options in distinct.items():
+        ending = "" if len(distinct) == 1 else "-" + name.partition("/")[2]
         path = workflow.folder.root / f"kept_ranks{ending}.png"
-        kept_ranks([KeptRank(*entry) for entry in workflow.purified(options).result["ranks"]], path)
+        kept_ranks([KeptRank(*entry) for entry in stages.finished(stages.purified(options)).result["ranks"]], path)
         files.append(path)
     return files
 
@@ -77,11 +79,12 @@ def _write_cards(workflow: Workflow, table: ScoreTable) -> None:
     recipe = workflow.recipe
     experts = [
         ExpertSource(task.name, task.expert.from_ if task.expert else "fine-tuned in this run", digest)
-        for task, digest in zip(recipe.tasks, workflow.expert_digests().values(), strict=True)
+        for task, digest in zip(recipe.tasks, workflow.stages.expert_digests().values(), strict=True)
     ]
     versions = {name.removeprefix("version."): text for name, text in environment_tags().items()}
-    for step, vectors in workflow.merges():
-        facts = workflow.merged(step, vectors).result
+    for step, vectors in workflow.stages.merges():
+        stage = workflow.stages.merged(step, vectors)
+        facts = workflow.stages.finished(stage).result
         found = f"best of {len(facts['search'])} on the validation splits" if "search" in facts else ""
         card = model_card(
             name=f"{recipe.name}: {step.name} ({vectors})",
@@ -102,7 +105,7 @@ def _write_cards(workflow: Workflow, table: ScoreTable) -> None:
             ),
             versions=versions,
         )
-        workflow.folder.write_text(f"{merged_stage(step, vectors)}/README.md", card)
+        workflow.folder.write_text(f"{stage.name}/README.md", card)
 
 
 def _record(workflow: Workflow, tracker: Tracker, table: ScoreTable, files: list[Path]) -> None:
@@ -121,11 +124,11 @@ def _record(workflow: Workflow, tracker: Tracker, table: ScoreTable, files: list
         own = {f"test/{s.metric}": s.value for s in table.scores if s.form == "expert" and s.task == task.name}
         tracker.log_metrics(run, own)
         tracker.end(run, "FINISHED")
-    for step, vectors in workflow.merges():
+    for step, vectors in workflow.stages.merges():
         run = tracker.child(f"merge:{step.name}:{vectors}", stage="merge", params=merge_params(step, vectors))
         tracker.log_metrics(run, _model_metrics(table, step.name, vectors))
         if workflow.recipe.tracking.upload_models:
-            tracker.log_folder(run, workflow.folder.path(merged_stage(step, vectors)), "model")
+            tracker.log_folder(run, workflow.folder.path(workflow.stages.merged(step, vectors).name), "model")
         tracker.end(run, "FINISHED")
 
 

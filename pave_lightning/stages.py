@@ -1,0 +1,234 @@
+"""What each stage's result depends on, and whether it is there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pave_lightning.errors import PaveError
+from pave_lightning.recipe import MergeStep, Purify, Recipe, ScaleSearch, Task, Vectors, slug
+from pave_lightning.run_folder import Manifest, RunFolder
+from pave_lightning.tasks.data import Split, split_fingerprint
+from pave_lightning.weights import locate_model, model_digest
+
+# Raised when a stage's results change meaning, so that older results are made anew.
+FORMATS = {"fit": 1, "capture": 1, "purify": 1, "merge": 1, "evaluate": 1}
+
+# Options of the trainer that change neither the order of examples nor the arithmetic that is asked for.
+HARMLESS_OPTIONS = ("enable_progress_bar", "log_every_n_steps", "accelerator", "profiler", "detect_anomaly")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a recipe.
+
+    Attributes:
+        name: its name, and its folder below the run folder.
+        command: the command that makes it.
+        inputs: gives everything that its result depends on, as plain JSON values; raises `PaveError` where something
+            that it builds on is missing or stale itself.
+    """
+
+    name: str
+    command: str
+    inputs: Callable[[], dict[str, Any]] = field(repr=False, compare=False)
+
+
+class Stages:
+    """The stages of a recipe in a run folder.
+
+    Args:
+        recipe: what is to be done.
+        folder: where results are kept.
+    """
+
+    def __init__(self, recipe: Recipe, folder: RunFolder) -> None:
+        self.recipe, self.folder = recipe, folder
+
+    def all(self) -> Iterator[Stage]:
+        """Every stage in the order of work."""
+        for task in self.recipe.tasks:
+            yield self.expert(task)
+        for task in self.recipe.tasks:
+            yield self.statistics(task)
+        purified: set[str] = set()
+        for step, vectors in self.merges():
+            stage = self.purified(step.purify)
+            if vectors == "purified" and stage.name not in purified:
+                purified.add(stage.name)
+                yield stage
+            yield self.merged(step, vectors)
+        yield from self.scores()
+
+    def merges(self) -> Iterator[tuple[MergeStep, Vectors]]:
+        """Every merged model that the recipe asks for."""
+        for step in self.recipe.merge:
+            for vectors in step.vectors:
+                yield step, vectors
+
+    # ---- the stages ------------------------------------------------------------------------------------------------
+
+    def expert(self, task: Task) -> Stage:
+        """A task's expert."""
+        return Stage(f"experts/{task.name}", f"pave fit --task {task.name}", lambda: self._fit_inputs(task))
+
+    def statistics(self, task: Task) -> Stage:
+        """What a task's expert sees."""
+        return Stage(f"statistics/{task.name}", f"pave capture --task {task.name}", lambda: self._capture_inputs(task))
+
+    def purified(self, options: Purify) -> Stage:
+        """The experts' linear weights, purified with these options."""
+        label = f"rho{options.rho:g}-{options.metric}-{options.allocation}-{short_digest(options.model_dump())}"
+        return Stage(f"purified/{slug(label)}", "pave merge", lambda: self._purify_inputs(options))
+
+    def merged(self, step: MergeStep, vectors: Vectors) -> Stage:
+        """A merged model."""
+        return Stage(f"merged/{step.name}-{vectors}", "pave merge", lambda: self._merge_inputs(step, vectors))
+
+    def scores_of(self, step: MergeStep, vectors: Vectors) -> Stage:
+        """The scores of a merged model."""
+
+        def inputs() -> dict[str, Any]:
+            return {**self._score_inputs("test"), "model": self.finished(self.merged(step, vectors)).digest()}
+
+        return Stage(f"scores/{step.name}-{vectors}", "pave evaluate", inputs)
+
+    def scores(self) -> Iterator[Stage]:
+        """The scores of the base, of the experts, and of every merged model."""
+        shared = self._score_inputs
+        yield Stage("scores/base", "pave evaluate", lambda: {**shared("test"), "model": self._base_digest})
+        yield Stage("scores/experts", "pave evaluate", lambda: {**shared("test"), "model": self.expert_digests()})
+        for step, vectors in self.merges():
+            yield self.scores_of(step, vectors)
+
+    # ---- their state -----------------------------------------------------------------------------------------------
+
+    def current(self, stage: Stage) -> Manifest | None:
+        """The stage's manifest, if it is finished and was made from these very inputs."""
+        return self.folder.current(stage.name, stage.inputs())
+
+    def finished(self, stage: Stage) -> Manifest:
+        """The stage's manifest.
+
+        Raises:
+            PaveError: it is missing or stale; the message names the command that makes it.
+        """
+        found = self.current(stage)
+        if found is None:
+            known = self.folder.manifest(stage.name) is not None
+            state = "stale: its inputs have changed" if known else "not there yet"
+            raise PaveError(
+                f"{self.folder.path(stage.name)} is {state}; run `{stage.command}` with this recipe, or `pave run`"
+            )
+        return found
+
+    def state(self, stage: Stage) -> str:
+        """Whether the stage's result is there, stale, or to do."""
+        try:
+            if self.current(stage) is not None:
+                return "there"
+        except PaveError:  # something that it builds on is not there or stale itself
+            pass
+        return "stale" if self.folder.manifest(stage.name) is not None else "to do"
+
+    # ---- their inputs ----------------------------------------------------------------------------------------------
+
+    def _fit_inputs(self, task: Task) -> dict[str, Any]:
+        inputs: dict[str, Any] = {"format": FORMATS["fit"], "base": self._base_digest}
+        if task.expert is not None:
+            folder = existing_folder(task)
+            return {**inputs, "from": str(folder), "weights": model_digest(folder), "outputs": task.outputs}
+        return {
+            **inputs,
+            "seed": self.recipe.seed,
+            "data": [split_fingerprint(task, "train"), split_fingerprint(task, "validation")],
+            "examples": [task.examples.train, task.examples.validation],
+            "columns": [task.text, task.label],
+            "kind": [task.kind, task.classes],
+            "headline": task.headline,
+            "training": task.training.model_dump(),
+            "trainer": {key: value for key, value in task.trainer.items() if key not in HARMLESS_OPTIONS},
+        }
+
+    def _capture_inputs(self, task: Task) -> dict[str, Any]:
+        return {
+            "format": FORMATS["capture"],
+            "expert": expert_digest(self.finished(self.expert(task))),
+            "data": split_fingerprint(task, "train"),
+            "rows": [task.examples.train, self.recipe.seed],
+            "columns": task.text,
+            "max_length": task.training.max_length,
+            "capture": self.recipe.capture.model_dump(),
+        }
+
+    def _purify_inputs(self, options: Purify) -> dict[str, Any]:
+        return {
+            "format": FORMATS["purify"],
+            "experts": self.expert_digests(),
+            "statistics": {task.name: self.finished(self.statistics(task)).digest() for task in self.recipe.tasks},
+            "purify": options.model_dump(),
+        }
+
+    def _merge_inputs(self, step: MergeStep, vectors: Vectors) -> dict[str, Any]:
+        inputs: dict[str, Any] = {
+            "format": FORMATS["merge"],
+            "experts": self.expert_digests(),
+            "base": self._base_digest,
+            "step": step.model_dump(include={"method", "scale", "options"}),
+        }
+        if vectors == "purified":
+            inputs["purified"] = self._purify_inputs(step.purify)
+        if isinstance(step.scale, ScaleSearch):
+            inputs["search"] = self._score_inputs("validation")
+        return inputs
+
+    def _score_inputs(self, split: Split) -> dict[str, Any]:
+        return {
+            "format": FORMATS["evaluate"],
+            "heads": self.expert_digests(),
+            "tasks": {
+                task.name: {
+                    "data": split_fingerprint(task, split),
+                    "examples": [getattr(task.examples, split), self.recipe.seed],
+                    "columns": [task.text, task.label],
+                    "kind": [task.kind, task.classes],
+                    "metrics": [task.metrics, task.headline],
+                    "max_length": task.training.max_length,
+                }
+                for task in self.recipe.tasks
+            },
+            "precision": self.recipe.evaluate.precision,
+        }
+
+    def expert_digests(self) -> dict[str, str]:
+        """What identifies each task's expert.
+
+        Raises:
+            PaveError: an expert is missing or stale.
+        """
+        return {task.name: expert_digest(self.finished(self.expert(task))) for task in self.recipe.tasks}
+
+    @cached_property
+    def _base_digest(self) -> str:
+        return model_digest(locate_model(self.recipe.base, role="base"))
+
+
+def existing_folder(task: Task) -> Path:
+    """The folder of the checkpoint that a recipe names for a task instead of training."""
+    reference = task.expert.from_ if task.expert is not None else ""
+    return locate_model(reference, role=f"expert of task '{task.name}'")
+
+
+def expert_digest(expert: Manifest) -> str:
+    """What identifies an expert: its own files, or those of the folder that it was taken in from."""
+    return str(expert.inputs["weights"]) if "folder" in expert.result else expert.digest()
+
+
+def short_digest(values: dict[str, Any]) -> str:
+    """Eight characters that tell values apart in folder names."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
