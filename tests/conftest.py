@@ -157,6 +157,9 @@ def recipe_settings(base_folder, task_files, tracking_uri, tmp_path):
         "tasks": [{"name": "words", **words}, {"name": "numbers", **numbers}],
         "capture": {"examples": 32},
         "purify": {"rho": 0.9},
-        "merge": [{"method": "task_arithmetic", "scale": {"search": [0.2, 0.6], "points": 2}}, {"method": "emr"}],
+        "merge": [
+            {"method": "task_arithmetic", "scale": {"search": [0.2, 0.6], "points": 2, "examples": 12}},
+            {"method": "emr"},
+        ],
         "tracking": {"uri": tracking_uri},
     }
