@@ -46,6 +46,7 @@ class MergeMethod(ABC):
         needs: what it needs besides the weights.
         form: ``static`` when one set of weights serves all tasks, ``per-task`` when something is kept for each task.
         elementwise: whether blocks of rows may be merged apart from each other.
+        whole_model_pass: whether :meth:`prepare` reads every task vector once.
         default_scale: what its merged task vector is multiplied with unless a recipe says otherwise; None for a rule
             that has no such scale.
     """

@@ -23,6 +23,8 @@ def print_methods(name: str | None = None, console: Console | None = None) -> No
             table.add_column(heading)
         for key, method in sorted(methods().items()):
             needs = ", ".join(sorted(method.needs)) or "weights only"
+            if method.whole_model_pass:
+                needs += "; reads them more than once"
             scale = "-" if method.default_scale is None else f"{method.default_scale:g}"
             table.add_row(key, method.summary, method.form, needs, scale, method.source)
         console.print(table)

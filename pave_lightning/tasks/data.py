@@ -83,22 +83,6 @@ def check_task(task: Task, *, seed: int, cache_dir: str | Path) -> list[str]:
     return problems
 
 
-def fingerprint(task: Task) -> dict[str, str]:
-    """What identifies the content of a task's data.
-
-    Returns:
-        For local files the SHA-256 of each split's file; for a hub dataset its name, configuration, revision and splits
-        (an unset one is empty). Only with a ``revision`` that is a commit does the latter pin the content.
-
-    Raises:
-        PaveError: a local file is missing.
-    """
-    if task.data.hub is None:
-        return {split: split_fingerprint(task, split) for split in SPLITS}
-    source = {"hub": task.data.hub, "config": task.data.config or "", "revision": task.data.revision or ""}
-    return source | {split: getattr(task.data, split) for split in SPLITS}
-
-
 def split_fingerprint(task: Task, split: Split) -> str:
     """What identifies the content of one split: SHA-256 of its file, or where it stands on the hub.
 

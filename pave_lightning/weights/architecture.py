@@ -23,7 +23,6 @@ class Architecture:
     Attributes:
         prefix: name under which the whole model holds its backbone (``bert``, ``roberta``, ...).
         parameters: the backbone's parameters by name, in the order of the modules.
-        children: names of the backbone's direct submodules.
         head: names of the parameters outside the backbone.
         config: the configuration, as plain values and with its defaults.
         obsolete: patterns of tensors that older releases of transformers stored and the model no longer has.
@@ -31,7 +30,6 @@ class Architecture:
 
     prefix: str
     parameters: dict[str, Parameter]
-    children: tuple[str, ...]
     head: frozenset[str]
     config: dict[str, Any] = field(repr=False)
     obsolete: tuple[str, ...] = ()
@@ -58,7 +56,6 @@ class Architecture:
         return cls(
             prefix=str(model.base_model_prefix),
             parameters=parameters,
-            children=tuple(name for name, _ in backbone.named_children()),
             head=frozenset(name for name, _ in model.named_parameters() if not name.startswith(prefix)),
             config=AutoConfig.from_pretrained(folder).to_dict(),
             obsolete=tuple(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),

@@ -171,6 +171,6 @@ def test_all_reduce_over_two_processes(tmp_path: Path) -> None:
     alone = SecondMoment(4)
     alone.update(torch.arange(12.0).reshape(3, 4))
     for rank in range(2):
-        rows, mean = torch.load(tmp_path / f"{rank}.pt")
+        rows, mean = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert rows == 3
         assert torch.equal(mean, alone.mean())

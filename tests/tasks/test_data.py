@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pave_lightning.errors import PaveError
 from pave_lightning.recipe import Task
-from pave_lightning.tasks.data import SPLITS, check_task, fingerprint, load_split, sample_rows
+from pave_lightning.tasks.data import SPLITS, check_task, load_split, sample_rows, split_fingerprint
 
 ROWS = [{"text": text, "label": label} for text, label in [("a", 0), ("NA", 1), ("c, d", 1), ("e", 0)]]
 
@@ -325,21 +325,18 @@ def test_the_same_rows_in_train_and_test_are_no_mistake(make_task, check):
 
 
 def test_fingerprint_follows_the_content_of_files(make_task, tmp_path):
-    before = fingerprint(make_task(train=ROWS))
+    before = {split: split_fingerprint(make_task(train=ROWS), split) for split in SPLITS}
     assert before["train"] == hashlib.sha256((tmp_path / "train.jsonl").read_bytes()).hexdigest()
-    after = fingerprint(make_task(train=ROWS[:3]))
-    assert before.keys() == after.keys() == set(SPLITS)
+    after = {split: split_fingerprint(make_task(train=ROWS[:3]), split) for split in SPLITS}
     assert before["train"] != after["train"]
     assert before["test"] == after["test"]
 
 
 def test_fingerprint_of_a_hub_dataset():
     task = Task.model_validate({"name": "t", "data": {"hub": "o/n", "revision": "abc"}, "text": "x", "classes": 2})
-    assert fingerprint(task) == {
-        "hub": "o/n", "config": "", "revision": "abc", "train": "train", "validation": "validation", "test": "test",
-    }  # fmt: skip
+    assert split_fingerprint(task, "test") == "o/n/@abc:test"
 
 
 def test_fingerprint_of_a_missing_file(make_task):
     with pytest.raises(PaveError, match=r"there is no file .*gone\.csv"):
-        fingerprint(make_task(data={"test": "gone.csv"}))
+        split_fingerprint(make_task(data={"test": "gone.csv"}), "test")
