@@ -233,7 +233,7 @@ def test_killed_runs_go_on_and_end_like_an_undisturbed_one(recipe_settings, tmp_
         folder = Path(recipe_settings["output"]) / stop.name
         process = start(stop.name)
         deadline = time.monotonic() + 120
-        while not list(folder.glob("training/*/last.ckpt")):
+        while not list(folder.glob("training/*/*/last.ckpt")):
             assert process.poll() is None, process.stdout.read()
             assert time.monotonic() < deadline
             time.sleep(0.02)
