@@ -14,7 +14,7 @@ from pave_lightning.experts.trainers import machine_options, trainer_problems
 from pave_lightning.merging import make_method
 from pave_lightning.recipe import MergeStep, Recipe, Task
 from pave_lightning.run_folder import RunFolder
-from pave_lightning.stages import Stages
+from pave_lightning.stages import Stages, existing_folder
 from pave_lightning.tasks.data import check_task, load_split
 from pave_lightning.tracking import resolve_uri
 from pave_lightning.weights import Architecture, Checkpoint, ParameterKind, locate_model
@@ -109,8 +109,7 @@ def _expert_problems(
     task: Task, base: Checkpoint, architecture: Architecture, vocabulary: Mapping[str, int]
 ) -> Iterator[str]:
     """What is wrong with a checkpoint that a recipe names instead of training."""
-    reference = task.expert.from_ if task.expert is not None else ""
-    folder = locate_model(reference, role=f"task '{task.name}'")
+    folder = existing_folder(task)
     where = f"task '{task.name}'"
     if (folder / ADAPTER_CONFIG).is_file():
         yield from (f"{where}: {problem}" for problem in adapter_problems(folder))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,11 @@ class Stage:
     name: str
     command: str
     inputs: Callable[[], dict[str, Any]] = field(repr=False, compare=False)
+
+    def begun(self) -> Stage:
+        """The stage with its inputs as they are now: a file that changes while it works must not count as its input."""
+        inputs = self.inputs()
+        return replace(self, inputs=lambda: inputs)
 
 
 class Stages:

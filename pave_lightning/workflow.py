@@ -88,7 +88,7 @@ class Workflow:
 
     def fit(self, task: Task) -> None:
         """Fine-tune a task's expert, or take in the checkpoint that the recipe names."""
-        stage = self.stages.expert(task)
+        stage = self.stages.expert(task).begun()
         if self.stages.current(stage) is not None:
             return self._already(stage)
         if task.expert is not None:
@@ -132,7 +132,7 @@ class Workflow:
 
     def capture(self, task: Task) -> None:
         """Show the expert examples of its own training split and keep the second moments of its layers' inputs."""
-        stage = self.stages.statistics(task)
+        stage = self.stages.statistics(task).begun()
         if self.stages.current(stage) is not None:
             return self._already(stage)
         if self._elsewhere("capture", task, stage):
@@ -236,7 +236,7 @@ class Workflow:
 
     def evaluate(self) -> None:
         """Score base, experts and every merged model on all test splits."""
-        waiting = [stage for stage in self.stages.scores() if self.stages.current(stage) is None]
+        waiting = [stage.begun() for stage in self.stages.scores() if self.stages.current(stage) is None]
         if not waiting or self._elsewhere("evaluate", None, *waiting):
             return
         data = SuiteData([self._data(t, self.recipe.evaluate.batch_size) for t in self.recipe.tasks], "test")

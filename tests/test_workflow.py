@@ -278,3 +278,28 @@ def test_two_processes_give_the_same_experts_statistics_and_scores_as_one(recipe
         first, second = (found["scores"][task] for found in scores)
         assert first["examples"] == second["examples"] == 30
         assert first["metrics"] == pytest.approx(second["metrics"], abs=1e-5)
+
+
+def test_data_that_changes_during_a_fit_makes_its_result_stale(recipe_settings, tmp_path, monkeypatch):
+    from pave_lightning import workflow
+    from pave_lightning.commands import run_stage
+    from pave_lightning.run_folder import RunFolder
+    from pave_lightning.stages import Stages
+
+    train = tmp_path / "train.jsonl"
+    words, numbers = recipe_settings["tasks"]
+    train.write_text(Path(words["data"]["train"]).read_text())
+    recipe = Recipe.model_validate(
+        {**recipe_settings, "tasks": [{**words, "data": {**words["data"], "train": str(train)}}, numbers]}
+    )
+    fit_expert = workflow.fit_expert
+
+    def fit_and_edit(*args, **kwargs):
+        result = fit_expert(*args, **kwargs)
+        train.write_text(train.read_text() + '{"text": "w1 w2", "label": 0}\n')
+        return result
+
+    monkeypatch.setattr(workflow, "fit_expert", fit_and_edit)
+    run_stage(recipe, "fit", "words")
+    stages = Stages(recipe, RunFolder(Path(recipe.output) / recipe.name))
+    assert stages.state(stages.expert(recipe.task("words"))) == "stale"

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -156,5 +155,4 @@ def load_merged(folder: str | Path, task: str, base: str | None = None) -> nn.Mo
     lacking = [name for name in missing if name in dict(model.named_parameters())]
     if lacking:
         raise PaveError(f"{folder} lacks {len(lacking)} weights, among them {lacking[0]}; merge again")
-    with torch.no_grad():
-        return model.eval()
+    return model.eval()
