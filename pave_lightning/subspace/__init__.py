@@ -3,15 +3,34 @@
 Shapes used throughout: a weight is ``d_out x d_in`` and ``d = min(d_out, d_in)``.
 """
 
-from pave_lightning.subspace.allocation import allocate_ranks, even_ranks
-from pave_lightning.subspace.projection import KnowledgeSpectrum, Metric, MomentKind, knowledge_spectrum, project
+from pave_lightning.subspace.allocation import (
+    UnreachableBudgetError,
+    allocate_ranks,
+    averaged_ranks,
+    even_ranks,
+    spectral_budget,
+)
+from pave_lightning.subspace.parallel import in_parallel
+from pave_lightning.subspace.projection import (
+    KnowledgeSpectrum,
+    Metric,
+    MomentKind,
+    knowledge_spectrum,
+    project,
+    remove_tail,
+)
 
 __all__ = [
     "KnowledgeSpectrum",
     "Metric",
     "MomentKind",
+    "UnreachableBudgetError",
     "allocate_ranks",
+    "averaged_ranks",
     "even_ranks",
+    "in_parallel",
     "knowledge_spectrum",
     "project",
+    "remove_tail",
+    "spectral_budget",
 ]

@@ -6,16 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pave_lightning.subspace import allocate_ranks, even_ranks
+from pave_lightning.subspace import UnreachableBudgetError, allocate_ranks, averaged_ranks, even_ranks
 
 VALUE = st.floats(0.01, 100.0)
 
 
 @st.composite
 def layers(draw: st.DrawFn) -> dict[str, Tensor]:
-    length = draw(st.integers(1, 5))
-    tasks = draw(st.integers(1, 3))
-    rows = [sorted(draw(st.lists(VALUE, min_size=length, max_size=length)), reverse=True) for _ in range(tasks)]
+    same = draw(st.integers(1, 5))
+    lengths = draw(st.sampled_from([[same] * 3, [same] * 2, [same], [1, same, 3], [same, 4]]))
+    rows = [sorted(draw(st.lists(VALUE, min_size=d, max_size=d)), reverse=True) for d in lengths]
     return {f"task{index}": torch.tensor(row, dtype=torch.float64) for index, row in enumerate(rows)}
 
 
@@ -28,18 +28,19 @@ def lost_sum(spectra: dict[str, Tensor], ranks: dict[str, int], power: float) ->
 def test_no_other_allocation_loses_less(
     spectra: dict[str, Tensor], rho: float, stopping_share: float, power: float
 ) -> None:
-    length, tasks = len(next(iter(spectra.values()))), len(spectra)
-    ranks = allocate_ranks(spectra, rho, stopping_share)
+    lengths = {task: len(values) for task, values in spectra.items()}
+    total = sum(lengths.values())
+    ranks = allocate_ranks(spectra, rho, stopping_share, nearest_budget=True)
 
-    cap = min(length, round(stopping_share * (length - round(rho * length))))
-    reachable = {sum(losses) for losses in product(range(cap + 1), repeat=tasks)}
-    removals = min(reachable, key=lambda count: abs(count - (tasks * length - round(rho * tasks * length))))
-    assert all(length - cap <= rank <= length for rank in ranks.values())
-    assert sum(length - rank for rank in ranks.values()) == removals
+    caps = {task: min(d - 1, round(stopping_share * (d - round(rho * d)))) for task, d in lengths.items()}
+    choices = list(product(*(range(cap + 1) for cap in caps.values())))
+    removals = min({sum(losses) for losses in choices}, key=lambda count: abs(count - (total - round(rho * total))))
+    assert all(lengths[task] - caps[task] <= rank <= lengths[task] for task, rank in ranks.items())
+    assert total - sum(ranks.values()) == removals
 
     rivals = [
-        dict(zip(spectra, (length - loss for loss in losses), strict=True))
-        for losses in product(range(cap + 1), repeat=tasks)
+        {task: lengths[task] - loss for task, loss in zip(spectra, losses, strict=True)}
+        for losses in choices
         if sum(losses) == removals
     ]
     assert ranks in rivals
@@ -53,8 +54,9 @@ def test_the_order_of_tasks_does_not_matter(spectra: dict[str, Tensor], rho: flo
     names = list(spectra)
     random.shuffle(names)  # type: ignore[attr-defined]
     shuffled = {name: spectra[name] for name in names}
-    assert allocate_ranks(shuffled, rho) == allocate_ranks(spectra, rho)
-    assert list(allocate_ranks(shuffled, rho)) == names
+    ranks = allocate_ranks(shuffled, rho, nearest_budget=True)
+    assert ranks == allocate_ranks(spectra, rho, nearest_budget=True)
+    assert list(ranks) == names
 
 
 def test_follows_the_greedy_search_of_the_paper() -> None:
@@ -83,9 +85,41 @@ def test_keeping_everything() -> None:
     assert allocate_ranks(spectra, 1.0) == {"a": 3, "b": 3}
 
 
-def test_a_budget_out_of_reach_takes_what_the_caps_allow() -> None:
+def test_a_budget_out_of_reach_is_refused_unless_the_nearest_is_asked_for() -> None:
     spectra = {"a": torch.linspace(8, 1, 8), "b": torch.linspace(80, 1, 8)}
-    assert allocate_ranks(spectra, 0.5, stopping_share=0.5) == {"a": 6, "b": 6}
+    with pytest.raises(UnreachableBudgetError, match=r"remove 8 of 16 .* only 4 may go.* keeps 0\.75 ") as caught:
+        allocate_ranks(spectra, 0.5, stopping_share=0.5)
+    assert caught.value.nearest == 0.75
+    assert allocate_ranks(spectra, 0.5, stopping_share=0.5, nearest_budget=True) == {"a": 6, "b": 6}
+
+
+def test_a_ratio_that_leaves_nothing_is_refused() -> None:
+    spectra = {"a": torch.linspace(8, 1, 8), "b": torch.linspace(80, 1, 8)}
+    with pytest.raises(UnreachableBudgetError, match=r"leaves 1 of 16 .* keeps 0\.125 "):
+        allocate_ranks(spectra, 0.06)
+    assert allocate_ranks(spectra, 0.06, nearest_budget=True) == {"a": 1, "b": 1}
+
+
+def test_one_budget_over_layers_of_different_widths() -> None:
+    spectra = {
+        ("movie", "wide"): torch.tensor([10.0, 9.0, 0.3, 0.2, 0.1, 0.05]),
+        ("movie", "narrow"): torch.tensor([1.0, 0.9, 0.8]),
+        ("topic", "wide"): torch.tensor([1.0, 0.9, 0.9, 0.9, 0.9, 0.9]),
+    }
+    # 15 components, 9 stay: six go, and no more than round(1.5 * 2) of the wide and round(1.5 * 1) of the narrow ones
+    assert list(allocate_ranks(spectra, 0.6).values()) == [3, 1, 5]
+
+
+def test_averaged_ranks_give_a_task_one_share() -> None:
+    ranks = {("a", "wide"): 8, ("a", "narrow"): 2, ("b", "wide"): 10, ("b", "narrow"): 4}
+    lengths = {("a", "wide"): 10, ("a", "narrow"): 4, ("b", "wide"): 10, ("b", "narrow"): 4}
+    # task a keeps 0.8 and 0.5, on average 0.65
+    assert averaged_ranks(ranks, lengths) == {
+        ("a", "wide"): 6,
+        ("a", "narrow"): 3,
+        ("b", "wide"): 10,
+        ("b", "narrow"): 4,
+    }
 
 
 def test_even_ranks() -> None:
@@ -115,10 +149,10 @@ def test_refuses_a_spectrum_that_is_none(values: list[float], message: str) -> N
         allocate_ranks({"good": torch.tensor([2.0, 1.0]), "bad": torch.tensor(values)}, 0.5)
 
 
-def test_refuses_unlike_or_missing_spectra() -> None:
-    with pytest.raises(ValueError, match="one shape"):
-        allocate_ranks({"a": torch.ones(3), "b": torch.ones(4)}, 0.5)
-    with pytest.raises(ValueError, match="at least one task"):
+def test_refuses_malformed_or_missing_spectra() -> None:
+    with pytest.raises(ValueError, match="shape"):
+        allocate_ranks({"a": torch.ones(3, 2)}, 0.5)
+    with pytest.raises(ValueError, match="at least one spectrum"):
         allocate_ranks({}, 0.5)
     with pytest.raises(ValueError, match="stopping_share"):
         allocate_ranks({"a": torch.ones(3)}, 0.5, stopping_share=-1.0)

@@ -2,10 +2,12 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pave_lightning.subspace import KnowledgeSpectrum, Metric, MomentKind, knowledge_spectrum, project
+from pave_lightning.subspace import KnowledgeSpectrum, Metric, MomentKind, knowledge_spectrum, project, remove_tail
 
 SHAPES = [(6, 6), (5, 9), (9, 5), (1, 4), (4, 1)]
 Array = NDArray[np.float64]
@@ -35,7 +37,14 @@ def published_root(weight: Array, covariance: Array, rank: int, damping: float) 
 
 
 def moment_of(kind: MomentKind, weight: Array, covariance: Array) -> Tensor:
-    return torch.from_numpy(covariance if kind == "input" else weight @ covariance)
+    values, vectors = np.linalg.eigh(covariance)
+    moments = {
+        "input": covariance,
+        "cross": weight @ covariance,
+        "rows": (vectors * np.sqrt(values.clip(0))).T,
+        "output": weight @ covariance @ weight.T,
+    }
+    return torch.from_numpy(np.ascontiguousarray(moments[kind]))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -165,8 +174,19 @@ def test_refuses_what_does_not_fit() -> None:
         knowledge_spectrum(weight, covariance, damping=-0.1)
     with pytest.raises(ValueError, match="metric"):
         knowledge_spectrum(weight, covariance, metric="rot")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="kind"):
-        knowledge_spectrum(weight, covariance, "output")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="kind must be one of input, cross, rows, output"):
+        knowledge_spectrum(weight, covariance, "inputs")  # type: ignore[arg-type]
+    for metric in ("covariance", "identity"):
+        with pytest.raises(ValueError, match="serves the metric 'root' only"):
+            knowledge_spectrum(weight, torch.eye(3), "output", metric=metric)
+    with pytest.raises(ValueError, match=r"any number of rows"):
+        knowledge_spectrum(weight, torch.randn(2, 3), "rows")
+    with pytest.raises(ValueError, match="overflow"):
+        knowledge_spectrum(weight.double() * 1e200, covariance.double() * 1e200)
+    with pytest.raises(ValueError, match="between 0 and 3"):
+        spectrum.tail(-1)
+    with pytest.raises(ValueError, match="does not fit"):
+        remove_tail(torch.randn(3, 5), spectrum, 2)
     with pytest.raises(ValueError, match="matrix"):
         knowledge_spectrum(torch.randn(3), covariance)
     with pytest.raises(ValueError, match="floating-point"):
@@ -182,3 +202,132 @@ def test_tail_is_formed_from_its_factors() -> None:
     spectrum = knowledge_spectrum(torch.from_numpy(weight), torch.from_numpy(covariance))
     assert isinstance(spectrum, KnowledgeSpectrum)
     torch.testing.assert_close(spectrum.tail(3), spectrum.directions[:, 3:])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 48),
+    columns=st.integers(1, 48),
+    kept=st.floats(0, 1),
+    kind=st.sampled_from(["input", "cross", "rows"]),
+    damping=st.sampled_from([1e-3, 0.1, 2.0]),
+    exact=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_projection_form_is_the_inverse_form(
+    rows: int, columns: int, kept: float, kind: MomentKind, damping: float, exact: bool, seed: int
+) -> None:
+    weight, covariance = make_layer((rows, columns), seed=seed)
+    rank = round(kept * min(rows, columns))
+    expected, values = published(weight, covariance, rank, damping)
+    moment = moment_of(kind, weight, covariance)
+    spectrum = knowledge_spectrum(torch.from_numpy(weight), moment, kind, damping=damping, exact=exact)
+    np.testing.assert_allclose(spectrum.values.numpy(), values, rtol=0, atol=1e-9 * values[0])
+    # Between two values that nearly coincide either direction may go.
+    if 0 < rank < len(values) and values[rank - 1] - values[rank] < 1e-4 * values[0]:
+        return
+    projected = project(torch.from_numpy(weight), spectrum, rank).numpy()
+    np.testing.assert_allclose(projected, expected, rtol=0, atol=1e-7 * np.abs(weight).max())
+
+
+LARGER = [(40, 40), (40, 70), (70, 40)]
+
+
+@pytest.mark.parametrize("shape", LARGER)
+@pytest.mark.parametrize("damping", [0.0, 0.1])
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("kind", ["input", "cross", "rows", "output"])
+@pytest.mark.parametrize(("metric", "reference"), [("covariance", published), ("root", published_root)])
+def test_every_kind_gives_the_same(
+    shape: tuple[int, int], damping: float, exact: bool, kind: MomentKind, metric: Metric, reference: object
+) -> None:
+    if kind == "output" and metric != "root":
+        pytest.skip("serves the metric root only")
+    weight, covariance = make_layer(shape)
+    given_weight, moment = torch.from_numpy(weight), moment_of(kind, weight, covariance)
+    before = moment.clone()
+    spectrum = knowledge_spectrum(given_weight, moment, kind, metric=metric, damping=damping, exact=exact)
+    for rank in (36, 20, 0):
+        expected, values = reference(weight, covariance, rank, damping)  # type: ignore[operator]
+        np.testing.assert_allclose(spectrum.values.numpy(), values, rtol=1e-7, atol=1e-9 * values[0])
+        projected = project(given_weight, spectrum, rank).numpy()
+        np.testing.assert_allclose(projected, expected, rtol=0, atol=1e-7 * np.abs(weight).max())
+    assert torch.equal(moment, before)
+    assert torch.equal(given_weight, torch.from_numpy(weight))
+
+
+def test_fewer_rows_than_features() -> None:
+    random = np.random.default_rng(2)
+    weight, inputs = random.normal(size=(40, 50)), random.normal(size=(7, 50)) / np.sqrt(7)
+    given_weight = torch.from_numpy(weight)
+    for damping in (0.0, 0.5):
+        of_rows = knowledge_spectrum(given_weight, torch.from_numpy(inputs), "rows", damping=damping)
+        expected, values = published(weight, inputs.T @ inputs + 1e-300, 7, damping) if damping else (None, None)
+        projected = project(given_weight, of_rows, 7).numpy()
+        if expected is None:
+            np.testing.assert_allclose(projected @ inputs.T, weight @ inputs.T, atol=1e-7)
+        else:
+            np.testing.assert_allclose(of_rows.values.numpy(), values, atol=1e-8)
+            np.testing.assert_allclose(projected, expected, atol=1e-8)
+
+
+@pytest.mark.parametrize("shape", [*LARGER, (9, 5)])
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_tail_can_be_taken_out_of_another_matrix(shape: tuple[int, int], exact: bool) -> None:
+    weight, covariance = make_layer(shape)
+    length = min(shape)
+    other = np.random.default_rng(5).normal(size=shape)
+    spectrum = knowledge_spectrum(torch.from_numpy(weight), torch.from_numpy(covariance), exact=exact)
+    left = np.linalg.svd(weight @ covariance, full_matrices=False)[0][:, length - 3 :]
+    removed = remove_tail(torch.from_numpy(other), spectrum, length - 3)
+    np.testing.assert_allclose(removed.numpy(), other - left @ (left.T @ other), atol=1e-8)
+    same = remove_tail(torch.from_numpy(other), spectrum, length)
+    assert torch.equal(same, torch.from_numpy(other))
+    assert same.data_ptr() != torch.from_numpy(other).data_ptr()
+
+
+@pytest.mark.parametrize("shape", LARGER)
+@pytest.mark.parametrize("deficient", ["weight", "covariance", "both"])
+@pytest.mark.parametrize("exact", [False, True])
+def test_what_is_rank_deficient_stays_well_defined(shape: tuple[int, int], deficient: str, exact: bool) -> None:
+    random = np.random.default_rng(3)
+    weight, covariance = make_layer(shape)
+    if deficient in ("weight", "both"):
+        weight = random.normal(size=(shape[0], 6)) @ random.normal(size=(6, shape[1]))
+    if deficient in ("covariance", "both"):
+        inputs = random.normal(size=(9, shape[1]))
+        covariance = inputs.T @ inputs
+    spectrum = knowledge_spectrum(torch.from_numpy(weight), torch.from_numpy(covariance), exact=exact)
+    for rank in (0, 10, 20, 39):
+        tail = spectrum.tail(rank)
+        torch.testing.assert_close(tail.T @ tail, torch.eye(40 - rank, dtype=torch.float64), atol=1e-10, rtol=0)
+    projected = project(torch.from_numpy(weight), spectrum, 12).numpy()
+    np.testing.assert_allclose(
+        projected @ covariance, weight @ covariance, atol=1e-6 * np.abs(weight @ covariance).max()
+    )
+
+
+@pytest.mark.parametrize("shape", LARGER)
+def test_a_damped_covariance_of_condition_a_million_keeps_its_digits(shape: tuple[int, int]) -> None:
+    random = np.random.default_rng(6)
+    basis = np.linalg.qr(random.normal(size=(shape[1], shape[1])))[0]
+    covariance = (basis * np.geomspace(1e2, 1e-4, shape[1])) @ basis.T
+    weight = random.normal(size=shape)
+    damped = covariance + 0.1 * np.eye(shape[1])
+    left = np.linalg.svd(weight @ damped, full_matrices=False)[0][:, :35]
+    expected = left @ (left.T @ weight)
+    for kind in ("input", "cross"):
+        moment = moment_of(kind, weight, covariance)
+        spectrum = knowledge_spectrum(torch.from_numpy(weight), moment, kind, damping=0.1)
+        error = np.linalg.norm(project(torch.from_numpy(weight), spectrum, 35).numpy() - expected)
+        assert error < 1e-8 * np.linalg.norm(expected)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("shape", [*LARGER, (9, 5)])
+def test_a_gpu_gives_the_same(shape: tuple[int, int]) -> None:
+    weight, covariance = (torch.from_numpy(array) for array in make_layer(shape))
+    near, far = (knowledge_spectrum(weight, covariance, device=device) for device in ("cpu", "cuda"))
+    assert far.values.device.type == "cpu"
+    torch.testing.assert_close(near.values, far.values, rtol=1e-8, atol=1e-9 * float(near.values[0]))
+    torch.testing.assert_close(project(weight, near, 4), project(weight, far, 4), rtol=0, atol=1e-7)
