@@ -13,6 +13,7 @@ from pave_lightning.merging.base import (
     methods,
     register,
 )
+from pave_lightning.merging.dare import Dare, DareOptions, DareTies, DareTiesOptions, DroppedTaskVectors, kept_elements
 from pave_lightning.merging.emr import Emr
 from pave_lightning.merging.modulators import Modulator, PackedMasks
 from pave_lightning.merging.running import MergedVectors, merge, merge_per_task, merge_static
@@ -21,6 +22,11 @@ from pave_lightning.merging.ties import Ties
 
 __all__ = [
     "Average",
+    "Dare",
+    "DareOptions",
+    "DareTies",
+    "DareTiesOptions",
+    "DroppedTaskVectors",
     "Emr",
     "MergeMethod",
     "MergedVectors",
@@ -33,6 +39,7 @@ __all__ = [
     "StaticMethod",
     "TaskArithmetic",
     "Ties",
+    "kept_elements",
     "make_method",
     "merge",
     "merge_per_task",
