@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -16,9 +17,10 @@ from transformers import AutoConfig, AutoTokenizer
 from pave_lightning.errors import PaveError, nearest
 from pave_lightning.merging.base import MergeMethod, PerTaskMethod, StaticMethod
 from pave_lightning.merging.modulators import Modulator, PackedMasks
-from pave_lightning.merging.running import merge_per_task, merge_static
+from pave_lightning.merging.running import merge_per_task, merge_static, within
 from pave_lightning.weights import Architecture, Checkpoint, Parameter, ShardWriter, TaskVectors, locate_model
 from pave_lightning.weights.architecture import backbone_of, empty_classifier
+from pave_lightning.weights.memory import freed_memory_returned
 from pave_lightning.weights.task_vectors import absent_children
 
 FACTS_FILE = "pave.json"
@@ -44,6 +46,7 @@ class MergeContext:
     facts: Mapping[str, Any]
 
 
+@freed_memory_returned()
 def write_merged(
     folder: Path,
     method: MergeMethod,
@@ -72,7 +75,7 @@ def write_merged(
     if isinstance(method, PerTaskMethod):
         masks = {task: PackedMasks() for task in source.tasks}
         for parameter, modulated in merge_per_task(method, source):
-            writer.add(parameter.name, source.base(parameter) + modulated.shared)
+            writer.add(parameter.name, _added(source, parameter, modulated.shared))
             written.add(parameter.name)
             for task, mask in modulated.masks.items():
                 masks[task].add(parameter.name, mask)
@@ -83,13 +86,21 @@ def write_merged(
         known = None if merged is None else ((p, merged[p.name]) for p in source.parameters)
         pairs: Iterable[tuple[Parameter, Tensor]] = merge_static(method, source) if known is None else known
         for parameter, vector in pairs:
-            writer.add(parameter.name, source.base(parameter) + factor * vector)
+            writer.add(parameter.name, _added(source, parameter, vector, factor))
             written.add(parameter.name)
     for name in context.base:
         if name not in written:
             writer.add(name, context.base.tensor(name))
     writer.close()
     _write_surroundings(folder, method, context)
+
+
+def _added(source: TaskVectors, parameter: Parameter, vector: Tensor, factor: float = 1.0) -> Tensor:
+    """Base plus scaled task vector; block by block, so that only the result stands beside the vector."""
+    result = torch.empty(parameter.shape)
+    for rows in source.blocks(parameter):
+        result[within(rows)] = source.base(parameter, rows) + factor * vector[within(rows)]
+    return result
 
 
 def _write_surroundings(folder: Path, method: MergeMethod, context: MergeContext) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from types import EllipsisType
 
 import torch
 from torch import Tensor
@@ -37,8 +38,10 @@ def merge_static(method: StaticMethod, source: TaskVectors) -> Iterator[tuple[Pa
     _check(source)
     method.prepare(source)
     for parameter in source.parameters:
-        parts = [method.merge(parameter, base, vectors) for base, vectors in _pieces(method, source, parameter)]
-        yield parameter, torch.cat(parts) if len(parts) > 1 else parts[0]
+        merged = torch.empty(parameter.shape)
+        for rows in _blocks(method, source, parameter):
+            merged[within(rows)] = method.merge(parameter, *_read(source, parameter, rows))
+        yield parameter, merged
 
 
 def merge_per_task(method: PerTaskMethod, source: TaskVectors) -> Iterator[tuple[Parameter, Modulated]]:
@@ -50,12 +53,14 @@ def merge_per_task(method: PerTaskMethod, source: TaskVectors) -> Iterator[tuple
     _check(source)
     method.prepare(source)
     for parameter in source.parameters:
-        parts = [method.merge(parameter, base, vectors) for base, vectors in _pieces(method, source, parameter)]
-        if len(parts) == 1:
-            yield parameter, parts[0]
-        else:
-            masks = {task: torch.cat([part.masks[task] for part in parts]) for task in source.tasks}
-            yield parameter, Modulated(torch.cat([part.shared for part in parts]), masks)
+        shared = torch.empty(parameter.shape)
+        masks = {task: torch.empty(parameter.shape, dtype=torch.bool) for task in source.tasks}
+        for rows in _blocks(method, source, parameter):
+            part = method.merge(parameter, *_read(source, parameter, rows))
+            shared[within(rows)] = part.shared
+            for task, mask in part.masks.items():
+                masks[task][within(rows)] = mask
+        yield parameter, Modulated(shared, masks)
 
 
 def merge(method: MergeMethod, source: TaskVectors) -> MergedVectors:
@@ -86,10 +91,16 @@ def _check(source: TaskVectors) -> None:
         raise PaveError("base and experts share no floating-point tensor, so there is nothing to merge")
 
 
-def _pieces(
-    method: MergeMethod, source: TaskVectors, parameter: Parameter
-) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    """Base and task vectors of one parameter, whole or in blocks of rows."""
-    for rows in source.blocks(parameter) if method.elementwise else [None]:
-        base = source.base(parameter, rows)
-        yield base, {task: source.expert(task, parameter, rows) - base for task in source.tasks}
+def within(rows: slice | None) -> slice | EllipsisType:
+    """The index of a block of rows, or of everything where there are no blocks."""
+    return ... if rows is None else rows
+
+
+def _blocks(method: MergeMethod, source: TaskVectors, parameter: Parameter) -> Iterable[slice | None]:
+    return source.blocks(parameter) if method.elementwise else [None]
+
+
+def _read(source: TaskVectors, parameter: Parameter, rows: slice | None) -> tuple[Tensor, dict[str, Tensor]]:
+    """Base and task vectors of one parameter, whole or of one block of its rows."""
+    base = source.base(parameter, rows)
+    return base, {task: source.expert(task, parameter, rows) - base for task in source.tasks}

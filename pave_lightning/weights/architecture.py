@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSequenceClassification
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+)
 
 from pave_lightning.errors import PaveError
 from pave_lightning.weights.parameters import Parameter, ParameterKind, kind_of
@@ -18,11 +24,13 @@ from pave_lightning.weights.parameters import Parameter, ParameterKind, kind_of
 
 @dataclass(frozen=True)
 class Architecture:
-    """The backbone of a sequence-classification model, built on the meta device: shapes and kinds, no weights.
+    """The backbone of a sequence or image classification model, built on the meta device: shapes and kinds, no weights.
 
     Attributes:
         prefix: name under which the whole model holds its backbone (``bert``, ``roberta``, ...).
         parameters: the backbone's parameters by name, in the order of the modules.
+        stored_names: names under which checkpoints store parameters of the backbone -> names of these parameters, where
+            the two differ (transformers renames the weights of ViT when it loads and saves them).
         head: names of the parameters outside the backbone.
         config: the configuration, as plain values and with its defaults.
         obsolete: patterns of tensors that older releases of transformers stored and the model no longer has.
@@ -33,6 +41,7 @@ class Architecture:
     head: frozenset[str]
     config: dict[str, Any] = field(repr=False)
     obsolete: tuple[str, ...] = ()
+    stored_names: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of_folder(cls, folder: Path) -> Architecture:
@@ -59,6 +68,11 @@ class Architecture:
             head=frozenset(name for name, _ in model.named_parameters() if not name.startswith(prefix)),
             config=AutoConfig.from_pretrained(folder).to_dict(),
             obsolete=tuple(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),
+            stored_names={
+                stored.removeprefix(prefix): name.removeprefix(prefix)
+                for stored, name in _stored_names(model).items()
+                if name.startswith(prefix)
+            },
         )
 
     @property
@@ -79,9 +93,10 @@ class Architecture:
         return index if isinstance(index, int) else None
 
     @property
-    def vocabulary(self) -> int:
-        """Rows of the token embedding."""
-        return int(self.config["vocab_size"])
+    def vocabulary(self) -> int | None:
+        """Rows of the token embedding; None where the model reads no tokens."""
+        rows = self.config.get("vocab_size")
+        return rows if isinstance(rows, int) else None
 
     @property
     def positions(self) -> int | None:
@@ -97,7 +112,12 @@ class Architecture:
     def describe(self, name: str, shape: tuple[int, ...]) -> Parameter:
         """The parameter of that name; a stored tensor that the model class does not know is of kind other."""
         known = self.parameters.get(name)
-        return known if known is not None else Parameter(name, ParameterKind.OTHER, shape)
+        if known is not None:
+            return known
+        renamed = self.parameters.get(self.stored_names.get(name, ""))
+        if renamed is not None:
+            return replace(renamed, name=name, module=renamed.layer)
+        return Parameter(name, ParameterKind.OTHER, shape)
 
     def ignores(self, name: str) -> bool:
         """Whether a stored tensor of that name means nothing to the model (the causal masks of old GPT-2 files)."""
@@ -105,20 +125,43 @@ class Architecture:
 
 
 def empty_classifier(folder: Path, device: str = "meta") -> nn.Module:
-    """A sequence-classification model of the folder's configuration, untrained; the meta device needs no memory."""
+    """A classification model of the folder's configuration, untrained; the meta device needs no memory.
+
+    Configurations of text models, and of models that read several things, give a sequence classifier; those of models
+    that classify images only, such as ViT, an image classifier.
+
+    Raises:
+        PaveError: the configuration is missing, broken, or of an architecture that has neither form.
+    """
+    kind = "sequence-classification"
     try:
         config = AutoConfig.from_pretrained(folder)
+        builder = AutoModelForSequenceClassification
+        if (
+            type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+            and type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+        ):
+            kind, builder = "image-classification", AutoModelForImageClassification
         with torch.device(device):
-            model: nn.Module = AutoModelForSequenceClassification.from_config(config)
+            model: nn.Module = builder.from_config(config)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise PaveError(f"{folder}: its config.json gives no sequence-classification model: {reason}") from error
+        raise PaveError(f"{folder}: its config.json gives no {kind} model: {reason}") from error
     return model
+
+
+def _stored_names(model: nn.Module) -> dict[str, str]:
+    """Name in a checkpoint -> name in the model, for parameters that transformers renames when it loads and saves."""
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    names = {id(tensor): name for name, tensor in weights.items()}
+    # Tensors that are merged or split on the way are other tensors afterwards, and have no single name.
+    stored = {name: names.get(id(tensor)) for name, tensor in revert_weight_conversion(model, dict(weights)).items()}
+    return {name: own for name, own in stored.items() if own is not None and own != name}
 
 
 def backbone_of(model: nn.Module) -> nn.Module:
     """The part of a Hugging Face model below its head."""
-    backbone = getattr(model, str(model.base_model_prefix))
+    backbone = getattr(model, str(model.base_model_prefix), None)
     if not isinstance(backbone, nn.Module):
         raise PaveError(f"{type(model).__name__} has no backbone named '{model.base_model_prefix}'")
     return backbone

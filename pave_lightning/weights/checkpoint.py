@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -41,8 +40,9 @@ class StoredTensor:
 class Checkpoint:
     """The weights of a Hugging Face model folder, split into backbone and head, read lazily from safetensors.
 
-    Only headers are read at construction. Stored names may carry the architecture's prefix (``bert.``) or not; backbone
-    tensors are known here by their name without it.
+    Only headers are read at construction. A file is mapped into memory for as long as a tensor read from it lives, and
+    no longer: many checkpoints can be walked through in little memory. Stored names may carry the architecture's prefix
+    (``bert.``) or not; backbone tensors are known here by their name without it.
 
     Args:
         folder: folder with ``model.safetensors``, or with shards and their index.
@@ -55,8 +55,7 @@ class Checkpoint:
     def __init__(self, folder: Path, prefix: str) -> None:
         self.folder = Path(folder)
         self.files = weight_files(self.folder)
-        self._open: dict[Path, Any] = {}
-        stored = {name: tensor for file in self.files for name, tensor in self._read_header(file).items()}
+        stored = {name: tensor for file in self.files for name, tensor in _read_header(file).items()}
         start = f"{prefix}."
         if any(name.startswith(start) for name in stored):
             self.backbone = {
@@ -71,47 +70,65 @@ class Checkpoint:
                 if name.endswith(f"LayerNorm{old}"):
                     self.backbone[name.removesuffix(old) + new] = self.backbone.pop(name)
 
-    def _read_header(self, file: Path) -> dict[str, StoredTensor]:
-        try:
-            handle: Any = safe_open(file, framework="pt")
-            found = {}
-            for name in sorted(handle.keys()):
-                view = handle.get_slice(name)
-                found[name] = StoredTensor(file, name, tuple(view.get_shape()), str(view.get_dtype()))
-        except (SafetensorError, OSError) as error:
-            raise PaveError(
-                f"{file} is truncated or no safetensors file ({error}); fetch or save the checkpoint again"
-            ) from error
-        self._open[file] = handle
-        return found
-
     def tensor(self, name: str, rows: slice | None = None) -> Tensor:
         """A backbone tensor in its stored dtype; with ``rows``, only these rows of its first axis are read."""
-        return self._read(self.backbone[name], rows)
+        return self.read(self.backbone[name], rows)
+
+    def stored(self) -> Iterator[tuple[str, StoredTensor]]:
+        """Every tensor of the files by the name under which it is stored, sorted, backbone and head alike."""
+        found = {stored.name: stored for stored in [*self.backbone.values(), *self.head.values()]}
+        yield from sorted(found.items())
 
     def head_tensors(self) -> dict[str, Tensor]:
         """All tensors outside the backbone, by their stored names."""
-        return {name: self._read(stored) for name, stored in self.head.items()}
+        return {name: self.read(stored) for name, stored in self.head.items()}
 
-    def _read(self, stored: StoredTensor, rows: slice | None = None) -> Tensor:
-        view = self._open[stored.file].get_slice(stored.name)
-        tensor: Tensor = view[rows] if rows is not None else view[...] if stored.shape else self._whole(stored)
-        return tensor
+    @staticmethod
+    def read(stored: StoredTensor, rows: slice | None = None) -> Tensor:
+        """A stored tensor as it is; with ``rows``, only these rows of its first axis are read.
 
-    def _whole(self, stored: StoredTensor) -> Tensor:
-        tensor: Tensor = self._open[stored.file].get_tensor(stored.name)
-        return tensor
+        Raises:
+            PaveError: the file is no longer what it was when its header was read.
+        """
+        # Opened anew each time: a handle that is kept counts every page ever read as memory of this process.
+        try:
+            with safe_open(stored.file, framework="pt") as opened:
+                tensor: Tensor = opened.get_tensor(stored.name)
+                return tensor if rows is None else tensor[rows]
+        except (SafetensorError, OSError) as error:
+            raise PaveError(
+                f"{stored.file} changed while it was in use: {stored.name} can no longer be read ({error})"
+            ) from error
 
     def non_finite(self) -> list[str]:
         """Names of tensors, backbone and head, that hold NaN or infinity (reads every weight once)."""
-        bad = []
-        for name, stored in [*self.backbone.items(), *self.head.items()]:
-            if stored.is_floating and not bool(torch.isfinite(self._read(stored)).all()):
-                bad.append(name)
-        return bad
+        stored = [*self.backbone.items(), *self.head.items()]
+        return [name for name, found in stored if found.is_floating and not is_finite(self.read(found))]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.backbone)
+
+
+def _read_header(file: Path) -> dict[str, StoredTensor]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            views = {name: opened.get_slice(name) for name in sorted(opened.keys())}
+            return {
+                name: StoredTensor(file, name, tuple(view.get_shape()), str(view.get_dtype()))
+                for name, view in views.items()
+            }
+    except (SafetensorError, OSError) as error:
+        raise PaveError(
+            f"{file} is truncated or no safetensors file ({error}); fetch or save the checkpoint again"
+        ) from error
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a floating-point tensor holds neither NaN nor infinity; needs no memory of its size."""
+    if not tensor.numel():
+        return True
+    # Both ends are NaN where any element is.
+    return all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor))
 
 
 def model_digest(folder: Path) -> str:

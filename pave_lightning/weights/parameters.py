@@ -32,17 +32,19 @@ class Parameter:
         input_axis: the axis of a matrix weight that meets the layer's input: 1 for ``nn.Linear`` (d_out x d_in), fused
             projections and convolutions that are matrix products, 0 for the transposed ``Conv1D`` of GPT-2; None for
             everything that multiplies with no matrix.
+        module: name of the module that owns it, where checkpoints store the parameter under another name; else None.
     """
 
     name: str
     kind: ParameterKind
     shape: tuple[int, ...]
     input_axis: int | None = None
+    module: str | None = None
 
     @property
     def layer(self) -> str:
         """Name of the layer (module) that owns the parameter."""
-        return self.name.rpartition(".")[0]
+        return self.name.rpartition(".")[0] if self.module is None else self.module
 
     @property
     def elements(self) -> int:
@@ -51,7 +53,7 @@ class Parameter:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether the layer multiplies its input with this weight as one matrix: linear layers and such convolutions."""
+        """Whether the layer multiplies its input with this weight as one matrix (linear layers, some convolutions)."""
         return self.input_axis is not None
 
     @property
@@ -94,17 +96,19 @@ def is_matrix_convolution(module: nn.Module) -> bool:
 def kind_of(module: nn.Module, attribute: str) -> tuple[ParameterKind, int | None]:
     """Kind and input axis of the parameter ``attribute`` of ``module``."""
     is_norm = "norm" in type(module).__name__.lower()
+    found: tuple[ParameterKind, int | None] = ParameterKind.OTHER, None
     if attribute in ("bias", "in_proj_bias"):
-        return (ParameterKind.NORM_SHIFT if is_norm else ParameterKind.BIAS), None
-    if attribute == "in_proj_weight" and isinstance(module, nn.MultiheadAttention):
-        return ParameterKind.LINEAR, 1
-    if attribute == "weight":
-        if is_linear(module):
-            return ParameterKind.LINEAR, 1 if isinstance(module, nn.Linear) else 0
-        if isinstance(module, nn.Embedding):
-            return ParameterKind.EMBEDDING, None
-        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            return ParameterKind.CONVOLUTION, 1 if is_matrix_convolution(module) else None
-        if is_norm:
-            return ParameterKind.NORM_SCALE, None
-    return ParameterKind.OTHER, None
+        found = (ParameterKind.NORM_SHIFT if is_norm else ParameterKind.BIAS), None
+    elif attribute == "in_proj_weight" and isinstance(module, nn.MultiheadAttention):
+        found = ParameterKind.LINEAR, 1
+    elif attribute != "weight":
+        pass
+    elif is_linear(module):
+        found = ParameterKind.LINEAR, 1 if isinstance(module, nn.Linear) else 0
+    elif isinstance(module, nn.Embedding):
+        found = ParameterKind.EMBEDDING, None
+    elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        found = ParameterKind.CONVOLUTION, 1 if is_matrix_convolution(module) else None
+    elif is_norm:
+        found = ParameterKind.NORM_SCALE, None
+    return found

@@ -5,16 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 
-import torch
 from torch import Tensor
 
 from pave_lightning.errors import PaveError, Problems
 from pave_lightning.weights.architecture import Architecture
-from pave_lightning.weights.checkpoint import Checkpoint
+from pave_lightning.weights.checkpoint import Checkpoint, is_finite
 from pave_lightning.weights.locate import locate_model
 from pave_lightning.weights.parameters import Parameter
 
-BLOCK_ELEMENTS = 4_000_000
+BLOCK_ELEMENTS = 1_000_000
 # Values in config.json that must agree between a base and its experts for their weights to be comparable.
 COMPARED_CONFIG = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "hidden_act")
 
@@ -89,7 +88,7 @@ class ExpertTaskVectors(TaskVectors):
     @staticmethod
     def _finite(checkpoint: Checkpoint, parameter: Parameter, rows: slice | None) -> Tensor:
         tensor = checkpoint.tensor(parameter.name, rows).float()
-        if not bool(torch.isfinite(tensor).all()):
+        if not is_finite(tensor):
             raise PaveError(f"{checkpoint.folder}: the weight {parameter.name} holds NaN or infinity")
         return tensor
 

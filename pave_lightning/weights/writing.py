@@ -8,17 +8,21 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-SHARD_BYTES = 4_000_000_000
+# What a writer holds in memory; checkpoints of many small shards load as those of few large ones do.
+SHARD_BYTES = 256_000_000
+# For writers of which many are open at once, one a task.
+SMALL_SHARD_BYTES = 32_000_000
 
 
 class ShardWriter:
     """Collects tensors and writes them as a Hugging Face checkpoint: one file, or shards with an index.
 
     Memory is bounded by one shard. Call :meth:`close` after the last tensor; until then no file has its final name.
+    Equal tensors in equal order give equal bytes.
 
     Args:
         folder: an existing folder.
-        shard_bytes: largest size of one file.
+        shard_bytes: largest size of one file, and what is held in memory; a larger tensor has a file of its own.
     """
 
     def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
@@ -30,7 +34,7 @@ class ShardWriter:
         self._total_bytes = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Add one tensor; it is copied to contiguous memory if need be."""
+        """Add one tensor; it is held, not copied, until its shard is full, so it must not be changed afterwards."""
         size = tensor.numel() * tensor.element_size()
         if self._pending and self._pending_bytes + size > self.shard_bytes:
             self._flush()

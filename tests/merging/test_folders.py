@@ -10,6 +10,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 from pave_lightning.errors import PaveError
 from pave_lightning.merging import Average, Emr, TaskArithmetic, Ties, merge
 from pave_lightning.merging.folders import load_merged, write_merged
+from pave_lightning.weights import Checkpoint, ExpertTaskVectors, ShardWriter
 
 INPUTS = {
     "input_ids": torch.tensor([[2, 5, 40, 99, 3], [2, 17, 3, 0, 0]]),
@@ -148,6 +149,23 @@ def test_the_scale_zero_gives_the_base_bit_for_bit(write, base_folder):
     base = load_file(base_folder / "model.safetensors")
     assert merged.keys() == base.keys()
     assert all(torch.equal(merged[name], value) for name, value in base.items())
+
+
+@pytest.mark.parametrize("method", [TaskArithmetic(), Emr()], ids=lambda method: method.name)
+def test_blocks_and_shards_change_nothing(write, method, monkeypatch, tmp_path):
+    scale = 0.3 if method.default_scale else None
+    whole = write(method, scale).rename(tmp_path / "whole")
+    monkeypatch.setattr(ExpertTaskVectors.blocks, "__defaults__", (100,))
+    monkeypatch.setattr(ShardWriter.__init__, "__defaults__", (10_000,))
+    folder = write(method, scale)
+    assert not (folder / "model.safetensors").exists()
+    first, second = Checkpoint(whole, "bert"), Checkpoint(folder, "bert")
+    assert sorted(first) == sorted(second)
+    assert all(torch.equal(first.tensor(name), second.tensor(name)) for name in first)
+    loaded = AutoModel.from_pretrained(folder).state_dict()
+    assert all(torch.equal(loaded[name], first.tensor(name)) for name in first)
+    models = [load_merged(path, "second").state_dict() for path in (whole, folder)]
+    assert all(torch.allclose(value, models[1][name], atol=1e-6) for name, value in models[0].items())
 
 
 @pytest.mark.parametrize("method", [Average(), TaskArithmetic(), Ties(), Emr()], ids=lambda method: method.name)

@@ -82,6 +82,18 @@ def test_rules_that_are_not_elementwise_get_whole_tensors(make_source, random_ve
     assert shapes == [(7, 5), (11,), (3, 2, 2), ()]
 
 
+def test_what_is_merged_is_nobodys_own(make_source, random_vectors):
+    class First(Average):
+        def merge(self, parameter, base, vectors):
+            return base
+
+    source = make_source(random_vectors)
+    for parameter in source.parameters:
+        merged = merge(First(), source).vectors[parameter.name]
+        merged.fill_(7)
+        assert not source.base(parameter).any()
+
+
 @each_rule
 def test_identical_experts(rule, make_source, random_vectors):
     same = dict.fromkeys("abc", random_vectors["one"])

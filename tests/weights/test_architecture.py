@@ -1,11 +1,14 @@
 import json
 
+import lightning.pytorch as L
 import pytest
 import torch
-from transformers import BertConfig, GPT2Config, ViTConfig
+from torch.utils.data import DataLoader
+from transformers import BertConfig, CLIPConfig, GPT2Config, ViTConfig, ViTForImageClassification
 
+from pave_lightning.callbacks import PaveCallback
 from pave_lightning.errors import PaveError
-from pave_lightning.weights import Architecture, Parameter, ParameterKind
+from pave_lightning.weights import Architecture, Checkpoint, ExpertTaskVectors, Parameter, ParameterKind
 from pave_lightning.weights.architecture import backbone_of, empty_classifier
 
 
@@ -66,10 +69,111 @@ def test_convolutions_and_bare_parameters(tmp_path):
 
     model = ViTModel(config, add_pooling_layer=False)
     patch = model.embeddings.patch_embeddings.projection
-    assert kind_of(patch, "weight") == (ParameterKind.CONVOLUTION, None)
+    assert kind_of(patch, "weight") == (ParameterKind.CONVOLUTION, 1)
     assert kind_of(patch, "bias") == (ParameterKind.BIAS, None)
     assert kind_of(model.embeddings, "cls_token") == (ParameterKind.OTHER, None)
     assert kind_of(torch.nn.LSTM(2, 2), "weight_ih_l0") == (ParameterKind.OTHER, None)
+
+
+class ImageExpert(L.LightningModule):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def validation_step(self, batch, _):
+        self.model(pixel_values=batch["pixel_values"])
+
+
+@pytest.fixture
+def vit_config():
+    return ViTConfig(
+        hidden_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        image_size=12,
+        patch_size=4,
+        num_labels=3,
+    )
+
+
+def test_an_image_classifier(tmp_path, vit_config):
+    vit_config.save_pretrained(tmp_path)
+    found = Architecture.of_folder(tmp_path)
+    assert found.prefix == "vit"
+    assert (found.vocabulary, found.positions, found.padding, found.outputs) == (None, None, None, 3)
+    assert found.head == {"classifier.weight", "classifier.bias"}
+    patches = found.parameters["embeddings.patch_embeddings.projection.weight"]
+    assert (patches.kind, patches.shape) == (ParameterKind.CONVOLUTION, (8, 3, 4, 4))
+    assert (patches.is_matrix, patches.matrix_shape) == (True, (8, 48))
+    model = ViTForImageClassification(vit_config)
+    assert set(found.parameters) == {name for name, _ in model.vit.named_parameters()}
+
+
+def test_task_vectors_of_image_classifiers(tmp_path, vit_config):
+    models = {name: ViTForImageClassification(vit_config) for name in ("base", "first", "second")}
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+    checkpoints = {name: Checkpoint(tmp_path / name, "vit") for name in models}
+    base = checkpoints.pop("base")
+    source = ExpertTaskVectors(base, checkpoints, Architecture.of_folder(tmp_path / "first"))
+    own = dict(models["base"].vit.named_parameters())
+    assert len(source.parameters) == len(own)
+    matrices = {parameter.layer: parameter for parameter in source.parameters if parameter.is_matrix}
+    linear = {name for name, module in models["base"].vit.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert set(matrices) == linear | {"embeddings.patch_embeddings.projection"}
+    # Whatever name a file gives it, a parameter belongs to the module that multiplies with it.
+    for layer, parameter in matrices.items():
+        weights = {name: model.vit.get_submodule(layer).weight.detach() for name, model in models.items()}
+        assert torch.equal(source.vector("second", parameter), weights["second"] - weights["base"])
+
+
+def test_moments_of_an_image_classifier_fit_its_parameters(tmp_path, vit_config):
+    vit_config.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    model = ViTForImageClassification(vit_config)
+    images = [{"pixel_values": torch.randn(6, 3, 12, 12)} for _ in range(2)]
+    callback = PaveCallback(backbone="model.vit", convolutions=True)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        callbacks=callback,
+    )
+    trainer.validate(ImageExpert(model), DataLoader(images, batch_size=None), verbose=False)
+    captured, parameters = callback.statistics, Architecture.of_folder(tmp_path).parameters.values()
+    matrices = {parameter.layer: parameter for parameter in parameters if parameter.is_matrix}
+    assert set(captured) == set(matrices)
+    for layer, parameter in matrices.items():
+        height, width = parameter.matrix_shape
+        assert captured.kind(layer) == ("cross" if width > height else "input")
+        assert captured.shape(layer) == ((height, width) if width > height else (width, width))
+    # Each patch as the weight sees it: channels first, then its rows, then its columns.
+    patches = torch.stack(
+        [
+            image[:, top : top + 4, left : left + 4].flatten()
+            for batch in images
+            for image in batch["pixel_values"]
+            for top in (0, 4, 8)
+            for left in (0, 4, 8)
+        ]
+    ).double()
+    layer = "embeddings.patch_embeddings.projection"
+    weight = model.vit.get_parameter(f"{layer}.weight").detach().reshape(8, 48).double()
+    expected = weight @ patches.T @ patches / len(patches)
+    torch.testing.assert_close(captured[layer].matrix.double(), expected, atol=1e-5, rtol=1e-4)
+    assert captured.rows(layer) == 2 * 6 * 9
+
+
+def test_an_image_model_whose_backbone_is_not_where_its_prefix_says(tmp_path):
+    CLIPConfig(
+        vision_config={"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    ).save_pretrained(tmp_path)
+    with pytest.raises(PaveError, match="CLIPForImageClassification has no backbone named 'clip'"):
+        Architecture.of_folder(tmp_path)
 
 
 def test_nothing_is_allocated(tmp_path):
@@ -99,7 +203,7 @@ def test_no_configuration(tmp_path):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"model_type": "unheard-of"}, {"model_type": "clip"}, {"hidden_size": 33}, {"hidden_size": "wide"}],
+    [{"model_type": "unheard-of"}, {"model_type": "marian"}, {"hidden_size": 33}, {"hidden_size": "wide"}],
     ids=["unknown type", "no classifier", "impossible size", "size of another type"],
 )
 def test_a_configuration_that_gives_no_model(tmp_path, base_folder, changes):

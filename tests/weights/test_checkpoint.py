@@ -1,5 +1,6 @@
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from pave_lightning.errors import PaveError
 from pave_lightning.weights import Checkpoint, model_digest
+from pave_lightning.weights.checkpoint import is_finite
 
 
 @pytest.fixture
@@ -63,6 +65,57 @@ def test_reading_rows_leaves_the_rest_of_the_file_alone(write):
         file.write(torch.ones(1).numpy().tobytes())
     assert torch.equal(checkpoint.tensor("weight", slice(0, 3)), torch.zeros(3, 2))
     assert torch.equal(checkpoint.tensor("weight", slice(3, 4)), torch.tensor([[0.0, 1.0]]))
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="looks at the memory map of Linux")
+def test_a_file_is_mapped_only_as_long_as_its_tensors_live(write):
+    folder = write({"weight": torch.ones(1000, 3), "bert.head": torch.ones(2)})
+
+    def mapped():
+        return str(folder) in Path("/proc/self/maps").read_text()
+
+    checkpoint = Checkpoint(folder, "none")
+    assert not mapped()
+    whole, some = checkpoint.tensor("weight"), checkpoint.tensor("weight", slice(5, 7))
+    assert mapped()
+    assert float(whole.sum() + some.sum()) == 3006
+    del whole
+    assert mapped()
+    del some
+    assert not mapped()
+    assert checkpoint.non_finite() == []
+    assert not mapped()
+
+
+def test_files_that_change_while_they_are_in_use_are_told(write):
+    folder = write({"weight": torch.ones(100)})
+    checkpoint = Checkpoint(folder, "bert")
+    save_file({"other": torch.ones(1)}, folder / "model.safetensors")
+    with pytest.raises(
+        PaveError, match=r"model\.safetensors changed while it was in use: weight can no longer be read"
+    ):
+        checkpoint.tensor("weight")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(PaveError, match="changed while it was in use"):
+        checkpoint.tensor("weight", slice(0, 1))
+
+
+def test_all_tensors_by_their_stored_names(write):
+    tensors = {"bert.b.LayerNorm.gamma": torch.ones(1), "bert.a": torch.ones(2), "classifier": torch.ones(3)}
+    checkpoint = Checkpoint(write(tensors), "bert")
+    found = {name: checkpoint.read(stored) for name, stored in checkpoint.stored()}
+    assert list(found) == sorted(tensors)
+    assert all(torch.equal(value, tensors[name]) for name, value in found.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_which_tensors_are_finite(dtype):
+    assert is_finite(torch.tensor([[-1.0, 2.0], [0.0, torch.finfo(dtype).max]], dtype=dtype))
+    assert is_finite(torch.empty(0, 3, dtype=dtype))
+    assert is_finite(torch.tensor(3.0, dtype=dtype))
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        assert not is_finite(torch.tensor([[0.0, 1.0, bad]] * 50, dtype=dtype))
+        assert not is_finite(torch.tensor(bad, dtype=dtype))
 
 
 def test_legacy_names_of_layer_norms(write):

@@ -74,6 +74,28 @@ def test_transposed_tensors_are_written_as_they_read(tmp_path):
     assert torch.equal(load_file(tmp_path / "model.safetensors")["weight"], weight.T)
 
 
+def test_no_more_than_a_shard_is_held(tmp_path, monkeypatch):
+    held = []
+    plain = ShardWriter._flush
+
+    def watched(self):
+        held.append(sum(tensor.nbytes for tensor in self._pending.values()))
+        plain(self)
+
+    monkeypatch.setattr(ShardWriter, "_flush", watched)
+    write(tmp_path, 100, {str(index): torch.ones(10) for index in range(7)} | {"large": torch.ones(60)})
+    assert held == [80, 80, 80, 40, 240]
+
+
+def test_equal_tensors_give_equal_files(tmp_path):
+    files = []
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, 100)
+        files.append({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()})
+    assert files[0] == files[1]
+
+
 def test_the_sha256_of_a_file(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"weights" * 1000)

@@ -1,0 +1,203 @@
+"""What is predicted of memory, time and disk, against what is measured and counted by hand."""
+
+import json
+import math
+import subprocess
+import sys
+import time
+
+import pytest
+
+from pave_lightning import costs
+from pave_lightning.merging import Emr, TaskArithmetic
+from pave_lightning.recipe import Purify
+from pave_lightning.weights import Parameter, ParameterKind
+
+LINUX = pytest.mark.skipif(not costs.STATUS.is_file(), reason="measures by /proc")
+
+
+def linear(name, height, width):
+    return Parameter(f"{name}.weight", ParameterKind.LINEAR, (height, width), 1)
+
+
+PARAMETERS = [
+    Parameter("embeddings.weight", ParameterKind.EMBEDDING, (1000, 20)),
+    Parameter("embeddings.norm.weight", ParameterKind.NORM_SCALE, (20,)),
+    linear("query", 20, 20),
+    linear("key", 20, 20),
+    linear("wide", 60, 20),
+    linear("narrow", 20, 60),
+    Parameter("turned.weight", ParameterKind.LINEAR, (20, 60), 0),
+]
+TOTAL = 1000 * 20 + 20 + 2 * 400 + 3 * 1200
+
+
+def predict(**changes):
+    kinds = costs.expected_kinds(PARAMETERS, changes.pop("moments", "smallest"))
+    settings = {"options": Purify(), "methods": [TaskArithmetic], **changes}
+    return costs.predict_cost(PARAMETERS, settings.pop("tasks", 4), settings.pop("workers", 2), kinds, **settings)
+
+
+def test_kinds_follow_from_shapes():
+    kinds = costs.expected_kinds(PARAMETERS, "smallest")
+    assert kinds == {"query": "input", "key": "input", "wide": "input", "narrow": "cross", "turned": "input"}
+    assert costs.expected_kinds(PARAMETERS, "output")["narrow"] == "output"
+    assert set(costs.expected_kinds(PARAMETERS, "input").values()) == {"input"}
+
+
+def test_layers_are_counted_by_shape_and_kind():
+    found = {(layer.shape, layer.kind): layer for layer in predict().layers}
+    assert {key: layer.layers for key, layer in found.items()} == {
+        ((20, 20), "input"): 2,
+        ((60, 20), "input"): 2,
+        ((20, 60), "cross"): 1,
+    }
+    assert all(layer.tasks == 4 and layer.seconds > 0 for layer in found.values())
+    assert all(layer.tasks == 1 for layer in predict(options=Purify(tasks=["a"]), timed=False).layers)
+    identity = predict(options=Purify(metric="identity"), timed=False).layers
+    assert {layer.kind for layer in identity} == {None}
+
+
+def test_the_slowest_comes_first_and_the_total_is_the_sum():
+    cost = predict()
+    seconds = [layer.seconds for layer in cost.layers]
+    assert seconds == sorted(seconds, reverse=True)
+    assert cost.seconds == sum(seconds)
+    assert math.isnan(predict(timed=False).seconds)
+    plain = predict(options=None)
+    assert plain.layers == ()
+    assert plain.seconds == 0
+
+
+def test_disk_is_counted_by_hand():
+    moments = {"query": 400, "key": 400, "wide": 400, "narrow": 1200, "turned": 400}
+    purified = 2 * 400 + 3 * 1200
+    assert predict(timed=False).disk_bytes == 4 * 4 * (sum(moments.values()) + purified) + 4 * TOTAL
+    assert predict(options=None, timed=False).disk_bytes == 4 * TOTAL
+    assert predict(options=None, methods=[], new_experts=3, timed=False).disk_bytes == 3 * 4 * TOTAL
+    masks = 4 * TOTAL // 8
+    assert predict(options=None, methods=[Emr], timed=False).disk_bytes == 4 * TOTAL + masks
+
+
+def test_memory_grows_with_tasks_and_workers_but_not_with_depth():
+    def peak(tasks, workers, parameters):
+        kinds = costs.expected_kinds(parameters, "smallest")
+        found = costs.predict_cost(parameters, tasks, workers, kinds, options=Purify(), timed=False)
+        return found.peak_bytes - found.baseline_bytes
+
+    block = [linear(f"{index}.{side}", *shape) for index in range(2) for side, shape in enumerate([(768, 3072)] * 4)]
+    deep = [linear(f"{index}.{side}", *shape) for index in range(20) for side, shape in enumerate([(768, 3072)] * 4)]
+    assert peak(4, 1, block) < peak(4, 2, block) < peak(8, 2, block)
+    assert peak(8, 2, deep) == peak(8, 2, block)
+    assert peak(8, 2, deep) < 8 * sum(4 * parameter.elements for parameter in deep) / 5
+
+
+def test_a_writer_holds_a_shard_or_one_large_tensor():
+    sizes = [linear(str(index), 1, elements) for index, elements in enumerate([10, 10, 10, 50, 5])]
+    assert costs.writing_bytes(sizes, 100) == 200
+    assert costs.writing_bytes(sizes, 80) == 200
+    assert costs.writing_bytes(sizes[:3], 80) == 80
+    assert costs.writing_bytes(sizes, 10_000) == 4 * 85
+    assert costs.writing_bytes([], 100) == 0
+
+
+def test_large_layers_are_timed_on_small_ones():
+    start = time.process_time()
+    assert costs.solve_seconds((20_000, 5_000), "input", Purify(), 1) > 1
+    assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize("kind", ["input", "cross", "rows", None])
+@pytest.mark.parametrize("shape", [(8, 8), (8, 24), (24, 8), (1, 1)])
+def test_every_kind_of_moment_can_be_timed(kind, shape):
+    assert costs.solve_seconds(shape, kind, Purify(metric="covariance" if kind else "identity"), 2) > 0
+
+
+@LINUX
+def test_what_this_process_holds():
+    import torch
+
+    before = costs.resident_bytes()
+    held = torch.ones(5_000_000)
+    assert costs.resident_bytes() - before == pytest.approx(held.nbytes, rel=0.1)
+    assert costs.highest_resident_bytes() >= costs.resident_bytes() - 1_000_000
+
+
+MEASURE = """
+import json, sys
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+from pave_lightning import costs
+from pave_lightning.merging import make_method
+from pave_lightning.merging.folders import MergeContext, write_merged
+from pave_lightning.purification import PurifiedTaskVectors, StoredPurification, write_purified
+from pave_lightning.recipe import Compute, Purify
+from pave_lightning.statistics import TaskStatistics
+from pave_lightning.weights import Architecture, Checkpoint, ExpertTaskVectors
+
+folder, method, purified = Path(sys.argv[1]), make_method(sys.argv[2], {}), sys.argv[3] == "purified"
+names = sorted(path.name for path in folder.glob("expert-*"))
+architecture = Architecture.of_folder(folder / names[0])
+base = Checkpoint(folder / "base", architecture.prefix)
+experts = {name: Checkpoint(folder / name, architecture.prefix) for name in names}
+source = plain = ExpertTaskVectors(base, experts, architecture)
+statistics = {name: TaskStatistics.load(folder / f"statistics-{name}.safetensors") for name in names}
+kinds = {layer: own.kind(layer) for own in statistics.values() for layer in own.layers()}
+options = Purify() if purified else None
+cost = costs.predict_cost(plain.parameters, len(names), 2, kinds, options=options, methods=[type(method)])
+out = folder / f"out-{method.name}"
+if purified:
+    write_purified(PurifiedTaskVectors(plain, statistics, options, Compute(workers=2)), out / "purified")
+    stored = {name: Checkpoint(out / "purified" / name, architecture.prefix) for name in names}
+    source = StoredPurification(plain, stored)
+(out / "merged").mkdir(parents=True)
+context = MergeContext(str(folder / "base"), base, experts, architecture, {})
+write_merged(out / "merged", method, source, method.default_scale, context)
+print(json.dumps([cost.baseline_bytes, cost.peak_bytes, costs.highest_resident_bytes()]))
+"""
+
+
+@pytest.fixture(scope="module")
+def mid_size(tmp_path_factory, tiny_tokenizer):
+    """Base, four experts and statistics in the shapes of BERT-base, three layers deep."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import BertConfig, BertForSequenceClassification
+
+    from pave_lightning.statistics import LayerMoment, TaskStatistics
+
+    folder = tmp_path_factory.mktemp("mid-size")
+    config = BertConfig(num_hidden_layers=3, vocab_size=20_000)
+    config.architectures = ["BertForSequenceClassification"]
+    with torch.device("meta"):
+        shapes = {n: p.shape for n, p in BertForSequenceClassification(config).named_parameters()}
+    base = {name: torch.randn(shape) * 0.02 for name, shape in shapes.items()}
+    for name in ["base", *(f"expert-{index}" for index in range(4))]:
+        target = folder / name
+        config.save_pretrained(target)
+        tiny_tokenizer.save_pretrained(target)
+        expert = {key: value + 0.002 * torch.randn(()) * value.roll(1) for key, value in base.items()}
+        save_file(expert, target / "model.safetensors", metadata={"format": "pt"})
+        moments = {}
+        for key, weight in expert.items():
+            if ".layer." in key and weight.ndim == 2:
+                spread = torch.linspace(1, 0.01, weight.shape[1])
+                narrow = weight.shape[1] > weight.shape[0]
+                matrix = weight * spread if narrow else torch.diag(spread)
+                layer = key.removeprefix("bert.").removesuffix(".weight")
+                moments[layer] = LayerMoment("cross" if narrow else "input", matrix, 100)
+        TaskStatistics(moments, examples=10).save(folder / f"statistics-{name}.safetensors")
+    return folder
+
+
+@LINUX
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "vectors"), [("task_arithmetic", "purified"), ("ties", "plain"), ("emr", "plain")])
+def test_the_predicted_peak_is_the_measured_one(mid_size, method, vectors):
+    command = [sys.executable, "-c", MEASURE, str(mid_size), method, vectors]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    baseline, predicted, measured = json.loads(done.stdout.splitlines()[-1])
+    assert baseline < predicted
+    assert predicted == pytest.approx(measured, rel=0.25)
