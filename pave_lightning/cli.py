@@ -17,6 +17,7 @@ RECIPE_COMMANDS = {
     "evaluate": "score base, experts and merged models on the test splits",
     "report": "write tables and pictures from the scores that are there",
 }
+EXPERIMENT = "run a recipe over a grid of settings and seeds; write a table, a picture and findings"
 PER_TASK = ("fit", "capture")
 
 
@@ -46,6 +47,15 @@ def build_parser() -> ArgumentParser:
             command.add_argument("--task", type=str, default=None, help="only this task")
         command.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' own messages")
         commands.add_subcommand(name, command, help=summary)
+    experiment = ArgumentParser(description=f"{EXPERIMENT[0].upper()}{EXPERIMENT[1:]}.")
+    experiment.add_argument(
+        "name", type=str, help="name of an experiment in recipes/experiments, or path of its recipe"
+    )
+    experiment.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the recipe"
+    )
+    experiment.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' own messages")
+    commands.add_subcommand("experiment", experiment, help=EXPERIMENT)
     methods = ArgumentParser(description="List the merge methods, or the options of one.")
     methods.add_argument("method", type=str, nargs="?", default=None, help="a method, to see its options")
     methods.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -90,6 +100,12 @@ def _execute(command: str, options: Namespace) -> None:
         from pave_lightning.reporting.methods import print_methods
 
         return print_methods(options.method)
+    if command == "experiment":
+        from pave_lightning.experiments import run_experiment
+
+        folder = run_experiment(options.name, options.set)
+        _out((folder / "findings.md").read_text().rstrip())
+        return _out(f"results: {folder}")
     from pave_lightning.recipe_loading import load_recipe, recipe_schema, recipe_to_yaml
 
     if command == "schema":

@@ -15,6 +15,7 @@ from rich.table import Table
 from pave_lightning.errors import Interrupted, PaveError, nearest
 from pave_lightning.recipe import Recipe
 from pave_lightning.recipe_loading import recipe_digest, recipe_to_yaml
+from pave_lightning.run_folder import RunFolder
 
 
 def run_recipe(recipe: Recipe) -> Path:
@@ -64,9 +65,8 @@ def plan_recipe(recipe: Recipe, console: Console | None = None) -> None:
         PaveError: lists everything that is wrong.
     """
     from pave_lightning.planning import check_recipe, plan_rows
-    from pave_lightning.run_folder import RunFolder
 
-    folder = RunFolder(Path(recipe.output) / recipe.name)
+    folder = open_folder(recipe)
     check_recipe(recipe, folder)
     table = Table(title=f"{recipe.name} in {folder.root}", title_justify="left")
     for heading in ("stage", "result", "what"):
@@ -76,6 +76,11 @@ def plan_recipe(recipe: Recipe, console: Console | None = None) -> None:
     (console or Console()).print(table)
 
 
+def open_folder(recipe: Recipe) -> RunFolder:
+    """The recipe's run folder; made where it does not exist."""
+    return RunFolder(Path(recipe.output) / recipe.name, None if recipe.shared is None else Path(recipe.shared))
+
+
 @contextmanager
 def working(recipe: Recipe) -> Iterator[Any]:
     """A workflow over the recipe's run folder: checked, locked and recorded in MLflow.
@@ -83,10 +88,9 @@ def working(recipe: Recipe) -> Iterator[Any]:
     Inside a process that a driver started, the driver has done all this, and only rank zero records.
     """
     from pave_lightning.launching import attached_tracker, is_launched
-    from pave_lightning.run_folder import RunFolder
     from pave_lightning.workflow import Workflow
 
-    folder = RunFolder(Path(recipe.output) / recipe.name)
+    folder = open_folder(recipe)
     if is_launched():
         yield Workflow(recipe, folder, attached_tracker())
         return

@@ -36,7 +36,7 @@ def check_recipe(recipe: Recipe, folder: RunFolder) -> None:
             problems.add(str(error))
 
     for task in recipe.tasks:
-        problems.extend(check_task(task, seed=recipe.seed, cache_dir=folder.root / "data"))
+        problems.extend(check_task(task, seed=recipe.seed, cache_dir=folder.data))
     distinct = {str(task.trainer): (f"tasks.{task.name}.trainer", task.trainer) for task in recipe.tasks}
     for where, options in {str(recipe.trainer): ("trainer", recipe.trainer), **distinct}.values():
         problems.extend(trainer_problems(options, where if options != recipe.trainer else "trainer"))
@@ -147,7 +147,7 @@ def plan_rows(recipe: Recipe, folder: RunFolder) -> list[tuple[str, str, str]]:
     """One row a stage: its name, whether its result is there, stale or to do, and what the stage does."""
     stages, about = Stages(recipe, folder), {}
     for task in recipe.tasks:
-        about[stages.expert(task).name] = _fit_summary(recipe, task, folder.root / "data")
+        about[stages.expert(task).name] = _fit_summary(recipe, task, folder.data)
         about[stages.statistics(task).name] = f"{recipe.capture.examples} training examples"
     for step, vectors in stages.merges():
         options = step.purify

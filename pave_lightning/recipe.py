@@ -208,28 +208,82 @@ class Capture(Section):
     """Examples of the task's training split that are shown to the trained expert."""
     batch_size: int = Field(default=32, ge=1)
     """Examples a forward pass."""
-    moments: Literal["smallest", "input"] = "smallest"
+    source: Literal["train", "random_tokens"] = "train"
+    """train: rows of the task's training split; random_tokens: no data at all, sequences of tokens drawn uniformly from
+    the vocabulary, as long as the base reads (max_length)."""
+    rows: int | None = Field(default=8192, ge=1)
+    """Most rows (tokens) that a layer counts, as a seeded uniform sample of every batch's rows; null counts all."""
+    moments: Literal["smallest", "input", "output"] = "smallest"
     """smallest: where a layer narrows (d_in > d_out) the cross moment W C, which is all that purification needs and
-    cheaper; input: the second moment C of the input for every layer."""
+    cheaper; input: the second moment C of the input for every layer (needed by target delta); output: the second moment
+    of the output where a layer narrows, which is all that the metric root needs."""
+    convolutions: bool = False
+    """Also capture convolutions that are matrix products of non-overlapping patches (patch embeddings, 1 x 1)."""
     precision: str = "32-true"
     """Precision of the pass (a lightning.Trainer precision). Lower ones blur the weakest directions."""
+
+
+def _ratio_form(value: Any) -> str:
+    return "auto" if isinstance(value, str) else "number"
+
+
+# Ratios that rho: auto tries; 1 leaves the experts as they are.
+AUTO_RATIOS = (0.875, 0.9375, 0.97, 0.984, 0.992, 1.0)
+Rho = Annotated[
+    Annotated[float, Field(gt=0, le=1), Tag("number")] | Annotated[Literal["auto"], Tag("auto")],
+    Discriminator(_ratio_form),
+]
 
 
 class Purify(Section):
     """PAVE: keep of every fine-tuned weight the output directions that its own task excites (arXiv 2510.14697)."""
 
-    rho: float = Field(default=0.97, gt=0, le=1)
-    """Preserved rank ratio: the share of all tasks' components of a layer that are kept."""
+    rho: Rho = 0.97
+    """Preserved rank ratio: the share of all tasks' components that are kept; or auto: the ratio, out of 0.875, 0.9375,
+    0.97, 0.984, 0.992 and 1, whose merged model scores best on the validation split. 1 is no purification, so on that
+    data auto is never below plain."""
+    scope: Literal["layer", "model", "global"] = "layer"
+    """What shares one budget of ranks. layer: the tasks of one layer (the paper); model: the ratios of all layers are
+    averaged to one for each task (the published scripts); global: all layers and tasks."""
     metric: Literal["covariance", "root", "identity"] = "covariance"
     """What ranks the directions: W C (the paper), W C^(1/2) (the output error), or W alone."""
+    statistics: Literal["own", "other_task", "random", "task_vector"] = "own"
+    """Whose second moments. own: the task's (the paper); other_task: those of the next task in the recipe's order, and
+    random: those of Gaussian noise (both for ablation); task_vector: no data, the second moment of the task vector's
+    rows, scaled to a mean of 1 on the diagonal."""
+    target: Literal["expert", "delta", "delta_by_expert"] = "expert"
+    """What is projected. expert: the fine-tuned weight W_t (the paper); delta: the task vector, on the directions that
+    the task vector itself excites; delta_by_expert: the task vector, on the directions that the expert excites."""
     allocation: Literal["spectral", "even"] = "spectral"
     """spectral: the weakest normalised components of all tasks go first; even: every task keeps the share rho."""
-    stopping_share: float = Field(default=1.5, ge=1)
+    stopping_share: float = Field(default=1.5, gt=0)
     """With spectral allocation no task loses more than this multiple of the even share."""
+    nearest_budget: bool = False
+    """Where stopping_share puts rho out of reach: take the nearest budget within reach instead of refusing."""
     damping: float = Field(default=0.1, ge=0)
     """Added to the diagonal of the second moment (epsilon in the paper)."""
     tasks: list[str] | None = Field(default=None, min_length=1)
     """Tasks to purify; all of them where nothing is said."""
+    exact: bool = False
+    """Full singular value decompositions instead of the fast eigenvalue path; for comparison."""
+
+    @property
+    def summary(self) -> str:
+        """What differs from other purifications, in a few words."""
+        ratio = self.rho if isinstance(self.rho, str) else f"{self.rho:g}"
+        words = [f"rho {ratio}", self.metric, f"{self.allocation} allocation", f"scope {self.scope}"]
+        words += [] if self.statistics == "own" else [f"statistics {self.statistics}"]
+        words += [] if self.target == "expert" else [f"target {self.target}"]
+        return ", ".join(words)
+
+
+class Compute(Section):
+    """How purification uses the machine; the results do not depend on it beyond rounding."""
+
+    workers: int | None = Field(default=None, ge=1)
+    """Threads that work at once, each on one task of a layer; one for each processor core where nothing is said."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """cpu: eigenvectors of the weakest directions alone; cuda: full eigenvalue decompositions on the graphics card."""
 
 
 class ScaleSearch(Section):
@@ -301,6 +355,8 @@ class Evaluate(Section):
     """Examples a forward pass."""
     precision: str = "32-true"
     """Precision of the pass (a lightning.Trainer precision)."""
+    purified_experts: bool = False
+    """Also score every purified expert alone on its own task: what purification costs before anything is merged."""
 
 
 class Tracking(Section):
@@ -314,6 +370,46 @@ class Tracking(Section):
     """Also store the merged models' weights as MLflow artifacts."""
 
 
+class Experiment(Section):
+    """A recipe run many times with some keys varied; `pave experiment` compares the results."""
+
+    question: str
+    """What is to be found out, in one sentence."""
+    seeds: list[int] = Field(default=[0, 1, 2], min_length=1)
+    """Seeds of the recipe; experts are trained anew for each."""
+    vary: dict[str, list[Any]] = {}
+    """Keys of the recipe (as --set names them) and the values that each takes; every combination is run."""
+    cases: dict[str, dict[str, Any]] = {}
+    """Names of settings, each with the keys that it changes; combined with every value of vary."""
+    x: str = ""
+    """What stands on the picture's horizontal axis: a varied key, case, model or vectors; where nothing is said, the
+    first varied key, or model where none is varied."""
+    lines: list[str] = []
+    """What tells the picture's lines apart; everything else that differs where nothing is said."""
+    score: Literal["normalised", "raw"] = "normalised"
+    """normalised: each task's score divided by its expert's; raw: the score itself."""
+    log_x: bool = False
+    """Whether the horizontal axis is logarithmic."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> Experiment:
+        wrong = [f"'{key}' takes no value" for key, values in self.vary.items() if not values]
+        wrong += [f"'{key}' takes the same value twice" for key, values in self.vary.items() if _repeats(values)]
+        if len(set(self.seeds)) != len(self.seeds):
+            wrong.append("the seeds must differ")
+        columns = [*self.vary, *(["case"] if self.cases else []), "model", "vectors"]
+        wrong += [
+            f"'{name}' is no varied key; {nearest(name, columns)}"
+            for name in [*([self.x] if self.x else []), *self.lines]
+            if name not in columns
+        ]
+        return _unless_wrong(self, wrong)
+
+
+def _repeats(values: list[Any]) -> bool:
+    return any(value in values[:index] for index, value in enumerate(values))
+
+
 class Recipe(Section):
     """One run: fine-tune experts, capture their statistics, purify, merge, evaluate, report."""
 
@@ -325,6 +421,9 @@ class Recipe(Section):
     """The common base model: a folder, a hub id, or package:NAME/FOLDER for a model inside an installed package."""
     output: str = "checkpoints"
     """Folder in which the run folder is made."""
+    shared: str | None = None
+    """Folder of experts and statistics that recipes share: what one of them made from the same inputs, the others take
+    from there. Without it they lie in the run folder."""
     trainer: dict[str, Any] = {}
     """Options of lightning.Trainer (accelerator, devices, strategy, precision, max_epochs, ...), passed straight on."""
     training: Training = Training()
@@ -337,12 +436,16 @@ class Recipe(Section):
     """The capture pass."""
     purify: Purify = Purify()
     """Purification, unless a merge step says otherwise."""
+    compute: Compute = Compute()
+    """How purification uses the machine."""
     merge: list[MergeStep] = []
     """The merge rules to run."""
     evaluate: Evaluate = Evaluate()
     """How models are scored."""
     tracking: Tracking = Tracking()
     """Where MLflow keeps the record."""
+    experiment: Experiment | None = None
+    """What `pave experiment` varies; other commands run the recipe as it stands."""
 
     @model_validator(mode="before")
     @classmethod

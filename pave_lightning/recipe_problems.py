@@ -15,7 +15,7 @@ from pydantic import Tag, ValidationError
 from pydantic.fields import FieldInfo
 
 from pave_lightning.errors import Problems, nearest
-from pave_lightning.recipe import MergeStep, Recipe, ScaleSearch, Section, Task
+from pave_lightning.recipe import MergeStep, Purify, Recipe, ScaleSearch, Section, Task
 from pave_lightning.recipe_overrides import SHORT_FORMS, entry_name
 from pave_lightning.tasks.suites import suite_task_names
 
@@ -45,6 +45,7 @@ _EXPECTED: dict[tuple[type[Section] | None, str], str] = {
     (Task, "metrics"): "the name of a metric, or a list of names",
     (Task, "use"): "the name of a known task, such as pocket/movie",
     (MergeStep, "method"): "the name of a merge method",
+    (Purify, "rho"): "a number in (0, 1], or auto",
 }
 _EXPECTED_SECTION: dict[type[Section], str] = {
     Task: "the name of a task such as pocket/movie, or a mapping that describes one",
@@ -506,7 +507,7 @@ def _words(details: Mapping[str, Any], spot: Spot, found: Any) -> list[str]:
         lines = str(context["error"]).split("\n")
         return lines if _is_section(spot.branch) else [f"{line}, found {shown}" for line in lines]
     elif kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
-        bounds = _bounds(spot.field)
+        bounds = _bounds(spot)
         message = f"{shown} is outside {bounds}" if "," in bounds else f"must be {bounds}, found {shown}"
     elif kind in ("too_short", "too_long") and get_origin(_bare(spot.branch)) is not tuple:
         limit = f"at least {context['min_length']}" if kind == "too_short" else f"at most {context['max_length']}"
@@ -525,7 +526,7 @@ def _remedy(spot: Spot, found: Any) -> str:
     kinds = [_bare(option) for option in _options(spot.expected)]
     if kinds == [str] and isinstance(found, bool | int | float):
         return "; put it in quotes"
-    if kinds in ([int], [float]) and isinstance(found, str) and _is_number(found):
+    if all(kind in (int, float) or get_origin(kind) is Literal for kind in kinds) and _is_number(found):
         return "; leave the quotes out"
     if kinds == [int] and isinstance(found, float) and found.is_integer():
         return f"; write {int(found)}"
@@ -540,7 +541,10 @@ def _remedy(spot: Spot, found: Any) -> str:
     return ""
 
 
-def _is_number(text: str) -> bool:
+def _is_number(text: Any) -> bool:
+    """Whether it is a text that stands for a number."""
+    if not isinstance(text, str):
+        return False
     try:
         float(text)
     except ValueError:
@@ -553,7 +557,7 @@ def _expected(spot: Spot) -> str:
     if own:
         return own
     words = " or ".join(_describe(option) for option in _options(spot.expected))
-    bounds = _bounds(spot.field)
+    bounds = _bounds(spot)
     if not bounds:
         return words
     return f"{words} in {bounds}" if "," in bounds else f"{words}, {bounds}"
@@ -578,10 +582,12 @@ def _describe(annotation: Any) -> str:
     return words
 
 
-def _bounds(field: FieldInfo | None) -> str:
+def _bounds(spot: Spot) -> str:
     """The range of a number: ``(0, 1]``, ``at least 1``, ``above 0``, or nothing."""
     low = high = left = right = ""
-    for constraint in field.metadata if field else ():
+    of_branch = [extra for extra in get_args(spot.branch)[1:] if isinstance(extra, FieldInfo)]
+    fields = of_branch if get_origin(spot.branch) is Annotated and of_branch else [spot.field] if spot.field else []
+    for constraint in [constraint for field in fields for constraint in field.metadata]:
         for name in ("ge", "gt", "le", "lt"):
             if (bound := getattr(constraint, name, None)) is None:
                 continue

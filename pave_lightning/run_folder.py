@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -17,9 +18,13 @@ from filelock import FileLock, Timeout
 from pave_lightning.errors import PaveError
 from pave_lightning.files import file_sha256
 
+log = logging.getLogger("pave_lightning")
+
 MANIFEST = "manifest.json"
 UNFINISHED = ".unfinished-"
 REPLACED = ".replaced-"
+# Stages that recipes with a shared folder have in common.
+SHARED_STAGES = ("experts", "statistics")
 
 
 @dataclass(frozen=True)
@@ -57,19 +62,29 @@ class RunFolder:
 
     Args:
         root: the folder; made if it is not there.
+        shared: folder of experts and statistics that runs share, and of copies of their data; the run folder itself
+            where nothing is said.
 
     Raises:
-        PaveError: it cannot be made or written to.
+        PaveError: one of them cannot be made or written to.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = Path(root)
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise PaveError(f"the run folder {self.root} cannot be made: {error.strerror}") from error
-        if not self.root.is_dir() or not os.access(self.root, os.W_OK):
-            raise PaveError(f"the run folder {self.root} is not writable; choose another with --set output=FOLDER")
+    def __init__(self, root: Path, shared: Path | None = None) -> None:
+        self.root, self.shared = Path(root), None if shared is None else Path(shared)
+        for folder, key in ((self.root, "output"), (self.shared, "shared")):
+            if folder is None:
+                continue
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise PaveError(f"the folder {folder} cannot be made: {error.strerror}") from error
+            if not folder.is_dir() or not os.access(folder, os.W_OK):
+                raise PaveError(f"the folder {folder} is not writable; choose another with --set {key}=FOLDER")
+
+    @property
+    def data(self) -> Path:
+        """Folder of copies of the tasks' rows, raw and tokenised."""
+        return (self.shared or self.root) / "data"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -103,7 +118,29 @@ class RunFolder:
 
     def path(self, stage: str) -> Path:
         """The folder of a stage."""
-        return self.root / stage
+        is_shared = self.shared is not None and stage.partition("/")[0] in SHARED_STAGES
+        return (self.shared if is_shared and self.shared is not None else self.root) / stage
+
+    @contextmanager
+    def claimed(self, stage: str) -> Iterator[None]:
+        """Hold a shared stage for this process alone, waiting for others; own stages need no such hold."""
+        final = self.path(stage)
+        if final.is_relative_to(self.root):
+            yield
+            return
+        final.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(final.with_name(f".{final.name}.lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            log.info("another pave process makes %s; waiting for it", final)
+            lock.acquire()
+        try:
+            for unfinished in final.parent.glob(f"{final.name}{UNFINISHED}*"):
+                shutil.rmtree(unfinished)
+            yield
+        finally:
+            lock.release()
 
     def manifest(self, stage: str) -> Manifest | None:
         """The manifest of a stage whose files are all there with their sizes; None otherwise."""

@@ -6,18 +6,18 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from pave_lightning.errors import PaveError
-from pave_lightning.recipe import MergeStep, Purify, Recipe, ScaleSearch, Task, Vectors, slug
+from pave_lightning.recipe import AUTO_RATIOS, MergeStep, Purify, Recipe, ScaleSearch, Task, Vectors, slug
 from pave_lightning.run_folder import Manifest, RunFolder
 from pave_lightning.tasks.data import Split, split_fingerprint
 from pave_lightning.weights import locate_model, model_digest
 
 # Raised when a stage's results change meaning, so that older results are made anew.
-FORMATS = {"fit": 1, "capture": 1, "purify": 1, "merge": 1, "evaluate": 1}
+FORMATS = {"fit": 1, "capture": 2, "purify": 2, "merge": 1, "evaluate": 1}
 
 # Options of the trainer that change neither the order of examples nor the arithmetic that is asked for.
 HARMLESS_OPTIONS = ("enable_progress_bar", "log_every_n_steps", "accelerator", "profiler", "detect_anomaly")
@@ -63,10 +63,11 @@ class Stages:
             yield self.statistics(task)
         purified: set[str] = set()
         for step, vectors in self.merges():
-            stage = self.purified(step.purify)
-            if vectors == "purified" and stage.name not in purified:
-                purified.add(stage.name)
-                yield stage
+            for options in ratios(step.purify) if vectors == "purified" else ():
+                stage = self.purified(options)
+                if stage.name not in purified:
+                    purified.add(stage.name)
+                    yield stage
             yield self.merged(step, vectors)
         yield from self.scores()
 
@@ -80,36 +81,62 @@ class Stages:
 
     def expert(self, task: Task) -> Stage:
         """A task's expert."""
-        return Stage(f"experts/{task.name}", f"pave fit --task {task.name}", lambda: self._fit_inputs(task))
+        name = self._shared_name(task, self._fit_inputs)
+        return Stage(f"experts/{name}", f"pave fit --task {task.name}", lambda: self._fit_inputs(task))
 
     def statistics(self, task: Task) -> Stage:
         """What a task's expert sees."""
-        return Stage(f"statistics/{task.name}", f"pave capture --task {task.name}", lambda: self._capture_inputs(task))
+        name = self._shared_name(
+            task, lambda task: {"fit": self._fit_inputs(task), "capture": self._capture_options(task)}
+        )
+        return Stage(f"statistics/{name}", f"pave capture --task {task.name}", lambda: self._capture_inputs(task))
+
+    def _shared_name(self, task: Task, inputs: Callable[[Task], dict[str, Any]]) -> str:
+        """The task's name; in a shared folder with a mark that tells apart what was made from different inputs."""
+        return task.name if self.folder.shared is None else f"{task.name}-{short_digest(inputs(task))}"
 
     def purified(self, options: Purify) -> Stage:
         """The experts' linear weights, purified with these options."""
-        label = f"rho{options.rho:g}-{options.metric}-{options.allocation}-{short_digest(options.model_dump())}"
+        ratio = options.rho if isinstance(options.rho, str) else f"{options.rho:g}"
+        label = f"rho{ratio}-{options.metric}-{options.allocation}-{short_digest(options.model_dump())}"
         return Stage(f"purified/{slug(label)}", "pave merge", lambda: self._purify_inputs(options))
 
     def merged(self, step: MergeStep, vectors: Vectors) -> Stage:
         """A merged model."""
-        return Stage(f"merged/{step.name}-{vectors}", "pave merge", lambda: self._merge_inputs(step, vectors))
+        return Stage(f"merged/{step.name}-{vectors}", "pave merge", lambda: self.merge_inputs(step, vectors))
 
     def scores_of(self, step: MergeStep, vectors: Vectors) -> Stage:
         """The scores of a merged model."""
 
         def inputs() -> dict[str, Any]:
-            return {**self._score_inputs("test"), "model": self.finished(self.merged(step, vectors)).digest()}
+            return {**self.score_inputs("test"), "model": self.finished(self.merged(step, vectors)).digest()}
 
         return Stage(f"scores/{step.name}-{vectors}", "pave evaluate", inputs)
 
     def scores(self) -> Iterator[Stage]:
         """The scores of the base, of the experts, and of every merged model."""
-        shared = self._score_inputs
+        shared = self.score_inputs
         yield Stage("scores/base", "pave evaluate", lambda: {**shared("test"), "model": self._base_digest})
         yield Stage("scores/experts", "pave evaluate", lambda: {**shared("test"), "model": self.expert_digests()})
+        for name, options in self.purified_expert_scores().items():
+            yield Stage(f"scores/{name}", "pave evaluate", partial(self.purified_score_inputs, options))
         for step, vectors in self.merges():
             yield self.scores_of(step, vectors)
+
+    def purified_expert_scores(self) -> dict[str, Purify]:
+        """Names of the scores of purified experts, where the recipe asks for them, and how they are purified."""
+        if not self.recipe.evaluate.purified_experts:
+            return {}
+        chosen = [step.purify for step, vectors in self.merges() if vectors == "purified"] or [self.recipe.purify]
+        return {
+            f"experts-{self.purified(options).name.partition('/')[2]}": options
+            for options in chosen
+            if options.rho != "auto"
+        }
+
+    def purified_score_inputs(self, options: Purify) -> dict[str, Any]:
+        """What the test scores of purified experts depend on."""
+        return {**self.score_inputs("test"), "purified": self._purify_inputs(options)}
 
     # ---- their state -----------------------------------------------------------------------------------------------
 
@@ -161,12 +188,15 @@ class Stages:
         }
 
     def _capture_inputs(self, task: Task) -> dict[str, Any]:
+        return {"expert": expert_digest(self.finished(self.expert(task))), **self._capture_options(task)}
+
+    def _capture_options(self, task: Task) -> dict[str, Any]:
+        from_data = self.recipe.capture.source == "train"
         return {
             "format": FORMATS["capture"],
-            "expert": expert_digest(self.finished(self.expert(task))),
-            "data": split_fingerprint(task, "train"),
-            "rows": [task.examples.train, self.recipe.seed],
-            "columns": task.text,
+            "data": split_fingerprint(task, "train") if from_data else None,
+            "rows": [task.examples.train if from_data else None, self.recipe.seed],
+            "columns": task.text if from_data else None,
             "max_length": task.training.max_length,
             "capture": self.recipe.capture.model_dump(),
         }
@@ -179,7 +209,8 @@ class Stages:
             "purify": options.model_dump(),
         }
 
-    def _merge_inputs(self, step: MergeStep, vectors: Vectors) -> dict[str, Any]:
+    def merge_inputs(self, step: MergeStep, vectors: Vectors) -> dict[str, Any]:
+        """What a merged model depends on."""
         inputs: dict[str, Any] = {
             "format": FORMATS["merge"],
             "experts": self.expert_digests(),
@@ -188,11 +219,12 @@ class Stages:
         }
         if vectors == "purified":
             inputs["purified"] = self._purify_inputs(step.purify)
-        if isinstance(step.scale, ScaleSearch):
-            inputs["search"] = self._score_inputs("validation")
+        if isinstance(step.scale, ScaleSearch) or (vectors == "purified" and step.purify.rho == "auto"):
+            inputs["search"] = self.score_inputs("validation")
         return inputs
 
-    def _score_inputs(self, split: Split) -> dict[str, Any]:
+    def score_inputs(self, split: Split) -> dict[str, Any]:
+        """What scores on a split depend on besides the model."""
         return {
             "format": FORMATS["evaluate"],
             "heads": self.expert_digests(),
@@ -221,6 +253,12 @@ class Stages:
     @cached_property
     def _base_digest(self) -> str:
         return model_digest(locate_model(self.recipe.base, role="base"))
+
+
+def ratios(options: Purify) -> list[Purify]:
+    """The purifications that a merge step needs: several where its ratio is chosen on validation data."""
+    tried = AUTO_RATIOS if options.rho == "auto" else (options.rho,)
+    return [options.model_copy(update={"rho": rho}) for rho in tried if rho != 1]
 
 
 def existing_folder(task: Task) -> Path:

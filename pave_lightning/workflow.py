@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,17 @@ from typing import Any
 import torch
 
 from pave_lightning.callbacks import PaveCallback
+from pave_lightning.errors import PaveError
 from pave_lightning.evaluation import (
     Candidate,
     CheckpointCandidate,
     Evaluator,
     ExpertsCandidate,
+    MergedCandidate,
     ModulatedCandidate,
+    PurifiedExpertsCandidate,
     SuiteData,
+    TaskScore,
 )
 from pave_lightning.evaluation.scale_search import ScaleSearcher
 from pave_lightning.experts.fitting import fit_expert, save_expert
@@ -34,10 +40,11 @@ from pave_lightning.experts.trainers import (
     quiet_lightning,
 )
 from pave_lightning.launching import Launcher, is_rank_zero
-from pave_lightning.merging import Modulator, make_method, merge
+from pave_lightning.merging import MergeMethod, Modulator, make_method, merge
 from pave_lightning.merging.folders import MergeContext, write_merged
+from pave_lightning.merging.running import MergedVectors
 from pave_lightning.purification import PurifiedTaskVectors, StoredPurification, write_purified
-from pave_lightning.recipe import MergeStep, Purify, Recipe, ScaleSearch, Task, Vectors
+from pave_lightning.recipe import AUTO_RATIOS, Capture, MergeStep, Purify, Recipe, ScaleSearch, Task, Vectors
 from pave_lightning.run_folder import Manifest, RunFolder, StageWriter
 from pave_lightning.stages import Stage, Stages, existing_folder, expert_digest, short_digest
 from pave_lightning.statistics import TaskStatistics
@@ -57,6 +64,32 @@ log = logging.getLogger("pave_lightning")
 STATISTICS_FILE = "moments.safetensors"
 
 
+@dataclass(frozen=True)
+class MergeChoice:
+    """A merge step with everything chosen.
+
+    Attributes:
+        method: the rule.
+        source: the task vectors it is run on.
+        scale: what the merged task vector is multiplied with; None for rules without a scale.
+        merged: the merge result, where it was computed in choosing.
+        average: its normalised average on validation data; NaN where it was not scored.
+        facts: what was chosen and what was tried, as plain JSON values.
+    """
+
+    method: MergeMethod
+    source: TaskVectors
+    scale: float | None
+    merged: MergedVectors | None
+    average: float
+    facts: dict[str, Any]
+
+    def candidate(self) -> Candidate:
+        """The merged model, in memory."""
+        merged = self.merged if self.merged is not None else merge(self.method, self.source)
+        return MergedCandidate(self.source, merged, 1.0 if self.scale is None else self.scale)
+
+
 class Workflow:
     """The stages of one recipe. Each looks first whether its result is there and was made from the same inputs.
 
@@ -65,12 +98,19 @@ class Workflow:
         folder: where results are kept.
         tracker: the MLflow record; None in processes that are not rank zero.
         launcher: starts a stage in processes of its own where its trainer is distributed; None inside such a process.
+        label: what the names of its runs in MLflow begin with.
     """
 
     def __init__(
-        self, recipe: Recipe, folder: RunFolder, tracker: Tracker | None = None, launcher: Launcher | None = None
+        self,
+        recipe: Recipe,
+        folder: RunFolder,
+        tracker: Tracker | None = None,
+        launcher: Launcher | None = None,
+        label: str = "",
     ) -> None:
         self.recipe, self.folder, self.tracker, self.launcher = recipe, folder, tracker, launcher
+        self.label = label
         self.stages = Stages(recipe, folder)
         self.base_folder = locate_model(recipe.base, role="base")
 
@@ -95,6 +135,12 @@ class Workflow:
             return self._take_in(task, stage)
         if self._elsewhere("fit", task, stage):
             return None
+        with self._sharing(stage) as needed:
+            if needed:
+                self._fit(task, stage)
+        return None
+
+    def _fit(self, task: Task, stage: Stage) -> None:
         training = self.folder.root / "training" / task.name
         with self._doing(f"fit {task.name}"):
             run = self._child(f"expert:{task.name}", "fit", {"task": _described(task), "seed": self.recipe.seed})
@@ -114,7 +160,6 @@ class Workflow:
                 shutil.rmtree(training, ignore_errors=True)
                 self._log(run, metrics)
                 self._end(run)
-        return None
 
     def _take_in(self, task: Task, stage: Stage) -> None:
         """Check a checkpoint that exists; merge an adapter into the base; otherwise only note where it is."""
@@ -137,13 +182,21 @@ class Workflow:
             return self._already(stage)
         if self._elsewhere("capture", task, stage):
             return None
+        with self._sharing(stage) as needed:
+            if needed:
+                self._capture(task, stage)
+        return None
+
+    def _capture(self, task: Task, stage: Stage) -> None:
         options = self.recipe.capture
         with self._doing(f"capture {task.name}"):
             module = TaskExpert(load_expert(self._expert_folder(task.name), task), task)
-            data = self._data(task, options.batch_size)
             callback = PaveCallback(
                 backbone=f"model.{module.model.base_model_prefix}",
                 moments=options.moments,
+                rows=options.rows,
+                convolutions=options.convolutions,
+                seed=self.recipe.seed,
                 metadata={"task": task.name, "expert": expert_digest(self.stages.finished(self.stages.expert(task)))},
             )
             with quiet_lightning(), honest_interrupts():
@@ -153,7 +206,7 @@ class Workflow:
                     callbacks=[callback],
                     precision=options.precision,
                 )
-                shown = _CaptureData(data, options.examples, self.recipe.seed)
+                shown = _CaptureData(self._data(task, options.batch_size), options, self.recipe.seed)
                 trainer.validate(module, datamodule=shown, verbose=False)
             statistics = callback.statistics
             if is_rank_zero():
@@ -164,28 +217,31 @@ class Workflow:
                 run = self._child(f"expert:{task.name}", "fit", {})
                 self._log(run, {f"capture/{name}": float(value) for name, value in facts.items()})
                 self._end(run)
-        return None
 
     # ---- purify ----------------------------------------------------------------------------------------------------
 
     def purify(self, options: Purify) -> Manifest:
-        """Purify the experts' linear weights once for every merge step that asks for the same."""
+        """Purify the experts' matrix weights once for every merge step that asks for the same."""
         stage = self.stages.purified(options)
         found = self.stages.current(stage)
         if found is None:
-            with self._doing(f"purify (rho {options.rho:g})"), self._writing(stage) as writer:
-                statistics = {
-                    task.name: TaskStatistics.load(
-                        self.folder.path(self.stages.statistics(task).name) / STATISTICS_FILE
-                    )
-                    for task in self.recipe.tasks
-                }
-                vectors = PurifiedTaskVectors(self.plain, statistics, options)
+            with self._doing(f"purify ({options.summary})"), self._writing(stage) as writer:
+                vectors = PurifiedTaskVectors(self.plain, self.statistics, options, self.recipe.compute)
                 write_purified(vectors, writer.path)
                 writer.result["ranks"] = [[r.task, r.layer, r.rank, r.full] for r in vectors.ranks.values()]
                 writer.result["untouched"] = [[*key, reason] for key, reason in vectors.untouched.items()]
             found = self.stages.finished(stage)
         return found
+
+    def purified(self, options: Purify) -> TaskVectors:
+        """Purified task vectors; the plain ones for a ratio of 1, which leaves every expert as it is."""
+        if options.rho == 1:
+            return self.plain
+        self.purify(options)
+        folder = self.folder.path(self.stages.purified(options).name)
+        prefix = self._architecture.prefix
+        tasks = [name for name in self.plain.tasks if (folder / name).is_dir()]
+        return StoredPurification(self.plain, {name: Checkpoint(folder / name, prefix) for name in tasks})
 
     # ---- merge -----------------------------------------------------------------------------------------------------
 
@@ -194,31 +250,61 @@ class Workflow:
         stage = self.stages.merged(step, vectors)
         if self.stages.current(stage) is not None:
             return self._already(stage)
-        source = self.plain if vectors == "plain" else self._purified(step.purify)
-        method = make_method(step.method, step.options)
         run = self._child(f"merge:{step.name}:{vectors}", "merge", merge_params(step, vectors))
         with self._doing(f"merge {step.name} ({vectors})"), self._writing(stage) as writer:
-            scale, merged = step.scale if step.scale is not None else method.default_scale, None
-            facts: dict[str, Any] = {"vectors": vectors, "options": method.options.model_dump()}
-            if isinstance(scale, ScaleSearch):
-                merged = merge(method, source).vectors
-                found = self._scale_searcher.best(source, merged, scale)
-                scale, facts["search"] = float(found["scale"]), found["tried"]
-            facts["scale"] = scale
+            chosen = self.choose(step, vectors)
+            facts = {"vectors": vectors, "options": chosen.method.options.model_dump(), **chosen.facts}
             context = MergeContext(self.recipe.base, self._base, self._experts, self._architecture, facts)
-            write_merged(writer.path, method, source, scale, context, merged=merged)
-            writer.result.update(facts, form=method.form)
-        if scale is not None:
-            self._log(run, {"scale": float(scale)})
+            merged = None if chosen.merged is None else chosen.merged.vectors
+            write_merged(writer.path, chosen.method, chosen.source, chosen.scale, context, merged=merged)
+            writer.result.update(facts, form=chosen.method.form)
+        numbers = {name: facts[name] for name in ("scale", "rho") if isinstance(facts.get(name), float)}
+        self._log(run, numbers)
         self._end(run)
         return None
 
-    def _purified(self, options: Purify) -> TaskVectors:
-        self.purify(options)
-        folder = self.folder.path(self.stages.purified(options).name)
-        prefix = self._architecture.prefix
-        tasks = [name for name in self.plain.tasks if (folder / name).is_dir()]
-        return StoredPurification(self.plain, {name: Checkpoint(folder / name, prefix) for name in tasks})
+    def choose(self, step: MergeStep, vectors: Vectors) -> MergeChoice:
+        """What a merge step comes to once ratio and scale are chosen on validation data, where the recipe leaves them.
+
+        Raises:
+            PaveError: nothing that was tried gives finite scores.
+        """
+        if vectors == "plain":
+            return self._chosen_scale(step, self.plain, scored=False)
+        if step.purify.rho != "auto":
+            chosen = self._chosen_scale(step, self.purified(step.purify), scored=False)
+            return replace(chosen, facts={**chosen.facts, "rho": step.purify.rho})
+        tried: list[tuple[float, MergeChoice]] = []
+        for rho in AUTO_RATIOS:
+            source = self.purified(step.purify.model_copy(update={"rho": rho}))
+            tried.append((rho, self._chosen_scale(step, source, scored=True)))
+            log.info("  rho %.4g: %.4f of the experts on validation", rho, tried[-1][1].average)
+        usable = [entry for entry in tried if math.isfinite(entry[1].average)]
+        if not usable:
+            raise PaveError(f"merge step '{step.name}': no ratio gives finite scores on the validation splits")
+        rho, best = max(usable, key=lambda entry: (entry[1].average, entry[0]))
+        search = [[ratio, choice.scale, choice.average] for ratio, choice in tried]
+        return replace(best, facts={**best.facts, "rho": rho, "rho_search": search})
+
+    def _chosen_scale(self, step: MergeStep, source: TaskVectors, *, scored: bool) -> MergeChoice:
+        """The merge with its scale; with its validation score where the scale is searched or ``scored`` asks for it."""
+        options = dict(step.options)
+        method = make_method(step.method, options)
+        if "seed" in type(method.options).model_fields and options.get("seed") is None:
+            method = make_method(step.method, {**options, "seed": self.recipe.seed})
+        scale = step.scale if step.scale is not None else method.default_scale
+        if isinstance(scale, ScaleSearch):
+            merged = merge(method, source)
+            found = self._scale_searcher.best(source, merged, scale)
+            facts = {"scale": float(found["scale"]), "search": found["tried"]}
+            return MergeChoice(method, source, facts["scale"], merged, found["average"], facts)
+        if not scored:
+            return MergeChoice(method, source, scale, None, math.nan, {"scale": scale})
+        merged = merge(method, source)
+        candidate = MergedCandidate(source, merged, 1.0 if scale is None else scale)
+        return MergeChoice(
+            method, source, scale, merged, self._scale_searcher.average(candidate, None), {"scale": scale}
+        )
 
     @cached_property
     def _scale_searcher(self) -> ScaleSearcher:
@@ -227,7 +313,7 @@ class Workflow:
             self._evaluator,
             ExpertsCandidate(self._experts),
             data=lambda task: self._data(task, self.recipe.evaluate.batch_size),
-            options={**machine_options(self.recipe.trainer), "devices": 1, "num_nodes": 1, "strategy": "auto"},
+            options=self._one_process,
             precision=self.recipe.evaluate.precision,
             root=self.folder.root,
         )
@@ -239,35 +325,46 @@ class Workflow:
         waiting = [stage.begun() for stage in self.stages.scores() if self.stages.current(stage) is None]
         if not waiting or self._elsewhere("evaluate", None, *waiting):
             return
-        data = SuiteData([self._data(t, self.recipe.evaluate.batch_size) for t in self.recipe.tasks], "test")
         for stage in waiting:
             name = stage.name.partition("/")[2]
             with self._doing(f"evaluate {name}"):
-                with quiet_lightning():
-                    trainer = build_trainer(
-                        machine_options(self.recipe.trainer),
-                        root=self.folder.root,
-                        precision=self.recipe.evaluate.precision,
-                    )
-                scores = self._evaluator.score(self._candidate(name), data, trainer)
+                scores = self.score(self._candidate(name))
                 if is_rank_zero():
                     with self._writing(stage) as writer:
-                        writer.result["scores"] = {
-                            task: {"metrics": score.metrics, "examples": score.examples}
-                            for task, score in scores.items()
-                        }
+                        writer.result["scores"] = plain_scores(scores)
+
+    def score(self, candidate: Candidate, *, alone: bool = False) -> dict[str, TaskScore]:
+        """A candidate's scores on all test splits; ``alone`` in this process, whatever the trainer asks for."""
+        data = SuiteData([self._data(t, self.recipe.evaluate.batch_size) for t in self.recipe.tasks], "test")
+        with quiet_lightning():
+            trainer = build_trainer(
+                self._one_process if alone else machine_options(self.recipe.trainer),
+                root=self.folder.root,
+                precision=self.recipe.evaluate.precision,
+            )
+        return self._evaluator.score(candidate, data, trainer)
+
+    def purified_experts(self, options: Purify) -> Candidate:
+        """Every expert with its own purified weights, not merged."""
+        return PurifiedExpertsCandidate(self._experts, self.purified(options))
 
     def _candidate(self, name: str) -> Candidate:
         if name == "base":
             return CheckpointCandidate(self._base)
         if name == "experts":
             return ExpertsCandidate(self._experts)
+        if name in self.stages.purified_expert_scores():
+            return self.purified_experts(self.stages.purified_expert_scores()[name])
         folder = self.folder.path(f"merged/{name}")
         checkpoint = Checkpoint(folder, self._architecture.prefix)
         if not (folder / "modulators").is_dir():
             return CheckpointCandidate(checkpoint)
         modulators = {t.name: Modulator(folder / "modulators" / f"{t.name}.safetensors") for t in self.recipe.tasks}
         return ModulatedCandidate(self._base, checkpoint, modulators)
+
+    def untouched(self) -> tuple[Candidate, Candidate]:
+        """The base and the experts, as they are."""
+        return CheckpointCandidate(self._base), ExpertsCandidate(self._experts)
 
     # ---- what stages share -----------------------------------------------------------------------------------------
 
@@ -285,6 +382,14 @@ class Workflow:
         return {task.name: Checkpoint(self._expert_folder(task.name), prefix) for task in self.recipe.tasks}
 
     @cached_property
+    def statistics(self) -> dict[str, TaskStatistics]:
+        """What each task's expert saw, read lazily."""
+        return {
+            task.name: TaskStatistics.load(self.folder.path(self.stages.statistics(task).name) / STATISTICS_FILE)
+            for task in self.recipe.tasks
+        }
+
+    @cached_property
     def plain(self) -> TaskVectors:
         """The plain task vectors of all finished experts."""
         self.stages.expert_digests()
@@ -296,8 +401,12 @@ class Workflow:
             return Evaluator(self.recipe.tasks, self._experts, self._base)
 
     @property
+    def _one_process(self) -> dict[str, Any]:
+        return {**machine_options(self.recipe.trainer), "devices": 1, "num_nodes": 1, "strategy": "auto"}
+
+    @property
     def _cache(self) -> Path:
-        return self.folder.root / "data"
+        return self.folder.data
 
     def _data(self, task: Task, batch_size: int) -> TaskDataModule:
         return TaskDataModule(
@@ -325,6 +434,15 @@ class Workflow:
             self.stages.finished(stage)
         return True
 
+    @contextmanager
+    def _sharing(self, stage: Stage) -> Iterator[bool]:
+        """Hold a stage that other recipes share; whether it is still needed then."""
+        with self.folder.claimed(stage.name):
+            needed = self.stages.current(stage) is None
+            if not needed:
+                self._already(stage)
+            yield needed
+
     def _writing(self, stage: Stage) -> AbstractContextManager[StageWriter]:
         return self.folder.writing(stage.name, stage.inputs())
 
@@ -339,7 +457,9 @@ class Workflow:
         log.info("%s done in %.1f s", what, time.monotonic() - start)
 
     def _child(self, name: str, stage: str, params: dict[str, Any]) -> str:
-        return self.tracker.child(name, stage=stage, params=params) if self.tracker is not None else ""
+        if self.tracker is None:
+            return ""
+        return self.tracker.child(f"{self.label}{name}", stage=stage, params=params)
 
     def _end(self, run: str) -> None:
         if self.tracker is not None and run:
@@ -351,20 +471,28 @@ class Workflow:
 
 
 class _CaptureData(SuiteData):
-    """The examples of the training split that are shown to an expert for capture."""
+    """The examples that are shown to an expert for capture."""
 
-    def __init__(self, module: TaskDataModule, examples: int, seed: int) -> None:
+    def __init__(self, module: TaskDataModule, options: Capture, seed: int) -> None:
         super().__init__([module], "validation")
-        self.examples, self.seed = examples, seed
+        self.options, self.seed = options, seed
 
     def prepare_data(self) -> None:
         """Tokenise the training split if it is not tokenised yet."""
-        self.modules[0].dataset("train")
+        if self.options.source == "train":
+            self.modules[0].dataset("train")
 
     def val_dataloader(self) -> Any:
         """A seeded sample, every example once over all processes."""
-        self.modules[0].trainer = self.trainer
-        return self.modules[0].capture_dataloader(self.examples, self.modules[0].batch_size, self.seed)
+        module = self.modules[0]
+        module.trainer = self.trainer
+        make = module.capture_dataloader if self.options.source == "train" else module.random_token_dataloader
+        return make(self.options.examples, self.options.batch_size, self.seed)
+
+
+def plain_scores(scores: Mapping[str, TaskScore]) -> dict[str, Any]:
+    """Scores as plain JSON values."""
+    return {task: {"metrics": score.metrics, "examples": score.examples} for task, score in scores.items()}
 
 
 def merge_params(step: MergeStep, vectors: Vectors) -> dict[str, Any]:

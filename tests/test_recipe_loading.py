@@ -198,7 +198,7 @@ WRONG = [
     ("training: {learning_rat: 1}", ["training.learning_rat: unknown key; did you mean 'learning_rate'?"]),
     ("training: {lora: {rnk: 1}}", ["training.lora.rnk: unknown key; did you mean 'rank'?"]),
     ("examples: {valid: 5}", ["examples.valid: unknown key; did you mean 'validation'?"]),
-    ("evaluate: {zzz: 5}", ["evaluate.zzz: unknown key; known are: batch_size, precision"]),
+    ("evaluate: {zzz: 5}", ["evaluate.zzz: unknown key; known are: batch_size, precision, purified_experts"]),
     ("learning_rate: 3", ["learning_rate: unknown key; it belongs under 'training'"]),
     ("training: {rho: 1}", ["training.rho: unknown key; it belongs under 'purify'"]),
     ("vectors: [plain]", ["vectors: unknown key; it belongs under 'merge.N'"]),
@@ -221,8 +221,8 @@ WRONG = [
     ("capture: {examples: 1e3}", ["capture.examples: must be a whole number, at least 1, found 1000.0; write 1000"]),
     ("purify: {rho: 1.5}", ["purify.rho: 1.5 is outside (0, 1]"]),
     ("purify: {rho: 0}", ["purify.rho: 0 is outside (0, 1]"]),
-    ("purify: {rho: true}", ["purify.rho: must be a number in (0, 1], found true"]),
-    ("purify: {rho: '0.5'}", ["purify.rho: must be a number in (0, 1], found '0.5'; leave the quotes out"]),
+    ("purify: {rho: true}", ["purify.rho: must be a number in (0, 1], or auto, found true"]),
+    ("purify: {rho: '0.5'}", ["purify.rho: must be a number in (0, 1], or auto, found '0.5'; leave the quotes out"]),
     ("purify: {rho: .nan}", ["purify.rho: must be a finite number, found .nan"]),
     ("purify: {damping: -0.1}", ["purify.damping: must be at least 0, found -0.1"]),
     ("training: {learning_rate: 0}", ["training.learning_rate: must be above 0, found 0"]),
@@ -240,7 +240,7 @@ WRONG = [
     ("tracking: {upload_models: yes}", ["tracking.upload_models: must be true or false, found 'yes'"]),
     ("purify: {metric: covarianc}", ["purify.metric: 'covarianc' is not allowed; did you mean 'covariance'?"]),
     ("purify: {metric: zzz}", ["purify.metric: 'zzz' is not allowed; known are: covariance, root, identity"]),
-    ("capture: {moments: true}", ["capture.moments: true is not allowed; known are: smallest, input"]),
+    ("capture: {moments: true}", ["capture.moments: true is not allowed; known are: smallest, input, output"]),
     # sections and lists
     (
         "training: 5",
@@ -249,7 +249,7 @@ WRONG = [
     (
         "capture:",
         [
-            "capture: must be a mapping with keys such as examples, batch_size, moments, found nothing; "
+            "capture: must be a mapping with keys such as examples, batch_size, source, found nothing; "
             "give it a value or leave the key out"
         ],
     ),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -13,76 +14,103 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from pave_lightning.callbacks.sampling import RowSampler
 from pave_lightning.errors import PaveError
-from pave_lightning.statistics import LayerMoment, SecondMoment
+from pave_lightning.statistics import LayerMoment, MomentKind, SecondMoment
 from pave_lightning.statistics.second_moment import float32_products_are_exact, full_precision
 
-Moments = Literal["smallest", "input"]
+Moments = Literal["smallest", "input", "output"]
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def linear_layers(backbone: nn.Module) -> dict[str, nn.Module]:
-    """All `torch.nn.Linear` and transformers `Conv1D` modules below a module, by their dotted name relative to it.
+def matrix_layers(backbone: nn.Module, *, convolutions: bool = False) -> dict[str, list[nn.Module]]:
+    """All modules below a module that multiply their input with one weight matrix, by their dotted name relative to it.
 
-    A module that is registered twice is listed once. Names leave out the wrapper that torch.compile puts in.
+    These are `torch.nn.Linear`, transformers' `Conv1D`, `torch.nn.MultiheadAttention` for its fused projection, and, on
+    demand, convolutions that are matrix products of non-overlapping patches. A module that is registered twice is
+    listed once, and modules that hold the same weight are listed together under the name of the first. Names leave out
+    the wrapper that torch.compile puts in.
 
     Args:
         backbone: the module to search, without itself.
+        convolutions: whether to list convolutions.
 
     Returns:
-        name -> module, in the order of `torch.nn.Module.named_modules`.
+        name -> the modules that hold its weight, in the order of `torch.nn.Module.named_modules`.
     """
-    kinds = _linear_types()
-    return {
-        ".".join(part for part in name.split(".") if part != "_orig_mod"): module
-        for name, module in backbone.named_modules()
-        if name and isinstance(module, kinds) and cast(Tensor, module.weight).is_floating_point()
-    }
+    layers: dict[str, list[nn.Module]] = {}
+    names: dict[int, str] = {}
+    for path, module in backbone.named_modules():
+        attribute = _weight_of(module, convolutions)
+        if not path or attribute is None or not cast(Tensor, getattr(module, attribute)).is_floating_point():
+            continue
+        own_name = ".".join(part for part in path.split(".") if part != "_orig_mod")
+        # A parametrised weight is made anew each time it is asked for, so it cannot be told by its identity.
+        parameter = dict(module.named_parameters(recurse=False)).get(attribute)
+        name = own_name if parameter is None else names.setdefault(id(parameter), own_name)
+        layers.setdefault(name, []).append(module)
+    return layers
 
 
 class LinearObserver:
     """Accumulates one second moment for each linear layer, from forward hooks.
 
-    Call `begin_batch` before each forward pass and `remove` when done. Nothing is kept of a batch but the sums.
+    Call `begin_batch` before each forward pass and `remove` when done. Nothing is kept of a batch but the sums, or the
+    rows of layers that have counted fewer than they are wide.
 
     Args:
-        layers: name -> linear module.
-        moments: ``"smallest"`` takes the cross moment for layers with ``d_in > d_out``; ``"input"`` takes the input
-            covariance for all.
+        layers: name -> the modules that hold its weight, from `matrix_layers`.
+        moments: ``"smallest"`` takes the cross moment for layers with ``d_in > d_out``, ``"output"`` the output moment;
+            ``"input"`` takes the input covariance for all.
+        sampler: which rows to count; None counts all.
         share_inputs: whether layers that are given the same tensor object share one covariance.
+        keep_rows: whether layers that have counted fewer rows than they are wide keep the rows.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module], moments: Moments, *, share_inputs: bool = True) -> None:
+    def __init__(
+        self,
+        layers: Mapping[str, Sequence[nn.Module]],
+        moments: Moments,
+        *,
+        sampler: RowSampler | None = None,
+        share_inputs: bool = True,
+        keep_rows: bool = True,
+    ) -> None:
         self._share_inputs = share_inputs
-        self._layers = {name: _ObservedLayer(name, module, moments) for name, module in layers.items()}
-        # id of an input -> the input, and who has already added it on which of its calls
-        self._added: dict[int, tuple[weakref.ref[Tensor], list[tuple[_ObservedLayer, int]]]] = {}
-        self._mask_shapes: tuple[tuple[int, ...], ...] = ()
-        self._kept: Tensor | None = None
+        self._sampler = sampler or RowSampler(None)
+        self._batch = 0
+        self._layers = {name: _ObservedLayer(name, group[0], moments, keep_rows) for name, group in layers.items()}
+        # id of an input, and how it is cut into rows -> the input, and who has already added it on which of its calls
+        self._added: dict[tuple[int, object], tuple[weakref.ref[Tensor], list[tuple[_ObservedLayer, int]]]] = {}
         self._handles: list[RemovableHandle] = [
-            layer.module.register_forward_hook(partial(self._observe, layer), with_kwargs=True)
-            for layer in self._layers.values()
+            module.register_forward_hook(partial(self._observe, self._layers[name]), with_kwargs=True)
+            for name, group in layers.items()
+            for module in group
         ]
 
-    def begin_batch(self, mask: Tensor | None) -> None:
+    def begin_batch(self, mask: Tensor | None, batch: int = 0, loader: int = 0) -> None:
         """Forget the last batch's inputs and take the padding mask of the next.
 
         Args:
             mask: shape ``(B, L)``, true or non-zero where a token is real; None when all rows count.
+            batch: number of the batch in its dataloader.
+            loader: number of the dataloader.
         """
         self._added.clear()
-        self._kept, self._mask_shapes = None, ()
-        if mask is not None:
-            kept = mask.reshape(-1).nonzero().squeeze(1)
-            if len(kept) < mask.numel():
-                self._kept, self._mask_shapes = kept, (tuple(mask.shape), (mask.numel(),))
+        self._batch += 1
+        self._sampler.begin_batch(mask, batch, loader)
+
+    def end_batch(self) -> None:
+        """Let go of the batch."""
+        self._added.clear()
+        self._sampler.end_batch()
 
     def remove(self) -> None:
         """Take the hooks off again and let go of the last batch."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._added.clear()
-        self._kept = None
+        self.end_batch()
 
     def reduce(self, device: torch.device) -> None:
         """Add up what all processes have seen; does nothing without torch.distributed.
@@ -133,70 +161,100 @@ class LinearObserver:
 
     @torch.no_grad()
     def _observe(
-        self, layer: _ObservedLayer, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+        self, layer: _ObservedLayer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:  # anything else returned by a forward hook would replace the layer's output
-        inputs: Tensor = args[0] if args else next(iter(kwargs.values()))
+        inputs = _input_of(module, args, kwargs)
+        if inputs is None:
+            return None
         call, layer.calls = layer.calls, layer.calls + 1
-        if layer.is_cross:
-            rows, outputs = self._rows(inputs), self._rows(output)
-            layer.ensure_moment(rows.device).update(rows, layer.without_bias(rows, outputs))
-            return
+        if layer.kind != "input":
+            return self._add(layer, module, inputs, output)
         # An input cannot have changed in between: trainable linear layers forbid it, they need it for their gradient.
-        reference, added = self._added.get(id(inputs), (None, []))
+        key = (id(inputs), _cut(module))
+        reference, added = self._added.get(key, (None, []))
         if reference is None or reference() is not inputs:
             added = []
-            self._added[id(inputs)] = (weakref.ref(inputs), added)
+            self._added[key] = (weakref.ref(inputs), added)
         if layer.owner is None and self._share_inputs:
             layer.owner = next((owner for owner, number in added if number == call == 0), None)
         if layer.owner is None or layer.owner is layer:
-            rows = self._rows(inputs)
-            layer.ensure_moment(rows.device).update(rows)
+            self._add(layer, module, inputs, output)
             added.append((layer, call))
         elif (layer.owner, call) not in added:
             raise PaveError(_unequal_inputs(layer.name, layer.owner.name))
+        return None
 
-    def _rows(self, tensor: Tensor) -> Tensor:
-        """Rows of real tokens, shape ``(n, width)``, float32."""
-        rows = tensor.detach().reshape(-1, tensor.shape[-1])
-        if self._kept is not None and tensor.shape[:-1] in self._mask_shapes:
-            rows = rows.index_select(0, self._kept.to(rows.device))
-        return rows
+    def _add(self, layer: _ObservedLayer, module: nn.Module, inputs: Tensor, output: Any) -> None:
+        """Count the rows of one call."""
+        moment = layer.ensure_moment(inputs.device)
+        call = layer.begin_call(self._batch)
+        tensor, axes = _as_rows(module, inputs.detach())
+        index, seen = self._sampler.choose(
+            tuple(tensor.shape[:axes]), self._sampler.allowance(layer.counted), call, layer.expected_calls
+        )
+        if layer.kind == "input":
+            return moment.update(_selected(tensor, axes, index), seen=seen)
+        if layer.outputs_are_exact(module, output):
+            outputs = _selected(output, output.ndim - 1, index)
+            bias = module.bias
+            outputs = outputs - bias if isinstance(bias, Tensor) else outputs
+            rows = None if layer.kind == "output" else _selected(tensor, axes, index)
+        else:
+            rows = _selected(tensor, axes, index)
+            with full_precision(rows.device.type):
+                outputs = nn.functional.linear(rows.float(), layer.matrix(module).float())
+        return moment.update(rows if layer.kind == "cross" else None, outputs, seen=seen)
 
 
 class _ObservedLayer:
-    """One linear layer, what it has seen, and whose input it shares."""
+    """One weight matrix, what it has seen, and whose input it shares."""
 
-    def __init__(self, name: str, module: nn.Module, moments: Moments) -> None:
+    def __init__(self, name: str, module: nn.Module, moments: Moments, keep_rows: bool) -> None:
         self.name = name
-        self.module = module
-        self.is_transposed = not isinstance(module, nn.Linear)
-        height, width = self.weight.shape
-        self.in_features, self.out_features = (height, width) if self.is_transposed else (width, height)
-        self.is_cross = moments == "smallest" and self.in_features > self.out_features
+        self.out_features, self.in_features = self.matrix(module).shape
+        narrows = self.in_features > self.out_features
+        kinds: dict[Moments, MomentKind] = {"smallest": "cross", "output": "output", "input": "input"}
+        self.kind: MomentKind = kinds[moments] if narrows else "input"
+        self.keep_rows = keep_rows
         self.calls = 0
         self.owner: _ObservedLayer | None = None
         self.moment: SecondMoment | None = None
+        # How many rows it had counted when the batch began, and its calls in this batch and the last that reached it.
+        self.counted = 0
+        self.expected_calls = 1
+        self._batch = self._batch_calls = 0
 
-    @property
-    def weight(self) -> Tensor:
+    @staticmethod
+    def matrix(module: nn.Module) -> Tensor:
+        """The weight as ``(d_out, d_in)``."""
         # Looked up each time: a parametrised or converted module makes its weight anew.
-        return cast(Tensor, self.module.weight)
+        weight = cast(Tensor, module.in_proj_weight if isinstance(module, nn.MultiheadAttention) else module.weight)
+        return weight.T if _is_transposed(module) else weight.reshape(len(weight), -1)
 
     def ensure_moment(self, device: torch.device) -> SecondMoment:
         if self.moment is None:
-            out_features = self.out_features if self.is_cross else None
-            self.moment = SecondMoment(self.in_features, out_features, device=device)
+            out_features = None if self.kind == "input" else self.out_features
+            self.moment = SecondMoment(
+                self.in_features, out_features, kind=self.kind, keep_rows=self.keep_rows, device=device
+            )
             self.owner = self
         return self.moment
 
-    def without_bias(self, rows: Tensor, outputs: Tensor) -> Tensor:
-        """``W x`` for each row in float32, from the layer's own outputs where they are exact enough."""
-        bias = self.module.bias
-        if outputs.dtype.itemsize >= torch.float32.itemsize and float32_products_are_exact():
-            return outputs - bias if isinstance(bias, Tensor) else outputs
-        weight = self.weight.float()
-        with full_precision(rows.device.type):
-            return nn.functional.linear(rows.float(), weight.T if self.is_transposed else weight)
+    def begin_call(self, batch: int) -> int:
+        """How many calls there were before in the batch."""
+        if batch != self._batch:
+            self.expected_calls = max(1, self._batch_calls)
+            self.counted = 0 if self.moment is None else self.moment.rows
+            self._batch, self._batch_calls = batch, 0
+        self._batch_calls += 1
+        return self._batch_calls - 1
+
+    @staticmethod
+    def outputs_are_exact(module: nn.Module, output: Any) -> bool:
+        """Whether a layer's own outputs are float32 products. Convolutions have switches of their own for TF32."""
+        is_linear = not isinstance(module, CONVOLUTIONS)
+        wide = isinstance(output, Tensor) and output.dtype.itemsize >= torch.float32.itemsize
+        return is_linear and wide and float32_products_are_exact()
 
     def out_of_step(self) -> str | None:
         """What is wrong when this layer has not been called as often as the one whose input it shares."""
@@ -212,10 +270,76 @@ def _unequal_inputs(name: str, owner: str) -> str:
     )
 
 
-def _linear_types() -> tuple[type[nn.Module], ...]:
-    """The classes to hook into. A model that holds a Conv1D has imported transformers, so this need not."""
-    module = sys.modules.get("transformers.pytorch_utils")
-    return (nn.Linear,) if module is None else (nn.Linear, module.Conv1D)
+def _weight_of(module: nn.Module, convolutions: bool) -> str | None:
+    """Name of the weight by which a module multiplies its input as one matrix; None for all other modules."""
+    if isinstance(module, nn.Linear) or _is_transposed(module):
+        return "weight"
+    if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
+        return "in_proj_weight"
+    if convolutions and isinstance(module, CONVOLUTIONS):
+        from pave_lightning.weights.parameters import is_matrix_convolution
+
+        return "weight" if is_matrix_convolution(module) else None
+    return None
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    """Whether it is a Conv1D of transformers. A model that holds one has imported transformers, so this need not."""
+    transformers = sys.modules.get("transformers.pytorch_utils")
+    return transformers is not None and isinstance(module, transformers.Conv1D)
+
+
+def _input_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """What a module's weight matrix is multiplied with; None for attention between different tensors."""
+    if not isinstance(module, nn.MultiheadAttention):
+        found: Tensor = args[0] if args else next(iter(kwargs.values()))
+        return found
+    given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+    query: Tensor = given["query"]
+    return query if query is given["key"] and query is given["value"] else None
+
+
+def _cut(module: nn.Module) -> object:
+    """How a module cuts its input into rows: layers with the same input share a moment only if they agree in it."""
+    if isinstance(module, CONVOLUTIONS):
+        return module.kernel_size, module.stride
+    return isinstance(module, nn.MultiheadAttention) and not module.batch_first
+
+
+def _as_rows(module: nn.Module, inputs: Tensor) -> tuple[Tensor, int]:
+    """A view of an input whose first axes count its rows, batch first, and the number of these axes."""
+    if isinstance(module, CONVOLUTIONS):
+        return _patches(module, inputs)
+    if isinstance(module, nn.MultiheadAttention) and not module.batch_first and inputs.ndim == 3:
+        inputs = inputs.transpose(0, 1)
+    return inputs, inputs.ndim - 1
+
+
+def _patches(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, inputs: Tensor) -> tuple[Tensor, int]:
+    """Patches of a matrix convolution, shape ``(B, *places, C, *kernel)``, and the number of axes before ``C``."""
+    axes = len(module.kernel_size)
+    patches = inputs if inputs.ndim == axes + 2 else inputs.unsqueeze(0)
+    for axis, (size, step) in enumerate(zip(module.kernel_size, module.stride, strict=True)):
+        at = 2 + 2 * axis
+        if size == 1:
+            patches = patches[(slice(None),) * at + (slice(None, None, step),)].unsqueeze(at + 1)
+        else:
+            places = patches.shape[at] // size
+            shape = patches.shape
+            patches = patches.narrow(at, 0, places * size).reshape(*shape[:at], places, size, *shape[at + 1 :])
+    order = [0, *range(2, 2 + 2 * axes, 2), 1, *range(3, 3 + 2 * axes, 2)]
+    return patches.permute(order), 1 + axes
+
+
+def _selected(tensor: Tensor, axes: int, index: Tensor | None) -> Tensor:
+    """The chosen rows of a tensor whose first axes count its rows, shape ``(n, width)``."""
+    width = math.prod(tensor.shape[axes:])
+    if index is None:
+        return tensor.reshape(-1, width)
+    index = index.to(tensor.device)
+    if tensor.is_contiguous():
+        return tensor.reshape(-1, width).index_select(0, index)
+    return tensor[torch.unravel_index(index, tensor.shape[:axes])].reshape(-1, width)
 
 
 def _gather(value: tuple[dict[str, str], str | None]) -> list[tuple[dict[str, str], str | None]]:

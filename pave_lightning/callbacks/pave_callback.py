@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DistributedSampler
 
-from pave_lightning.callbacks.observation import LinearObserver, Moments, linear_layers
+from pave_lightning.callbacks.observation import LinearObserver, Moments, matrix_layers
+from pave_lightning.callbacks.sampling import RowSampler
 from pave_lightning.errors import PaveError, nearest
 from pave_lightning.statistics import TaskStatistics
 
@@ -26,16 +27,29 @@ class PaveCallback(L.Callback):
 
     These are the statistics by which PAVE purifies an expert's task vector (An, Yang, Torr, Ghanem, "Purifying Task
     Vectors in Knowledge-Aware Subspace for Model Merging", arXiv 2510.14697). Any LightningModule will do: the callback
-    needs nothing of it but that its forward pass goes through `torch.nn.Linear` or transformers' `Conv1D` modules.
+    needs nothing of it but that its forward pass goes through modules of the kinds below.
+
+    Captured are `torch.nn.Linear`, transformers' `Conv1D`, the fused projection of `torch.nn.MultiheadAttention` where
+    query, key and value are the same tensor (under the name of the attention module), and on demand convolutions of
+    non-overlapping patches. Layers that hold the same weight have one moment, under the name of the first; so has a
+    layer that is called several times.
 
     What is captured for each layer is its input covariance ``C = X^T X / n``, or, where that is smaller, the cross
-    moment ``A = W C = Y^T X / n`` with the outputs ``Y`` less their bias. Layers that are given the same tensor object
-    (query, key and value) share one covariance. Products are float32, sums float64, whatever the Trainer's precision.
-    Memory is that of the moments and does not grow with the data.
+    moment ``A = W C = Y^T X / n`` with the outputs ``Y`` less their bias; where a layer has counted fewer rows than it
+    is wide, the rows themselves (see `LayerMoment`). Layers that are given the same tensor object (query, key and
+    value) share one covariance. Products are float32, sums float64, whatever the Trainer's precision. Memory is that of
+    the moments and does not grow with the data.
 
     Rows are tokens. Where the batch holds a mask of shape ``(B, L)``, rows of padded positions are dropped from inputs
-    of shape ``(B, L, d_in)`` and ``(B * L, d_in)``. Inputs of any other leading shape, such as ``(B, d_in)`` after
-    pooling, count in full, and so does everything when there is no mask.
+    of shape ``(B, L, d_in)``, ``(L, B, d_in)`` and ``(B * L, d_in)``. Inputs of any other leading shape, such as
+    ``(B, d_in)`` after pooling, count in full, and so does everything when there is no mask.
+
+    Of these rows each layer counts ``rows`` at most, a uniform sample of every batch: what is left to count is spread
+    evenly over the batches ahead, of all dataloaders, and over the processes. When the number of batches is unknown,
+    each batch counts 1/32 of what is left. Layers that look at the same tokens count the same ones. The sample depends
+    on ``seed``, the batch's number and the process only. A layer that is called k times in a batch spreads its part
+    over the calls; the first batch, in which k is not known yet, counts k times its part. How many rows there were is
+    kept with the statistics (`TaskStatistics.seen`).
 
     The callback acts in ``trainer.validate`` only, not in the validation within ``fit``. Each pass begins anew; several
     validation dataloaders are added up. Over several processes the sums are reduced before they are divided, and every
@@ -45,24 +59,35 @@ class PaveCallback(L.Callback):
         * Over several processes the sampler must not repeat examples to pad: pass ``use_distributed_sampler=False`` to
           the Trainer and give each process its own part of the data.
         * The mask is the batch's own: a module that reorders the batch, cuts it up or adds tokens, and a decoder beside
-          an encoder of the same length, are not told apart.
+          an encoder of the same length, are not told apart. In models whose tensors are ``(L, B, d_in)`` the mask is
+          read the wrong way round in batches with ``L == B``, except for `torch.nn.MultiheadAttention`.
         * Weights sharded by FSDP or tensor parallelism are not supported. Merge adapters into the weights first.
-        * A layer whose weight is used without calling its module (as in `torch.nn.MultiheadAttention`) is not seen.
-        * Compiled modules run uncompiled during the pass. Statistics are not part of checkpoints.
+        * A layer whose weight is used without calling its module, such as ``out_proj`` of
+          `torch.nn.MultiheadAttention`, is not seen and is listed in ``unreached``.
+        * Compiled modules and the fast path of `torch.nn.TransformerEncoder` run uncompiled during the pass. Statistics
+          are not part of checkpoints.
 
     Args:
         path: file to save the statistics to at the end of the pass, by rank zero.
         backbone: dotted name of the submodule whose layers are captured; layer names are relative to it. None takes the
             whole LightningModule.
         moments: ``"smallest"`` takes the cross moment for layers with ``d_in > d_out`` and the input covariance for all
-            others; ``"input"`` always takes the covariance, which some merge methods need.
+            others; ``"input"`` always takes the covariance, which some merge methods need; ``"output"`` takes
+            ``O = Y^T Y / n`` for layers with ``d_in > d_out``, all that the root metric needs of them.
         mask_key: key of the padding mask in batches that are mappings.
         metadata: strings to be kept with the statistics.
         share_inputs: whether layers with the same input share one covariance. Only needed as False for models that call
             such layers unequally often.
+        rows: how many rows a layer counts at most over the whole pass and all processes; None counts all.
+        seed: what the sample of rows depends on.
+        convolutions: whether to capture convolutions whose patches do not overlap (patch embeddings, and 1 x 1
+            convolutions), as matrix products: a row is a patch, laid out as one output channel's kernel is.
+        keep_rows: whether a layer that has counted fewer rows than it is wide keeps the rows; otherwise it always gets
+            its moment. Rows are what the expert made of single tokens: switch this off for statistics that leave the
+            place where private data must stay.
 
     Raises:
-        ValueError: ``moments`` is none of the above.
+        ValueError: ``moments`` is none of the above, or ``rows`` is below 1.
 
     Example:
         >>> callback = PaveCallback(backbone="model.bert")
@@ -81,21 +106,31 @@ class PaveCallback(L.Callback):
         mask_key: str = "attention_mask",
         metadata: Mapping[str, str] | None = None,
         share_inputs: bool = True,
+        rows: int | None = 8192,
+        seed: int = 0,
+        convolutions: bool = False,
+        keep_rows: bool = True,
     ) -> None:
         if moments not in get_args(Moments):
             raise ValueError(f"moments must be one of {', '.join(get_args(Moments))}, found '{moments}'")
+        if rows is not None and rows < 1:
+            raise ValueError(f"rows must be at least 1, or None for all, found {rows}")
         self.path = None if path is None else Path(path)
         self.backbone = backbone
         self.moments: Moments = moments
         self.mask_key = mask_key
         self.metadata = dict(metadata or {})
         self.share_inputs = share_inputs
+        self.rows = rows
+        self.seed = seed
+        self.convolutions = convolutions
+        self.keep_rows = keep_rows
         self.unreached: list[str] = []
         self._statistics: TaskStatistics | None = None
         self._observer: LinearObserver | None = None
         self._layers: list[str] = []
         self._examples = 0
-        self._uncompiled = ExitStack()
+        self._switches = ExitStack()
 
     @property
     def statistics(self) -> TaskStatistics:
@@ -120,16 +155,28 @@ class PaveCallback(L.Callback):
         self._statistics, self._examples, self.unreached = None, 0, []
         _warn_of_repeated_examples(trainer)
         pl_module.eval()
-        layers = linear_layers(self._find_backbone(pl_module))
+        layers = matrix_layers(self._find_backbone(pl_module), convolutions=self.convolutions)
         if not layers:
             raise PaveError(
                 f"found no linear layers below {self.backbone or type(pl_module).__name__}: there is nothing to capture"
             )
         if "torch._dynamo" in sys.modules:
             # Code that was compiled before the hooks were registered would pass them over in silence.
-            self._uncompiled.enter_context(torch.compiler.set_stance("force_eager"))
+            self._switches.enter_context(torch.compiler.set_stance("force_eager"))
+        # The fast path of attention calls no modules, and hands on nested tensors, which its slow path refuses.
+        self._switches.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)
         self._layers = list(layers)
-        self._observer = LinearObserver(layers, self.moments, share_inputs=self.share_inputs)
+        sampler = RowSampler(
+            self.rows,
+            sum(trainer.num_val_batches),
+            seed=self.seed,
+            rank=trainer.global_rank,
+            processes=trainer.world_size,
+        )
+        self._observer = LinearObserver(
+            layers, self.moments, sampler=sampler, share_inputs=self.share_inputs, keep_rows=self.keep_rows
+        )
 
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -138,13 +185,13 @@ class PaveCallback(L.Callback):
         if self._observer is None:
             return
         mask = self._mask(batch)
-        self._observer.begin_batch(mask)
+        self._observer.begin_batch(mask, batch_idx, dataloader_idx)
         self._examples += _count_examples(batch) if mask is None else int(mask.any(dim=1).sum())
 
     def on_validation_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
         """Let go of the batch."""
         if self._observer is not None:
-            self._observer.begin_batch(None)
+            self._observer.end_batch()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Reduce over processes, divide, save."""
@@ -174,7 +221,7 @@ class PaveCallback(L.Callback):
         if self._observer is not None:
             self._observer.remove()
             self._observer = None
-        self._uncompiled.close()
+        self._switches.close()
 
     def _find_backbone(self, pl_module: L.LightningModule) -> nn.Module:
         if self.backbone is None:

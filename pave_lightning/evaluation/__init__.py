@@ -4,8 +4,9 @@ from pave_lightning.evaluation.candidates import (
     Candidate,
     CheckpointCandidate,
     ExpertsCandidate,
+    MergedCandidate,
     ModulatedCandidate,
-    ScaledCandidate,
+    PurifiedExpertsCandidate,
 )
 from pave_lightning.evaluation.evaluator import Evaluator, Split, SuiteData, TaskScore
 
@@ -14,8 +15,9 @@ __all__ = [
     "CheckpointCandidate",
     "Evaluator",
     "ExpertsCandidate",
+    "MergedCandidate",
     "ModulatedCandidate",
-    "ScaledCandidate",
+    "PurifiedExpertsCandidate",
     "Split",
     "SuiteData",
     "TaskScore",

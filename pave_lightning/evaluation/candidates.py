@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor
 
 from pave_lightning.merging.modulators import Modulator
+from pave_lightning.merging.running import MergedVectors
 from pave_lightning.weights import Checkpoint, TaskVectors
 
 
@@ -52,16 +53,47 @@ class ExpertsCandidate(Candidate):
             yield name, expert.tensor(name)
 
 
-class ScaledCandidate(Candidate):
-    """The base plus a multiple of a merged task vector; for trying scales without writing a model for each."""
+class PurifiedExpertsCandidate(ExpertsCandidate):
+    """Each task's own expert with its purified weights: what purification costs before anything is merged.
 
-    def __init__(self, source: TaskVectors, vectors: Mapping[str, Tensor], scale: float) -> None:
-        self._source, self._vectors, self._scale = source, vectors, scale
+    Args:
+        experts: each task's checkpoint.
+        source: the purified task vectors.
+    """
+
+    def __init__(self, experts: Mapping[str, Checkpoint], source: TaskVectors) -> None:
+        super().__init__(experts)
+        self._source = source
 
     def weights(self, task: str) -> Iterator[tuple[str, Tensor]]:
-        """The scaled tensors, whatever the task."""
+        """The tensors of the task's expert, the purified ones among them."""
+        yield from super().weights(task)
         for parameter in self._source.parameters:
-            yield parameter.name, self._source.base(parameter) + self._scale * self._vectors[parameter.name]
+            yield parameter.name, self._source.expert(task, parameter)
+
+
+class MergedCandidate(Candidate):
+    """A merge result in memory; for trying scales and ratios without writing a model for each.
+
+    Args:
+        source: gives the base's tensors.
+        merged: merged task vector, and the masks and factors of per-task rules.
+        scale: what the merged task vector is multiplied with.
+    """
+
+    def __init__(self, source: TaskVectors, merged: MergedVectors, scale: float = 1.0) -> None:
+        self._source, self._merged, self._scale = source, merged, scale
+        self.shared = not merged.masks
+
+    def weights(self, task: str) -> Iterator[tuple[str, Tensor]]:
+        """The tensors for a task: base + scale * vector, masked and rescaled where the rule does so."""
+        factor = self._scale * self._merged.rescalers.get(task, 1.0)
+        masks = self._merged.masks.get(task, {})
+        for parameter in self._source.parameters:
+            vector = factor * self._merged.vectors[parameter.name]
+            if parameter.name in masks:
+                vector = vector * masks[parameter.name]
+            yield parameter.name, self._source.base(parameter) + vector
 
 
 class ModulatedCandidate(Candidate):

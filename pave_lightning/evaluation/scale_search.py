@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pave_lightning.errors import PaveError
-from pave_lightning.evaluation.candidates import Candidate, ExpertsCandidate, ScaledCandidate
+from pave_lightning.evaluation.candidates import Candidate, ExpertsCandidate, MergedCandidate
 from pave_lightning.evaluation.evaluator import Evaluator, SuiteData
 from pave_lightning.experts.trainers import build_trainer, quiet_lightning
+from pave_lightning.merging.running import MergedVectors
 from pave_lightning.recipe import Examples, ScaleSearch, Task
 from pave_lightning.tasks.data_module import TaskDataModule
 from pave_lightning.weights import TaskVectors
@@ -52,32 +52,44 @@ class ScaleSearcher:
         self.options, self.precision, self.root = options, precision, root
         self._references: dict[int | None, dict[str, float]] = {}
 
-    def best(self, source: TaskVectors, vectors: Mapping[str, Tensor], search: ScaleSearch) -> dict[str, Any]:
+    def best(self, source: TaskVectors, merged: MergedVectors, search: ScaleSearch) -> dict[str, Any]:
         """The best scale for merged task vectors, and every scale that was tried with its score.
 
         Returns:
-            ``{"scale": best, "tried": [[scale, average normalised validation score], ...]}``
+            ``{"scale": best, "average": its score, "tried": [[scale, average normalised validation score], ...]}``
 
         Raises:
             PaveError: no expert has a positive score, so nothing can be normalised; or no scale gives finite scores.
         """
-        data = SuiteData([self.data(self._limited(task, search.examples)) for task in self.tasks], "validation")
-        if search.examples not in self._references:
-            self._references[search.examples] = self._headlines(self.experts, data)
-        reference = {task: value for task, value in self._references[search.examples].items() if value > 0}
-        if not reference:
-            raise PaveError("no expert scores above zero on its validation split, so no scale can be chosen")
         tried = []
         for scale in torch.linspace(*search.search, search.points, dtype=torch.float64).tolist():
-            found = self._headlines(ScaledCandidate(source, vectors, scale), data)
-            average = sum(found[task] / value for task, value in reference.items()) / len(reference)
+            average = self.average(MergedCandidate(source, merged, scale), search.examples)
             tried.append([scale, average])
             log.info("  scale %.3f: %.4f of the experts on validation", scale, average)
         usable = [entry for entry in tried if math.isfinite(entry[1])]
         if not usable:
             raise PaveError("no scale that was tried gives finite scores on the validation splits; try smaller ones")
         best = max(usable, key=lambda entry: (entry[1], -entry[0]))
-        return {"scale": best[0], "tried": tried}
+        return {"scale": best[0], "average": best[1], "tried": tried}
+
+    def average(self, candidate: Candidate, examples: int | None) -> float:
+        """A candidate's headline scores on the validation splits, divided by the experts', on average over the tasks.
+
+        Args:
+            candidate: what is scored.
+            examples: validation rows a task; all that the task uses where None.
+
+        Raises:
+            PaveError: no expert has a positive score, so nothing can be normalised.
+        """
+        data = SuiteData([self.data(self._limited(task, examples)) for task in self.tasks], "validation")
+        if examples not in self._references:
+            self._references[examples] = self._headlines(self.experts, data)
+        reference = {task: value for task, value in self._references[examples].items() if value > 0}
+        if not reference:
+            raise PaveError("no expert scores above zero on its validation split, so no scale can be chosen")
+        found = self._headlines(candidate, data)
+        return sum(found[task] / value for task, value in reference.items()) / len(reference)
 
     def _headlines(self, candidate: Candidate, data: SuiteData) -> dict[str, float]:
         with quiet_lightning():

@@ -63,13 +63,19 @@ class TaskExpert(L.LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Start counting anew."""
         self.validation_metrics.reset()
+        self._labelled = False
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        """Add one batch to the metrics."""
-        self.validation_metrics.update(predictions(self.task, self(batch)), batch["labels"])
+        """Add one batch to the metrics; one without labels only passes through, for capture."""
+        predicted = predictions(self.task, self(batch))
+        if "labels" in batch:
+            self.validation_metrics.update(predicted, batch["labels"])
+            self._labelled = True
 
     def on_validation_epoch_end(self) -> None:
         """Log ``validation/METRIC`` over all processes."""
+        if not self._labelled:
+            return
         for name, value in scores(self.validation_metrics).items():
             self.log(f"validation/{name}", value, prog_bar=name == self.task.headline)
 

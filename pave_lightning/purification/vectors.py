@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property, partial
 
+import torch
 from torch import Tensor
 
 from pave_lightning.errors import PaveError, Problems
-from pave_lightning.recipe import Purify
-from pave_lightning.statistics import LayerMoment, TaskStatistics
-from pave_lightning.subspace import KnowledgeSpectrum, allocate_ranks, even_ranks, knowledge_spectrum, project
-from pave_lightning.weights import Checkpoint, Parameter, ParameterKind, ShardWriter, TaskVectors
+from pave_lightning.purification.moments import MomentSource
+from pave_lightning.recipe import Compute, Purify
+from pave_lightning.statistics import TaskStatistics
+from pave_lightning.subspace import (
+    KnowledgeSpectrum,
+    UnreachableBudgetError,
+    allocate_ranks,
+    averaged_ranks,
+    even_ranks,
+    in_parallel,
+    knowledge_spectrum,
+    project,
+    remove_tail,
+    spectral_budget,
+)
+from pave_lightning.weights import Parameter, ParameterKind, TaskVectors
 
-log = logging.getLogger("pave_lightning")
-
-PURIFIED_SHARD_BYTES = 500_000_000
+Key = tuple[str, str]
+"""A task and a layer."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +55,14 @@ class KeptRank:
 
 
 class PurifiedTaskVectors(TaskVectors):
-    r"""Task vectors whose fine-tuned linear weights are projected onto the directions that their own task excites.
+    r"""Task vectors of which only the directions are left that their own task excites.
 
-    Every linear weight :math:`W_t` becomes :math:`U_r U_r^T W_t`, where :math:`U_r` are the leading left singular
-    vectors of :math:`W_t (C_t + \epsilon I)` and the ranks of a layer are shared out over its tasks; all else stays as
-    it is. A weight that keeps its full rank stays the same bit for bit. Computed one layer at a time, when it is asked
-    for; only the last layer is held.
+    Every matrix weight :math:`W_t` becomes :math:`U_r U_r^T W_t`, where :math:`U_r` are the leading left singular
+    vectors of :math:`W_t (C_t + \epsilon I)` and the ranks are shared out over the tasks of a layer, or of all layers
+    (``scope``). With the target ``delta`` the task vector :math:`\tau_t` takes the place of :math:`W_t` in all of
+    this; with ``delta_by_expert`` it is projected on the directions of :math:`W_t`. All else stays as it is, and a
+    weight that keeps its full rank stays the same bit for bit. Computed one layer at a time, when it is asked for; only
+    the last layer is held. The scopes ``model`` and ``global`` look at all spectra once before that.
 
     Source: An, Yang, Torr, Ghanem, *Purifying Task Vectors in Knowledge-Aware Subspace for Model Merging*
     (arXiv 2510.14697), in the equivalent projection form, which needs no inverse.
@@ -57,27 +70,46 @@ class PurifiedTaskVectors(TaskVectors):
     Args:
         source: plain task vectors.
         statistics: what each task's expert saw, from `PaveCallback`; layers by their names inside the backbone. Not
-            needed for the metric identity.
-        options: rank ratio, metric, allocation, damping, and which tasks are purified.
+            needed for the metric identity and where ``options.statistics`` is random or task_vector.
+        options: rank ratio, scope, metric, target, allocation, damping, and which tasks are purified.
+        compute: threads and device.
 
     Attributes:
+        layers: the matrix weights that are purified: linear layers, and convolutions that were captured.
         ranks: the ranks kept so far, by task and layer.
         untouched: layers that were left as they are, by task and layer, with the reason.
 
     Raises:
-        PaveError: statistics of a task are missing, or belong to another model.
+        PaveError: statistics of a task are missing or belong to another model, or the rank ratio is out of reach; all
+            of it is told at once. Later, when a layer is read: its moment cannot be one.
     """
 
     def __init__(
-        self, source: TaskVectors, statistics: Mapping[str, TaskStatistics], options: Purify | None = None
+        self,
+        source: TaskVectors,
+        statistics: Mapping[str, TaskStatistics],
+        options: Purify | None = None,
+        compute: Compute | None = None,
     ) -> None:
-        self.source, self.statistics = source, statistics
+        self.source = source
         self.options = options if options is not None else Purify()
+        self.compute = compute if compute is not None else Compute()
         self.tasks, self.parameters = source.tasks, source.parameters
-        self.ranks: dict[tuple[str, str], KeptRank] = {}
-        self.untouched: dict[tuple[str, str], str] = {}
+        self.ranks: dict[Key, KeptRank] = {}
+        self.untouched: dict[Key, str] = {}
         self.purified_tasks = tuple(task for task in source.tasks if task in (self.options.tasks or source.tasks))
-        self._needs_moments = self.options.metric != "identity"
+        self._moments = MomentSource(source, statistics, self.options, self.purified_tasks)
+        captured = (
+            {layer for own in statistics.values() for layer in own.layers()}
+            if self._moments.reads_statistics
+            else set()
+        )
+        self.layers = tuple(
+            parameter
+            for parameter in source.parameters
+            if parameter.kind is ParameterKind.LINEAR or (parameter.is_matrix and parameter.layer in captured)
+        )
+        self._purifiable = {parameter.name for parameter in self.layers}
         self._layer: str | None = None
         self._weights: dict[str, Tensor] = {}
         self._check()
@@ -88,141 +120,139 @@ class PurifiedTaskVectors(TaskVectors):
 
     def expert(self, task: str, parameter: Parameter, rows: slice | None = None) -> Tensor:
         """The purified fine-tuned tensor (float32)."""
-        if parameter.kind is not ParameterKind.LINEAR or task not in self.purified_tasks:
+        if parameter.name not in self._purifiable or task not in self.purified_tasks:
             return self.source.expert(task, parameter, rows)
         if self._layer != parameter.name:
+            self._layer, self._weights = None, {}
             self._weights = self._purify(parameter)
             self._layer = parameter.name
         weight = self._weights[task]
         return weight if rows is None else weight[rows]
 
     def _purify(self, parameter: Parameter) -> dict[str, Tensor]:
-        """All tasks' weights of one linear layer, purified together because they share the layer's ranks."""
-        weights = {task: self.source.expert(task, parameter) for task in self.purified_tasks}
-        spectra: dict[str, KnowledgeSpectrum] = {}
-        for task, weight in weights.items():
-            moment = self._moment(task, parameter.layer)
-            if isinstance(moment, str):
-                self.untouched[task, parameter.layer] = moment
-                continue
-            spectrum = knowledge_spectrum(
-                _upright(weight, parameter),
-                None if moment is None else moment.matrix,
-                "input" if moment is None else moment.kind,
-                metric=self.options.metric,
-                damping=self.options.damping,
-            )
-            if float(spectrum.values[0]) == 0:
-                self.untouched[task, parameter.layer] = "its weight has no effect on the data"
-                continue
-            spectra[task] = spectrum
-        for task, rank in self._ranks(spectra).items():
-            values = spectra[task].values
-            self.ranks[task, parameter.layer] = KeptRank(task, parameter.layer, rank, len(values))
-            purified = project(_upright(weights[task], parameter), spectra[task], rank)
-            weights[task] = _upright(purified, parameter).contiguous()
-        return weights
-
-    def _ranks(self, spectra: Mapping[str, KnowledgeSpectrum]) -> dict[str, int]:
+        """All tasks' weights of one layer, purified together because they share the layer's ranks."""
+        spectra = self._spectra(parameter)
         values = {task: spectrum.values for task, spectrum in spectra.items()}
+        if self.options.scope == "layer":
+            ranks = self._allocate(values)
+        else:
+            ranks = {task: self._ranks_of_all[task, parameter.layer] for task in spectra}
+        for task, rank in ranks.items():
+            self.ranks[task, parameter.layer] = KeptRank(task, parameter.layer, rank, len(values[task]))
+        jobs = [
+            partial(self._project, task, parameter, spectra.get(task), ranks.get(task)) for task in self.purified_tasks
+        ]
+        return dict(zip(self.purified_tasks, in_parallel(jobs, self._workers), strict=True))
+
+    def _project(self, task: str, parameter: Parameter, spectrum: KnowledgeSpectrum | None, rank: int | None) -> Tensor:
+        """One task's purified weight, as it is stored."""
+        weight = self.source.expert(task, parameter)
+        if spectrum is None or rank is None or rank == len(spectrum.values):
+            return weight
+        matrix = parameter.as_matrix(weight)
+        if self.options.target == "expert":
+            return parameter.from_matrix(project(matrix, spectrum, rank))
+        base = parameter.as_matrix(self.source.base(parameter))
+        return parameter.from_matrix(base + remove_tail(matrix - base, spectrum, rank))
+
+    def _spectra(self, parameter: Parameter) -> dict[str, KnowledgeSpectrum]:
+        """The spectra of the tasks that have one in this layer; the others are listed in ``untouched``."""
+        found = in_parallel([partial(self._spectrum, task, parameter) for task in self.purified_tasks], self._workers)
+        spectra = {}
+        for task, spectrum in zip(self.purified_tasks, found, strict=True):
+            if isinstance(spectrum, str):
+                self.untouched[task, parameter.layer] = spectrum
+            else:
+                spectra[task] = spectrum
+        return spectra
+
+    def _spectrum(self, task: str, parameter: Parameter) -> KnowledgeSpectrum | str:
+        """A task's spectrum of one layer, or the reason why there is none."""
+        weight = parameter.as_matrix(self.source.expert(task, parameter))
+        moment = self._moments.moment(task, parameter, weight)
+        if isinstance(moment, str):
+            return moment
+        if self.options.target == "delta":
+            weight = weight - parameter.as_matrix(self.source.base(parameter))
+        spectrum = knowledge_spectrum(
+            weight,
+            None if moment is None else moment.matrix,
+            "input" if moment is None else moment.kind,
+            metric=self.options.metric,
+            damping=self.options.damping,
+            exact=self.options.exact,
+            device=self.compute.device,
+        )
+        if float(spectrum.values[0]) == 0:
+            what = "task vector" if self.options.target == "delta" else "weight"
+            return f"its {what} has no effect on the data"
+        return spectrum
+
+    def _allocate(self, values: Mapping[str, Tensor]) -> dict[str, int]:
+        """Ranks of one layer's tasks."""
         if not values:
             return {}
         if self.options.allocation == "even":
-            return even_ranks(values, self.options.rho)
-        return allocate_ranks(values, self.options.rho, self.options.stopping_share)
+            return {task: max(1, rank) for task, rank in even_ranks(values, self._rho).items()}
+        options = self.options
+        return allocate_ranks(values, self._rho, options.stopping_share, nearest_budget=options.nearest_budget)
 
-    def _moment(self, task: str, layer: str) -> LayerMoment | str | None:
-        """The layer's moment; None where the metric needs none; a reason where the layer has no subspace."""
-        if not self._needs_moments:
-            return None
-        statistics = self.statistics[task]
-        if layer not in statistics:
-            return "no example reached it"
-        moment = statistics[layer]
-        if not bool(moment.matrix.any()):
-            return "all its inputs were zero"
-        return moment
+    @cached_property
+    def _ranks_of_all(self) -> dict[Key, int]:
+        """Ranks of all tasks and layers, for the scopes that share a budget among layers."""
+        values: dict[Key, Tensor] = {}
+        ranks: dict[Key, int] = {}
+        for parameter in self.layers:
+            # Only the values are kept; the directions of all layers would not fit in memory.
+            own = {task: spectrum.values for task, spectrum in self._spectra(parameter).items()}
+            values.update({(task, parameter.layer): found for task, found in own.items()})
+            if self.options.scope == "model":
+                ranks.update({(task, parameter.layer): rank for task, rank in self._allocate(own).items()})
+        if self.options.scope == "model":
+            return averaged_ranks(ranks, {key: len(found) for key, found in values.items()})
+        if self.options.allocation == "even":
+            return even_ranks(values, self._rho)
+        options = self.options
+        return allocate_ranks(values, self._rho, options.stopping_share, nearest_budget=options.nearest_budget)
+
+    @property
+    def _workers(self) -> int:
+        return 1 if self.compute.device != "cpu" else self.compute.workers or torch.get_num_threads()
+
+    @property
+    def _rho(self) -> float:
+        if isinstance(self.options.rho, str):
+            raise PaveError("rho: auto is chosen by a workflow on validation data; give a number here")
+        return self.options.rho
 
     def _check(self) -> None:
-        problems = Problems("the captured statistics do not fit the experts:")
+        problems = Problems("the task vectors cannot be purified like this:")
+        if isinstance(self.options.rho, str):
+            problems.add("rho: auto is chosen by a workflow on validation data; give a number here")
         for task in self.options.tasks or ():
             if task not in self.source.tasks:
                 problems.add(f"task '{task}' is to be purified, but there are only {', '.join(self.source.tasks)}")
-        linear = {p.layer: p for p in self.parameters if p.kind is ParameterKind.LINEAR}
-        children = {p.name.partition(".")[0] for p in self.parameters}
-        for task in self.purified_tasks if self._needs_moments else ():
-            if task not in self.statistics:
-                problems.add(f"task '{task}' has no captured statistics; capture them first")
-                continue
-            statistics = self.statistics[task]
-            for layer in statistics.layers():
-                if layer not in linear:
-                    # A child of the backbone that the base lacks belongs to the heads; its layers are captured too.
-                    if layer.partition(".")[0] in children:
-                        problems.add(f"task '{task}': the statistics hold a layer {layer}, which the model has not")
-                    continue
-                width_out, width_in = _upright_shape(linear[layer])
-                expected = (width_in if statistics.kind(layer) == "input" else width_out, width_in)
-                if statistics.shape(layer) != expected:
-                    problems.add(
-                        f"task '{task}': the moment of {layer} is {list(statistics.shape(layer))}, expected "
-                        f"{list(expected)}"
-                    )
-            if not any(layer in linear for layer in statistics.layers()):
-                problems.add(f"task '{task}': the statistics hold none of the model's linear layers")
+        problems.extend(self._moments.problems(self.layers))
+        problems.extend(budget_problems(self.options, self.layers, len(self.purified_tasks)))
         problems.raise_if_any()
 
 
-class StoredPurification(TaskVectors):
-    """Purified task vectors that were computed before: plain ones, with the purified weights laid over them.
+def budget_problems(options: Purify, layers: Sequence[Parameter], tasks: int) -> Iterator[str]:
+    """What is wrong with a rank ratio for these layers, one line for each width that it does not fit.
 
     Args:
-        source: plain task vectors.
-        purified: each purified task's linear weights, as `write_purified` left them.
+        options: the purification.
+        layers: the matrix weights.
+        tasks: how many tasks share a budget.
     """
-
-    def __init__(self, source: TaskVectors, purified: Mapping[str, Checkpoint]) -> None:
-        self.source, self._purified = source, dict(purified)
-        self.tasks, self.parameters = source.tasks, source.parameters
-
-    def base(self, parameter: Parameter, rows: slice | None = None) -> Tensor:
-        """The base's tensor, as it is."""
-        return self.source.base(parameter, rows)
-
-    def expert(self, task: str, parameter: Parameter, rows: slice | None = None) -> Tensor:
-        """The purified fine-tuned tensor (float32)."""
-        if task in self._purified and parameter.name in self._purified[task].backbone:
-            return self._purified[task].tensor(parameter.name, rows)
-        return self.source.expert(task, parameter, rows)
-
-
-def write_purified(vectors: PurifiedTaskVectors, folder: Path) -> None:
-    """Compute every purified linear weight once and write it to ``folder/TASK``, so that many rules can merge it.
-
-    Raises:
-        PaveError: no layer of any task could be purified.
-    """
-    writers = {}
-    for task in vectors.purified_tasks:
-        (folder / task).mkdir(parents=True)
-        writers[task] = ShardWriter(folder / task, PURIFIED_SHARD_BYTES)
-    for parameter in vectors.parameters:
-        if parameter.kind is ParameterKind.LINEAR:
-            for task, writer in writers.items():
-                writer.add(parameter.name, vectors.expert(task, parameter))
-    if not vectors.ranks:
-        raise PaveError("no linear layer of any task has a captured subspace, so there is nothing to purify")
-    for writer in writers.values():
-        writer.close()
-    for (task, layer), reason in vectors.untouched.items():
-        log.warning("task '%s': %s is left as it is: %s", task, layer, reason)
-
-
-def _upright(weight: Tensor, parameter: Parameter) -> Tensor:
-    """The weight as d_out x d_in, whichever way it is stored; its own inverse."""
-    return weight if parameter.input_axis == 1 else weight.T
-
-
-def _upright_shape(parameter: Parameter) -> tuple[int, int]:
-    first, second = parameter.shape
-    return (first, second) if parameter.input_axis == 1 else (second, first)
+    if isinstance(options.rho, str) or options.nearest_budget:
+        return
+    share = options.stopping_share if options.allocation == "spectral" else 1.0
+    widths: dict[int, str] = {}
+    for parameter in layers:
+        widths.setdefault(min(parameter.matrix_shape), parameter.layer)
+    for width, layer in widths.items():
+        try:
+            spectral_budget({str(task): width for task in range(tasks)}, options.rho, share)
+        except UnreachableBudgetError as error:
+            yield f"{layer}: {error}; take that with nearest_budget: true, or change rho or stopping_share"

@@ -2,5 +2,6 @@
 
 from pave_lightning.statistics.second_moment import LayerMoment, SecondMoment
 from pave_lightning.statistics.storage import TaskStatistics
+from pave_lightning.subspace import MomentKind
 
-__all__ = ["LayerMoment", "SecondMoment", "TaskStatistics"]
+__all__ = ["LayerMoment", "MomentKind", "SecondMoment", "TaskStatistics"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -10,10 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pave_lightning.errors import PaveError
 from pave_lightning.subspace import MomentKind
 
 # Rows that may be summed in float32 before they are added to the float64 total.
 PARTIAL_ROWS = 4096
+# Rows that wait for each other, since one product of many rows is much cheaper than many products of a few.
+WAITING_ROWS = 512
 SMALLEST_BLOCK = 64
 BLOCKS = 8
 
@@ -22,29 +26,65 @@ BLOCKS = 8
 class LayerMoment:
     """The second moment of one layer over the data of one task.
 
+    With ``X`` the layer's inputs, shape ``(n, d_in)``, ``W`` its weight, ``(d_out, d_in)``, and ``Y = X W^T`` its
+    outputs without the bias:
+
+    ========== =================== ==================================================================
+    kind       shape               matrix
+    ========== =================== ==================================================================
+    ``input``  ``(d_in, d_in)``    ``C = X^T X / n``, the input covariance (uncentred)
+    ``rows``   ``(n, d_in)``       ``M = X / sqrt(n)``, so that ``C = M^T M``; smaller where ``n < d_in``
+    ``cross``  ``(d_out, d_in)``   ``A = Y^T X / n = W C``
+    ``output`` ``(d_out, d_out)``  ``O = Y^T Y / n = W C W^T``
+    ========== =================== ==================================================================
+
     Attributes:
-        kind: ``"input"`` for the input covariance ``C = X^T X / n``, ``"cross"`` for ``A = Y^T X / n = W C`` with
-            ``Y = X W^T``, the layer's outputs without its bias.
-        matrix: float32, shape ``(d_in, d_in)`` or ``(d_out, d_in)``.
+        kind: which of the above.
+        matrix: float32.
         rows: how many rows (tokens, not sequences) ``n`` the mean was taken over.
+        seen: how many rows there were, of which ``rows`` were counted; None where that is not known.
     """
 
     kind: MomentKind
     matrix: Tensor
     rows: int
+    seen: int | None = None
+
+    def covariance(self) -> Tensor:
+        """The input covariance ``C``, shape ``(d_in, d_in)``, float32.
+
+        Raises:
+            PaveError: the moment is of kind ``"cross"`` or ``"output"``, which do not determine ``C``.
+        """
+        if self.kind == "input":
+            return self.matrix
+        if self.kind == "rows":
+            full = self.matrix.double()
+            covariance = full.T @ full
+            return ((covariance + covariance.T) / 2).float()
+        raise PaveError(
+            f"the input covariance is needed, found a moment of kind '{self.kind}' and shape "
+            f"{tuple(self.matrix.shape)}: capture again with moments='input'"
+        )
 
 
 class SecondMoment:
-    """Accumulates the uncentred second moment of a layer's inputs, or of its outputs with its inputs.
+    """Accumulates the uncentred second moment of a layer's inputs, of its outputs, or of its outputs with its inputs.
 
     Products are taken in float32 and added up in float64, which keeps the small eigenvalues that float32 sums lose.
-    Of the symmetric input moment only the lower block triangle is computed. Sum and count are kept apart and
-    un-normalised, so that shards and processes merge exactly. Memory is 12 bytes an entry whatever the number of rows.
+    Of a symmetric moment only the lower block triangle is computed. Sum and count are kept apart and un-normalised, so
+    that shards and processes merge exactly. Memory does not grow with the number of rows: it is 12 bytes an entry, and
+    up to 512 rows beside them. The first ``d_in`` inputs are kept as they are, before there are any sums.
 
     Args:
-        in_features: width ``d_in`` of the rows.
-        out_features: width ``d_out`` of the outputs for the cross moment; None for the input covariance.
+        in_features: width ``d_in`` of the inputs.
+        out_features: width ``d_out`` of the outputs for kinds ``"cross"`` and ``"output"``; else None.
+        kind: ``"input"``, ``"cross"`` or ``"output"``; None is ``"input"`` without ``out_features``, else ``"cross"``.
+        keep_rows: whether the moment of fewer than ``d_in`` inputs is given as the rows themselves.
         device: where the products are taken.
+
+    Raises:
+        ValueError: ``kind`` is none of these, or does not go with ``out_features``.
 
     Example:
         >>> moment = SecondMoment(2)
@@ -55,53 +95,63 @@ class SecondMoment:
     """
 
     def __init__(
-        self, in_features: int, out_features: int | None = None, *, device: torch.device | str | None = None
+        self,
+        in_features: int,
+        out_features: int | None = None,
+        *,
+        kind: MomentKind | None = None,
+        keep_rows: bool = True,
+        device: torch.device | str | None = None,
     ) -> None:
-        self.kind: MomentKind = "input" if out_features is None else "cross"
+        self.kind: MomentKind = kind or ("input" if out_features is None else "cross")
+        if self.kind not in ("input", "cross", "output") or (self.kind == "input") != (out_features is None):
+            raise ValueError(
+                f"kind '{self.kind}' with out_features={out_features}: expected 'input' without out_features, "
+                "'cross' or 'output' with them"
+            )
         self.rows = 0
-        shape = (in_features if out_features is None else out_features, in_features)
-        with torch.inference_mode(False):  # so that sums begun in an inference pass can be added to after it
-            self._partial = torch.zeros(shape, dtype=torch.float32, device=device)
-            # Apple's MPS has no float64.
-            self._total = torch.zeros(shape, dtype=torch.float64, device="cpu" if self._partial.is_mps else device)
+        self.seen = 0
+        self.keep_rows = keep_rows and self.kind == "input"
+        height = in_features if out_features is None else out_features
+        self.shape: tuple[int, int] = (height, height if self.kind == "output" else in_features)
+        self._device = device
+        self._partial: Tensor | None = None
+        self._total: Tensor | None = None
         self._partial_rows = 0
+        # Copies of rows, for the cross moment of outputs beside them, that no sum holds yet.
+        self._waiting: tuple[Tensor, ...] | None = None
+        self._waiting_rows = 0
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """``(d_in, d_in)``, or ``(d_out, d_in)`` for the cross moment."""
-        height, width = self._total.shape
-        return height, width
-
-    def update(self, rows: Tensor, outputs: Tensor | None = None) -> None:
+    def update(self, rows: Tensor | None, outputs: Tensor | None = None, *, seen: int | None = None) -> None:
         """Add rows.
 
         Args:
-            rows: inputs of the layer, shape ``(n, d_in)``, any float dtype (used as float32); ``n`` may be 0.
-            outputs: for the cross moment the layer's outputs without its bias, shape ``(n, d_out)``; else None.
+            rows: inputs of the layer, shape ``(n, d_in)``, any float dtype (used as float32); ``n`` may be 0. None for
+                kind ``"output"``.
+            outputs: for kinds ``"cross"`` and ``"output"`` the layer's outputs without its bias, shape ``(n, d_out)``;
+                else None.
+            seen: how many rows these were taken from; None when they are all.
 
         Raises:
-            ValueError: a shape does not fit, or ``outputs`` is missing or not wanted.
+            ValueError: a shape does not fit, or an argument is missing or not wanted.
         """
-        left = rows if outputs is None else outputs
-        if (outputs is None) != (self.kind == "input"):
-            wanted = "rows only" if self.kind == "input" else "rows and outputs"
+        wanted = {"input": "rows only", "output": "outputs only"}.get(self.kind, "rows and outputs")
+        left, right = (rows if outputs is None else outputs), (outputs if rows is None else rows)
+        given = "rows only" if outputs is None else "outputs only" if rows is None else "rows and outputs"
+        if left is None or right is None or given != wanted:
             raise ValueError(f"a moment of kind '{self.kind}' takes {wanted}")
-        found = (*left.shape, *rows.shape)
-        if found != (len(rows), self.shape[0], len(rows), self.shape[1]):
+        found = (*left.shape, *right.shape)
+        if found != (len(right), self.shape[0], len(right), self.shape[1]):
             raise ValueError(
-                f"a moment of shape {self.shape} cannot take rows of shape {tuple(rows.shape)}"
-                + (f" with outputs of shape {tuple(outputs.shape)}" if outputs is not None else "")
+                f"a moment of shape {self.shape} cannot take rows of shape {tuple(right.shape)}"
+                + (f" with outputs of shape {tuple(left.shape)}" if left is not right else "")
             )
-        with torch.no_grad(), full_precision(rows.device.type):
-            rows = rows.float()
-            if outputs is None:
-                self._add_lower_blocks(rows)
-            else:
-                self._partial.addmm_(outputs.float().T, rows)
-        self.rows += len(rows)
-        self._partial_rows += len(rows)
-        if self._partial_rows >= PARTIAL_ROWS:
-            self._flush()
+        count = len(right)
+        self.rows += count
+        self.seen += count if seen is None else seen
+        self._device = right.device
+        with torch.no_grad():
+            self._take((right,) if left is right else (left, right))
 
     def merge(self, other: SecondMoment) -> None:
         """Add what another accumulator of the same layer has seen.
@@ -114,59 +164,142 @@ class SecondMoment:
                 f"cannot merge a moment of kind '{other.kind}' and shape {other.shape} "
                 f"into one of kind '{self.kind}' and shape {self.shape}"
             )
-        self._flush()
-        other._flush()
-        self._total += other._total.to(self._total.device)
+        if other._waiting is not None:
+            self._take(tuple(factor[: other._waiting_rows].to(self._device) for factor in other._waiting))
+        if other._total is not None:
+            other._flush()
+            total = self._sums()[1]
+            total += other._total.to(total.device)
         self.rows += other.rows
+        self.seen += other.seen
 
     def all_reduce(self) -> None:
         """Add up sums and counts over all processes; does nothing when torch.distributed is not initialised.
 
-        Every process must call it, for its layers in the same order.
+        Every process must call it, for its layers in the same order. Rows that are kept as they are become sums.
         """
-        if not (dist.is_available() and dist.is_initialized()):
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return
-        self._flush()
-        rows = torch.tensor(self.rows, dtype=torch.int64, device=self._total.device)
-        dist.all_reduce(self._total)
-        dist.all_reduce(rows)
-        self.rows = int(rows)
+        total = self._settled()
+        counts = torch.tensor([self.rows, self.seen], dtype=torch.int64, device=total.device)
+        dist.all_reduce(total)
+        dist.all_reduce(counts)
+        self.rows, self.seen = counts.tolist()
 
     def mean(self) -> Tensor:
-        """The sum divided by the number of rows, float32, in full (symmetric for kind ``"input"``).
+        """The sum divided by the number of rows, float32, in full (kinds ``"input"`` and ``"output"`` are symmetric).
 
         Raises:
             ValueError: no rows have been added.
         """
         if not self.rows:
             raise ValueError("the mean of a second moment needs at least one row, found none")
-        self._flush()
-        with torch.inference_mode(False):
-            mean = self._total / self.rows
-            if self.kind == "input":
+        with torch.inference_mode(False), torch.no_grad():
+            if self._is_kept and self._waiting is not None:
+                kept = self._waiting[0][: self.rows]
+                kept = (kept.cpu() if kept.is_mps else kept).double()
+                mean = kept.T @ kept / self.rows
+            else:
+                mean = self._settled() / self.rows
+            if self.kind != "cross":
                 mean = mean.tril() + mean.tril(-1).T
             return mean.float()
 
     def moment(self) -> LayerMoment:
-        """The mean on the CPU, with its kind and number of rows.
+        """The moment on the CPU; of kind ``"rows"`` for fewer than ``d_in`` inputs, unless ``keep_rows`` is off.
 
         Raises:
             ValueError: no rows have been added.
         """
-        return LayerMoment(self.kind, self.mean().cpu(), self.rows)
+        if self._is_kept and self._waiting is not None:
+            with torch.inference_mode(False), torch.no_grad():
+                rows = self._waiting[0][: self.rows] / math.sqrt(self.rows)
+            return LayerMoment("rows", rows.cpu(), self.rows, self.seen)
+        return LayerMoment(self.kind, self.mean().cpu(), self.rows, self.seen)
 
-    def _add_lower_blocks(self, rows: Tensor) -> None:
-        width = rows.shape[1]
-        block = max(SMALLEST_BLOCK, width // BLOCKS)
-        for start in range(0, width, block):
-            stop = start + block
-            self._partial[start:, start:stop].addmm_(rows[:, start:].T, rows[:, start:stop])
+    @property
+    def _is_kept(self) -> bool:
+        """Whether all rows so far are kept as they are."""
+        return self.keep_rows and self._total is None
+
+    def _take(self, factors: tuple[Tensor, ...]) -> None:
+        """Add rows to the sums, or let them wait until there are enough of them.
+
+        Args:
+            factors: outputs and rows for the cross moment, else only the one tensor that is multiplied with itself.
+        """
+        start, count = 0, len(factors[0])
+        while start < count:
+            limit = self.shape[1] if self._is_kept else WAITING_ROWS
+            if not self._waiting_rows and count - start >= limit:
+                self._multiply(tuple(factor[start:] for factor in factors))
+                return
+            if self._waiting is None:
+                with torch.inference_mode(False):  # what is begun in an inference pass can be added to after it
+                    self._waiting = tuple(
+                        torch.empty(limit, factor.shape[1], dtype=torch.float32, device=factor.device)
+                        for factor in factors
+                    )
+            stop = min(count, start + limit - self._waiting_rows)
+            end = self._waiting_rows + stop - start
+            for waiting, factor in zip(self._waiting, factors, strict=True):
+                waiting[self._waiting_rows : end].copy_(factor[start:stop])
+            self._waiting_rows, start = end, stop
+            if end == limit:
+                self._multiply_waiting()
+
+    def _multiply_waiting(self) -> None:
+        if self._waiting is None or not self._waiting_rows:
+            return
+        factors = tuple(waiting[: self._waiting_rows] for waiting in self._waiting)
+        if self._is_kept:
+            self._waiting = None
+        self._waiting_rows = 0
+        self._multiply(factors)
+
+    def _multiply(self, factors: tuple[Tensor, ...]) -> None:
+        partial = self._sums()[0]
+        with full_precision(partial.device.type):
+            factors = tuple(factor.float() for factor in factors)
+            if self.kind == "cross":
+                partial.addmm_(factors[0].T, factors[1])
+            else:
+                _add_lower_blocks(partial, factors[0])
+        self._partial_rows += len(factors[0])
+        if self._partial_rows >= PARTIAL_ROWS:
+            self._flush()
+
+    def _sums(self) -> tuple[Tensor, Tensor]:
+        """The float32 part and the float64 total, made when they are first needed."""
+        if self._partial is None or self._total is None:
+            with torch.inference_mode(False):
+                self._partial = torch.zeros(self.shape, dtype=torch.float32, device=self._device)
+                # Apple's MPS has no float64.
+                device = "cpu" if self._partial.is_mps else self._device
+                self._total = torch.zeros(self.shape, dtype=torch.float64, device=device)
+        return self._partial, self._total
+
+    def _settled(self) -> Tensor:
+        """The float64 total of everything."""
+        self._multiply_waiting()
+        total = self._sums()[1]
+        self._flush()
+        return total
 
     def _flush(self) -> None:
         if self._partial_rows:
-            self._total += self._partial.to(self._total.device)
-            self._partial.zero_()
+            partial, total = self._sums()
+            total += partial.to(total.device)
+            partial.zero_()
             self._partial_rows = 0
+
+
+def _add_lower_blocks(sums: Tensor, rows: Tensor) -> None:
+    width = rows.shape[1]
+    block = max(SMALLEST_BLOCK, width // BLOCKS)
+    for start in range(0, width, block):
+        stop = start + block
+        sums[start:, start:stop].addmm_(rows[:, start:].T, rows[:, start:stop])
 
 
 def float32_products_are_exact() -> bool:

@@ -20,7 +20,8 @@ from pave_lightning.subspace import MomentKind
 
 # One metadata entry, because safetensors writes several in random order: equal statistics give equal files.
 HEADER_KEY = "pave_lightning.statistics"
-FORMAT_VERSION = 1
+# 2 adds kinds 'rows' and 'output', and how many rows there were.
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class _Entry:
     owner: str
     kind: MomentKind
     rows: int
+    seen: int
     shape: tuple[int, int]
 
 
@@ -49,7 +51,7 @@ class TaskStatistics(Mapping[str, LayerMoment]):
         metadata: the free-form strings.
 
     Raises:
-        PaveError: a moment is not a float32 matrix, or its kind and shape do not fit.
+        PaveError: a moment is not a float32 matrix, its kind and shape do not fit, or it counts more rows than it saw.
     """
 
     def __init__(
@@ -64,10 +66,10 @@ class TaskStatistics(Mapping[str, LayerMoment]):
         for name, moment in self._moments.items():
             _check_moment(name, moment)
             owner = owners.setdefault(id(moment.matrix), name)
-            if moment.kind != self._moments[owner].kind or moment.rows != self._moments[owner].rows:
-                raise PaveError(f"layers '{owner}' and '{name}' share a matrix but differ in kind or number of rows")
             height, width = moment.matrix.shape
-            self._entries[name] = _Entry(owner, moment.kind, moment.rows, (height, width))
+            self._entries[name] = _Entry(owner, moment.kind, moment.rows, _seen(moment), (height, width))
+            if self._entries[name] != self._entries[owner]:
+                raise PaveError(f"layers '{owner}' and '{name}' share a matrix but differ in kind or number of rows")
 
     @classmethod
     def load(cls, path: Path | str) -> TaskStatistics:
@@ -87,7 +89,9 @@ class TaskStatistics(Mapping[str, LayerMoment]):
         statistics = cls({}, examples=header["examples"], metadata=header["metadata"])
         statistics._file = file
         for name, entry in header["layers"].items():
-            statistics._entries[name] = _Entry(entry["owner"], entry["kind"], entry["rows"], shapes[entry["owner"]])
+            seen = entry.get("seen", entry["rows"])  # format 1 counted all rows
+            shape = shapes[entry["owner"]]
+            statistics._entries[name] = _Entry(entry["owner"], entry["kind"], entry["rows"], seen, shape)
         return statistics
 
     def save(self, path: Path | str) -> None:
@@ -105,7 +109,7 @@ class TaskStatistics(Mapping[str, LayerMoment]):
         file = Path(path)
         file.parent.mkdir(parents=True, exist_ok=True)
         layers = {
-            name: {"owner": entry.owner, "kind": entry.kind, "rows": entry.rows}
+            name: {"owner": entry.owner, "kind": entry.kind, "rows": entry.rows, "seen": entry.seen}
             for name, entry in sorted(self._entries.items())
         }
         header = {
@@ -130,7 +134,7 @@ class TaskStatistics(Mapping[str, LayerMoment]):
         return sorted(self._entries)
 
     def shape(self, layer: str) -> tuple[int, int]:
-        """Shape of a layer's matrix, without reading it: ``(d_in, d_in)``, or ``(d_out, d_in)`` for a cross moment."""
+        """Shape of a layer's matrix, without reading it; what it is for each kind says `LayerMoment`."""
         return self._entry(layer).shape
 
     def kind(self, layer: str) -> MomentKind:
@@ -138,8 +142,12 @@ class TaskStatistics(Mapping[str, LayerMoment]):
         return self._entry(layer).kind
 
     def rows(self, layer: str) -> int:
-        """How many rows a layer has seen, without reading its matrix."""
+        """How many rows were counted for a layer's moment, without reading its matrix."""
         return self._entry(layer).rows
+
+    def seen(self, layer: str) -> int:
+        """How many rows reached a layer, whether or not they were counted."""
+        return self._entry(layer).seen
 
     def owner(self, layer: str) -> str:
         """The layer under whose name the matrix is stored: itself, or one that reads the same input."""
@@ -150,7 +158,7 @@ class TaskStatistics(Mapping[str, LayerMoment]):
         if self._file is None:
             return self._moments[layer]
         matrix = _read_matrix(self._file, entry.owner)
-        return LayerMoment(entry.kind, matrix, entry.rows)
+        return LayerMoment(entry.kind, matrix, entry.rows, entry.seen)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -173,14 +181,31 @@ class TaskStatistics(Mapping[str, LayerMoment]):
             raise KeyError(f"no statistics for layer '{layer}': {nearest(layer, self.layers())}") from None
 
 
+def _seen(moment: LayerMoment) -> int:
+    return moment.rows if moment.seen is None else moment.seen
+
+
 def _check_moment(name: str, moment: LayerMoment) -> None:
     matrix = moment.matrix
-    square = matrix.ndim == 2 and matrix.shape[0] == matrix.shape[1]
-    if matrix.dtype != torch.float32 or matrix.ndim != 2 or (moment.kind == "input" and not square):
+    if matrix.dtype != torch.float32 or matrix.ndim != 2 or moment.kind not in get_args(MomentKind):
         raise PaveError(
-            f"layer '{name}': expected a float32 matrix, square for kind 'input', found {matrix.dtype} of shape "
-            f"{tuple(matrix.shape)} with kind '{moment.kind}'"
+            f"layer '{name}': expected a float32 matrix of a known kind ({', '.join(get_args(MomentKind))}), found "
+            f"{matrix.dtype} of shape {tuple(matrix.shape)} with kind '{moment.kind}'"
         )
+    problem = _misfit(moment.kind, (matrix.shape[0], matrix.shape[1]), moment.rows, _seen(moment))
+    if problem:
+        raise PaveError(f"layer '{name}': {problem}")
+
+
+def _misfit(kind: MomentKind, shape: tuple[int, ...], rows: int, seen: int) -> str | None:
+    """What is wrong with the shape of a moment, or with its numbers of rows."""
+    if kind in ("input", "output") and shape[0] != shape[1]:
+        return f"expected a square matrix for kind '{kind}', found shape {shape}"
+    if kind == "rows" and shape[0] != rows:
+        return f"expected {rows} rows for kind 'rows', found shape {shape}"
+    if not 0 < rows <= seen:
+        return f"expected at least one row and no more than were seen, found {rows} of {seen}"
+    return None
 
 
 def _read_header(file: Path) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
@@ -202,8 +227,9 @@ def _read_header(file: Path) -> tuple[dict[str, Any], dict[str, tuple[int, int]]
             raise PaveError(f"{file} has statistics format {version}, known is up to {FORMAT_VERSION}: upgrade")
         well_formed = isinstance(header["examples"], int) and isinstance(header["metadata"], dict)
         for entry in header["layers"].values():
-            known = entry["kind"] in get_args(MomentKind) and isinstance(entry["rows"], int)
-            well_formed = well_formed and known and len(shapes[entry["owner"]]) == 2
+            kind, rows, shape = entry["kind"], entry["rows"], shapes[entry["owner"]]
+            known = kind in get_args(MomentKind) and len(shape) == 2
+            well_formed = well_formed and known and not _misfit(kind, shape, rows, entry.get("seen", rows))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise PaveError(f"{file} has a damaged statistics header ({error!r}): capture the statistics again") from error
     if not well_formed:

@@ -154,6 +154,32 @@ class TaskDataModule(LightningDataModule):
         rows = self.dataset("train")
         return self._exact_loader(rows.select(sample_rows(len(rows), examples, seed)), batch_size)
 
+    def random_token_dataloader(self, examples: int, batch_size: int, seed: int) -> DataLoader[Any]:
+        """Sequences of tokens drawn uniformly from the vocabulary, within the special tokens of a real one; no labels.
+
+        Args:
+            examples: how many; their lengths are drawn uniformly from one token up to the longest that fits.
+            batch_size: rows a batch and process.
+            seed: of the draws.
+        """
+        drawn = np.random.default_rng(seed)
+        special = set(self.tokenizer.all_special_ids)
+        words = np.asarray([index for index in range(len(self.tokenizer)) if index not in special])
+        framed = self.tokenizer("a", return_special_tokens_mask=True)
+        places = [place for place, is_special in enumerate(framed["special_tokens_mask"]) if not is_special]
+        before, after = framed["input_ids"][: places[0]], framed["input_ids"][places[-1] + 1 :]
+        longest = self.max_length - len(before) - len(after)
+        rows = [
+            [*before, *drawn.choice(words, size=drawn.integers(1, longest, endpoint=True)).tolist(), *after]
+            for _ in range(examples)
+        ]
+        table = {
+            "input_ids": rows,
+            "attention_mask": [[1] * len(row) for row in rows],
+            "length": [len(row) for row in rows],
+        }
+        return self._exact_loader(datasets.Dataset.from_dict(table), batch_size)
+
     def _exact_loader(self, rows: datasets.Dataset, batch_size: int) -> DataLoader[Any]:
         world, rank = self._place()
         return self._loader(rows, batch_size, ExactSampler(_lengths(rows), world=world, rank=rank))

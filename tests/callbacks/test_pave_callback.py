@@ -8,12 +8,12 @@ import lightning.pytorch as L
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import BatchEncoding, BertConfig, BertModel, GPT2Config, GPT2Model
 
 from pave_lightning.callbacks import PaveCallback
 from pave_lightning.errors import PaveError
-from pave_lightning.statistics import TaskStatistics
+from pave_lightning.statistics import LayerMoment, TaskStatistics
 
 torch.set_num_threads(1)
 
@@ -126,6 +126,10 @@ def validate(module: L.LightningModule, data: list[Any], callback: PaveCallback,
     return callback.statistics
 
 
+def full(moment: LayerMoment) -> Tensor:
+    return moment.matrix.T @ moment.matrix if moment.kind == "rows" else moment.matrix
+
+
 def hooks_in(module: nn.Module) -> int:
     return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules())
 
@@ -151,20 +155,21 @@ def test_equals_the_plain_computation_without_padding() -> None:
             assert moment.kind == "cross"
             expected = expert.get_submodule(f"backbone.{name}").weight.double() @ expected
         else:
-            assert moment.kind == "input"
+            assert moment.kind == ("rows" if name == "pooler.dense" else "input")
         assert moment.rows == (9 if name == "pooler.dense" else real_tokens)
         assert not moment.matrix.is_inference()
-        torch.testing.assert_close(moment.matrix.double(), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(full(moment).double(), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_all_covariances_on_demand() -> None:
     expert, data = Expert(bert()), batches()
     recorder = record(expert, data)
     captured = validate(expert, data, PaveCallback(backbone="backbone", moments="input"))
-    assert {captured.kind(name) for name in captured} == {"input"}
+    assert {name for name in captured if captured.kind(name) != "input"} == {"pooler.dense"}
+    assert captured.kind("pooler.dense") == "rows"
     for name, moment in captured.items():
         expected = recorder.covariance(f"backbone.{name}")
-        torch.testing.assert_close(moment.matrix.double(), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(moment.covariance().double(), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_query_key_and_value_share_one_matrix() -> None:
@@ -267,7 +272,7 @@ def test_nothing_of_the_batches_is_kept() -> None:
     data = [batches(1)[0] for _ in range(6)]
     callback = PaveCallback()
     trainer([callback, Count()]).validate(Expert(bert()), loader(data), verbose=False)
-    assert max(counts[1:]) <= counts[0]
+    assert max(counts[3:]) <= counts[2]
     assert callback._observer is None
 
 
@@ -281,7 +286,7 @@ def test_autocast_takes_no_precision_from_the_products(moments: Any) -> None:
         expected = recorder.covariance(f"backbone.{name}")
         if moment.kind == "cross":
             expected = expert.get_submodule(f"backbone.{name}").weight.double() @ expected
-        torch.testing.assert_close(moment.matrix.double(), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(full(moment).double(), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_low_matrix_precision_does_not_reach_the_outputs_used() -> None:
@@ -370,7 +375,7 @@ def test_flattened_tokens_are_masked_too() -> None:
     captured = validate(Flat(), [batch], PaveCallback(mask_key="mask"))
     rows = features[0, :3].double()
     assert (captured.examples, captured.rows("layer")) == (1, 3)
-    torch.testing.assert_close(captured["layer"].matrix.double(), rows.T @ rows / 3, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(full(captured["layer"]).double(), rows.T @ rows / 3, atol=1e-6, rtol=1e-5)
 
 
 def test_a_compiled_backbone_is_seen() -> None:
@@ -417,7 +422,7 @@ def test_layers_that_cease_to_share_are_not_mixed_up(pattern: list[str]) -> None
     ]
     rows = torch.cat(seen).double()
     expected = rows.T @ rows / len(rows)
-    torch.testing.assert_close(captured["second"].matrix.double(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(full(captured["second"]).double(), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_layer_that_joins_late_has_its_own_matrix() -> None:
@@ -429,8 +434,10 @@ def test_a_layer_that_joins_late_has_its_own_matrix() -> None:
 
 
 def test_says_what_is_wrong() -> None:
-    with pytest.raises(ValueError, match="moments must be one of smallest, input"):
+    with pytest.raises(ValueError, match="moments must be one of smallest, input, output"):
         PaveCallback(moments="largest")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="rows must be at least 1, or None for all, found 0"):
+        PaveCallback(rows=0)
     with pytest.raises(PaveError, match=r"no submodule 'backbon'.*did you mean 'backbone'"):
         validate(Expert(bert()), batches(), PaveCallback(backbone="backbon"))
     with pytest.raises(PaveError, match=r"no linear layers below backbone\.embeddings"):
@@ -441,3 +448,180 @@ def test_says_what_is_wrong() -> None:
         validate(broken, [(torch.randn(4, 3),)], PaveCallback())
     with pytest.raises(PaveError, match=r"attention_mask.*shape \(2, 1, 7\)"):
         validate(Perceptron(), [{"attention_mask": torch.ones(2, 1, 7)}], PaveCallback())
+
+
+def tokens(count: int, size: int = 6, length: int = LENGTH) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    made = []
+    for _ in range(count):
+        lengths = torch.randint(3, length + 1, (size, 1), generator=generator)
+        mask = (torch.arange(length) < lengths).long()
+        made.append({"input_ids": torch.randint(1, 50, (size, length), generator=generator), "attention_mask": mask})
+    return made
+
+
+class Numbered(L.LightningModule):
+    """Every real token carries a number of its own, so that the moments tell which ones were counted."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(width, width), nn.Linear(width, width)
+        self.narrow, self.pooled = nn.Linear(width, 2, bias=False), nn.Linear(width, width)
+        nn.init.ones_(self.narrow.weight)
+
+    def validation_step(self, batch: Any, _: int) -> None:
+        rows = batch["rows"]
+        self.first(rows)
+        self.second(rows + 0)
+        self.narrow(rows)
+        self.pooled(rows[:, 0])
+
+
+def numbered(masks: list[Tensor]) -> tuple[list[dict[str, Tensor]], int]:
+    """One-hot rows: the diagonal of a covariance is how often each token was counted; padding has the last one."""
+    real = sum(int(mask.sum()) for mask in masks)
+    made, start = [], 0
+    for mask in masks:
+        hot = torch.zeros(*mask.shape, real + 1)
+        hot[..., real] = 1 - mask
+        hot[mask.bool(), start + torch.arange(int(mask.sum()))] = 1
+        start += int(mask.sum())
+        made.append({"rows": hot, "attention_mask": mask})
+    return made, real
+
+
+def counted(moment: LayerMoment) -> Tensor:
+    """How often each numbered token was counted."""
+    return (moment.covariance().diagonal() * moment.rows).round().long()
+
+
+def test_the_cap_counts_so_many_real_rows_of_each_batch() -> None:
+    masks = [batch["attention_mask"] for batch in tokens(5)]
+    data, real = numbered(masks)
+    captured = validate(Numbered(real + 1), data, PaveCallback(rows=50))
+    for name in ("first", "second", "narrow"):
+        assert (captured.rows(name), captured.seen(name)) == (50, real)
+    assert (captured.rows("pooled"), captured.seen("pooled")) == (30, 30)
+    times = counted(captured["first"])
+    assert times.max() == 1
+    assert times[-1] == 0, "padding was counted"
+    per_batch = [int(part.sum()) for part in times[:-1].split([int(mask.sum()) for mask in masks])]
+    assert per_batch == [10] * 5
+    assert torch.equal(counted(captured["second"]), times)
+    cross = captured["narrow"]
+    assert cross.kind == "cross"
+    torch.testing.assert_close(cross.matrix[0] * 50, times.float())
+
+
+def test_the_sample_depends_on_the_seed_and_nothing_else() -> None:
+    data, real = numbered([batch["attention_mask"] for batch in tokens(4)])
+
+    def times(**options: Any) -> Tensor:
+        torch.rand(1)
+        return counted(validate(Numbered(real + 1), data, PaveCallback(**options))["first"])
+
+    assert torch.equal(times(rows=40), times(rows=40))
+    assert not torch.equal(times(rows=40), times(rows=40, seed=1))
+    assert times(rows=None).sum() == times(rows=10_000).sum() == real
+
+
+def test_the_sample_is_uniform() -> None:
+    data, real = numbered([tokens(1)[0]["attention_mask"]])
+    drawn = torch.stack(
+        [counted(validate(Numbered(real + 1), data, PaveCallback(rows=8, seed=seed))["first"]) for seed in range(60)]
+    )
+    expected, spread = 60 * 8 / real, (60 * 8 / real * (1 - 8 / real)) ** 0.5
+    assert ((drawn.sum(dim=0)[:-1] - expected).abs() < 5 * spread).all()
+
+
+def test_short_batches_are_made_up_for() -> None:
+    masks = [torch.ones(size, 4, dtype=torch.long) for size in (1, 1, 8, 8)]
+    data, real = numbered(masks)
+    captured = validate(Numbered(real + 1), data, PaveCallback(rows=40))
+    times = counted(captured["first"])[:-1].split([4, 4, 32, 32])
+    assert [int(part.sum()) for part in times] == [4, 4, 16, 16]
+
+
+def test_several_dataloaders_share_the_cap() -> None:
+    data, real = numbered([torch.ones(4, 5, dtype=torch.long)] * 4)
+
+    class Pair(Numbered):
+        def validation_step(self, batch: Any, index: int, dataloader_idx: int = 0) -> None:
+            super().validation_step(batch, index)
+
+    callback = PaveCallback(rows=24)
+    trainer(callback).validate(Pair(real + 1), [loader(data[:2]), loader(data[2:])], verbose=False)
+    times = counted(callback.statistics["first"])[:-1]
+    assert [int(part.sum()) for part in times.split(20)] == [6] * 4
+    assert not torch.equal(times[:20], times[40:60]), "two loaders were sampled alike"
+
+
+def test_a_pass_of_unknown_length_never_exceeds_the_cap() -> None:
+    class Endless(IterableDataset[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            yield from ({"rows": torch.randn(8, 8, 4), "attention_mask": torch.ones(8, 8)} for _ in range(60))
+
+    callback = PaveCallback(rows=320)
+    trainer(callback).validate(Numbered(4), DataLoader(Endless(), batch_size=None), verbose=False)
+    left = 320
+    for _ in range(60):
+        left -= -(-left // 32)
+    assert callback.statistics.rows("first") == 320 - left > 250
+    assert callback.statistics.seen("first") == 60 * 64
+
+
+def test_memory_does_not_grow_with_the_data() -> None:
+    def bytes_held(batches: int, **options: Any) -> int:
+        held = []
+
+        class Weigh(L.Callback):
+            def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
+                observer: Any = callback._observer
+                moments = [layer.moment for layer in observer._layers.values() if layer.moment is not None]
+                kept = [x for m in moments for x in (m._partial, m._total, *(m._waiting or ())) if x is not None]
+                held.append(sum(tensor.nbytes for tensor in kept))
+
+        callback = PaveCallback(backbone="backbone", **options)
+        trainer([Weigh(), callback]).validate(Expert(bert()), loader(tokens(batches)), verbose=False)
+        return held[-1]
+
+    for options in ({"rows": None}, {"rows": 100}):
+        assert bytes_held(60, **options) == bytes_held(20, **options)
+
+
+def test_outputs_alone_where_they_are_smaller() -> None:
+    expert, data = Expert(bert()), batches(4)
+    recorder = record(expert, data)
+    for precision, tolerance in (("32-true", 1e-5), ("bf16-mixed", 0.05)):
+        captured = validate(expert, data, PaveCallback(moments="output"), precision=precision)
+        kinds = {name: captured.kind(name) for name in captured}
+        narrow = {name for name in captured if name.endswith(".output.dense") and "attention" not in name} | {"head"}
+        assert {name for name, kind in kinds.items() if kind == "output"} == narrow
+        for name in narrow:
+            weight = expert.get_submodule(name).weight.double()
+            expected = weight @ recorder.covariance(name) @ weight.T
+            error = torch.linalg.norm(captured[name].matrix - expected) / torch.linalg.norm(expected)
+            assert error < tolerance
+            assert captured.shape(name) == (len(weight), len(weight))
+
+
+def test_few_rows_are_kept_as_they_are() -> None:
+    data, module = [torch.randn(3, 10), torch.randn(4, 10)], nn.Linear(10, 10)
+
+    class Single(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = module
+
+        def validation_step(self, batch: Any, _: int) -> None:
+            self.layer(batch)
+
+    rows = torch.cat(data)
+    kept = validate(Single(), data, PaveCallback())["layer"]
+    assert (kept.kind, kept.rows) == ("rows", 7)
+    torch.testing.assert_close(kept.matrix, rows / 7**0.5)
+    summed = validate(Single(), data, PaveCallback(keep_rows=False))["layer"]
+    assert summed.kind == "input"
+    torch.testing.assert_close(summed.matrix, rows.T @ rows / 7)
+    torch.testing.assert_close(kept.covariance(), summed.matrix)
+    assert validate(Single(), [*data, torch.randn(3, 10)], PaveCallback())["layer"].kind == "input"

@@ -53,7 +53,7 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def capture(rank: int, port: str, expert: type[Expert], folder: str) -> None:
+def capture(rank: int, port: str, expert: type[Expert], folder: str, rows: int) -> None:
     torch.set_num_threads(1)
     os.environ |= {
         "RANK": str(rank),
@@ -66,7 +66,7 @@ def capture(rank: int, port: str, expert: type[Expert], folder: str) -> None:
         "TORCHELASTIC_RUN_ID": "test",
     }
     data = examples()[rank::WORLD_SIZE]  # three examples here, two there
-    callback = PaveCallback(Path(folder) / "statistics")
+    callback = PaveCallback(Path(folder) / "statistics", rows=rows)
     try:
         L.Trainer(
             accelerator="cpu",
@@ -85,11 +85,11 @@ def capture(rank: int, port: str, expert: type[Expert], folder: str) -> None:
     (Path(folder) / f"unreached{rank}").write_text(" ".join(callback.unreached))
 
 
-def run(expert: type[Expert], folder: Path) -> None:
+def run(expert: type[Expert], folder: Path, rows: int = 100) -> None:
     port = free_port()
     context = multiprocessing.get_context("fork")
     processes = [
-        context.Process(target=capture, args=(rank, port, expert, str(folder)), daemon=True)
+        context.Process(target=capture, args=(rank, port, expert, str(folder), rows), daemon=True)
         for rank in range(WORLD_SIZE)
     ]
     for process in processes:
@@ -119,8 +119,24 @@ def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
     assert together.owner("rare_twin") == "rare"
     for name in together:
         assert together.rows(name) == alone.statistics.rows(name)
-        torch.testing.assert_close(together[name].matrix, alone.statistics[name].matrix, rtol=1e-6, atol=1e-6)
+        expected = alone.statistics[name]
+        if expected.kind == "rows":
+            assert together.kind(name) == "input"
+            torch.testing.assert_close(together[name].matrix, expected.covariance(), rtol=1e-6, atol=1e-6)
+        else:
+            torch.testing.assert_close(together[name].matrix, expected.matrix, rtol=1e-6, atol=1e-6)
     assert (tmp_path / "unreached0").read_text() == (tmp_path / "unreached1").read_text() == "never"
+
+
+def test_processes_share_the_cap(tmp_path: Path) -> None:
+    run(Expert, tmp_path, rows=3)
+    together = TaskStatistics.load(tmp_path / "statistics")
+    # The first process may count one row of its three, the second all of its two.
+    assert (together.rows("query"), together.seen("query")) == (3, 5)
+    mine, others = examples()[0::2].double(), examples()[1::2].double()
+    possible = [(row.outer(row) + others.T @ others) / 3 for row in mine]
+    found = together["query"].matrix.double()
+    assert min(float((found - one).abs().max()) for one in possible) < 1e-5
 
 
 def test_all_processes_hear_of_a_disagreement(tmp_path: Path) -> None:

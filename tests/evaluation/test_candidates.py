@@ -1,8 +1,9 @@
 import torch
 from safetensors.torch import load_file
 
-from pave_lightning.evaluation import CheckpointCandidate, ExpertsCandidate, ModulatedCandidate, ScaledCandidate
+from pave_lightning.evaluation import CheckpointCandidate, ExpertsCandidate, MergedCandidate, ModulatedCandidate
 from pave_lightning.merging import Modulator, PackedMasks
+from pave_lightning.merging.running import MergedVectors
 from pave_lightning.weights import Checkpoint, task_vectors
 
 
@@ -37,12 +38,12 @@ def test_each_task_has_its_expert(expert_folders):
 
 def test_a_multiple_of_the_merged_vector(base_folder, expert_folders):
     source = task_vectors(str(base_folder), {task: str(folder) for task, folder in expert_folders.items()})
-    vectors = {parameter.name: torch.ones(parameter.shape) for parameter in source.parameters}
+    merged = MergedVectors({parameter.name: torch.ones(parameter.shape) for parameter in source.parameters})
     base = load_file(base_folder / "model.safetensors")
-    candidate = ScaledCandidate(source, vectors, 0.25)
+    candidate = MergedCandidate(source, merged, 0.25)
     assert candidate.shared
     assert same(dict(candidate.weights("first")), {name: value + 0.25 for name, value in base.items()})
-    assert same(dict(ScaledCandidate(source, vectors, 0.0).weights("first")), base)
+    assert same(dict(MergedCandidate(source, merged, 0.0).weights("first")), base)
 
 
 def test_masks_switch_with_the_task_and_leave_the_rest(base_folder, expert_folders, tmp_path):

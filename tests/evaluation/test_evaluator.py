@@ -12,7 +12,7 @@ from pave_lightning.evaluation import (
     Evaluator,
     ExpertsCandidate,
     ModulatedCandidate,
-    ScaledCandidate,
+    MergedCandidate,
     SuiteData,
 )
 from pave_lightning.experts.trainers import build_trainer
@@ -117,7 +117,7 @@ def test_a_scaled_sum(score, suite):
     experts = [load_file(folder / "model.safetensors") for folder in suite.experts.values()]
     summed = {name: value + 0.4 * sum(own[f"bert.{name}"] - value for own in experts) for name, value in base.items()}
     source = suite.vectors()
-    candidate = ScaledCandidate(source, merge(TaskArithmetic(), source).vectors, 0.4)
+    candidate = MergedCandidate(source, merge(TaskArithmetic(), source), 0.4)
     check(score(candidate), suite, models_of(suite, summed))
 
 

@@ -11,6 +11,7 @@ from pave_lightning.errors import PaveError
 from pave_lightning.evaluation import Evaluator, ExpertsCandidate, TaskScore
 from pave_lightning.evaluation.scale_search import ScaleSearcher
 from pave_lightning.merging import TaskArithmetic, merge
+from pave_lightning.merging.running import MergedVectors
 from pave_lightning.recipe import ScaleSearch
 from pave_lightning.weights import Architecture, Checkpoint, ExpertTaskVectors, Parameter, ParameterKind, TaskVectors
 
@@ -61,7 +62,7 @@ def searcher(suite, tmp_path):
 
 
 def find(searcher, search=(0.0, 1.0), points=5, examples=None):
-    return searcher.best(One(), {"w": torch.ones(())}, ScaleSearch(search=search, points=points, examples=examples))
+    return searcher.best(One(), MergedVectors({"w": torch.ones(())}), ScaleSearch(search=search, points=points, examples=examples))
 
 
 def test_the_best_average_of_normalised_scores_wins(searcher):
@@ -161,7 +162,7 @@ def test_a_search_with_models_never_touches_the_test_split(suite, tmp_path):
         precision="32-true",
         root=tmp_path,
     )
-    found = searcher.best(source, merge(TaskArithmetic(), source).vectors, ScaleSearch(search=(0.0, 1.0), points=3))
+    found = searcher.best(source, merge(TaskArithmetic(), source), ScaleSearch(search=(0.0, 1.0), points=3))
 
     start, expert = (load_file(folder / "model.safetensors") for folder in (suite.base, expert_folder))
     reference = accuracy(expert_folder, None, rows, suite.tokenizer)

@@ -265,7 +265,7 @@ def test_everything_that_does_not_fit_is_told_at_once(source, statistics):
     with pytest.raises(PaveError) as caught:
         PurifiedTaskVectors(source, broken, Purify(tasks=["first", "second", "third", "fourth"]))
     assert str(caught.value).splitlines() == [
-        "the captured statistics do not fit the experts:",
+        "the task vectors cannot be purified like this:",
         "  - task 'fourth' is to be purified, but there are only first, second, third",
         "  - task 'first' has no captured statistics; capture them first",
         f"  - task 'second': the moment of {LAYER} is [16, 16], expected [64, 64]",

@@ -1,13 +1,20 @@
 import multiprocessing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pave_lightning.statistics import SecondMoment
-from pave_lightning.statistics.second_moment import PARTIAL_ROWS, float32_products_are_exact, full_precision
+from pave_lightning.errors import PaveError
+from pave_lightning.statistics import LayerMoment, SecondMoment
+from pave_lightning.statistics.second_moment import (
+    PARTIAL_ROWS,
+    WAITING_ROWS,
+    float32_products_are_exact,
+    full_precision,
+)
 
 torch.set_num_threads(1)
 
@@ -39,6 +46,98 @@ def test_cross_moment() -> None:
         moment.update(batch, batch_outputs)
     assert (moment.kind, moment.shape) == ("cross", (3, 7))
     torch.testing.assert_close(moment.mean().double(), exact(rows, outputs), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 7, 100, 700, 2000])
+@pytest.mark.parametrize("kind", ["input", "cross", "output"])
+def test_batches_of_any_size_add_up(kind: Any, batch: int) -> None:
+    rows, outputs = torch.randn(2000, 30), torch.randn(2000, 9)
+    moment = SecondMoment(30, None if kind == "input" else 9, kind=kind)
+    for some, others in zip(rows.split(batch), outputs.split(batch), strict=True):
+        moment.update(None if kind == "output" else some, None if kind == "input" else others)
+    expected = {"input": exact(rows), "cross": exact(rows, outputs), "output": exact(outputs)}[kind]
+    assert moment.moment().kind == kind
+    assert moment.moment().rows == 2000
+    torch.testing.assert_close(moment.mean().double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_given_may_change_afterwards() -> None:
+    rows, moment = torch.randn(5, 8), SecondMoment(8)
+    expected = exact(rows)
+    moment.update(rows)
+    rows.zero_()
+    torch.testing.assert_close(moment.mean().double(), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_fewer_rows_than_the_width_are_kept() -> None:
+    rows = torch.randn(12, 12)
+    moment = SecondMoment(12)
+    for count, batch in [(4, rows[:4]), (11, rows[4:11])]:
+        moment.update(batch)
+        found = moment.moment()
+        assert (found.kind, found.rows, found.matrix.dtype) == ("rows", count, torch.float32)
+        torch.testing.assert_close(found.matrix, rows[:count] / count**0.5)
+        torch.testing.assert_close(found.covariance().double(), exact(rows[:count]), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(moment.mean().double(), exact(rows[:count]), atol=1e-6, rtol=1e-5)
+    moment.update(rows[11:])
+    assert moment.moment().kind == "input"
+    torch.testing.assert_close(moment.mean().double(), exact(rows), atol=1e-6, rtol=1e-5)
+
+
+def test_rows_are_not_kept_when_not_wanted() -> None:
+    rows, moment = torch.randn(4, 12), SecondMoment(12, keep_rows=False)
+    moment.update(rows)
+    assert moment.moment().kind == "input"
+    torch.testing.assert_close(moment.moment().matrix.double(), exact(rows), atol=1e-6, rtol=1e-5)
+
+
+def test_the_covariance_of_each_kind() -> None:
+    square = torch.randn(3, 3)
+    assert LayerMoment("input", square, 4).covariance() is square
+    few = torch.randn(2, 3)
+    found = LayerMoment("rows", few, 2).covariance()
+    assert found.dtype == torch.float32
+    assert torch.equal(found, found.T)
+    torch.testing.assert_close(found, few.T @ few)
+    for kind in ("cross", "output"):
+        with pytest.raises(PaveError, match=rf"found a moment of kind '{kind}'.*moments='input'"):
+            LayerMoment(kind, square, 4).covariance()  # type: ignore[arg-type]
+
+
+def test_what_was_seen_is_counted_apart() -> None:
+    first, second = SecondMoment(3), SecondMoment(3)
+    first.update(torch.randn(2, 3), seen=10)
+    second.update(torch.randn(4, 3))
+    first.merge(second)
+    assert (first.moment().rows, first.moment().seen) == (6, 14)
+
+
+def test_merging_kept_rows_with_sums() -> None:
+    rows = torch.randint(-8, 8, (60, 5)).float()
+    for cut in (2, 58):
+        first, second = SecondMoment(5), SecondMoment(5)
+        first.update(rows[:cut])
+        second.update(rows[cut:])
+        first.merge(second)
+        torch.testing.assert_close(first.mean().double(), exact(rows))
+        assert second.rows == 60 - cut
+    one, other = SecondMoment(5), SecondMoment(5)
+    one.update(rows[:2])
+    other.update(rows[2:4])
+    one.merge(other)
+    assert one.moment().kind == "rows"
+    torch.testing.assert_close(one.moment().covariance().double(), exact(rows[:4]))
+
+
+def test_memory_does_not_depend_on_the_number_of_rows() -> None:
+    def held(batches: int) -> int:
+        moment = SecondMoment(40)
+        for _ in range(batches):
+            moment.update(torch.ones(3, 40))
+        tensors = [moment._partial, moment._total, *(moment._waiting or ())]
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    assert held(30) == held(3000) == 12 * 40 * 40 + 4 * WAITING_ROWS * 40
 
 
 def test_many_rows_are_summed_in_float64() -> None:
@@ -135,6 +234,11 @@ def test_refuses_what_does_not_fit() -> None:
         SecondMoment(4).update(torch.ones(2, 4), torch.ones(2, 4))
     with pytest.raises(ValueError, match="rows and outputs"):
         SecondMoment(4, 3).update(torch.ones(2, 4))
+    with pytest.raises(ValueError, match="outputs only"):
+        SecondMoment(4, 3, kind="output").update(torch.ones(2, 4), torch.ones(2, 3))
+    for kind, width in (("rows", None), ("output", None), ("cross", None), ("input", 3)):
+        with pytest.raises(ValueError, match=f"kind '{kind}'"):
+            SecondMoment(4, width, kind=kind)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"rows of shape \(2, 5\)"):
         SecondMoment(4).update(torch.ones(2, 5))
     with pytest.raises(ValueError, match=r"outputs of shape \(1, 3\)"):

@@ -9,11 +9,12 @@ from safetensors import safe_open
 from pave_lightning.errors import PaveError
 from pave_lightning.statistics import LayerMoment, TaskStatistics
 from pave_lightning.statistics.storage import HEADER_KEY
+from pave_lightning.subspace import MomentKind
 
 
 def make_statistics() -> TaskStatistics:
     shared = LayerMoment("input", torch.randn(4, 4), 30)
-    cross = LayerMoment("cross", torch.randn(2, 8), 20)
+    cross = LayerMoment("cross", torch.randn(2, 8), 20, seen=50)
     moments = {"layer.1.query": shared, "layer.1.key": shared, "layer.1.down": cross}
     return TaskStatistics(moments, examples=7, metadata={"task": "movie", "note": 'quoted "words" ünd and more'})
 
@@ -28,10 +29,31 @@ def test_comes_back_as_it_was(tmp_path: Path) -> None:
     for name in loaded:
         assert torch.equal(loaded[name].matrix, statistics[name].matrix)
         assert (loaded[name].kind, loaded[name].rows) == (statistics[name].kind, statistics[name].rows)
+        assert loaded[name].seen == loaded.seen(name) == statistics.seen(name)
         assert loaded.shape(name) == tuple(statistics[name].matrix.shape) == statistics.shape(name)
         assert (loaded.kind(name), loaded.rows(name)) == (statistics.kind(name), statistics.rows(name))
         assert loaded.owner(name) == statistics.owner(name)
     assert list(file.parent.iterdir()) == [file]
+    assert (loaded.seen("layer.1.down"), loaded.seen("layer.1.key")) == (50, 30)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"), [("input", (3, 3)), ("cross", (2, 3)), ("rows", (5, 3)), ("output", (2, 2))]
+)
+def test_all_kinds_are_kept(tmp_path: Path, kind: MomentKind, shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape)
+    TaskStatistics({"layer": LayerMoment(kind, matrix, 5)}, examples=5).save(tmp_path / "file")
+    loaded = TaskStatistics.load(tmp_path / "file")
+    assert (loaded.kind("layer"), loaded.shape("layer"), loaded.rows("layer")) == (kind, shape, 5)
+    assert torch.equal(loaded["layer"].matrix, matrix)
+
+
+def test_files_of_the_first_format_are_read(tmp_path: Path) -> None:
+    layers = {"x": {"owner": "a", "kind": "input", "rows": 7}}
+    header = {"format_version": 1, "examples": 1, "metadata": {}, "layers": layers}
+    safetensors.torch.save_file({"a": torch.ones(2, 2)}, tmp_path / "f", metadata={HEADER_KEY: json.dumps(header)})
+    loaded = TaskStatistics.load(tmp_path / "f")
+    assert (loaded.rows("x"), loaded.seen("x")) == (7, 7)
 
 
 def test_a_shared_matrix_is_stored_once(tmp_path: Path) -> None:
@@ -117,14 +139,19 @@ def test_refuses_the_files_of_others(tmp_path: Path) -> None:
         ({"format_version": 99}, "format 99"),
         ({"examples": "many"}, "damaged"),
         ({"layers": {"x": {"owner": "gone", "kind": "input", "rows": 1}}}, "damaged"),
-        ({"layers": {"x": {"owner": "a", "kind": "output", "rows": 1}}}, "damaged"),
+        ({"layers": {"x": {"owner": "a", "kind": "other", "rows": 1}}}, "damaged"),
+        ({"layers": {"x": {"owner": "a", "kind": "rows", "rows": 3}}}, "damaged"),
+        ({"layers": {"x": {"owner": "b", "kind": "input", "rows": 1}}}, "damaged"),
+        ({"layers": {"x": {"owner": "a", "kind": "input", "rows": 0}}}, "damaged"),
+        ({"layers": {"x": {"owner": "a", "kind": "input", "rows": 2, "seen": 1}}}, "damaged"),
         ({"layers": 3}, "damaged"),
     ],
 )
 def test_refuses_a_damaged_header(tmp_path: Path, change: dict[str, object], message: str) -> None:
     header = {"format_version": 1, "examples": 1, "metadata": {}, "layers": {}} | change
     file = tmp_path / "movie.safetensors"
-    safetensors.torch.save_file({"a": torch.ones(2, 2)}, file, metadata={HEADER_KEY: json.dumps(header)})
+    tensors = {"a": torch.ones(2, 2), "b": torch.ones(2, 3)}
+    safetensors.torch.save_file(tensors, file, metadata={HEADER_KEY: json.dumps(header)})
     with pytest.raises(PaveError, match=message):
         TaskStatistics.load(file)
 
@@ -147,6 +174,10 @@ def test_refuses_moments_that_are_none() -> None:
         LayerMoment("input", torch.ones(2, 3), 1),
         LayerMoment("cross", torch.ones(2), 1),
         LayerMoment("cross", torch.ones(2, 3, dtype=torch.float64), 1),
+        LayerMoment("output", torch.ones(2, 3), 1),
+        LayerMoment("rows", torch.ones(2, 3), 3),
+        LayerMoment("input", torch.ones(2, 2), 3, seen=2),
+        LayerMoment("other", torch.ones(2, 2), 3),  # type: ignore[arg-type]
     ):
         with pytest.raises(PaveError, match="layer 'a'"):
             TaskStatistics({"a": moment}, examples=1)

@@ -1,0 +1,116 @@
+"""Which rows of a batch are counted."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+# How many batches are taken to be still ahead when nobody knows: each batch then takes 1/32 of what is left to count.
+ASSUMED_BATCHES = 32
+
+
+class RowSampler:
+    """Draws the rows to count, a uniform sample of each batch's real rows that depends on nothing but seed and place.
+
+    All inputs of a batch with the same leading shape are sampled from one random order of their rows, so that layers
+    that look at the same tokens count the same ones.
+
+    Args:
+        rows: how many rows a layer counts at most, over all processes; None for all.
+        batches: how many batches this process will see; infinity when unknown.
+        seed: what the sample depends on, beside the batch's number and the process.
+        rank: which of the processes this is.
+        processes: how many processes share ``rows``.
+    """
+
+    def __init__(
+        self, rows: int | None, batches: float = math.inf, *, seed: int = 0, rank: int = 0, processes: int = 1
+    ) -> None:
+        # Shares of the processes differ by one at most and add up to rows.
+        self._budget = None if rows is None else rows * (rank + 1) // processes - rows * rank // processes
+        self._batches = batches
+        self._origin = (seed, rank)
+        self._begun = 0
+        self._place: tuple[int, ...] = ()
+        self._real: Tensor | None = None
+        self._masked: dict[tuple[int, ...], bool] = {}
+        self._chosen: dict[tuple[object, ...], tuple[Tensor | None, int]] = {}
+
+    def begin_batch(self, mask: Tensor | None, batch: int = 0, loader: int = 0) -> None:
+        """Take the padding mask and the place of the next batch.
+
+        Args:
+            mask: shape ``(B, L)``, true or non-zero where a token is real; None when all rows count.
+            batch: number of the batch in its dataloader.
+            loader: number of the dataloader.
+        """
+        self.end_batch()
+        self._begun += 1
+        self._place = (*self._origin, loader, batch)
+        if mask is not None:
+            real = mask.reshape(-1).nonzero().squeeze(1)
+            if len(real) < mask.numel():
+                size, length = mask.shape
+                # A leading shape that has the mask, and whether it has it transposed.
+                self._masked = {(length, size): True, (size, length): False, (size * length,): False}
+                self._real, self._length = real, length
+
+    def end_batch(self) -> None:
+        """Forget the batch."""
+        self._real = None
+        self._masked = {}
+        self._chosen.clear()
+
+    def allowance(self, counted: int) -> int | None:
+        """How many rows a layer may count in this batch, having counted so many before it; None for all.
+
+        What is left to count is spread evenly over the batches ahead, so that short batches are made up for later.
+        """
+        if self._budget is None:
+            return None
+        ahead = ASSUMED_BATCHES if math.isinf(self._batches) else max(1, int(self._batches) - self._begun + 1)
+        return math.ceil(max(0, self._budget - counted) / ahead)
+
+    def choose(
+        self, leading: tuple[int, ...], allowance: int | None = None, call: int = 0, calls: int = 1
+    ) -> tuple[Tensor | None, int]:
+        """Which rows of an input to count.
+
+        Args:
+            leading: the input's shape without its width.
+            allowance: how many rows the layer may count in this batch; None for all.
+            call: how many calls the layer has had before in this batch.
+            calls: how many calls to expect in this batch; each gets its part of the allowance.
+
+        Returns:
+            Indices into the flattened rows, or None for all rows; and how many real rows there are.
+        """
+        key = (leading, allowance, call, calls)
+        if key not in self._chosen:
+            self._chosen[key] = self._choose(leading, allowance, call, calls)
+        return self._chosen[key]
+
+    def _choose(
+        self, leading: tuple[int, ...], allowance: int | None, call: int, calls: int
+    ) -> tuple[Tensor | None, int]:
+        real = self._real if leading in self._masked else None
+        if real is not None and self._masked[leading]:
+            size = math.prod(leading) // self._length
+            real = real % self._length * size + real // self._length
+        count = math.prod(leading) if real is None else len(real)
+        if allowance is None or (calls == 1 and allowance >= count):
+            return real, count
+        start = allowance * call // calls
+        share = min(count, allowance * (call + 1) // calls - start)
+        order = torch.randperm(count, generator=_generator(*self._place, count))
+        sample = order[(start + torch.arange(share)) % max(1, count)].sort().values
+        return (sample if real is None else real[sample.to(real.device)]), count
+
+
+def _generator(*key: int) -> torch.Generator:
+    """A generator of its own for each place, so that no sample depends on what else was drawn."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))

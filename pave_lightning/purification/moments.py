@@ -1,0 +1,170 @@
+"""Which second moment ranks the directions of a task's layer, and whether it can be one."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from pave_lightning.errors import PaveError
+from pave_lightning.recipe import Purify
+from pave_lightning.statistics import LayerMoment, TaskStatistics
+from pave_lightning.weights import Parameter, TaskVectors
+
+# What storing a moment in float32 may cost an eigenvalue, relative to the largest diagonal entry and the width.
+ROUNDING = 2.0**-23
+# A cross moment A = W C belongs to W if A W^T is symmetric; half-precision passes blur it by some percent.
+ASYMMETRY = 0.1
+PROBES = 8
+
+
+class MomentSource:
+    """Gives the second moment by which a layer of a task is purified.
+
+    Args:
+        source: plain task vectors.
+        statistics: what each task's expert saw.
+        options: which moments are asked for.
+        tasks: the tasks that are purified.
+    """
+
+    def __init__(
+        self, source: TaskVectors, statistics: Mapping[str, TaskStatistics], options: Purify, tasks: Sequence[str]
+    ) -> None:
+        self.source, self.statistics, self.options, self.tasks = source, statistics, options, tasks
+
+    @property
+    def reads_statistics(self) -> bool:
+        """Whether captured statistics are needed at all."""
+        return self.options.metric != "identity" and self.options.statistics in ("own", "other_task")
+
+    def owner(self, task: str) -> str:
+        """The task whose statistics a task is purified by: its own, or the next one in order."""
+        if self.options.statistics != "other_task":
+            return task
+        return self.source.tasks[(self.source.tasks.index(task) + 1) % len(self.source.tasks)]
+
+    def moment(self, task: str, parameter: Parameter, weight: Tensor) -> LayerMoment | str | None:
+        """The moment; None where the metric needs none; a reason in words where the layer has no subspace.
+
+        Args:
+            task: the task.
+            parameter: a matrix weight.
+            weight: the task's fine-tuned weight, shape ``(d_out, d_in)``.
+
+        Raises:
+            PaveError: the moment cannot be one, or belongs to another weight.
+        """
+        if self.options.metric == "identity":
+            return None
+        if self.options.statistics == "random":
+            return random_moment(weight.shape[1], f"{task}/{parameter.name}")
+        if self.options.statistics == "task_vector":
+            return row_moment(weight - parameter.as_matrix(self.source.base(parameter)))
+        statistics = self.statistics[self.owner(task)]
+        if parameter.layer not in statistics:
+            return "no example reached it"
+        found = statistics[parameter.layer]
+        if not bool(found.matrix.any()):
+            return "all its inputs were zero"
+        reason = _impossible(found, weight)
+        if reason:
+            raise PaveError(
+                f"task '{self.owner(task)}': the second moment of {parameter.layer} {reason}: capture the statistics "
+                "of this very expert again"
+            )
+        return found
+
+    def problems(self, layers: Sequence[Parameter]) -> Iterator[str]:
+        """What keeps the statistics from fitting the experts, from their headers alone."""
+        if not self.reads_statistics:
+            return
+        matrices = {parameter.layer: parameter for parameter in layers}
+        children = {parameter.name.partition(".")[0] for parameter in self.source.parameters}
+        for task in dict.fromkeys(self.owner(task) for task in self.tasks):
+            if task not in self.statistics:
+                yield f"task '{task}' has no captured statistics; capture them first"
+                continue
+            statistics = self.statistics[task]
+            for layer in statistics.layers():
+                if layer in matrices:
+                    yield from self._layer_problems(task, matrices[layer], statistics)
+                # A child of the backbone that the base lacks belongs to the heads; its layers are captured too.
+                elif layer.partition(".")[0] in children:
+                    yield f"task '{task}': the statistics hold a layer {layer}, which the model has not"
+            if not any(layer in matrices for layer in statistics.layers()):
+                yield f"task '{task}': the statistics hold none of the model's linear layers"
+
+    def _layer_problems(self, task: str, parameter: Parameter, statistics: TaskStatistics) -> Iterator[str]:
+        layer, kind, found = parameter.layer, statistics.kind(parameter.layer), statistics.shape(parameter.layer)
+        width_out, width_in = parameter.matrix_shape
+        rows = found[0] if kind == "rows" else 0
+        expected = {
+            "input": (width_in, width_in),
+            "cross": (width_out, width_in),
+            "output": (width_out, width_out),
+            "rows": (rows, width_in),
+        }[kind]
+        if found != expected:
+            yield f"task '{task}': the moment of {layer} is {list(found)}, expected {list(expected)}"
+        if kind == "output" and self.options.metric != "root":
+            yield (
+                f"task '{task}': {layer} has the second moment of its output, which serves the metric root alone; "
+                "capture with moments: smallest"
+            )
+        foreign = self.options.statistics == "other_task" or self.options.target == "delta"
+        if foreign and kind in ("cross", "output"):
+            asked = "statistics: other_task" if self.options.statistics == "other_task" else "target: delta"
+            yield (
+                f"task '{task}': {asked} needs the second moment of the input of {layer}, but what was captured holds "
+                "the expert's own weight; capture with moments: input"
+            )
+
+
+def random_moment(width: int, seed: str) -> LayerMoment:
+    """The second moment of Gaussian noise: knowledge of nothing, for ablation.
+
+    Args:
+        width: ``d_in``.
+        seed: any text; equal texts give equal noise.
+    """
+    generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
+    rows = torch.randn(2 * width, width, generator=generator)
+    return LayerMoment("input", rows.T @ rows / len(rows), len(rows))
+
+
+def row_moment(vector: Tensor) -> LayerMoment | str:
+    """The second moment of a task vector's rows, scaled to a mean of 1 on its diagonal: a stand-in that needs no data.
+
+    The rows of an update are sums of the layer's inputs during fine-tuning, weighted by gradients, so that their second
+    moment resembles the one of the inputs. Source: the covariance of ACE-Merging (arXiv 2603.02945), here uncentred.
+
+    Args:
+        vector: the task vector as ``(d_out, d_in)``.
+    """
+    rows = vector.double()
+    moment = rows.T @ rows
+    scale = float(moment.diagonal().mean())
+    return LayerMoment("input", (moment / scale).float(), len(rows)) if scale > 0 else "its task vector is zero"
+
+
+def _impossible(moment: LayerMoment, weight: Tensor) -> str | None:
+    """Why a moment cannot be what it says it is."""
+    if not bool(torch.isfinite(moment.matrix).all()):
+        return "holds NaN or infinity"
+    if moment.kind == "rows":
+        return None
+    if moment.kind == "cross":
+        # A W^T is symmetric if it is symmetric on random vectors, which costs no matrix product.
+        probes = torch.randn(len(weight), PROBES, generator=torch.Generator().manual_seed(0))
+        one, other = moment.matrix @ (weight.T @ probes), weight @ (moment.matrix.T @ probes)
+        differs = float((one - other).norm()) > ASYMMETRY * float(one.norm())
+        return "is not that of this expert's weight (W C W^T is not symmetric)" if differs else None
+    matrix = moment.matrix.double()
+    if not torch.allclose(matrix, matrix.T, rtol=1e-3, atol=float(matrix.abs().max()) * 1e-5):
+        return "is not symmetric"
+    shift = ROUNDING * len(matrix) * float(matrix.diagonal().abs().max())
+    _, failed = torch.linalg.cholesky_ex(matrix + shift * torch.eye(len(matrix), dtype=torch.float64))
+    return "is not positive semi-definite" if int(failed) else None

@@ -1,0 +1,64 @@
+"""Purified weights on disk, so that many merge rules can share them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from pave_lightning.errors import PaveError
+from pave_lightning.purification.vectors import PurifiedTaskVectors
+from pave_lightning.weights import Checkpoint, Parameter, ShardWriter, TaskVectors
+
+log = logging.getLogger("pave_lightning")
+
+# Small, because every task has a shard in memory at the same time.
+SHARD_BYTES = 32_000_000
+
+
+class StoredPurification(TaskVectors):
+    """Purified task vectors that were computed before: plain ones, with the purified weights laid over them.
+
+    Args:
+        source: plain task vectors.
+        purified: each purified task's weights, as `write_purified` left them.
+    """
+
+    def __init__(self, source: TaskVectors, purified: Mapping[str, Checkpoint]) -> None:
+        self.source, self._purified = source, dict(purified)
+        self.tasks, self.parameters = source.tasks, source.parameters
+
+    def base(self, parameter: Parameter, rows: slice | None = None) -> Tensor:
+        """The base's tensor, as it is."""
+        return self.source.base(parameter, rows)
+
+    def expert(self, task: str, parameter: Parameter, rows: slice | None = None) -> Tensor:
+        """The purified fine-tuned tensor (float32)."""
+        if task in self._purified and parameter.name in self._purified[task].backbone:
+            return self._purified[task].tensor(parameter.name, rows)
+        return self.source.expert(task, parameter, rows)
+
+
+def write_purified(vectors: PurifiedTaskVectors, folder: Path) -> None:
+    """Compute every purified weight once and write it to ``folder/TASK``, so that many rules can merge it.
+
+    Raises:
+        PaveError: no layer of any task could be purified.
+    """
+    writers: dict[str, ShardWriter] = {}
+    for parameter in vectors.layers:
+        for task in vectors.purified_tasks:
+            purified = vectors.expert(task, parameter)
+            if (task, parameter.layer) in vectors.ranks:
+                if task not in writers:
+                    (folder / task).mkdir(parents=True)
+                    writers[task] = ShardWriter(folder / task, SHARD_BYTES)
+                writers[task].add(parameter.name, purified)
+    if not writers:
+        raise PaveError("no layer of any task has a captured subspace, so there is nothing to purify")
+    for writer in writers.values():
+        writer.close()
+    for (task, layer), reason in vectors.untouched.items():
+        log.warning("task '%s': %s is left as it is: %s", task, layer, reason)
