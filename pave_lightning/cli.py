@@ -13,6 +13,8 @@ RECIPE_COMMANDS = {
     "plan": "check everything and show what would be done; run nothing",
     "fit": "fine-tune the experts (or one of them)",
     "capture": "measure what the experts' layers see",
+    "purify": "write the purified experts as ordinary checkpoints",
+    "diagnose": "show what purification does to the task vectors, as tables and pictures",
     "merge": "purify and merge the experts",
     "evaluate": "score base, experts and merged models on the test splits",
     "report": "write tables and pictures from the scores that are there",

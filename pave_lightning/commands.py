@@ -41,7 +41,7 @@ def run_stage(recipe: Recipe, stage: str, task: str | None = None) -> None:
     Raises:
         PaveError: what the stage builds on is missing or stale; the message names the command that makes it.
     """
-    from pave_lightning.reporting.report import write_report
+    from pave_lightning.reporting.report import report_diagnostics, write_report
 
     names = [entry.name for entry in recipe.tasks]
     if task is not None and task not in names:
@@ -51,6 +51,8 @@ def run_stage(recipe: Recipe, stage: str, task: str | None = None) -> None:
         actions: dict[str, Callable[[], object]] = {
             "fit": lambda: [workflow.fit(entry) for entry in chosen],
             "capture": lambda: [workflow.capture(entry) for entry in chosen],
+            "purify": lambda: [workflow.export(options) for options in workflow.stages.purifications()],
+            "diagnose": lambda: report_diagnostics(workflow),
             "merge": lambda: [workflow.merge(step, vectors) for step, vectors in workflow.stages.merges()],
             "evaluate": workflow.evaluate,
             "report": lambda: write_report(workflow),
@@ -64,7 +66,7 @@ def plan_recipe(recipe: Recipe, console: Console | None = None) -> None:
     Raises:
         PaveError: lists everything that is wrong.
     """
-    from pave_lightning.planning import check_recipe, plan_rows
+    from pave_lightning.planning import check_recipe, cost_table, plan_rows
 
     folder = open_folder(recipe)
     check_recipe(recipe, folder)
@@ -73,7 +75,9 @@ def plan_recipe(recipe: Recipe, console: Console | None = None) -> None:
         table.add_column(heading)
     for row in plan_rows(recipe, folder):
         table.add_row(*row)
-    (console or Console()).print(table)
+    console = console or Console()
+    console.print(table)
+    console.print(cost_table(recipe, folder))
 
 
 def open_folder(recipe: Recipe) -> RunFolder:

@@ -7,14 +7,19 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
+from rich import filesize
+from rich.table import Table
+
+from pave_lightning.costs import Cost, expected_kinds, predict_cost
 from pave_lightning.errors import PaveError, Problems, nearest
 from pave_lightning.experts.fitting import DEFAULT_EPOCHS
 from pave_lightning.experts.loading import ADAPTER_CONFIG, adapter_problems, load_tokenizer
 from pave_lightning.experts.trainers import machine_options, trainer_problems
-from pave_lightning.merging import make_method
-from pave_lightning.recipe import MergeStep, Recipe, Task
+from pave_lightning.merging import make_method, method_named
+from pave_lightning.purification.vectors import budget_problems, workers_of
+from pave_lightning.recipe import AUTO_RATIOS, MergeStep, Recipe, Task
 from pave_lightning.run_folder import RunFolder
-from pave_lightning.stages import Stages, existing_folder
+from pave_lightning.stages import Stages, existing_folder, ratios
 from pave_lightning.tasks.data import check_task, load_split
 from pave_lightning.tracking import resolve_uri
 from pave_lightning.weights import Architecture, Checkpoint, ParameterKind, locate_model
@@ -45,6 +50,7 @@ def check_recipe(recipe: Recipe, folder: RunFolder) -> None:
     attempt(partial(_check_models, recipe, problems))
     for step in recipe.merge:
         attempt(partial(_check_step, step))
+    problems.extend(_purification_problems(recipe))
     if recipe.merge and len(recipe.tasks) < 2:
         problems.add("merging needs at least two tasks; the recipe has one")
     attempt(partial(resolve_uri, recipe.tracking.uri))
@@ -57,6 +63,32 @@ def _check_step(step: MergeStep) -> None:
         raise PaveError(f"merge step '{step.name}': {step.method} has no scale; leave the key 'scale' out")
 
 
+def _purification_problems(recipe: Recipe) -> Iterator[str]:
+    """Purifications that cannot be run, whatever the statistics will be."""
+    try:
+        folder = locate_model(recipe.base, role="base")
+        layers = [p for p in Architecture.of_folder(folder).parameters.values() if p.kind is ParameterKind.LINEAR]
+    except PaveError:  # told elsewhere
+        return
+    asked = {step.name: step.purify for step in recipe.merge if "purified" in step.vectors}
+    if recipe.evaluate.purified_experts and not asked:
+        asked = {"": recipe.purify}
+    for options in dict.fromkeys(asked.values()):
+        where = (
+            "purify" if options == recipe.purify else next(f"merge.{n}.purify" for n in asked if asked[n] == options)
+        )
+        moments = recipe.capture.moments
+        if options.metric != "identity" and options.statistics in ("own", "other_task"):
+            foreign = options.statistics == "other_task" or options.target == "delta"
+            if foreign and moments != "input":
+                what = "statistics: other_task" if options.statistics == "other_task" else "target: delta"
+                yield f"{where}: {what} needs the second moments of all inputs; set capture.moments: input"
+            if moments == "output" and options.metric != "root":
+                yield f"{where}: capture.moments: output serves the metric root alone, found {options.metric}"
+        tasks = len(options.tasks or recipe.tasks)
+        yield from (f"{where}: {problem}" for problem in budget_problems(options, layers, tasks))
+
+
 def _check_models(recipe: Recipe, problems: Problems) -> None:
     base_folder = locate_model(recipe.base, role="base")
     architecture = Architecture.of_folder(base_folder)
@@ -64,7 +96,7 @@ def _check_models(recipe: Recipe, problems: Problems) -> None:
     tokenizer = load_tokenizer(base_folder)
     for name in base.non_finite():
         problems.add(f"base: the weight {name} holds NaN or infinity")
-    if len(tokenizer) > architecture.vocabulary:
+    if architecture.vocabulary is not None and len(tokenizer) > architecture.vocabulary:
         problems.add(
             f"base: its tokenizer has {len(tokenizer)} tokens, but its embedding {architecture.vocabulary} rows"
         )
@@ -148,14 +180,52 @@ def plan_rows(recipe: Recipe, folder: RunFolder) -> list[tuple[str, str, str]]:
     stages, about = Stages(recipe, folder), {}
     for task in recipe.tasks:
         about[stages.expert(task).name] = _fit_summary(recipe, task, folder.data)
-        about[stages.statistics(task).name] = f"{recipe.capture.examples} training examples"
+        shown = "training examples" if recipe.capture.source == "train" else "sequences of random tokens"
+        about[stages.statistics(task).name] = f"{recipe.capture.examples} {shown}"
     for step, vectors in stages.merges():
         options = step.purify
-        summary = f"rho {options.rho:g}, {options.metric}, {options.allocation} allocation"
-        about[stages.purified(options).name] = summary
+        about.update({stages.purified(ratio).name: ratio.summary for ratio in ratios(options)})
         scale = "" if step.scale is None else f", scale {step.scale if isinstance(step.scale, float) else 'searched'}"
         about[stages.merged(step, vectors).name] = f"{step.method}{scale}"
     return [(stage.name, stages.state(stage), about.get(stage.name, "all test splits")) for stage in stages.all()]
+
+
+def cost_table(recipe: Recipe, folder: RunFolder) -> Table:
+    """What purification and merging will take: time for each shape of layer, the highest memory, disk."""
+    cost = predicted_cost(recipe, folder)
+    table = Table(title="purification, by shape of layer (predicted)", title_justify="left")
+    for heading in ("d_out x d_in", "moment", "layers", "tasks", "time", "memory"):
+        table.add_column(heading, justify="left" if heading in ("d_out x d_in", "moment") else "right")
+    for layer in cost.layers:
+        shape, moment = " x ".join(map(str, layer.shape)), layer.kind or "none"
+        counts = (str(layer.layers), str(layer.tasks))
+        table.add_row(shape, moment, *counts, f"{layer.seconds:.1f} s", filesize.decimal(layer.peak_bytes))
+    program, peak, disk = map(filesize.decimal, (cost.baseline_bytes, cost.peak_bytes, cost.disk_bytes))
+    table.caption = f"highest memory of purifying and merging {peak} (the program itself {program}); disk {disk}"
+    table.caption_justify = "left"
+    return table
+
+
+def predicted_cost(recipe: Recipe, folder: RunFolder) -> Cost:
+    """Memory, time and disk that the recipe's purification and merging will take, from headers and small trials."""
+    stages = Stages(recipe, folder)
+    base_folder = locate_model(recipe.base, role="base")
+    architecture = Architecture.of_folder(base_folder)
+    stored = Checkpoint(base_folder, architecture.prefix).backbone
+    parameters = [p for name, p in architecture.parameters.items() if name in stored]
+    steps = list(stages.merges())
+    # The recipe's costliest purification stands for the others: they differ in ranks, not in layers.
+    asked = [step.purify for step, vectors in steps if vectors == "purified"]
+    ratio = min((o.rho for o in asked if not isinstance(o.rho, str)), default=AUTO_RATIOS[0])
+    return predict_cost(
+        parameters,
+        len(recipe.tasks),
+        workers_of(recipe.compute),
+        expected_kinds(parameters, recipe.capture.moments),
+        options=asked[0].model_copy(update={"rho": ratio}) if asked else None,
+        methods=[method_named(step.method) for step, _ in steps],
+        new_experts=sum(task.expert is None for task in recipe.tasks),
+    )
 
 
 def _fit_summary(recipe: Recipe, task: Task, cache: Path) -> str:

@@ -17,7 +17,7 @@ from pave_lightning.tasks.data import Split, split_fingerprint
 from pave_lightning.weights import locate_model, model_digest
 
 # Raised when a stage's results change meaning, so that older results are made anew.
-FORMATS = {"fit": 1, "capture": 2, "purify": 2, "merge": 1, "evaluate": 1}
+FORMATS = {"fit": 1, "capture": 2, "purify": 2, "merge": 1, "evaluate": 1, "diagnose": 1}
 
 # Options of the trainer that change neither the order of examples nor the arithmetic that is asked for.
 HARMLESS_OPTIONS = ("enable_progress_bar", "log_every_n_steps", "accelerator", "profiler", "detect_anomaly")
@@ -101,6 +101,30 @@ class Stages:
         label = f"rho{ratio}-{options.metric}-{options.allocation}-{short_digest(options.model_dump())}"
         return Stage(f"purified/{slug(label)}", "pave merge", lambda: self._purify_inputs(options))
 
+    def exported(self, options: Purify) -> Stage:
+        """The purified experts as ordinary checkpoints."""
+        name = self.purified(options).name.replace("purified/", "purified-experts/")
+        return Stage(name, "pave purify", lambda: self._purify_inputs(options))
+
+    def diagnostics(self, options: Purify) -> Stage:
+        """What this purification does to the task vectors, as tables and pictures."""
+        name = self.purified(options).name.replace("purified/", "diagnostics/")
+        return Stage(
+            name, "pave diagnose", lambda: {"diagnostics": FORMATS["diagnose"], **self._purify_inputs(options)}
+        )
+
+    def purifications(self) -> list[Purify]:
+        """Every distinct purification with a ratio of its own: those of the merge steps, or else the recipe's.
+
+        Raises:
+            PaveError: there is none, because every ratio is to be chosen on validation data.
+        """
+        asked = [step.purify for step, vectors in self.merges() if vectors == "purified"] or [self.recipe.purify]
+        found = [options for options in dict.fromkeys(asked) if options.rho != "auto"]
+        if not found:
+            raise PaveError("the ratios of all purifications are 'auto', which only merging chooses; give purify.rho")
+        return found
+
     def merged(self, step: MergeStep, vectors: Vectors) -> Stage:
         """A merged model."""
         return Stage(f"merged/{step.name}-{vectors}", "pave merge", lambda: self.merge_inputs(step, vectors))
@@ -127,12 +151,7 @@ class Stages:
         """Names of the scores of purified experts, where the recipe asks for them, and how they are purified."""
         if not self.recipe.evaluate.purified_experts:
             return {}
-        chosen = [step.purify for step, vectors in self.merges() if vectors == "purified"] or [self.recipe.purify]
-        return {
-            f"experts-{self.purified(options).name.partition('/')[2]}": options
-            for options in chosen
-            if options.rho != "auto"
-        }
+        return {f"experts-{self.purified(o).name.partition('/')[2]}": o for o in self.purifications()}
 
     def purified_score_inputs(self, options: Purify) -> dict[str, Any]:
         """What the test scores of purified experts depend on."""

@@ -39,11 +39,12 @@ from pave_lightning.experts.trainers import (
     machine_options,
     quiet_lightning,
 )
+from pave_lightning.exporting import write_purified_experts
 from pave_lightning.launching import Launcher, is_rank_zero
 from pave_lightning.merging import MergeMethod, Modulator, make_method, merge
 from pave_lightning.merging.folders import MergeContext, write_merged
 from pave_lightning.merging.running import MergedVectors
-from pave_lightning.purification import PurifiedTaskVectors, StoredPurification, write_purified
+from pave_lightning.purification import KeptRank, PurifiedTaskVectors, StoredPurification, write_purified
 from pave_lightning.recipe import AUTO_RATIOS, Capture, MergeStep, Purify, Recipe, ScaleSearch, Task, Vectors
 from pave_lightning.run_folder import Manifest, RunFolder, StageWriter
 from pave_lightning.stages import Stage, Stages, existing_folder, expert_digest, short_digest
@@ -242,6 +243,20 @@ class Workflow:
         prefix = self._architecture.prefix
         tasks = [name for name in self.plain.tasks if (folder / name).is_dir()]
         return StoredPurification(self.plain, {name: Checkpoint(folder / name, prefix) for name in tasks})
+
+    def export(self, options: Purify) -> Path:
+        """Write the purified experts as ordinary Hugging Face checkpoints, one folder a task, heads included."""
+        stage = self.stages.exported(options)
+        if self.stages.current(stage) is not None:
+            self._already(stage)
+        else:
+            found = self.purify(options) if options.rho != 1 else None
+            ranks = [KeptRank(*rank) for rank in found.result["ranks"]] if found is not None else []
+            with self._doing(f"write purified experts ({options.summary})"), self._writing(stage) as writer:
+                write_purified_experts(
+                    writer.path, self.purified(options), self._experts, options.model_dump(mode="json"), ranks
+                )
+        return self.folder.path(stage.name)
 
     # ---- merge -----------------------------------------------------------------------------------------------------
 

@@ -14,8 +14,9 @@ ROOT = Path(find_spec(PACKAGE).submodule_search_locations[0])
 
 RECIPE_FILES = {"recipe", "recipe_loading", "recipe_overrides", "recipe_problems", "tasks.suites"}
 LIBRARY = {
-    *("callbacks", "errors", "evaluation", "experts", "launching", "merging", "files", "purification", "recipe"),
-    *("recipe_loading", "run_folder", "statistics", "subspace", "tasks", "tracking", "tracking_logger", "weights"),
+    *("callbacks", "costs", "errors", "evaluation", "experts", "exporting", "launching", "merging", "files"),
+    *("purification", "recipe", "recipe_loading", "run_folder", "statistics", "subspace", "tasks", "tracking"),
+    *("tracking_logger", "weights"),
 }
 
 # What each module or folder may import of the package besides itself. The longest name that fits a file counts.
@@ -34,19 +35,27 @@ MAY_IMPORT = {
     "callbacks": {"errors", "statistics", "weights.parameters"},
     "merging": {"errors", "subspace", "weights"},
     "purification": {"errors", "recipe", "statistics", "subspace", "weights"},
+    "exporting": {"errors", "files", "purification", "weights"},
+    "costs": {"errors", "recipe", "statistics", "subspace", "weights", "merging.base"},
+    "diagnostics": {"errors", "merging", "purification", "statistics", "subspace", "weights"},
     "experts": {"errors", "recipe", "tasks", "weights"},
-    "evaluation": {"errors", "experts.trainers", "merging.modulators", "recipe", "tasks", "weights"},
+    "evaluation": {
+        *("errors", "experts.trainers", "merging.modulators", "merging.running", "recipe", "tasks", "weights"),
+    },
     "run_folder": {"errors", "files"},
     "tracking": {"errors"},
     "tracking_logger": {"errors", "tracking"},
     "launching": {"errors", "recipe", "recipe_loading", "run_folder", "tracking"},
-    "reporting": {"errors", "merging", "purification", "run_folder"},
-    "reporting.report": {"errors", "purification", "run_folder", "tracking", "reporting", "workflow"},
+    "reporting": {"diagnostics", "errors", "merging", "purification", "run_folder"},
+    "reporting.report": {
+        *("diagnostics", "errors", "merging", "purification", "run_folder", "tracking", "reporting", "workflow"),
+    },
     "stages": {"errors", "recipe", "run_folder", "tasks", "weights"},
     "workflow": LIBRARY | {"stages"},
     "planning": LIBRARY | {"stages"},
     "commands": LIBRARY | {"planning", "reporting", "workflow"},
-    "cli": {"commands", "errors", "recipe_loading", "reporting.methods", "__init__"},
+    "experiments": LIBRARY | {"commands", "reporting", "stages", "workflow"},
+    "cli": {"commands", "errors", "experiments", "recipe_loading", "reporting.methods", "__init__"},
     "__main__": {"cli"},
 }
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")

@@ -11,11 +11,10 @@ from torch import Tensor
 from pave_lightning.errors import PaveError
 from pave_lightning.purification.vectors import PurifiedTaskVectors
 from pave_lightning.weights import Checkpoint, Parameter, ShardWriter, TaskVectors
+from pave_lightning.weights.memory import freed_memory_returned
+from pave_lightning.weights.writing import SMALL_SHARD_BYTES
 
 log = logging.getLogger("pave_lightning")
-
-# Small, because every task has a shard in memory at the same time.
-SHARD_BYTES = 32_000_000
 
 
 class StoredPurification(TaskVectors):
@@ -41,6 +40,7 @@ class StoredPurification(TaskVectors):
         return self.source.expert(task, parameter, rows)
 
 
+@freed_memory_returned()
 def write_purified(vectors: PurifiedTaskVectors, folder: Path) -> None:
     """Compute every purified weight once and write it to ``folder/TASK``, so that many rules can merge it.
 
@@ -54,7 +54,7 @@ def write_purified(vectors: PurifiedTaskVectors, folder: Path) -> None:
             if (task, parameter.layer) in vectors.ranks:
                 if task not in writers:
                     (folder / task).mkdir(parents=True)
-                    writers[task] = ShardWriter(folder / task, SHARD_BYTES)
+                    writers[task] = ShardWriter(folder / task, SMALL_SHARD_BYTES)
                 writers[task].add(parameter.name, purified)
     if not writers:
         raise PaveError("no layer of any task has a captured subspace, so there is nothing to purify")

@@ -112,6 +112,7 @@ class PurifiedTaskVectors(TaskVectors):
         self._purifiable = {parameter.name for parameter in self.layers}
         self._layer: str | None = None
         self._weights: dict[str, Tensor] = {}
+        self._workers = workers_of(self.compute)
         self._check()
 
     def base(self, parameter: Parameter, rows: slice | None = None) -> Tensor:
@@ -216,10 +217,6 @@ class PurifiedTaskVectors(TaskVectors):
         return allocate_ranks(values, self._rho, options.stopping_share, nearest_budget=options.nearest_budget)
 
     @property
-    def _workers(self) -> int:
-        return 1 if self.compute.device != "cpu" else self.compute.workers or torch.get_num_threads()
-
-    @property
     def _rho(self) -> float:
         if isinstance(self.options.rho, str):
             raise PaveError("rho: auto is chosen by a workflow on validation data; give a number here")
@@ -235,6 +232,11 @@ class PurifiedTaskVectors(TaskVectors):
         problems.extend(self._moments.problems(self.layers))
         problems.extend(budget_problems(self.options, self.layers, len(self.purified_tasks)))
         problems.raise_if_any()
+
+
+def workers_of(compute: Compute) -> int:
+    """How many threads purify at once."""
+    return 1 if compute.device != "cpu" else compute.workers or torch.get_num_threads()
 
 
 def budget_problems(options: Purify, layers: Sequence[Parameter], tasks: int) -> Iterator[str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pave_lightning.reporting.plots import _figure, _write, kept_ranks, short_layer_names
+from pave_lightning.reporting.plots import kept_ranks, new_figure, short_layer_names, write_figure
 from pave_lightning.reporting.scores import replacing
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def spectra(table: pd.DataFrame, path: Path | str) -> None:
         axes.set_xlabel("index / all", fontsize=8)
     _head(figure, "Singular values divided by the largest: mean over layers of a kind (line), all layers (shade)")
     _legend(figure, [(_colour(tasks, task), task) for task in tasks])
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 def pruning_error(table: pd.DataFrame, path: Path | str) -> None:
@@ -160,7 +160,7 @@ def pruning_error(table: pd.DataFrame, path: Path | str) -> None:
     figure.supylabel("relative error of the layer's output", fontsize=9)
     _head(figure, "Pruning error by metric: mean (line), all layers and tasks (shade), at the kept ranks (dots)")
     _legend(figure, list(METRICS.values()))
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 def subspace_overlap(table: pd.DataFrame, path: Path | str) -> None:
@@ -180,7 +180,7 @@ def subspace_overlap(table: pd.DataFrame, path: Path | str) -> None:
     labels = [f"{a} - {b}" for a, b in pairs] + ["random"]
     margin = 0.075 * max((len(label) for label in labels), default=0)
     width = 2.9 + max(1, len(parts)) * (0.5 + 0.22 * len(labels))
-    figure = _figure(max(6.4, width), 1.6 + margin + 0.17 * max(len(layers), 4))
+    figure = new_figure(max(6.4, width), 1.6 + margin + 0.17 * max(len(layers), 4))
     panels = figure.subplots(1, max(1, len(parts)), sharey=True, squeeze=False)[0]
     for axes, (part, share) in zip(panels, parts, strict=False):
         own = table[(table["part"] == part) & (table["share"].fillna(0) == share)]
@@ -201,7 +201,7 @@ def subspace_overlap(table: pd.DataFrame, path: Path | str) -> None:
         panels[0].set_yticks(range(len(layers)), short_layer_names(layers), fontsize=7)
         figure.colorbar(drawn, ax=list(panels), label="mean squared cosine", pad=0.01, aspect=30)
     _head(figure, "Overlap of the tasks' output directions in each layer")
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 def conflicts(pairs: pd.DataFrame, energies: pd.DataFrame, path: Path | str) -> None:
@@ -227,7 +227,7 @@ def conflicts(pairs: pd.DataFrame, energies: pd.DataFrame, path: Path | str) -> 
     ]
     labels = short_layer_names(layers)
     margin = 0.075 * max((len(label) for label in labels), default=0)
-    figure = _figure(max(7.5, 2.6 + 0.17 * len(layers)), 1.2 + margin + 1.25 * len(panels_of))
+    figure = new_figure(max(7.5, 2.6 + 0.17 * len(layers)), 1.2 + margin + 1.25 * len(panels_of))
     panels = figure.subplots(len(panels_of), 1, sharex=True)
     for axes, (table, column, label, logarithmic) in zip(panels, panels_of, strict=True):
         for treatment, (colour, _) in TREATMENTS.items():
@@ -249,7 +249,7 @@ def conflicts(pairs: pd.DataFrame, energies: pd.DataFrame, path: Path | str) -> 
     panels[-1].set_xticks(range(len(layers)), labels, rotation=90, fontsize=7)
     _head(figure, "What PAVE and DARE remove: mean (line), all tasks or pairs (shade)")
     _legend(figure, list(TREATMENTS.values()))
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 def natural(name: str) -> list[tuple[int, str]]:
@@ -301,7 +301,7 @@ def _colour(tasks: Sequence[str], task: str) -> str:
 
 def _grid(rows: int, columns: int, width: float, height: float, *, legend: float) -> tuple[Figure, list[list[Axes]]]:
     rows, columns = max(1, rows), max(1, columns)
-    figure = _figure(max(6.4, 0.8 + width * columns), 0.8 + legend + height * rows)
+    figure = new_figure(max(6.4, 0.8 + width * columns), 0.8 + legend + height * rows)
     return figure, figure.subplots(rows, columns, squeeze=False).tolist()
 
 

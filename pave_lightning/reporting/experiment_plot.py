@@ -21,8 +21,8 @@ from pave_lightning.reporting.plots import (
     HATCH,
     HIGHEST,
     LOWEST,
-    _figure,
-    _write,
+    new_figure,
+    write_figure,
 )
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def draw_scores(scores: ExperimentScores, path: Path | str) -> None:
     rows = math.ceil(len(panels) / columns)
     widest = max((sum(not line.level for line in panel) for panel in panels.values()), default=1)
     width = max(3.6 if columns > 1 else 6.2, 0 if as_lines else 1.2 + len(values) * (0.5 + 0.3 * widest))
-    figure = _figure(min(3.2 + columns * width, 22.0), 1.4 + rows * (3.4 if rows > 1 else 4.2))
+    figure = new_figure(min(3.2 + columns * width, 22.0), 1.4 + rows * (3.4 if rows > 1 else 4.2))
     grid = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
     for empty in grid[len(panels) :]:
         empty.set_axis_off()
@@ -143,7 +143,7 @@ def draw_scores(scores: ExperimentScores, path: Path | str) -> None:
     _head(figure, view)
     _legend(grid[columns - 1], scores, lines, looks)
     figure.supxlabel(_note(scores), fontsize=8, color="#555555", x=0.01, ha="left")
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 def axis_for(values: Sequence[Any], view: ExperimentView) -> Axis:

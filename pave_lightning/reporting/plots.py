@@ -42,7 +42,7 @@ def normalised_scores(table: ScoreTable, path: Path | str) -> None:
     kinds = [kind for kind in ("plain", "purified", "") if any(model.vectors == kind for model in merged)]
     tasks = table.tasks()
 
-    figure = _figure(max(6.4, 2.6 + 1.3 * len(rows)), 5.0)
+    figure = new_figure(max(6.4, 2.6 + 1.3 * len(rows)), 5.0)
     axes = figure.add_subplot()
     shown: list[float] = [0.0, 1.1]
     for row, (name, form) in enumerate(rows):
@@ -64,7 +64,7 @@ def normalised_scores(table: ScoreTable, path: Path | str) -> None:
     axes.set_title("Normalised scores: average (bar) and single tasks (dots)", loc="left", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     _draw_legend(axes, kinds, tasks, with_per_task=any(form == "per-task" for _, form in rows))
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 def kept_ranks(ranks: Iterable[KeptRank], path: Path | str) -> None:
@@ -83,7 +83,7 @@ def kept_ranks(ranks: Iterable[KeptRank], path: Path | str) -> None:
     labels = short_layer_names(layers)
 
     margin = 0.085 * max((len(label) for label in labels), default=0)
-    figure = _figure(max(6.4, 2.4 + 0.2 * len(layers)), 1.4 + margin + 0.36 * len(tasks))
+    figure = new_figure(max(6.4, 2.4 + 0.2 * len(layers)), 1.4 + margin + 0.36 * len(tasks))
     axes = figure.add_subplot()
     if records:
         finite = [share for row in shares for share in row if math.isfinite(share)]
@@ -101,7 +101,7 @@ def kept_ranks(ranks: Iterable[KeptRank], path: Path | str) -> None:
     axes.set_yticks(range(len(tasks)), tasks)
     axes.spines[:].set_visible(False)
     axes.set_title("Rank kept by purification", loc="left", fontsize=11)
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 def short_layer_names(layers: Sequence[str]) -> list[str]:
@@ -222,7 +222,7 @@ def _shared(parts: list[list[str]]) -> int:
     return next((index for index in range(most) if len({part[index] for part in parts}) > 1), max(most, 0))
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     """A figure of its own, so that pyplot's global state and the user's backend stay untouched."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -232,6 +232,7 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _write(figure: Figure, path: Path | str) -> None:
+def write_figure(figure: Figure, path: Path | str) -> None:
+    """Write a figure as a PNG file; it appears whole or not at all."""
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=DPI)

@@ -7,7 +7,10 @@ from typing import Any
 
 from rich.console import Console
 
-from pave_lightning.purification import KeptRank
+from pave_lightning.diagnostics import DiagnosticOptions, diagnose
+from pave_lightning.merging.dare import DareOptions
+from pave_lightning.purification import KeptRank, PurifiedTaskVectors
+from pave_lightning.reporting.diagnostic_plots import write_diagnostics
 from pave_lightning.reporting.model_card import ExpertSource, model_card
 from pave_lightning.reporting.plots import kept_ranks, normalised_scores
 from pave_lightning.reporting.scores import Model, Score, ScoreTable
@@ -38,6 +41,32 @@ def write_report(workflow: Workflow, console: Console | None = None) -> ScoreTab
     console.print(render(table, console.width))
     console.print(f"results: {root / 'results.csv'}", soft_wrap=True)
     return table
+
+
+def report_diagnostics(workflow: Workflow) -> list[Path]:
+    """Look at what each purification of the recipe does; write tables and pictures, and log them.
+
+    Returns:
+        The folders, one for each distinct purification.
+
+    Raises:
+        PaveError: experts or statistics are missing or stale.
+    """
+    folders = []
+    for options in workflow.stages.purifications():
+        stage = workflow.stages.diagnostics(options).begun()
+        folder = workflow.folder.path(stage.name)
+        folders.append(folder)
+        if workflow.stages.current(stage) is not None:
+            continue
+        purified = PurifiedTaskVectors(workflow.plain, workflow.statistics, options, workflow.recipe.compute)
+        looked_at = DiagnosticOptions(dare=DareOptions(seed=workflow.recipe.seed))
+        found = diagnose(workflow.plain, purified, workflow.statistics, looked_at)
+        with workflow.folder.writing(stage.name, stage.inputs()) as writer:
+            write_diagnostics(found, writer.path)
+        if workflow.tracker is not None:
+            workflow.tracker.log_folder(workflow.tracker.parent_run_id, folder, stage.name)
+    return folders
 
 
 def collect_scores(workflow: Workflow) -> ScoreTable:

@@ -11,8 +11,8 @@ from pave_lightning.evaluation import (
     CheckpointCandidate,
     Evaluator,
     ExpertsCandidate,
-    ModulatedCandidate,
     MergedCandidate,
+    ModulatedCandidate,
     SuiteData,
 )
 from pave_lightning.experts.trainers import build_trainer

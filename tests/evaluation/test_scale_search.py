@@ -62,7 +62,8 @@ def searcher(suite, tmp_path):
 
 
 def find(searcher, search=(0.0, 1.0), points=5, examples=None):
-    return searcher.best(One(), MergedVectors({"w": torch.ones(())}), ScaleSearch(search=search, points=points, examples=examples))
+    asked = ScaleSearch(search=search, points=points, examples=examples)
+    return searcher.best(One(), MergedVectors({"w": torch.ones(())}), asked)
 
 
 def test_the_best_average_of_normalised_scores_wins(searcher):
