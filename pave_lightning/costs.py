@@ -175,8 +175,8 @@ def layer_bytes(shape: Shape, kind: MomentKind | None, tasks: int, workers: int)
     height, width = shape
     weight, gram = height * width, min(shape) ** 2
     moment = {"input": width**2, "cross": weight, "rows": weight, "output": height**2}.get(kind or "", 0)
-    # Kept in float64: the Gram matrix; of a tall weight also its factor, of others the weight.
-    kept = 8 * gram + (8 * gram + 4 * weight if height > width else 8 * weight)
+    # Kept in float64: the Gram matrix; of a tall weight also its factor, and the weight as it is stored.
+    kept = 8 * gram + (8 * gram + 4 * weight if height > width else 0)
     image = 8 * min(height, width) * width
     checking = 4 * weight + 4 * moment + (8 * 4 * moment if kind == "input" else 0)
     # The Gram matrix is made from the image, and once more with its own transpose beside it.

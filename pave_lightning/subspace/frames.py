@@ -41,7 +41,8 @@ class PlainFrame:
         """The matrix itself."""
         return matrix
 
-    def lift(self, columns: Tensor) -> Tensor:
+    @staticmethod
+    def lift(columns: Tensor) -> Tensor:
         """The columns themselves."""
         return columns
 
