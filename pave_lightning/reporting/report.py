@@ -10,7 +10,7 @@ from rich.console import Console
 from pave_lightning.diagnostics import DiagnosticOptions, diagnose
 from pave_lightning.merging.dare import DareOptions
 from pave_lightning.purification import KeptRank, PurifiedTaskVectors
-from pave_lightning.reporting.diagnostic_plots import write_diagnostics
+from pave_lightning.reporting.diagnostic_plots import natural, write_diagnostics
 from pave_lightning.reporting.model_card import ExpertSource, model_card
 from pave_lightning.reporting.plots import kept_ranks, normalised_scores
 from pave_lightning.reporting.scores import Model, Score, ScoreTable
@@ -93,12 +93,18 @@ def collect_scores(workflow: Workflow) -> ScoreTable:
 def _draw_ranks(workflow: Workflow) -> list[Path]:
     """One heat map for each distinct purification."""
     stages = workflow.stages
-    distinct = {stages.purified(step.purify).name: step.purify for step, kind in stages.merges() if kind == "purified"}
+    used = []
+    for step, kind in stages.merges():
+        if kind == "purified":
+            rho = stages.finished(stages.merged(step, kind)).result["rho"]  # where it is auto, the chosen one
+            used.append(step.purify.model_copy(update={"rho": rho}))
+    distinct = {stages.purified(options).name: options for options in used if options.rho != 1}
     files = []
     for name, options in distinct.items():
         ending = "" if len(distinct) == 1 else "-" + name.partition("/")[2]
         path = workflow.folder.root / f"kept_ranks{ending}.png"
-        kept_ranks([KeptRank(*entry) for entry in stages.finished(stages.purified(options)).result["ranks"]], path)
+        ranks = [KeptRank(*entry) for entry in stages.finished(stages.purified(options)).result["ranks"]]
+        kept_ranks(sorted(ranks, key=lambda kept: natural(kept.layer)), path)
         files.append(path)
     return files
 
