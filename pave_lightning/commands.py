@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -51,13 +51,19 @@ def run_stage(recipe: Recipe, stage: str, task: str | None = None) -> None:
         actions: dict[str, Callable[[], object]] = {
             "fit": lambda: [workflow.fit(entry) for entry in chosen],
             "capture": lambda: [workflow.capture(entry) for entry in chosen],
-            "purify": lambda: [workflow.export(options) for options in workflow.stages.purifications()],
-            "diagnose": lambda: report_diagnostics(workflow),
+            "purify": lambda: _tell([workflow.export(options) for options in workflow.stages.purifications()]),
+            "diagnose": lambda: _tell(report_diagnostics(workflow)),
             "merge": lambda: [workflow.merge(step, vectors) for step, vectors in workflow.stages.merges()],
             "evaluate": workflow.evaluate,
             "report": lambda: write_report(workflow),
         }
         actions[stage]()
+
+
+def _tell(folders: Sequence[Path]) -> None:
+    """Say where results are."""
+    for folder in folders:
+        Console().print(f"results: {folder}", soft_wrap=True)
 
 
 def plan_recipe(recipe: Recipe, console: Console | None = None) -> None:

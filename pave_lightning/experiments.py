@@ -14,9 +14,10 @@ from typing import Any
 
 import pandas as pd
 
-from pave_lightning.commands import working
-from pave_lightning.errors import PaveError, nearest
+from pave_lightning.commands import open_folder, working
+from pave_lightning.errors import PaveError, Problems, nearest
 from pave_lightning.evaluation import Candidate
+from pave_lightning.planning import check_recipe, merge_problems
 from pave_lightning.recipe import Experiment, MergeStep, Recipe, Vectors
 from pave_lightning.recipe_loading import load_recipe
 from pave_lightning.reporting.experiments import ExperimentView, write_experiment
@@ -65,7 +66,11 @@ def run_experiment(name: str, overrides: Sequence[str] = ()) -> Path:
     recipe = load_recipe(path, overrides)
     if recipe.experiment is None:
         raise PaveError(f"{path} has no section 'experiment'; run it with `pave run`, or say what is to be varied")
+    if recipe.shared is None:
+        # Every seed and setting keeps its own experts, under names that tell them apart.
+        overrides = [*overrides, f"shared={json.dumps(str(Path(recipe.output) / recipe.name))}"]
     cells = list(make_cells(path, overrides, recipe.experiment))
+    _check(cells, view_of(recipe))
     with working(cells[0].recipe) as workflow:
         workflow.folder.write_text("experiment.json", recipe.experiment.model_dump_json(indent=2))
         rows: list[dict[str, Any]] = []
@@ -77,7 +82,7 @@ def run_experiment(name: str, overrides: Sequence[str] = ()) -> Path:
         if tracker is not None:
             for file in files:
                 tracker.log_file(tracker.parent_run_id, file)
-            tracker.log_metrics(tracker.parent_run_id, _summary_metrics(files))
+            tracker.log_metrics(tracker.parent_run_id, _summary_metrics(files, list(cells[0].values)))
         root: Path = workflow.folder.root
     return root
 
@@ -109,6 +114,29 @@ def make_cells(path: Path, overrides: Sequence[str], experiment: Experiment) -> 
                 yield Cell(values, seed, load_recipe(path, [*overrides, *texts]))
 
 
+def _check(cells: Sequence[Cell], view: ExperimentView) -> None:
+    """Find out before anything runs what is wrong with the view or with any setting.
+
+    Data, models and trainer are looked at once for all settings that have them in common; seeds change nothing here.
+    """
+    problems = Problems(f"the experiment {cells[0].recipe.name} cannot be run:")
+    problems.extend(f"experiment.{problem}" for problem in view.problems(list(cells[0].values)))
+    looked_at: set[str] = set()
+    for cell in (cell for cell in cells if cell.seed == cells[0].seed):
+        others = cell.recipe.model_dump_json(exclude={"purify", "merge"})
+        setting = ", ".join(f"{key}={value}" for key, value in cell.values.items())
+        where = f"{setting}: " if setting else ""
+        if others in looked_at:
+            problems.extend(f"{where}{problem}" for problem in merge_problems(cell.recipe))
+            continue
+        looked_at.add(others)
+        try:
+            check_recipe(cell.recipe, open_folder(cell.recipe))
+        except PaveError as error:
+            problems.add(f"{where}{error}")
+    problems.raise_if_any()
+
+
 def view_of(recipe: Recipe) -> ExperimentView:
     """What the picture and the findings look at."""
     experiment = recipe.experiment
@@ -134,7 +162,8 @@ class CellRun:
 
     def __init__(self, cell: Cell, driver: Workflow) -> None:
         self.cell, self.folder = cell, driver.folder
-        label = f"seed {cell.seed} {short_digest(cell.recipe.training.model_dump())}/"
+        trained = cell.recipe.model_dump(mode="json", by_alias=True, include={"base", "trainer", "tasks"})
+        label = f"seed {cell.seed} {short_digest(trained)}/"
         self.workflow = Workflow(cell.recipe, driver.folder, driver.tracker, driver.launcher, label=label)
         self.stages = self.workflow.stages
 
@@ -218,8 +247,11 @@ def _number(value: Any) -> float:
     return float(value) if isinstance(value, (int, float)) else math.nan
 
 
-def _summary_metrics(files: Sequence[Path]) -> dict[str, float]:
-    """The mean of every line of the summary, for the record."""
-    summary = pd.read_parquet(next(file for file in files if file.name == "summary.parquet"))
-    told = [name for name in summary.columns if name not in ("mean",) and summary[name].dtype == object]
-    return {"/".join(str(row[name]) for name in told if row[name]): float(row["mean"]) for _, row in summary.iterrows()}
+def _summary_metrics(files: Sequence[Path], keys: Sequence[str]) -> dict[str, float]:
+    """The mean of every line of the summary, for the record; named after model, vectors and varied keys."""
+    summary = pd.read_csv(next(file for file in files if file.name == "summary.csv"), dtype=str, keep_default_na=False)
+    metrics = {}
+    for _, row in summary.iterrows():
+        label = [row["model"], row["vectors"], *(f"{key}={row[key]}" for key in keys if row[key])]
+        metrics["/".join(filter(None, label))] = float(row["mean"] or "nan")
+    return metrics

@@ -19,7 +19,7 @@ from pave_lightning.merging import make_method, method_named
 from pave_lightning.purification.vectors import budget_problems, workers_of
 from pave_lightning.recipe import AUTO_RATIOS, MergeStep, Recipe, Task
 from pave_lightning.run_folder import RunFolder
-from pave_lightning.stages import Stages, existing_folder, ratios
+from pave_lightning.stages import Stages, existing_folder, purifications, ratios
 from pave_lightning.tasks.data import check_task, load_split
 from pave_lightning.tracking import resolve_uri
 from pave_lightning.weights import Architecture, Checkpoint, ParameterKind, locate_model
@@ -48,13 +48,21 @@ def check_recipe(recipe: Recipe, folder: RunFolder) -> None:
     for where, precision in (("capture", recipe.capture.precision), ("evaluate", recipe.evaluate.precision)):
         problems.extend(trainer_problems({**machine_options(recipe.trainer), "precision": precision}, where))
     attempt(partial(_check_models, recipe, problems))
-    for step in recipe.merge:
-        attempt(partial(_check_step, step))
-    problems.extend(_purification_problems(recipe))
+    problems.extend(merge_problems(recipe))
     if recipe.merge and len(recipe.tasks) < 2:
         problems.add("merging needs at least two tasks; the recipe has one")
     attempt(partial(resolve_uri, recipe.tracking.uri))
     problems.raise_if_any()
+
+
+def merge_problems(recipe: Recipe) -> Iterator[str]:
+    """What is wrong with the merge steps and purifications of a recipe, whatever its experts will be."""
+    for step in recipe.merge:
+        try:
+            _check_step(step)
+        except PaveError as error:
+            yield str(error)
+    yield from _purification_problems(recipe)
 
 
 def _check_step(step: MergeStep) -> None:
@@ -64,7 +72,11 @@ def _check_step(step: MergeStep) -> None:
 
 
 def _purification_problems(recipe: Recipe) -> Iterator[str]:
-    """Purifications that cannot be run, whatever the statistics will be."""
+    if recipe.evaluate.purified_experts:
+        try:
+            purifications(recipe)
+        except PaveError as error:
+            yield f"evaluate.purified_experts: {error}"
     try:
         folder = locate_model(recipe.base, role="base")
         layers = [p for p in Architecture.of_folder(folder).parameters.values() if p.kind is ParameterKind.LINEAR]
@@ -86,7 +98,8 @@ def _purification_problems(recipe: Recipe) -> Iterator[str]:
             if moments == "output" and options.metric != "root":
                 yield f"{where}: capture.moments: output serves the metric root alone, found {options.metric}"
         tasks = len(options.tasks or recipe.tasks)
-        yield from (f"{where}: {problem}" for problem in budget_problems(options, layers, tasks))
+        for ratio in ratios(options):
+            yield from (f"{where}: {problem}" for problem in budget_problems(ratio, layers, tasks))
 
 
 def _check_models(recipe: Recipe, problems: Problems) -> None:

@@ -108,11 +108,7 @@ class RunFolder:
 
     def _sweep(self) -> None:
         for replaced in self.root.rglob(f"*{REPLACED}*"):
-            final = replaced.with_name(replaced.name.partition(REPLACED)[0])
-            if final.exists():
-                shutil.rmtree(replaced)
-            else:
-                replaced.rename(final)
+            _restore(replaced)
         for unfinished in self.root.rglob(f"*{UNFINISHED}*"):
             shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
 
@@ -136,6 +132,8 @@ class RunFolder:
             log.info("another pave process makes %s; waiting for it", final)
             lock.acquire()
         try:
+            for replaced in final.parent.glob(f"{final.name}{REPLACED}*"):
+                _restore(replaced)
             for unfinished in final.parent.glob(f"{final.name}{UNFINISHED}*"):
                 shutil.rmtree(unfinished)
             yield
@@ -193,6 +191,15 @@ class RunFolder:
         unfinished.write_text(text)
         unfinished.replace(path)
         return path
+
+
+def _restore(replaced: Path) -> None:
+    """Give an old result back its name, unless the new one is there."""
+    final = replaced.with_name(replaced.name.partition(REPLACED)[0])
+    if final.exists():
+        shutil.rmtree(replaced)
+    else:
+        replaced.rename(final)
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:

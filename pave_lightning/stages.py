@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pave_lightning.errors import PaveError
+from pave_lightning.merging import method_named
 from pave_lightning.recipe import AUTO_RATIOS, MergeStep, Purify, Recipe, ScaleSearch, Task, Vectors, slug
 from pave_lightning.run_folder import Manifest, RunFolder
 from pave_lightning.tasks.data import Split, split_fingerprint
@@ -114,20 +115,17 @@ class Stages:
         )
 
     def purifications(self) -> list[Purify]:
-        """Every distinct purification with a ratio of its own: those of the merge steps, or else the recipe's.
-
-        Raises:
-            PaveError: there is none, because every ratio is to be chosen on validation data.
-        """
-        asked = [step.purify for step, vectors in self.merges() if vectors == "purified"] or [self.recipe.purify]
-        found = [options for options in dict.fromkeys(asked) if options.rho != "auto"]
-        if not found:
-            raise PaveError("the ratios of all purifications are 'auto', which only merging chooses; give purify.rho")
-        return found
+        """Every distinct purification of the recipe; see `purifications`."""
+        return purifications(self.recipe)
 
     def merged(self, step: MergeStep, vectors: Vectors) -> Stage:
         """A merged model."""
-        return Stage(f"merged/{step.name}-{vectors}", "pave merge", lambda: self.merge_inputs(step, vectors))
+
+        def inputs() -> dict[str, Any]:
+            drawn = with_seed(step, self.recipe.seed) != step.options
+            return {**self.merge_inputs(step, vectors), **({"seed": self.recipe.seed} if drawn else {})}
+
+        return Stage(f"merged/{step.name}-{vectors}", "pave merge", inputs)
 
     def scores_of(self, step: MergeStep, vectors: Vectors) -> Stage:
         """The scores of a merged model."""
@@ -272,6 +270,25 @@ class Stages:
     @cached_property
     def _base_digest(self) -> str:
         return model_digest(locate_model(self.recipe.base, role="base"))
+
+
+def purifications(recipe: Recipe) -> list[Purify]:
+    """Every distinct purification with a ratio of its own: those of the merge steps, or else the recipe's.
+
+    Raises:
+        PaveError: there is none, because every ratio is to be chosen on validation data.
+    """
+    asked = [step.purify for step in recipe.merge if "purified" in step.vectors] or [recipe.purify]
+    found = [options for options in dict.fromkeys(asked) if options.rho != "auto"]
+    if not found:
+        raise PaveError("the ratios of all purifications are 'auto', which only merging chooses; give purify.rho")
+    return found
+
+
+def with_seed(step: MergeStep, seed: int) -> dict[str, Any]:
+    """The options of a merge step, with the recipe's seed where its rule draws at random and no seed is given."""
+    draws = "seed" in method_named(step.method).Options.model_fields
+    return {**step.options, "seed": seed} if draws and step.options.get("seed") is None else step.options
 
 
 def ratios(options: Purify) -> list[Purify]:

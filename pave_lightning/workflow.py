@@ -40,14 +40,14 @@ from pave_lightning.experts.trainers import (
     quiet_lightning,
 )
 from pave_lightning.exporting import write_purified_experts
-from pave_lightning.launching import Launcher, is_rank_zero
+from pave_lightning.launching import Launcher, is_launched, is_rank_zero
 from pave_lightning.merging import MergeMethod, Modulator, make_method, merge
 from pave_lightning.merging.folders import MergeContext, write_merged
 from pave_lightning.merging.running import MergedVectors
 from pave_lightning.purification import KeptRank, PurifiedTaskVectors, StoredPurification, write_purified
 from pave_lightning.recipe import AUTO_RATIOS, Capture, MergeStep, Purify, Recipe, ScaleSearch, Task, Vectors
 from pave_lightning.run_folder import Manifest, RunFolder, StageWriter
-from pave_lightning.stages import Stage, Stages, existing_folder, expert_digest, short_digest
+from pave_lightning.stages import Stage, Stages, existing_folder, expert_digest, short_digest, with_seed
 from pave_lightning.statistics import TaskStatistics
 from pave_lightning.tasks.data_module import TaskDataModule
 from pave_lightning.tracking import Tracker
@@ -132,12 +132,10 @@ class Workflow:
         stage = self.stages.expert(task).begun()
         if self.stages.current(stage) is not None:
             return self._already(stage)
-        if task.expert is not None:
-            return self._take_in(task, stage)
-        if self._elsewhere("fit", task, stage):
-            return None
         with self._sharing(stage) as needed:
-            if needed:
+            if needed and task.expert is not None:
+                self._take_in(task, stage)
+            elif needed and not self._elsewhere("fit", task, stage):
                 self._fit(task, stage)
         return None
 
@@ -181,10 +179,8 @@ class Workflow:
         stage = self.stages.statistics(task).begun()
         if self.stages.current(stage) is not None:
             return self._already(stage)
-        if self._elsewhere("capture", task, stage):
-            return None
         with self._sharing(stage) as needed:
-            if needed:
+            if needed and not self._elsewhere("capture", task, stage):
                 self._capture(task, stage)
         return None
 
@@ -250,6 +246,7 @@ class Workflow:
         if self.stages.current(stage) is not None:
             self._already(stage)
         else:
+            stage = stage.begun()
             found = self.purify(options) if options.rho != 1 else None
             ranks = [KeptRank(*rank) for rank in found.result["ranks"]] if found is not None else []
             with self._doing(f"write purified experts ({options.summary})"), self._writing(stage) as writer:
@@ -289,24 +286,22 @@ class Workflow:
         if step.purify.rho != "auto":
             chosen = self._chosen_scale(step, self.purified(step.purify), scored=False)
             return replace(chosen, facts={**chosen.facts, "rho": step.purify.rho})
-        tried: list[tuple[float, MergeChoice]] = []
-        for rho in AUTO_RATIOS:
+        best: MergeChoice | None = None  # one merge result is held at a time, besides the one that is made
+        search: list[list[float | None]] = []
+        for rho in AUTO_RATIOS:  # from the smallest on, so that the larger one wins among equals
             source = self.purified(step.purify.model_copy(update={"rho": rho}))
-            tried.append((rho, self._chosen_scale(step, source, scored=True)))
-            log.info("  rho %.4g: %.4f of the experts on validation", rho, tried[-1][1].average)
-        usable = [entry for entry in tried if math.isfinite(entry[1].average)]
-        if not usable:
+            choice = self._chosen_scale(step, source, scored=True)
+            search.append([rho, choice.scale, choice.average])
+            log.info("  rho %.4g: %.4f of the experts on validation", rho, choice.average)
+            if math.isfinite(choice.average) and (best is None or choice.average >= best.average):
+                best = replace(choice, facts={**choice.facts, "rho": rho})
+        if best is None:
             raise PaveError(f"merge step '{step.name}': no ratio gives finite scores on the validation splits")
-        rho, best = max(usable, key=lambda entry: (entry[1].average, entry[0]))
-        search = [[ratio, choice.scale, choice.average] for ratio, choice in tried]
-        return replace(best, facts={**best.facts, "rho": rho, "rho_search": search})
+        return replace(best, facts={**best.facts, "rho_search": search})
 
     def _chosen_scale(self, step: MergeStep, source: TaskVectors, *, scored: bool) -> MergeChoice:
         """The merge with its scale; with its validation score where the scale is searched or ``scored`` asks for it."""
-        options = dict(step.options)
-        method = make_method(step.method, options)
-        if "seed" in type(method.options).model_fields and options.get("seed") is None:
-            method = make_method(step.method, {**options, "seed": self.recipe.seed})
+        method = make_method(step.method, with_seed(step, self.recipe.seed))
         scale = step.scale if step.scale is not None else method.default_scale
         if isinstance(scale, ScaleSearch):
             merged = merge(method, source)
@@ -451,7 +446,13 @@ class Workflow:
 
     @contextmanager
     def _sharing(self, stage: Stage) -> Iterator[bool]:
-        """Hold a stage that other recipes share; whether it is still needed then."""
+        """Hold a stage that other recipes share; whether it is still needed then.
+
+        A process that a driver started finds it held by the driver, for all processes of the stage.
+        """
+        if is_launched():
+            yield True
+            return
         with self.folder.claimed(stage.name):
             needed = self.stages.current(stage) is None
             if not needed:

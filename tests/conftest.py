@@ -163,3 +163,15 @@ def recipe_settings(base_folder, task_files, tracking_uri, tmp_path):
         ],
         "tracking": {"uri": tracking_uri},
     }
+
+
+@pytest.fixture
+def ready_settings(recipe_settings, base_folder, make_expert, expert_folders):
+    """The same recipe with experts that exist already, two of classification, so that nothing is trained."""
+    words, _ = recipe_settings["tasks"]
+    other = make_expert(base_folder, seed=5)
+    tasks = [
+        {**words, "expert": {"from": str(expert_folders["first"])}},
+        {**words, "name": "more", "expert": {"from": str(other)}},
+    ]
+    return {**recipe_settings, "tasks": tasks}

@@ -51,7 +51,7 @@ def test_help_is_fast_and_loads_nothing_heavy():
     assert min(took) < 1.0
 
 
-@pytest.mark.parametrize("command", [*RECIPE_COMMANDS, "methods", "schema"])
+@pytest.mark.parametrize("command", [*RECIPE_COMMANDS, "experiment", "methods", "schema"])
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
@@ -93,6 +93,8 @@ def test_plan_runs_nothing(capsys, recipe_file, recipe_settings, monkeypatch):
     shown = capsys.readouterr().out
     assert "experts/words" in shown
     assert "48 rows, 2 epochs, 6 steps of 16" in shown
+    assert "purification, by shape of layer (predicted)" in shown
+    assert "highest memory of purifying and merging" in shown
     folder = os.path.join(recipe_settings["output"], "tiny")  # noqa: PTH118
     assert not set(os.listdir(folder)) - {"data"}  # noqa: PTH208
 
@@ -120,6 +122,58 @@ def test_methods_lists_all_of_them(capsys, monkeypatch):
 def test_schema_is_json(capsys):
     assert main(["schema"]) == 0
     assert json.loads(capsys.readouterr().out)["type"] == "object"
+
+
+def test_experiments_that_are_none(capsys, recipe_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "name" in fails(["experiment"], capsys)
+    assert "there is no experiment 'nonsense'" in fails(["experiment", "nonsense"], capsys)
+    assert "no section 'experiment'" in fails(["experiment", recipe_file], capsys)
+    assert "did you mean 'vary'" in fails(["experiment", recipe_file, "--set", "experiment.varry={}"], capsys)
+
+
+def test_purify_and_diagnose_say_what_they_lack_and_where_their_results_are(capsys, ready_settings, tmp_path):
+    from pathlib import Path
+
+    import pandas as pd
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    path = tmp_path / "ready.yaml"
+    path.write_text(json.dumps(ready_settings))
+    recipe_file, root = str(path), Path(ready_settings["output"]) / "tiny"
+    for command in ("purify", "diagnose"):
+        assert "pave fit --task words" in fails([command, recipe_file], capsys)
+    assert main(["fit", recipe_file]) == 0
+    for command in ("purify", "diagnose"):
+        assert "pave capture --task words" in fails([command, recipe_file], capsys)
+        text = fails([command, recipe_file, "--set", "purify.rho=auto"], capsys)
+        assert "give purify.rho" in text
+    assert main(["capture", recipe_file]) == 0
+    capsys.readouterr()
+
+    assert main(["purify", recipe_file]) == 0
+    (made,) = (root / "purified-experts").iterdir()
+    assert f"results: {made}" in capsys.readouterr().out
+    for task in ready_settings["tasks"]:
+        before = AutoModelForSequenceClassification.from_pretrained(task["expert"]["from"]).state_dict()
+        after = AutoModelForSequenceClassification.from_pretrained(made / task["name"]).state_dict()
+        AutoTokenizer.from_pretrained(made / task["name"])
+        assert list(after) == list(before)
+        changed = {name for name in after if not torch.equal(before[name], after[name])}
+        assert changed
+        assert all(before[name].ndim == 2 for name in changed)
+        assert not [name for name in changed if "embeddings" in name or name.startswith("classifier")]
+        assert json.loads((made / task["name"] / "pave.json").read_text())["purify"]["rho"] == 0.9
+
+    assert main(["diagnose", recipe_file]) == 0
+    (found,) = (root / "diagnostics").iterdir()
+    assert f"results: {found}" in capsys.readouterr().out
+    tables, pictures = list(found.glob("*.parquet")), list(found.glob("*.png"))
+    assert {path.stem for path in tables} >= {"spectra", "kept_ranks", "removed_energy", "conflicts"}
+    assert all(len(pd.read_parquet(path)) for path in tables)
+    assert pictures
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
 
 
 def test_a_fault_of_ours_is_one_line_unless_debug(capsys, recipe_file, monkeypatch):

@@ -2,15 +2,18 @@
 
 import json
 import shutil
+from io import StringIO
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM
 
 from pave_lightning import Recipe, run_recipe
+from pave_lightning.commands import open_folder, run_stage
 from pave_lightning.errors import PaveError
-from pave_lightning.planning import check_recipe, plan_rows
+from pave_lightning.planning import check_recipe, cost_table, plan_rows
 from pave_lightning.run_folder import RunFolder
 
 
@@ -148,6 +151,65 @@ def test_training_that_does_not_fit_the_base(problems, training, told):
 )
 def test_trainer_options(problems, trainer, told):
     assert told in problems(trainer=trainer)
+
+
+def test_purifications_that_cannot_be_run_are_told_at_once(problems):
+    purify = {"rho": 0.9, "target": "delta", "stopping_share": 0.5}
+    text = problems(
+        purify=purify,
+        capture={"examples": 32, "moments": "output"},
+        merge=[
+            "average",
+            {"method": "emr", "vectors": ["purified"], "purify": {"target": "expert", "statistics": "other_task"}},
+        ],
+    )
+    assert "purify: target: delta needs the second moments of all inputs; set capture.moments: input" in text
+    assert "purify: capture.moments: output serves the metric root alone, found covariance" in text
+    assert "nearest_budget: true" in text
+    assert "merge.emr.purify: statistics: other_task needs the second moments of all inputs" in text
+
+    assert problems(purify={**purify, "nearest_budget": True}, capture={"moments": "input"}) == ""
+    assert problems(purify={"metric": "root"}, capture={"moments": "output"}) == ""
+    # What only merges on plain task vectors would use is no problem.
+    assert problems(purify=purify, merge=[{"method": "average", "vectors": ["plain"]}]) == ""
+
+
+def test_ratios_that_auto_tries_are_looked_at_too(problems):
+    assert problems(purify={"rho": "auto"}) == ""
+    assert "nearest_budget: true" in problems(purify={"rho": "auto", "stopping_share": 0.5})
+
+
+def test_purified_experts_need_a_ratio(problems):
+    text = problems(purify={"rho": "auto"}, evaluate={"purified_experts": True})
+    assert "evaluate.purified_experts: the ratios of all purifications are 'auto'" in text
+    steps = ["average", {"method": "emr", "purify": {"rho": 0.9}}]
+    assert problems(purify={"rho": "auto"}, evaluate={"purified_experts": True}, merge=steps) == ""
+
+
+def test_a_rule_that_draws_depends_on_the_seed(ready_settings):
+    steps = ["average", "dare", {"method": "dare", "name": "fixed", "options": {"seed": 3}}]
+    steps = [{**({"method": step} if isinstance(step, str) else step), "vectors": ["plain"]} for step in steps]
+    recipe = Recipe.model_validate({**ready_settings, "merge": steps})
+    folder = open_folder(recipe)
+    for stage in ("fit", "merge"):
+        run_stage(recipe, stage)
+    states = {stage: state for stage, state, _ in plan_rows(recipe.model_copy(update={"seed": 5}), folder)}
+    assert states["merged/dare-plain"] == "stale"
+    assert states["merged/average-plain"] == states["merged/fixed-plain"] == "there"
+
+
+def test_costs_are_predicted_for_what_the_recipe_asks(ready_settings):
+    def shown(**changes):
+        recipe = Recipe.model_validate({**ready_settings, **changes})
+        console = Console(width=120, record=True, file=StringIO())
+        console.print(cost_table(recipe, open_folder(recipe)))
+        return console.export_text()
+
+    text = shown()
+    for part in ("32 x 32", "64 x 32", "32 x 64", "highest memory", "disk"):
+        assert part in text
+    assert "32 x 64" in shown(purify={"rho": "auto"})
+    assert "32 x 64" not in shown(merge=[{"method": "average", "vectors": ["plain"]}])
 
 
 def test_states_of_stages(recipe_settings):

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
 from pave_lightning import Recipe, run_recipe
 from pave_lightning.cli import main
@@ -42,9 +43,16 @@ def stand_in(base_folder, task_files, tracking_uri, tmp_path_factory):
             "tracking": {"uri": tracking_uri},
         }
     )
-    (folder / "recipes").mkdir()
+    (folder / "recipes" / "experiments").mkdir(parents=True)
     (folder / "recipes" / "quickstart.yaml").write_text(recipe_to_yaml(recipe))
-    run_recipe(recipe)
+    done = run_recipe(recipe)
+    experiment = recipe.model_dump(mode="json", by_alias=True)
+    for task in experiment["tasks"]:
+        task["expert"] = {"from": str(done / "experts" / task["name"])}
+    varied = {"question": "Which ratio?", "seeds": [0], "vary": {"purify.rho": [0.9]}}
+    for path in (ROOT / "recipes" / "experiments").glob("*.yaml"):
+        changed = {**experiment, "name": path.stem, "merge": ["emr"], "experiment": varied}
+        (folder / "recipes" / "experiments" / path.name).write_text(recipe_to_yaml(Recipe.model_validate(changed)))
     return folder
 
 
@@ -74,12 +82,20 @@ def test_examples(example, stand_in, base_folder, monkeypatch):
 
 
 def test_recipe_is_one(tmp_path):
-    (text,) = blocks("yaml")
+    (text,) = (text for text in blocks("yaml") if text.startswith("name:"))
     path = tmp_path / "mine.yaml"
     path.write_text(text)
     recipe = load_recipe(path)
     assert [task.name for task in recipe.tasks] == ["sst2", "topic", "reviews", "intents", "entailment"]
     assert recipe.task("intents").training.lora.rank == 16
+
+
+@pytest.mark.parametrize("text", [text for text in blocks("yaml") if not text.startswith("name:")])
+def test_sections_of_recipes_fit_into_one(text, tmp_path):
+    shipped = YAML(typ="safe", pure=True).load((ROOT / "recipes" / "quickstart.yaml").read_text())
+    path = tmp_path / "mine.yaml"
+    path.write_text(json.dumps({**shipped, **YAML(typ="safe", pure=True).load(text)}))
+    load_recipe(path)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)

@@ -169,6 +169,46 @@ def test_lora_experts_merge_like_full_ones_and_their_adapters_can_be_taken_in(re
     torch.testing.assert_close(*logits)
 
 
+def test_purified_experts_have_scores_and_stand_in_the_tables(ready_settings, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    folder = rerun(ready_settings, evaluate={"purified_experts": True}, merge=["emr"])
+    shown = capsys.readouterr().out
+    rows = {(row["model"], row["vectors"]): row for row in csv.DictReader((folder / "results.csv").open())}
+    assert list(rows) == [("base", ""), ("experts", ""), ("experts", "purified"), ("emr", "plain"), ("emr", "purified")]
+    assert rows["experts", "purified"]["form"] == "per-task"
+    assert float(rows["experts", ""]["normalised_average"]) == 1.0
+    assert "experts *" in shown
+
+    from pave_lightning.commands import run_stage
+
+    run_stage(Recipe.model_validate({**ready_settings, "merge": ["emr"]}), "purify")
+    (made,) = (folder / "purified-experts").iterdir()
+    taken = [{**task, "expert": {"from": str(made / task["name"])}} for task in ready_settings["tasks"]]
+    alone = rerun(ready_settings, name="taken", tasks=taken, merge=[])
+    again = {row["model"]: row for row in csv.DictReader((alone / "results.csv").open())}
+    for task in ("words", "more"):
+        column = f"{task}/accuracy"
+        assert float(rows["experts", "purified"][column]) == float(again["experts"][column])
+
+
+def test_capture_with_random_tokens_reads_no_data(ready_settings, monkeypatch):
+    from pave_lightning.commands import run_stage
+    from pave_lightning.tasks.data_module import TaskDataModule
+
+    def read(self, split):
+        pytest.fail(f"{split} is read")
+
+    monkeypatch.setattr(TaskDataModule, "dataset", read)
+    settings = {**ready_settings, "capture": {"examples": 40, "batch_size": 8, "source": "random_tokens"}}
+    recipe = Recipe.model_validate(settings)
+    for stage in ("fit", "capture", "merge"):
+        run_stage(recipe.model_copy(update={"merge": recipe.merge[1:]}), stage)
+    statistics = TaskStatistics.load(Path(recipe.output) / "tiny" / "statistics" / "words" / "moments.safetensors")
+    assert statistics.examples == 40
+    assert "encoder.layer.1.output.dense" in statistics.layers()
+    assert (Path(recipe.output) / "tiny" / "merged" / "emr-purified" / "manifest.json").is_file()
+
+
 def test_a_stage_alone_says_what_it_lacks(recipe):
     from pave_lightning.commands import run_stage
 
@@ -250,7 +290,8 @@ def test_killed_runs_go_on_and_end_like_an_undisturbed_one(recipe_settings, tmp_
 @pytest.mark.slow
 def test_two_processes_give_the_same_experts_statistics_and_scores_as_one(recipe_settings, tmp_path):
     folder = rerun(recipe_settings)
-    two = {**recipe_settings, "name": "two"}
+    # In a shared folder, whose stages the driver claims for all of its processes.
+    two = {**recipe_settings, "name": "two", "shared": str(tmp_path / "shared")}
     two["trainer"] = {**two["trainer"], "devices": 2, "strategy": "ddp"}
     # The same experts, so that capture and evaluation can be compared with one process exactly.
     two["tasks"] = [
@@ -266,9 +307,9 @@ def test_two_processes_give_the_same_experts_statistics_and_scores_as_one(recipe
 
     other = folder.parent / "two"
     for task in ("words", "numbers"):
-        one, both = (
-            TaskStatistics.load(place / "statistics" / task / "moments.safetensors") for place in (folder, other)
-        )
+        (theirs,) = (tmp_path / "shared" / "statistics").glob(f"{task}-*/moments.safetensors")
+        one = TaskStatistics.load(folder / "statistics" / task / "moments.safetensors")
+        both = TaskStatistics.load(theirs)
         assert one.examples == both.examples == 32
         for layer in one.layers():
             assert one[layer].rows == both[layer].rows

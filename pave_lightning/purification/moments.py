@@ -13,8 +13,10 @@ from pave_lightning.recipe import Purify
 from pave_lightning.statistics import LayerMoment, TaskStatistics
 from pave_lightning.weights import Parameter, TaskVectors
 
-# What storing a moment in float32 may cost an eigenvalue, relative to the largest diagonal entry and the width.
+# What float32 may cost an eigenvalue of a moment, relative to the largest diagonal entry and the width. Below the
+# smallest width, adding up rows costs more than storing the sum.
 ROUNDING = 2.0**-23
+SMALLEST_WIDTH = 32
 # A cross moment A = W C belongs to W if A W^T is symmetric; half-precision passes blur it by some percent.
 ASYMMETRY = 0.1
 PROBES = 8
@@ -83,6 +85,9 @@ class MomentSource:
             return
         matrices = {parameter.layer: parameter for parameter in layers}
         children = {parameter.name.partition(".")[0] for parameter in self.source.parameters}
+        if self.options.statistics == "other_task" and len(self.source.tasks) < 2:
+            yield f"statistics: other_task needs another task than '{self.source.tasks[0]}', but there is none"
+            return
         for task in dict.fromkeys(self.owner(task) for task in self.tasks):
             if task not in self.statistics:
                 yield f"task '{task}' has no captured statistics; capture them first"
@@ -165,6 +170,6 @@ def _impossible(moment: LayerMoment, weight: Tensor) -> str | None:
     matrix = moment.matrix.double()
     if not torch.allclose(matrix, matrix.T, rtol=1e-3, atol=float(matrix.abs().max()) * 1e-5):
         return "is not symmetric"
-    shift = ROUNDING * len(matrix) * float(matrix.diagonal().abs().max())
+    shift = ROUNDING * max(len(matrix), SMALLEST_WIDTH) * float(matrix.diagonal().abs().max())
     _, failed = torch.linalg.cholesky_ex(matrix + shift * torch.eye(len(matrix), dtype=torch.float64))
     return "is not positive semi-definite" if int(failed) else None

@@ -195,8 +195,8 @@ class PurifiedTaskVectors(TaskVectors):
             return {}
         if self.options.allocation == "even":
             return {task: max(1, rank) for task, rank in even_ranks(values, self._rho).items()}
-        options = self.options
-        return allocate_ranks(values, self._rho, options.stopping_share, nearest_budget=options.nearest_budget)
+        # A budget out of reach was refused before; a rest of rounding, where some tasks are untouched, is none.
+        return allocate_ranks(values, self._rho, self.options.stopping_share, nearest_budget=True)
 
     @cached_property
     def _ranks_of_all(self) -> dict[Key, int]:
@@ -210,11 +210,12 @@ class PurifiedTaskVectors(TaskVectors):
             if self.options.scope == "model":
                 ranks.update({(task, parameter.layer): rank for task, rank in self._allocate(own).items()})
         if self.options.scope == "model":
-            return averaged_ranks(ranks, {key: len(found) for key, found in values.items()})
-        if self.options.allocation == "even":
-            return even_ranks(values, self._rho)
-        options = self.options
-        return allocate_ranks(values, self._rho, options.stopping_share, nearest_budget=options.nearest_budget)
+            ranks = averaged_ranks(ranks, {key: len(found) for key, found in values.items()})
+        elif self.options.allocation == "even":
+            ranks = even_ranks(values, self._rho)
+        else:
+            ranks = allocate_ranks(values, self._rho, self.options.stopping_share, nearest_budget=True)
+        return {key: max(1, rank) for key, rank in ranks.items()}
 
     @property
     def _rho(self) -> float:
@@ -240,21 +241,24 @@ def workers_of(compute: Compute) -> int:
 
 
 def budget_problems(options: Purify, layers: Sequence[Parameter], tasks: int) -> Iterator[str]:
-    """What is wrong with a rank ratio for these layers, one line for each width that it does not fit.
+    """What is wrong with a rank ratio for these layers, one line for each width (or whole model) that it does not fit.
 
     Args:
         options: the purification.
         layers: the matrix weights.
         tasks: how many tasks share a budget.
     """
-    if isinstance(options.rho, str) or options.nearest_budget:
+    if isinstance(options.rho, str) or options.nearest_budget or not layers:
         return
     share = options.stopping_share if options.allocation == "spectral" else 1.0
-    widths: dict[int, str] = {}
-    for parameter in layers:
-        widths.setdefault(min(parameter.matrix_shape), parameter.layer)
-    for width, layer in widths.items():
+    budgets: dict[tuple[int, ...], str] = {}
+    if options.scope == "global" and options.allocation == "spectral":
+        budgets[tuple(min(parameter.matrix_shape) for parameter in layers)] = "all layers together"
+    else:
+        for parameter in layers:
+            budgets.setdefault((min(parameter.matrix_shape),), parameter.layer)
+    for lengths, where in budgets.items():
         try:
-            spectral_budget({str(task): width for task in range(tasks)}, options.rho, share)
+            spectral_budget({str(key): width for key, width in enumerate(lengths * tasks)}, options.rho, share)
         except UnreachableBudgetError as error:
-            yield f"{layer}: {error}; take that with nearest_budget: true, or change rho or stopping_share"
+            yield f"{where}: {error}; take that with nearest_budget: true, or change rho or stopping_share"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from rich.console import Console
 from pave_lightning.diagnostics import DiagnosticOptions, diagnose
 from pave_lightning.merging.dare import DareOptions
 from pave_lightning.purification import KeptRank, PurifiedTaskVectors
+from pave_lightning.recipe import MergeStep, Purify
 from pave_lightning.reporting.diagnostic_plots import natural, write_diagnostics
 from pave_lightning.reporting.model_card import ExpertSource, model_card
 from pave_lightning.reporting.plots import kept_ranks, normalised_scores
@@ -17,6 +19,8 @@ from pave_lightning.reporting.scores import Model, Score, ScoreTable
 from pave_lightning.reporting.tables import render
 from pave_lightning.tracking import Tracker, environment_tags
 from pave_lightning.workflow import Workflow, merge_params
+
+log = logging.getLogger("pave_lightning")
 
 
 def write_report(workflow: Workflow, console: Console | None = None) -> ScoreTable:
@@ -58,7 +62,9 @@ def report_diagnostics(workflow: Workflow) -> list[Path]:
         folder = workflow.folder.path(stage.name)
         folders.append(folder)
         if workflow.stages.current(stage) is not None:
+            log.info("%s is up to date", stage.name)
             continue
+        log.info("diagnose (%s) ...", options.summary)
         purified = PurifiedTaskVectors(workflow.plain, workflow.statistics, options, workflow.recipe.compute)
         looked_at = DiagnosticOptions(dare=DareOptions(seed=workflow.recipe.seed))
         found = diagnose(workflow.plain, purified, workflow.statistics, looked_at)
@@ -84,7 +90,11 @@ def collect_scores(workflow: Workflow) -> ScoreTable:
 
     add("scores/base", "base", "", "base")
     add("scores/experts", "experts", "", "expert")
-    for step, vectors in workflow.stages.merges():
+    alone = stages.purified_expert_scores()
+    for name in alone:
+        # One model for each task; the form expert is kept for those whose scores normalise all others.
+        add(f"scores/{name}", "experts" if len(alone) == 1 else name, "purified", "per-task")
+    for step, vectors in stages.merges():
         form = stages.finished(stages.merged(step, vectors)).result["form"]
         add(stages.scores_of(step, vectors).name, step.name, vectors, form)
     return ScoreTable(rows)
@@ -93,11 +103,7 @@ def collect_scores(workflow: Workflow) -> ScoreTable:
 def _draw_ranks(workflow: Workflow) -> list[Path]:
     """One heat map for each distinct purification."""
     stages = workflow.stages
-    used = []
-    for step, kind in stages.merges():
-        if kind == "purified":
-            rho = stages.finished(stages.merged(step, kind)).result["rho"]  # where it is auto, the chosen one
-            used.append(step.purify.model_copy(update={"rho": rho}))
+    used = [_purification(workflow, step) for step, kind in stages.merges() if kind == "purified"]
     distinct = {stages.purified(options).name: options for options in used if options.rho != 1}
     files = []
     for name, options in distinct.items():
@@ -107,6 +113,12 @@ def _draw_ranks(workflow: Workflow) -> list[Path]:
         kept_ranks(sorted(ranks, key=lambda kept: natural(kept.layer)), path)
         files.append(path)
     return files
+
+
+def _purification(workflow: Workflow, step: MergeStep) -> Purify:
+    """The purification that a merged model was made with: the chosen ratio where the recipe says auto."""
+    facts = workflow.stages.finished(workflow.stages.merged(step, "purified")).result
+    return step.purify.model_copy(update={"rho": facts["rho"]})
 
 
 def _write_cards(workflow: Workflow, table: ScoreTable) -> None:
@@ -121,6 +133,9 @@ def _write_cards(workflow: Workflow, table: ScoreTable) -> None:
         stage = workflow.stages.merged(step, vectors)
         facts = workflow.stages.finished(stage).result
         found = f"best of {len(facts['search'])} on the validation splits" if "search" in facts else ""
+        purification = _purification(workflow, step).model_dump() if vectors == "purified" else None
+        if purification is not None and "rho_search" in facts:
+            purification["rho_origin"] = f"best of {len(facts['rho_search'])} on the validation splits"
         card = model_card(
             name=f"{recipe.name}: {step.name} ({vectors})",
             base_model=recipe.base,
@@ -131,7 +146,7 @@ def _write_cards(workflow: Workflow, table: ScoreTable) -> None:
             options=facts["options"],
             scale=facts["scale"],
             scale_origin=found,
-            purification=step.purify.model_dump() if vectors == "purified" else None,
+            purification=purification,
             experts=experts,
             scores=ScoreTable(
                 score

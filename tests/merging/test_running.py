@@ -4,7 +4,18 @@ import pytest
 import torch
 
 from pave_lightning.errors import PaveError
-from pave_lightning.merging import Average, Emr, TaskArithmetic, Ties, merge, methods
+from pave_lightning.merging import (
+    Average,
+    Dare,
+    DareOptions,
+    DareTies,
+    DareTiesOptions,
+    Emr,
+    TaskArithmetic,
+    Ties,
+    merge,
+    methods,
+)
 from pave_lightning.merging.ties import TiesOptions
 
 RULES = {
@@ -12,7 +23,17 @@ RULES = {
     "task_arithmetic": TaskArithmetic,
     "ties": lambda: Ties(TiesOptions(density=0.4)),
     "emr": Emr,
+    "dare": lambda: Dare(DareOptions(drop_rate=0.5, seed=3)),
+    "dare_ties": lambda: DareTies(DareTiesOptions(drop_rate=0.5, seed=3, density=0.4)),
 }
+# Rules with options of which they change nothing that experts agree on.
+HARMLESS = {
+    **RULES,
+    "ties": lambda: Ties(TiesOptions(density=1.0)),
+    "dare": lambda: Dare(DareOptions(drop_rate=0.0)),
+    "dare_ties": lambda: DareTies(DareTiesOptions(drop_rate=0.0, density=1.0)),
+}
+ADDING = ("task_arithmetic", "dare")
 each_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 
 
@@ -94,12 +115,12 @@ def test_what_is_merged_is_nobodys_own(make_source, random_vectors):
         assert not source.base(parameter).any()
 
 
-@each_rule
-def test_identical_experts(rule, make_source, random_vectors):
+@pytest.mark.parametrize("name", RULES)
+def test_identical_experts(name, make_source, random_vectors):
     same = dict.fromkeys("abc", random_vectors["one"])
     source = make_source(same)
-    merged = merge(rule() if rule is not RULES["ties"] else Ties(TiesOptions(density=1.0)), source)
-    times = 3 if rule is TaskArithmetic else 1
+    merged = merge(HARMLESS[name](), source)
+    times = 3 if name in ADDING else 1
     for parameter in source.parameters:
         for task in source.tasks:
             expected = times * source.vector(task, parameter)

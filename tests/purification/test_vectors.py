@@ -324,32 +324,6 @@ def test_stored_weights_are_the_purified_ones(source, purified, stored):
             assert torch.equal(stored.vector(task, parameter, slice(0, 2)), purified.vector(task, parameter)[:2])
 
 
-def test_only_linear_weights_are_stored(source, stored, tmp_path):
-    vectors = PurifiedTaskVectors(source, {}, Purify(rho=0.9, metric="identity", tasks=["second"]))
-    write_purified(vectors, tmp_path)
-    assert [folder.name for folder in tmp_path.iterdir()] == ["second"]
-    assert sorted(Checkpoint(tmp_path / "second", "bert")) == sorted(p.name for p in linear(source))
-
-
-def test_tasks_that_were_not_stored_stay_plain(source, purified, tmp_path):
-    write_purified(purified, tmp_path)
-    some = StoredPurification(source, {"second": Checkpoint(tmp_path / "second", "bert")})
-    parameter = next(p for p in linear(source) if p.layer == LAYER)
-    assert torch.equal(some.expert("first", parameter), source.expert("first", parameter))
-    assert torch.equal(some.expert("second", parameter), purified.expert("second", parameter))
-
-
-def test_nothing_to_purify(source, tmp_path):
-    zeros = {
-        (task, p.layer): LayerMoment("input", torch.zeros(p.shape[1], p.shape[1]), 9)
-        for task in source.tasks
-        for p in linear(source)
-    }
-    vectors = PurifiedTaskVectors(source, statistics_of(source, replace=zeros), Purify())
-    with pytest.raises(PaveError, match="there is nothing to purify"):
-        write_purified(vectors, tmp_path)
-
-
 @pytest.mark.parametrize("rule", [Average, TaskArithmetic, Ties, Emr])
 def test_rules_run_unchanged_on_purified_vectors(source, purified, stored, rule):
     found, again = merge(rule(), purified), merge(rule(), stored)

@@ -216,6 +216,30 @@ def test_capture_shows_a_seeded_sample_of_the_trained_rows(make_module, make_tas
 # --- cache -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_random_tokens_are_words_within_the_special_tokens_of_a_real_text(world, make_module, make_task, tokenizer):
+    tokenizer.cls_token, tokenizer.sep_token = "[CLS]", "[SEP]"
+
+    def drawn(seed, rank=0, world=1):
+        module = attach(make_module(make_task(), max_length=7), world, rank)
+        batches = list(module.random_token_dataloader(examples=300, batch_size=8, seed=seed))
+        assert all("labels" not in batch for batch in batches)
+        return [
+            tuple(ids[mask.bool()].tolist())
+            for batch in batches
+            for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        ]
+
+    rows = [row for rank in range(world) for row in drawn(1, rank, world)]
+    assert len(rows) == 300
+    assert {(row[0], row[-1]) for row in rows} == {(tokenizer.cls_token_id, tokenizer.sep_token_id)}
+    assert {len(row) for row in rows} == {3, 4, 5, 6, 7}
+    words = set(range(len(tokenizer))) - set(tokenizer.all_special_ids)
+    assert {token for row in rows for token in row[1:-1]} == words
+    assert sorted(rows) == sorted(drawn(1))
+    assert sorted(rows) != sorted(drawn(2))
+
+
 @pytest.fixture
 def maps(monkeypatch):
     """Counts how often rows are tokenised."""
