@@ -253,7 +253,8 @@ class Purify(Section):
     rows, scaled to a mean of 1 on the diagonal."""
     target: Literal["expert", "delta", "delta_by_expert"] = "expert"
     """What is projected. expert: the fine-tuned weight W_t (the paper); delta: the task vector, on the directions that
-    the task vector itself excites; delta_by_expert: the task vector, on the directions that the expert excites."""
+    the task vector itself excites (of low rank after LoRA, so that rho must be low to change anything);
+    delta_by_expert: the task vector, without the directions that the expert excites least."""
     allocation: Literal["spectral", "even"] = "spectral"
     """spectral: the weakest normalised components of all tasks go first; even: every task keeps the share rho."""
     stopping_share: float = Field(default=1.5, gt=0)
