@@ -61,6 +61,7 @@ def calls(monkeypatch):
     return counts
 
 
+@pytest.mark.slow
 def test_a_grid_over_ratios_and_seeds(ready_settings, tracking_uri, tmp_path, calls):
     from mlflow import MlflowClient
 
@@ -130,18 +131,23 @@ def test_every_seed_trains_its_experts_once_and_purified_experts_have_scores(rec
     settings = {
         **recipe_settings,
         "trainer": {**recipe_settings["trainer"], "max_epochs": 1},
-        "merge": [],
+        "merge": ["average"],
         "evaluate": {"purified_experts": True},
     }
     path = written(tmp_path, settings, cases={"own data": {}, "plain SVD": {"purify.metric": "identity"}})
     folder = run_experiment(path)
     assert calls["_fit"] == calls["_capture"] == len(SEEDS) * 2
+    # For each seed the base, the experts and plain averages once, purified experts and their averages for each case.
+    assert calls["score"] == len(SEEDS) * (3 + 2 * 2)
     frame = pd.read_parquet(folder / "results.parquet")
     purified = frame[frame["vectors"] == "purified"]
+    forms = {"experts": "expert", "average": "static"}
     assert set(zip(purified["case"], purified["seed"], purified["model"], purified["form"], strict=True)) == {
-        (case, seed, "experts", "expert") for case in ("own data", "plain SVD") for seed in SEEDS
+        (case, seed, model, forms[model])
+        for case, seed, model in itertools.product(("own data", "plain SVD"), SEEDS, forms)
     }
-    assert len(ExperimentScores(frame, view_of(load_recipe(path))).merged()) == 2 * len(SEEDS)
+    merged = ExperimentScores(frame, view_of(load_recipe(path))).merged()
+    assert (merged["model"] == "experts").sum() == 2 * len(SEEDS)
 
     calls.update(dict.fromkeys(calls, 0))
     run_experiment(path)
