@@ -121,6 +121,7 @@ def _check(cells: Sequence[Cell], view: ExperimentView) -> None:
     """
     problems = Problems(f"the experiment {cells[0].recipe.name} cannot be run:")
     problems.extend(f"experiment.{problem}" for problem in view.problems(list(cells[0].values)))
+    problems.extend(_idle_settings(cells))
     looked_at: set[str] = set()
     for cell in (cell for cell in cells if cell.seed == cells[0].seed):
         others = cell.recipe.model_dump_json(exclude={"purify", "merge"})
@@ -135,6 +136,19 @@ def _check(cells: Sequence[Cell], view: ExperimentView) -> None:
         except PaveError as error:
             problems.add(f"{where}{error}")
     problems.raise_if_any()
+
+
+def _idle_settings(cells: Sequence[Cell]) -> Iterator[str]:
+    """Settings that do the same as one before: their keys are overruled, as the recipe's purify is by a step's own."""
+    seen: dict[str, Cell] = {}
+    for cell in (cell for cell in cells if cell.seed == cells[0].seed):
+        handed_down = {"name", "experiment", "trainer", "training", "examples"}
+        if cell.recipe.merge:
+            handed_down.add("purify")
+        done = cell.recipe.model_dump_json(exclude=handed_down)
+        if done in seen:
+            yield f"{cell.label} does the very same as {seen[done].label}: its keys are overruled by others"
+        seen.setdefault(done, cell)
 
 
 def view_of(recipe: Recipe) -> ExperimentView:
@@ -169,6 +183,7 @@ class CellRun:
 
     def rows(self) -> list[dict[str, Any]]:
         """One row for every model, task and metric."""
+        there = self._purified_folders()
         for task in self.cell.recipe.tasks:
             self.workflow.fit(task)
         purifies = any(vectors == "purified" for _, vectors in self.stages.merges())
@@ -178,9 +193,13 @@ class CellRun:
         rows = [*self._reference_rows(), *self._purified_expert_rows()]
         for step, vectors in self.stages.merges():
             rows += self._merge_rows(step, vectors)
-        # Large, and made anew from the same statistics in seconds.
-        shutil.rmtree(self.folder.path("purified"), ignore_errors=True)
+        # Large, and made anew from the same statistics in seconds. What a run of this recipe left before stays.
+        for name in self._purified_folders() - there:
+            shutil.rmtree(self.folder.path(name), ignore_errors=True)
         return rows
+
+    def _purified_folders(self) -> set[str]:
+        return {f"purified/{folder.name}" for folder in self.folder.path("purified").glob("*")}
 
     def _reference_rows(self) -> Iterator[dict[str, Any]]:
         inputs = {**self.stages.score_inputs("test"), "models": self.stages.expert_digests()}

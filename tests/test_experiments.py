@@ -70,7 +70,7 @@ def test_a_grid_over_ratios_and_seeds(ready_settings, tracking_uri, tmp_path, ca
     # For each seed the base, the experts, and two rules, each once on plain task vectors and once for each ratio.
     assert calls["score"] == len(SEEDS) * (2 + 2 * (1 + len(RATIOS)))
     assert calls["_capture"] == len(SEEDS) * 2
-    frame = pd.read_parquet(folder / "results.parquet")
+    frame = pd.read_parquet(folder / "scores.parquet")
     models = [("base", ""), ("experts", ""), *itertools.product(("task_arithmetic", "emr"), ("plain", "purified"))]
     expected = set(itertools.product(RATIOS, SEEDS, models, ("words", "more")))
     columns = frame[["purify.rho", "seed", "model", "vectors", "task"]]
@@ -89,7 +89,7 @@ def test_a_grid_over_ratios_and_seeds(ready_settings, tracking_uri, tmp_path, ca
     assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
     assert "Which ratio is best?" in (folder / "findings.md").read_text()
     assert "purify.rho" in (folder / "experiment.json").read_text()
-    assert not (folder / "purified").exists()
+    assert not list((folder / "purified").glob("*"))
 
     client = MlflowClient(tracking_uri)
     home = client.get_experiment_by_name("pave-lightning").experiment_id
@@ -100,7 +100,7 @@ def test_a_grid_over_ratios_and_seeds(ready_settings, tracking_uri, tmp_path, ca
     )
     assert parent.info.status == "FINISHED"
     assert {file.path for file in client.list_artifacts(parent.info.run_id)} >= {
-        *("recipe.yaml", "results.parquet", "summary.csv", "summary.parquet", "figure.png", "findings.md"),
+        *("recipe.yaml", "scores.parquet", "summary.csv", "summary.parquet", "figure.png", "findings.md"),
     }
     metrics = parent.data.metrics
     assert len(metrics) == len(summary)
@@ -109,12 +109,12 @@ def test_a_grid_over_ratios_and_seeds(ready_settings, tracking_uri, tmp_path, ca
     assert "task_arithmetic/plain" in metrics
 
     # Again: every score is there already.
-    found = (folder / "results.parquet").read_bytes()
+    found = (folder / "scores.parquet").read_bytes()
     calls.update(dict.fromkeys(calls, 0))
-    (folder / "results.parquet").unlink()
+    (folder / "scores.parquet").unlink()
     assert run_experiment(path) == folder
     assert not any(calls.values()), calls
-    assert (folder / "results.parquet").read_bytes() == found
+    assert (folder / "scores.parquet").read_bytes() == found
 
     # Each cell has the scores of an ordinary run with its settings.
     alone = Recipe.model_validate(
@@ -139,7 +139,7 @@ def test_every_seed_trains_its_experts_once_and_purified_experts_have_scores(rec
     assert calls["_fit"] == calls["_capture"] == len(SEEDS) * 2
     # For each seed the base, the experts and plain averages once, purified experts and their averages for each case.
     assert calls["score"] == len(SEEDS) * (3 + 2 * 2)
-    frame = pd.read_parquet(folder / "results.parquet")
+    frame = pd.read_parquet(folder / "scores.parquet")
     purified = frame[frame["vectors"] == "purified"]
     forms = {"experts": "expert", "average": "static"}
     assert set(zip(purified["case"], purified["seed"], purified["model"], purified["form"], strict=True)) == {
@@ -249,7 +249,7 @@ def test_a_stopped_experiment_goes_on(recipe_settings, tmp_path):
         output, _ = run.communicate(timeout=60)
     assert run.returncode == 130, output
     assert "run the same command again to go on from here" in output
-    assert not (folder / "results.parquet").exists()
+    assert not (folder / "scores.parquet").exists()
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("manifest.json")}
     assert before
 
@@ -258,4 +258,11 @@ def test_a_stopped_experiment_goes_on(recipe_settings, tmp_path):
     assert "Which ratio is best?" in done.stdout
     kept = {path: stamp for path, stamp in before.items() if "purified/" not in str(path.relative_to(folder))}
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    assert (folder / "results.parquet").is_file()
+    assert (folder / "scores.parquet").is_file()
+
+
+def test_settings_that_change_nothing_are_refused(ready_settings, tmp_path, nothing_runs):
+    own = {"method": "average", "vectors": ["purified"], "purify": {"rho": 0.9}}
+    path = written(tmp_path, {**ready_settings, "merge": [own]}, vary={"purify.rho": list(RATIOS)})
+    with pytest.raises(PaveError, match=r"0.75 does the very same as .*0.9: its keys are overruled"):
+        run_experiment(path)

@@ -17,7 +17,7 @@ __all__ = ["ExperimentView", "draw", "findings", "summarise", "write_experiment"
 
 
 def write_experiment(frame: pd.DataFrame, view: ExperimentView, folder: Path | str) -> list[Path]:
-    """Write results.parquet, summary.csv, summary.parquet, figure.png and findings.md.
+    """Write scores.parquet, summary.csv, summary.parquet, figure.png and findings.md.
 
     Args:
         frame: One row a score: a column for every varied key, and seed, model, vectors, form, task, metric,
@@ -34,7 +34,7 @@ def write_experiment(frame: pd.DataFrame, view: ExperimentView, folder: Path | s
     scores = ExperimentScores(frame, view)
     summary = summary_of(scores)
     writers: dict[str, Callable[[Path], object]] = {
-        "results.parquet": lambda path: _of_one_type(frame).to_parquet(path, index=False),
+        "scores.parquet": lambda path: _of_one_type(frame).to_parquet(path, index=False),
         "summary.csv": lambda path: summary.to_csv(path, index=False, lineterminator="\n"),
         "summary.parquet": lambda path: _of_one_type(summary).to_parquet(path, index=False),
         "figure.png": lambda path: draw_scores(scores, path),

@@ -91,7 +91,7 @@ def test_logarithmic_axis_and_words():
 
 def test_files(tmp_path):
     frame = grid({RHO: [*RATIOS, "auto"], "purify.metric": METRICS[:2]})
-    names = ["results.parquet", "summary.csv", "summary.parquet", "figure.png", "findings.md"]
+    names = ["scores.parquet", "summary.csv", "summary.parquet", "figure.png", "findings.md"]
     files = write_experiment(frame, ExperimentView("Ratios", x=RHO), tmp_path / "new")
     assert files == [tmp_path / "new" / name for name in names]
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == sorted(names)
