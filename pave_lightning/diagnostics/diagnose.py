@@ -21,7 +21,7 @@ from pave_lightning.diagnostics.spectra import (
 from pave_lightning.merging.dare import DareOptions, drop_and_rescale
 from pave_lightning.purification import KeptRank, PurifiedTaskVectors
 from pave_lightning.statistics import LayerMoment, TaskStatistics
-from pave_lightning.subspace import knowledge_spectrum
+from pave_lightning.subspace import knowledge_spectrum, one_blas_thread
 from pave_lightning.weights import Parameter, TaskVectors
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ class Diagnostics:
         return dict(vars(self))
 
 
+@one_blas_thread()
 def diagnose(
     plain: TaskVectors,
     purified: PurifiedTaskVectors,

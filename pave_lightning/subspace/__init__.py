@@ -10,7 +10,7 @@ from pave_lightning.subspace.allocation import (
     even_ranks,
     spectral_budget,
 )
-from pave_lightning.subspace.parallel import in_parallel
+from pave_lightning.subspace.parallel import in_parallel, one_blas_thread
 from pave_lightning.subspace.projection import (
     KnowledgeSpectrum,
     Metric,
@@ -30,6 +30,7 @@ __all__ = [
     "even_ranks",
     "in_parallel",
     "knowledge_spectrum",
+    "one_blas_thread",
     "project",
     "remove_tail",
     "spectral_budget",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from typing import TypeVar
 
@@ -17,9 +18,9 @@ def in_parallel(jobs: Sequence[Callable[[], T]], workers: int) -> list[T]:
     """Run independent jobs in threads, every job on one core.
 
     Small decompositions gain little from several cores each, so several of them side by side are faster. While the
-    jobs run, PyTorch uses one thread in each worker, and BLAS libraries outside of PyTorch (NumPy's and SciPy's) use
-    one thread in the whole process; both are as before afterwards. With one worker the jobs run one after the other in
-    the calling thread, with all the threads that it may use. Call it from one thread at a time.
+    jobs run, PyTorch uses one thread in each worker, and BLAS libraries outside of PyTorch use one (see
+    `one_blas_thread`); both are as before afterwards. With one worker the jobs run one after the other in the calling
+    thread, with all the threads that PyTorch may use. Call it from one thread at a time.
 
     Args:
         jobs: functions without arguments.
@@ -37,10 +38,11 @@ def in_parallel(jobs: Sequence[Callable[[], T]], workers: int) -> list[T]:
         raise ValueError(f"workers must be at least 1, found {workers}")
     workers = min(workers, len(jobs))
     if workers <= 1:
-        return [job() for job in jobs]
+        with one_blas_thread():
+            return [job() for job in jobs]
     threads = torch.get_num_threads()
     try:
-        with _libraries().limit(limits=1, user_api="blas"), ThreadPoolExecutor(workers, initializer=_alone) as pool:
+        with one_blas_thread(), ThreadPoolExecutor(workers, initializer=_alone) as pool:
             futures = [pool.submit(job) for job in jobs]
             try:
                 return [future.result() for future in futures]
@@ -50,6 +52,17 @@ def in_parallel(jobs: Sequence[Callable[[], T]], workers: int) -> list[T]:
     finally:
         # Workers set the number for new threads as well as their own.
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """Let BLAS libraries outside of PyTorch (NumPy's and SciPy's) use one thread in the whole process.
+
+    PyTorch's own threads wait for their next product by spinning, so that a second pool of threads has to share their
+    cores with them: a decomposition of order 384 then takes five times as long, one of order 768 twice.
+    """
+    with _libraries().limit(limits=1, user_api="blas"):
+        yield
 
 
 def _alone() -> None:

@@ -61,6 +61,16 @@ def test_every_worker_has_one_thread_and_all_is_as_before_afterwards() -> None:
         torch.set_num_threads(before)
 
 
+def test_one_worker_leaves_torch_its_threads_and_takes_them_from_other_libraries() -> None:
+    before, libraries = torch.get_num_threads(), blas_threads()
+    torch.set_num_threads(3)
+    try:
+        assert in_parallel([lambda: (torch.get_num_threads(), blas_threads())], 1) == [(3, [1] * len(libraries))]
+        assert blas_threads() == libraries
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_spectra_are_the_same_in_parallel() -> None:
     weights = [torch.from_numpy(np.random.default_rng(seed).normal(size=(50, 60))) for seed in range(6)]
     jobs = [lambda weight=weight: knowledge_spectrum(weight, torch.eye(60)).tail(45) for weight in weights]
