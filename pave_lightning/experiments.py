@@ -21,7 +21,7 @@ from pave_lightning.planning import check_recipe, merge_problems
 from pave_lightning.recipe import Experiment, MergeStep, Recipe, Vectors
 from pave_lightning.recipe_loading import load_recipe
 from pave_lightning.reporting.experiments import ExperimentView, write_experiment
-from pave_lightning.stages import short_digest
+from pave_lightning.stages import purifications, short_digest
 from pave_lightning.workflow import Workflow, plain_scores
 
 log = logging.getLogger("pave_lightning")
@@ -64,15 +64,17 @@ def run_experiment(name: str, overrides: Sequence[str] = ()) -> Path:
     """
     path = find_experiment(name)
     recipe = load_recipe(path, overrides)
-    if recipe.experiment is None:
+    experiment = recipe.experiment
+    if experiment is None:
         raise PaveError(f"{path} has no section 'experiment'; run it with `pave run`, or say what is to be varied")
+    _refuse_overruled(overrides, experiment)
     if recipe.shared is None:
         # Every seed and setting keeps its own experts, under names that tell them apart.
         overrides = [*overrides, f"shared={json.dumps(str(Path(recipe.output) / recipe.name))}"]
-    cells = list(make_cells(path, overrides, recipe.experiment))
+        recipe = load_recipe(path, overrides)
+    cells = list(make_cells(path, overrides, experiment))
     _check(cells, view_of(recipe))
-    with working(cells[0].recipe) as workflow:
-        workflow.folder.write_text("experiment.json", recipe.experiment.model_dump_json(indent=2))
+    with working(recipe) as workflow:
         rows: list[dict[str, Any]] = []
         for number, cell in enumerate(cells, start=1):
             log.info("%d of %d: %s", number, len(cells), cell.label)
@@ -114,6 +116,17 @@ def make_cells(path: Path, overrides: Sequence[str], experiment: Experiment) -> 
                 yield Cell(values, seed, load_recipe(path, [*overrides, *texts]))
 
 
+def _refuse_overruled(overrides: Sequence[str], experiment: Experiment) -> None:
+    varied = {"seed", *experiment.vary, *(key for changes in experiment.cases.values() for key in changes)}
+    problems = Problems("what the experiment varies cannot be set for all of its settings:")
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if key in varied:
+            where = "experiment.seeds" if key == "seed" else "experiment.vary or experiment.cases"
+            problems.add(f"--set {key}: change {where} instead")
+    problems.raise_if_any()
+
+
 def _check(cells: Sequence[Cell], view: ExperimentView) -> None:
     """Find out before anything runs what is wrong with the view or with any setting.
 
@@ -122,6 +135,12 @@ def _check(cells: Sequence[Cell], view: ExperimentView) -> None:
     problems = Problems(f"the experiment {cells[0].recipe.name} cannot be run:")
     problems.extend(f"experiment.{problem}" for problem in view.problems(list(cells[0].values)))
     problems.extend(_idle_settings(cells))
+    for cell in cells:
+        if cell.recipe.evaluate.purified_experts and len(purifications(cell.recipe)) > 1:
+            problems.add(
+                "evaluate.purified_experts: an experiment scores the experts of one purification, found several"
+            )
+            break
     looked_at: set[str] = set()
     for cell in (cell for cell in cells if cell.seed == cells[0].seed):
         others = cell.recipe.model_dump_json(exclude={"purify", "merge"})

@@ -249,8 +249,8 @@ class Purify(Section):
     """What ranks the directions: W C (the paper), W C^(1/2) (the output error), or W alone."""
     statistics: Literal["own", "other_task", "random", "task_vector"] = "own"
     """Whose second moments. own: the task's (the paper); other_task: those of the next task in the recipe's order, and
-    random: those of Gaussian noise (both for ablation); task_vector: no data, the second moment of the task vector's
-    rows, scaled to a mean of 1 on the diagonal."""
+    random: those of Gaussian noise, the same for every seed of the recipe (both for ablation); task_vector: no data,
+    the second moment of the task vector's rows, scaled to a mean of 1 on the diagonal."""
     target: Literal["expert", "delta", "delta_by_expert"] = "expert"
     """What is projected. expert: the fine-tuned weight W_t (the paper); delta: the task vector, on the directions that
     the task vector itself excites (of low rank after LoRA, so that rho must be low to change anything);
@@ -398,6 +398,10 @@ class Experiment(Section):
         wrong += [f"'{key}' takes the same value twice" for key, values in self.vary.items() if _repeats(values)]
         if len(set(self.seeds)) != len(self.seeds):
             wrong.append("the seeds must differ")
+        fixed = {"name", "output", "shared", "tracking", "experiment"}
+        keys = dict.fromkeys([*self.vary, *(key for changes in self.cases.values() for key in changes)])
+        wrong += [f"'{key}' cannot be varied" for key in keys if key.partition(".")[0] in fixed]
+        wrong += ["'seed' is varied by the key 'seeds'"] if "seed" in keys else []
         columns = [*self.vary, *(["case"] if self.cases else []), "model", "vectors"]
         wrong += [
             f"'{name}' is no varied key; {nearest(name, columns)}"

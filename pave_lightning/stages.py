@@ -219,7 +219,10 @@ class Stages:
         }
 
     def _purify_inputs(self, options: Purify) -> dict[str, Any]:
+        # Inputs are compared without their order, which says whose statistics the other task's are.
+        order = [task.name for task in self.recipe.tasks] if options.statistics == "other_task" else None
         return {
+            **({"order": order} if order else {}),
             "format": FORMATS["purify"],
             "experts": self.expert_digests(),
             "statistics": {task.name: self.finished(self.statistics(task)).digest() for task in self.recipe.tasks},

@@ -333,6 +333,9 @@ class Workflow:
     def evaluate(self) -> None:
         """Score base, experts and every merged model on all test splits."""
         waiting = [stage.begun() for stage in self.stages.scores() if self.stages.current(stage) is None]
+        if not is_launched():
+            for options in self.stages.purified_expert_scores().values() if waiting else ():
+                self.purified(options)  # here, before several processes would each do it
         if not waiting or self._elsewhere("evaluate", None, *waiting):
             return
         for stage in waiting:

@@ -81,7 +81,7 @@ def write_merged(
                 masks[task].add(parameter.name, mask)
         (folder / "modulators").mkdir()
         for task, rescaler in method.rescalers().items():
-            masks[task].save(folder / "modulators" / f"{task}.safetensors", rescaler)
+            masks[task].save(folder / "modulators" / f"{task}.safetensors", factor * rescaler)
     elif isinstance(method, StaticMethod):
         known = None if merged is None else ((p, merged[p.name]) for p in source.parameters)
         pairs: Iterable[tuple[Parameter, Tensor]] = merge_static(method, source) if known is None else known

@@ -109,7 +109,8 @@ def _draw_ranks(workflow: Workflow) -> list[Path]:
     for name, options in distinct.items():
         ending = "" if len(distinct) == 1 else "-" + name.partition("/")[2]
         path = workflow.folder.root / f"kept_ranks{ending}.png"
-        ranks = [KeptRank(*entry) for entry in stages.finished(stages.purified(options)).result["ranks"]]
+        # Made anew where it was cleared away: merged models do not need it any more.
+        ranks = [KeptRank(*entry) for entry in workflow.purify(options).result["ranks"]]
         kept_ranks(sorted(ranks, key=lambda kept: natural(kept.layer)), path)
         files.append(path)
     return files
