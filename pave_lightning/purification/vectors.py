@@ -248,7 +248,7 @@ def budget_problems(options: Purify, layers: Sequence[Parameter], tasks: int) ->
         layers: the matrix weights.
         tasks: how many tasks share a budget.
     """
-    if isinstance(options.rho, str) or options.nearest_budget or not layers:
+    if isinstance(options.rho, str) or options.nearest_budget or not layers or not tasks:
         return
     share = options.stopping_share if options.allocation == "spectral" else 1.0
     budgets: dict[tuple[int, ...], str] = {}

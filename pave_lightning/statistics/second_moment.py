@@ -168,6 +168,7 @@ class SecondMoment:
             self._take(tuple(factor[: other._waiting_rows].to(self._device) for factor in other._waiting))
         if other._total is not None:
             other._flush()
+            self._multiply_waiting()  # rows that were kept as they are become sums like the other's
             total = self._sums()[1]
             total += other._total.to(total.device)
         self.rows += other.rows
@@ -259,15 +260,18 @@ class SecondMoment:
 
     def _multiply(self, factors: tuple[Tensor, ...]) -> None:
         partial = self._sums()[0]
-        with full_precision(partial.device.type):
-            factors = tuple(factor.float() for factor in factors)
-            if self.kind == "cross":
-                partial.addmm_(factors[0].T, factors[1])
-            else:
-                _add_lower_blocks(partial, factors[0])
-        self._partial_rows += len(factors[0])
-        if self._partial_rows >= PARTIAL_ROWS:
-            self._flush()
+        while len(factors[0]):
+            room = PARTIAL_ROWS - self._partial_rows
+            now = tuple(factor[:room].float() for factor in factors)
+            factors = tuple(factor[room:] for factor in factors)
+            with full_precision(partial.device.type):
+                if self.kind == "cross":
+                    partial.addmm_(now[0].T, now[1])
+                else:
+                    _add_lower_blocks(partial, now[0])
+            self._partial_rows += len(now[0])
+            if self._partial_rows >= PARTIAL_ROWS:
+                self._flush()
 
     def _sums(self) -> tuple[Tensor, Tensor]:
         """The float32 part and the float64 total, made when they are first needed."""
