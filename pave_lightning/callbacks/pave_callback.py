@@ -74,7 +74,8 @@ class PaveCallback(L.Callback):
         moments: ``"smallest"`` takes the cross moment for layers with ``d_in > d_out`` and the input covariance for all
             others; ``"input"`` always takes the covariance, which some merge methods need; ``"output"`` takes
             ``O = Y^T Y / n`` for layers with ``d_in > d_out``, all that the root metric needs of them.
-        mask_key: key of the padding mask in batches that are mappings.
+        mask_key: key of the padding mask in batches that are mappings: true or non-zero where a token is real, as the
+            ``attention_mask`` of tokenizers, not as the ``key_padding_mask`` of ``torch.nn.MultiheadAttention``.
         metadata: strings to be kept with the statistics.
         share_inputs: whether layers with the same input share one covariance. Only needed as False for models that call
             such layers unequally often.

@@ -148,7 +148,8 @@ class _Found:
         if moment is not None:
             pruned = {round(share * min(weight.shape)) for share in options.pruned_shares}
             kept = purified.ranks.get(key)
-            rank = None if kept is None else kept.rank
+            # The error is that of truncating the expert's weight; other targets keep a rank of something else.
+            rank = None if kept is None or purified.options.target != "expert" else kept.rank
             self.errors += errors_of_layer(key, weight, moment, spectra, pruned, kept_rank=rank)
         return directions
 
