@@ -106,3 +106,12 @@ def test_shipped_recipes_are_valid(path):
 def test_shipped_schema_is_that_of_the_code():
     shipped = json.loads((ROOT / "recipes" / "recipe.schema.json").read_text())
     assert shipped == recipe_schema(), "write it anew: pave schema > recipes/recipe.schema.json"
+
+
+DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("[br]*/README.md")), *sorted((ROOT / "recipes").rglob("*.md"))]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(document):
+    links = re.findall(r"\]\((?!https?://|#)([^)\s]+)\)", document.read_text())
+    assert [link for link in links if not (document.parent / link.partition("#")[0]).exists()] == []
