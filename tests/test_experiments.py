@@ -88,7 +88,7 @@ def test_a_grid_over_ratios_and_seeds(ready_settings, tracking_uri, tmp_path, ca
     assert pd.read_parquet(folder / "summary.parquet")["mean"].to_numpy() == pytest.approx(summary["mean"].to_numpy())
     assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
     assert "Which ratio is best?" in (folder / "findings.md").read_text()
-    assert "purify.rho" in (folder / "experiment.json").read_text()
+    assert "purify.rho" in (folder / "recipe.yaml").read_text()
     assert not list((folder / "purified").glob("*"))
 
     client = MlflowClient(tracking_uri)
