@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import weakref
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -16,11 +15,11 @@ from torch.utils.hooks import RemovableHandle
 
 from pave_lightning.callbacks.sampling import RowSampler
 from pave_lightning.errors import PaveError
+from pave_lightning.layers import CONVOLUTIONS, matrix_weight
 from pave_lightning.statistics import LayerMoment, MomentKind, SecondMoment
 from pave_lightning.statistics.second_moment import float32_products_are_exact, full_precision
 
 Moments = Literal["smallest", "input", "output"]
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def matrix_layers(backbone: nn.Module, *, convolutions: bool = False) -> dict[str, list[nn.Module]]:
@@ -41,8 +40,10 @@ def matrix_layers(backbone: nn.Module, *, convolutions: bool = False) -> dict[st
     layers: dict[str, list[nn.Module]] = {}
     names: dict[int, str] = {}
     for path, module in backbone.named_modules():
-        attribute = _weight_of(module, convolutions)
-        if not path or attribute is None or not cast(Tensor, getattr(module, attribute)).is_floating_point():
+        attribute, _ = matrix_weight(module) or (None, None)
+        if not path or attribute is None or (isinstance(module, CONVOLUTIONS) and not convolutions):
+            continue
+        if not cast(Tensor, getattr(module, attribute)).is_floating_point():
             continue
         own_name = ".".join(part for part in path.split(".") if part != "_orig_mod")
         # A parametrised weight is made anew each time it is asked for, so it cannot be told by its identity.
@@ -227,9 +228,12 @@ class _ObservedLayer:
     @staticmethod
     def matrix(module: nn.Module) -> Tensor:
         """The weight as ``(d_out, d_in)``."""
+        found = matrix_weight(module)
+        if found is None:
+            raise ValueError(f"{type(module).__name__} multiplies its input with no matrix")
         # Looked up each time: a parametrised or converted module makes its weight anew.
-        weight = cast(Tensor, module.in_proj_weight if isinstance(module, nn.MultiheadAttention) else module.weight)
-        return weight.T if _is_transposed(module) else weight.reshape(len(weight), -1)
+        weight = cast(Tensor, getattr(module, found[0]))
+        return weight.T if found[1] == 0 else weight.reshape(len(weight), -1)
 
     def ensure_moment(self, device: torch.device) -> SecondMoment:
         if self.moment is None:
@@ -268,25 +272,6 @@ def _unequal_inputs(name: str, owner: str) -> str:
         f"layers '{name}' and '{owner}' were given the same input at first, but not all through the pass or not in "
         "every process, so that they cannot share one covariance: use PaveCallback(share_inputs=False)"
     )
-
-
-def _weight_of(module: nn.Module, convolutions: bool) -> str | None:
-    """Name of the weight by which a module multiplies its input as one matrix; None for all other modules."""
-    if isinstance(module, nn.Linear) or _is_transposed(module):
-        return "weight"
-    if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
-        return "in_proj_weight"
-    if convolutions and isinstance(module, CONVOLUTIONS):
-        from pave_lightning.weights.parameters import is_matrix_convolution
-
-        return "weight" if is_matrix_convolution(module) else None
-    return None
-
-
-def _is_transposed(module: nn.Module) -> bool:
-    """Whether it is a Conv1D of transformers. A model that holds one has imported transformers, so this need not."""
-    transformers = sys.modules.get("transformers.pytorch_utils")
-    return transformers is not None and isinstance(module, transformers.Conv1D)
 
 
 def _input_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

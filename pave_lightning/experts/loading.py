@@ -15,10 +15,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from transformers.utils import logging as transformers_logging
 
 from pave_lightning.errors import PaveError
+from pave_lightning.layers import is_linear
 from pave_lightning.recipe import Lora, Task
 from pave_lightning.weights.architecture import backbone_of
 from pave_lightning.weights.checkpoint import weight_files
-from pave_lightning.weights.parameters import is_linear
 
 ADAPTER_CONFIG = "adapter_config.json"
 

@@ -8,6 +8,8 @@ from enum import StrEnum
 
 from torch import Tensor, nn
 
+from pave_lightning.layers import CONVOLUTIONS, matrix_weight
+
 
 class ParameterKind(StrEnum):
     """What a parameter does in its layer."""
@@ -78,37 +80,19 @@ class Parameter:
         return (matrix.T if self.input_axis == 0 else matrix.reshape(self.shape)).contiguous()
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether the module multiplies its input with one weight matrix: ``nn.Linear``, or the ``Conv1D`` of GPT-2."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-
-
-def is_matrix_convolution(module: nn.Module) -> bool:
-    """Whether a convolution is a matrix product of non-overlapping patches: patch embeddings and 1 x 1 convolutions."""
-    if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) or module.transposed or module.groups != 1:
-        return False
-    pointwise = all(size == 1 for size in module.kernel_size)
-    unpadded = module.padding == "valid" or not any(size for size in module.padding if not isinstance(size, str))
-    dense = all(step == 1 for step in module.dilation)
-    return bool(unpadded and (pointwise or (dense and module.kernel_size == module.stride)))
-
-
 def kind_of(module: nn.Module, attribute: str) -> tuple[ParameterKind, int | None]:
     """Kind and input axis of the parameter ``attribute`` of ``module``."""
     is_norm = "norm" in type(module).__name__.lower()
+    name, axis = matrix_weight(module) or ("", None)
     found: tuple[ParameterKind, int | None] = ParameterKind.OTHER, None
     if attribute in ("bias", "in_proj_bias"):
         found = (ParameterKind.NORM_SHIFT if is_norm else ParameterKind.BIAS), None
-    elif attribute == "in_proj_weight" and isinstance(module, nn.MultiheadAttention):
-        found = ParameterKind.LINEAR, 1
-    elif attribute != "weight":
-        pass
-    elif is_linear(module):
-        found = ParameterKind.LINEAR, 1 if isinstance(module, nn.Linear) else 0
-    elif isinstance(module, nn.Embedding):
+    elif attribute == "weight" and isinstance(module, CONVOLUTIONS):
+        found = ParameterKind.CONVOLUTION, axis
+    elif attribute == name:
+        found = ParameterKind.LINEAR, axis
+    elif attribute == "weight" and isinstance(module, nn.Embedding):
         found = ParameterKind.EMBEDDING, None
-    elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        found = ParameterKind.CONVOLUTION, 1 if is_matrix_convolution(module) else None
-    elif is_norm:
+    elif attribute == "weight" and is_norm:
         found = ParameterKind.NORM_SCALE, None
     return found

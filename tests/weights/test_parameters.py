@@ -4,7 +4,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from pave_lightning.weights import Parameter, ParameterKind
-from pave_lightning.weights.parameters import is_linear, is_matrix_convolution, kind_of
+from pave_lightning.weights.parameters import kind_of
 
 
 def parameter(kind, shape, axis=None):
@@ -55,33 +55,6 @@ def test_other_parameters_are_no_matrices():
             _ = found.matrix_shape
 
 
-@pytest.mark.parametrize(
-    ("module", "expected"),
-    [
-        (nn.Conv2d(3, 8, 4, stride=4), True),
-        (nn.Conv1d(3, 8, 4, stride=4), True),
-        (nn.Conv3d(3, 8, (1, 2, 2), stride=(1, 2, 2)), True),
-        (nn.Conv2d(3, 8, 1), True),
-        (nn.Conv2d(3, 8, 1, stride=3), True),
-        (nn.Conv2d(3, 8, 1, dilation=2), True),
-        (nn.Conv2d(3, 8, 1, padding="same"), True),
-        (nn.Conv2d(3, 8, 4, stride=4, padding="valid"), True),
-        (nn.Conv2d(3, 8, 3, padding="same"), False),
-        (nn.Conv2d(3, 8, 4, stride=2), False),
-        (nn.Conv2d(3, 8, 2, stride=4), False),
-        (nn.Conv2d(3, 8, 4, stride=4, padding=1), False),
-        (nn.Conv2d(3, 8, 1, padding=1), False),
-        (nn.Conv2d(3, 8, 4, stride=4, dilation=2), False),
-        (nn.Conv2d(4, 8, 4, stride=4, groups=2), False),
-        (nn.ConvTranspose2d(3, 8, 4, stride=4), False),
-        (nn.Linear(3, 8), False),
-    ],
-    ids=str,
-)
-def test_which_convolutions_are_matrix_products(module, expected):
-    assert is_matrix_convolution(module) is expected
-
-
 def test_kinds_of_weights():
     attention = nn.MultiheadAttention(4, 2)
     assert kind_of(attention, "in_proj_weight") == (ParameterKind.LINEAR, 1)
@@ -95,6 +68,3 @@ def test_kinds_of_weights():
     assert kind_of(nn.Embedding(3, 4), "weight") == (ParameterKind.EMBEDDING, None)
     assert kind_of(nn.Bilinear(2, 2, 2), "weight") == (ParameterKind.OTHER, None)
     assert kind_of(nn.GRU(2, 2), "weight_ih_l0") == (ParameterKind.OTHER, None)
-    assert is_linear(nn.Linear(2, 2))
-    assert is_linear(Conv1D(3, 5))
-    assert not is_linear(nn.Conv1d(3, 5, 1))

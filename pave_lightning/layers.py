@@ -1,0 +1,43 @@
+"""Which modules multiply their input with one weight matrix; light, so that the callback stays light."""
+
+from __future__ import annotations
+
+import sys
+
+from torch import nn
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether the module multiplies its input with one weight matrix: ``nn.Linear``, or the ``Conv1D`` of GPT-2."""
+    return isinstance(module, nn.Linear) or _is_transposed(module)
+
+
+def is_matrix_convolution(module: nn.Module) -> bool:
+    """Whether a convolution is a matrix product of non-overlapping patches: patch embeddings and 1 x 1 convolutions."""
+    if not isinstance(module, CONVOLUTIONS) or module.transposed or module.groups != 1:
+        return False
+    pointwise = all(size == 1 for size in module.kernel_size)
+    unpadded = module.padding == "valid" or not any(size for size in module.padding if not isinstance(size, str))
+    dense = all(step == 1 for step in module.dilation)
+    return bool(unpadded and (pointwise or (dense and module.kernel_size == module.stride)))
+
+
+def matrix_weight(module: nn.Module) -> tuple[str, int] | None:
+    """Name of the weight by which a module multiplies its input as one matrix, and its axis that meets the input.
+
+    Linear layers, the fused projection of ``nn.MultiheadAttention``, and convolutions that are matrix products; None
+    for all other modules.
+    """
+    if is_linear(module) or is_matrix_convolution(module):
+        return "weight", 0 if _is_transposed(module) else 1
+    if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
+        return "in_proj_weight", 1
+    return None
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    """Whether it is a Conv1D of transformers. A model that holds one has imported transformers, so this need not."""
+    transformers = sys.modules.get("transformers.pytorch_utils")
+    return transformers is not None and isinstance(module, transformers.Conv1D)
