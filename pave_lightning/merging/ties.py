@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from pave_lightning.merging.base import MethodOptions, StaticMethod, register
-from pave_lightning.subspace.selection import kth_largest_magnitude
+from pave_lightning.subspace.selection import kth_largest_magnitudes
 from pave_lightning.weights import Parameter, TaskVectors
 
 
@@ -49,15 +49,14 @@ class Ties(StaticMethod):
         total = sum(parameter.elements for parameter in vectors.parameters)
         kept = max(1, int(total * self.options.density))
 
-        def blocks(task: str) -> Iterator[Tensor]:
+        def blocks() -> Iterator[tuple[str, Tensor]]:
+            # Parameter by parameter: a source may compute all tasks' weights of a layer together.
             for parameter in vectors.parameters:
                 for rows in vectors.blocks(parameter):
-                    yield vectors.vector(task, parameter, rows)
+                    for task in vectors.tasks:
+                        yield task, vectors.vector(task, parameter, rows)
 
-        self.thresholds = {
-            task: kth_largest_magnitude(lambda task=task: blocks(task), kept)  # type: ignore[misc]
-            for task in vectors.tasks
-        }
+        self.thresholds = kth_largest_magnitudes(vectors.tasks, blocks, kept)
 
     def merge(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
         """The disjoint mean of the trimmed task vectors."""

@@ -4,7 +4,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pave_lightning.subspace.selection import kth_largest_magnitude
+from pave_lightning.subspace.selection import kth_largest_magnitudes
+
+
+def kth_largest_magnitude(blocks, k):
+    """Of one vector, beside another one that must not matter."""
+
+    def of_two():
+        yield "other", torch.full((500,), 7.0)
+        for block in blocks():
+            yield "own", block
+        yield "other", torch.full((500,), 0.5)
+
+    return kth_largest_magnitudes(["own", "other"], of_two, k)["own"]
+
 
 # Few distinct values (ties, both zeros), neighbours that share their upper 16 bits, denormals, the largest number.
 AWKWARD = [0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, 1e-40, 3.4e38, float(np.float32(1) + np.float32(2**-23))]
