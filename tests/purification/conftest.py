@@ -151,3 +151,15 @@ def upright():
         return array.T if parameter.input_axis == 0 else array.reshape(len(array), -1)
 
     return read
+
+
+@pytest.fixture(scope="module")
+def source(make_source):
+    """The plain task vectors of the tests here."""
+    return make_source()
+
+
+@pytest.fixture(scope="module")
+def statistics(source, capture):
+    """What their experts saw."""
+    return capture(source)

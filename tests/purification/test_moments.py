@@ -13,16 +13,6 @@ LAYERS = ("block.wide", "block.tall", "end.square", "end.flipped")
 AGAIN = "capture the statistics of this very expert again"
 
 
-@pytest.fixture(scope="module")
-def source(make_source):
-    return make_source()
-
-
-@pytest.fixture(scope="module")
-def statistics(source, capture):
-    return capture(source)
-
-
 def purified(source, captured, **options):
     return PurifiedTaskVectors(source, captured, Purify(rho=0.7, **options))
 

@@ -15,16 +15,6 @@ LAYERS = ("block.wide", "block.tall", "end.square", "end.flipped")
 
 
 @pytest.fixture(scope="module")
-def source(make_source):
-    return make_source()
-
-
-@pytest.fixture(scope="module")
-def statistics(source, capture):
-    return capture(source)
-
-
-@pytest.fixture(scope="module")
 def spectra(source, statistics, seen_through):
     """(task, layer) -> left singular vectors and values."""
     return {

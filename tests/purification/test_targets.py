@@ -15,16 +15,6 @@ DAMPING = 0.1
 LAYERS = ("block.wide", "block.tall", "end.square", "end.flipped")
 
 
-@pytest.fixture(scope="module")
-def source(make_source):
-    return make_source()
-
-
-@pytest.fixture(scope="module")
-def statistics(source, capture):
-    return capture(source)
-
-
 def projected(directions, rank, matrix):
     return directions[:, :rank] @ (directions[:, :rank].T @ matrix)
 
