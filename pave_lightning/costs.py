@@ -15,6 +15,7 @@ import torch
 
 from pave_lightning.merging.base import MergeMethod
 from pave_lightning.recipe import Purify
+from pave_lightning.statistics import Moments, captured_kind
 from pave_lightning.subspace import MomentKind, in_parallel, knowledge_spectrum, project
 from pave_lightning.weights import Parameter
 from pave_lightning.weights.task_vectors import BLOCK_ELEMENTS
@@ -119,20 +120,18 @@ def predict_cost(
     )
 
 
-def expected_kinds(parameters: Iterable[Parameter], moments: str) -> dict[str, MomentKind]:
+def expected_kinds(parameters: Iterable[Parameter], moments: Moments) -> dict[str, MomentKind]:
     """Which second moment a capture will leave for each linear layer.
 
     Args:
         parameters: the parameters that base and experts share.
         moments: what the recipe captures: ``smallest``, ``input`` or ``output``.
     """
-    narrow: dict[str, MomentKind] = {"smallest": "cross", "output": "output"}
-    found: dict[str, MomentKind] = {}
-    for parameter in parameters:
-        if parameter.is_matrix and len(parameter.shape) == 2:
-            width_out, width_in = parameter.matrix_shape
-            found[parameter.layer] = narrow.get(moments, "input") if width_in > width_out else "input"
-    return found
+    return {
+        parameter.layer: captured_kind(moments, *parameter.matrix_shape)
+        for parameter in parameters
+        if parameter.is_matrix and len(parameter.shape) == 2
+    }
 
 
 def purification_costs(

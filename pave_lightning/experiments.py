@@ -256,12 +256,13 @@ class CellRun:
         """The rows of one model; scored now, unless equal inputs were scored before."""
         name = "-".join(filter(None, [model, vectors, short_digest(inputs)]))
         found = self.folder.current(f"scores/{name}", inputs)
-        if found is None:
+        if found is not None:
+            result = found.result
+        else:
             candidate, facts = make()
+            result = {**facts, "scores": plain_scores(self.workflow.score(candidate, alone=True))}
             with self.folder.writing(f"scores/{name}", inputs) as writer:
-                writer.result.update(facts, scores=plain_scores(self.workflow.score(candidate, alone=True)))
-            found = self.folder.current(f"scores/{name}", inputs)
-        result = found.result if found is not None else {}
+                writer.result.update(result)
         for task, scores in result["scores"].items():
             headline = self.cell.recipe.task(task).headline
             for metric, value in scores["metrics"].items():

@@ -90,10 +90,9 @@ def _purification_problems(recipe: Recipe) -> Iterator[str]:
             "purify" if options == recipe.purify else next(f"merge.{n}.purify" for n in asked if asked[n] == options)
         )
         moments = recipe.capture.moments
-        if options.metric != "identity" and options.statistics in ("own", "other_task"):
-            foreign = options.statistics == "other_task" or options.target == "delta"
-            if foreign and moments != "input":
-                what = "statistics: other_task" if options.statistics == "other_task" else "target: delta"
+        if options.reads_statistics:
+            if options.needs_inputs and moments != "input":
+                what = options.needs_inputs
                 yield f"{where}: {what} needs the second moments of all inputs; set capture.moments: input"
             if moments == "output" and options.metric != "root":
                 yield f"{where}: capture.moments: output serves the metric root alone, found {options.metric}"

@@ -269,6 +269,18 @@ class Purify(Section):
     """Full singular value decompositions instead of the fast eigenvalue path; for comparison."""
 
     @property
+    def reads_statistics(self) -> bool:
+        """Whether captured statistics are needed at all."""
+        return self.metric != "identity" and self.statistics in ("own", "other_task")
+
+    @property
+    def needs_inputs(self) -> str:
+        """The choice, as key and value, that needs the second moments of all inputs; empty where none does."""
+        if self.statistics == "other_task":
+            return "statistics: other_task"
+        return "target: delta" if self.target == "delta" else ""
+
+    @property
     def summary(self) -> str:
         """What differs from other purifications, in a few words."""
         ratio = self.rho if isinstance(self.rho, str) else f"{self.rho:g}"

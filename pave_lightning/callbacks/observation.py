@@ -6,7 +6,7 @@ import math
 import weakref
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -16,10 +16,8 @@ from torch.utils.hooks import RemovableHandle
 from pave_lightning.callbacks.sampling import RowSampler
 from pave_lightning.errors import PaveError
 from pave_lightning.layers import CONVOLUTIONS, matrix_weight
-from pave_lightning.statistics import LayerMoment, MomentKind, SecondMoment
+from pave_lightning.statistics import LayerMoment, Moments, SecondMoment, captured_kind
 from pave_lightning.statistics.second_moment import float32_products_are_exact, full_precision
-
-Moments = Literal["smallest", "input", "output"]
 
 
 def matrix_layers(backbone: nn.Module, *, convolutions: bool = False) -> dict[str, list[nn.Module]]:
@@ -213,9 +211,7 @@ class _ObservedLayer:
     def __init__(self, name: str, module: nn.Module, moments: Moments, keep_rows: bool) -> None:
         self.name = name
         self.out_features, self.in_features = self.matrix(module).shape
-        narrows = self.in_features > self.out_features
-        kinds: dict[Moments, MomentKind] = {"smallest": "cross", "output": "output", "input": "input"}
-        self.kind: MomentKind = kinds[moments] if narrows else "input"
+        self.kind = captured_kind(moments, self.out_features, self.in_features)
         self.keep_rows = keep_rows
         self.calls = 0
         self.owner: _ObservedLayer | None = None

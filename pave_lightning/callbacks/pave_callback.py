@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DistributedSampler
 
-from pave_lightning.callbacks.observation import LinearObserver, Moments, matrix_layers
+from pave_lightning.callbacks.observation import LinearObserver, matrix_layers
 from pave_lightning.callbacks.sampling import RowSampler
 from pave_lightning.errors import PaveError, nearest
-from pave_lightning.statistics import TaskStatistics
+from pave_lightning.statistics import Moments, TaskStatistics
 
 
 class PaveCallback(L.Callback):

@@ -11,6 +11,7 @@ from torch import Tensor
 from pave_lightning.errors import PaveError
 from pave_lightning.recipe import Purify
 from pave_lightning.statistics import LayerMoment, TaskStatistics
+from pave_lightning.subspace import moment_shape
 from pave_lightning.weights import Parameter, TaskVectors
 
 # What float32 may cost an eigenvalue of a moment, relative to the largest diagonal entry and the width. Below the
@@ -36,11 +37,6 @@ class MomentSource:
         self, source: TaskVectors, statistics: Mapping[str, TaskStatistics], options: Purify, tasks: Sequence[str]
     ) -> None:
         self.source, self.statistics, self.options, self.tasks = source, statistics, options, tasks
-
-    @property
-    def reads_statistics(self) -> bool:
-        """Whether captured statistics are needed at all."""
-        return self.options.metric != "identity" and self.options.statistics in ("own", "other_task")
 
     def owner(self, task: str) -> str:
         """The task whose statistics a task is purified by: its own, or the next one in order."""
@@ -81,7 +77,7 @@ class MomentSource:
 
     def problems(self, layers: Sequence[Parameter]) -> Iterator[str]:
         """What keeps the statistics from fitting the experts, from their headers alone."""
-        if not self.reads_statistics:
+        if not self.options.reads_statistics:
             return
         matrices = {parameter.layer: parameter for parameter in layers}
         children = {parameter.name.partition(".")[0] for parameter in self.source.parameters}
@@ -104,14 +100,7 @@ class MomentSource:
 
     def _layer_problems(self, task: str, parameter: Parameter, statistics: TaskStatistics) -> Iterator[str]:
         layer, kind, found = parameter.layer, statistics.kind(parameter.layer), statistics.shape(parameter.layer)
-        width_out, width_in = parameter.matrix_shape
-        rows = found[0] if kind == "rows" else 0
-        expected = {
-            "input": (width_in, width_in),
-            "cross": (width_out, width_in),
-            "output": (width_out, width_out),
-            "rows": (rows, width_in),
-        }[kind]
+        expected = moment_shape(kind, parameter.matrix_shape, rows=found[0])
         if found != expected:
             yield f"task '{task}': the moment of {layer} is {list(found)}, expected {list(expected)}"
         if kind == "output" and self.options.metric != "root":
@@ -119,12 +108,10 @@ class MomentSource:
                 f"task '{task}': {layer} has the second moment of its output, which serves the metric root alone; "
                 "capture with moments: smallest"
             )
-        foreign = self.options.statistics == "other_task" or self.options.target == "delta"
-        if foreign and kind in ("cross", "output"):
-            asked = "statistics: other_task" if self.options.statistics == "other_task" else "target: delta"
+        if self.options.needs_inputs and kind in ("cross", "output"):
             yield (
-                f"task '{task}': {asked} needs the second moment of the input of {layer}, but what was captured holds "
-                "the expert's own weight; capture with moments: input"
+                f"task '{task}': {self.options.needs_inputs} needs the second moment of the input of {layer}, but what "
+                "was captured holds the expert's own weight; capture with moments: input"
             )
 
 

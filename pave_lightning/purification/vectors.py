@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ from pave_lightning.weights import Parameter, ParameterKind, TaskVectors
 
 Key = tuple[str, str]
 """A task and a layer."""
+AnyKey = TypeVar("AnyKey", str, tuple[str, str])
 
 
 @dataclass(frozen=True)
@@ -100,9 +102,7 @@ class PurifiedTaskVectors(TaskVectors):
         self.purified_tasks = tuple(task for task in source.tasks if task in (self.options.tasks or source.tasks))
         self._moments = MomentSource(source, statistics, self.options, self.purified_tasks)
         captured = (
-            {layer for own in statistics.values() for layer in own.layers()}
-            if self._moments.reads_statistics
-            else set()
+            {layer for own in statistics.values() for layer in own.layers()} if self.options.reads_statistics else set()
         )
         self.layers = tuple(
             parameter
@@ -135,7 +135,7 @@ class PurifiedTaskVectors(TaskVectors):
         spectra = self._spectra(parameter)
         values = {task: spectrum.values for task, spectrum in spectra.items()}
         if self.options.scope == "layer":
-            ranks = self._allocate(values)
+            ranks = self._allocate(values) if values else {}
         else:
             ranks = {task: self._ranks_of_all[task, parameter.layer] for task in spectra}
         for task, rank in ranks.items():
@@ -189,12 +189,10 @@ class PurifiedTaskVectors(TaskVectors):
             return f"its {what} has no effect on the data"
         return spectrum
 
-    def _allocate(self, values: Mapping[str, Tensor]) -> dict[str, int]:
-        """Ranks of one layer's tasks."""
-        if not values:
-            return {}
+    def _allocate(self, values: Mapping[AnyKey, Tensor]) -> dict[AnyKey, int]:
+        """Ranks of the spectra that share a budget: those of one layer's tasks, or of all layers and tasks."""
         if self.options.allocation == "even":
-            return {task: max(1, rank) for task, rank in even_ranks(values, self._rho).items()}
+            return {key: max(1, rank) for key, rank in even_ranks(values, self._rho).items()}
         # A budget out of reach was refused before; a rest of rounding, where some tasks are untouched, is none.
         return allocate_ranks(values, self._rho, self.options.stopping_share, nearest_budget=True)
 
@@ -207,15 +205,12 @@ class PurifiedTaskVectors(TaskVectors):
             # Only the values are kept; the directions of all layers would not fit in memory.
             own = {task: spectrum.values for task, spectrum in self._spectra(parameter).items()}
             values.update({(task, parameter.layer): found for task, found in own.items()})
-            if self.options.scope == "model":
+            if self.options.scope == "model" and own:
                 ranks.update({(task, parameter.layer): rank for task, rank in self._allocate(own).items()})
-        if self.options.scope == "model":
-            ranks = averaged_ranks(ranks, {key: len(found) for key, found in values.items()})
-        elif self.options.allocation == "even":
-            ranks = even_ranks(values, self._rho)
-        else:
-            ranks = allocate_ranks(values, self._rho, self.options.stopping_share, nearest_budget=True)
-        return {key: max(1, rank) for key, rank in ranks.items()}
+        if self.options.scope == "global":
+            return self._allocate(values)
+        averaged = averaged_ranks(ranks, {key: len(found) for key, found in values.items()})
+        return {key: max(1, rank) for key, rank in averaged.items()}
 
     @property
     def _rho(self) -> float:

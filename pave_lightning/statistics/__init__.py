@@ -1,7 +1,7 @@
 """What the layers of one expert have seen: accumulated, reduced over processes, merged, saved and loaded."""
 
-from pave_lightning.statistics.second_moment import LayerMoment, SecondMoment
+from pave_lightning.statistics.second_moment import LayerMoment, Moments, SecondMoment, captured_kind
 from pave_lightning.statistics.storage import TaskStatistics
 from pave_lightning.subspace import MomentKind
 
-__all__ = ["LayerMoment", "MomentKind", "SecondMoment", "TaskStatistics"]
+__all__ = ["LayerMoment", "MomentKind", "Moments", "SecondMoment", "TaskStatistics", "captured_kind"]

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,21 @@ PARTIAL_ROWS = 4096
 WAITING_ROWS = 512
 SMALLEST_BLOCK = 64
 BLOCKS = 8
+
+
+Moments = Literal["smallest", "input", "output"]
+
+
+def captured_kind(moments: Moments, out_features: int, in_features: int) -> MomentKind:
+    """Which moment a capture takes of a layer: where it narrows (``d_in > d_out``) a smaller one, if that is asked for.
+
+    Args:
+        moments: ``"smallest"`` takes the cross moment there, ``"output"`` the output moment, ``"input"`` none of them.
+        out_features: ``d_out``.
+        in_features: ``d_in``.
+    """
+    narrow: dict[Moments, MomentKind] = {"smallest": "cross", "output": "output", "input": "input"}
+    return narrow[moments] if in_features > out_features else "input"
 
 
 @dataclass(frozen=True)

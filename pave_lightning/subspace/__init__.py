@@ -16,6 +16,7 @@ from pave_lightning.subspace.projection import (
     Metric,
     MomentKind,
     knowledge_spectrum,
+    moment_shape,
     project,
     remove_tail,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "even_ranks",
     "in_parallel",
     "knowledge_spectrum",
+    "moment_shape",
     "one_blas_thread",
     "project",
     "remove_tail",

@@ -233,7 +233,7 @@ def _image(frame: Frame, known: Tensor, kind: MomentKind, damping: float) -> Ten
     return image.add(core, alpha=damping) if damping else image
 
 
-def _check_request(weight: Tensor, moment: Tensor | None, kind: str, metric: str, damping: float) -> None:
+def _check_request(weight: Tensor, moment: Tensor | None, kind: MomentKind, metric: str, damping: float) -> None:
     if metric not in get_args(Metric):
         raise ValueError(f"metric must be one of {', '.join(get_args(Metric))}, found '{metric}'")
     if kind not in get_args(MomentKind):
@@ -249,20 +249,28 @@ def _check_request(weight: Tensor, moment: Tensor | None, kind: str, metric: str
         return
     if moment is None:
         raise ValueError(f"metric '{metric}' needs a moment, found None")
-    _check_shape(tuple(weight.shape), tuple(moment.shape), kind)
+    _check_shape((weight.shape[0], weight.shape[1]), tuple(moment.shape), kind)
     _check_values("moment", moment)
 
 
-def _check_shape(weight: tuple[int, ...], moment: tuple[int, ...], kind: str) -> None:
-    rows, columns = weight
-    expected: tuple[object, ...] = {
-        "input": (columns, columns),
-        "cross": (rows, columns),
-        "rows": ("any number of rows", columns),
-        "output": (rows, rows),
-    }[kind]
-    fits = len(moment) == 2 and moment[1] == expected[1] and (kind == "rows" or moment[0] == expected[0])
-    if not fits:
+def moment_shape(kind: MomentKind, weight: tuple[int, int], rows: int) -> tuple[int, int]:
+    """Shape of a moment.
+
+    Args:
+        kind: which moment.
+        weight: ``(d_out, d_in)``.
+        rows: how many rows there are, which counts for the kind ``"rows"`` alone.
+    """
+    width_out, width_in = weight
+    heights = {"input": width_in, "cross": width_out, "rows": rows, "output": width_out}
+    return heights[kind], width_out if kind == "output" else width_in
+
+
+def _check_shape(weight: tuple[int, int], moment: tuple[int, ...], kind: MomentKind) -> None:
+    if moment != moment_shape(kind, weight, rows=moment[0] if moment else 0):
+        expected: tuple[object, object] = moment_shape(kind, weight, rows=0)
+        if kind == "rows":
+            expected = ("any number of rows", expected[1])
         raise ValueError(
             f"moment of kind '{kind}' must have shape {expected} for a weight of shape {weight}, found {moment}"
         )
