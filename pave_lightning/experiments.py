@@ -198,6 +198,7 @@ class CellRun:
         trained = cell.recipe.model_dump(mode="json", by_alias=True, include={"base", "trainer", "tasks"})
         label = f"seed {cell.seed} {short_digest(trained)}/"
         self.workflow = Workflow(cell.recipe, driver.folder, driver.tracker, driver.launcher, label=label)
+        self.workflow.references = driver.references
         self.stages = self.workflow.stages
 
     def rows(self) -> list[dict[str, Any]]:
@@ -256,13 +257,13 @@ class CellRun:
         """The rows of one model; scored now, unless equal inputs were scored before."""
         name = "-".join(filter(None, [model, vectors, short_digest(inputs)]))
         found = self.folder.current(f"scores/{name}", inputs)
-        if found is not None:
-            result = found.result
-        else:
+        if found is None:
             candidate, facts = make()
-            result = {**facts, "scores": plain_scores(self.workflow.score(candidate, alone=True))}
             with self.folder.writing(f"scores/{name}", inputs) as writer:
-                writer.result.update(result)
+                writer.result.update(facts, scores=plain_scores(self.workflow.score(candidate, alone=True)))
+            # Read back, so that rows come in the same order whether they were scored now or before.
+            found = self.folder.current(f"scores/{name}", inputs)
+        result = found.result if found is not None else {}
         for task, scores in result["scores"].items():
             headline = self.cell.recipe.task(task).headline
             for metric, value in scores["metrics"].items():

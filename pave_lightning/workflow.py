@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import shutil
@@ -100,6 +101,10 @@ class Workflow:
         tracker: the MLflow record; None in processes that are not rank zero.
         launcher: starts a stage in processes of its own where its trainer is distributed; None inside such a process.
         label: what the names of its runs in MLflow begin with.
+
+    Attributes:
+        references: validation scores of experts, which normalise those of merged models, by what they depend on; may be
+            shared with other workflows.
     """
 
     def __init__(
@@ -112,6 +117,7 @@ class Workflow:
     ) -> None:
         self.recipe, self.folder, self.tracker, self.launcher = recipe, folder, tracker, launcher
         self.label = label
+        self.references: dict[str, dict[int | None, dict[str, float]]] = {}
         self.stages = Stages(recipe, folder)
         self.base_folder = locate_model(recipe.base, role="base")
 
@@ -326,6 +332,7 @@ class Workflow:
             options=self._one_process,
             precision=self.recipe.evaluate.precision,
             root=self.folder.root,
+            references=self.references.setdefault(json.dumps(self.stages.score_inputs("validation")), {}),
         )
 
     # ---- evaluate --------------------------------------------------------------------------------------------------

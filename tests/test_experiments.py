@@ -15,6 +15,8 @@ import pytest
 
 from pave_lightning import Recipe, experiments, run_recipe
 from pave_lightning.errors import PaveError
+from pave_lightning.evaluation import ExpertsCandidate
+from pave_lightning.evaluation.scale_search import ScaleSearcher
 from pave_lightning.experiments import find_experiment, make_cells, run_experiment, view_of
 from pave_lightning.recipe_loading import load_recipe, recipe_to_yaml
 from pave_lightning.reporting.experiment_table import ExperimentScores
@@ -62,11 +64,20 @@ def calls(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_grid_over_ratios_and_seeds(ready_settings, tracking_uri, tmp_path, calls):
+def test_a_grid_over_ratios_and_seeds(ready_settings, tracking_uri, tmp_path, calls, monkeypatch):
     from mlflow import MlflowClient
 
+    headlines, normalisers = ScaleSearcher._headlines, []
+
+    def watched(self, candidate, data):
+        normalisers.extend([candidate] if isinstance(candidate, ExpertsCandidate) else [])
+        return headlines(self, candidate, data)
+
+    monkeypatch.setattr(ScaleSearcher, "_headlines", watched)
     path = written(tmp_path, ready_settings, vary={"purify.rho": list(RATIOS)})
     folder = run_experiment(path)
+    # The experts are scored on validation rows once a seed, however many settings search their scales there.
+    assert len(normalisers) == len(SEEDS)
     # For each seed the base, the experts, and two rules, each once on plain task vectors and once for each ratio.
     assert calls["score"] == len(SEEDS) * (2 + 2 * (1 + len(RATIOS)))
     assert calls["_capture"] == len(SEEDS) * 2

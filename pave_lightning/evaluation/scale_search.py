@@ -35,6 +35,8 @@ class ScaleSearcher:
         options: options of the trainer that runs the passes (one process).
         precision: its precision.
         root: its folder.
+        references: validation scores of these very experts that are known already, by the rows a task; filled here, so
+            that several searchers may share them.
     """
 
     def __init__(
@@ -47,10 +49,11 @@ class ScaleSearcher:
         options: Mapping[str, Any],
         precision: str,
         root: Path,
+        references: dict[int | None, dict[str, float]] | None = None,
     ) -> None:
         self.tasks, self.evaluator, self.experts, self.data = list(tasks), evaluator, experts, data
         self.options, self.precision, self.root = options, precision, root
-        self._references: dict[int | None, dict[str, float]] = {}
+        self._references = references if references is not None else {}
 
     def best(self, source: TaskVectors, merged: MergedVectors, search: ScaleSearch) -> dict[str, Any]:
         """The best scale for merged task vectors, and every scale that was tried with its score.
