@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from pave_lightning.merging.base import MergeMethod
+from pave_lightning.merging.base import MergeMethod, StaticMethod
 from pave_lightning.recipe import Purify
 from pave_lightning.statistics import Moments, captured_kind
 from pave_lightning.subspace import MomentKind, in_parallel, knowledge_spectrum, project
@@ -227,17 +227,21 @@ def merging_bytes(parameters: Sequence[Parameter], tasks: int, methods: Iterable
     """The most that merging by any of these rules holds in memory.
 
     The largest parameter stands there as merged task vector and as merged weight, beside one shard that waits to be
-    written; rules see blocks of rows of all tasks, or whole parameters where they are not elementwise. Per-task rules
+    written; rules see blocks of rows of all tasks, or whole parameters where they cannot work on blocks. Per-task rules
     also gather a mask for each task: one byte an element of the largest parameter, one bit an element of the model.
+    Rules that rescale at the end hold the merged model.
     """
     largest = max((parameter.elements for parameter in parameters), default=0)
     total = sum(parameter.elements for parameter in parameters)
     pending = writing_bytes(parameters, SHARD_BYTES)
     highest = 0
     for method in methods:
-        seen = min(largest, BLOCK_ELEMENTS) if method.elementwise else largest
+        rule = method()
+        whole = max((p.elements for p in parameters if not rule.in_blocks(p)), default=0)
+        seen = max(whole, min(largest, BLOCK_ELEMENTS))
         masks = tasks * (largest + total // 8) if method.form == "per-task" else 0
-        highest = max(highest, 4 * (2 * largest + seen * RULE_TENSORS * tasks) + masks)
+        held = 4 * total if issubclass(method, StaticMethod) and method.rescales else 0
+        highest = max(highest, 4 * (2 * largest + seen * RULE_TENSORS * tasks) + masks + held)
     return highest + pending
 
 

@@ -206,8 +206,7 @@ class CellRun:
         there = self._purified_folders()
         for task in self.cell.recipe.tasks:
             self.workflow.fit(task)
-        purifies = any(vectors == "purified" for _, vectors in self.stages.merges())
-        if purifies or self.cell.recipe.evaluate.purified_experts:
+        if self.stages.need_statistics():
             for task in self.cell.recipe.tasks:
                 self.workflow.capture(task)
         rows = [*self._reference_rows(), *self._purified_expert_rows()]

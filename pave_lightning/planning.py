@@ -15,7 +15,7 @@ from pave_lightning.errors import PaveError, Problems, nearest
 from pave_lightning.experts.fitting import DEFAULT_EPOCHS
 from pave_lightning.experts.loading import ADAPTER_CONFIG, adapter_problems, load_tokenizer
 from pave_lightning.experts.trainers import machine_options, trainer_problems
-from pave_lightning.merging import make_method, method_named
+from pave_lightning.merging import Need, make_method, method_named
 from pave_lightning.purification.vectors import budget_problems, workers_of
 from pave_lightning.recipe import AUTO_RATIOS, MergeStep, Recipe, Task
 from pave_lightning.run_folder import RunFolder
@@ -59,16 +59,20 @@ def merge_problems(recipe: Recipe) -> Iterator[str]:
     """What is wrong with the merge steps and purifications of a recipe, whatever its experts will be."""
     for step in recipe.merge:
         try:
-            _check_step(step)
+            yield from _step_problems(step, recipe)
         except PaveError as error:
             yield str(error)
     yield from _purification_problems(recipe)
 
 
-def _check_step(step: MergeStep) -> None:
-    method = make_method(step.method, step.options)
+def _step_problems(step: MergeStep, recipe: Recipe) -> Iterator[str]:
+    where = f"merge step '{step.name}'"
+    for options in step.tuned_options:
+        method = make_method(step.method, options)
     if step.scale is not None and method.default_scale is None:
-        raise PaveError(f"merge step '{step.name}': {step.method} has no scale; leave the key 'scale' out")
+        yield f"{where}: {step.method} has no scale; leave the key 'scale' out"
+    if Need.INPUT_MOMENTS in method.needs and recipe.capture.moments != "input":
+        yield f"{where}: {step.method} needs the second moments of all inputs; set capture.moments: input"
 
 
 def _purification_problems(recipe: Recipe) -> Iterator[str]:

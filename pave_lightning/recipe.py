@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
@@ -343,6 +344,9 @@ class MergeStep(Section):
     """Purification for this step; keys that are not given come from the recipe's purify section."""
     options: dict[str, Any] = {}
     """The method's own options; `pave methods NAME` lists them."""
+    tune: dict[str, list[Any]] = {}
+    """Options that are chosen on the validation split, each with the values that it may take. Every combination is
+    tried, with its own best scale where the scale is searched; among equals the first one wins."""
 
     @model_validator(mode="before")
     @classmethod
@@ -352,6 +356,19 @@ class MergeStep(Section):
         if isinstance(raw, dict) and raw.get("name") in (None, "") and isinstance(raw.get("method"), str):
             raw = {**raw, "name": raw["method"]}
         return raw
+
+    @model_validator(mode="after")
+    def _tune_agrees(self) -> MergeStep:
+        wrong = [f"tune.{key}: takes no value" for key, values in self.tune.items() if not values]
+        wrong += [f"tune.{key}: takes the same value twice" for key, values in self.tune.items() if _repeats(values)]
+        wrong += [f"tune.{key}: has a value in options as well" for key in self.tune if key in self.options]
+        return _unless_wrong(self, wrong)
+
+    @property
+    def tuned_options(self) -> list[dict[str, Any]]:
+        """The options of every combination that ``tune`` asks for; the step's own where it asks for none."""
+        combinations = itertools.product(*self.tune.values())
+        return [{**self.options, **dict(zip(self.tune, values, strict=True))} for values in combinations]
 
     @field_validator("vectors")
     @classmethod

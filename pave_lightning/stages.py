@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pave_lightning.errors import PaveError
-from pave_lightning.merging import method_named
+from pave_lightning.merging import Need, method_named
 from pave_lightning.recipe import AUTO_RATIOS, MergeStep, Purify, Recipe, ScaleSearch, Task, Vectors, slug
 from pave_lightning.run_folder import Manifest, RunFolder
 from pave_lightning.tasks.data import Split, split_fingerprint
@@ -78,6 +78,14 @@ class Stages:
             for vectors in step.vectors:
                 yield step, vectors
 
+    def need_statistics(self) -> bool:
+        """Whether anything in the recipe looks at what the experts' layers see."""
+        asked = any(
+            vectors == "purified" or Need.INPUT_MOMENTS in method_named(step.method).needs
+            for step, vectors in self.merges()
+        )
+        return asked or self.recipe.evaluate.purified_experts
+
     # ---- the stages ------------------------------------------------------------------------------------------------
 
     def expert(self, task: Task) -> Stage:
@@ -122,7 +130,7 @@ class Stages:
         """A merged model."""
 
         def inputs() -> dict[str, Any]:
-            drawn = with_seed(step, self.recipe.seed) != step.options
+            drawn = with_seed(step.method, step.options, self.recipe.seed) != step.options
             return {**self.merge_inputs(step, vectors), **({"seed": self.recipe.seed} if drawn else {})}
 
         return Stage(f"merged/{step.name}-{vectors}", "pave merge", inputs)
@@ -225,9 +233,12 @@ class Stages:
             **({"order": order} if order else {}),
             "format": FORMATS["purify"],
             "experts": self.expert_digests(),
-            "statistics": {task.name: self.finished(self.statistics(task)).digest() for task in self.recipe.tasks},
+            "statistics": self._statistics_digests(),
             "purify": options.model_dump(),
         }
+
+    def _statistics_digests(self) -> dict[str, str]:
+        return {task.name: self.finished(self.statistics(task)).digest() for task in self.recipe.tasks}
 
     def merge_inputs(self, step: MergeStep, vectors: Vectors) -> dict[str, Any]:
         """What a merged model depends on."""
@@ -239,7 +250,11 @@ class Stages:
         }
         if vectors == "purified":
             inputs["purified"] = self._purify_inputs(step.purify)
-        if isinstance(step.scale, ScaleSearch) or (vectors == "purified" and step.purify.rho == "auto"):
+        if Need.INPUT_MOMENTS in method_named(step.method).needs:
+            inputs["statistics"] = self._statistics_digests()
+        if step.tune:
+            inputs["tune"] = step.tune
+        if isinstance(step.scale, ScaleSearch) or step.tune or (vectors == "purified" and step.purify.rho == "auto"):
             inputs["search"] = self.score_inputs("validation")
         return inputs
 
@@ -288,10 +303,10 @@ def purifications(recipe: Recipe) -> list[Purify]:
     return found
 
 
-def with_seed(step: MergeStep, seed: int) -> dict[str, Any]:
-    """The options of a merge step, with the recipe's seed where its rule draws at random and no seed is given."""
-    draws = "seed" in method_named(step.method).Options.model_fields
-    return {**step.options, "seed": seed} if draws and step.options.get("seed") is None else step.options
+def with_seed(method: str, options: dict[str, Any], seed: int) -> dict[str, Any]:
+    """The options of a merge rule, with the recipe's seed where the rule draws at random and no seed is given."""
+    draws = "seed" in method_named(method).Options.model_fields
+    return {**options, "seed": seed} if draws and options.get("seed") is None else options
 
 
 def ratios(options: Purify) -> list[Purify]:

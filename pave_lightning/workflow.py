@@ -29,7 +29,7 @@ from pave_lightning.evaluation import (
     SuiteData,
     TaskScore,
 )
-from pave_lightning.evaluation.scale_search import ScaleSearcher
+from pave_lightning.evaluation.scale_search import NoFiniteScoreError, ScaleSearcher
 from pave_lightning.experts.fitting import fit_expert, save_expert
 from pave_lightning.experts.loading import ADAPTER_CONFIG, load_adapter, load_expert, load_tokenizer
 from pave_lightning.experts.task_expert import TaskExpert
@@ -42,7 +42,7 @@ from pave_lightning.experts.trainers import (
 )
 from pave_lightning.exporting import write_purified_experts
 from pave_lightning.launching import Launcher, is_launched, is_rank_zero
-from pave_lightning.merging import MergeMethod, Modulator, make_method, merge
+from pave_lightning.merging import Evidence, MergeMethod, Modulator, Need, make_method, merge
 from pave_lightning.merging.folders import MergeContext, write_merged
 from pave_lightning.merging.running import MergedVectors
 from pave_lightning.purification import KeptRank, PurifiedTaskVectors, StoredPurification, write_purified
@@ -274,7 +274,10 @@ class Workflow:
             facts = {"vectors": vectors, "options": chosen.method.options.model_dump(), **chosen.facts}
             context = MergeContext(self.recipe.base, self._base, self._experts, self._architecture, facts)
             merged = None if chosen.merged is None else chosen.merged.vectors
-            write_merged(writer.path, chosen.method, chosen.source, chosen.scale, context, merged=merged)
+            evidence = self.evidence(chosen.method)
+            write_merged(
+                writer.path, chosen.method, chosen.source, chosen.scale, context, merged=merged, evidence=evidence
+            )
             writer.result.update(facts, form=chosen.method.form)
         numbers = {name: facts[name] for name in ("scale", "rho") if isinstance(facts.get(name), float)}
         self._log(run, numbers)
@@ -287,40 +290,69 @@ class Workflow:
         Raises:
             PaveError: nothing that was tried gives finite scores.
         """
-        if vectors == "plain":
-            return self._chosen_scale(step, self.plain, scored=False)
-        if step.purify.rho != "auto":
-            chosen = self._chosen_scale(step, self.purified(step.purify), scored=False)
-            return replace(chosen, facts={**chosen.facts, "rho": step.purify.rho})
+        ratios: tuple[Any, ...] = (None,)
+        if vectors == "purified":
+            ratios = AUTO_RATIOS if step.purify.rho == "auto" else (step.purify.rho,)
+        settings = [(rho, options) for rho in ratios for options in step.tuned_options]
+        if len(settings) == 1:
+            return self._chosen_scale(step, *settings[0], scored=False)
         best: MergeChoice | None = None  # one merge result is held at a time, besides the one that is made
-        search: list[list[float | None]] = []
-        for rho in AUTO_RATIOS:  # from the smallest on, so that the larger one wins among equals
-            source = self.purified(step.purify.model_copy(update={"rho": rho}))
-            choice = self._chosen_scale(step, source, scored=True)
-            search.append([rho, choice.scale, choice.average])
-            log.info("  rho %.4g: %.4f of the experts on validation", rho, choice.average)
-            if math.isfinite(choice.average) and (best is None or choice.average >= best.average):
-                best = replace(choice, facts={**choice.facts, "rho": rho})
+        best_key = (-math.inf, 0.0)
+        tried: list[tuple[Any, dict[str, Any], float | None, float]] = []
+        for rho, options in settings:
+            try:
+                choice = self._chosen_scale(step, rho, options, scored=True)
+            except NoFiniteScoreError:
+                tried.append((rho, options, None, math.nan))
+                continue
+            label = [f"rho {rho:.4g}"] if rho else []
+            label += [f"{key} {options[key]}" for key in step.tune]
+            log.info("  %s: %.4f of the experts on validation", ", ".join(label), choice.average)
+            tried.append((rho, options, choice.scale, choice.average))
+            # Among equals the largest ratio wins, which changes the experts least, and then the first options.
+            key = (choice.average, rho or 0.0)
+            if math.isfinite(choice.average) and key > best_key:
+                best, best_key = choice, key
         if best is None:
-            raise PaveError(f"merge step '{step.name}': no ratio gives finite scores on the validation splits")
-        return replace(best, facts={**best.facts, "rho_search": search})
+            what = "no ratio gives" if not step.tune else "nothing that was tried gives"
+            raise PaveError(f"merge step '{step.name}': {what} finite scores on the validation splits")
+        facts = dict(best.facts)
+        if len(ratios) > 1:
+            facts["rho_search"] = [[rho, scale, average] for rho, _, scale, average in tried]
+        if step.tune:
+            facts["tune_search"] = [
+                [{key: options[key] for key in step.tune}, scale, average] for _, options, scale, average in tried
+            ]
+        return replace(best, facts=facts)
 
-    def _chosen_scale(self, step: MergeStep, source: TaskVectors, *, scored: bool) -> MergeChoice:
-        """The merge with its scale; with its validation score where the scale is searched or ``scored`` asks for it."""
-        method = make_method(step.method, with_seed(step, self.recipe.seed))
+    def _chosen_scale(
+        self, step: MergeStep, rho: float | None, options: dict[str, Any], *, scored: bool
+    ) -> MergeChoice:
+        """The merge with its scale; with its validation score where the scale is searched or ``scored`` asks for it.
+
+        Args:
+            step: the merge step.
+            rho: rank ratio of the purification; None for plain task vectors.
+            options: the rule's options.
+            scored: whether the validation score is wanted in any case.
+        """
+        source = self.plain if rho is None else self.purified(step.purify.model_copy(update={"rho": rho}))
+        ratio = {} if rho is None else {"rho": rho}
+        method = make_method(step.method, with_seed(step.method, options, self.recipe.seed))
         scale = step.scale if step.scale is not None else method.default_scale
+        if not scored and not isinstance(scale, ScaleSearch):
+            return MergeChoice(method, source, scale, None, math.nan, {"scale": scale, **ratio})
+        merged = merge(method, source, self.evidence(method))
         if isinstance(scale, ScaleSearch):
-            merged = merge(method, source)
             found = self._scale_searcher.best(source, merged, scale)
-            facts = {"scale": float(found["scale"]), "search": found["tried"]}
+            facts = {"scale": float(found["scale"]), "search": found["tried"], **ratio}
             return MergeChoice(method, source, facts["scale"], merged, found["average"], facts)
-        if not scored:
-            return MergeChoice(method, source, scale, None, math.nan, {"scale": scale})
-        merged = merge(method, source)
-        candidate = MergedCandidate(source, merged, 1.0 if scale is None else scale)
-        return MergeChoice(
-            method, source, scale, merged, self._scale_searcher.average(candidate, None), {"scale": scale}
-        )
+        average = self._scale_searcher.average(MergedCandidate(source, merged, 1.0 if scale is None else scale), None)
+        return MergeChoice(method, source, scale, merged, average, {"scale": scale, **ratio})
+
+    def evidence(self, method: MergeMethod) -> Evidence:
+        """What a rule needs to know of the tasks' data."""
+        return Evidence(statistics=self.statistics if Need.INPUT_MOMENTS in method.needs else {})
 
     @cached_property
     def _scale_searcher(self) -> ScaleSearcher:

@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "recipe_problems": {"errors", "files"} | RECIPE_FILES,
     "recipe_loading": {"errors", "files"} | RECIPE_FILES,
     "callbacks": {"errors", "layers", "statistics"},
-    "merging": {"errors", "subspace", "weights"},
+    "merging": {"errors", "statistics", "subspace", "weights"},
     "purification": {"errors", "recipe", "statistics", "subspace", "weights"},
     "exporting": {"errors", "files", "purification", "weights"},
     "costs": {"errors", "recipe", "statistics", "subspace", "weights", "merging.base"},

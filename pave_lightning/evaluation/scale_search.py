@@ -22,6 +22,10 @@ from pave_lightning.weights import TaskVectors
 log = logging.getLogger("pave_lightning")
 
 
+class NoFiniteScoreError(PaveError):
+    """Nothing that was tried gives finite scores on the validation splits."""
+
+
 class ScaleSearcher:
     """Tries evenly spaced scales and takes the one with the best average of normalised headline scores.
 
@@ -62,7 +66,8 @@ class ScaleSearcher:
             ``{"scale": best, "average": its score, "tried": [[scale, average normalised validation score], ...]}``
 
         Raises:
-            PaveError: no expert has a positive score, so nothing can be normalised; or no scale gives finite scores.
+            PaveError: no expert has a positive score, so nothing can be normalised.
+            NoFiniteScoreError: no scale gives finite scores.
         """
         tried = []
         for scale in torch.linspace(*search.search, search.points, dtype=torch.float64).tolist():
@@ -71,7 +76,9 @@ class ScaleSearcher:
             log.info("  scale %.3f: %.4f of the experts on validation", scale, average)
         usable = [entry for entry in tried if math.isfinite(entry[1])]
         if not usable:
-            raise PaveError("no scale that was tried gives finite scores on the validation splits; try smaller ones")
+            raise NoFiniteScoreError(
+                "no scale that was tried gives finite scores on the validation splits; try smaller ones"
+            )
         best = max(usable, key=lambda entry: (entry[1], -entry[0]))
         return {"scale": best[0], "average": best[1], "tried": tried}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from importlib.metadata import entry_points
@@ -13,18 +13,19 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from pave_lightning.errors import PaveError, Problems, nearest
+from pave_lightning.merging.evidence import Evidence, Need
 from pave_lightning.weights import Parameter, TaskVectors
 
 ENTRY_POINTS = "pave_lightning.methods"
 
 
-class Need(StrEnum):
-    """What a rule needs besides the weights."""
+class Cost(StrEnum):
+    """What dominates the time of a rule."""
 
-    COVARIANCES = "covariances"
-    UNLABELLED_DATA = "unlabelled data"
-    LABELS = "labels"
-    GRADIENTS = "gradients"
+    ELEMENTWISE = "elementwise"
+    DECOMPOSITION = "decompositions"
+    ITERATIONS = "iterations"
+    FORWARD_PASSES = "forward passes"
 
 
 class MethodOptions(BaseModel):
@@ -37,7 +38,7 @@ class MergeMethod(ABC):
     """A merge rule.
 
     A rule is fed one parameter at a time, and elementwise rules one block of rows at a time. It may look at all task
-    vectors once beforehand, in :meth:`prepare`.
+    vectors beforehand, in :meth:`prepare`, and at what is known of the tasks' data, in :attr:`evidence`.
 
     Attributes:
         name: how recipes call it; set by :func:`register`.
@@ -45,10 +46,13 @@ class MergeMethod(ABC):
         source: paper and year.
         needs: what it needs besides the weights.
         form: ``static`` when one set of weights serves all tasks, ``per-task`` when something is kept for each task.
-        elementwise: whether blocks of rows may be merged apart from each other.
-        whole_model_pass: whether :meth:`prepare` reads every task vector once.
+        cost: what dominates its time.
+        elementwise: whether blocks of rows may be merged apart from each other; :meth:`in_blocks` may differ.
+        ordered: whether the order of the tasks matters.
+        whole_model_pass: whether :meth:`prepare` reads every task vector.
         default_scale: what its merged task vector is multiplied with unless a recipe says otherwise; None for a rule
             that has no such scale.
+        evidence: what is known of the tasks' data; nothing until the rule is run.
     """
 
     name: ClassVar[str] = ""
@@ -56,23 +60,52 @@ class MergeMethod(ABC):
     source: ClassVar[str]
     needs: ClassVar[frozenset[Need]] = frozenset()
     form: ClassVar[Literal["static", "per-task"]]
+    cost: ClassVar[Cost] = Cost.ELEMENTWISE
     elementwise: ClassVar[bool] = False
+    ordered: ClassVar[bool] = False
     whole_model_pass: ClassVar[bool] = False
     default_scale: ClassVar[float | None] = None
     Options: ClassVar[type[MethodOptions]] = MethodOptions
 
     def __init__(self, options: MethodOptions | None = None) -> None:
         self.options: Any = options if options is not None else self.Options()
+        self.evidence = Evidence()
+
+    def begin(self, vectors: TaskVectors, evidence: Evidence) -> None:
+        """Check the request, take in the evidence, and prepare.
+
+        Raises:
+            PaveError: lists everything that keeps this rule from merging these task vectors.
+        """
+        problems = Problems(f"merge method '{self.name}' cannot merge these experts:")
+        problems.extend(self.problems(vectors, evidence))
+        problems.raise_if_any()
+        self.evidence = evidence
+        self.prepare(vectors)
+
+    def problems(self, vectors: TaskVectors, evidence: Evidence) -> Iterator[str]:
+        """What keeps the rule from merging these task vectors, from shapes and headers alone."""
+        yield from evidence.lacking(self.needs, vectors)
 
     def prepare(self, vectors: TaskVectors) -> None:
-        """Look at the task vectors once before the first merge; most rules need not."""
+        """Look at the task vectors before the first merge; most rules need not."""
         return
+
+    def in_blocks(self, parameter: Parameter) -> bool:
+        """Whether blocks of this parameter's rows may be merged apart from each other."""
+        return self.elementwise
 
 
 class StaticMethod(MergeMethod):
-    """A rule whose result is one set of weights for all tasks."""
+    """A rule whose result is one set of weights for all tasks.
+
+    Attributes:
+        rescales: whether :meth:`factor` is known only once every parameter has been merged; the merged task vectors
+            are then held in memory until the last one is there.
+    """
 
     form = "static"
+    rescales: ClassVar[bool] = False
 
     @abstractmethod
     def merge(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
@@ -86,6 +119,10 @@ class StaticMethod(MergeMethod):
         Returns:
             The merged task vector, float32, of the same shape, before it is multiplied with the scale.
         """
+
+    def factor(self, parameter: Parameter) -> float:
+        """What a merged task vector is multiplied with once every parameter has been merged; see ``rescales``."""
+        return 1.0
 
 
 @dataclass(frozen=True)

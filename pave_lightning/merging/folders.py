@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from pave_lightning.errors import PaveError, nearest
 from pave_lightning.merging.base import MergeMethod, PerTaskMethod, StaticMethod
+from pave_lightning.merging.evidence import Evidence
 from pave_lightning.merging.modulators import Modulator, PackedMasks
 from pave_lightning.merging.running import merge_per_task, merge_static, within
 from pave_lightning.weights import Architecture, Checkpoint, Parameter, ShardWriter, TaskVectors, locate_model
@@ -55,6 +56,7 @@ def write_merged(
     context: MergeContext,
     *,
     merged: Mapping[str, Tensor] | None = None,
+    evidence: Evidence | None = None,
 ) -> None:
     """Merge by one rule and write the result as a Hugging Face folder, one parameter at a time.
 
@@ -68,13 +70,14 @@ def write_merged(
         scale: what the merged task vector is multiplied with; None for rules without a scale.
         context: what else goes into the folder.
         merged: the merged task vectors of a static rule where they are known already.
+        evidence: what is known of the tasks' data, for rules that need it.
     """
     writer = ShardWriter(folder)
     written = set()
     factor = 1.0 if scale is None else scale
     if isinstance(method, PerTaskMethod):
         masks = {task: PackedMasks() for task in source.tasks}
-        for parameter, modulated in merge_per_task(method, source):
+        for parameter, modulated in merge_per_task(method, source, evidence):
             writer.add(parameter.name, _added(source, parameter, modulated.shared))
             written.add(parameter.name)
             for task, mask in modulated.masks.items():
@@ -84,7 +87,7 @@ def write_merged(
             masks[task].save(folder / "modulators" / f"{task}.safetensors", factor * rescaler)
     elif isinstance(method, StaticMethod):
         known = None if merged is None else ((p, merged[p.name]) for p in source.parameters)
-        pairs: Iterable[tuple[Parameter, Tensor]] = merge_static(method, source) if known is None else known
+        pairs: Iterable[tuple[Parameter, Tensor]] = merge_static(method, source, evidence) if known is None else known
         for parameter, vector in pairs:
             writer.add(parameter.name, _added(source, parameter, vector, factor))
             written.add(parameter.name)

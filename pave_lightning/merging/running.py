@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pave_lightning.errors import PaveError
 from pave_lightning.merging.base import MergeMethod, Modulated, PerTaskMethod, StaticMethod
+from pave_lightning.merging.evidence import Evidence
 from pave_lightning.weights import Parameter, TaskVectors
 
 
@@ -29,14 +30,28 @@ class MergedVectors:
     rescalers: dict[str, float] = field(default_factory=dict)
 
 
-def merge_static(method: StaticMethod, source: TaskVectors) -> Iterator[tuple[Parameter, Tensor]]:
+def merge_static(
+    method: StaticMethod, source: TaskVectors, evidence: Evidence | None = None
+) -> Iterator[tuple[Parameter, Tensor]]:
     """Yield the merged task vector of one parameter after the other, before scaling.
 
+    Args:
+        method: the rule.
+        source: plain or purified task vectors.
+        evidence: what is known of the tasks' data, for rules that need it.
+
     Raises:
-        PaveError: there is nothing to merge.
+        PaveError: there is nothing to merge, or the rule cannot merge it.
     """
-    _check(source)
-    method.prepare(source)
+    _begin(method, source, evidence)
+    if not method.rescales:
+        yield from _merged(method, source)
+        return
+    for parameter, merged in list(_merged(method, source)):
+        yield parameter, merged.mul_(method.factor(parameter))
+
+
+def _merged(method: StaticMethod, source: TaskVectors) -> Iterator[tuple[Parameter, Tensor]]:
     for parameter in source.parameters:
         merged = torch.empty(parameter.shape)
         for rows in _blocks(method, source, parameter):
@@ -44,14 +59,15 @@ def merge_static(method: StaticMethod, source: TaskVectors) -> Iterator[tuple[Pa
         yield parameter, merged
 
 
-def merge_per_task(method: PerTaskMethod, source: TaskVectors) -> Iterator[tuple[Parameter, Modulated]]:
-    """Yield the unified task vector and the masks of one parameter after the other.
+def merge_per_task(
+    method: PerTaskMethod, source: TaskVectors, evidence: Evidence | None = None
+) -> Iterator[tuple[Parameter, Modulated]]:
+    """Yield the unified task vector and the masks of one parameter after the other; arguments as in `merge_static`.
 
     Raises:
-        PaveError: there is nothing to merge.
+        PaveError: there is nothing to merge, or the rule cannot merge it.
     """
-    _check(source)
-    method.prepare(source)
+    _begin(method, source, evidence)
     for parameter in source.parameters:
         shared = torch.empty(parameter.shape)
         masks = {task: torch.empty(parameter.shape, dtype=torch.bool) for task in source.tasks}
@@ -63,8 +79,8 @@ def merge_per_task(method: PerTaskMethod, source: TaskVectors) -> Iterator[tuple
         yield parameter, Modulated(shared, masks)
 
 
-def merge(method: MergeMethod, source: TaskVectors) -> MergedVectors:
-    """Merge all parameters in memory; for models that fit there.
+def merge(method: MergeMethod, source: TaskVectors, evidence: Evidence | None = None) -> MergedVectors:
+    """Merge all parameters in memory; for models that fit there. Arguments as in `merge_static`.
 
     Example::
 
@@ -74,21 +90,22 @@ def merge(method: MergeMethod, source: TaskVectors) -> MergedVectors:
     result = MergedVectors()
     if isinstance(method, PerTaskMethod):
         result.masks = {task: {} for task in source.tasks}
-        for parameter, modulated in merge_per_task(method, source):
+        for parameter, modulated in merge_per_task(method, source, evidence):
             result.vectors[parameter.name] = modulated.shared
             for task, mask in modulated.masks.items():
                 result.masks[task][parameter.name] = mask
         result.rescalers = method.rescalers()
     elif isinstance(method, StaticMethod):
-        result.vectors = {parameter.name: merged for parameter, merged in merge_static(method, source)}
+        result.vectors = {parameter.name: merged for parameter, merged in merge_static(method, source, evidence)}
     return result
 
 
-def _check(source: TaskVectors) -> None:
+def _begin(method: MergeMethod, source: TaskVectors, evidence: Evidence | None) -> None:
     if len(source.tasks) < 2:
         raise PaveError(f"merging needs at least two experts, found {len(source.tasks)}")
     if not source.parameters:
         raise PaveError("base and experts share no floating-point tensor, so there is nothing to merge")
+    method.begin(source, evidence if evidence is not None else Evidence())
 
 
 def within(rows: slice | None) -> slice | EllipsisType:
@@ -97,7 +114,7 @@ def within(rows: slice | None) -> slice | EllipsisType:
 
 
 def _blocks(method: MergeMethod, source: TaskVectors, parameter: Parameter) -> Iterable[slice | None]:
-    return source.blocks(parameter) if method.elementwise else [None]
+    return source.blocks(parameter) if method.in_blocks(parameter) else [None]
 
 
 def _read(source: TaskVectors, parameter: Parameter, rows: slice | None) -> tuple[Tensor, dict[str, Tensor]]:

@@ -7,7 +7,7 @@ import inspect
 from rich.console import Console
 from rich.table import Table
 
-from pave_lightning.merging import method_named, methods
+from pave_lightning.merging import StaticMethod, method_named, methods
 
 
 def print_methods(name: str | None = None, console: Console | None = None) -> None:
@@ -19,14 +19,18 @@ def print_methods(name: str | None = None, console: Console | None = None) -> No
     console = console or Console()
     if name is None:
         table = Table()
-        for heading in ("method", "what it does", "form", "needs", "scale", "source"):
+        for heading in ("method", "what it does", "form", "needs", "cost", "scale", "source"):
             table.add_column(heading)
         for key, method in sorted(methods().items()):
             needs = ", ".join(sorted(method.needs)) or "weights only"
             if method.whole_model_pass:
                 needs += "; reads them more than once"
+            if method.ordered:
+                needs += "; the order of tasks matters"
+            if issubclass(method, StaticMethod) and method.rescales:
+                needs += "; holds one merged model"
             scale = "-" if method.default_scale is None else f"{method.default_scale:g}"
-            table.add_row(key, method.summary, method.form, needs, scale, method.source)
+            table.add_row(key, method.summary, method.form, needs, method.cost, scale, method.source)
         console.print(table)
         return
     method = method_named(name)

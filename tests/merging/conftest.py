@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from pave_lightning.merging import Evidence
 from pave_lightning.merging.folders import MergeContext
+from pave_lightning.statistics import LayerMoment, TaskStatistics
 from pave_lightning.weights import (
     Architecture,
     Checkpoint,
@@ -16,13 +18,20 @@ from pave_lightning.weights import (
 
 
 class ArrayVectors(TaskVectors):
-    """Task vectors of plain arrays; ``elements`` forces blocks of about that size."""
+    """Task vectors of plain arrays.
 
-    def __init__(self, vectors, base=None, elements=None):
+    ``elements`` forces blocks of about that size; ``matrices`` names parameters that are weights of linear layers, of
+    which those in ``transposed`` are stored as (d_in, d_out). The layer of a parameter bears its name.
+    """
+
+    def __init__(self, vectors, base=None, elements=None, matrices=(), transposed=()):
         first = next(iter(vectors.values()), {})
         self.tasks = tuple(vectors)
         self.parameters = tuple(
-            Parameter(name, ParameterKind.OTHER, np.shape(value)) for name, value in sorted(first.items())
+            Parameter(name, ParameterKind.LINEAR, np.shape(value), 0 if name in transposed else 1, name)
+            if name in {*matrices, *transposed}
+            else Parameter(name, ParameterKind.OTHER, np.shape(value), None, name)
+            for name, value in sorted(first.items())
         )
         zeros = {name: np.zeros(np.shape(value)) for name, value in first.items()}
         self._base = {name: torch.tensor(value, dtype=torch.float32) for name, value in (base or zeros).items()}
@@ -49,6 +58,24 @@ class ArrayVectors(TaskVectors):
 def make_source():
     """Build a source from ``{task: {name: array}}``."""
     return ArrayVectors
+
+
+@pytest.fixture(scope="session")
+def make_evidence():
+    """Build evidence from ``{task: {layer: rows of inputs (n, d_in)}}``: exact second moments, stored as float32."""
+
+    def build(inputs):
+        statistics = {}
+        for task, layers in inputs.items():
+            rows = {name: np.asarray(value, dtype=np.float64) for name, value in layers.items()}
+            moments = {
+                name: LayerMoment("input", torch.tensor(x.T @ x / len(x), dtype=torch.float32), len(x))
+                for name, x in rows.items()
+            }
+            statistics[task] = TaskStatistics(moments, examples=1)
+        return Evidence(statistics=statistics)
+
+    return build
 
 
 @pytest.fixture(scope="session")

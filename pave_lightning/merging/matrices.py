@@ -1,0 +1,71 @@
+"""What rules share that treat matrix weights, and for which all other parameters are beside the point."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from pave_lightning.merging.base import Cost, MethodOptions, StaticMethod
+from pave_lightning.weights import Parameter
+
+
+class MatrixOptions(MethodOptions):
+    """Options of every rule that treats matrix weights only."""
+
+    others: Literal["mean", "sum", "base"] = Field(default="mean")
+    """What becomes of parameters that are no matrix weights (embeddings, norms, biases): the mean or the sum of their
+    task vectors, or the base's values."""
+
+
+class MatrixMethod(StaticMethod):
+    """A rule for the weights that a layer multiplies its input with; all others are averaged, summed or left.
+
+    Matrix weights are those of linear layers (GPT-2's transposed ones included) and of convolutions that are matrix
+    products. Embeddings are looked up, not multiplied, so they are among the others.
+    """
+
+    cost = Cost.DECOMPOSITION
+    default_scale = 1.0
+    Options: ClassVar[type[MatrixOptions]] = MatrixOptions
+    options: Any
+
+    @abstractmethod
+    def merge_matrix(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
+        """Merge one matrix weight.
+
+        Args:
+            parameter: what the weight is.
+            base: the base's weight as ``(d_out, d_in)``, float32.
+            vectors: each task's task vector as ``(d_out, d_in)``, float32, in the order of the tasks.
+
+        Returns:
+            The merged task vector, ``(d_out, d_in)``, any float dtype, before it is multiplied with the scale.
+        """
+
+    def covers(self, parameter: Parameter) -> bool:
+        """Whether the rule treats this parameter."""
+        return parameter.is_matrix
+
+    def in_blocks(self, parameter: Parameter) -> bool:
+        """Only what the rule does not treat."""
+        return not self.covers(parameter)
+
+    def merge(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
+        """The rule for matrix weights; mean, sum or nothing for the others."""
+        if not self.covers(parameter):
+            return self.merge_other(parameter, base, vectors)
+        matrices = {task: parameter.as_matrix(vector) for task, vector in vectors.items()}
+        merged = self.merge_matrix(parameter, parameter.as_matrix(base), matrices)
+        return parameter.from_matrix(merged.float())
+
+    def merge_other(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
+        """Merge a parameter that is no matrix weight, or a block of its rows."""
+        if self.options.others == "base":
+            return torch.zeros_like(base)
+        total = torch.stack(list(vectors.values())).sum(dim=0)
+        return total / len(vectors) if self.options.others == "mean" else total
