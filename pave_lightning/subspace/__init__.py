@@ -10,6 +10,7 @@ from pave_lightning.subspace.allocation import (
     even_ranks,
     spectral_budget,
 )
+from pave_lightning.subspace.factorisation import Triplets, leading_triplets, polar_factor
 from pave_lightning.subspace.parallel import in_parallel, one_blas_thread
 from pave_lightning.subspace.projection import (
     KnowledgeSpectrum,
@@ -25,14 +26,17 @@ __all__ = [
     "KnowledgeSpectrum",
     "Metric",
     "MomentKind",
+    "Triplets",
     "UnreachableBudgetError",
     "allocate_ranks",
     "averaged_ranks",
     "even_ranks",
     "in_parallel",
     "knowledge_spectrum",
+    "leading_triplets",
     "moment_shape",
     "one_blas_thread",
+    "polar_factor",
     "project",
     "remove_tail",
     "spectral_budget",
