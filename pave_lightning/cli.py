@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -33,7 +34,8 @@ def build_parser() -> ArgumentParser:
     commands = parser.add_subcommands(required=True, dest="command")
     for name, summary in RECIPE_COMMANDS.items():
         command = ArgumentParser(description=summary[0].upper() + summary[1:] + ".")
-        command.add_argument("recipe", type=str, help="path of the recipe, a YAML file")
+        optional: dict[str, Any] = {"nargs": "?", "default": None} if name == "merge" else {}
+        command.add_argument("recipe", type=str, help="path of the recipe, a YAML file", **optional)
         command.add_argument(
             "--set",
             action="append",
@@ -47,6 +49,16 @@ def build_parser() -> ArgumentParser:
         )
         if name in PER_TASK:
             command.add_argument("--task", type=str, default=None, help="only this task")
+        if name == "merge":
+            command.add_argument(
+                "--into", type=str, default=None, metavar="MERGED", help="a merged model to which an expert is added"
+            )
+            command.add_argument(
+                "--add", type=str, default=None, metavar="TASK=EXPERT", help="the expert, with the name of its task"
+            )
+            command.add_argument(
+                "--output", type=str, default=None, metavar="FOLDER", help="where the result goes (MERGED-TASK)"
+            )
         command.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' own messages")
         commands.add_subcommand(name, command, help=summary)
     experiment = ArgumentParser(description=f"{EXPERIMENT[0].upper()}{EXPERIMENT[1:]}.")
@@ -114,6 +126,8 @@ def _execute(command: str, options: Namespace) -> None:
         import json
 
         return _out(json.dumps(recipe_schema(), indent=2))
+    if command == "merge" and (options.into or options.add or options.recipe is None):
+        return _out(f"results: {_add_expert(options)}")
     recipe = load_recipe(options.recipe, options.set)
     if options.print_config:
         return _out(recipe_to_yaml(recipe).rstrip())
@@ -126,6 +140,22 @@ def _execute(command: str, options: Namespace) -> None:
     else:
         commands.run_stage(recipe, command, options.get("task"))
     return None
+
+
+def _add_expert(options: Namespace) -> str:
+    """``pave merge --into MERGED --add TASK=EXPERT``, which needs no recipe."""
+    from pave_lightning.errors import PaveError
+
+    if options.recipe is not None:
+        raise PaveError("give either a recipe, or --into MERGED --add TASK=EXPERT, not both")
+    if options.into is None and options.add is None:
+        raise PaveError("give a recipe, or add an expert to a merged model: --into MERGED --add TASK=EXPERT")
+    task, _, expert = (options.add or "").partition("=")
+    if not (options.into and task and expert):
+        raise PaveError("to add an expert to a merged model give both --into MERGED and --add TASK=EXPERT")
+    from pave_lightning.adding import add_expert
+
+    return str(add_expert(options.into, task, expert, options.output or f"{options.into.rstrip('/')}-{task}"))
 
 
 def _configure_output(debug: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from torch import nn
+from torch import Tensor, nn
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -22,6 +22,25 @@ def is_matrix_convolution(module: nn.Module) -> bool:
     unpadded = module.padding == "valid" or not any(size for size in module.padding if not isinstance(size, str))
     dense = all(step == 1 for step in module.dilation)
     return bool(unpadded and (pointwise or (dense and module.kernel_size == module.stride)))
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether the module normalises its input and then multiplies it with one scale a channel (LayerNorm, RMSNorm)."""
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
+    return "norm" in type(module).__name__.lower() and weight is not None and weight.ndim == 1
+
+
+def normalised(module: nn.Module, inputs: Tensor) -> Tensor:
+    """What a norm multiplies with its scale: its input, normalised over the last axis.
+
+    Args:
+        module: a module for which `is_norm` holds; one of another type than ``nn.LayerNorm`` counts as RMSNorm.
+        inputs: shape ``(..., d)``.
+    """
+    if isinstance(module, nn.LayerNorm):
+        return nn.functional.layer_norm(inputs, module.normalized_shape, eps=module.eps)
+    eps = getattr(module, "variance_epsilon", None) or getattr(module, "eps", None) or 0.0
+    return inputs * (inputs.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
 
 
 def matrix_weight(module: nn.Module) -> tuple[str, int] | None:

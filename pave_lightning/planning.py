@@ -13,7 +13,7 @@ from rich.table import Table
 from pave_lightning.costs import Cost, expected_kinds, predict_cost
 from pave_lightning.errors import PaveError, Problems, nearest
 from pave_lightning.experts.fitting import DEFAULT_EPOCHS
-from pave_lightning.experts.loading import ADAPTER_CONFIG, adapter_problems, load_tokenizer
+from pave_lightning.experts.loading import adapter_problems, load_tokenizer
 from pave_lightning.experts.trainers import machine_options, trainer_problems
 from pave_lightning.merging import Need, make_method, method_named
 from pave_lightning.purification.vectors import budget_problems, workers_of
@@ -23,6 +23,7 @@ from pave_lightning.stages import Stages, existing_folder, purifications, ratios
 from pave_lightning.tasks.data import check_task, load_split
 from pave_lightning.tracking import resolve_uri
 from pave_lightning.weights import Architecture, Checkpoint, ParameterKind, locate_model
+from pave_lightning.weights.adapters import ADAPTER_CONFIG
 from pave_lightning.weights.task_vectors import config_differences, differences
 
 
@@ -71,6 +72,11 @@ def _step_problems(step: MergeStep, recipe: Recipe) -> Iterator[str]:
         method = make_method(step.method, options)
     if step.scale is not None and method.default_scale is None:
         yield f"{where}: {step.method} has no scale; leave the key 'scale' out"
+    if (Need.ANCHOR in method.needs) != (step.anchor is not None):
+        wants = "calibrates a merged model; name its merge step with" if step.anchor is None else "has no use for"
+        yield f"{where}: {step.method} {wants} the key 'anchor'"
+    if step.anchor is not None and method_named(recipe.step(step.anchor).method).form != "static":
+        yield f"{where}: its anchor '{step.anchor}' is not one model for all tasks; choose a static method"
     if Need.INPUT_MOMENTS in method.needs and recipe.capture.moments != "input":
         yield f"{where}: {step.method} needs the second moments of all inputs; set capture.moments: input"
 
@@ -166,6 +172,8 @@ def _expert_problems(
     expert = Checkpoint(folder, own.prefix)
     yield from config_differences(task.name, architecture, own)
     yield from differences(task.name, base, expert, architecture)
+    if expert.has_backbone_of(base):
+        yield f"{where}: the backbone of {folder} is the base's, so there is nothing to merge; was it fine-tuned?"
     lacking = sorted(own.head - set(expert.head))
     if lacking:
         yield f"{where}: {folder} has no classification head (no {lacking[0]}); expected a fine-tuned classifier"

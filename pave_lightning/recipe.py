@@ -344,6 +344,9 @@ class MergeStep(Section):
     """Purification for this step; keys that are not given come from the recipe's purify section."""
     options: dict[str, Any] = {}
     """The method's own options; `pave methods NAME` lists them."""
+    anchor: str | None = None
+    """Name of the merge step whose result this one starts from, run on the same task vectors; only for methods that
+    calibrate a merged model."""
     tune: dict[str, list[Any]] = {}
     """Options that are chosen on the validation split, each with the values that it may take. Every combination is
     tried, with its own best scale where the scale is searched; among equals the first one wins."""
@@ -518,10 +521,31 @@ class Recipe(Section):
                 for name in chosen or []
                 if name not in known
             ]
+        wrong += self._anchor_problems()
         for reserved in ("base", "experts"):
             if reserved in [step.name for step in self.merge]:
                 wrong.append(f"a merge step cannot be named '{reserved}': the tables use that name")
         return _unless_wrong(self, wrong)
+
+    def _anchor_problems(self) -> list[str]:
+        names = [step.name for step in self.merge]
+        anchors = {step.name: step.anchor for step in self.merge if step.anchor is not None}
+        wrong = [
+            f"merge step '{name}': anchor: no merge step is named '{anchor}'; {nearest(anchor, names)}"
+            for name, anchor in anchors.items()
+            if anchor not in names
+        ]
+        for name in anchors:
+            path = [name]
+            while path[-1] in anchors and path[-1] not in path[:-1]:
+                path.append(anchors[path[-1]])
+            if path[-1] == name and len(path) > 1:
+                wrong.append(f"merge step '{name}': its anchors lead back to itself ({' -> '.join(path)})")
+        return wrong
+
+    def step(self, name: str) -> MergeStep:
+        """The merge step of that name."""
+        return next(step for step in self.merge if step.name == name)
 
     def task(self, name: str) -> Task:
         """The task of that name."""

@@ -237,6 +237,15 @@ class Stages:
             "purify": options.model_dump(),
         }
 
+    def _shown(self, task: Task) -> dict[str, Any]:
+        """What the unlabelled examples of a task depend on."""
+        return {
+            "data": split_fingerprint(task, "train"),
+            "rows": [task.examples.train, self.recipe.seed],
+            "columns": task.text,
+            "max_length": task.training.max_length,
+        }
+
     def _statistics_digests(self) -> dict[str, str]:
         return {task.name: self.finished(self.statistics(task)).digest() for task in self.recipe.tasks}
 
@@ -252,6 +261,11 @@ class Stages:
             inputs["purified"] = self._purify_inputs(step.purify)
         if Need.INPUT_MOMENTS in method_named(step.method).needs:
             inputs["statistics"] = self._statistics_digests()
+        if Need.UNLABELLED_EXAMPLES in method_named(step.method).needs:
+            inputs["examples"] = {task.name: self._shown(task) for task in self.recipe.tasks}
+        if step.anchor is not None:
+            anchor = self.recipe.step(step.anchor).model_copy(update={"purify": step.purify})
+            inputs["anchor"] = self.merge_inputs(anchor, vectors)
         if step.tune:
             inputs["tune"] = step.tune
         if isinstance(step.scale, ScaleSearch) or step.tune or (vectors == "purified" and step.purify.rho == "auto"):

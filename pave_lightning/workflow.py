@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from pave_lightning.callbacks import PaveCallback
 from pave_lightning.errors import PaveError
@@ -31,7 +32,7 @@ from pave_lightning.evaluation import (
 )
 from pave_lightning.evaluation.scale_search import NoFiniteScoreError, ScaleSearcher
 from pave_lightning.experts.fitting import fit_expert, save_expert
-from pave_lightning.experts.loading import ADAPTER_CONFIG, load_adapter, load_expert, load_tokenizer
+from pave_lightning.experts.loading import load_adapter, load_expert, load_tokenizer
 from pave_lightning.experts.task_expert import TaskExpert
 from pave_lightning.experts.trainers import (
     build_trainer,
@@ -44,6 +45,7 @@ from pave_lightning.exporting import write_purified_experts
 from pave_lightning.launching import Launcher, is_launched, is_rank_zero
 from pave_lightning.merging import Evidence, MergeMethod, Modulator, Need, make_method, merge
 from pave_lightning.merging.folders import MergeContext, write_merged
+from pave_lightning.merging.passes import ForwardPasses, load_parameters
 from pave_lightning.merging.running import MergedVectors
 from pave_lightning.purification import KeptRank, PurifiedTaskVectors, StoredPurification, write_purified
 from pave_lightning.recipe import AUTO_RATIOS, Capture, MergeStep, Purify, Recipe, ScaleSearch, Task, Vectors
@@ -60,6 +62,8 @@ from pave_lightning.weights import (
     TaskVectors,
     locate_model,
 )
+from pave_lightning.weights.adapters import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS
+from pave_lightning.weights.architecture import backbone_of, empty_classifier
 
 log = logging.getLogger("pave_lightning")
 
@@ -73,6 +77,7 @@ class MergeChoice:
     Attributes:
         method: the rule.
         source: the task vectors it is run on.
+        evidence: what the rule knows besides the weights.
         scale: what the merged task vector is multiplied with; None for rules without a scale.
         merged: the merge result, where it was computed in choosing.
         average: its normalised average on validation data; NaN where it was not scored.
@@ -81,6 +86,7 @@ class MergeChoice:
 
     method: MergeMethod
     source: TaskVectors
+    evidence: Evidence
     scale: float | None
     merged: MergedVectors | None
     average: float
@@ -88,8 +94,11 @@ class MergeChoice:
 
     def candidate(self) -> Candidate:
         """The merged model, in memory."""
-        merged = self.merged if self.merged is not None else merge(self.method, self.source)
-        return MergedCandidate(self.source, merged, 1.0 if self.scale is None else self.scale)
+        return MergedCandidate(self.source, self.result(), 1.0 if self.scale is None else self.scale)
+
+    def result(self) -> MergedVectors:
+        """The merge result, computed now unless it is known."""
+        return self.merged if self.merged is not None else merge(self.method, self.source, self.evidence)
 
 
 class Workflow:
@@ -118,6 +127,7 @@ class Workflow:
         self.recipe, self.folder, self.tracker, self.launcher = recipe, folder, tracker, launcher
         self.label = label
         self.references: dict[str, dict[int | None, dict[str, float]]] = {}
+        self._last_anchor: tuple[str, dict[str, Tensor]] = ("", {})
         self.stages = Stages(recipe, folder)
         self.base_folder = locate_model(recipe.base, role="base")
 
@@ -173,6 +183,9 @@ class Workflow:
             with self._writing(stage) as writer:
                 if (folder / ADAPTER_CONFIG).is_file():
                     save_expert(load_adapter(self.base_folder, folder, task), self.base_folder, writer.path)
+                    (writer.path / ADAPTER_FOLDER).mkdir()
+                    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+                        shutil.copy(folder / name, writer.path / ADAPTER_FOLDER / name)
                 else:
                     load_expert(folder, task)
                     writer.result["folder"] = str(folder.resolve())
@@ -274,9 +287,14 @@ class Workflow:
             facts = {"vectors": vectors, "options": chosen.method.options.model_dump(), **chosen.facts}
             context = MergeContext(self.recipe.base, self._base, self._experts, self._architecture, facts)
             merged = None if chosen.merged is None else chosen.merged.vectors
-            evidence = self.evidence(chosen.method)
             write_merged(
-                writer.path, chosen.method, chosen.source, chosen.scale, context, merged=merged, evidence=evidence
+                writer.path,
+                chosen.method,
+                chosen.source,
+                chosen.scale,
+                context,
+                merged=merged,
+                evidence=chosen.evidence,
             )
             writer.result.update(facts, form=chosen.method.form)
         numbers = {name: facts[name] for name in ("scale", "rho") if isinstance(facts.get(name), float)}
@@ -340,19 +358,57 @@ class Workflow:
         ratio = {} if rho is None else {"rho": rho}
         method = make_method(step.method, with_seed(step.method, options, self.recipe.seed))
         scale = step.scale if step.scale is not None else method.default_scale
+        evidence = self.evidence(step, method, rho)
         if not scored and not isinstance(scale, ScaleSearch):
-            return MergeChoice(method, source, scale, None, math.nan, {"scale": scale, **ratio})
-        merged = merge(method, source, self.evidence(method))
+            return MergeChoice(method, source, evidence, scale, None, math.nan, {"scale": scale, **ratio})
+        merged = merge(method, source, evidence)
         if isinstance(scale, ScaleSearch):
             found = self._scale_searcher.best(source, merged, scale)
             facts = {"scale": float(found["scale"]), "search": found["tried"], **ratio}
-            return MergeChoice(method, source, facts["scale"], merged, found["average"], facts)
+            return MergeChoice(method, source, evidence, facts["scale"], merged, found["average"], facts)
         average = self._scale_searcher.average(MergedCandidate(source, merged, 1.0 if scale is None else scale), None)
-        return MergeChoice(method, source, scale, merged, average, {"scale": scale, **ratio})
+        return MergeChoice(method, source, evidence, scale, merged, average, {"scale": scale, **ratio})
 
-    def evidence(self, method: MergeMethod) -> Evidence:
-        """What a rule needs to know of the tasks' data."""
-        return Evidence(statistics=self.statistics if Need.INPUT_MOMENTS in method.needs else {})
+    def evidence(self, step: MergeStep, method: MergeMethod, rho: float | None) -> Evidence:
+        """What a merge step's rule needs to know besides the weights.
+
+        Args:
+            step: the merge step.
+            method: its rule.
+            rho: rank ratio of the purification; None for plain task vectors.
+        """
+        return Evidence(
+            statistics=self.statistics if Need.INPUT_MOMENTS in method.needs else {},
+            passes=self._passes(method.options.examples) if Need.UNLABELLED_EXAMPLES in method.needs else None,
+            anchor=self._anchor(step, rho) if Need.ANCHOR in method.needs else None,
+        )
+
+    def _passes(self, examples: int) -> ForwardPasses:
+        batches = {}
+        for task in self.recipe.tasks:
+            data, size = self._data(task, self.recipe.capture.batch_size), self.recipe.capture.batch_size
+            batches[task.name] = list(data.capture_dataloader(examples, size, self.recipe.seed))
+        return ForwardPasses(self._backbone, self.plain, batches, self.recipe.compute.device)
+
+    def _backbone(self) -> nn.Module:
+        """The base's backbone, in memory."""
+        with torch.random.fork_rng():
+            backbone = backbone_of(empty_classifier(self._expert_folder(self.recipe.tasks[0].name), device="cpu"))
+        load_parameters(backbone, {p.name: self.plain.base(p) for p in self.plain.parameters})
+        return backbone.float().eval()
+
+    def _anchor(self, step: MergeStep, rho: float | None) -> dict[str, Tensor]:
+        """The scaled task vector of the step's anchor, run on the same task vectors; the last one is kept."""
+        ratio = step.purify if rho is None else step.purify.model_copy(update={"rho": rho})
+        anchor = self.recipe.step(str(step.anchor)).model_copy(update={"purify": ratio})
+        key = f"{rho} {anchor.model_dump_json()}"
+        if self._last_anchor[0] != key:
+            self._last_anchor = ("", {})
+            log.info("  anchor: %s ...", anchor.name)
+            choice = self.choose(anchor, "plain" if rho is None else "purified")
+            scale = 1.0 if choice.scale is None else choice.scale
+            self._last_anchor = (key, {name: scale * vector for name, vector in choice.result().vectors.items()})
+        return self._last_anchor[1]
 
     @cached_property
     def _scale_searcher(self) -> ScaleSearcher:

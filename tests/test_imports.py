@@ -34,8 +34,9 @@ MAY_IMPORT = {
     "recipe_problems": {"errors", "files"} | RECIPE_FILES,
     "recipe_loading": {"errors", "files"} | RECIPE_FILES,
     "callbacks": {"errors", "layers", "statistics"},
-    "merging": {"errors", "statistics", "subspace", "weights"},
+    "merging": {"errors", "layers", "statistics", "subspace", "weights"},
     "purification": {"errors", "recipe", "statistics", "subspace", "weights"},
+    "adding": {"errors", "experts", "merging", "recipe", "weights"},
     "exporting": {"errors", "files", "purification", "weights"},
     "costs": {"errors", "recipe", "statistics", "subspace", "weights", "merging.base"},
     "diagnostics": {"errors", "merging", "purification", "statistics", "subspace", "weights"},
@@ -57,7 +58,7 @@ MAY_IMPORT = {
     "planning": LIBRARY | {"stages"},
     "commands": LIBRARY | {"planning", "reporting", "workflow"},
     "experiments": LIBRARY | {"commands", "planning", "reporting", "stages", "workflow"},
-    "cli": {"commands", "errors", "experiments", "recipe_loading", "reporting.methods", "__init__"},
+    "cli": {"adding", "commands", "errors", "experiments", "recipe_loading", "reporting.methods", "__init__"},
     "__main__": {"cli"},
 }
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from pave_lightning.callbacks.sampling import RowSampler
+from pave_lightning.callbacks.sampling import Calls, RowSampler
 from pave_lightning.errors import PaveError
 from pave_lightning.layers import CONVOLUTIONS, matrix_weight
 from pave_lightning.statistics import LayerMoment, Moments, SecondMoment, captured_kind
@@ -35,11 +35,26 @@ def matrix_layers(backbone: nn.Module, *, convolutions: bool = False) -> dict[st
     Returns:
         name -> the modules that hold its weight, in the order of `torch.nn.Module.named_modules`.
     """
+
+    def attribute_of(module: nn.Module) -> str | None:
+        attribute, _ = matrix_weight(module) or (None, None)
+        return None if isinstance(module, CONVOLUTIONS) and not convolutions else attribute
+
+    return weight_owners(backbone, attribute_of)
+
+
+def weight_owners(backbone: nn.Module, attribute_of: Callable[[nn.Module], str | None]) -> dict[str, list[nn.Module]]:
+    """Modules below a module that own a floating-point weight, named as in `matrix_layers`.
+
+    Args:
+        backbone: the module to search, without itself.
+        attribute_of: gives the name of a module's weight; None for modules that are not looked for.
+    """
     layers: dict[str, list[nn.Module]] = {}
     names: dict[int, str] = {}
     for path, module in backbone.named_modules():
-        attribute, _ = matrix_weight(module) or (None, None)
-        if not path or attribute is None or (isinstance(module, CONVOLUTIONS) and not convolutions):
+        attribute = attribute_of(module) if path else None
+        if attribute is None:
             continue
         if not cast(Tensor, getattr(module, attribute)).is_floating_point():
             continue
@@ -186,20 +201,23 @@ class LinearObserver:
     def _add(self, layer: _ObservedLayer, module: nn.Module, inputs: Tensor, output: Any) -> None:
         """Count the rows of one call."""
         moment = layer.ensure_moment(inputs.device)
-        call = layer.begin_call(self._batch)
+        call = layer.calls_in_batch.begin(self._batch, moment.rows)
         tensor, axes = _as_rows(module, inputs.detach())
         index, seen = self._sampler.choose(
-            tuple(tensor.shape[:axes]), self._sampler.allowance(layer.counted), call, layer.expected_calls
+            tuple(tensor.shape[:axes]),
+            self._sampler.allowance(layer.calls_in_batch.counted),
+            call,
+            layer.calls_in_batch.expected,
         )
         if layer.kind == "input":
-            return moment.update(_selected(tensor, axes, index), seen=seen)
+            return moment.update(selected(tensor, axes, index), seen=seen)
         if layer.outputs_are_exact(module, output):
-            outputs = _selected(output, output.ndim - 1, index)
+            outputs = selected(output, output.ndim - 1, index)
             bias = module.bias
             outputs = outputs - bias if isinstance(bias, Tensor) else outputs
-            rows = None if layer.kind == "output" else _selected(tensor, axes, index)
+            rows = None if layer.kind == "output" else selected(tensor, axes, index)
         else:
-            rows = _selected(tensor, axes, index)
+            rows = selected(tensor, axes, index)
             with full_precision(rows.device.type):
                 outputs = nn.functional.linear(rows.float(), layer.matrix(module).float())
         return moment.update(rows if layer.kind == "cross" else None, outputs, seen=seen)
@@ -216,10 +234,7 @@ class _ObservedLayer:
         self.calls = 0
         self.owner: _ObservedLayer | None = None
         self.moment: SecondMoment | None = None
-        # How many rows it had counted when the batch began, and its calls in this batch and the last that reached it.
-        self.counted = 0
-        self.expected_calls = 1
-        self._batch = self._batch_calls = 0
+        self.calls_in_batch = Calls()
 
     @staticmethod
     def matrix(module: nn.Module) -> Tensor:
@@ -239,15 +254,6 @@ class _ObservedLayer:
             )
             self.owner = self
         return self.moment
-
-    def begin_call(self, batch: int) -> int:
-        """How many calls there were before in the batch."""
-        if batch != self._batch:
-            self.expected_calls = max(1, self._batch_calls)
-            self.counted = 0 if self.moment is None else self.moment.rows
-            self._batch, self._batch_calls = batch, 0
-        self._batch_calls += 1
-        return self._batch_calls - 1
 
     @staticmethod
     def outputs_are_exact(module: nn.Module, output: Any) -> bool:
@@ -312,7 +318,7 @@ def _patches(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, inputs: Tensor) -> tuple
     return patches.permute(order), 1 + axes
 
 
-def _selected(tensor: Tensor, axes: int, index: Tensor | None) -> Tensor:
+def selected(tensor: Tensor, axes: int, index: Tensor | None) -> Tensor:
     """The chosen rows of a tensor whose first axes count its rows, shape ``(n, width)``."""
     width = math.prod(tensor.shape[axes:])
     if index is None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DistributedSampler
 
+from pave_lightning.callbacks.norms import NormObserver, norm_layers
 from pave_lightning.callbacks.observation import LinearObserver, matrix_layers
 from pave_lightning.callbacks.sampling import RowSampler
 from pave_lightning.errors import PaveError, nearest
@@ -50,6 +51,11 @@ class PaveCallback(L.Callback):
     on ``seed``, the batch's number and the process only. A layer that is called k times in a batch spreads its part
     over the calls; the first batch, in which k is not known yet, counts k times its part. How many rows there were is
     kept with the statistics (`TaskStatistics.seen`).
+
+    On demand the pass also takes, for each LayerNorm and RMSNorm, the mean squares of the normalised activations that
+    its scale multiplies (`TaskStatistics.norms`), over rows that are chosen like those of the layers. They are computed
+    from the norm's input in float32; norms of another form, such as batch norms, and norms that were not reached are
+    listed in ``unreached_norms``.
 
     The callback acts in ``trainer.validate`` only, not in the validation within ``fit``. Each pass begins anew; several
     validation dataloaders are added up. Over several processes the sums are reduced before they are divided, and every
@@ -86,6 +92,7 @@ class PaveCallback(L.Callback):
         keep_rows: whether a layer that has counted fewer rows than it is wide keeps the rows; otherwise it always gets
             its moment. Rows are what the expert made of single tokens: switch this off for statistics that leave the
             place where private data must stay.
+        norms: whether to capture norms, which some merge methods need.
 
     Raises:
         ValueError: ``moments`` is none of the above, or ``rows`` is below 1.
@@ -111,6 +118,7 @@ class PaveCallback(L.Callback):
         seed: int = 0,
         convolutions: bool = False,
         keep_rows: bool = True,
+        norms: bool = False,
     ) -> None:
         if moments not in get_args(Moments):
             raise ValueError(f"moments must be one of {', '.join(get_args(Moments))}, found '{moments}'")
@@ -126,10 +134,14 @@ class PaveCallback(L.Callback):
         self.seed = seed
         self.convolutions = convolutions
         self.keep_rows = keep_rows
+        self.norms = norms
         self.unreached: list[str] = []
+        self.unreached_norms: list[str] = []
         self._statistics: TaskStatistics | None = None
         self._observer: LinearObserver | None = None
+        self._norm_observer: NormObserver | None = None
         self._layers: list[str] = []
+        self._norms: list[str] = []
         self._examples = 0
         self._switches = ExitStack()
 
@@ -153,10 +165,11 @@ class PaveCallback(L.Callback):
         if not _is_capturing(trainer):
             return
         self._stop()
-        self._statistics, self._examples, self.unreached = None, 0, []
+        self._statistics, self._examples, self.unreached, self.unreached_norms = None, 0, [], []
         _warn_of_repeated_examples(trainer)
         pl_module.eval()
-        layers = matrix_layers(self._find_backbone(pl_module), convolutions=self.convolutions)
+        backbone = self._find_backbone(pl_module)
+        layers = matrix_layers(backbone, convolutions=self.convolutions)
         if not layers:
             raise PaveError(
                 f"found no linear layers below {self.backbone or type(pl_module).__name__}: there is nothing to capture"
@@ -178,6 +191,9 @@ class PaveCallback(L.Callback):
         self._observer = LinearObserver(
             layers, self.moments, sampler=sampler, share_inputs=self.share_inputs, keep_rows=self.keep_rows
         )
+        norms = norm_layers(backbone) if self.norms else {}
+        self._norms = list(norms)
+        self._norm_observer = NormObserver(norms, sampler)
 
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -187,6 +203,8 @@ class PaveCallback(L.Callback):
             return
         mask = self._mask(batch)
         self._observer.begin_batch(mask, batch_idx, dataloader_idx)
+        if self._norm_observer is not None:
+            self._norm_observer.begin_batch()
         self._examples += _count_examples(batch) if mask is None else int(mask.any(dim=1).sum())
 
     def on_validation_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
@@ -196,15 +214,17 @@ class PaveCallback(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Reduce over processes, divide, save."""
-        if self._observer is None:
+        if self._observer is None or self._norm_observer is None:
             return
-        observer = self._observer
+        observer, norm_observer = self._observer, self._norm_observer
         self._stop()
         observer.reduce(pl_module.device)
+        norm_observer.reduce(pl_module.device)
         examples = int(trainer.strategy.reduce(torch.tensor(self._examples, device=pl_module.device), reduce_op="sum"))
-        moments = observer.moments()
-        self._statistics = TaskStatistics(moments, examples=examples, metadata=self.metadata)
+        moments, norms = observer.moments(), norm_observer.moments()
+        self._statistics = TaskStatistics(moments, examples=examples, metadata=self.metadata, norms=norms)
         self.unreached = [name for name in self._layers if name not in moments]
+        self.unreached_norms = [name for name in self._norms if name not in norms]
         if self.path is not None:
             if trainer.is_global_zero:
                 self._statistics.save(self.path)
@@ -222,6 +242,9 @@ class PaveCallback(L.Callback):
         if self._observer is not None:
             self._observer.remove()
             self._observer = None
+        if self._norm_observer is not None:
+            self._norm_observer.remove()
+            self._norm_observer = None
         self._switches.close()
 
     def _find_backbone(self, pl_module: L.LightningModule) -> nn.Module:

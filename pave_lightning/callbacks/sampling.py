@@ -110,6 +110,37 @@ class RowSampler:
         return (sample if real is None else real[sample.to(real.device)]), count
 
 
+class Calls:
+    """How often a layer is called in a batch, which tells what part of the batch's allowance each call gets.
+
+    Attributes:
+        counted: how many rows the layer had counted when the batch began.
+        expected: how many calls to expect in this batch: as many as in the last one that reached the layer.
+    """
+
+    def __init__(self) -> None:
+        self.counted = 0
+        self.expected = 1
+        self._batch = self._calls = 0
+
+    def begin(self, batch: int, rows: int) -> int:
+        """Note a call.
+
+        Args:
+            batch: number of the batch, from 1.
+            rows: how many rows the layer has counted so far.
+
+        Returns:
+            How many calls there were before in the batch.
+        """
+        if batch != self._batch:
+            self.expected = max(1, self._calls)
+            self.counted = rows
+            self._batch, self._calls = batch, 0
+        self._calls += 1
+        return self._calls - 1
+
+
 def _generator(*key: int) -> torch.Generator:
     """A generator of its own for each place, so that no sample depends on what else was drawn."""
     digest = hashlib.sha256(repr(key).encode()).digest()

@@ -77,32 +77,27 @@ class MergedCandidate(Candidate):
 
     Args:
         source: gives the base's tensors.
-        merged: merged task vector, and the masks and factors of per-task rules.
+        merged: merged task vectors, and what per-task rules keep for each task.
         scale: what the merged task vector is multiplied with.
     """
 
     def __init__(self, source: TaskVectors, merged: MergedVectors, scale: float = 1.0) -> None:
         self._source, self._merged, self._scale = source, merged, scale
-        self.shared = not merged.masks
+        self.shared = not merged.per_task
 
     def weights(self, task: str) -> Iterator[tuple[str, Tensor]]:
-        """The tensors for a task: base + scale * vector, masked and rescaled where the rule does so."""
-        factor = self._scale * self._merged.rescalers.get(task, 1.0)
-        masks = self._merged.masks.get(task, {})
+        """The tensors for a task: base + scale * the task's own vector."""
         for parameter in self._source.parameters:
-            vector = factor * self._merged.vectors[parameter.name]
-            if parameter.name in masks:
-                vector = vector * masks[parameter.name]
-            yield parameter.name, self._source.base(parameter) + vector
+            yield parameter.name, self._source.base(parameter) + self._scale * self._merged.own(task, parameter.name)
 
 
 class ModulatedCandidate(Candidate):
-    """Shared weights that each task masks and rescales.
+    """Shared weights that each task modulates: by a mask, by low-rank additions, by a factor.
 
     Args:
         base: the base's checkpoint.
         unified: checkpoint of base plus unified task vector.
-        modulators: each task's masks and factor.
+        modulators: what each task keeps.
     """
 
     shared = False
@@ -111,12 +106,12 @@ class ModulatedCandidate(Candidate):
         self._base, self._unified, self._modulators = base, unified, dict(modulators)
 
     def weights(self, task: str) -> Iterator[tuple[str, Tensor]]:
-        """The task's own weights: base + rescaler * mask * unified task vector."""
+        """The task's own weights: base + rescaler * (mask * unified task vector + low-rank addition)."""
         modulator = self._modulators[task]
-        masked = set(modulator)
+        own = set(modulator)
         for name in self._unified:
             tensor = self._unified.tensor(name)
-            if name in masked:
+            if name in own:
                 base = self._base.tensor(name).float()
                 tensor = base + modulator.apply(name, tensor.float() - base)
             yield name, tensor

@@ -17,10 +17,9 @@ from transformers.utils import logging as transformers_logging
 from pave_lightning.errors import PaveError
 from pave_lightning.layers import is_linear
 from pave_lightning.recipe import Lora, Task
+from pave_lightning.weights.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from pave_lightning.weights.architecture import backbone_of
 from pave_lightning.weights.checkpoint import weight_files
-
-ADAPTER_CONFIG = "adapter_config.json"
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -122,7 +121,7 @@ def adapter_problems(folder: Path) -> list[str]:
         settings = json.loads((folder / ADAPTER_CONFIG).read_text())
     except (OSError, json.JSONDecodeError) as error:
         return [f"{folder / ADAPTER_CONFIG} cannot be read ({error}); save the adapter again"]
-    weights = folder / "adapter_model.safetensors"
+    weights = folder / ADAPTER_WEIGHTS
     if not weights.is_file():
         return [f"{folder} has no adapter_model.safetensors; pickled adapters are refused"]
     try:

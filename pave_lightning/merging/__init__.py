@@ -13,25 +13,44 @@ from pave_lightning.merging.base import (
     methods,
     register,
 )
+from pave_lightning.merging.core_space import CoreSpace
 from pave_lightning.merging.dare import Dare, DareOptions, DareTies, DareTiesOptions, DroppedTaskVectors, kept_elements
+from pave_lightning.merging.dc_merge import DcMerge
+from pave_lightning.merging.devec import DeVec
 from pave_lightning.merging.emr import Emr
 from pave_lightning.merging.evidence import Evidence, Need
+from pave_lightning.merging.feature_calibration import FeatureCalibration
+from pave_lightning.merging.isotropic import IsoC, IsoCts
+from pave_lightning.merging.knots import Knots
 from pave_lightning.merging.matrices import MatrixMethod, MatrixOptions
-from pave_lightning.merging.modulators import Modulator, PackedMasks
+from pave_lightning.merging.modulators import LowRank, Modulator, ModulatorWriter
+from pave_lightning.merging.peft_combinations import PeftCombination
+from pave_lightning.merging.regmean_blocks import RegMeanBlocks
+from pave_lightning.merging.robust_merge import RobustMerge
 from pave_lightning.merging.running import MergedVectors, merge, merge_per_task, merge_static
+from pave_lightning.merging.sequential import SequentialMethod
 from pave_lightning.merging.task_arithmetic import TaskArithmetic
 from pave_lightning.merging.ties import Ties
+from pave_lightning.merging.tsv import TsvCompress, TsvMerge
 
 __all__ = [
     "Average",
+    "CoreSpace",
     "Cost",
     "Dare",
     "DareOptions",
     "DareTies",
     "DareTiesOptions",
+    "DcMerge",
+    "DeVec",
     "DroppedTaskVectors",
     "Emr",
     "Evidence",
+    "FeatureCalibration",
+    "IsoC",
+    "IsoCts",
+    "Knots",
+    "LowRank",
     "MatrixMethod",
     "MatrixOptions",
     "MergeMethod",
@@ -39,12 +58,18 @@ __all__ = [
     "MethodOptions",
     "Modulated",
     "Modulator",
+    "ModulatorWriter",
     "Need",
-    "PackedMasks",
+    "PeftCombination",
     "PerTaskMethod",
+    "RegMeanBlocks",
+    "RobustMerge",
+    "SequentialMethod",
     "StaticMethod",
     "TaskArithmetic",
     "Ties",
+    "TsvCompress",
+    "TsvMerge",
     "kept_elements",
     "make_method",
     "merge",

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-import torch
-from torch import Tensor
-
-from pave_lightning.merging.base import StaticMethod, register
-from pave_lightning.weights import Parameter
+from pave_lightning.merging.base import register
+from pave_lightning.merging.sequential import RunningMean
 
 
 @register("average")
-class Average(StaticMethod):
+class Average(RunningMean):
     r"""The mean of the experts' weights, :math:`W = W_0 + \frac{1}{T} \sum_t \tau_t`.
 
     Cost: one addition a weight and task. Source: Wortsman et al., *Model soups*, 2022 (arXiv 2203.05482), used across
@@ -22,7 +17,3 @@ class Average(StaticMethod):
     summary = "mean of the experts' weights"
     source = "Wortsman et al. 2022, arXiv 2203.05482"
     elementwise = True
-
-    def merge(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
-        """The mean of the task vectors."""
-        return torch.stack(list(vectors.values())).mean(dim=0)

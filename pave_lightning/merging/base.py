@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, Literal, TypeVar
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pave_lightning.errors import PaveError, Problems, nearest
 from pave_lightning.merging.evidence import Evidence, Need
+from pave_lightning.merging.modulators import LowRank
 from pave_lightning.weights import Parameter, TaskVectors
 
 ENTRY_POINTS = "pave_lightning.methods"
@@ -127,21 +128,24 @@ class StaticMethod(MergeMethod):
 
 @dataclass(frozen=True)
 class Modulated:
-    """A parameter that all tasks share, and which of its elements each task uses.
+    """A parameter that all tasks share, and what each task keeps beside it; a task may lack either.
 
     Attributes:
         shared: the unified task vector, float32.
-        masks: for each task a bool tensor of the same shape.
+        masks: for a task a bool tensor of the same shape: which elements it uses; all of them where it has none.
+        factors: for a task what it adds to that, as a product of low rank; only from rules that see whole parameters.
     """
 
     shared: Tensor
-    masks: dict[str, Tensor]
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    factors: dict[str, LowRank] = field(default_factory=dict)
 
 
 class PerTaskMethod(MergeMethod):
-    """A rule that shares one unified task vector, and keeps for each task a mask over it and one rescaling factor.
+    """A rule that shares one unified task vector, and keeps for each task what makes it the task's own.
 
-    The weights of task t are ``base + rescale_t * mask_t * unified``.
+    The weights of task t are ``base + rescale_t * (mask_t * unified + left_t @ right_t)``: a mask over what is shared,
+    an addition of low rank, one factor; a rule may do without masks or without additions.
     """
 
     form = "per-task"

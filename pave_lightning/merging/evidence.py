@@ -9,14 +9,22 @@ from enum import StrEnum
 from torch import Tensor
 
 from pave_lightning.errors import PaveError
+from pave_lightning.merging.passes import ForwardPasses
 from pave_lightning.statistics import TaskStatistics
-from pave_lightning.weights import Parameter, TaskVectors
+from pave_lightning.statistics.gradients import GradientKind, TaskGradients
+from pave_lightning.weights import Parameter, ParameterKind, TaskVectors
 
 
 class Need(StrEnum):
     """What a rule needs besides the weights."""
 
     INPUT_MOMENTS = "input moments"
+    LOW_RANK = "low-rank adapters"
+    NORM_MOMENTS = "norm moments"
+    UNLABELLED_EXAMPLES = "unlabelled examples"
+    ANCHOR = "an anchor"
+    FISHER = "Fisher information"
+    GRADIENTS = "labelled gradients"
 
 
 @dataclass(frozen=True)
@@ -25,9 +33,38 @@ class Evidence:
 
     Attributes:
         statistics: what each task's expert saw, from `PaveCallback`; layers by their names inside the backbone.
+        passes: what is needed to run models on the tasks' examples.
+        anchor: the task vector of a model that was merged before, scaled, by names of parameters.
+        fisher: each task's Fisher information at its expert's weights.
+        gradients: each task's mean absolute gradients at the base's weights.
     """
 
     statistics: Mapping[str, TaskStatistics] = field(default_factory=dict)
+    passes: ForwardPasses | None = None
+    anchor: Mapping[str, Tensor] | None = None
+    fisher: Mapping[str, TaskGradients] = field(default_factory=dict)
+    gradients: Mapping[str, TaskGradients] = field(default_factory=dict)
+
+    @property
+    def forward_passes(self) -> ForwardPasses:
+        """What is needed to run models.
+
+        Raises:
+            PaveError: nothing was given.
+        """
+        if self.passes is None:
+            raise PaveError("this rule runs the models on unlabelled examples, but none were given")
+        return self.passes
+
+    def anchor_vector(self, parameter: Parameter) -> Tensor:
+        """The anchor's task vector of a parameter (float32).
+
+        Raises:
+            PaveError: there is no anchor, or it lacks the parameter.
+        """
+        if self.anchor is None or parameter.name not in self.anchor:
+            raise PaveError(f"the anchor, a model that was merged before, has no {parameter.name}")
+        return self.anchor[parameter.name]
 
     def input_moment(self, task: str, parameter: Parameter) -> Tensor | None:
         """The second moment ``C = X^T X / n`` of a matrix weight's input inside the task's expert.
@@ -54,10 +91,73 @@ class Evidence:
             )
         return moment.double()
 
+    def input_moments(self, tasks: Collection[str], parameter: Parameter) -> Iterator[tuple[str, Tensor]]:
+        """Tasks whose examples reached the layer of a matrix weight, each with its `input_moment`, one at a time."""
+        for task in tasks:
+            moment = self.input_moment(task, parameter)
+            if moment is not None:
+                yield task, moment
+
+    def norm_moment(self, task: str, parameter: Parameter) -> Tensor | None:
+        """The mean square of what a norm's scale multiplies, channel by channel, inside the task's expert.
+
+        Args:
+            task: the task.
+            parameter: the scale of a norm.
+
+        Returns:
+            Shape ``(d,)``, float64; None where no example reached the norm, or its form is not one that is captured.
+
+        Raises:
+            PaveError: what was captured has another width.
+        """
+        norms = self.statistics[task].norms
+        if parameter.layer not in norms:
+            return None
+        squares = norms[parameter.layer].squares
+        if tuple(squares.shape) != parameter.shape:
+            raise PaveError(
+                f"task '{task}': the norm moment of {parameter.layer} is {list(squares.shape)}, expected "
+                f"{list(parameter.shape)}; capture the statistics of this very expert again"
+            )
+        return squares.double()
+
+    def fisher_information(self, task: str, parameter: Parameter, rows: slice | None = None) -> Tensor:
+        """The diagonal of a task's Fisher information at its expert's weights, float32, of the parameter's shape.
+
+        Args:
+            task: the task.
+            parameter: any parameter.
+            rows: rows of its first axis; all of them where none are named.
+        """
+        return self.fisher[task].read(parameter.name, rows)
+
+    def absolute_gradient(self, task: str, parameter: Parameter, rows: slice | None = None) -> Tensor:
+        """The mean magnitude of a task's gradient at the base's weights; arguments as in `fisher_information`."""
+        return self.gradients[task].read(parameter.name, rows)
+
     def lacking(self, needs: Collection[Need], vectors: TaskVectors) -> Iterator[str]:
         """What of the needs is not there, one line a task, with what to do about it."""
         if Need.INPUT_MOMENTS in needs:
             yield from self._lacking_moments(vectors)
+        if Need.LOW_RANK in needs:
+            for task in vectors.tasks:
+                reason = vectors.without_factors(task)
+                if reason is not None:
+                    yield f"task '{task}' has no low-rank adapters: {reason}"
+        if Need.NORM_MOMENTS in needs:
+            yield from self._lacking_norms(vectors)
+        if Need.UNLABELLED_EXAMPLES in needs:
+            batches = {} if self.passes is None else self.passes.batches
+            for task in vectors.tasks:
+                if not batches.get(task):
+                    yield f"task '{task}': unlabelled examples are needed, but none were given"
+        if Need.ANCHOR in needs and self.anchor is None:
+            yield "a model that was merged before is needed as anchor; name its merge step with the key 'anchor'"
+        if Need.FISHER in needs:
+            yield from _lacking_gradients(self.fisher, Need.FISHER, "fisher", vectors)
+        if Need.GRADIENTS in needs:
+            yield from _lacking_gradients(self.gradients, Need.GRADIENTS, "absolute", vectors)
 
     def _lacking_moments(self, vectors: TaskVectors) -> Iterator[str]:
         matrices = [parameter for parameter in vectors.parameters if parameter.is_matrix]
@@ -73,6 +173,31 @@ class Evidence:
                     f"{reduced[0]}, but reduced ones were captured; set capture.moments: input"
                 )
 
+    def _lacking_norms(self, vectors: TaskVectors) -> Iterator[str]:
+        scales = [parameter.layer for parameter in vectors.parameters if parameter.kind is ParameterKind.NORM_SCALE]
+        for task in vectors.tasks if scales else ():
+            if task not in self.statistics:
+                yield f"task '{task}' has no captured statistics; run `pave capture`"
+            elif not self.statistics[task].norms:
+                yield (
+                    f"task '{task}': the moments of what {len(scales)} norms scale are needed, such as {scales[0]}, but "
+                    "none were captured; set capture.norms: true"
+                )
+
 
 def _whole(statistics: TaskStatistics, layer: str) -> bool:
     return statistics.kind(layer) in ("input", "rows")
+
+
+def _lacking_gradients(
+    given: Mapping[str, TaskGradients], need: Need, kind: GradientKind, vectors: TaskVectors
+) -> Iterator[str]:
+    shapes = {parameter.name: parameter.shape for parameter in vectors.parameters}
+    for task in vectors.tasks:
+        if task not in given:
+            yield f"task '{task}': {need} is needed, but was not captured; run `pave capture`"
+        elif given[task].kind != kind:
+            yield f"task '{task}': {need} is needed (kind '{kind}'), found gradients of kind '{given[task].kind}'"
+        else:
+            for misfit in given[task].misfits(shapes):
+                yield f"task '{task}': {need} does not fit: {misfit}; capture it again for these experts"

@@ -17,8 +17,9 @@ from transformers import AutoConfig, AutoTokenizer
 from pave_lightning.errors import PaveError, nearest
 from pave_lightning.merging.base import MergeMethod, PerTaskMethod, StaticMethod
 from pave_lightning.merging.evidence import Evidence
-from pave_lightning.merging.modulators import Modulator, PackedMasks
+from pave_lightning.merging.modulators import Modulator, ModulatorWriter
 from pave_lightning.merging.running import merge_per_task, merge_static, within
+from pave_lightning.merging.sequential import SequentialMethod
 from pave_lightning.weights import Architecture, Checkpoint, Parameter, ShardWriter, TaskVectors, locate_model
 from pave_lightning.weights.architecture import backbone_of, empty_classifier
 from pave_lightning.weights.memory import freed_memory_returned
@@ -76,15 +77,17 @@ def write_merged(
     written = set()
     factor = 1.0 if scale is None else scale
     if isinstance(method, PerTaskMethod):
-        masks = {task: PackedMasks() for task in source.tasks}
+        kept = {task: ModulatorWriter() for task in source.tasks}
         for parameter, modulated in merge_per_task(method, source, evidence):
             writer.add(parameter.name, _added(source, parameter, modulated.shared))
             written.add(parameter.name)
             for task, mask in modulated.masks.items():
-                masks[task].add(parameter.name, mask)
+                kept[task].add_mask(parameter.name, mask)
+            for task, factors in modulated.factors.items():
+                kept[task].add_factors(parameter.name, factors)
         (folder / "modulators").mkdir()
         for task, rescaler in method.rescalers().items():
-            masks[task].save(folder / "modulators" / f"{task}.safetensors", factor * rescaler)
+            kept[task].save(folder / "modulators" / f"{task}.safetensors", factor * rescaler)
     elif isinstance(method, StaticMethod):
         known = None if merged is None else ((p, merged[p.name]) for p in source.parameters)
         pairs: Iterable[tuple[Parameter, Tensor]] = merge_static(method, source, evidence) if known is None else known
@@ -95,7 +98,7 @@ def write_merged(
         if name not in written:
             writer.add(name, context.base.tensor(name))
     writer.close()
-    _write_surroundings(folder, method, context)
+    _write_surroundings(folder, method, context, scale)
 
 
 def _added(source: TaskVectors, parameter: Parameter, vector: Tensor, factor: float = 1.0) -> Tensor:
@@ -106,7 +109,7 @@ def _added(source: TaskVectors, parameter: Parameter, vector: Tensor, factor: fl
     return result
 
 
-def _write_surroundings(folder: Path, method: MergeMethod, context: MergeContext) -> None:
+def _write_surroundings(folder: Path, method: MergeMethod, context: MergeContext, scale: float | None) -> None:
     first = next(iter(context.experts.values())).folder
     config = AutoConfig.from_pretrained(context.base.folder)
     config.architectures = [type(backbone_of(empty_classifier(first))).__name__]
@@ -123,6 +126,8 @@ def _write_surroundings(folder: Path, method: MergeMethod, context: MergeContext
         save_file({name: tensor.contiguous() for name, tensor in head.items()}, target / HEAD_FILE)
         AutoConfig.from_pretrained(expert.folder).save_pretrained(target)
     facts = {"method": method.name, "form": method.form, "base": context.base_reference, **context.facts}
+    if isinstance(method, SequentialMethod) and scale != 0:
+        facts["sequential"] = method.state(scale)
     (folder / FACTS_FILE).write_text(json.dumps(facts, indent=2))
 
 
@@ -131,7 +136,7 @@ def load_merged(folder: str | Path, task: str, base: str | None = None) -> nn.Mo
 
     Args:
         folder: a merged folder as `write_merged` left it.
-        task: the task whose head (and for per-task models, whose masks) are used.
+        task: the task whose head is used, and for per-task models what else is kept for it.
         base: the base model, for per-task models only; the one named in the folder where nothing is given.
 
     Returns:

@@ -1,9 +1,10 @@
-"""What per-task merging keeps for each task: bit masks and a scalar, packed in one safetensors file."""
+"""What per-task merging keeps for each task: bit masks, low-rank factors and a scalar, in one safetensors file."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,25 +29,59 @@ def unpack_mask(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(bits.astype(bool)).reshape(shape)
 
 
-class PackedMasks:
-    """The masks of one task, packed as they come: one bit an element in memory too."""
+@dataclass(frozen=True)
+class LowRank:
+    """A task's own addition to a shared parameter, as the product of two factors, float32.
+
+    Attributes:
+        left: shape ``(m, k)``.
+        right: shape ``(k, n)``.
+    """
+
+    left: Tensor
+    right: Tensor
+
+    def tensor(self, shape: torch.Size | tuple[int, ...]) -> Tensor:
+        """The product in the shape of the parameter, which has ``m * n`` elements."""
+        return (self.left @ self.right).reshape(shape)
+
+
+def modulated(shared: Tensor, mask: Tensor | None, factors: LowRank | None, rescaler: float) -> Tensor:
+    """A task's own task vector: rescaler * (mask * shared + left @ right); no mask and no factors change nothing."""
+    own = shared if mask is None else shared * mask
+    if factors is not None:
+        own = own + factors.tensor(own.shape)
+    return own * rescaler
+
+
+class ModulatorWriter:
+    """What one task keeps, packed as it comes: masks take one bit an element in memory too."""
 
     def __init__(self) -> None:
-        self._packed: dict[str, Tensor] = {}
-        self._shapes: dict[str, list[int]] = {}
+        self._tensors: dict[str, Tensor] = {}
+        self._masks: dict[str, list[int]] = {}
+        self._factors: list[str] = []
 
-    def add(self, name: str, mask: Tensor) -> None:
+    def add_mask(self, name: str, mask: Tensor) -> None:
         """Take in the bool mask of one parameter."""
-        self._packed[name] = pack_mask(mask)
-        self._shapes[name] = list(mask.shape)
+        self._tensors[name] = pack_mask(mask)
+        self._masks[name] = list(mask.shape)
+
+    def add_factors(self, name: str, factors: LowRank) -> None:
+        """Take in the factors of one parameter."""
+        for side, tensor in zip(_sides(name), (factors.left, factors.right), strict=True):
+            self._tensors[side] = tensor.contiguous()
+        self._factors.append(name)
 
     def save(self, path: Path, rescaler: float) -> None:
-        """Write the packed masks, their shapes and the task's rescaling factor as safetensors."""
-        save_file(self._packed, path, metadata={"shapes": json.dumps(self._shapes), "rescaler": repr(rescaler)})
+        """Write everything and the task's rescaling factor as safetensors."""
+        metadata = {"shapes": self._masks, "factors": self._factors}
+        text = {key: json.dumps(value) for key, value in metadata.items()}
+        save_file(self._tensors, path, metadata=text | {"rescaler": repr(rescaler)})
 
 
 class Modulator:
-    """A task's masks and rescaling factor, read lazily.
+    """What one task keeps, read lazily; iterating gives the names of the parameters that are the task's own.
 
     Attributes:
         rescaler: the factor of the task.
@@ -60,15 +95,27 @@ class Modulator:
             file: Any = safe_open(path, framework="pt")
             metadata: dict[str, str] = file.metadata() or {}
             self._file = file
-            self._shapes = {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}
+            self._masks = {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}
+            self._factors = dict.fromkeys(json.loads(metadata.get("factors", "[]")))
             self.rescaler = float(metadata["rescaler"])
         except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise PaveError(f"{path} is no readable file of task masks ({error}); merge again") from error
+            raise PaveError(f"{path} is no readable file of what a task keeps ({error}); merge again") from error
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._shapes)
+        return iter(self._masks | self._factors)
 
     def apply(self, name: str, unified: Tensor) -> Tensor:
-        """The task's own task vector of that parameter: rescaler * mask * unified."""
-        mask = unpack_mask(self._file.get_tensor(name), self._shapes[name])
-        return unified * mask * self.rescaler
+        """The task's own task vector of that parameter: rescaler * (mask * unified + left @ right)."""
+        mask = unpack_mask(self._file.get_tensor(name), self._masks[name]) if name in self._masks else None
+        factors = None
+        if name in self._factors:
+            factors = LowRank(*(self._file.get_tensor(side) for side in _sides(name)))
+        return modulated(unified, mask, factors, self.rescaler)
+
+
+def _sides(name: str) -> tuple[str, str]:
+    """Under which names a parameter's two factors are stored; no parameter's name holds a colon."""
+    return f"left:{name}", f"right:{name}"
+
+
+PackedMasks = ModulatorWriter  # the name under which `pave_lightning.merging` still exports it

@@ -12,22 +12,35 @@ from torch import Tensor
 from pave_lightning.errors import PaveError
 from pave_lightning.merging.base import MergeMethod, Modulated, PerTaskMethod, StaticMethod
 from pave_lightning.merging.evidence import Evidence
+from pave_lightning.merging.modulators import LowRank, modulated
 from pave_lightning.weights import Parameter, TaskVectors
 
 
 @dataclass
 class MergedVectors:
-    """The result of a rule: one merged task vector, and for per-task rules the masks and factors of every task.
+    """The result of a rule: one merged task vector, and for per-task rules what every task keeps.
 
     Attributes:
         vectors: merged (or unified) task vector of each parameter, float32.
-        masks: for each task and parameter a bool tensor; empty for static rules.
+        masks: for each task a bool tensor of each parameter that it masks; empty for static rules.
+        factors: for each task its low-rank addition to each parameter that has one; empty for static rules.
         rescalers: the factor of each task; empty for static rules.
     """
 
     vectors: dict[str, Tensor] = field(default_factory=dict)
     masks: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    factors: dict[str, dict[str, LowRank]] = field(default_factory=dict)
     rescalers: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def per_task(self) -> bool:
+        """Whether tasks have weights of their own."""
+        return bool(self.masks or self.factors)
+
+    def own(self, task: str, name: str) -> Tensor:
+        """A parameter's task vector as the task uses it, before scaling."""
+        mask, factors = self.masks.get(task, {}).get(name), self.factors.get(task, {}).get(name)
+        return modulated(self.vectors[name], mask, factors, self.rescalers.get(task, 1.0))
 
 
 def merge_static(
@@ -55,14 +68,14 @@ def _merged(method: StaticMethod, source: TaskVectors) -> Iterator[tuple[Paramet
     for parameter in source.parameters:
         merged = torch.empty(parameter.shape)
         for rows in _blocks(method, source, parameter):
-            merged[within(rows)] = method.merge(parameter, *_read(source, parameter, rows))
+            merged[within(rows)] = method.merge(parameter, *source.read(parameter, rows))
         yield parameter, merged
 
 
 def merge_per_task(
     method: PerTaskMethod, source: TaskVectors, evidence: Evidence | None = None
 ) -> Iterator[tuple[Parameter, Modulated]]:
-    """Yield the unified task vector and the masks of one parameter after the other; arguments as in `merge_static`.
+    """Yield what is shared and what each task keeps of one parameter after the other; arguments as in `merge_static`.
 
     Raises:
         PaveError: there is nothing to merge, or the rule cannot merge it.
@@ -70,13 +83,15 @@ def merge_per_task(
     _begin(method, source, evidence)
     for parameter in source.parameters:
         shared = torch.empty(parameter.shape)
-        masks = {task: torch.empty(parameter.shape, dtype=torch.bool) for task in source.tasks}
+        masks: dict[str, Tensor] = {}
+        factors: dict[str, LowRank] = {}
         for rows in _blocks(method, source, parameter):
-            part = method.merge(parameter, *_read(source, parameter, rows))
+            part = method.merge(parameter, *source.read(parameter, rows))
             shared[within(rows)] = part.shared
             for task, mask in part.masks.items():
-                masks[task][within(rows)] = mask
-        yield parameter, Modulated(shared, masks)
+                masks.setdefault(task, torch.empty(parameter.shape, dtype=torch.bool))[within(rows)] = mask
+            factors |= part.factors
+        yield parameter, Modulated(shared, masks, factors)
 
 
 def merge(method: MergeMethod, source: TaskVectors, evidence: Evidence | None = None) -> MergedVectors:
@@ -89,11 +104,13 @@ def merge(method: MergeMethod, source: TaskVectors, evidence: Evidence | None = 
     """
     result = MergedVectors()
     if isinstance(method, PerTaskMethod):
-        result.masks = {task: {} for task in source.tasks}
-        for parameter, modulated in merge_per_task(method, source, evidence):
-            result.vectors[parameter.name] = modulated.shared
-            for task, mask in modulated.masks.items():
+        result.masks, result.factors = {task: {} for task in source.tasks}, {task: {} for task in source.tasks}
+        for parameter, part in merge_per_task(method, source, evidence):
+            result.vectors[parameter.name] = part.shared
+            for task, mask in part.masks.items():
                 result.masks[task][parameter.name] = mask
+            for task, factors in part.factors.items():
+                result.factors[task][parameter.name] = factors
         result.rescalers = method.rescalers()
     elif isinstance(method, StaticMethod):
         result.vectors = {parameter.name: merged for parameter, merged in merge_static(method, source, evidence)}
@@ -115,9 +132,3 @@ def within(rows: slice | None) -> slice | EllipsisType:
 
 def _blocks(method: MergeMethod, source: TaskVectors, parameter: Parameter) -> Iterable[slice | None]:
     return source.blocks(parameter) if method.in_blocks(parameter) else [None]
-
-
-def _read(source: TaskVectors, parameter: Parameter, rows: slice | None) -> tuple[Tensor, dict[str, Tensor]]:
-    """Base and task vectors of one parameter, whole or of one block of its rows."""
-    base = source.base(parameter, rows)
-    return base, {task: source.expert(task, parameter, rows) - base for task in source.tasks}

@@ -270,14 +270,16 @@ def _looks(lines: Sequence[Line], panelled: str) -> dict[str, Look]:
         field: list(dict.fromkeys(line.cell[field] for line in lines if line.cell[field] is not None))
         for field in fields
     }
-    merged = [line for line in lines if line.form != "expert"] or list(lines)
+    merged = [line for line in lines if line.form != "expert"]
+    beside_merged = bool(merged)
+    merged = merged or list(lines)
     varying = [field for field in fields if len({line.cell[field] for line in merged} - {None}) > 1]
     others = [tuple(line.cell[field] for field in varying[1:]) for line in lines]
     known = list(dict.fromkeys(other for other in others if None not in other))
     looks = {}
     for line, other in zip(lines, others, strict=True):
         colour = COLOURS.get(line.vectors, COLOURS[""])
-        if line.form == "expert" and panelled != "model":
+        if line.form == "expert" and panelled != "model" and beside_merged:
             colour = EXPERT_COLOUR
         elif varying and line.cell[varying[0]] is not None:
             colour = LINE_COLOURS[values[varying[0]].index(line.cell[varying[0]]) % len(LINE_COLOURS)]

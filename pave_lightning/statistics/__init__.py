@@ -1,7 +1,17 @@
 """What the layers of one expert have seen: accumulated, reduced over processes, merged, saved and loaded."""
 
+from pave_lightning.statistics.norm_moment import NormMoment, NormSquares
 from pave_lightning.statistics.second_moment import LayerMoment, Moments, SecondMoment, captured_kind
 from pave_lightning.statistics.storage import TaskStatistics
 from pave_lightning.subspace import MomentKind
 
-__all__ = ["LayerMoment", "MomentKind", "Moments", "SecondMoment", "TaskStatistics", "captured_kind"]
+__all__ = [
+    "LayerMoment",
+    "MomentKind",
+    "Moments",
+    "NormMoment",
+    "NormSquares",
+    "SecondMoment",
+    "TaskStatistics",
+    "captured_kind",
+]

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pave_lightning.errors import PaveError, nearest
+from pave_lightning.statistics.norm_moment import NormMoment
 from pave_lightning.statistics.second_moment import LayerMoment
 from pave_lightning.subspace import MomentKind
 
@@ -22,6 +23,8 @@ from pave_lightning.subspace import MomentKind
 HEADER_KEY = "pave_lightning.statistics"
 # 2 adds kinds 'rows' and 'output', and how many rows there were.
 FORMAT_VERSION = 2
+# Norms are stored beside the layers' matrices under their own names with this before them.
+NORM_PREFIX = "norm:"
 
 
 @dataclass(frozen=True)
@@ -39,23 +42,34 @@ class TaskStatistics(Mapping[str, LayerMoment]):
     """Layer name -> moment, over the data of one task.
 
     Layers that read the same input (query, key and value) share one moment, in memory and on disk. Statistics that were
-    loaded read a layer's matrix anew each time it is asked for and keep nothing of it.
+    loaded read a layer's matrix anew each time it is asked for and keep nothing of it. As a mapping the statistics are
+    those of the matrix layers alone; those of norms, which not every capture takes, are in ``norms``.
 
     Args:
         moments: layer name -> moment. Layers whose ``matrix`` is the same tensor object share it.
         examples: how many examples (sequences, images) were seen.
         metadata: free-form strings to be kept with the statistics.
+        norms: name of a norm -> mean squares of what its scale multiplies.
 
     Attributes:
         examples: how many examples were seen.
         metadata: the free-form strings.
+        norms: the mean squares by name of the norm, in alphabetical order; empty where none were captured.
 
     Raises:
-        PaveError: a moment is not a float32 matrix, its kind and shape do not fit, or it counts more rows than it saw.
+        PaveError: a moment is not a float32 matrix, or that of a norm not a float32 vector; its kind and shape do not
+            fit, or it counts more rows than it saw.
     """
 
+    norms: Mapping[str, NormMoment]
+
     def __init__(
-        self, moments: Mapping[str, LayerMoment], *, examples: int, metadata: Mapping[str, str] | None = None
+        self,
+        moments: Mapping[str, LayerMoment],
+        *,
+        examples: int,
+        metadata: Mapping[str, str] | None = None,
+        norms: Mapping[str, NormMoment] | None = None,
     ) -> None:
         self.examples = examples
         self.metadata = dict(metadata or {})
@@ -70,6 +84,9 @@ class TaskStatistics(Mapping[str, LayerMoment]):
             self._entries[name] = _Entry(owner, moment.kind, moment.rows, _seen(moment), (height, width))
             if self._entries[name] != self._entries[owner]:
                 raise PaveError(f"layers '{owner}' and '{name}' share a matrix but differ in kind or number of rows")
+        self.norms = {name: norms[name] for name in sorted(norms)} if norms else {}
+        for name, norm in self.norms.items():
+            _check_norm(name, norm)
 
     @classmethod
     def load(cls, path: Path | str) -> TaskStatistics:
@@ -92,6 +109,7 @@ class TaskStatistics(Mapping[str, LayerMoment]):
             seen = entry.get("seen", entry["rows"])  # format 1 counted all rows
             shape = shapes[entry["owner"]]
             statistics._entries[name] = _Entry(entry["owner"], entry["kind"], entry["rows"], seen, shape)
+        statistics.norms = _StoredNorms(file, header.get("norms", {}))
         return statistics
 
     def save(self, path: Path | str) -> None:
@@ -118,11 +136,15 @@ class TaskStatistics(Mapping[str, LayerMoment]):
             "layers": layers,
             "metadata": self.metadata,
         }
+        norms = dict(self.norms)
+        if norms:  # files without norms keep their bytes
+            header["norms"] = {name: {"rows": norm.rows, "seen": _seen(norm)} for name, norm in norms.items()}
         owners = sorted({entry.owner for entry in self._entries.values()})
-        matrices = {owner: self[owner].matrix.contiguous() for owner in owners}
+        tensors = {owner: self[owner].matrix.contiguous() for owner in owners}
+        tensors |= {NORM_PREFIX + name: norm.squares.clone().contiguous() for name, norm in norms.items()}
         temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
         try:
-            save_file(matrices, temporary, metadata={HEADER_KEY: json.dumps(header, sort_keys=True)})
+            save_file(tensors, temporary, metadata={HEADER_KEY: json.dumps(header, sort_keys=True)})
             with temporary.open("rb+") as written:
                 os.fsync(written.fileno())
             temporary.replace(file)
@@ -181,7 +203,27 @@ class TaskStatistics(Mapping[str, LayerMoment]):
             raise KeyError(f"no statistics for layer '{layer}': {nearest(layer, self.layers())}") from None
 
 
-def _seen(moment: LayerMoment) -> int:
+class _StoredNorms(Mapping[str, NormMoment]):
+    """The norms of a file, each read when it is asked for."""
+
+    def __init__(self, file: Path, entries: Mapping[str, Mapping[str, int]]) -> None:
+        self._file, self._entries = file, {name: entries[name] for name in sorted(entries)}
+
+    def __getitem__(self, name: str) -> NormMoment:
+        entry = self._entries[name]
+        return NormMoment(_read_matrix(self._file, NORM_PREFIX + name), entry["rows"], entry["seen"])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+
+def _seen(moment: LayerMoment | NormMoment) -> int:
     return moment.rows if moment.seen is None else moment.seen
 
 
@@ -197,12 +239,25 @@ def _check_moment(name: str, moment: LayerMoment) -> None:
         raise PaveError(f"layer '{name}': {problem}")
 
 
+def _check_norm(name: str, norm: NormMoment) -> None:
+    if norm.squares.dtype != torch.float32 or norm.squares.ndim != 1:
+        found = f"{norm.squares.dtype} of shape {tuple(norm.squares.shape)}"
+        raise PaveError(f"norm '{name}': expected a float32 vector, found {found}")
+    problem = _miscounted(norm.rows, _seen(norm))
+    if problem:
+        raise PaveError(f"norm '{name}': {problem}")
+
+
 def _misfit(kind: MomentKind, shape: tuple[int, ...], rows: int, seen: int) -> str | None:
     """What is wrong with the shape of a moment, or with its numbers of rows."""
     if kind in ("input", "output") and shape[0] != shape[1]:
         return f"expected a square matrix for kind '{kind}', found shape {shape}"
     if kind == "rows" and shape[0] != rows:
         return f"expected {rows} rows for kind 'rows', found shape {shape}"
+    return _miscounted(rows, seen)
+
+
+def _miscounted(rows: int, seen: int) -> str | None:
     if not 0 < rows <= seen:
         return f"expected at least one row and no more than were seen, found {rows} of {seen}"
     return None
@@ -230,6 +285,9 @@ def _read_header(file: Path) -> tuple[dict[str, Any], dict[str, tuple[int, int]]
             kind, rows, shape = entry["kind"], entry["rows"], shapes[entry["owner"]]
             known = kind in get_args(MomentKind) and len(shape) == 2
             well_formed = well_formed and known and not _misfit(kind, shape, rows, entry.get("seen", rows))
+        for name, entry in header.get("norms", {}).items():
+            one_axis = len(shapes[NORM_PREFIX + name]) == 1
+            well_formed = well_formed and one_axis and not _miscounted(entry["rows"], entry["seen"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise PaveError(f"{file} has a damaged statistics header ({error!r}): capture the statistics again") from error
     if not well_formed:

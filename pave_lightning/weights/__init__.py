@@ -1,5 +1,6 @@
 """Reading and writing model weights: lazily, one tensor at a time, safetensors only."""
 
+from pave_lightning.weights.adapters import Adapter
 from pave_lightning.weights.architecture import Architecture
 from pave_lightning.weights.checkpoint import Checkpoint, model_digest
 from pave_lightning.weights.locate import locate_model
@@ -8,6 +9,7 @@ from pave_lightning.weights.task_vectors import ExpertTaskVectors, TaskVectors, 
 from pave_lightning.weights.writing import ShardWriter
 
 __all__ = [
+    "Adapter",
     "Architecture",
     "Checkpoint",
     "ExpertTaskVectors",

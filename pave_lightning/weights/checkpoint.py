@@ -100,6 +100,11 @@ class Checkpoint:
                 f"{stored.file} changed while it was in use: {stored.name} can no longer be read ({error})"
             ) from error
 
+    def has_backbone_of(self, other: Checkpoint) -> bool:
+        """Whether every backbone tensor that both hold is the same; reads no further than the first difference."""
+        shared = [name for name in self.backbone if name in other.backbone]
+        return all(torch.equal(self.tensor(name), other.tensor(name)) for name in shared)
+
     def non_finite(self) -> list[str]:
         """Names of tensors, backbone and head, that hold NaN or infinity (reads every weight once)."""
         stored = [*self.backbone.items(), *self.head.items()]
@@ -132,8 +137,11 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def model_digest(folder: Path) -> str:
-    """What identifies a model folder: one sha256 over its weights, configuration and tokenizer files."""
-    files = sorted(file for file in folder.iterdir() if file.is_file() and file.suffix in IDENTIFYING)
+    """What identifies a model folder: one sha256 over its weights, configuration, tokenizer and adapter files."""
+    places = [folder, folder / "adapter"] if (folder / "adapter").is_dir() else [folder]
+    files = sorted(
+        file for place in places for file in place.iterdir() if file.is_file() and file.suffix in IDENTIFYING
+    )
     return hashlib.sha256("".join(f"{file.name}:{file_sha256(file)};" for file in files).encode()).hexdigest()
 
 

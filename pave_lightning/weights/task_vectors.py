@@ -5,11 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 
+import torch
 from torch import Tensor
 
 from pave_lightning.errors import PaveError, Problems
+from pave_lightning.weights.adapters import ADAPTER_CONFIG, ADAPTER_FOLDER, Adapter, adapter_folder, misfit
 from pave_lightning.weights.architecture import Architecture
-from pave_lightning.weights.checkpoint import Checkpoint, is_finite
+from pave_lightning.weights.checkpoint import FLOATING, Checkpoint, is_finite
 from pave_lightning.weights.locate import locate_model
 from pave_lightning.weights.parameters import Parameter
 
@@ -41,6 +43,26 @@ class TaskVectors(ABC):
         """The task vector: fine-tuned minus base (float32)."""
         return self.expert(task, parameter, rows) - self.base(parameter, rows)
 
+    def read(self, parameter: Parameter, rows: slice | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """What :meth:`base` and, for each task, :meth:`vector` give of one parameter, with the base read once."""
+        base = self.base(parameter, rows)
+        return base, {task: self.expert(task, parameter, rows) - base for task in self.tasks}
+
+    def factors(self, task: str, parameter: Parameter) -> tuple[Tensor, Tensor] | None:
+        """B, ``(d_out, r)``, and A, ``(r, d_in)``, both float64, whose product is the task vector as a matrix.
+
+        None where none are known: for all but the layers of a low-rank adapter.
+        """
+        return None
+
+    def scaling(self, task: str, parameter: Parameter) -> float:
+        """The factor that an adapter multiplies its product with (alpha / r); :meth:`factors` has it in B."""
+        return 1.0
+
+    def without_factors(self, task: str) -> str | None:
+        """Why no layer of a task has low-rank factors; None where some have."""
+        return "these task vectors are no products of adapters"
+
     def blocks(self, parameter: Parameter, elements: int = BLOCK_ELEMENTS) -> Iterator[slice | None]:
         """Slices of rows of at most about ``elements`` values each, so that elementwise rules need little memory."""
         if not parameter.shape or parameter.elements <= elements:
@@ -54,13 +76,17 @@ class TaskVectors(ABC):
 class ExpertTaskVectors(TaskVectors):
     """Task vectors of expert checkpoints of one base.
 
+    Where an expert's folder holds the low-rank adapter that was merged into its weights, the task vectors of the
+    adapted layers are the exact products of the factors, and not the difference of two rounded weights.
+
     Args:
         base: the base's checkpoint.
         experts: each task's checkpoint.
         architecture: the experts' architecture, which says what kind each parameter is.
 
     Raises:
-        PaveError: base and experts differ in layer names or shapes; all differences are listed, up to 20.
+        PaveError: base and experts differ in layer names or shapes, or an adapter is not that of its expert; all
+            differences are listed, up to 20.
     """
 
     def __init__(self, base: Checkpoint, experts: Mapping[str, Checkpoint], architecture: Architecture) -> None:
@@ -76,14 +102,102 @@ class ExpertTaskVectors(TaskVectors):
             for name, stored in sorted(base.backbone.items())
             if name in shared and stored.is_floating and not architecture.ignores(name)
         )
+        self._adapters: dict[str, Adapter] = {}
+        self._held: dict[str, tuple[str, tuple[Tensor, Tensor]]] = {}
+        for task, expert in experts.items():
+            folder = adapter_folder(expert.folder)
+            if folder is not None:
+                self._adapters[task] = Adapter(folder, architecture.prefix)
+                problems.extend(f"task '{task}': {problem}" for problem in self._adapter_problems(task, architecture))
+        problems.raise_if_any()
 
     def base(self, parameter: Parameter, rows: slice | None = None) -> Tensor:
         """The base's tensor (float32)."""
         return self._finite(self._base, parameter, rows)
 
     def expert(self, task: str, parameter: Parameter, rows: slice | None = None) -> Tensor:
-        """The fine-tuned tensor (float32)."""
+        """The fine-tuned tensor as it is stored (float32)."""
         return self._finite(self._experts[task], parameter, rows)
+
+    def vector(self, task: str, parameter: Parameter, rows: slice | None = None) -> Tensor:
+        """The task vector (float32): the product of the adapter's factors, or fine-tuned minus base."""
+        return self._vector(task, parameter, rows, None)
+
+    def read(self, parameter: Parameter, rows: slice | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """What :meth:`base` and :meth:`vector` give, with the base read once."""
+        base = self.base(parameter, rows)
+        return base, {task: self._vector(task, parameter, rows, base) for task in self.tasks}
+
+    def factors(self, task: str, parameter: Parameter) -> tuple[Tensor, Tensor] | None:
+        """B and A of an adapted layer (float64), None for all other parameters."""
+        if not self._adapts(task, parameter):
+            return None
+        # The blocks of one parameter follow each other, and each would open the adapter's file again.
+        name, found = self._held.get(task, (None, None))
+        if found is None or name != parameter.name:
+            found = self._adapters[task].factors(parameter.layer)
+            self._held[task] = parameter.name, found
+        return found
+
+    def scaling(self, task: str, parameter: Parameter) -> float:
+        """The factor of an adapted layer's product, 1 for all other parameters."""
+        adapted = self._adapts(task, parameter)
+        return self._adapters[task].layers[parameter.layer].scaling if adapted else 1.0
+
+    def without_factors(self, task: str) -> str | None:
+        """Why no layer of an expert has low-rank factors; None where some have."""
+        adapter = self._adapters.get(task)
+        if adapter is None:
+            return f"{self._experts[task].folder} holds no adapter (looked for {ADAPTER_FOLDER}/{ADAPTER_CONFIG})"
+        if adapter.refusal is None and not any(self._adapts(task, parameter) for parameter in self.parameters):
+            return "its adapter is for no layer that the experts share with the base"
+        return adapter.refusal
+
+    def _adapts(self, task: str, parameter: Parameter) -> bool:
+        return parameter.is_matrix and task in self._adapters and parameter.layer in self._adapters[task].layers
+
+    def _vector(self, task: str, parameter: Parameter, rows: slice | None, base: Tensor | None) -> Tensor:
+        pair = self.factors(task, parameter)
+        if pair is None:
+            return self.expert(task, parameter, rows) - (self.base(parameter, rows) if base is None else base)
+        left, right = pair
+        if parameter.input_axis == 0:
+            return (right.T if rows is None else right.T[rows]).mm(left.T).float()
+        product = (left if rows is None else left[rows]).mm(right)
+        return product.reshape(-1, *parameter.shape[1:]).float()
+
+    def _adapter_problems(self, task: str, architecture: Architecture) -> Iterator[str]:
+        """What shows that an adapter is not the one that was merged into its expert's weights."""
+        adapter, expert = self._adapters[task], self._experts[task]
+        adapted = {parameter.layer: parameter for parameter in self.parameters if self._adapts(task, parameter)}
+        known = {parameter.layer for parameter in self.parameters}
+        known |= {name.rpartition(".")[0] for name in architecture.head}
+        private = absent_children(self._base, expert)
+        for layer, found in adapter.layers.items():
+            problem = misfit(found, adapted[layer]) if layer in adapted else None
+            if problem is not None:
+                yield f"{adapter.folder}: {problem}"
+            elif layer not in known and layer.partition(".")[0] not in private:
+                yield f"{adapter.folder}: the adapter has a layer {layer}, which the base has not"
+        # One layer tells whether adapter and weights are of one run; to read them all would double the work.
+        parameter = next((p for p in adapted.values() if misfit(adapter.layers[p.layer], p) is None), None)
+        if parameter is not None and not self._is_merged(task, parameter):
+            yield (
+                f"{adapter.folder} is not the adapter of these weights: base plus B A is not what {expert.folder} "
+                f"holds of {parameter.name}; put the right adapter there, or take this one away"
+            )
+
+    def _is_merged(self, task: str, parameter: Parameter) -> bool:
+        """Whether the stored weight is base plus product, to within rounding in the coarsest format involved."""
+        left, right = self._adapters[task].factors(parameter.layer)
+        base = parameter.as_matrix(self.base(parameter)).double()
+        weight = parameter.as_matrix(self.expert(task, parameter)).double()
+        layer = self._adapters[task].layers[parameter.layer]
+        stored = (self._base.backbone[parameter.name], self._experts[task].backbone[parameter.name])
+        formats = [FLOATING[tensor.dtype] for tensor in (*stored, layer.left, layer.right) if tensor.is_floating]
+        eps = max(torch.finfo(dtype).eps for dtype in formats)
+        rounding = 8 * eps * (base.abs() + left.abs() @ right.abs())
+        return bool(((weight - base - left @ right).abs() <= rounding).all())
 
     @staticmethod
     def _finite(checkpoint: Checkpoint, parameter: Parameter, rows: slice | None) -> Tensor:
@@ -156,6 +270,13 @@ def task_vectors(base: str, experts: Mapping[str, str]) -> ExpertTaskVectors:
     folders = {task: locate_model(reference, role=f"expert of '{task}'") for task, reference in experts.items()}
     if not folders:
         raise PaveError("no experts are given")
+    for task, folder in folders.items():
+        if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
+            raise PaveError(
+                f"expert of '{task}': {folder} is a peft adapter, no whole model; a recipe takes it as it is, but "
+                f"here it must be merged into the base first (merge_and_unload, save_pretrained); keep it beside the "
+                f"weights in a folder '{ADAPTER_FOLDER}'"
+            )
     architecture = Architecture.of_folder(next(iter(folders.values())))
     base_checkpoint = Checkpoint(locate_model(base, role="base"), architecture.prefix)
     checkpoints = {task: Checkpoint(folder, architecture.prefix) for task, folder in folders.items()}

@@ -27,12 +27,37 @@ class Expert(L.LightningModule):
         self.query, self.key = nn.Linear(4, 4), nn.Linear(4, 4)
         self.narrow = nn.Linear(4, 2)
         self.rare, self.rare_twin, self.never = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.norm, self.rare_norm, self.idle_norm = nn.LayerNorm(4), nn.LayerNorm(4), nn.LayerNorm(4)
 
     def validation_step(self, batch: Tensor, _: int) -> None:
+        self.norm(batch)
         self.narrow(self.query(batch) + self.key(batch))
         if (chosen := batch[batch[:, 0] == 0]).numel():
             self.rare(chosen)
             self.rare_twin(chosen)
+            self.rare_norm(chosen)
+
+
+class SwitchedNorm(nn.LayerNorm):
+    """May put out something else than a norm does."""
+
+    odd = False
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return 3 * super().forward(inputs) if self.odd else super().forward(inputs)
+
+
+class NormsDisagree(Expert):
+    """Its processes disagree about what one norm is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.switched = SwitchedNorm(4)
+
+    def validation_step(self, batch: Tensor, index: int) -> None:
+        super().validation_step(batch, index)
+        self.switched.odd = self.global_rank > 0
+        self.switched(batch)
 
 
 class SharesOnRankZero(Expert):
@@ -66,7 +91,7 @@ def capture(rank: int, port: str, expert: type[Expert], folder: str, rows: int) 
         "TORCHELASTIC_RUN_ID": "test",
     }
     data = examples()[rank::WORLD_SIZE]  # three examples here, two there
-    callback = PaveCallback(Path(folder) / "statistics", rows=rows)
+    callback = PaveCallback(Path(folder) / "statistics", rows=rows, norms=True)
     try:
         L.Trainer(
             accelerator="cpu",
@@ -82,7 +107,7 @@ def capture(rank: int, port: str, expert: type[Expert], folder: str, rows: int) 
         (Path(folder) / f"error{rank}").write_text(str(error))
         return
     callback.statistics.save(Path(folder) / f"rank{rank}")
-    (Path(folder) / f"unreached{rank}").write_text(" ".join(callback.unreached))
+    (Path(folder) / f"unreached{rank}").write_text(" ".join(callback.unreached + callback.unreached_norms))
 
 
 def run(expert: type[Expert], folder: Path, rows: int = 100) -> None:
@@ -101,7 +126,7 @@ def run(expert: type[Expert], folder: Path, rows: int = 100) -> None:
 
 def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
     run(Expert, tmp_path)
-    alone = PaveCallback(tmp_path / "alone")
+    alone = PaveCallback(tmp_path / "alone", norms=True)
     L.Trainer(
         accelerator="cpu",
         devices=1,
@@ -125,7 +150,19 @@ def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
             torch.testing.assert_close(together[name].matrix, expected.covariance(), rtol=1e-6, atol=1e-6)
         else:
             torch.testing.assert_close(together[name].matrix, expected.matrix, rtol=1e-6, atol=1e-6)
-    assert (tmp_path / "unreached0").read_text() == (tmp_path / "unreached1").read_text() == "never"
+    assert (tmp_path / "unreached0").read_text() == (tmp_path / "unreached1").read_text() == "never idle_norm"
+    assert list(together.norms) == list(alone.statistics.norms) == ["norm", "rare_norm"]
+    for name, rows in (("norm", 5), ("rare_norm", 1)):
+        norm, expected_norm = together.norms[name], alone.statistics.norms[name]
+        assert norm.rows == norm.seen == expected_norm.rows == rows
+        torch.testing.assert_close(norm.squares, expected_norm.squares)
+
+
+def test_a_norm_that_is_of_another_form_in_one_process_is_left_out_in_all(tmp_path: Path) -> None:
+    run(NormsDisagree, tmp_path)
+    for rank in range(WORLD_SIZE):
+        assert list(TaskStatistics.load(tmp_path / f"rank{rank}").norms) == ["norm", "rare_norm"]
+        assert (tmp_path / f"unreached{rank}").read_text() == "never idle_norm switched"
 
 
 def test_processes_share_the_cap(tmp_path: Path) -> None:
@@ -133,6 +170,7 @@ def test_processes_share_the_cap(tmp_path: Path) -> None:
     together = TaskStatistics.load(tmp_path / "statistics")
     # The first process may count one row of its three, the second all of its two.
     assert (together.rows("query"), together.seen("query")) == (3, 5)
+    assert (together.norms["norm"].rows, together.norms["norm"].seen) == (3, 5)
     mine, others = examples()[0::2].double(), examples()[1::2].double()
     possible = [(row.outer(row) + others.T @ others) / 3 for row in mine]
     found = together["query"].matrix.double()

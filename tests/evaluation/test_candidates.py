@@ -2,7 +2,7 @@ import torch
 from safetensors.torch import load_file
 
 from pave_lightning.evaluation import CheckpointCandidate, ExpertsCandidate, MergedCandidate, ModulatedCandidate
-from pave_lightning.merging import Modulator, PackedMasks
+from pave_lightning.merging.modulators import LowRank, Modulator, ModulatorWriter
 from pave_lightning.merging.running import MergedVectors
 from pave_lightning.weights import Checkpoint, task_vectors
 
@@ -12,10 +12,12 @@ def same(found, expected):
     return all(torch.equal(found[name], value) for name, value in expected.items())
 
 
-def packed(path, masks, rescaler):
-    kept = PackedMasks()
+def packed(path, masks, rescaler, factors=()):
+    kept = ModulatorWriter()
     for name, mask in masks.items():
-        kept.add(name, mask)
+        kept.add_mask(name, mask)
+    for name, pair in dict(factors).items():
+        kept.add_factors(name, pair)
     kept.save(path, rescaler)
 
 
@@ -44,6 +46,38 @@ def test_a_multiple_of_the_merged_vector(base_folder, expert_folders):
     assert candidate.shared
     assert same(dict(candidate.weights("first")), {name: value + 0.25 for name, value in base.items()})
     assert same(dict(MergedCandidate(source, merged, 0.0).weights("first")), base)
+
+
+def test_masks_factors_and_rescalers_of_a_merge_in_memory(base_folder, expert_folders):
+    source = task_vectors(str(base_folder), {task: str(folder) for task, folder in expert_folders.items()})
+    merged = MergedVectors({parameter.name: torch.ones(parameter.shape) for parameter in source.parameters})
+    masked, added = "encoder.layer.0.output.dense.weight", "encoder.layer.1.output.dense.weight"
+    mask = torch.rand(32, 64) < 0.5
+    factors = LowRank(torch.randn(32, 2), torch.randn(2, 64))
+    merged.masks = {"first": {masked: mask}, "second": {}}
+    merged.factors = {"first": {added: factors}, "second": {}}
+    merged.rescalers = {"first": 0.5, "second": 3.0}
+    candidate = MergedCandidate(source, merged, 0.25)
+    assert not candidate.shared
+    base = load_file(base_folder / "model.safetensors")
+    first, second = dict(candidate.weights("first")), dict(candidate.weights("second"))
+    assert torch.allclose(first[masked], base[masked] + 0.125 * mask)
+    assert torch.allclose(first[added], base[added] + 0.125 * (1 + factors.left @ factors.right), atol=1e-6)
+    assert all(torch.allclose(second[name], value + 0.75) for name, value in base.items())
+
+
+def test_additions_switch_with_the_task(base_folder, tmp_path):
+    base = Checkpoint(base_folder, "bert")
+    name = "encoder.layer.0.output.dense.weight"
+    factors = {task: LowRank(torch.randn(32, 2), torch.randn(2, 64)) for task in "ab"}
+    for task, pair in factors.items():
+        packed(tmp_path / f"{task}.safetensors", {}, 2.0, {name: pair})
+    modulators = {task: Modulator(tmp_path / f"{task}.safetensors") for task in factors}
+    candidate = ModulatedCandidate(base, base, modulators)
+    for task, pair in factors.items():
+        found = dict(candidate.weights(task))
+        assert torch.allclose(found.pop(name), base.tensor(name) + 2 * pair.left @ pair.right, atol=1e-6)
+        assert all(torch.equal(value, base.tensor(other)) for other, value in found.items())
 
 
 def test_masks_switch_with_the_task_and_leave_the_rest(base_folder, expert_folders, tmp_path):

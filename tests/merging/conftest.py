@@ -6,7 +6,7 @@ import torch
 
 from pave_lightning.merging import Evidence
 from pave_lightning.merging.folders import MergeContext
-from pave_lightning.statistics import LayerMoment, TaskStatistics
+from pave_lightning.statistics import LayerMoment, NormMoment, TaskStatistics
 from pave_lightning.weights import (
     Architecture,
     Checkpoint,
@@ -21,16 +21,18 @@ class ArrayVectors(TaskVectors):
     """Task vectors of plain arrays.
 
     ``elements`` forces blocks of about that size; ``matrices`` names parameters that are weights of linear layers, of
-    which those in ``transposed`` are stored as (d_in, d_out). The layer of a parameter bears its name.
+    which those in ``transposed`` are stored as (d_in, d_out). ``kinds`` says what other parameters are. With
+    ``low_rank`` the matrices have factors, of full rank. The layer of a parameter bears its name.
     """
 
-    def __init__(self, vectors, base=None, elements=None, matrices=(), transposed=()):
+    def __init__(self, vectors, base=None, elements=None, matrices=(), transposed=(), kinds=None, low_rank=False):
+        self.low_rank = low_rank
         first = next(iter(vectors.values()), {})
         self.tasks = tuple(vectors)
         self.parameters = tuple(
             Parameter(name, ParameterKind.LINEAR, np.shape(value), 0 if name in transposed else 1, name)
             if name in {*matrices, *transposed}
-            else Parameter(name, ParameterKind.OTHER, np.shape(value), None, name)
+            else Parameter(name, (kinds or {}).get(name, ParameterKind.OTHER), np.shape(value), None, name)
             for name, value in sorted(first.items())
         )
         zeros = {name: np.zeros(np.shape(value)) for name, value in first.items()}
@@ -49,6 +51,15 @@ class ArrayVectors(TaskVectors):
         tensor = self._base[parameter.name] + self._vectors[task][parameter.name]
         return tensor if rows is None else tensor[rows]
 
+    def factors(self, task, parameter):
+        if not self.low_rank or not parameter.is_matrix:
+            return None
+        matrix = parameter.as_matrix(self.vector(task, parameter)).double()
+        return matrix, torch.eye(matrix.shape[1], dtype=torch.float64)
+
+    def without_factors(self, task):
+        return None if self.low_rank else super().without_factors(task)
+
     def blocks(self, parameter, elements=None):
         wanted = elements or self._elements
         return super().blocks(parameter) if wanted is None else super().blocks(parameter, wanted)
@@ -62,9 +73,12 @@ def make_source():
 
 @pytest.fixture(scope="session")
 def make_evidence():
-    """Build evidence from ``{task: {layer: rows of inputs (n, d_in)}}``: exact second moments, stored as float32."""
+    """Build evidence from ``{task: {layer: rows of inputs (n, d_in)}}``: exact second moments, stored as float32.
 
-    def build(inputs):
+    ``norms`` holds, in the same form, the normalised activations ``(n, d)`` that the scales of norms multiply.
+    """
+
+    def build(inputs, norms=None):
         statistics = {}
         for task, layers in inputs.items():
             rows = {name: np.asarray(value, dtype=np.float64) for name, value in layers.items()}
@@ -72,7 +86,12 @@ def make_evidence():
                 name: LayerMoment("input", torch.tensor(x.T @ x / len(x), dtype=torch.float32), len(x))
                 for name, x in rows.items()
             }
-            statistics[task] = TaskStatistics(moments, examples=1)
+            scaled = {name: np.asarray(value, dtype=np.float64) for name, value in (norms or {}).get(task, {}).items()}
+            squares = {
+                name: NormMoment(torch.tensor((z**2).mean(axis=0), dtype=torch.float32), len(z))
+                for name, z in scaled.items()
+            }
+            statistics[task] = TaskStatistics(moments, examples=1, norms=squares)
         return Evidence(statistics=statistics)
 
     return build

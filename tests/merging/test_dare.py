@@ -18,6 +18,7 @@ from pave_lightning.merging import (
     merge,
     merge_static,
 )
+from pave_lightning.merging.dare import uniform_draws
 from pave_lightning.merging.ties import TiesOptions
 
 RULES = {"dare": (Dare, DareOptions), "dare_ties": (DareTies, DareTiesOptions)}
@@ -33,12 +34,18 @@ def survivors(shape, drop_rate, seed, task, name):
     return (draws / 2**32 >= drop_rate).reshape(shape)
 
 
-def dropped(vectors, drop_rate, seed):
+def dropped(vectors, drop_rate, seed, rescale="keep_probability"):
     """Drop and rescale in numpy."""
+
+    def of_one(value, mask):
+        if rescale == "keep_probability":
+            return value * mask / (1 - drop_rate)
+        left = np.abs(value * mask).sum()
+        return value * mask * (np.abs(value).sum() / left if left else 1)
+
     return {
         task: {
-            name: value * survivors(value.shape, drop_rate, seed, task, name) / (1 - drop_rate)
-            for name, value in named.items()
+            name: of_one(value, survivors(value.shape, drop_rate, seed, task, name)) for name, value in named.items()
         }
         for task, named in vectors.items()
     }
@@ -64,13 +71,41 @@ def test_dare_ties_is_ties_of_the_dropped_vectors(make_source, random_vectors):
         assert np.array_equal(vector, expected[name])
 
 
+def test_restoring_each_tensors_sum_of_magnitudes_against_numpy(make_source, random_vectors):
+    options = DareOptions(drop_rate=0.5, seed=3, rescale="l1")
+    found = run(Dare(options), make_source(random_vectors, elements=5))
+    expected = dropped(random_vectors, 0.5, 3, "l1")
+    for name, vector in found.items():
+        assert vector == pytest.approx(sum(named[name] for named in expected.values()), rel=1e-5, abs=1e-6)
+    after = DroppedTaskVectors(make_source(random_vectors), options)
+    sums = {p.name: float(after.vector("one", p).abs().sum()) for p in after.parameters}
+    original = {name: float(np.abs(value).sum()) for name, value in random_vectors["one"].items()}
+    assert {name: sums[name] for name in "abc"} == pytest.approx({name: original[name] for name in "abc"})
+
+
+def test_a_tensor_of_which_nothing_is_kept_stays_zero(make_source):
+    source = make_source({task: {"w": [3.0], "v": [0.0]} for task in "ab"})
+    seed = next(s for s in range(99) if not any(survivors((1,), 0.9, s, task, "w")[0] for task in "ab"))
+    found = run(Dare(DareOptions(drop_rate=0.9, seed=seed, rescale="l1")), source)
+    assert found["w"].tolist() == found["v"].tolist() == [0.0]
+
+
+def test_ties_looks_at_what_is_rescaled_over_whole_tensors(make_source, random_vectors):
+    options = DareTiesOptions(drop_rate=0.5, seed=3, density=0.3, rescale="l1")
+    found = run(DareTies(options), make_source(random_vectors, elements=4))
+    expected = run(Ties(TiesOptions(density=0.3)), make_source(dropped(random_vectors, 0.5, 3, "l1")))
+    for name, vector in found.items():
+        assert vector == pytest.approx(expected[name], rel=1e-5, abs=1e-6)
+
+
 @each_rule
+@pytest.mark.parametrize("rescale", ["keep_probability", "l1"])
 @pytest.mark.parametrize("drop_rate", [0.3, 0.9])
 @pytest.mark.parametrize("elements", [1, 4, 7, 12])
-def test_blocks_of_rows_give_what_whole_tensors_give(rule, drop_rate, elements, make_source, random_vectors):
+def test_blocks_of_rows_give_what_whole_tensors_give(rule, rescale, drop_rate, elements, make_source, random_vectors):
     method, options = rule
-    whole = run(method(options(drop_rate=drop_rate)), make_source(random_vectors))
-    parts = run(method(options(drop_rate=drop_rate)), make_source(random_vectors, elements=elements))
+    whole = run(method(options(drop_rate=drop_rate, rescale=rescale)), make_source(random_vectors))
+    parts = run(method(options(drop_rate=drop_rate, rescale=rescale)), make_source(random_vectors, elements=elements))
     for name, vector in whole.items():
         assert np.array_equal(vector, parts[name])
 
@@ -81,6 +116,15 @@ def test_a_mask_is_the_same_from_any_start():
         for count in (0, 1, 2, 9, 61):
             part = kept_elements(count, 0.4, task="a", parameter="w", start=start)
             assert torch.equal(part, whole[start : start + count])
+
+
+def test_draws_are_uniform_and_masks_are_draws_that_reach_the_drop_rate():
+    draws = uniform_draws(20_000, task="a", parameter="w", seed=2)
+    assert 0 <= draws.min() < 0.001
+    assert 0.999 < draws.max() < 1
+    assert torch.histc(draws, 10, 0, 1).tolist() == pytest.approx([2000] * 10, rel=0.1)
+    for rate in (0.0, 0.25, 0.75):
+        assert torch.equal(kept_elements(20_000, rate, task="a", parameter="w", seed=2), draws >= rate)
 
 
 def test_masks_do_not_depend_on_the_other_tasks(make_source, random_vectors):
@@ -161,9 +205,10 @@ def test_no_seed_means_zero(make_source, random_vectors):
     assert not all(np.array_equal(named[name], other[name]) for name in named)
 
 
-def test_an_expert_of_the_dropped_source_is_base_plus_vector(make_source, random_vectors):
+@pytest.mark.parametrize("rescale", ["keep_probability", "l1"])
+def test_an_expert_of_the_dropped_source_is_base_plus_vector(rescale, make_source, random_vectors):
     source = make_source(random_vectors, base=random_vectors["two"])
-    after = DroppedTaskVectors(source, DareOptions(drop_rate=0.5))
+    after = DroppedTaskVectors(source, DareOptions(drop_rate=0.5, rescale=rescale))
     parameter = next(p for p in source.parameters if p.name == "a")
     whole = after.vector("one", parameter)
     assert torch.equal(after.base(parameter), source.base(parameter))
@@ -178,7 +223,17 @@ def test_impossible_drop_rates_are_refused(drop_rate):
         DareOptions(drop_rate=drop_rate)
 
 
+def test_blocks_are_whole_tensors_only_where_rescaling_needs_them(make_source, random_vectors):
+    source = make_source(random_vectors)
+    parameter = next(p for p in source.parameters if p.name == "a")
+    for rescale, blocks in (("keep_probability", 4), ("l1", 1)):
+        rule = Dare(DareOptions(rescale=rescale))
+        assert rule.in_blocks(parameter) == (blocks > 1)
+        assert len(list(DroppedTaskVectors(source, rule.options).blocks(parameter, 10))) == blocks
+
+
 def test_defaults():
+    assert DareOptions().rescale == "keep_probability"
     assert DareOptions().drop_rate == 0.5
     assert Dare.default_scale == TaskArithmetic.default_scale
     assert DareTies.default_scale == Ties.default_scale

@@ -10,6 +10,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 from pave_lightning.errors import PaveError
 from pave_lightning.merging import Average, Emr, TaskArithmetic, Ties, merge
 from pave_lightning.merging.folders import load_merged, write_merged
+from pave_lightning.merging.tsv import TsvCompress
 from pave_lightning.weights import Checkpoint, ExpertTaskVectors, ShardWriter
 
 INPUTS = {
@@ -69,6 +70,19 @@ def elected(vectors):
     return result
 
 
+def compressed(vectors):
+    """Each task's own vector, every matrix and table cut to a third of its singular directions, at least one."""
+    result = {}
+    for task, own in vectors.items():
+        result[task] = dict(own)
+        for name, value in own.items():
+            if value.ndim == 2:
+                left, values, right = np.linalg.svd(value, full_matrices=False)
+                kept = max(1, len(values) // 3)
+                result[task][name] = left[:, :kept] * values[:kept] @ right[:kept]
+    return result
+
+
 @torch.no_grad()
 def logits_by_hand(expert_folder, backbone):
     """The expert's model with another backbone."""
@@ -85,8 +99,9 @@ def logits_by_hand(expert_folder, backbone):
         (TaskArithmetic(), 0.3, summed(0.3)),
         (TaskArithmetic(), -0.5, summed(-0.5)),
         (Emr(), None, elected),
+        (TsvCompress(), None, compressed),
     ],
-    ids=["average", "task arithmetic", "negated", "emr"],
+    ids=["average", "task arithmetic", "negated", "emr", "tsv_c"],
 )
 def test_a_merged_model_answers_as_one_merged_by_hand(write, base_folder, expert_folders, case):
     method, scale, rule = case
@@ -138,8 +153,9 @@ def test_what_the_folder_says_of_itself(write, base_folder):
     }
 
 
-def test_per_task_folders_say_so_and_hold_masks(write, expert_folders):
-    folder = write(Emr())
+@pytest.mark.parametrize("method", [Emr(), TsvCompress()], ids=lambda method: method.name)
+def test_per_task_folders_say_so_and_hold_what_tasks_keep(write, expert_folders, method):
+    folder = write(method)
     assert json.loads((folder / "pave.json").read_text())["form"] == "per-task"
     assert sorted(file.stem for file in (folder / "modulators").iterdir()) == sorted(expert_folders)
 
@@ -151,7 +167,7 @@ def test_the_scale_zero_gives_the_base_bit_for_bit(write, base_folder):
     assert all(torch.equal(merged[name], value) for name, value in base.items())
 
 
-@pytest.mark.parametrize("method", [TaskArithmetic(), Emr()], ids=lambda method: method.name)
+@pytest.mark.parametrize("method", [TaskArithmetic(), Emr(), TsvCompress()], ids=lambda method: method.name)
 def test_blocks_and_shards_change_nothing(write, method, monkeypatch, tmp_path):
     scale = 0.3 if method.default_scale else None
     whole = write(method, scale).rename(tmp_path / "whole")
@@ -168,7 +184,9 @@ def test_blocks_and_shards_change_nothing(write, method, monkeypatch, tmp_path):
     assert all(torch.allclose(value, models[1][name], atol=1e-6) for name, value in models[0].items())
 
 
-@pytest.mark.parametrize("method", [Average(), TaskArithmetic(), Ties(), Emr()], ids=lambda method: method.name)
+@pytest.mark.parametrize(
+    "method", [Average(), TaskArithmetic(), Ties(), Emr(), TsvCompress()], ids=lambda method: method.name
+)
 def test_experts_that_equal_the_base_give_the_base_bit_for_bit(write, base_folder, make_expert, method):
     same = {task: make_expert(base_folder, size=0.0) for task in "ab"}
     folder = write(method, 1.0 if method.default_scale else None, experts=same)

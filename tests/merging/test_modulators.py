@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from pave_lightning.errors import PaveError
-from pave_lightning.merging import Modulator, PackedMasks
-from pave_lightning.merging.modulators import pack_mask, unpack_mask
+from pave_lightning.merging.modulators import LowRank, Modulator, ModulatorWriter, modulated, pack_mask, unpack_mask
 
 
 @settings(max_examples=60, deadline=None)
@@ -24,10 +23,12 @@ def test_packed_masks_of_any_size_come_back(shape, seed):
     assert torch.equal(back, mask)
 
 
-def packed(path, masks, rescaler):
-    kept = PackedMasks()
+def packed(path, masks, rescaler, factors=()):
+    kept = ModulatorWriter()
     for name, mask in masks.items():
-        kept.add(name, mask)
+        kept.add_mask(name, mask)
+    for name, pair in dict(factors).items():
+        kept.add_factors(name, pair)
     kept.save(path, rescaler)
 
 
@@ -46,6 +47,53 @@ def test_a_file_of_masks(tmp_path):
     assert torch.equal(modulator.apply("a", unified), unified * masks["a"] * (0.1 + 0.2))
 
 
+def test_a_file_of_masks_and_factors(tmp_path):
+    mask = torch.rand(3, 5) < 0.5
+    factors = {name: LowRank(torch.randn(4, 3).T, torch.randn(4, 5)) for name in ("a", "b")}
+    path = tmp_path / "task.safetensors"
+    packed(path, {"a": mask}, 0.5, factors)
+    modulator = Modulator(path)
+    assert sorted(modulator) == ["a", "b"]
+    unified = torch.randn(3, 5)
+    for name, masked in (("a", unified * mask), ("b", unified)):
+        expected = 0.5 * (masked + factors[name].left @ factors[name].right)
+        assert torch.allclose(modulator.apply(name, unified), expected)
+
+
+def test_factors_are_added_in_the_shape_of_the_parameter(tmp_path):
+    path = tmp_path / "task.safetensors"
+    kernel, column = torch.randn(4, 3, 2, 2), torch.randn(7)
+    left, values, right = torch.linalg.svd(kernel.flatten(1), full_matrices=False)
+    factors = {"kernel": LowRank(left * values, right), "bias": LowRank(column[:, None], torch.ones(1, 1))}
+    factors["scalar"] = LowRank(torch.full((1, 1), 2.5), torch.ones(1, 1))
+    packed(path, {}, 1.0, factors)
+    modulator = Modulator(path)
+    assert torch.allclose(modulator.apply("kernel", torch.zeros(4, 3, 2, 2)), kernel, atol=1e-5)
+    assert torch.equal(modulator.apply("bias", torch.zeros(7)), column)
+    assert torch.equal(modulator.apply("scalar", torch.tensor(1.0)), torch.tensor(3.5))
+
+
+def test_factors_take_no_more_than_their_own_elements(tmp_path):
+    path = tmp_path / "task.safetensors"
+    packed(path, {}, 1.0, {"a": LowRank(torch.ones(100, 200)[:, :3], torch.ones(3, 80))})
+    assert path.stat().st_size < 4 * 3 * 180 + 500
+
+
+def test_what_no_mask_and_no_factors_change():
+    shared = torch.tensor([[1.0, 2.0]])
+    mask, factors = torch.tensor([[True, False]]), LowRank(torch.tensor([[3.0]]), torch.tensor([[1.0, -1.0]]))
+    assert modulated(shared, None, None, 1.0).tolist() == [[1, 2]]
+    assert modulated(shared, mask, None, 2.0).tolist() == [[2, 0]]
+    assert modulated(shared, None, factors, 2.0).tolist() == [[8, -2]]
+    assert modulated(shared, mask, factors, 2.0).tolist() == [[8, -6]]
+
+
+def test_files_of_masks_alone_from_before_there_were_factors(tmp_path):
+    path = tmp_path / "task.safetensors"
+    save_file({"a": pack_mask(torch.tensor([True, False]))}, path, metadata={"shapes": '{"a": [2]}', "rescaler": "2.0"})
+    assert Modulator(path).apply("a", torch.tensor([3.0, 4.0])).tolist() == [6, 0]
+
+
 def test_masks_take_a_bit_an_element(tmp_path):
     path = tmp_path / "task.safetensors"
     packed(path, {"a": torch.ones(1000, 80, dtype=torch.bool)}, 1.0)
@@ -54,15 +102,15 @@ def test_masks_take_a_bit_an_element(tmp_path):
 
 def test_files_that_are_no_masks(tmp_path):
     path = tmp_path / "task.safetensors"
-    with pytest.raises(PaveError, match="no readable file of task masks"):
+    with pytest.raises(PaveError, match="no readable file of what a task keeps"):
         Modulator(path)
     packed(path, {"a": torch.ones(100, dtype=torch.bool)}, 1.0)
     os.truncate(path, path.stat().st_size - 1)
-    with pytest.raises(PaveError, match="no readable file of task masks"):
+    with pytest.raises(PaveError, match="no readable file of what a task keeps"):
         Modulator(path)
     save_file({"a": torch.ones(2)}, path)
-    with pytest.raises(PaveError, match="no readable file of task masks"):
+    with pytest.raises(PaveError, match="no readable file of what a task keeps"):
         Modulator(path)
     save_file({"a": torch.ones(2)}, path, metadata={"shapes": "{", "rescaler": "1.0"})
-    with pytest.raises(PaveError, match="no readable file of task masks"):
+    with pytest.raises(PaveError, match="no readable file of what a task keeps"):
         Modulator(path)

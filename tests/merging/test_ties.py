@@ -13,7 +13,7 @@ from pave_lightning.weights import Parameter, ParameterKind, TaskVectors
 VALUE = st.integers(-4, 4).map(lambda value: value / 4)
 
 
-def reference(vectors, density):
+def reference(vectors, density, how="mean"):
     """Trim, elect, disjoint mean on one long vector a task, in float64 with a sort (arXiv 2306.01708)."""
     flat = np.stack([np.concatenate([np.ravel(value) for value in named.values()]) for named in vectors.values()])
     kept = max(1, int(flat.shape[1] * density))
@@ -25,12 +25,12 @@ def reference(vectors, density):
     for column in np.array(trimmed).T:
         elected = np.sign(column.sum())
         agreeing = [value for value in column if value != 0 and np.sign(value) == elected]
-        merged.append(np.mean(agreeing) if agreeing else 0.0)
+        merged.append(getattr(np, how)(agreeing) if agreeing else 0.0)
     return np.array(merged)
 
 
-def run(make_source, vectors, density, **options):
-    merged = merge(Ties(TiesOptions(density=density)), make_source(vectors, **options)).vectors
+def run(make_source, vectors, density, how="mean", **options):
+    merged = merge(Ties(TiesOptions(density=density, merge=how)), make_source(vectors, **options)).vectors
     return np.concatenate([merged[name].numpy().ravel() for name in sorted(merged)])
 
 
@@ -69,8 +69,13 @@ def test_at_least_one_element_survives(make_source):
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.data(), st.sampled_from([0.1, 0.2, 0.5, 0.75, 1.0]), st.sampled_from([1, 2, 100]))
-def test_any_vectors_as_the_plain_reference(make_source, data, density, elements):
+@given(
+    st.data(),
+    st.sampled_from([0.1, 0.2, 0.5, 0.75, 1.0]),
+    st.sampled_from(["mean", "sum"]),
+    st.sampled_from([1, 2, 100]),
+)
+def test_any_vectors_as_the_plain_reference(make_source, data, density, how, elements):
     tasks = data.draw(st.integers(2, 4))
     shapes = {"a": (3, 2), "b": (4,), "c": (1, 1)}
     vectors = {
@@ -81,8 +86,14 @@ def test_any_vectors_as_the_plain_reference(make_source, data, density, elements
         }
         for index in range(tasks)
     }
-    found = run(make_source, vectors, density, elements=elements)
-    assert found == pytest.approx(reference(vectors, density), abs=1e-6)
+    found = run(make_source, vectors, density, how, elements=elements)
+    assert found == pytest.approx(reference(vectors, density, how), abs=1e-6)
+
+
+def test_what_agrees_may_be_added_up(make_source):
+    vectors = {"a": {"w": [6.0, 4.0]}, "b": {"w": [-1.0, 6.0]}, "c": {"w": [2.0, 8.0]}}
+    assert run(make_source, vectors, 1.0).tolist() == [4.0, 6.0]
+    assert run(make_source, vectors, 1.0, "sum").tolist() == [8.0, 18.0]
 
 
 def test_thresholds_do_not_leak_into_the_next_merge(make_source, random_vectors):
@@ -93,6 +104,14 @@ def test_thresholds_do_not_leak_into_the_next_merge(make_source, random_vectors)
     assert all(np.array_equal(again[name], fresh[name]) for name in fresh)
 
 
+def test_blocks_change_no_bit(make_source):
+    random = np.random.default_rng(0)
+    vectors = {task: {"w": random.normal(size=(9, 7))} for task in "abcdefgh"}
+    whole = run(make_source, vectors, 0.8)
+    assert np.array_equal(whole, run(make_source, vectors, 0.8, elements=7))
+    assert np.any(whole)
+
+
 @pytest.mark.parametrize("density", [0, -0.1, 1.01, float("nan")])
 def test_impossible_densities_are_refused(density):
     with pytest.raises(ValidationError):
@@ -101,6 +120,7 @@ def test_impossible_densities_are_refused(density):
 
 def test_defaults_are_those_of_the_source():
     assert TiesOptions().density == 0.2
+    assert TiesOptions().merge == "mean"
     assert Ties.default_scale == 1.0
 
 

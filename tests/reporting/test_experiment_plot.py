@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from matplotlib.image import imread
 
+from pave_lightning.reporting import experiment_plot
 from pave_lightning.reporting.experiment_plot import axis_for
 from pave_lightning.reporting.experiments import ExperimentView, draw, write_experiment
 
@@ -107,3 +108,9 @@ def test_files(tmp_path):
 
 def test_files_of_nothing(tmp_path):
     assert len(write_experiment(grid({}).iloc[:0], ExperimentView(), tmp_path)) == 5
+
+
+def test_lines_of_purified_experts_alone_differ_in_colour():
+    cases = [{"case": "own data"}, {"case": "random matrix"}]
+    lines = [experiment_plot.Line(case, "", "expert", "purified", {}, level=False) for case in cases]
+    assert len({look.colour for look in experiment_plot._looks(lines, "").values()}) == 2

@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 
 from pave_lightning.errors import PaveError
-from pave_lightning.statistics import LayerMoment, TaskStatistics
+from pave_lightning.statistics import LayerMoment, NormMoment, TaskStatistics
 from pave_lightning.statistics.storage import HEADER_KEY
 from pave_lightning.subspace import MomentKind
 
@@ -192,3 +192,97 @@ def test_an_unknown_layer_is_a_key_error() -> None:
     with pytest.raises(KeyError, match=r"did you mean 'layer\.1\.query'"):
         statistics["layer.1.quary"]
     assert statistics.get("layer.1.quary") is None
+
+
+def with_norms() -> TaskStatistics:
+    moments = {"layer.query": LayerMoment("input", torch.eye(2), 3)}
+    norms = {
+        "layer.output_norm": NormMoment(torch.tensor([0.5, 2.0]), 3, seen=9),
+        "layer.input_norm": NormMoment(torch.tensor([1.0, 4.0]), 4),
+    }
+    return TaskStatistics(moments, examples=2, norms=norms)
+
+
+def test_norms_come_back_as_they_were(tmp_path: Path) -> None:
+    statistics = with_norms()
+    statistics.save(tmp_path / "a")
+    loaded = TaskStatistics.load(tmp_path / "a")
+    assert list(loaded) == loaded.layers() == ["layer.query"]
+    for one in (statistics, loaded):
+        assert list(one.norms) == ["layer.input_norm", "layer.output_norm"]
+        assert len(one.norms) == 2
+        assert "layer.query" not in one.norms
+        found = one.norms["layer.output_norm"]
+        assert (found.squares.tolist(), found.rows, found.seen) == ([0.5, 2.0], 3, 9)
+    assert loaded.norms["layer.input_norm"].seen == 4
+    with pytest.raises(KeyError):
+        loaded.norms["layer.query"]
+    loaded.save(tmp_path / "b")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_files_without_norms_say_nothing_of_them(tmp_path: Path) -> None:
+    moments = {"a": LayerMoment("input", torch.eye(2), 3)}
+    for name, norms in (("plain", None), ("empty", dict[str, NormMoment]())):
+        TaskStatistics(moments, examples=1, norms=norms).save(tmp_path / name)
+    assert (tmp_path / "plain").read_bytes() == (tmp_path / "empty").read_bytes()
+    assert b"norm" not in (tmp_path / "plain").read_bytes()
+    assert dict(TaskStatistics.load(tmp_path / "plain").norms) == {}
+
+
+def test_norms_that_share_one_tensor_are_kept(tmp_path: Path) -> None:
+    both = torch.arange(4.0)
+    norms = {"a": NormMoment(both[:2], 1), "b": NormMoment(both[:2], 1), "c": NormMoment(both[2:], 1)}
+    TaskStatistics({}, examples=1, norms=norms).save(tmp_path / "f")
+    assert [norm.squares.tolist() for norm in TaskStatistics.load(tmp_path / "f").norms.values()] == [
+        [0.0, 1.0],
+        [0.0, 1.0],
+        [2.0, 3.0],
+    ]
+
+
+def test_a_norm_may_bear_the_name_of_a_layer(tmp_path: Path) -> None:
+    moments = {"a": LayerMoment("input", torch.eye(2), 3)}
+    TaskStatistics(moments, examples=1, norms={"a": NormMoment(torch.ones(2), 3)}).save(tmp_path / "f")
+    loaded = TaskStatistics.load(tmp_path / "f")
+    assert loaded["a"].matrix.shape == (2, 2)
+    assert loaded.norms["a"].squares.shape == (2,)
+
+
+def test_refuses_norms_that_are_none() -> None:
+    for norm, message in (
+        (
+            NormMoment(torch.ones(2, 2), 1),
+            r"norm 'n': expected a float32 vector, found torch\.float32 of shape \(2, 2\)",
+        ),
+        (NormMoment(torch.ones(2, dtype=torch.float64), 1), r"found torch\.float64 of shape \(2,\)"),
+        (NormMoment(torch.ones(2), 0), "norm 'n': expected at least one row"),
+        (NormMoment(torch.ones(2), 3, seen=2), "no more than were seen, found 3 of 2"),
+    ):
+        with pytest.raises(PaveError, match=message):
+            TaskStatistics({}, examples=1, norms={"n": norm})
+
+
+@pytest.mark.parametrize(
+    "norms",
+    [
+        {"gone": {"rows": 1, "seen": 1}},
+        {"flat": {"rows": 0, "seen": 1}},
+        {"flat": {"rows": 2, "seen": 1}},
+        {"flat": {"rows": 1}},
+        {"square": {"rows": 1, "seen": 1}},
+        3,
+    ],
+)
+def test_refuses_a_damaged_header_of_norms(tmp_path: Path, norms: object) -> None:
+    header = {"format_version": 2, "examples": 1, "metadata": {}, "layers": {}, "norms": norms}
+    tensors = {"norm:flat": torch.ones(2), "norm:square": torch.ones(2, 2)}
+    safetensors.torch.save_file(tensors, tmp_path / "f", metadata={HEADER_KEY: json.dumps(header)})
+    with pytest.raises(PaveError, match="damaged"):
+        TaskStatistics.load(tmp_path / "f")
+
+
+def test_names_a_norm_that_is_not_finite(tmp_path: Path) -> None:
+    TaskStatistics({}, examples=1, norms={"n": NormMoment(torch.tensor([float("nan")]), 1)}).save(tmp_path / "f")
+    with pytest.raises(PaveError, match=r"norm:n.* NaN or infinite"):
+        TaskStatistics.load(tmp_path / "f").norms["n"]

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from pave_lightning.subspace.factorisation import leading_triplets, polar_factor
+from pave_lightning.subspace.factorisation import leading_triplets, polar_factor, rounding_level
 
 
 def decaying(rows, columns, seed=0, decay=0.8):
@@ -54,6 +54,39 @@ def test_the_polar_factor_is_u_vt(shape):
 def test_the_polar_factor_of_a_matrix_without_full_rank_is_a_partial_isometry():
     matrix = np.outer([3.0, 0.0, 4.0], [0.0, 2.0])
     assert np.allclose(polar_factor(torch.tensor(matrix)).numpy(), [[0, 0.6], [0, 0], [0, 0.8]])
+
+
+def test_directions_that_two_bases_nearly_share_are_not_told_apart_by_rounding():
+    random = np.random.default_rng(4)
+    basis = np.linalg.qr(random.standard_normal((60, 5)))[0]
+    again = basis + 4 * 2.0**-23 * random.standard_normal(basis.shape)
+    factor = polar_factor(torch.tensor(np.hstack([basis, again])))
+    assert np.allclose(factor.numpy(), np.hstack([basis, basis]) / np.sqrt(2), atol=1e-5)
+    assert int((torch.linalg.svdvals(factor) > 0.5).sum()) == 5
+
+
+@pytest.mark.parametrize("shape", [(30, 50), (50, 30)])
+def test_a_residual_of_rounding_has_no_triplets(shape):
+    matrix = torch.tensor(decaying(*shape, decay=0.9), dtype=torch.float32)
+    left = torch.linalg.svd(matrix).U
+    rest = matrix - left @ (left.T @ matrix)
+    assert rest.any()
+    assert len(leading_triplets(rest, floor=rounding_level(matrix)).values) == 0
+    assert len(leading_triplets(rest).values) > 0
+
+
+def test_the_floor_cuts_singular_values():
+    matrix = torch.diag(torch.tensor([4.0, 3.0, 2.0, 1.0]))[:, :3]
+    assert leading_triplets(matrix, floor=2.5).values.tolist() == pytest.approx([4, 3])
+    assert leading_triplets(matrix.T, 1, floor=2.5).values.tolist() == pytest.approx([4])
+
+
+def test_the_rounding_level_by_hand():
+    matrix = torch.tensor([[3.0, 0.0, 4.0], [0.0, 0.0, 4.0]])
+    assert rounding_level(matrix) == pytest.approx(3 * 2.0**-23 * np.sqrt(32))
+    assert rounding_level(matrix.T) == rounding_level(matrix)
+    assert rounding_level(torch.zeros(2, 2)) == 0
+    assert rounding_level(torch.zeros(0, 2)) == 0
 
 
 def test_broken_matrices_are_refused():

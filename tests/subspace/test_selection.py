@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pave_lightning.subspace.selection import kth_largest_magnitudes
+from pave_lightning.subspace.selection import kth_largest_magnitudes, largest_magnitudes, largest_values
 
 
 def kth_largest_magnitude(blocks, k):
@@ -73,3 +73,45 @@ def test_a_rank_that_is_not_there(k):
 def test_no_elements():
     with pytest.raises(ValueError, match="between 1 and 0"):
         kth_largest_magnitude(lambda: [], 1)
+
+
+@settings(max_examples=80, deadline=None)
+@given(split_vectors(), st.data())
+def test_signed_values_at_several_ranks_against_a_sort(vector, data):
+    values, blocks = vector
+    ranks = data.draw(st.lists(st.integers(1, len(values)), min_size=1, max_size=4))
+    descending = np.sort(values)[::-1]
+
+    def of_two():
+        yield "other", torch.full((70,), -7.0)
+        for block in blocks:
+            yield "own", block
+
+    found = largest_values(["own", "other"], of_two, ranks)
+    assert found["own"] == {k: float(descending[k - 1]) for k in ranks}
+    assert found["other"] == dict.fromkeys(ranks, -7.0)
+
+
+def test_every_rank_of_signed_neighbours():
+    step = np.float32(2**-149)
+    values = torch.tensor([step, -step, 0.0, -1.0, float(np.nextafter(np.float32(-1), np.float32(-2))), 2.0, -3e38])
+    ranks = range(1, 8)
+    found = largest_values(["own"], lambda: [("own", values)], ranks)["own"]
+    assert [found[k] for k in ranks] == values.sort(descending=True).values.tolist()
+
+
+def test_several_ranks_take_no_more_walks():
+    walks = []
+
+    def blocks():
+        walks.append(1)
+        yield "own", torch.tensor([3.0, -5.0, 4.0])
+
+    assert largest_magnitudes(["own"], blocks, [1, 2, 3])["own"] == {1: 5.0, 2: 4.0, 3: 3.0}
+    assert len(walks) == 2
+
+
+@pytest.mark.parametrize("ranks", [[1, 4], [0, 1]])
+def test_one_of_several_ranks_that_is_not_there(ranks):
+    with pytest.raises(ValueError, match=r"k must be between 1 and 3, the number of elements; found [04]"):
+        largest_values(["own"], lambda: [("own", torch.ones(3))], ranks)

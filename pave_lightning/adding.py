@@ -1,0 +1,100 @@
+"""Adding one expert to a merged model, without the experts that are in it already."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from pave_lightning.errors import PaveError
+from pave_lightning.merging import SequentialMethod, make_method, method_named, methods
+from pave_lightning.merging.folders import FACTS_FILE, MergeContext, write_merged
+from pave_lightning.recipe import NAME_PATTERN
+from pave_lightning.weights import Architecture, Checkpoint, ExpertTaskVectors, locate_model
+from pave_lightning.weights.adapters import ADAPTER_CONFIG
+from pave_lightning.weights.task_vectors import config_differences
+
+ALREADY_MERGED = "(merged)"
+
+
+def add_expert(merged: str | Path, task: str, expert: str, output: str | Path) -> Path:
+    """Merge one more expert into a model that a sequential rule has merged (see `SequentialMethod`).
+
+    Args:
+        merged: folder of the merged model, as `write_merged` left it; it stays as it is.
+        task: name of the new expert's task.
+        expert: folder or hub id of the new expert, a sequence-classification checkpoint of the same base.
+        output: folder of the result; it must not exist.
+
+    Returns:
+        The folder of the result, with the heads of all tasks.
+
+    Raises:
+        PaveError: the folder is no merged model, or of a rule that cannot take in experts later; the task is in it
+            already; the expert does not fit the base; ``output`` exists.
+    """
+    merged, output = Path(merged), Path(output)
+    facts = _facts(merged)
+    heads = merged / "heads"
+    _check_request(merged, facts, task, output)
+    folder = locate_model(expert, role=f"expert of '{task}'")
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise PaveError(f"{folder} is an adapter; merge it into its base first (peft: merge_and_unload)")
+    base_folder = locate_model(str(facts["base"]), role="base")
+    architecture = Architecture.of_folder(folder)
+    differing = config_differences(task, Architecture.of_folder(base_folder), architecture)
+    if differing:
+        raise PaveError("the expert does not fit the base:\n  - " + "\n  - ".join(differing))
+    base, new = Checkpoint(base_folder, architecture.prefix), Checkpoint(folder, architecture.prefix)
+    source = ExpertTaskVectors(base, {ALREADY_MERGED: Checkpoint(merged, architecture.prefix), task: new}, architecture)
+    method = make_method(str(facts["method"]), facts.get("options", {}))
+    if not isinstance(method, SequentialMethod):
+        raise PaveError(_not_sequential(merged, facts))
+    method.start_from(facts["sequential"])
+    kept = {key: value for key, value in facts.items() if key not in ("method", "form", "base", "sequential")}
+    kept["added"] = [*facts.get("added", []), task]
+    context = MergeContext(str(facts["base"]), base, {task: new}, architecture, kept)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    try:
+        write_merged(unfinished, method, source, facts.get("scale"), context)
+        for head in sorted(heads.iterdir()):
+            shutil.copytree(head, unfinished / "heads" / head.name)
+        unfinished.chmod(0o755)
+        unfinished.rename(output)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return output
+
+
+def _facts(merged: Path) -> dict[str, Any]:
+    try:
+        facts = json.loads((merged / FACTS_FILE).read_text())
+        known = {"method", "base"} <= set(facts)
+    except (OSError, ValueError, TypeError) as error:
+        raise PaveError(f"{merged} is no merged model: it has no readable {FACTS_FILE}") from error
+    if not known:
+        raise PaveError(f"{merged} is no merged model: its {FACTS_FILE} names no method and base")
+    return dict(facts)
+
+
+def _check_request(merged: Path, facts: dict[str, Any], task: str, output: Path) -> None:
+    if not re.match(NAME_PATTERN, task):
+        raise PaveError(f"'{task}' cannot name a task: expected {NAME_PATTERN}")
+    if "sequential" not in facts or not issubclass(method_named(str(facts["method"])), SequentialMethod):
+        raise PaveError(_not_sequential(merged, facts))
+    if (merged / "heads" / task).exists():
+        raise PaveError(f"{merged} has a task '{task}' already; give the new one another name")
+    if output.exists():
+        raise PaveError(f"{output} exists already; name another folder with --output")
+
+
+def _not_sequential(merged: Path, facts: dict[str, Any]) -> str:
+    able = sorted(name for name, kind in methods().items() if issubclass(kind, SequentialMethod))
+    return (
+        f"{merged} was merged by '{facts['method']}', which cannot take in experts later; rules that can: "
+        f"{', '.join(able)}"
+    )

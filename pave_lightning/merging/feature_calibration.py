@@ -1,0 +1,315 @@
+"""FeatCal: walk through a merged model and re-solve each layer so that it puts out what the experts put out."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from pave_lightning.layers import is_linear, normalised
+from pave_lightning.merging.base import Cost, MethodOptions, StaticMethod, register
+from pave_lightning.merging.evidence import Need
+from pave_lightning.merging.passes import BlockStack, Entry, load_parameters, on_device, watched_inputs
+from pave_lightning.subspace.ridge import AnchoredRidge
+from pave_lightning.weights import Parameter, TaskVectors
+
+
+class FeatureCalibrationOptions(MethodOptions):
+    """Options of FeatCal."""
+
+    extrapolation: float = Field(default=2.0, ge=0)
+    """How far along the anchor's merged task vector the ridge pulls: 1 is the anchor itself, 0 the base."""
+    teacher_share: float = Field(default=0.3, ge=0, le=1)
+    """How much of the expert's own features stands in the inputs whose outputs are aimed at; the rest is what the
+    merged model itself has there."""
+    ridge: float = Field(default=0.05, gt=0)
+    """Weight of the pull towards the anchor, relative to one task's inputs."""
+    norms: bool = True
+    """Whether the scales and shifts of norms are solved for as well."""
+    biases: bool = True
+    """Whether the biases of linear layers are solved for as well."""
+    unread_tokens: float = Field(default=0.01, ge=0, le=1)
+    """Weight, in the last block, of tokens that no head reads. Heads read the first token, or the last one where no
+    token sees the ones behind it. What the block itself is given (for its keys and values) counts in full."""
+    sweeps: int = Field(default=1, ge=1)
+    """How often each block is solved before the walk goes on; the layers of a block see each other's new weights from
+    the second time on."""
+    examples: int = Field(default=256, ge=1)
+    """Unlabelled training examples a task."""
+
+
+@dataclass
+class _Inputs:
+    """Second moments of one layer's inputs over one task: the merged model's own, and with those aimed at."""
+
+    own: Tensor
+    aimed: Tensor
+    own_mean: Tensor
+    aimed_mean: Tensor
+    rows: float = 0.0
+
+    @classmethod
+    def zeros(cls, width: int) -> _Inputs:
+        square, line = torch.zeros(width, width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
+        return cls(square, square.clone(), line, line.clone())
+
+    def add(self, own: Tensor, aimed: Tensor, weights: Tensor) -> None:
+        """Add rows with their weights, shape ``(n, 1)``."""
+        weighted = own * weights
+        self.own += (weighted.T @ own).double().cpu()
+        self.aimed += (weighted.T @ aimed).double().cpu()
+        self.own_mean += weighted.sum(dim=0).double().cpu()
+        self.aimed_mean += (aimed * weights).sum(dim=0).double().cpu()
+        self.rows += float(weights.sum())
+
+
+@dataclass
+class _Normal:
+    """What one linear layer is solved from, added up over the tasks."""
+
+    weights: AnchoredRidge
+    shift: Tensor
+    mean: Tensor
+    share: float = 0.0
+
+
+@dataclass
+class _Squares:
+    """First and second moments of what one norm's scale multiplies, over one task."""
+
+    squares: Tensor
+    mean: Tensor
+    rows: float = 0.0
+
+
+@dataclass
+class _Seen:
+    """What one task shows in one block."""
+
+    linear: dict[str, _Inputs] = field(default_factory=dict)
+    norms: dict[str, _Squares] = field(default_factory=dict)
+
+
+@register("featcal")
+class FeatureCalibration(StaticMethod):
+    r"""Calibrate a merged model, the anchor: solve every layer anew on the features that the merged model really has.
+
+    Block after block in forward order. Student features :math:`x_s` come from the calibrated blocks before, teacher
+    features :math:`x_e` from the expert; the layer is to put out what the expert's layer does on
+    :math:`x = a x_e + (1 - a) x_s`. With :math:`S_t = E[x_s x_s^T]`, :math:`C_t = E[x_s x^T]`,
+    :math:`n_t = \|S_t\|_F` and the extrapolated anchor :math:`A = W_0 + \rho (W_{anchor} - W_0)`:
+
+    .. math:: W^T = \Big[\sum_t S_t / n_t + \lambda I\Big]^{-1} \Big[\sum_t C_t W_t^T / n_t + \lambda A^T\Big]
+
+    Then the bias, :math:`b = [\sum_t (b_t + W_t E[x] - W E[x_s]) / n_t + \lambda A_b] / [\sum_t 1/n_t + \lambda]`, and
+    for norms the same with two unknowns a channel. Embeddings and what lies outside of the blocks stay the anchor's.
+
+    Needs an anchor and unlabelled examples; no labels, no gradients. Cost: two forward passes over the examples of all
+    tasks and one solve a layer. Held in memory: the hidden states of all examples twice, and one merged model.
+
+    Source: FeatCal (arXiv 2605.13030); its published code uses extrapolation 2.2 and teacher share 0.25. Departures:
+    any transformer whose blocks follow each other; sums over real tokens only; further sweeps over a block.
+    """
+
+    summary = "re-solve a merged model's layers, block by block, for what the experts' layers put out"
+    source = "FeatCal 2026, arXiv 2605.13030"
+    cost = Cost.FORWARD_PASSES
+    needs = frozenset({Need.ANCHOR, Need.UNLABELLED_EXAMPLES})
+    Options: ClassVar[type[FeatureCalibrationOptions]] = FeatureCalibrationOptions
+
+    @torch.no_grad()
+    def prepare(self, vectors: TaskVectors) -> None:
+        """Walk through the model and solve every block."""
+        self._parameters = {parameter.name: parameter for parameter in vectors.parameters}
+        self._source, self._solved = vectors, dict[str, Tensor]()
+        passes = self.evidence.forward_passes
+        stack = BlockStack(passes.backbone().to(passes.device))
+        first = on_device(next(iter(passes.batches.values()))[0], passes.device)
+        stack.check(first)
+        self._reads_last = stack.reads_last(first)
+        student = self._enter(stack, None)
+        teachers = {task: self._enter(stack, task)[task] for task in vectors.tasks}
+        load_parameters(stack.backbone, {name: self._anchor(name) for name in self._parameters})
+        for index, block in enumerate(stack.blocks):
+            prefix = stack.names(index)
+            teacher = copy.deepcopy(block)
+            for sweep in range(self.options.sweeps):
+                move, unread = sweep == self.options.sweeps - 1, 1.0
+                if index == len(stack.blocks) - 1:
+                    unread = float(self.options.unread_tokens)
+                self._solve(block, teacher, prefix, student, teachers, move=move, unread=unread)
+            for entries in student.values():
+                for entry in entries:
+                    entry.hidden = stack.run(block, entry)
+
+    def merge(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
+        """What the walk found; the anchor's task vector for all else."""
+        solved = self._solved.get(parameter.name)
+        return self.evidence.anchor_vector(parameter) if solved is None else solved.cpu() - base
+
+    # ---- the walk --------------------------------------------------------------------------------------------------
+
+    def _enter(self, stack: BlockStack, task: str | None) -> dict[str, list[Entry]]:
+        """All tasks' examples before the first block of the anchor, or one task's before that of its expert."""
+        passes = self.evidence.forward_passes
+        tasks = self._source.tasks if task is None else (task,)
+        values = {name: self._anchor(name) if task is None else self._expert(task, name) for name in self._parameters}
+        load_parameters(stack.backbone, values)
+        return {
+            name: [stack.enter(on_device(batch, passes.device)) for batch in passes.batches[name]] for name in tasks
+        }
+
+    def _anchor(self, name: str) -> Tensor:
+        parameter = self._parameters[name]
+        return self._source.base(parameter) + self.evidence.anchor_vector(parameter)
+
+    def _pull(self, name: str) -> Tensor:
+        """The extrapolated anchor, which the ridge pulls to."""
+        parameter = self._parameters[name]
+        vector = self.evidence.anchor_vector(parameter)
+        return self._source.base(parameter) + float(self.options.extrapolation) * vector
+
+    def _expert(self, task: str, name: str) -> Tensor:
+        return self.evidence.forward_passes.experts.expert(task, self._parameters[name])
+
+    def _solve(
+        self,
+        block: nn.Module,
+        teacher: nn.Module,
+        prefix: str,
+        student: Mapping[str, list[Entry]],
+        teachers: Mapping[str, list[Entry]],
+        *,
+        move: bool,
+        unread: float,
+    ) -> None:
+        """Solve one block; with ``move`` the teachers' hidden states move on behind it."""
+        normal: dict[str, _Normal] = {}
+        norms: dict[str, Tensor] = {}
+        for task in self._source.tasks:
+            own = [name.removeprefix(prefix) for name in self._parameters if name.startswith(prefix)]
+            load_parameters(teacher, {name: self._expert(task, prefix + name) for name in own})
+            seen = self._show(block, teacher, student[task], teachers[task], move=move, unread=unread)
+            for name, inputs in seen.linear.items():
+                _add_linear(normal, name, inputs, teacher.get_submodule(name))
+            for name, squares in seen.norms.items():
+                _add_norm(norms, name, squares, teacher.get_submodule(name))
+        found = dict(self._linear(normal, prefix, block)) | dict(self._norms(norms, prefix))
+        load_parameters(block, found)
+        self._solved.update({prefix + name: value for name, value in found.items()})
+
+    def _show(
+        self,
+        block: nn.Module,
+        teacher: nn.Module,
+        student: list[Entry],
+        teachers: list[Entry],
+        *,
+        move: bool,
+        unread: float,
+    ) -> _Seen:
+        """Moments of what the layers of a block see, in the merged model and in the expert."""
+        seen, share = _Seen(), self.options.teacher_share
+        for mine, theirs in zip(student, teachers, strict=True):
+            with watched_inputs(block) as own:
+                BlockStack.run(block, mine)
+            with watched_inputs(teacher) as aimed:
+                behind = BlockStack.run(teacher, theirs)
+            read = mine.read_rows(last=self._reads_last)[:, None]
+            done: dict[int, str] = {}
+            for name, inputs in own.items():
+                module = block.get_submodule(name)
+                rows = mine.rows(inputs)
+                counts_in_full = inputs is mine.hidden or len(rows) != len(read)
+                weights = rows.new_ones(len(rows), 1) if counts_in_full else torch.where(read, 1.0, unread)
+                if not is_linear(module):
+                    if self.options.norms:
+                        _add_rows(seen.norms, name, normalised(module, rows), weights)
+                    continue
+                # Query, key and value look at one tensor, and share its moments.
+                owner = done.setdefault(id(inputs), name)
+                if owner != name:
+                    seen.linear[name] = seen.linear[owner]
+                    continue
+                moments = seen.linear.setdefault(name, _Inputs.zeros(rows.shape[1]))
+                moments.add(rows, share * mine.rows(aimed[name]) + (1 - share) * rows, weights)
+            if move:
+                theirs.hidden = behind
+        return seen
+
+    # ---- the solves ------------------------------------------------------------------------------------------------
+
+    def _linear(self, normal: Mapping[str, _Normal], prefix: str, block: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        ridge = self.options.ridge
+        for name, sums in normal.items():
+            parameter = self._parameters.get(f"{prefix}{name}.weight")
+            if parameter is None:
+                continue
+            pull = parameter.as_matrix(self._pull(parameter.name))
+            weight = sums.weights.solve(ridge, pull)
+            yield f"{name}.weight", parameter.from_matrix(weight.float())
+            if self.options.biases and f"{prefix}{name}.bias" in self._parameters:
+                aim = self._pull(f"{prefix}{name}.bias").double()
+                bias = (sums.shift - weight @ sums.mean + ridge * aim) / (sums.share + ridge)
+                yield f"{name}.bias", bias.float()
+
+    def _norms(self, norms: Mapping[str, Tensor], prefix: str) -> Iterator[tuple[str, Tensor]]:
+        ridge = self.options.ridge
+        for name, (squares, mean, count, scaled, shifted) in norms.items():
+            scale, shift = f"{prefix}{name}.weight", f"{prefix}{name}.bias"
+            if scale not in self._parameters:
+                continue
+            first, aim = squares + ridge, scaled + ridge * self._pull(scale).double()
+            if shift not in self._parameters:
+                yield f"{name}.weight", (aim / first).float()
+                continue
+            second, other = count + ridge, shifted + ridge * self._pull(shift).double()
+            determinant = first * second - mean * mean
+            yield f"{name}.weight", ((aim * second - mean * other) / determinant).float()
+            yield f"{name}.bias", ((first * other - mean * aim) / determinant).float()
+
+
+def _add_rows(norms: dict[str, _Squares], name: str, rows: Tensor, weights: Tensor) -> None:
+    exact, shares = rows.double(), weights.double()
+    zeros = torch.zeros(rows.shape[1], dtype=torch.float64)
+    sums = norms.setdefault(name, _Squares(zeros, zeros.clone()))
+    sums.squares += (exact.square() * shares).sum(dim=0).cpu()
+    sums.mean += (exact * shares).sum(dim=0).cpu()
+    sums.rows += float(shares.sum())
+
+
+def _matrix(module: nn.Module) -> Tensor:
+    """The weight of a linear layer as ``(d_out, d_in)``, float64."""
+    weight = module.get_parameter("weight").double().cpu()
+    return weight if isinstance(module, nn.Linear) else weight.T
+
+
+def _add_linear(normal: dict[str, _Normal], name: str, inputs: _Inputs, teacher: nn.Module) -> None:
+    """Add one task's part to a linear layer's sums."""
+    weight = _matrix(teacher)
+    own, aimed = inputs.own / inputs.rows, inputs.aimed / inputs.rows
+    share = 1 / max(float(own.norm()), 1e-8)
+    zeros = torch.zeros(len(weight), dtype=torch.float64)
+    ridge = AnchoredRidge((len(weight), len(own)))
+    sums = normal.setdefault(name, _Normal(ridge, zeros, torch.zeros_like(inputs.own_mean)))
+    sums.weights.add(weight, own, cross=aimed, share=share)
+    bias = getattr(teacher, "bias", None)
+    shift = weight @ (inputs.aimed_mean / inputs.rows)
+    sums.shift += share * (shift if bias is None else shift + bias.double().cpu())
+    sums.mean += share * inputs.own_mean / inputs.rows
+    sums.share += share
+
+
+def _add_norm(norms: dict[str, Tensor], name: str, sums: _Squares, teacher: nn.Module) -> None:
+    """Add one task's part to a norm's equations: squares, means, number of tasks, and both right-hand sides."""
+    squares, mean = sums.squares / sums.rows, sums.mean / sums.rows
+    scale = teacher.get_parameter("weight").double().cpu()
+    bias = getattr(teacher, "bias", None)
+    shift = torch.zeros_like(scale) if bias is None else bias.double().cpu()
+    part = torch.stack([squares, mean, torch.ones_like(mean), squares * scale + mean * shift, mean * scale + shift])
+    norms[name] = norms[name] + part if name in norms else part

@@ -1,0 +1,219 @@
+"""Running a backbone block by block on the tasks' examples, with weights that change on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pave_lightning.errors import PaveError
+from pave_lightning.layers import is_linear, is_norm
+from pave_lightning.weights import TaskVectors
+
+Batch = Mapping[str, Tensor]
+# What a walk through the blocks may differ from the model's own pass by, relative to the largest value.
+AGREEMENT = 1e-4
+
+
+@dataclass(frozen=True)
+class ForwardPasses:
+    """What a rule needs to run models on unlabelled examples.
+
+    Attributes:
+        backbone: makes the backbone with the base's weights, float32.
+        experts: the weights of the experts as they were fine-tuned, never purified ones.
+        batches: each task's examples, as the backbone takes them.
+        device: where the passes are run.
+    """
+
+    backbone: Callable[[], nn.Module]
+    experts: TaskVectors
+    batches: Mapping[str, Sequence[Batch]]
+    device: str = "cpu"
+
+
+@dataclass
+class Entry:
+    """One batch on its way through the blocks.
+
+    Attributes:
+        hidden: hidden states before the next block, shape ``(B, L, d)``.
+        arguments: what else a block is called with, by position.
+        keywords: what else it is called with, by name.
+        mask: shape ``(B, L)``, true where a token is real; None when all are.
+    """
+
+    hidden: Tensor
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    mask: Tensor | None
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """The real tokens of a tensor of this batch, shape ``(n, width)``."""
+        if self.mask is not None and tensor.shape[:2] == self.mask.shape:
+            return tensor[self.mask]
+        return tensor.reshape(-1, tensor.shape[-1])
+
+    def read_rows(self, *, last: bool) -> Tensor:
+        """Which of the real tokens, in the order of `rows`, a head reads: the first or the last one of each example."""
+        places = self.hidden.shape[:2]
+        mask = torch.ones(places, dtype=torch.bool, device=self.hidden.device) if self.mask is None else self.mask
+        read = torch.zeros_like(mask)
+        read[torch.arange(len(read)), _last_places(mask, mask) if last else 0] = True
+        return read[mask]
+
+
+def _last_places(mask: Tensor | None, like: Tensor) -> Tensor:
+    """Place of the last real token of each example, shape ``(B,)``."""
+    real = torch.ones_like(like, dtype=torch.bool) if mask is None else mask.bool()
+    return real.shape[1] - 1 - real.flip(1).int().argmax(dim=1)
+
+
+class _Reached(Exception):  # noqa: N818 - it ends a pass early, which is no error
+    """The first block was reached."""
+
+
+class BlockStack:
+    """The stack of like blocks of a backbone, and the way into it.
+
+    Args:
+        backbone: the model, in eval mode.
+
+    Attributes:
+        blocks: the blocks, in the order in which they are run.
+        path: name of the list that holds them, such as ``encoder.layer``.
+
+    Raises:
+        PaveError: there is no such stack.
+    """
+
+    def __init__(self, backbone: nn.Module) -> None:
+        stacks = {
+            path: module
+            for path, module in backbone.named_modules()
+            if isinstance(module, nn.ModuleList) and len({type(block) for block in module}) == 1
+        }
+        if not stacks:
+            raise PaveError(
+                f"{type(backbone).__name__} has no list of like blocks, so it cannot be calibrated block by block"
+            )
+        self.path = max(stacks, key=lambda path: sum(p.numel() for p in stacks[path].parameters()))
+        self.backbone, self.blocks = backbone, list(stacks[self.path])
+        config: Any = getattr(backbone, "config", None)
+        if hasattr(config, "use_cache"):
+            config.use_cache = False  # a cache would be filled anew by every version of a block
+
+    def names(self, index: int) -> str:
+        """What the names of a block's parameters begin with inside the backbone."""
+        return f"{self.path}.{index}."
+
+    def enter(self, batch: Batch) -> Entry:
+        """Run the backbone on a batch as far as the first block."""
+        caught: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+        def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            caught.append((args, kwargs))
+            raise _Reached
+
+        handle = self.blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            self.backbone(**batch)
+        except _Reached:
+            pass
+        finally:
+            handle.remove()
+        args, kwargs = caught[0]
+        keywords = dict(kwargs)
+        hidden = args[0] if args else keywords.pop("hidden_states")
+        mask = batch.get("attention_mask")
+        return Entry(hidden, args[1:], keywords, None if mask is None else mask.bool())
+
+    @staticmethod
+    def run(block: nn.Module, entry: Entry) -> Tensor:
+        """The hidden states behind a block."""
+        output = block(entry.hidden, *entry.arguments, **entry.keywords)
+        hidden: Tensor = output[0] if isinstance(output, tuple) else output
+        return hidden
+
+    def reads_last(self, batch: Batch) -> bool:
+        """Whether heads read the last token: they do where no token sees the ones behind it, else the first one."""
+        if "input_ids" not in batch:
+            return False
+        words = batch["input_ids"]
+        last = _last_places(batch.get("attention_mask"), words)
+        changed = words.clone()
+        rows = torch.arange(len(words), device=words.device)
+        changed[rows, last] = words[rows, 0]
+        first, other = (self._behind({**batch, "input_ids": ids})[:, 0] for ids in (words, changed))
+        return bool(torch.equal(first, other))
+
+    def _behind(self, batch: Batch) -> Tensor:
+        entry = self.enter(batch)
+        for block in self.blocks:
+            entry.hidden = self.run(block, entry)
+        return entry.hidden
+
+    def check(self, batch: Batch) -> None:
+        """Make sure that walking through the blocks is what the backbone itself does.
+
+        Raises:
+            PaveError: it is not: a block is run several times, or something happens between the blocks.
+        """
+        outputs: list[Tensor] = []
+
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            outputs.append(output[0] if isinstance(output, tuple) else output)
+
+        handle = self.blocks[-1].register_forward_hook(keep)
+        try:
+            self.backbone(**batch)
+        finally:
+            handle.remove()
+        entry = self.enter(batch)
+        own, walked = entry.rows(outputs[-1]), entry.rows(self._behind(batch))
+        limit = AGREEMENT * float(own.abs().max())
+        if len(outputs) != 1 or float((own - walked).abs().max()) > limit:
+            raise PaveError(
+                f"{type(self.backbone).__name__} does more than run the blocks of {self.path} one after the other "
+                "(shared blocks, or work between them), so it cannot be calibrated block by block"
+            )
+
+
+@contextmanager
+def watched_inputs(block: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """What the linear layers and norms of a block are given in the passes within, by their names inside the block."""
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            seen[name] = args[0]
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(keep(name))
+        for name, module in block.named_modules()
+        if is_linear(module) or is_norm(module)
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def on_device(batch: Batch, device: str) -> dict[str, Tensor]:
+    """The batch without its labels, on a device."""
+    return {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
+
+
+@torch.no_grad()
+def load_parameters(module: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Copy values into a module's parameters of the same names; others stay."""
+    own = dict(module.named_parameters())
+    for name, value in values.items():
+        own[name].copy_(value)

@@ -1,0 +1,160 @@
+"""Rules that can take in one more expert later on, from the merged model instead of from all experts again."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from pave_lightning.errors import PaveError, Problems
+from pave_lightning.merging.base import MethodOptions, StaticMethod
+from pave_lightning.weights import Parameter, TaskVectors
+
+
+class SequentialState(BaseModel):
+    """What must be kept beside a merged model so that experts can be added to it; plain values, fit for JSON."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    method: str
+    """Name of the rule that merged it."""
+    merged: int = Field(ge=1)
+    """How many experts have been merged."""
+    divisor: float
+    """What the rule's running total was divided by to give the difference of the merged model to the base (lambda in
+    OPCM); the scale counts in."""
+    norms: float = Field(default=0.0, ge=0)
+    """Sum of the norms of the merged experts' task vectors; 0 for rules that do not look at them."""
+
+
+class SequentialMethod(StaticMethod):
+    """A rule whose result follows from a running total over the tasks, which the merged model holds up to a factor.
+
+    After a merge, :meth:`state` tells what is to be kept beside the merged model. To add experts to it, make the rule
+    anew with the same options, hand that over with :meth:`start_from`, and merge a source whose base is the original
+    base, whose first task is the merged model, and whose other tasks are the new experts. The result is what merging
+    all experts in that order gives, to the rounding with which the merged model is stored.
+
+    Subclasses read the task vectors through :meth:`running` and say in :meth:`divisor` how their result follows from
+    the total.
+
+    Example::
+
+        rule = Opcm()
+        result = merge(rule, task_vectors(base, {"movie": "experts/movie", "news": "experts/news"}))
+        facts = rule.state()
+        later = Opcm()
+        later.start_from(facts)
+        result = merge(later, task_vectors(base, {"merged": "merged/opcm", "tweets": "experts/tweets"}))
+    """
+
+    def __init__(self, options: MethodOptions | None = None) -> None:
+        super().__init__(options)
+        self._start: SequentialState | None = None
+        self._tasks = 0
+
+    @abstractmethod
+    def divisor(self) -> float:
+        """What the running total is divided by to give the merged task vector, once all parameters are merged."""
+
+    def norms(self) -> float:
+        """Sum of the norms of all merged experts' task vectors, for rules that need it."""
+        return 0.0
+
+    def prepare(self, vectors: TaskVectors) -> None:
+        """Note how many tasks there are."""
+        self._tasks = len(vectors.tasks)
+
+    def merged(self) -> int:
+        """How many experts have been merged, those inside of a merged model counted."""
+        return self._counted(self._tasks)
+
+    def _counted(self, tasks: int) -> int:
+        return tasks if self._start is None else self._start.merged + tasks - 1
+
+    def running(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The task vectors, where the first is that of a merged model turned back into the running total."""
+        found = dict(vectors)
+        if self._start is not None:
+            first = next(iter(found))
+            found[first] = found[first] * self._start.divisor
+        return found
+
+    def start_from(self, state: Mapping[str, Any]) -> None:
+        """Take the first task of the next merge for a merged model.
+
+        Args:
+            state: what :meth:`state` gave after the merge that made it.
+
+        Raises:
+            PaveError: that is no such state, or another rule's.
+        """
+        self._start = _checked(state, self.name)
+
+    def state(self, scale: float | None = None) -> dict[str, Any]:
+        """What must be kept beside the merged model; ask for it once every parameter has been merged.
+
+        Args:
+            scale: what the merged task vector is multiplied with; None for rules without a scale.
+
+        Raises:
+            PaveError: the scale is 0, so that the merged model holds nothing of the experts.
+        """
+        factor = 1.0 if scale is None else scale
+        if factor == 0:
+            raise PaveError(
+                f"merge method '{self.name}' with scale 0 leaves nothing of the experts in the merged model, so none "
+                "can be added to it later; expected another scale"
+            )
+        if not self._tasks:
+            raise RuntimeError("the state of a rule is known only after it has merged")
+        kept = SequentialState(
+            method=self.name, merged=self.merged(), divisor=self.divisor() / factor, norms=self.norms()
+        )
+        return kept.model_dump()
+
+
+class RunningSum(SequentialMethod):
+    """The sum of the task vectors."""
+
+    def divisor(self) -> float:
+        """The total is the result."""
+        return 1.0
+
+    def merge(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
+        """The sum of all task vectors merged so far."""
+        return torch.stack(list(self.running(vectors).values())).sum(dim=0)
+
+
+class RunningMean(SequentialMethod):
+    """The mean of the task vectors."""
+
+    def divisor(self) -> float:
+        """The number of experts."""
+        return float(self.merged())
+
+    def merge(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
+        """The mean of all task vectors merged so far."""
+        return torch.stack(list(self.running(vectors).values())).sum(dim=0) / self._counted(len(vectors))
+
+
+def _checked(state: Mapping[str, Any], method: str) -> SequentialState:
+    problems = Problems("no expert can be added to this merged model:")
+    try:
+        found = SequentialState.model_validate(dict(state))
+    except ValidationError as error:
+        for wrong in error.errors():
+            key = ".".join(str(part) for part in wrong["loc"])
+            problems.add(f"what was kept beside it is not readable: {key}: {wrong['msg']}; merge all experts again")
+        problems.raise_if_any()
+        raise
+    if found.method != method:
+        problems.add(f"it was merged by '{found.method}', expected '{method}'; use that method, or merge all again")
+    if found.divisor == 0:
+        problems.add("what was kept beside it holds the divisor 0, expected another; merge all experts again")
+    problems.raise_if_any()
+    return found

@@ -1,0 +1,191 @@
+"""FeatCal against stacked least squares in numpy, on a toy stack of blocks."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from pave_lightning.errors import PaveError
+from pave_lightning.merging import Evidence, FeatureCalibration, merge
+from pave_lightning.merging.feature_calibration import FeatureCalibrationOptions
+from pave_lightning.merging.passes import ForwardPasses
+
+WIDTH, WORDS = 5, 12
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.dense, self.norm = nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH, eps=1e-3)
+
+    def forward(self, hidden, scale):
+        return self.norm(hidden + torch.tanh(self.dense(hidden)) * scale)
+
+
+class Backbone(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(WORDS, WIDTH)
+        self.layers = nn.ModuleList([Block(), Block()])
+
+    def forward(self, input_ids, attention_mask=None):
+        hidden = self.words(input_ids)
+        for layer in self.layers:
+            hidden = layer(hidden, scale=1.5)
+        return hidden
+
+
+@pytest.fixture
+def world(make_source):
+    """Base, two experts, an anchor and examples; every value is random and far from the others."""
+    torch.manual_seed(0)
+    base = {name: p.detach().numpy() for name, p in Backbone().named_parameters()}
+    random = np.random.default_rng(1)
+
+    def vectors():
+        return {name: 0.3 * random.standard_normal(value.shape) for name, value in base.items()}
+
+    matrices = [name for name in base if name.endswith("dense.weight")]
+    source = make_source({"one": vectors(), "two": vectors()}, base=base, matrices=matrices)
+    anchor = {name: torch.tensor(value, dtype=torch.float32) for name, value in vectors().items()}
+    batches = {}
+    for task, lengths in (("one", (4, 6)), ("two", (3, 6))):
+        mask = torch.arange(6) < torch.tensor(lengths)[:, None]
+        batches[task] = [
+            {"input_ids": torch.randint(WORDS, (2, 6)), "attention_mask": mask.long(), "labels": torch.zeros(2)}
+            for _ in range(3)
+        ]
+
+    def backbone():
+        made = Backbone().eval()
+        made.load_state_dict({name: torch.tensor(value) for name, value in base.items()})
+        return made
+
+    return source, Evidence(passes=ForwardPasses(backbone, source, batches), anchor=anchor)
+
+
+def layer_norm(rows):
+    centred = rows - rows.mean(axis=1, keepdims=True)
+    return centred / np.sqrt((centred**2).mean(axis=1, keepdims=True) + 1e-3)
+
+
+def reference(source, evidence, *, extrapolation, share, ridge, unread):
+    """Every layer by least squares on stacked rows, with square roots of the weights; no normal equations."""
+    named = {parameter.name: parameter for parameter in source.parameters}
+    base = {name: source.base(p).double().numpy() for name, p in named.items()}
+    experts = {t: {n: source.expert(t, p).double().numpy() for n, p in named.items()} for t in source.tasks}
+    anchor = {name: value.double().numpy() for name, value in evidence.anchor.items()}
+    pull = {name: base[name] + extrapolation * anchor[name] for name in base}
+    found = {name: base[name] + anchor[name] for name in base}
+
+    def rows(words, task):
+        batches = evidence.passes.batches[task]
+        return np.concatenate([words[b["input_ids"][b["attention_mask"].bool()].numpy()] for b in batches])
+
+    def last_tokens(task):
+        masks = [b["attention_mask"] for b in evidence.passes.batches[task]]
+        # No token of these blocks sees another one, so heads are taken to read the last.
+        return np.concatenate([(torch.arange(1, 7) == mask.sum(1, True))[mask.bool()].numpy() for mask in masks])
+
+    student = {task: rows(found["words.weight"], task) for task in source.tasks}
+    teacher = {task: rows(experts[task]["words.weight"], task) for task in source.tasks}
+
+    def forward(weights, index, hidden):
+        dense, norm = f"layers.{index}.dense", f"layers.{index}.norm"
+        inner = hidden + 1.5 * np.tanh(hidden @ weights[f"{dense}.weight"].T + weights[f"{dense}.bias"])
+        return inner, layer_norm(inner) * weights[f"{norm}.weight"] + weights[f"{norm}.bias"]
+
+    for index in range(2):
+        dense, norm = f"layers.{index}.dense", f"layers.{index}.norm"
+        left, right, bias_parts = [], [], []
+        normalised = {}
+        for task, weights in experts.items():
+            own, aimed = student[task], share * teacher[task] + (1 - share) * student[task]
+            size = np.linalg.norm(own.T @ own / len(own))
+            factor = np.sqrt(1 / (size * len(own)))
+            left.append(factor * own)
+            right.append(factor * aimed @ weights[f"{dense}.weight"].T)
+            bias_parts.append((1 / size, aimed.mean(axis=0), own.mean(axis=0), weights))
+            normalised[task] = layer_norm(forward(found, index, own)[0])
+        left.append(np.sqrt(ridge) * np.eye(WIDTH))
+        right.append(np.sqrt(ridge) * pull[f"{dense}.weight"].T)
+        weight = np.linalg.lstsq(np.concatenate(left), np.concatenate(right), rcond=None)[0].T
+        # The bias minimises a weighted sum of squares of constants: their weighted mean.
+        aims = [w[f"{dense}.bias"] + w[f"{dense}.weight"] @ aim - weight @ own for _, aim, own, w in bias_parts]
+        weights = [share_of for share_of, *_ in bias_parts]
+        bias = np.average([*aims, pull[f"{dense}.bias"]], axis=0, weights=[*weights, ridge])
+        scale, shift = np.empty(WIDTH), np.empty(WIDTH)
+        for channel in range(WIDTH):
+            system, target = [], []
+            for task, z in normalised.items():
+                counts = np.ones(len(z)) if index == 0 else np.where(last_tokens(task), 1.0, unread)
+                column = np.stack([z[:, channel], np.ones(len(z))], axis=1) * np.sqrt(counts / counts.sum())[:, None]
+                expert = [experts[task][f"{norm}.{part}"][channel] for part in ("weight", "bias")]
+                system.append(column)
+                target.append(column @ expert)
+            system.append(np.sqrt(ridge) * np.eye(2))
+            target.append(np.sqrt(ridge) * np.array([pull[f"{norm}.{part}"][channel] for part in ("weight", "bias")]))
+            scale[channel], shift[channel] = np.linalg.lstsq(
+                np.concatenate(system), np.concatenate(target), rcond=None
+            )[0]
+        found.update({f"{dense}.weight": weight, f"{dense}.bias": bias, f"{norm}.weight": scale, f"{norm}.bias": shift})
+        student = {task: forward(found, index, hidden)[1] for task, hidden in student.items()}
+        teacher = {task: forward(experts[task], index, hidden)[1] for task, hidden in teacher.items()}
+    return {name: found[name] - base[name] for name in found}
+
+
+@pytest.mark.parametrize(
+    ("extrapolation", "share", "ridge", "unread"), [(2.0, 0.3, 0.05, 0.01), (1.0, 0.0, 0.5, 1.0), (0.0, 1.0, 0.01, 0.3)]
+)
+def test_every_layer_is_the_least_squares_solution(world, extrapolation, share, ridge, unread):
+    source, evidence = world
+    options = FeatureCalibrationOptions(
+        extrapolation=extrapolation, teacher_share=share, ridge=ridge, unread_tokens=unread
+    )
+    merged = merge(FeatureCalibration(options), source, evidence)
+    expected = reference(source, evidence, extrapolation=extrapolation, share=share, ridge=ridge, unread=unread)
+    for name, value in expected.items():
+        assert np.allclose(merged.vectors[name].numpy(), value, atol=2e-5), name
+
+
+def test_what_is_switched_off_stays_the_anchor(world):
+    source, evidence = world
+    options = FeatureCalibrationOptions(norms=False, biases=False)
+    merged = merge(FeatureCalibration(options), source, evidence)
+    changed = {name for name, vector in merged.vectors.items() if not torch.equal(vector, evidence.anchor[name])}
+    assert changed == {"layers.0.dense.weight", "layers.1.dense.weight"}
+
+
+def test_a_strong_ridge_gives_the_extrapolated_anchor(world):
+    source, evidence = world
+    merged = merge(FeatureCalibration(FeatureCalibrationOptions(ridge=1e7, extrapolation=1.5)), source, evidence)
+    for name, vector in merged.vectors.items():
+        times = 1.0 if name == "words.weight" else 1.5
+        assert torch.allclose(vector, times * evidence.anchor[name], atol=1e-4), name
+
+
+def test_equal_experts_are_found_whatever_the_anchor(world):
+    source, evidence = world
+    source._vectors["two"] = source._vectors["one"]
+    evidence.anchor["words.weight"] = source._vectors["one"]["words.weight"]
+    merged = merge(FeatureCalibration(FeatureCalibrationOptions(ridge=1e-7)), source, evidence)
+    for name, vector in merged.vectors.items():
+        assert torch.allclose(vector, source._vectors["one"][name], atol=5e-3), name
+
+
+def test_a_second_sweep_lets_layers_see_each_other(world):
+    source, evidence = world
+    once, twice = (
+        merge(FeatureCalibration(FeatureCalibrationOptions(sweeps=count)), source, evidence) for count in (1, 2)
+    )
+    # The first layer's own input does not change within a block; what the norm behind it sees does.
+    assert torch.equal(once.vectors["layers.0.dense.weight"], twice.vectors["layers.0.dense.weight"])
+    assert not torch.allclose(once.vectors["layers.0.norm.weight"], twice.vectors["layers.0.norm.weight"], atol=1e-4)
+
+
+def test_what_is_missing_is_told(world):
+    source, _ = world
+    with pytest.raises(PaveError) as caught:
+        merge(FeatureCalibration(), source)
+    assert "task 'one': unlabelled examples are needed" in str(caught.value)
+    assert "needed as anchor; name its merge step with the key 'anchor'" in str(caught.value)

@@ -1,0 +1,95 @@
+"""Which layers a rule for adapters treats, and which experts it refuses."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from pave_lightning.errors import PaveError
+from pave_lightning.merging import merge
+from pave_lightning.merging.low_rank import LowRankMethod, adapted_tasks
+
+SHAPES = {"v": (4, 3), "w": (2, 5)}
+
+
+@pytest.fixture
+def adapted(make_source):
+    """Build a source from ``{task: {name: (B, A)}}``; ``others`` are plain task vectors beside them."""
+
+    class Adapted(make_source):
+        def __init__(self, pairs, others=None, **options):
+            self.pairs = pairs
+            names = {name for named in pairs.values() for name in named}
+            shapes = {n: (len(p[n][0]), p[n][1].shape[1]) for p in pairs.values() for n in p}
+            turned = options.get("transposed", ())
+            vectors = {task: dict((others or {}).get(task, {})) for task in pairs}
+            for task, named in pairs.items():
+                for name in names:
+                    value = named[name][0] @ named[name][1] if name in named else np.zeros(shapes[name])
+                    vectors[task].setdefault(name, value.T if name in turned else value)
+            super().__init__(vectors, matrices=options.pop("matrices", names), **options)
+
+        def factors(self, task, parameter):
+            pair = self.pairs[task].get(parameter.name)
+            return None if pair is None else tuple(torch.tensor(part, dtype=torch.float64) for part in pair)
+
+        def without_factors(self, task):
+            return None if self.pairs[task] else "none were given"
+
+    return Adapted
+
+
+def draw(shapes, ranks, seed=0, tasks=("one", "two", "three")):
+    """Random factors of each task; ``ranks`` is one rank for all, or one a task."""
+    random = np.random.default_rng(seed)
+    each = dict(zip(tasks, [ranks] * len(tasks) if isinstance(ranks, int) else ranks, strict=True))
+    return {
+        task: {
+            name: (random.standard_normal((height, each[task])), random.standard_normal((each[task], width)))
+            for name, (height, width) in shapes.items()
+        }
+        for task in tasks
+    }
+
+
+class Ranks(LowRankMethod):
+    """Fills a layer with the number of tasks that adapt it."""
+
+    name = "ranks"
+    summary = source = "a test"
+
+    def merge_matrix(self, parameter, base, vectors):
+        assert list(vectors) == list(self._source.tasks)
+        return torch.full_like(base, len(self.factors(parameter)))
+
+
+def test_layers_that_some_tasks_adapt(adapted):
+    pairs = draw(SHAPES, 1)
+    del pairs["one"]["w"], pairs["three"]["w"]
+    source = adapted(pairs, {task: {"bias": np.ones(2)} for task in pairs})
+    assert adapted_tasks(source) == {"v": ("one", "two", "three"), "w": ("two",)}
+    method = Ranks()
+    merged = merge(method, source).vectors
+    assert merged["v"].unique().tolist() == [3]
+    assert merged["w"].unique().tolist() == [1]
+    assert merged["bias"].tolist() == [1, 1]
+    assert [method.in_blocks(parameter) for parameter in source.parameters] == [True, False, False]
+
+
+def test_before_it_is_run_a_rule_treats_nothing(adapted):
+    assert not any(Ranks().covers(parameter) for parameter in adapted(draw(SHAPES, 1)).parameters)
+
+
+def test_layers_that_others_trained_whole_are_told_at_once(adapted):
+    pairs = draw(SHAPES, 1)
+    del pairs["one"]["w"], pairs["three"]["w"], pairs["two"]["v"]
+    plain = {"one": {"w": np.eye(2, 5)}, "two": {"v": np.eye(4, 3)}}
+    with pytest.raises(PaveError) as caught:
+        merge(Ranks(), adapted(pairs, plain, elements=2))
+    lines = [
+        "merge method 'ranks' cannot merge these experts:",
+        "v has an adapter in 'one', 'three', but was trained whole in 'two'; train adapters",
+        "w has an adapter in 'two', but was trained whole in 'one'; train adapters",
+    ]
+    assert all(re.search(re.escape(line), str(caught.value)) for line in lines)
