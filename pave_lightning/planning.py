@@ -79,6 +79,8 @@ def _step_problems(step: MergeStep, recipe: Recipe) -> Iterator[str]:
         yield f"{where}: its anchor '{step.anchor}' is not one model for all tasks; choose a static method"
     if Need.INPUT_MOMENTS in method.needs and recipe.capture.moments != "input":
         yield f"{where}: {step.method} needs the second moments of all inputs; set capture.moments: input"
+    if Need.NORM_MOMENTS in method.needs and not recipe.capture.norms:
+        yield f"{where}: {step.method} needs what the scales of norms multiply; set capture.norms: true"
 
 
 def _purification_problems(recipe: Recipe) -> Iterator[str]:

@@ -220,6 +220,10 @@ class Capture(Section):
     of the output where a layer narrows, which is all that the metric root needs."""
     convolutions: bool = False
     """Also capture convolutions that are matrix products of non-overlapping patches (patch embeddings, 1 x 1)."""
+    gradient_examples: int = Field(default=128, ge=1)
+    """Examples of the training split whose gradients are taken, one by one, for merge methods that need gradients."""
+    norms: bool = False
+    """Also capture the mean squares of what the scales of norms multiply, which some merge methods need."""
     precision: str = "32-true"
     """Precision of the pass (a lightning.Trainer precision). Lower ones blur the weakest directions."""
 

@@ -24,7 +24,7 @@ MANIFEST = "manifest.json"
 UNFINISHED = ".unfinished-"
 REPLACED = ".replaced-"
 # Stages that recipes with a shared folder have in common.
-SHARED_STAGES = ("experts", "statistics")
+SHARED_STAGES = ("experts", "statistics", "gradients")
 
 
 @dataclass(frozen=True)

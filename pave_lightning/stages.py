@@ -14,11 +14,17 @@ from pave_lightning.errors import PaveError
 from pave_lightning.merging import Need, method_named
 from pave_lightning.recipe import AUTO_RATIOS, MergeStep, Purify, Recipe, ScaleSearch, Task, Vectors, slug
 from pave_lightning.run_folder import Manifest, RunFolder
+from pave_lightning.statistics.gradients import GradientKind
 from pave_lightning.tasks.data import Split, split_fingerprint
 from pave_lightning.weights import locate_model, model_digest
 
 # Raised when a stage's results change meaning, so that older results are made anew.
-FORMATS = {"fit": 1, "capture": 2, "purify": 2, "merge": 1, "evaluate": 1, "diagnose": 1}
+FORMATS = {"fit": 1, "capture": 2, "purify": 2, "merge": 1, "evaluate": 1, "diagnose": 1, "gradients": 1}
+
+# What a capture pass gives merge rules.
+NEED_STATISTICS = frozenset({Need.INPUT_MOMENTS, Need.NORM_MOMENTS})
+
+GRADIENT_KINDS: dict[Need, GradientKind] = {Need.FISHER: "fisher", Need.GRADIENTS: "absolute"}
 
 # Options of the trainer that change neither the order of examples nor the arithmetic that is asked for.
 HARMLESS_OPTIONS = ("enable_progress_bar", "log_every_n_steps", "accelerator", "profiler", "detect_anomaly")
@@ -81,7 +87,7 @@ class Stages:
     def need_statistics(self) -> bool:
         """Whether anything in the recipe looks at what the experts' layers see."""
         asked = any(
-            vectors == "purified" or Need.INPUT_MOMENTS in method_named(step.method).needs
+            vectors == "purified" or NEED_STATISTICS & method_named(step.method).needs
             for step, vectors in self.merges()
         )
         return asked or self.recipe.evaluate.purified_experts
@@ -99,6 +105,20 @@ class Stages:
             task, lambda task: {"fit": self._fit_inputs(task), "capture": self._capture_options(task)}
         )
         return Stage(f"statistics/{name}", f"pave capture --task {task.name}", lambda: self._capture_inputs(task))
+
+    def gradients(self, kind: GradientKind, task: Task) -> Stage:
+        """What a task's gradients say of each weight."""
+
+        def options(task: Task) -> dict[str, Any]:
+            capture = self.recipe.capture
+            return {"format": FORMATS["gradients"], **self._shown(task), "examples": capture.gradient_examples}
+
+        def inputs() -> dict[str, Any]:
+            base = {"base": self._base_digest} if kind == "absolute" else {}
+            return {"expert": expert_digest(self.finished(self.expert(task))), "kind": kind, **base, **options(task)}
+
+        name = self._shared_name(task, lambda task: {"fit": self._fit_inputs(task), **options(task)})
+        return Stage(f"gradients/{kind}-{name}", "pave merge", inputs)
 
     def _shared_name(self, task: Task, inputs: Callable[[Task], dict[str, Any]]) -> str:
         """The task's name; in a shared folder with a mark that tells apart what was made from different inputs."""
@@ -223,7 +243,10 @@ class Stages:
             "rows": [task.examples.train if from_data else None, self.recipe.seed],
             "columns": task.text if from_data else None,
             "max_length": task.training.max_length,
-            "capture": self.recipe.capture.model_dump(),
+            # Without norms it is what was captured before that key was there.
+            "capture": self.recipe.capture.model_dump(
+                exclude={"gradient_examples", *([] if self.recipe.capture.norms else ["norms"])}
+            ),
         }
 
     def _purify_inputs(self, options: Purify) -> dict[str, Any]:
@@ -259,8 +282,11 @@ class Stages:
         }
         if vectors == "purified":
             inputs["purified"] = self._purify_inputs(step.purify)
-        if Need.INPUT_MOMENTS in method_named(step.method).needs:
+        if NEED_STATISTICS & method_named(step.method).needs:
             inputs["statistics"] = self._statistics_digests()
+        for need, kind in GRADIENT_KINDS.items():
+            if need in method_named(step.method).needs:
+                inputs[kind] = {task.name: self.gradients(kind, task).inputs() for task in self.recipe.tasks}
         if Need.UNLABELLED_EXAMPLES in method_named(step.method).needs:
             inputs["examples"] = {task.name: self._shown(task) for task in self.recipe.tasks}
         if step.anchor is not None:

@@ -32,6 +32,7 @@ from pave_lightning.evaluation import (
 )
 from pave_lightning.evaluation.scale_search import NoFiniteScoreError, ScaleSearcher
 from pave_lightning.experts.fitting import fit_expert, save_expert
+from pave_lightning.experts.gradients import absolute_gradients, fisher_diagonal
 from pave_lightning.experts.loading import load_adapter, load_expert, load_tokenizer
 from pave_lightning.experts.task_expert import TaskExpert
 from pave_lightning.experts.trainers import (
@@ -50,8 +51,17 @@ from pave_lightning.merging.running import MergedVectors
 from pave_lightning.purification import KeptRank, PurifiedTaskVectors, StoredPurification, write_purified
 from pave_lightning.recipe import AUTO_RATIOS, Capture, MergeStep, Purify, Recipe, ScaleSearch, Task, Vectors
 from pave_lightning.run_folder import Manifest, RunFolder, StageWriter
-from pave_lightning.stages import Stage, Stages, existing_folder, expert_digest, short_digest, with_seed
+from pave_lightning.stages import (
+    NEED_STATISTICS,
+    Stage,
+    Stages,
+    existing_folder,
+    expert_digest,
+    short_digest,
+    with_seed,
+)
 from pave_lightning.statistics import TaskStatistics
+from pave_lightning.statistics.gradients import GradientKind, TaskGradients
 from pave_lightning.tasks.data_module import TaskDataModule
 from pave_lightning.tracking import Tracker
 from pave_lightning.tracking_logger import TrackingLogger
@@ -68,6 +78,7 @@ from pave_lightning.weights.architecture import backbone_of, empty_classifier
 log = logging.getLogger("pave_lightning")
 
 STATISTICS_FILE = "moments.safetensors"
+GRADIENTS_FILE = "gradients.safetensors"
 
 
 @dataclass(frozen=True)
@@ -212,6 +223,7 @@ class Workflow:
                 moments=options.moments,
                 rows=options.rows,
                 convolutions=options.convolutions,
+                norms=options.norms,
                 seed=self.recipe.seed,
                 metadata={"task": task.name, "expert": expert_digest(self.stages.finished(self.stages.expert(task)))},
             )
@@ -378,10 +390,45 @@ class Workflow:
             rho: rank ratio of the purification; None for plain task vectors.
         """
         return Evidence(
-            statistics=self.statistics if Need.INPUT_MOMENTS in method.needs else {},
+            statistics=self.statistics if NEED_STATISTICS & method.needs else {},
+            fisher=self.gradients("fisher") if Need.FISHER in method.needs else {},
+            gradients=self.gradients("absolute") if Need.GRADIENTS in method.needs else {},
             passes=self._passes(method.options.examples) if Need.UNLABELLED_EXAMPLES in method.needs else None,
             anchor=self._anchor(step, rho) if Need.ANCHOR in method.needs else None,
         )
+
+    def gradients(self, kind: GradientKind) -> dict[str, TaskGradients]:
+        """What the tasks' gradients say of each weight, computed once for every merge step that asks for it."""
+        found = {}
+        for task in self.recipe.tasks:
+            stage = self.stages.gradients(kind, task).begun()
+            if self.stages.current(stage) is None:
+                with self._sharing(stage) as needed:
+                    if needed:
+                        self._take_gradients(kind, task, stage)
+            found[task.name] = TaskGradients.load(self.folder.path(stage.name) / GRADIENTS_FILE)
+        return found
+
+    def _take_gradients(self, kind: GradientKind, task: Task, stage: Stage) -> None:
+        options = self.recipe.capture
+        with self._doing(f"gradients of {task.name} ({kind})"), self._writing(stage) as writer:
+            model = load_expert(self._expert_folder(task.name), task)
+            batches = list(
+                self._data(task, options.batch_size).capture_dataloader(
+                    options.gradient_examples, options.batch_size, self.recipe.seed
+                )
+            )
+            if kind == "fisher":
+                values = fisher_diagonal(model, task, batches)
+            else:
+                base = {parameter.name: self.plain.base(parameter) for parameter in self.plain.parameters}
+                load_parameters(backbone_of(model), base)
+                values = absolute_gradients(model, task, batches)
+            examples = sum(len(batch["input_ids"]) for batch in batches)
+            TaskGradients(kind, values, examples=examples, metadata={"task": task.name}).save(
+                writer.path / GRADIENTS_FILE
+            )
+            writer.result["examples"] = examples
 
     def _passes(self, examples: int) -> ForwardPasses:
         batches = {}

@@ -53,7 +53,7 @@ MAY_IMPORT = {
         *("diagnostics", "errors", "merging", "purification", "recipe", "run_folder", "tracking", "reporting"),
         "workflow",
     },
-    "stages": {"errors", "merging", "recipe", "run_folder", "tasks", "weights"},
+    "stages": {"errors", "merging", "recipe", "run_folder", "statistics", "tasks", "weights"},
     "workflow": LIBRARY | {"stages"},
     "planning": LIBRARY | {"stages"},
     "commands": LIBRARY | {"planning", "reporting", "workflow"},

@@ -17,6 +17,8 @@ from pave_lightning.merging.core_space import CoreSpace
 from pave_lightning.merging.dare import Dare, DareOptions, DareTies, DareTiesOptions, DroppedTaskVectors, kept_elements
 from pave_lightning.merging.dc_merge import DcMerge
 from pave_lightning.merging.devec import DeVec
+from pave_lightning.merging.disentanglement import Awd
+from pave_lightning.merging.doge import DogeTa
 from pave_lightning.merging.emr import Emr
 from pave_lightning.merging.evidence import Evidence, Need
 from pave_lightning.merging.feature_calibration import FeatureCalibration
@@ -24,17 +26,20 @@ from pave_lightning.merging.isotropic import IsoC, IsoCts
 from pave_lightning.merging.knots import Knots
 from pave_lightning.merging.matrices import MatrixMethod, MatrixOptions
 from pave_lightning.merging.modulators import LowRank, Modulator, ModulatorWriter
+from pave_lightning.merging.opcm import Opcm
 from pave_lightning.merging.peft_combinations import PeftCombination
 from pave_lightning.merging.regmean_blocks import RegMeanBlocks
 from pave_lightning.merging.robust_merge import RobustMerge
 from pave_lightning.merging.running import MergedVectors, merge, merge_per_task, merge_static
-from pave_lightning.merging.sequential import SequentialMethod
+from pave_lightning.merging.sequential import RunningMean, RunningSum, SequentialMethod, SequentialState
 from pave_lightning.merging.task_arithmetic import TaskArithmetic
 from pave_lightning.merging.ties import Ties
 from pave_lightning.merging.tsv import TsvCompress, TsvMerge
+from pave_lightning.merging.wudi import Swudi, Wudi
 
 __all__ = [
     "Average",
+    "Awd",
     "CoreSpace",
     "Cost",
     "Dare",
@@ -43,6 +48,7 @@ __all__ = [
     "DareTiesOptions",
     "DcMerge",
     "DeVec",
+    "DogeTa",
     "DroppedTaskVectors",
     "Emr",
     "Evidence",
@@ -60,16 +66,22 @@ __all__ = [
     "Modulator",
     "ModulatorWriter",
     "Need",
+    "Opcm",
     "PeftCombination",
     "PerTaskMethod",
     "RegMeanBlocks",
     "RobustMerge",
+    "RunningMean",
+    "RunningSum",
     "SequentialMethod",
+    "SequentialState",
     "StaticMethod",
+    "Swudi",
     "TaskArithmetic",
     "Ties",
     "TsvCompress",
     "TsvMerge",
+    "Wudi",
     "kept_elements",
     "make_method",
     "merge",

@@ -195,9 +195,9 @@ def _lacking_gradients(
     shapes = {parameter.name: parameter.shape for parameter in vectors.parameters}
     for task in vectors.tasks:
         if task not in given:
-            yield f"task '{task}': {need} is needed, but was not captured; run `pave capture`"
+            yield f"task '{task}' has no captured {need}; run `pave capture`"
         elif given[task].kind != kind:
-            yield f"task '{task}': {need} is needed (kind '{kind}'), found gradients of kind '{given[task].kind}'"
+            yield f"task '{task}': expected {need}, found '{given[task].kind}' gradients"
         else:
             for misfit in given[task].misfits(shapes):
-                yield f"task '{task}': {need} does not fit: {misfit}; capture it again for these experts"
+                yield f"task '{task}': the captured {need}: {misfit}; run `pave capture` for these experts"

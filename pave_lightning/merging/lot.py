@@ -46,7 +46,8 @@ class Lot(MatrixMethod):
     no task has, the layer gets the mean of the task vectors. So do embeddings and all else.
 
     Needs the second moments of all inputs (``capture.moments: input``) and, unless ``norms: mean``, those of the norms
-    (``capture.norms: true``); no labels, no gradients. Cost: all eigenvectors of one ``d_in x d_in`` matrix a layer.
+    (``capture.norms: true``); no labels, no gradients. Cost: a Cholesky factorisation of one ``d_in x d_in``
+    matrix a layer, or all of its eigenvectors where some inputs are unseen.
 
     Source: Sun et al., *Towards Minimizing Feature Drift in Model Merging*, NeurIPS 2025 (arXiv 2505.23859), default
     scale 1; the paper tunes it to 1.2 and 1.5 for its two vision models. Departures: tasks weigh the same whatever

@@ -39,8 +39,8 @@ class RegMean(MatrixMethod):
     for the full weights :math:`W_t` (``d_out x d_in``) of linear layers, and the mean for all else. A task none of
     whose examples reached a layer has no say in it; where no task has, the layer gets the mean. There is no scale.
 
-    Needs the second moments of all inputs (``capture.moments: input``). Cost: all eigenvectors of one ``d_in x d_in``
-    matrix a layer; a Cholesky factorisation with a ridge.
+    Needs the second moments of all inputs (``capture.moments: input``). Cost: a Cholesky factorisation of one
+    ``d_in x d_in`` matrix a layer, or all of its eigenvectors where some inputs are always zero.
 
     Source: Jin et al., *Dataless Knowledge Fusion by Merging Weights of Language Models*, ICLR 2023 (arXiv 2212.09849).
     Departures: second moments are means over a task's rows, so that tasks weigh the same. Where the sum cannot be

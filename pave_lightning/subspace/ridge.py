@@ -10,6 +10,8 @@ from torch import Tensor
 # Directions of the inputs whose second moment is below this share of the largest one count as unseen: moments that were
 # summed from float32 products hold about 1e-7 of their largest eigenvalue in rounding.
 TOLERANCE = 1e-6
+# Beyond this condition float64 solutions have too few digits left, whatever the tolerance.
+_MAX_CONDITION = 1e12
 
 
 class AnchoredRidge:
@@ -79,8 +81,8 @@ class AnchoredRidge:
 
         Directions of the inputs that no task has seen keep the anchor's values whatever the ridge, and with no anchor
         they are zero: the solution of minimum norm. Unseen are eigenvectors of the summed moments whose eigenvalue is
-        at most ``tolerance`` times the largest. Cost: one Cholesky factorisation where the ridge is well above that
-        level, else all eigenvectors of the summed moments.
+        at most ``tolerance`` times the largest. Cost: one Cholesky factorisation and inverse where they show that there
+        are none of these, ridge included; else all eigenvectors of the summed moments.
 
         Args:
             ridge: ``lambda``, a finite number of at least 0.
@@ -112,8 +114,8 @@ def divided(rows: Tensor, matrix: Tensor, ridge: float = 0.0, *, tolerance: floa
         rows: shape ``(m, d)``, float64.
         matrix: symmetric, shape ``(d, d)``, float64; eigenvalues below zero count as rounding.
         ridge: the multiple of the identity, at least 0.
-        tolerance: eigenvectors whose eigenvalue is at most this share of the largest take no part, unless the ridge is
-            well above that level.
+        tolerance: eigenvectors whose eigenvalue is at most this share of the largest take no part, unless the ridge
+            lifts them above that level.
 
     Returns:
         Shape ``(m, d)``, float64.
@@ -125,10 +127,12 @@ def divided(rows: Tensor, matrix: Tensor, ridge: float = 0.0, *, tolerance: floa
         raise ValueError("the summed moments hold NaN or infinite values")
     if not matrix.numel():
         return rows.clone()
-    # The trace is at least the largest eigenvalue.
-    if ridge > tolerance * float(matrix.trace()):
-        factor, failed = torch.linalg.cholesky_ex(matrix + ridge * torch.eye(len(matrix), dtype=torch.float64))
-        if not failed:
+    lifted = matrix + ridge * torch.eye(len(matrix), dtype=torch.float64)
+    factor, failed = torch.linalg.cholesky_ex(lifted)
+    if not failed:
+        # The product of these norms is at least the condition.
+        condition = float(lifted.norm() * torch.cholesky_inverse(factor).norm())
+        if condition * tolerance < 1 and condition < _MAX_CONDITION:
             solution: Tensor = torch.cholesky_solve(rows.T, factor).T
             return solution
     values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import (
     AlbertConfig,
     AlbertForSequenceClassification,
+    AutoModel,
     AutoModelForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
@@ -18,7 +19,11 @@ from transformers import (
 
 from pave_lightning.errors import PaveError
 from pave_lightning.experts.gradients import absolute_gradients, covariance_factor, fisher_diagonal
+from pave_lightning.merging import Evidence, Need
+from pave_lightning.merging.passes import load_parameters
 from pave_lightning.recipe import Task
+from pave_lightning.statistics.gradients import TaskGradients
+from pave_lightning.weights import task_vectors
 
 SENTENCES = ([2, 9, 41, 7, 3], [2, 60, 3], [2, 9, 9, 30, 31, 32, 3], [2, 77, 12, 3])
 
@@ -308,3 +313,22 @@ def test_the_factor_is_one_of_the_covariance_of_a_drawn_class(logits):
     # Where p is nearly one, 1 - p is only known from the others.
     exact = p * np.array([np.delete(p, index).sum() for index in range(len(p))])
     np.testing.assert_allclose((factor**2).sum(axis=0), exact, rtol=1e-9, atol=1e-300)
+
+
+def test_names_and_shapes_are_those_of_task_vectors(base_folder, expert_folders, bert, make_task, tmp_path):
+    folders = {"words": str(expert_folders["first"]), "more": str(expert_folders["second"])}
+    vectors = task_vectors(str(base_folder), folders)
+    task = make_task(2)
+    expert = bert(2)
+    of_expert = fisher_diagonal(expert, task, [padded(SENTENCES)])
+    TaskGradients("fisher", of_expert, examples=len(SENTENCES)).save(tmp_path / "words.safetensors")
+    given = TaskGradients.load(tmp_path / "words.safetensors")
+    evidence = Evidence(fisher={"words": given, "more": given})
+    assert len(given) == len(vectors.parameters)
+    assert not list(evidence.lacking({Need.FISHER}, vectors))
+    # The base's backbone below the expert's head.
+    load_parameters(expert.bert, {parameter.name: vectors.base(parameter) for parameter in vectors.parameters})
+    at_base = absolute_gradients(expert, task, [padded(SENTENCES, [0, 1, 1, 0])])
+    expected = plain_absolute(expert, SENTENCES, [0, 1, 1, 0])
+    assert_close(at_base, expected)
+    assert torch.equal(expert.bert.pooler.dense.weight, AutoModel.from_pretrained(base_folder).pooler.dense.weight)

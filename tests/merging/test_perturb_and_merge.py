@@ -106,31 +106,22 @@ def test_every_step_is_the_best_of_its_line(make_source, random_vectors, random_
         before = after
 
 
-def test_steps_stay_within_the_line(make_source):
-    # Task a wants w at 10 and b, as stiff, wants it at 11; beyond b lies where c is best met, and before a for d.
-    vectors = {"a": {"v": [10.0, 0.0]}, "b": {"v": [11.0, 0.0]}, "c": {"v": [10.2, 0.0]}}
-    information = {"a": {"v": [1.0, 1.0]}, "b": {"v": [3.0, 1.0]}, "c": {"v": [0.0, 1.0]}}
-    # After two tasks: 10.75, which is best for both; any step towards the third, which does not care, costs.
-    assert run(make_source(vectors), information)["v"].tolist() == pytest.approx([10.75, 0.0])
-    vectors["c"] = {"v": [10.5, 0.0]}
-    products = torch.tensor(
-        [
-            [[information[j]["v"][0] * vectors[i]["v"][0] * vectors[k]["v"][0] for k in "abc"] for i in "abc"]
-            for j in "abc"
-        ],
-        dtype=torch.float64,
-    )
-    assert expert_weights(products) == pytest.approx([0.25, 0.75, 0.0])
+@pytest.mark.parametrize(
+    ("third", "expected"), [([0.0, 2.0], [1.0, 1.0]), ([1.1, 0.9], [1.1, 0.9]), ([3.0, -1.0], [1.5, 0.5])]
+)
+def test_steps_neither_go_back_nor_beyond_the_next_expert(make_source, third, expected):
+    # Between the first two, (1, 1) costs them least. There they gain by (1, -1), four for each unit, and lose by twice
+    # the square of it: best is half a unit. The third does not care.
+    vectors = {"a": {"v": [0.0, 0.0]}, "b": {"v": [2.0, 2.0]}, "c": {"v": third}}
+    information = {"a": {"v": [1.0, 3.0]}, "b": {"v": [3.0, 1.0]}, "c": {"v": [0.0, 0.0]}}
+    assert run(make_source(vectors), information)["v"].tolist() == pytest.approx(expected)
 
 
-def test_a_step_may_go_all_the_way(make_source):
-    # The third expert halves the way to the second, which outweighs both.
-    vectors = {"a": {"v": [0.0]}, "b": {"v": [4.0]}, "c": {"v": [2.0]}}
-    information = {"a": {"v": [1.0]}, "b": {"v": [1.0]}, "c": {"v": [1.0]}}
-    assert run(make_source(vectors), information)["v"].tolist() == [2.0]
-    vectors["c"], information["a"] = {"v": [3.0]}, {"v": [0.0]}
-    vectors["b"], information["b"] = {"v": [4.0]}, {"v": [0.0]}
-    assert run(make_source(vectors), information)["v"].tolist() == [3.0]
+def test_the_weights_of_the_experts_add_up_to_one():
+    # One element, task vectors 1 and 3, information 1 and 3: the second step goes three quarters of the way.
+    outer = torch.tensor([[1.0, 3.0], [3.0, 9.0]], dtype=torch.float64)
+    assert expert_weights(torch.stack([outer, 3 * outer])) == pytest.approx([0.25, 0.75])
+    assert expert_weights(torch.zeros(4, 4, 4, dtype=torch.float64)) == pytest.approx([0.25] * 4)
 
 
 def test_where_no_task_cares_it_is_the_mean(make_source, random_vectors):
@@ -149,7 +140,7 @@ def test_equal_information_gives_the_mean(make_source, random_vectors):
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-6, 1e6])
 def test_the_unit_of_the_information_does_not_matter(make_source, random_vectors, random_information, scale):
-    scaled = {task: {n: scale * v + 0 for n, v in named.items()} for task, named in random_information.items()}
+    scaled = {task: {n: scale * v for n, v in named.items()} for task, named in random_information.items()}
     first, second = (run(make_source(random_vectors), given) for given in (random_information, scaled))
     assert all(torch.allclose(first[name], second[name], rtol=1e-4, atol=1e-6) for name in first)
 
@@ -177,7 +168,7 @@ def test_chunks_do_not_matter(make_source, random_vectors, random_information, m
 
 def test_missing_information_is_told(make_source, random_vectors, random_information):
     del random_information["two"]
-    with pytest.raises(PaveError, match="task 'two': Fisher information is needed, but was not captured"):
+    with pytest.raises(PaveError, match="task 'two' has no captured Fisher information"):
         run(make_source(random_vectors), random_information)
 
 

@@ -32,6 +32,8 @@ SMALL = {
 # Options with which a rule gives back what experts agree on, and how many times it does.
 HARMLESS = {
     "average": ({}, 1),
+    "awd": ({}, 3),
+    "swudi": ({"time": 1e6, "others": "mean"}, 1),
     "task_arithmetic": ({}, 3),
     "ties": ({"density": 1.0}, 1),
     "emr": ({}, 1),
