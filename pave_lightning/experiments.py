@@ -20,6 +20,7 @@ from pave_lightning.evaluation import Candidate
 from pave_lightning.planning import check_recipe, merge_problems
 from pave_lightning.recipe import Experiment, MergeStep, Recipe, Vectors
 from pave_lightning.recipe_loading import load_recipe
+from pave_lightning.reporting.experiment_view import CARRIED_COLUMNS
 from pave_lightning.reporting.experiments import ExperimentView, write_experiment
 from pave_lightning.stages import purifications, short_digest
 from pave_lightning.workflow import Workflow, plain_scores
@@ -239,8 +240,9 @@ class CellRun:
         inputs = {**self.stages.score_inputs("test"), "merge": self.stages.merge_inputs(step, vectors)}
 
         def make() -> tuple[Candidate, dict[str, Any]]:
-            chosen = self.workflow.choose(step, vectors)
-            facts = {key: value for key, value in chosen.facts.items() if key in ("scale", "rho")}
+            chosen = self.workflow.choose(step, vectors).completed()
+            known = {**chosen.facts, **vars(chosen.cost)}
+            facts = {key: value for key, value in known.items() if key in CARRIED_COLUMNS}
             return chosen.candidate(), {**facts, "form": chosen.method.form}
 
         yield from self._scored(step.name, vectors, "", inputs, make)
@@ -277,8 +279,7 @@ class CellRun:
                     "is_headline": metric == headline,
                     "value": value,
                     "examples": scores["examples"],
-                    "scale": _number(result.get("scale")),
-                    "rho": _number(result.get("rho")),
+                    **{column: _number(result.get(column)) for column in CARRIED_COLUMNS},
                 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+import torch
 from torch import Tensor, nn
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -39,7 +40,7 @@ def normalised(module: nn.Module, inputs: Tensor) -> Tensor:
     """
     if isinstance(module, nn.LayerNorm):
         return nn.functional.layer_norm(inputs, module.normalized_shape, eps=module.eps)
-    eps = getattr(module, "variance_epsilon", None) or getattr(module, "eps", None) or 0.0
+    eps = getattr(module, "variance_epsilon", None) or getattr(module, "eps", None) or torch.finfo(inputs.dtype).eps
     return inputs * (inputs.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
 
 

@@ -9,28 +9,26 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pave_lightning.callbacks import PaveCallback
-from pave_lightning.errors import PaveError
+from pave_lightning.choosing import Chooser, MergeChoice
 from pave_lightning.evaluation import (
     Candidate,
     CheckpointCandidate,
     Evaluator,
     ExpertsCandidate,
-    MergedCandidate,
     ModulatedCandidate,
     PurifiedExpertsCandidate,
     SuiteData,
     TaskScore,
 )
-from pave_lightning.evaluation.scale_search import NoFiniteScoreError, ScaleSearcher
+from pave_lightning.evaluation.scale_search import ScaleSearcher
 from pave_lightning.experts.fitting import fit_expert, save_expert
 from pave_lightning.experts.gradients import absolute_gradients, fisher_diagonal
 from pave_lightning.experts.loading import load_adapter, load_expert, load_tokenizer
@@ -44,12 +42,11 @@ from pave_lightning.experts.trainers import (
 )
 from pave_lightning.exporting import write_purified_experts
 from pave_lightning.launching import Launcher, is_launched, is_rank_zero
-from pave_lightning.merging import Evidence, MergeMethod, Modulator, Need, make_method, merge
+from pave_lightning.merging import Evidence, MergeMethod, Modulator, Need
 from pave_lightning.merging.folders import MergeContext, write_merged
 from pave_lightning.merging.passes import ForwardPasses, load_parameters
-from pave_lightning.merging.running import MergedVectors
 from pave_lightning.purification import KeptRank, PurifiedTaskVectors, StoredPurification, write_purified
-from pave_lightning.recipe import AUTO_RATIOS, Capture, MergeStep, Purify, Recipe, ScaleSearch, Task, Vectors
+from pave_lightning.recipe import Capture, MergeStep, Purify, Recipe, Task, Vectors
 from pave_lightning.run_folder import Manifest, RunFolder, StageWriter
 from pave_lightning.stages import (
     NEED_STATISTICS,
@@ -58,7 +55,6 @@ from pave_lightning.stages import (
     existing_folder,
     expert_digest,
     short_digest,
-    with_seed,
 )
 from pave_lightning.statistics import TaskStatistics
 from pave_lightning.statistics.gradients import GradientKind, TaskGradients
@@ -79,37 +75,6 @@ log = logging.getLogger("pave_lightning")
 
 STATISTICS_FILE = "moments.safetensors"
 GRADIENTS_FILE = "gradients.safetensors"
-
-
-@dataclass(frozen=True)
-class MergeChoice:
-    """A merge step with everything chosen.
-
-    Attributes:
-        method: the rule.
-        source: the task vectors it is run on.
-        evidence: what the rule knows besides the weights.
-        scale: what the merged task vector is multiplied with; None for rules without a scale.
-        merged: the merge result, where it was computed in choosing.
-        average: its normalised average on validation data; NaN where it was not scored.
-        facts: what was chosen and what was tried, as plain JSON values.
-    """
-
-    method: MergeMethod
-    source: TaskVectors
-    evidence: Evidence
-    scale: float | None
-    merged: MergedVectors | None
-    average: float
-    facts: dict[str, Any]
-
-    def candidate(self) -> Candidate:
-        """The merged model, in memory."""
-        return MergedCandidate(self.source, self.result(), 1.0 if self.scale is None else self.scale)
-
-    def result(self) -> MergedVectors:
-        """The merge result, computed now unless it is known."""
-        return self.merged if self.merged is not None else merge(self.method, self.source, self.evidence)
 
 
 class Workflow:
@@ -138,7 +103,6 @@ class Workflow:
         self.recipe, self.folder, self.tracker, self.launcher = recipe, folder, tracker, launcher
         self.label = label
         self.references: dict[str, dict[int | None, dict[str, float]]] = {}
-        self._last_anchor: tuple[str, dict[str, Tensor]] = ("", {})
         self.stages = Stages(recipe, folder)
         self.base_folder = locate_model(recipe.base, role="base")
 
@@ -310,91 +274,33 @@ class Workflow:
             )
             writer.result.update(facts, form=chosen.method.form)
         numbers = {name: facts[name] for name in ("scale", "rho") if isinstance(facts.get(name), float)}
+        numbers |= {name: value for name, value in vars(chosen.cost).items() if math.isfinite(value)}
         self._log(run, numbers)
         self._end(run)
         return None
 
     def choose(self, step: MergeStep, vectors: Vectors) -> MergeChoice:
-        """What a merge step comes to once ratio and scale are chosen on validation data, where the recipe leaves them.
+        """What a merge step comes to once everything that the recipe leaves open is chosen on validation data.
 
         Raises:
             PaveError: nothing that was tried gives finite scores.
         """
-        ratios: tuple[Any, ...] = (None,)
-        if vectors == "purified":
-            ratios = AUTO_RATIOS if step.purify.rho == "auto" else (step.purify.rho,)
-        settings = [(rho, options) for rho in ratios for options in step.tuned_options]
-        if len(settings) == 1:
-            return self._chosen_scale(step, *settings[0], scored=False)
-        best: MergeChoice | None = None  # one merge result is held at a time, besides the one that is made
-        best_key = (-math.inf, 0.0)
-        tried: list[tuple[Any, dict[str, Any], float | None, float]] = []
-        for rho, options in settings:
-            try:
-                choice = self._chosen_scale(step, rho, options, scored=True)
-            except NoFiniteScoreError:
-                tried.append((rho, options, None, math.nan))
-                continue
-            label = [f"rho {rho:.4g}"] if rho else []
-            label += [f"{key} {options[key]}" for key in step.tune]
-            log.info("  %s: %.4f of the experts on validation", ", ".join(label), choice.average)
-            tried.append((rho, options, choice.scale, choice.average))
-            # Among equals the largest ratio wins, which changes the experts least, and then the first options.
-            key = (choice.average, rho or 0.0)
-            if math.isfinite(choice.average) and key > best_key:
-                best, best_key = choice, key
-        if best is None:
-            what = "no ratio gives" if not step.tune else "nothing that was tried gives"
-            raise PaveError(f"merge step '{step.name}': {what} finite scores on the validation splits")
-        facts = dict(best.facts)
-        if len(ratios) > 1:
-            facts["rho_search"] = [[rho, scale, average] for rho, _, scale, average in tried]
-        if step.tune:
-            facts["tune_search"] = [
-                [{key: options[key] for key in step.tune}, scale, average] for _, options, scale, average in tried
-            ]
-        return replace(best, facts=facts)
+        return self._chooser.choose(step, vectors)
 
-    def _chosen_scale(
-        self, step: MergeStep, rho: float | None, options: dict[str, Any], *, scored: bool
-    ) -> MergeChoice:
-        """The merge with its scale; with its validation score where the scale is searched or ``scored`` asks for it.
+    @cached_property
+    def _chooser(self) -> Chooser:
+        return Chooser(self.recipe, self._source, self.evidence, lambda: self._scale_searcher)
 
-        Args:
-            step: the merge step.
-            rho: rank ratio of the purification; None for plain task vectors.
-            options: the rule's options.
-            scored: whether the validation score is wanted in any case.
-        """
-        source = self.plain if rho is None else self.purified(step.purify.model_copy(update={"rho": rho}))
-        ratio = {} if rho is None else {"rho": rho}
-        method = make_method(step.method, with_seed(step.method, options, self.recipe.seed))
-        scale = step.scale if step.scale is not None else method.default_scale
-        evidence = self.evidence(step, method, rho)
-        if not scored and not isinstance(scale, ScaleSearch):
-            return MergeChoice(method, source, evidence, scale, None, math.nan, {"scale": scale, **ratio})
-        merged = merge(method, source, evidence)
-        if isinstance(scale, ScaleSearch):
-            found = self._scale_searcher.best(source, merged, scale)
-            facts = {"scale": float(found["scale"]), "search": found["tried"], **ratio}
-            return MergeChoice(method, source, evidence, facts["scale"], merged, found["average"], facts)
-        average = self._scale_searcher.average(MergedCandidate(source, merged, 1.0 if scale is None else scale), None)
-        return MergeChoice(method, source, evidence, scale, merged, average, {"scale": scale, **ratio})
+    def _source(self, purify: Purify | None) -> TaskVectors:
+        return self.plain if purify is None else self.purified(purify)
 
-    def evidence(self, step: MergeStep, method: MergeMethod, rho: float | None) -> Evidence:
-        """What a merge step's rule needs to know besides the weights.
-
-        Args:
-            step: the merge step.
-            method: its rule.
-            rho: rank ratio of the purification; None for plain task vectors.
-        """
+    def evidence(self, method: MergeMethod) -> Evidence:
+        """What a rule needs to know of the tasks' data."""
         return Evidence(
             statistics=self.statistics if NEED_STATISTICS & method.needs else {},
             fisher=self.gradients("fisher") if Need.FISHER in method.needs else {},
             gradients=self.gradients("absolute") if Need.GRADIENTS in method.needs else {},
             passes=self._passes(method.options.examples) if Need.UNLABELLED_EXAMPLES in method.needs else None,
-            anchor=self._anchor(step, rho) if Need.ANCHOR in method.needs else None,
         )
 
     def gradients(self, kind: GradientKind) -> dict[str, TaskGradients]:
@@ -443,19 +349,6 @@ class Workflow:
             backbone = backbone_of(empty_classifier(self._expert_folder(self.recipe.tasks[0].name), device="cpu"))
         load_parameters(backbone, {p.name: self.plain.base(p) for p in self.plain.parameters})
         return backbone.float().eval()
-
-    def _anchor(self, step: MergeStep, rho: float | None) -> dict[str, Tensor]:
-        """The scaled task vector of the step's anchor, run on the same task vectors; the last one is kept."""
-        ratio = step.purify if rho is None else step.purify.model_copy(update={"rho": rho})
-        anchor = self.recipe.step(str(step.anchor)).model_copy(update={"purify": ratio})
-        key = f"{rho} {anchor.model_dump_json()}"
-        if self._last_anchor[0] != key:
-            self._last_anchor = ("", {})
-            log.info("  anchor: %s ...", anchor.name)
-            choice = self.choose(anchor, "plain" if rho is None else "purified")
-            scale = 1.0 if choice.scale is None else choice.scale
-            self._last_anchor = (key, {name: scale * vector for name, vector in choice.result().vectors.items()})
-        return self._last_anchor[1]
 
     @cached_property
     def _scale_searcher(self) -> ScaleSearcher:

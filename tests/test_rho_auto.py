@@ -80,7 +80,7 @@ def test_one_merge_result_is_held_besides_the_one_that_is_made(workflow, average
     import gc
     import weakref
 
-    from pave_lightning import workflow as module
+    from pave_lightning import choosing as module
 
     merge, alive, most = module.merge, weakref.WeakSet(), []
 

@@ -180,8 +180,8 @@ class Evidence:
                 yield f"task '{task}' has no captured statistics; run `pave capture`"
             elif not self.statistics[task].norms:
                 yield (
-                    f"task '{task}': the moments of what {len(scales)} norms scale are needed, such as {scales[0]}, but "
-                    "none were captured; set capture.norms: true"
+                    f"task '{task}': the moments of what {len(scales)} norms scale are needed, such as {scales[0]}, "
+                    "but none were captured; set capture.norms: true"
                 )
 
 
@@ -195,9 +195,9 @@ def _lacking_gradients(
     shapes = {parameter.name: parameter.shape for parameter in vectors.parameters}
     for task in vectors.tasks:
         if task not in given:
-            yield f"task '{task}' has no captured {need}; run `pave capture`"
+            yield f"task '{task}' has no {need}; `pave merge` takes it as part of a recipe"
         elif given[task].kind != kind:
             yield f"task '{task}': expected {need}, found '{given[task].kind}' gradients"
         else:
             for misfit in given[task].misfits(shapes):
-                yield f"task '{task}': the captured {need}: {misfit}; run `pave capture` for these experts"
+                yield f"task '{task}': the {need}: {misfit}; take it anew for these experts"

@@ -39,7 +39,7 @@ class Lot(MatrixMethod):
 
     * matrix weights (``d_out x d_in``): :math:`T = (\sum_t \tau_t C_t)(\sum_t C_t)^+`
     * scales of norms: :math:`T[d] = \sum_t m_t[d]\, \tau_t[d] / \sum_t m_t[d]`
-    * biases and shifts: :math:`T = \frac{1}{T} \sum_t \tau_t`
+    * biases and shifts: :math:`T = \frac{1}{K} \sum_t \tau_t` for K tasks
 
     and :math:`W = W_0 + \lambda T`. The pseudo-inverse leaves the base's weight where no task has any features: few
     examples make the update smaller, not wrong. A task none of whose examples reached a layer has no say in it; where

@@ -30,7 +30,7 @@ class MatrixMethod(StaticMethod):
     """
 
     cost = Cost.DECOMPOSITION
-    default_scale = 1.0
+    default_scale: ClassVar[float | None] = 1.0
     Options: ClassVar[type[MatrixOptions]] = MatrixOptions
     options: Any
 

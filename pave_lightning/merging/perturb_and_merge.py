@@ -45,11 +45,11 @@ class PerturbAndMerge(StaticMethod):
     float64. Needs the Fisher information. Cost: :math:`T^3` multiplications and additions an element, and one
     elementwise pass.
 
-    Source: Qiu et al., *Train with Perturbation, Infer after Merging*, NeurIPS 2025 (arXiv 2505.22389), stage 2. Departures: the paper trains each task from
-    the merge of all before, with perturbed weights; here the experts are given and have one base, and nothing is
-    trained. It takes the empirical Fisher information of labelled examples; here the classes are weighted as the
-    expert weighs them, which needs no labels. The paper asks for a convex combination but does not say how the step is kept to
-    one; here it is clamped.
+    Source: Qiu et al., *Train with Perturbation, Infer after Merging*, NeurIPS 2025 (arXiv 2505.22389), stage 2.
+    Departures: the paper trains each task from the merge of all before, with perturbed weights; here the experts
+    are given and have one base, and nothing is trained. It takes the empirical Fisher information of labelled
+    examples; here the classes are weighted as the expert weighs them, which needs no labels. The paper asks for a
+    convex combination but does not say how the step is kept to one; here it is clamped.
     """
 
     summary = "one expert after the other, each by the step that costs all tasks least"

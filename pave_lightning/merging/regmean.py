@@ -52,7 +52,7 @@ class RegMean(MatrixMethod):
     summary = "linear regression on what the experts' layers take in and put out"
     source = "Jin et al. 2023, arXiv 2212.09849"
     needs = frozenset({Need.INPUT_MOMENTS})
-    default_scale = None  # type: ignore[assignment]
+    default_scale = None
     Options: ClassVar[type[RegMeanOptions]] = RegMeanOptions
 
     def merge_matrix(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:

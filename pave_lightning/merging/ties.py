@@ -41,7 +41,7 @@ def disjoint_merge(vectors: Sequence[Tensor], how: Literal["mean", "sum"] = "mea
     elected = mass.sign()
     total, count = torch.zeros_like(mass), torch.zeros_like(mass)
     for vector in vectors:
-        agrees = (vector.sign() == elected) & (vector != 0)
+        agrees = vector.sign() == elected
         total += vector * agrees
         count += agrees
     return total / count.clamp(min=1) if how == "mean" else total

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from pave_lightning.errors import PaveError
-from pave_lightning.reporting.experiment_view import FIXED_COLUMNS, ExperimentView
+from pave_lightning.reporting.experiment_view import CARRIED_COLUMNS, COST_COLUMNS, FIXED_COLUMNS, ExperimentView
 from pave_lightning.reporting.scores import FORMS
 
 PURIFICATION_SECTIONS = {"purify", "capture"}
@@ -93,7 +93,7 @@ class ExperimentScores:
         if missing:
             raise PaveError(f"the scores of the experiment have no column {', '.join(missing)}")
         self.view = view
-        self.keys: list[str] = [str(name) for name in frame.columns if name not in FIXED_COLUMNS]
+        self.keys: list[str] = [str(name) for name in frame.columns if name not in (*FIXED_COLUMNS, *COST_COLUMNS)]
         problems = view.problems(self.keys)
         if problems:
             raise PaveError("the view does not fit the experiment\n  - " + "\n  - ".join(problems))
@@ -193,8 +193,9 @@ class ExperimentScores:
             averages = {
                 column: _mean(counted[column]) if complete else math.nan for column in ("score", "plain", "difference")
             }
-            found.append({**identity, **averages, "scale": group["scale"].iloc[0], "rho": group["rho"].iloc[0]})
-        columns = [*self.keys, *IDENTITY, "seed", "score", "plain", "difference", "scale", "rho"]
+            carried = {column: group[column].iloc[0] for column in CARRIED_COLUMNS}
+            found.append({**identity, **averages, **carried})
+        columns = [*self.keys, *IDENTITY, "seed", "score", "plain", "difference", *CARRIED_COLUMNS]
         return _table(found, columns, self.keys)
 
 
@@ -208,7 +209,8 @@ def summarise(frame: pd.DataFrame, view: ExperimentView) -> pd.DataFrame:
     Returns:
         The varied keys (empty where the model does not depend on the key), model, vectors, form; seeds, mean, sd;
         plain_mean, difference, difference_sd, difference_se, difference_low, difference_high (95 % t-interval),
-        seeds_paired, seeds_better; mean scale and rho; TASK/score and TASK/difference for every task.
+        seeds_paired, seeds_better; mean scale, rho, seconds, peak_megabytes; TASK/score and TASK/difference of every
+        task.
     """
     return summary_of(ExperimentScores(frame, view))
 
@@ -227,7 +229,7 @@ def summary_of(scores: ExperimentScores) -> pd.DataFrame:
         row |= {"difference_sd": difference.sd, "difference_se": difference.error}
         row |= {"difference_low": difference.low, "difference_high": difference.high}
         row |= {"seeds_paired": difference.seeds, "seeds_better": difference.better}
-        row |= {column: _mean(group[column].dropna()) for column in ("scale", "rho")}
+        row |= {column: _mean(group[column].dropna()) for column in CARRIED_COLUMNS}
         own = tasks[_hashable(name)]
         for task in scores.tasks:
             here = own[own["task"] == task]
@@ -271,7 +273,8 @@ def _headline_rows(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     for key in keys:
         rows[key] = pd.Series([_cell(value) for value in rows[key]], index=rows.index, dtype=object)
     rows["vectors"] = rows["vectors"].fillna("")
-    for column in ("value", "scale", "rho"):
+    rows = rows.assign(**{column: math.nan for column in COST_COLUMNS if column not in rows.columns})
+    for column in ("value", *CARRIED_COLUMNS):
         rows[column] = pd.to_numeric(rows[column], errors="coerce").astype(float)
     identity = [*keys, *IDENTITY, "seed", "task"]
     rows = rows.drop_duplicates([*identity, "metric", "value"])

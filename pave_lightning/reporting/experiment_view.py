@@ -12,6 +12,10 @@ FIXED_COLUMNS = (
     *("seed", "model", "vectors", "form", "task", "metric", "is_headline", "value", "examples", "scale", "rho"),
 )
 """Columns of an experiment's frame that are no varied keys."""
+COST_COLUMNS = ("seconds", "peak_megabytes")
+"""Further ones that a frame may have: what merging took."""
+CARRIED_COLUMNS = ("scale", "rho", *COST_COLUMNS)
+"""What is the same for all tasks of a model."""
 
 
 @dataclass(frozen=True)

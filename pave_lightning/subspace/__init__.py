@@ -21,8 +21,10 @@ from pave_lightning.subspace.projection import (
     project,
     remove_tail,
 )
+from pave_lightning.subspace.ridge import AnchoredRidge
 
 __all__ = [
+    "AnchoredRidge",
     "KnowledgeSpectrum",
     "Metric",
     "MomentKind",

@@ -160,11 +160,11 @@ def test_what_is_missing_is_told_task_by_task(make_source, random_vectors, rando
     with pytest.raises(PaveError) as error:
         run(make_source(random_vectors), {"two": less, "three": other})
     assert str(error.value).splitlines()[1:] == [
-        "  - task 'one' has no captured Fisher information; run `pave capture`",
-        "  - task 'two': the captured Fisher information: there are none of 1 of 4 parameters, such as b; "
-        "run `pave capture` for these experts",
-        "  - task 'three': the captured Fisher information: those of a are [5, 7], expected [7, 5]; "
-        "run `pave capture` for these experts",
+        "  - task 'one' has no Fisher information; `pave merge` takes it as part of a recipe",
+        "  - task 'two': the Fisher information: there are none of 1 of 4 parameters, such as b; "
+        "take it anew for these experts",
+        "  - task 'three': the Fisher information: those of a are [5, 7], expected [7, 5]; "
+        "take it anew for these experts",
     ]
 
 

@@ -103,6 +103,13 @@ def test_tails_are_brought_to_the_magnitudes_next_to_them(make_source):
     assert found[[0, 1]] == pytest.approx([4.0, 4.0])
 
 
+def test_small_magnitudes_are_raised_where_another_task_gives_them_a_score(make_source):
+    vectors = {"a": {"w": [0.01, 1.0, -2.0, 3.0, 4.0]}, "b": {"w": [50.0, 1.0, -2.0, -9.0, 4.0]}}
+    expected, coefficients = reference(vectors, 1.0, 0.2, "product")
+    assert coefficients[0, 0] > 0.1
+    assert run(make_source(vectors), ratio=1.0, tails=0.2) == pytest.approx(expected, rel=1e-5)
+
+
 def test_of_two_elements_that_disagree_the_weaker_is_dropped(make_source):
     vectors = {"a": {"w": [5.0, 4.0, 0.0]}, "b": {"w": [-5.1, 1.0, 0.0]}}
     # The best two of three count, of which the lower one gets the coefficient zero: a's second and b's first are left.

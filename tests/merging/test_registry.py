@@ -38,7 +38,7 @@ def test_the_same_class_may_be_registered_again():
 def test_an_unknown_rule_is_told_with_the_nearest_one():
     with pytest.raises(PaveError, match="unknown merge method 'task_arithmatic': did you mean 'task_arithmetic'"):
         method_named("task_arithmatic")
-    with pytest.raises(PaveError, match="known are: ace, average, awd, .*wudi"):
+    with pytest.raises(PaveError, match=r"known are: ace, average, awd, .*wudi"):
         method_named("qqqqqqqq")
 
 

@@ -146,7 +146,9 @@ def test_a_second_merge_begins_anew(make_source, random_vectors, random_gradient
 
 def test_what_is_missing_is_told(make_source, random_vectors, random_gradients):
     del random_gradients["two"]
-    with pytest.raises(PaveError, match="task 'two' has no captured labelled gradients; run `pave capture`"):
+    with pytest.raises(
+        PaveError, match="task 'two' has no labelled gradients; `pave merge` takes it as part of a recipe"
+    ):
         run(make_source(random_vectors), random_gradients)
     given = evidence_of(random_gradients, kind="fisher")
     with pytest.raises(PaveError, match="task 'one': expected labelled gradients, found 'fisher'"):

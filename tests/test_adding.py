@@ -1,0 +1,99 @@
+"""Adding an expert to a merged model."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from pave_lightning import Recipe, load_merged
+from pave_lightning.adding import add_expert
+from pave_lightning.cli import main
+from pave_lightning.commands import open_folder, run_stage
+from pave_lightning.errors import PaveError
+from pave_lightning.weights import Checkpoint
+
+
+@pytest.fixture
+def merge_all(ready_settings):
+    """Merge some experts by every sequential rule; gives the folder of each."""
+
+    def run(tasks, name):
+        rules = [{"method": "opcm"}, {"method": "average"}, {"method": "task_arithmetic", "scale": 0.5}, "ties"]
+        steps = [{**({"method": rule} if isinstance(rule, str) else rule), "vectors": ["plain"]} for rule in rules]
+        recipe = Recipe.model_validate({**ready_settings, "name": name, "tasks": tasks, "merge": steps})
+        run_stage(recipe, "fit")
+        run_stage(recipe, "merge")
+        root = open_folder(recipe).root / "merged"
+        return {folder.name.removesuffix("-plain"): folder for folder in root.iterdir()}
+
+    return run
+
+
+@pytest.fixture
+def three(ready_settings, base_folder, make_expert):
+    first, second = ready_settings["tasks"]
+    return [first, second, {**first, "name": "third", "expert": {"from": str(make_expert(base_folder, seed=9))}}]
+
+
+def weights(folder):
+    checkpoint = Checkpoint(folder, "bert")
+    return {name: checkpoint.tensor(name) for name in checkpoint if checkpoint.backbone[name].is_floating}
+
+
+def test_adding_gives_what_merging_all_gives(merge_all, three, tmp_path):
+    two, all_three = merge_all(three[:2], "two"), merge_all(three, "three")
+    expert = three[2]["expert"]["from"]
+    for rule in ("opcm", "average", "task_arithmetic"):
+        added = add_expert(two[rule], "third", expert, tmp_path / rule)
+        found, expected = weights(added), weights(all_three[rule])
+        for name, value in expected.items():
+            assert torch.allclose(found[name], value, atol=2e-5), (rule, name)
+        assert sorted(head.name for head in (added / "heads").iterdir()) == ["more", "third", "words"]
+        facts, others = (json.loads((folder / "pave.json").read_text()) for folder in (added, all_three[rule]))
+        assert facts["added"] == ["third"]
+        assert facts["sequential"]["merged"] == others["sequential"]["merged"] == 3
+        assert facts["sequential"]["divisor"] == pytest.approx(others["sequential"]["divisor"], rel=1e-4)
+        for task in ("words", "third"):
+            assert load_merged(added, task) is not None
+
+
+def test_mistakes_are_told_and_nothing_is_left_behind(merge_all, three, tmp_path, capsys):
+    folders = merge_all(three[:2], "two")
+    expert = three[2]["expert"]["from"]
+    output = tmp_path / "out" / "result"
+    with pytest.raises(PaveError, match=r"was merged by 'ties', which cannot .* later; rules that can: average, opcm,"):
+        add_expert(folders["ties"], "third", expert, output)
+    with pytest.raises(PaveError, match="has a task 'words' already"):
+        add_expert(folders["opcm"], "words", expert, output)
+    with pytest.raises(PaveError, match="cannot name a task"):
+        add_expert(folders["opcm"], "a/b", expert, output)
+    with pytest.raises(PaveError, match="is no merged model"):
+        add_expert(tmp_path, "third", expert, output)
+    broken = tmp_path / "broken"
+    shutil.copytree(folders["opcm"], broken)
+    facts = json.loads((broken / "pave.json").read_text())
+    facts["sequential"]["divisor"] = 0.0
+    (broken / "pave.json").write_text(json.dumps(facts))
+    with pytest.raises(PaveError, match="no expert can be added"):
+        add_expert(broken, "third", expert, output)
+    assert not output.parent.exists() or not list(output.parent.iterdir())
+    output.mkdir(parents=True)
+    with pytest.raises(PaveError, match="exists already"):
+        add_expert(folders["opcm"], "third", expert, output)
+
+
+def test_on_the_command_line(merge_all, three, capsys):
+    folder = merge_all(three[:2], "two")["opcm"]
+    expert = three[2]["expert"]["from"]
+    assert main(["merge", "--into", str(folder), "--add", f"third={expert}"]) == 0
+    assert capsys.readouterr().out.strip() == f"results: {folder}-third"
+    assert (folder.parent / f"{folder.name}-third" / "heads" / "third").is_dir()
+    for arguments, told in (
+        ([], "give a recipe, or add an expert"),
+        (["--into", str(folder)], "give both --into MERGED and --add TASK=EXPERT"),
+        (["--into", str(folder), "--add", expert], "give both --into MERGED and --add TASK=EXPERT"),
+        (["recipe.yaml", "--into", str(folder), "--add", "a=b"], "not both"),
+    ):
+        assert main(["merge", *arguments]) == 2
+        assert told in capsys.readouterr().err
