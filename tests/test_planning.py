@@ -186,6 +186,42 @@ def test_purified_experts_need_a_ratio(problems):
     assert problems(purify={"rho": "auto"}, evaluate={"purified_experts": True}, merge=steps) == ""
 
 
+def test_what_rules_need_is_asked_for_before_anything_runs(problems):
+    steps = [
+        "task_arithmetic",
+        "lot",
+        {"method": "featcal"},
+        {"method": "ties", "anchor": "task_arithmetic"},
+        {"method": "featcal", "name": "on_masks", "anchor": "emr"},
+        "emr",
+        {"method": "ties", "name": "tuned", "tune": {"density": [0.2, 7]}},
+        {"method": "ties", "name": "mistuned", "tune": {"densitty": [0.2]}},
+    ]
+    text = problems(merge=steps)
+    for told in (
+        "merge step 'lot': lot needs the second moments of all inputs; set capture.moments: input",
+        "merge step 'lot': lot needs what the scales of norms multiply; set capture.norms: true",
+        "merge step 'featcal': featcal calibrates a merged model; name its merge step with the key 'anchor'",
+        "merge step 'ties': ties has no use for the key 'anchor'",
+        "merge step 'on_masks': its anchor 'emr' is not one model for all tasks; choose a static method",
+        "density: should be less than or equal to 1, found 7",
+        "densitty: unknown option; did you mean 'density'?",
+    ):
+        assert told in text
+    fine = ["lot", {"method": "featcal", "anchor": "lot"}]
+    assert problems(merge=fine, capture={"moments": "input", "norms": True}) == ""
+
+
+def test_an_expert_that_is_the_base_is_refused(problems, expert, base_folder):
+    folder, tasks = expert
+    base = load_file(base_folder / "model.safetensors")
+    weights = load_file(folder / "model.safetensors")
+    for name in weights:
+        weights[name] = base.get(name.removeprefix("bert."), weights[name])
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert f"the backbone of {folder} is the base's, so there is nothing to merge" in problems(tasks=tasks)
+
+
 def test_a_rule_that_draws_depends_on_the_seed(ready_settings):
     steps = ["average", "dare", {"method": "dare", "name": "fixed", "options": {"seed": 3}}]
     steps = [{**({"method": step} if isinstance(step, str) else step), "vectors": ["plain"]} for step in steps]

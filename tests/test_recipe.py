@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -238,3 +239,34 @@ def test_whole_numbers_are_numbers() -> None:
 def test_slug() -> None:
     assert slug("a/b: c") == "a-b-c"
     assert slug("ties_0.5-x") == "ties_0.5-x"
+
+
+@pytest.mark.parametrize(
+    ("steps", "told"),
+    [
+        (
+            [{"method": "featcal", "anchor": "tise"}, "ties"],
+            "anchor: no merge step is named 'tise'; did you mean 'ties'",
+        ),
+        ([{"method": "featcal", "anchor": "featcal"}], "its anchors lead back to itself (featcal -> featcal)"),
+        (
+            [{"method": "featcal", "anchor": "b"}, {"method": "featcal", "name": "b", "anchor": "featcal"}],
+            "its anchors lead back to itself (featcal -> b -> featcal)",
+        ),
+        ([{"method": "ties", "tune": {"density": []}}], "tune.density: takes no value"),
+        ([{"method": "ties", "tune": {"density": [0.1, 0.1]}}], "tune.density: takes the same value twice"),
+        (
+            [{"method": "ties", "tune": {"density": [0.1]}, "options": {"density": 0.2}}],
+            "has a value in options as well",
+        ),
+    ],
+)
+def test_anchors_and_tuned_options_that_cannot_be(recipe_settings, steps, told):
+    with pytest.raises(ValueError, match=re.escape(told)):
+        Recipe.model_validate({**recipe_settings, "merge": steps})
+
+
+def test_every_combination_of_tuned_options():
+    step = MergeStep.model_validate({"method": "m", "options": {"x": 1}, "tune": {"a": [1, 2], "b": [True, False]}})
+    assert step.tuned_options == [{"x": 1, "a": a, "b": b} for a in (1, 2) for b in (True, False)]
+    assert MergeStep.model_validate("m").tuned_options == [{}]

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from pave_lightning.merging import Evidence
 from pave_lightning.merging.folders import MergeContext
+from pave_lightning.merging.passes import ForwardPasses
 from pave_lightning.statistics import LayerMoment, NormMoment, TaskStatistics
 from pave_lightning.weights import (
     Architecture,
@@ -120,3 +122,57 @@ def context_of():
         return source, MergeContext(str(base_folder), base, experts, architecture, facts)
 
     return build
+
+
+WIDTH, WORDS = 5, 12
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.dense, self.norm = nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH, eps=1e-3)
+
+    def forward(self, hidden, scale):
+        return self.norm(hidden + torch.tanh(self.dense(hidden)) * scale)
+
+
+class Backbone(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(WORDS, WIDTH)
+        self.layers = nn.ModuleList([Block(), Block()])
+
+    def forward(self, input_ids, attention_mask=None):
+        hidden = self.words(input_ids)
+        for layer in self.layers:
+            hidden = layer(hidden, scale=1.5)
+        return hidden
+
+
+@pytest.fixture
+def walkable(make_source):
+    """Two experts of a toy stack of blocks, an anchor and examples; every value is random and far from the others."""
+    torch.manual_seed(0)
+    base = {name: p.detach().numpy() for name, p in Backbone().named_parameters()}
+    random = np.random.default_rng(1)
+
+    def vectors():
+        return {name: 0.3 * random.standard_normal(value.shape) for name, value in base.items()}
+
+    matrices = [name for name in base if name.endswith("dense.weight")]
+    source = make_source({"one": vectors(), "two": vectors()}, base=base, matrices=matrices)
+    anchor = {name: torch.tensor(value, dtype=torch.float32) for name, value in vectors().items()}
+    batches = {}
+    for task, lengths in (("one", (4, 6)), ("two", (3, 6))):
+        mask = torch.arange(6) < torch.tensor(lengths)[:, None]
+        batches[task] = [
+            {"input_ids": torch.randint(WORDS, (2, 6)), "attention_mask": mask.long(), "labels": torch.zeros(2)}
+            for _ in range(3)
+        ]
+
+    def backbone():
+        made = Backbone().eval()
+        made.load_state_dict({name: torch.tensor(value) for name, value in base.items()})
+        return made
+
+    return source, Evidence(passes=ForwardPasses(backbone, source, batches), anchor=anchor)

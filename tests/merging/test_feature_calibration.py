@@ -3,65 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from pave_lightning.errors import PaveError
-from pave_lightning.merging import Evidence, FeatureCalibration, merge
+from pave_lightning.merging import FeatureCalibration, merge
 from pave_lightning.merging.feature_calibration import FeatureCalibrationOptions
-from pave_lightning.merging.passes import ForwardPasses
 
-WIDTH, WORDS = 5, 12
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.dense, self.norm = nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH, eps=1e-3)
-
-    def forward(self, hidden, scale):
-        return self.norm(hidden + torch.tanh(self.dense(hidden)) * scale)
-
-
-class Backbone(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.words = nn.Embedding(WORDS, WIDTH)
-        self.layers = nn.ModuleList([Block(), Block()])
-
-    def forward(self, input_ids, attention_mask=None):
-        hidden = self.words(input_ids)
-        for layer in self.layers:
-            hidden = layer(hidden, scale=1.5)
-        return hidden
-
-
-@pytest.fixture
-def world(make_source):
-    """Base, two experts, an anchor and examples; every value is random and far from the others."""
-    torch.manual_seed(0)
-    base = {name: p.detach().numpy() for name, p in Backbone().named_parameters()}
-    random = np.random.default_rng(1)
-
-    def vectors():
-        return {name: 0.3 * random.standard_normal(value.shape) for name, value in base.items()}
-
-    matrices = [name for name in base if name.endswith("dense.weight")]
-    source = make_source({"one": vectors(), "two": vectors()}, base=base, matrices=matrices)
-    anchor = {name: torch.tensor(value, dtype=torch.float32) for name, value in vectors().items()}
-    batches = {}
-    for task, lengths in (("one", (4, 6)), ("two", (3, 6))):
-        mask = torch.arange(6) < torch.tensor(lengths)[:, None]
-        batches[task] = [
-            {"input_ids": torch.randint(WORDS, (2, 6)), "attention_mask": mask.long(), "labels": torch.zeros(2)}
-            for _ in range(3)
-        ]
-
-    def backbone():
-        made = Backbone().eval()
-        made.load_state_dict({name: torch.tensor(value) for name, value in base.items()})
-        return made
-
-    return source, Evidence(passes=ForwardPasses(backbone, source, batches), anchor=anchor)
+WIDTH = 5
 
 
 def layer_norm(rows):
@@ -137,8 +84,8 @@ def reference(source, evidence, *, extrapolation, share, ridge, unread):
 @pytest.mark.parametrize(
     ("extrapolation", "share", "ridge", "unread"), [(2.0, 0.3, 0.05, 0.01), (1.0, 0.0, 0.5, 1.0), (0.0, 1.0, 0.01, 0.3)]
 )
-def test_every_layer_is_the_least_squares_solution(world, extrapolation, share, ridge, unread):
-    source, evidence = world
+def test_every_layer_is_the_least_squares_solution(walkable, extrapolation, share, ridge, unread):
+    source, evidence = walkable
     options = FeatureCalibrationOptions(
         extrapolation=extrapolation, teacher_share=share, ridge=ridge, unread_tokens=unread
     )
@@ -148,24 +95,24 @@ def test_every_layer_is_the_least_squares_solution(world, extrapolation, share, 
         assert np.allclose(merged.vectors[name].numpy(), value, atol=2e-5), name
 
 
-def test_what_is_switched_off_stays_the_anchor(world):
-    source, evidence = world
+def test_what_is_switched_off_stays_the_anchor(walkable):
+    source, evidence = walkable
     options = FeatureCalibrationOptions(norms=False, biases=False)
     merged = merge(FeatureCalibration(options), source, evidence)
     changed = {name for name, vector in merged.vectors.items() if not torch.equal(vector, evidence.anchor[name])}
     assert changed == {"layers.0.dense.weight", "layers.1.dense.weight"}
 
 
-def test_a_strong_ridge_gives_the_extrapolated_anchor(world):
-    source, evidence = world
+def test_a_strong_ridge_gives_the_extrapolated_anchor(walkable):
+    source, evidence = walkable
     merged = merge(FeatureCalibration(FeatureCalibrationOptions(ridge=1e7, extrapolation=1.5)), source, evidence)
     for name, vector in merged.vectors.items():
         times = 1.0 if name == "words.weight" else 1.5
         assert torch.allclose(vector, times * evidence.anchor[name], atol=1e-4), name
 
 
-def test_equal_experts_are_found_whatever_the_anchor(world):
-    source, evidence = world
+def test_equal_experts_are_found_whatever_the_anchor(walkable):
+    source, evidence = walkable
     source._vectors["two"] = source._vectors["one"]
     evidence.anchor["words.weight"] = source._vectors["one"]["words.weight"]
     merged = merge(FeatureCalibration(FeatureCalibrationOptions(ridge=1e-7)), source, evidence)
@@ -173,8 +120,8 @@ def test_equal_experts_are_found_whatever_the_anchor(world):
         assert torch.allclose(vector, source._vectors["one"][name], atol=5e-3), name
 
 
-def test_a_second_sweep_lets_layers_see_each_other(world):
-    source, evidence = world
+def test_a_second_sweep_lets_layers_see_each_other(walkable):
+    source, evidence = walkable
     once, twice = (
         merge(FeatureCalibration(FeatureCalibrationOptions(sweeps=count)), source, evidence) for count in (1, 2)
     )
@@ -183,8 +130,8 @@ def test_a_second_sweep_lets_layers_see_each_other(world):
     assert not torch.allclose(once.vectors["layers.0.norm.weight"], twice.vectors["layers.0.norm.weight"], atol=1e-4)
 
 
-def test_what_is_missing_is_told(world):
-    source, _ = world
+def test_what_is_missing_is_told(walkable):
+    source, _ = walkable
     with pytest.raises(PaveError) as caught:
         merge(FeatureCalibration(), source)
     assert "task 'one': unlabelled examples are needed" in str(caught.value)

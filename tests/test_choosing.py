@@ -1,0 +1,116 @@
+"""What a merge step comes to: tuned options, and anchors."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from pave_lightning import Recipe
+from pave_lightning.commands import open_folder, run_stage
+from pave_lightning.evaluation.scale_search import ScaleSearcher
+from pave_lightning.planning import plan_rows
+from pave_lightning.workflow import Workflow
+
+
+@pytest.fixture
+def workflow_of(ready_settings):
+    def build(steps, **changes):
+        recipe = Recipe.model_validate({**ready_settings, **changes, "merge": steps})
+        made = Workflow(recipe, open_folder(recipe))
+        for task in recipe.tasks:
+            made.fit(task)
+            made.capture(task)
+        return made
+
+    return build
+
+
+@pytest.fixture
+def averages(monkeypatch):
+    """Let the averages on validation data be known values, one after the other."""
+
+    def give(*values):
+        left = iter(values)
+        monkeypatch.setattr(ScaleSearcher, "average", lambda self, candidate, examples: next(left))
+
+    return give
+
+
+def test_tuned_options_each_have_their_best_scale(workflow_of, averages):
+    scale = {"search": [0.5, 1.0], "points": 2}
+    workflow = workflow_of([{"method": "ties", "scale": scale, "tune": {"density": [0.1, 0.5, 0.9]}}])
+    averages(0.1, 0.2, 0.8, 0.3, 0.8, 0.1)
+    chosen = workflow.choose(workflow.recipe.step("ties"), "plain")
+    assert chosen.method.options.density == 0.5, "the first one wins among equals"
+    assert (chosen.scale, chosen.average) == (0.5, 0.8)
+    assert chosen.facts["tune_search"] == [
+        [{"density": 0.1}, 1.0, 0.2],
+        [{"density": 0.5}, 0.5, 0.8],
+        [{"density": 0.9}, 0.5, 0.8],
+    ]
+    assert chosen.facts["search"] == [[0.5, 0.8], [1.0, 0.3]]
+
+
+def test_what_gives_no_finite_score_is_passed_over(workflow_of, averages):
+    scale = {"search": [0.5, 1.0], "points": 2}
+    workflow = workflow_of([{"method": "ties", "scale": scale, "tune": {"density": [0.1, 0.5]}}])
+    averages(math.nan, math.nan, math.nan, 0.4)
+    chosen = workflow.choose(workflow.recipe.step("ties"), "plain")
+    assert (chosen.method.options.density, chosen.scale) == (0.5, 1.0)
+
+
+def test_ratios_and_options_are_tried_together(workflow_of, averages):
+    workflow = workflow_of([{"method": "ties", "tune": {"density": [0.1, 0.5]}}], purify={"rho": "auto"})
+    averages(0.1, 0.2, 0.3, 0.9, 0.3, 0.3, 0.3, 0.3, 0.3, 0.9, 0.3, 0.3)
+    chosen = workflow.choose(workflow.recipe.step("ties"), "purified")
+    assert (chosen.facts["rho"], chosen.method.options.density) == (0.992, 0.5), "the larger ratio among equals"
+    assert len(chosen.facts["rho_search"]) == len(chosen.facts["tune_search"]) == 12
+
+
+def test_an_anchor_is_the_other_steps_scaled_result_on_the_same_vectors(workflow_of):
+    steps = [
+        {"method": "task_arithmetic", "scale": 0.7, "purify": {"rho": 0.5}},
+        {"method": "bmm_data_free", "anchor": "task_arithmetic", "options": {"ridge": 1e9}, "purify": {"rho": 0.8}},
+    ]
+    workflow = workflow_of(steps)
+    anchor, calibrated = workflow.recipe.merge
+    same = anchor.model_copy(update={"purify": calibrated.purify})
+    for vectors in ("plain", "purified"):
+        expected = workflow.choose(same, vectors).result().vectors
+        found = workflow.choose(calibrated, vectors).result().vectors
+        for name, vector in found.items():
+            # So strong a ridge leaves the anchor as it is.
+            assert torch.allclose(vector, 0.7 * expected[name], atol=1e-5), name
+
+
+def test_a_merged_model_is_stale_when_its_anchor_would_be(ready_settings):
+    steps = [
+        {"method": "task_arithmetic", "scale": 0.7, "vectors": ["plain"]},
+        {"method": "featcal", "anchor": "task_arithmetic", "vectors": ["plain"], "options": {"examples": 4}},
+        {"method": "fisher", "vectors": ["plain"]},
+        {"method": "average", "vectors": ["plain"]},
+    ]
+
+    def recipe(**changes):
+        return Recipe.model_validate({**ready_settings, "merge": steps, **changes})
+
+    def states(**changes):
+        changed = recipe(**changes)
+        return {stage: state for stage, state, _ in plan_rows(changed, open_folder(changed))}
+
+    for stage in ("fit", "merge"):
+        run_stage(recipe(), stage)
+    assert {state for stage, state in states().items() if stage.startswith("merged/")} == {"there"}
+    facts = json.loads((open_folder(recipe()).root / "merged" / "featcal-plain" / "pave.json").read_text())
+    assert facts["scale"] is None
+
+    other_anchor = states(merge=[{**steps[0], "scale": 0.6}, *steps[1:]])
+    assert other_anchor["merged/featcal-plain"] == other_anchor["merged/task_arithmetic-plain"] == "stale"
+    assert other_anchor["merged/fisher-plain"] == other_anchor["merged/average-plain"] == "there"
+    fewer = states(capture={**ready_settings["capture"], "gradient_examples": 3})
+    assert fewer["merged/fisher-plain"] == "stale"
+    assert fewer["merged/featcal-plain"] == fewer["merged/average-plain"] == "there"
+    fewer_rows = states(examples={"train": 7})
+    assert fewer_rows["merged/fisher-plain"] == fewer_rows["merged/featcal-plain"] == "stale"
+    assert fewer_rows["merged/average-plain"] == "there"
