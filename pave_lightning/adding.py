@@ -6,14 +6,16 @@ import json
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pave_lightning.errors import PaveError
+from pave_lightning.errors import PaveError, Problems
+from pave_lightning.experts.loading import load_tokenizer
 from pave_lightning.merging import SequentialMethod, make_method, method_named, methods
 from pave_lightning.merging.folders import FACTS_FILE, MergeContext, write_merged
 from pave_lightning.recipe import NAME_PATTERN
-from pave_lightning.weights import Architecture, Checkpoint, ExpertTaskVectors, locate_model
+from pave_lightning.weights import Architecture, Checkpoint, ExpertTaskVectors, locate_model, model_digest
 from pave_lightning.weights.adapters import ADAPTER_CONFIG
 from pave_lightning.weights.task_vectors import config_differences
 
@@ -45,29 +47,43 @@ def add_expert(merged: str | Path, task: str, expert: str, output: str | Path) -
         raise PaveError(f"{folder} is an adapter; merge it into its base first (peft: merge_and_unload)")
     base_folder = locate_model(str(facts["base"]), role="base")
     architecture = Architecture.of_folder(folder)
-    differing = config_differences(task, Architecture.of_folder(base_folder), architecture)
-    if differing:
-        raise PaveError("the expert does not fit the base:\n  - " + "\n  - ".join(differing))
     base, new = Checkpoint(base_folder, architecture.prefix), Checkpoint(folder, architecture.prefix)
+    problems = Problems(f"the expert {folder} cannot be added to {merged}:")
+    problems.extend(config_differences(task, Architecture.of_folder(base_folder), architecture))
+    problems.extend(_unfit(merged, facts, base, new, architecture))
+    problems.raise_if_any()
     source = ExpertTaskVectors(base, {ALREADY_MERGED: Checkpoint(merged, architecture.prefix), task: new}, architecture)
     method = make_method(str(facts["method"]), facts.get("options", {}))
     if not isinstance(method, SequentialMethod):
         raise PaveError(_not_sequential(merged, facts))
     method.start_from(facts["sequential"])
     kept = {key: value for key, value in facts.items() if key not in ("method", "form", "base", "sequential")}
-    kept["added"] = [*facts.get("added", []), task]
+    kept["added"] = [*facts.get("added", []), task]  # as it was fine-tuned, also where the others were purified
     context = MergeContext(str(facts["base"]), base, {task: new}, architecture, kept)
     output.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
     try:
         write_merged(unfinished, method, source, facts.get("scale"), context)
-        for head in sorted(heads.iterdir()):
+        for head in sorted(place for place in heads.iterdir() if place.is_dir()):
             shutil.copytree(head, unfinished / "heads" / head.name)
         unfinished.chmod(0o755)
         unfinished.rename(output)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return output
+
+
+def _unfit(
+    merged: Path, facts: dict[str, Any], base: Checkpoint, expert: Checkpoint, architecture: Architecture
+) -> Iterator[str]:
+    """What keeps an expert from being added, besides its configuration and its shapes."""
+    if facts.get("base_digest") not in (None, model_digest(base.folder)):
+        yield f"the base {base.folder} is no longer what it was when {merged} was made; merge all experts again"
+    lacking = sorted(architecture.head - set(expert.head))
+    if lacking:
+        yield f"it has no classification head (no {lacking[0]}); expected a fine-tuned classifier"
+    if load_tokenizer(expert.folder).get_vocab() != load_tokenizer(merged).get_vocab():
+        yield "its vocabulary is another one; experts of one base must share its tokenizer"
 
 
 def _facts(merged: Path) -> dict[str, Any]:
@@ -84,6 +100,10 @@ def _facts(merged: Path) -> dict[str, Any]:
 def _check_request(merged: Path, facts: dict[str, Any], task: str, output: Path) -> None:
     if not re.match(NAME_PATTERN, task):
         raise PaveError(f"'{task}' cannot name a task: expected {NAME_PATTERN}")
+    if facts.get("scale") == 0:
+        raise PaveError(
+            f"{merged} was merged with scale 0, so it holds nothing of its experts; merge all of them again"
+        )
     if "sequential" not in facts or not issubclass(method_named(str(facts["method"])), SequentialMethod):
         raise PaveError(_not_sequential(merged, facts))
     if (merged / "heads" / task).exists():

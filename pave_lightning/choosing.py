@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor
 
-from pave_lightning.errors import PaveError
 from pave_lightning.evaluation import Candidate, MergedCandidate
 from pave_lightning.evaluation.scale_search import NoFiniteScoreError, ScaleSearcher
 from pave_lightning.merging import Evidence, MergedVectors, MergeMethod, Need, make_method, merge
@@ -87,7 +86,7 @@ class Chooser:
         """What a merge step comes to once ratio, options and scale are chosen, where the recipe leaves them.
 
         Raises:
-            PaveError: nothing that was tried gives finite scores.
+            NoFiniteScoreError: nothing that was tried gives finite scores.
         """
         ratios: tuple[Any, ...] = (None,)
         if vectors == "purified":
@@ -114,7 +113,7 @@ class Chooser:
                 best, best_key = choice, key
         if best is None:
             what = "no ratio gives" if not step.tune else "nothing that was tried gives"
-            raise PaveError(f"merge step '{step.name}': {what} finite scores on the validation splits")
+            raise NoFiniteScoreError(f"merge step '{step.name}': {what} finite scores on the validation splits")
         facts = dict(best.facts)
         if len(ratios) > 1:
             facts["rho_search"] = [[rho, scale, average] for rho, _, scale, average in tried]

@@ -126,7 +126,7 @@ def _execute(command: str, options: Namespace) -> None:
         import json
 
         return _out(json.dumps(recipe_schema(), indent=2))
-    if command == "merge" and (options.into or options.add or options.recipe is None):
+    if command == "merge" and (options.into or options.add or options.output or options.recipe is None):
         return _out(f"results: {_add_expert(options)}")
     recipe = load_recipe(options.recipe, options.set)
     if options.print_config:
@@ -147,7 +147,9 @@ def _add_expert(options: Namespace) -> str:
     from pave_lightning.errors import PaveError
 
     if options.recipe is not None:
-        raise PaveError("give either a recipe, or --into MERGED --add TASK=EXPERT, not both")
+        raise PaveError("give either a recipe, or --into MERGED --add TASK=EXPERT [--output FOLDER], not both")
+    if options.set or options.print_config:
+        raise PaveError("--set and --print-config go with a recipe, not with --into MERGED --add TASK=EXPERT")
     if options.into is None and options.add is None:
         raise PaveError("give a recipe, or add an expert to a merged model: --into MERGED --add TASK=EXPERT")
     task, _, expert = (options.add or "").partition("=")

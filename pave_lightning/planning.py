@@ -68,8 +68,10 @@ def merge_problems(recipe: Recipe) -> Iterator[str]:
 
 def _step_problems(step: MergeStep, recipe: Recipe) -> Iterator[str]:
     where = f"merge step '{step.name}'"
+    wanted: set[Need] = set()
     for options in step.tuned_options:
         method = make_method(step.method, options)
+        wanted |= method.wanted
     if step.scale is not None and method.default_scale is None:
         yield f"{where}: {step.method} has no scale; leave the key 'scale' out"
     if (Need.ANCHOR in method.needs) != (step.anchor is not None):
@@ -77,9 +79,11 @@ def _step_problems(step: MergeStep, recipe: Recipe) -> Iterator[str]:
         yield f"{where}: {step.method} {wants} the key 'anchor'"
     if step.anchor is not None and method_named(recipe.step(step.anchor).method).form != "static":
         yield f"{where}: its anchor '{step.anchor}' is not one model for all tasks; choose a static method"
-    if Need.INPUT_MOMENTS in method.needs and recipe.capture.moments != "input":
+    if Need.INPUT_MOMENTS in wanted and recipe.capture.moments != "input":
         yield f"{where}: {step.method} needs the second moments of all inputs; set capture.moments: input"
-    if Need.NORM_MOMENTS in method.needs and not recipe.capture.norms:
+    if Need.LOW_RANK in wanted and "purified" in step.vectors:
+        yield f"{where}: {step.method} merges adapters, which purification leaves none of; set vectors: [plain]"
+    if Need.NORM_MOMENTS in wanted and not recipe.capture.norms:
         yield f"{where}: {step.method} needs what the scales of norms multiply; set capture.norms: true"
 
 
@@ -118,6 +122,14 @@ def _check_models(recipe: Recipe, problems: Problems) -> None:
     architecture = Architecture.of_folder(base_folder)
     base = Checkpoint(base_folder, architecture.prefix)
     tokenizer = load_tokenizer(base_folder)
+    stored = {architecture.stored_names.get(name, name) for name, weight in base.backbone.items() if weight.is_floating}
+    foreign = sorted(name for name in stored if name not in architecture.parameters and not architecture.ignores(name))
+    unset = [name for name in architecture.parameters if name not in stored]
+    if foreign and unset:
+        problems.add(
+            f"base: {architecture.config.get('model_type')} stores weights in other pieces than the model has ({foreign[0]}, for "
+            f"{unset[0]} and the like); such architectures are not supported yet"
+        )
     for name in base.non_finite():
         problems.add(f"base: the weight {name} holds NaN or infinity")
     if architecture.vocabulary is not None and len(tokenizer) > architecture.vocabulary:

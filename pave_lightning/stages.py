@@ -111,7 +111,9 @@ class Stages:
 
         def options(task: Task) -> dict[str, Any]:
             capture = self.recipe.capture
-            return {"format": FORMATS["gradients"], **self._shown(task), "examples": capture.gradient_examples}
+            labels = {"labels": [task.label, task.kind, task.classes]} if kind == "absolute" else {}
+            examples = {"examples": capture.gradient_examples}
+            return {"format": FORMATS["gradients"], **self._shown(task), **labels, **examples}
 
         def inputs() -> dict[str, Any]:
             base = {"base": self._base_digest} if kind == "absolute" else {}
@@ -148,12 +150,7 @@ class Stages:
 
     def merged(self, step: MergeStep, vectors: Vectors) -> Stage:
         """A merged model."""
-
-        def inputs() -> dict[str, Any]:
-            drawn = with_seed(step.method, step.options, self.recipe.seed) != step.options
-            return {**self.merge_inputs(step, vectors), **({"seed": self.recipe.seed} if drawn else {})}
-
-        return Stage(f"merged/{step.name}-{vectors}", "pave merge", inputs)
+        return Stage(f"merged/{step.name}-{vectors}", "pave merge", lambda: self.merge_inputs(step, vectors))
 
     def scores_of(self, step: MergeStep, vectors: Vectors) -> Stage:
         """The scores of a merged model."""
@@ -282,6 +279,11 @@ class Stages:
         }
         if vectors == "purified":
             inputs["purified"] = self._purify_inputs(step.purify)
+        if with_seed(step.method, step.options, self.recipe.seed) != step.options:
+            inputs["seed"] = self.recipe.seed
+        if method_named(step.method).ordered:
+            # Inputs are compared without their order.
+            inputs["order"] = [task.name for task in self.recipe.tasks]
         if NEED_STATISTICS & method_named(step.method).needs:
             inputs["statistics"] = self._statistics_digests()
         for need, kind in GRADIENT_KINDS.items():

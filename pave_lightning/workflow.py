@@ -261,6 +261,7 @@ class Workflow:
         with self._doing(f"merge {step.name} ({vectors})"), self._writing(stage) as writer:
             chosen = self.choose(step, vectors)
             facts = {"vectors": vectors, "options": chosen.method.options.model_dump(), **chosen.facts}
+            facts |= {"anchor": step.anchor} if step.anchor else {}
             context = MergeContext(self.recipe.base, self._base, self._experts, self._architecture, facts)
             merged = None if chosen.merged is None else chosen.merged.vectors
             write_merged(
@@ -552,6 +553,8 @@ def plain_scores(scores: Mapping[str, TaskScore]) -> dict[str, Any]:
 def merge_params(step: MergeStep, vectors: Vectors) -> dict[str, Any]:
     """What MLflow notes of a merge before it begins."""
     params = {"method": step.method, "vectors": vectors, "asked_scale": step.scale, "options": step.options}
+    params |= {"anchor": step.anchor} if step.anchor else {}
+    params |= {"tune": step.tune} if step.tune else {}
     return {**params, "purify": step.purify.model_dump()} if vectors == "purified" else params
 
 

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from transformers import AutoModel, AutoTokenizer
 
 from pave_lightning import Recipe, load_merged
 from pave_lightning.adding import add_expert
@@ -78,6 +79,26 @@ def test_mistakes_are_told_and_nothing_is_left_behind(merge_all, three, tmp_path
     with pytest.raises(PaveError, match="no expert can be added"):
         add_expert(broken, "third", expert, output)
     assert not output.parent.exists() or not list(output.parent.iterdir())
+    headless = tmp_path / "headless"
+    AutoModel.from_pretrained(expert).save_pretrained(headless)
+    other = tmp_path / "other"
+    shutil.copytree(expert, other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["w0"], tokenizer["model"]["vocab"]["w1"] = 5, 4
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    AutoTokenizer.from_pretrained(expert).save_pretrained(headless)
+    with pytest.raises(PaveError, match="it has no classification head"):
+        add_expert(folders["opcm"], "third", str(headless), output)
+    with pytest.raises(PaveError, match="its vocabulary is another one"):
+        add_expert(folders["opcm"], "third", str(other), output)
+    facts["sequential"]["divisor"], facts["base_digest"] = 1.0, "0" * 64
+    (broken / "pave.json").write_text(json.dumps(facts))
+    with pytest.raises(PaveError, match="is no longer what it was when"):
+        add_expert(broken, "third", expert, output)
+    (broken / "pave.json").write_text(json.dumps({**facts, "scale": 0.0}))
+    with pytest.raises(PaveError, match="was merged with scale 0"):
+        add_expert(broken, "third", expert, output)
+    assert not output.parent.exists() or not list(output.parent.iterdir())
     output.mkdir(parents=True)
     with pytest.raises(PaveError, match="exists already"):
         add_expert(folders["opcm"], "third", expert, output)
@@ -94,6 +115,8 @@ def test_on_the_command_line(merge_all, three, capsys):
         (["--into", str(folder)], "give both --into MERGED and --add TASK=EXPERT"),
         (["--into", str(folder), "--add", expert], "give both --into MERGED and --add TASK=EXPERT"),
         (["recipe.yaml", "--into", str(folder), "--add", "a=b"], "not both"),
+        (["recipe.yaml", "--output", "somewhere"], "not both"),
+        (["--into", str(folder), "--add", "a=b", "--set", "seed=1"], "--set and --print-config go with a recipe"),
     ):
         assert main(["merge", *arguments]) == 2
         assert told in capsys.readouterr().err

@@ -111,6 +111,46 @@ def test_a_merged_model_is_stale_when_its_anchor_would_be(ready_settings):
     fewer = states(capture={**ready_settings["capture"], "gradient_examples": 3})
     assert fewer["merged/fisher-plain"] == "stale"
     assert fewer["merged/featcal-plain"] == fewer["merged/average-plain"] == "there"
+    turned = {"tasks": list(reversed(ready_settings["tasks"]))}
+    assert states(**turned)["merged/featcal-plain"] == states(**turned)["merged/average-plain"] == "there"
     fewer_rows = states(examples={"train": 7})
     assert fewer_rows["merged/fisher-plain"] == fewer_rows["merged/featcal-plain"] == "stale"
     assert fewer_rows["merged/average-plain"] == "there"
+
+
+def test_the_order_of_tasks_counts_for_rules_in_which_it_matters(ready_settings):
+    steps = [{"method": name, "vectors": ["plain"]} for name in ("opcm", "cabs", "average")]
+    steps.append({"method": "bmm_data_free", "anchor": "opcm", "vectors": ["plain"]})
+    recipe = Recipe.model_validate({**ready_settings, "merge": steps})
+    for stage in ("fit", "merge"):
+        run_stage(recipe, stage)
+    tasks = list(reversed(ready_settings["tasks"]))
+    turned = Recipe.model_validate({**ready_settings, "merge": steps, "tasks": tasks})
+    states = {stage: state for stage, state, _ in plan_rows(turned, open_folder(turned))}
+    assert states["merged/average-plain"] == "there"
+    for name in ("opcm", "cabs", "bmm_data_free"):
+        assert states[f"merged/{name}-plain"] == "stale", name
+
+
+def test_labels_count_for_labelled_gradients_and_seeds_for_anchors(ready_settings):
+    steps = [
+        {"method": "dare", "vectors": ["plain"]},
+        {"method": "bmm_data_free", "anchor": "dare", "vectors": ["plain"]},
+        {"method": "tatr", "vectors": ["plain"]},
+        {"method": "fisher", "vectors": ["plain"]},
+    ]
+    settings = {**ready_settings, "merge": steps, "capture": {"examples": 8, "gradient_examples": 4}}
+    for stage in ("fit", "merge"):
+        run_stage(Recipe.model_validate(settings), stage)
+
+    def states(**changes):
+        changed = Recipe.model_validate({**settings, **changes})
+        return {stage: state for stage, state, _ in plan_rows(changed, open_folder(changed))}
+
+    assert {state for stage, state in states().items() if stage.startswith("merged/")} == {"there"}
+    first, second = ready_settings["tasks"]
+    relabelled = states(tasks=[{**first, "classes": ["high", "low"]}, second])
+    assert relabelled["merged/tatr-plain"] == "stale"
+    assert relabelled["merged/fisher-plain"] == "there"
+    reseeded = states(seed=7)
+    assert reseeded["merged/dare-plain"] == reseeded["merged/bmm_data_free-plain"] == "stale"

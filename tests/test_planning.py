@@ -8,7 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertConfig, BertForMaskedLM, GteConfig, GteModel
 
 from pave_lightning import Recipe, run_recipe
 from pave_lightning.commands import open_folder, run_stage
@@ -208,8 +208,18 @@ def test_what_rules_need_is_asked_for_before_anything_runs(problems):
         "densitty: unknown option; did you mean 'density'?",
     ):
         assert told in text
+    assert "merge step 'peft': peft merges adapters" in problems(merge=["peft"])
+    without = [{"method": "lot", "options": {"norms": "mean"}}, {"method": "cat", "options": {"norms": "whole"}}]
+    assert problems(merge=without, capture={"moments": "input"}) == ""
     fine = ["lot", {"method": "featcal", "anchor": "lot"}]
     assert problems(merge=fine, capture={"moments": "input", "norms": True}) == ""
+
+
+def test_an_architecture_whose_checkpoints_hold_fused_weights_is_refused(problems, tiny_tokenizer, tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    GteModel(GteConfig(**sizes, vocab_size=100, pad_token_id=0)).save_pretrained(tmp_path / "gte")
+    tiny_tokenizer.save_pretrained(tmp_path / "gte")
+    assert "base: gte stores weights in other pieces than the model has" in problems(base=str(tmp_path / "gte"))
 
 
 def test_an_expert_that_is_the_base_is_refused(problems, expert, base_folder):

@@ -17,7 +17,7 @@ from pave_lightning.experts.trainers import honest_interrupts, quiet_lightning
 from pave_lightning.recipe import Task
 from pave_lightning.tasks.data_module import TaskDataModule
 from pave_lightning.tasks.metrics import build_metrics, predictions, scores
-from pave_lightning.weights import Checkpoint
+from pave_lightning.weights import Architecture, Checkpoint
 from pave_lightning.weights.architecture import backbone_of, empty_classifier
 from pave_lightning.weights.task_vectors import absent_children
 
@@ -83,13 +83,16 @@ class Evaluator(L.LightningModule):
         models = [self._headed(task, experts[task.name], base) for task in tasks]
         prefix = str(models[0].base_model_prefix)
         # Built on the CPU, not on the meta device: position ids and other buffers stand in no checkpoint.
-        self.backbone: nn.Module = backbone_of(empty_classifier(experts[tasks[0].name].folder, device="cpu")).float()
+        first = experts[tasks[0].name].folder
+        self.backbone: nn.Module = backbone_of(empty_classifier(first, device="cpu")).float()
+        self._names = Architecture.of_folder(first).stored_names
         for model in models:
             setattr(model, prefix, self.backbone)
         self._models = models
         self.models = nn.ModuleList(models)
         self._candidate: Candidate | None = None
         self._loaded: str | None = None
+        self._given: set[str] = set()
         self.requires_grad_(False)
         self.eval()
 
@@ -123,17 +126,27 @@ class Evaluator(L.LightningModule):
         if task == self._loaded or self._candidate is None:
             return
         if self._loaded is None or not self._candidate.shared:
-            self._load(self._candidate.weights(task))
-        if self._private[task]:
-            self._load(self._private[task].items())
+            self._given = self._load(self._candidate.weights(task))
+        given = self._given | self._load(self._private[task].items())
+        lacking = [name for name, _ in self.backbone.named_parameters() if name not in given]
+        if lacking:
+            raise PaveError(
+                f"task '{task}': {len(lacking)} weights of the backbone, such as {lacking[0]}, are in no checkpoint "
+                "under a name that is known, so its scores would mean nothing"
+            )
         self._loaded = task
 
     @torch.no_grad()
-    def _load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+    def _load(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Copy weights into the backbone; the names, inside the model, of those that were there."""
         own = dict(self.backbone.named_parameters()) | dict(self.backbone.named_buffers())
-        for name, tensor in weights:
+        given = set()
+        for stored, tensor in weights:
+            name = self._names.get(stored, stored)
             if name in own:
                 own[name].copy_(tensor)
+                given.add(name)
+        return given
 
     def test_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add one batch to its task's metrics."""

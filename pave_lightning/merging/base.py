@@ -84,9 +84,14 @@ class MergeMethod(ABC):
         self.evidence = evidence
         self.prepare(vectors)
 
+    @property
+    def wanted(self) -> frozenset[Need]:
+        """What the rule needs with its options; at most what it says in ``needs``."""
+        return self.needs
+
     def problems(self, vectors: TaskVectors, evidence: Evidence) -> Iterator[str]:
         """What keeps the rule from merging these task vectors, from shapes and headers alone."""
-        yield from evidence.lacking(self.needs, vectors)
+        yield from evidence.lacking(self.wanted, vectors)
 
     def prepare(self, vectors: TaskVectors) -> None:
         """Look at the task vectors before the first merge; most rules need not."""

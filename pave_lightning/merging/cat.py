@@ -76,14 +76,16 @@ class Cat(MatrixMethod):
     default_scale = 0.4
     Options: ClassVar[type[CatOptions]] = CatOptions
 
+    @property
+    def wanted(self) -> frozenset[Need]:
+        """Moments of norms only where they are used."""
+        return self.needs if self.options.norms == "moments" else self.needs - {Need.NORM_MOMENTS}
+
     def problems(self, vectors: TaskVectors, evidence: Evidence) -> Iterator[str]:
-        """Missing moments; those of norms only where they are used."""
-        yield from evidence.lacking(self.needs - {Need.NORM_MOMENTS}, vectors)
-        if self.options.norms == "moments":
-            lacking = list(evidence.lacking({Need.NORM_MOMENTS}, vectors))
-            yield from lacking
-            if lacking:
-                yield "the moments of norms are not needed with the option norms: whole"
+        """What is missing, and how to do without the moments of norms."""
+        yield from super().problems(vectors, evidence)
+        if any(evidence.lacking(self.wanted & {Need.NORM_MOMENTS}, vectors)):
+            yield "the moments of norms are not needed with the option norms: whole"
 
     def in_blocks(self, parameter: Parameter) -> bool:
         """Only what is added up as it is."""

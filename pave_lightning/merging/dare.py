@@ -147,10 +147,6 @@ class DroppedTaskVectors(TaskVectors):
         """Base plus the dropped and rescaled task vector (float32)."""
         return self.source.base(parameter, rows) + self.vector(task, parameter, rows)
 
-    def read(self, parameter: Parameter, rows: slice | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """The base's tensor and all dropped and rescaled task vectors."""
-        return self.base(parameter, rows), {task: self.vector(task, parameter, rows) for task in self.tasks}
-
     def vector(self, task: str, parameter: Parameter, rows: slice | None = None) -> Tensor:
         """The dropped and rescaled task vector (float32)."""
         if self.options.rescale == "l1" and rows is not None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pave_lightning.layers import is_linear, normalised
 from pave_lightning.merging.base import Cost, MethodOptions, StaticMethod, register
 from pave_lightning.merging.evidence import Need
-from pave_lightning.merging.passes import BlockStack, Entry, load_parameters, on_device, watched_inputs
+from pave_lightning.merging.passes import BlockStack, Entry, load_parameters, on_device, watched
 from pave_lightning.subspace.ridge import AnchoredRidge
 from pave_lightning.weights import Parameter, TaskVectors
 
@@ -35,7 +35,8 @@ class FeatureCalibrationOptions(MethodOptions):
     """Whether the biases of linear layers are solved for as well."""
     unread_tokens: float = Field(default=0.01, ge=0, le=1)
     """Weight, in the last block, of tokens that no head reads. Heads read the first token, or the last one where no
-    token sees the ones behind it. What the block itself is given (for its keys and values) counts in full."""
+    token sees the ones behind it. What the block itself is given (for its keys and values) counts in full.
+    Set 1 for a head that pools over all tokens."""
     sweeps: int = Field(default=1, ge=1)
     """How often each block is solved before the walk goes on; the layers of a block see each other's new weights from
     the second time on."""
@@ -216,19 +217,19 @@ class FeatureCalibration(StaticMethod):
         """Moments of what the layers of a block see, in the merged model and in the expert."""
         seen, share = _Seen(), self.options.teacher_share
         for mine, theirs in zip(student, teachers, strict=True):
-            with watched_inputs(block) as own:
+            with watched(block) as own:
                 BlockStack.run(block, mine)
-            with watched_inputs(teacher) as aimed:
+            with watched(teacher) as aimed:
                 behind = BlockStack.run(teacher, theirs)
             read = mine.read_rows(last=self._reads_last)[:, None]
             done: dict[int, str] = {}
-            for name, inputs in own.items():
+            for name, inputs in own.inputs.items():
                 module = block.get_submodule(name)
                 rows = mine.rows(inputs)
-                counts_in_full = inputs is mine.hidden or len(rows) != len(read)
+                counts_in_full = own.is_given(inputs, mine.hidden) or len(rows) != len(read)
                 weights = rows.new_ones(len(rows), 1) if counts_in_full else torch.where(read, 1.0, unread)
                 if not is_linear(module):
-                    if self.options.norms:
+                    if self.options.norms and _is_plain(module, rows, mine.rows(own.outputs[name])):
                         _add_rows(seen.norms, name, normalised(module, rows), weights)
                     continue
                 # Query, key and value look at one tensor, and share its moments.
@@ -237,7 +238,7 @@ class FeatureCalibration(StaticMethod):
                     seen.linear[name] = seen.linear[owner]
                     continue
                 moments = seen.linear.setdefault(name, _Inputs.zeros(rows.shape[1]))
-                moments.add(rows, share * mine.rows(aimed[name]) + (1 - share) * rows, weights)
+                moments.add(rows, share * mine.rows(aimed.inputs[name]) + (1 - share) * rows, weights)
             if move:
                 theirs.hidden = behind
         return seen
@@ -281,6 +282,15 @@ def _add_rows(norms: dict[str, _Squares], name: str, rows: Tensor, weights: Tens
     sums.squares += (exact.square() * shares).sum(dim=0).cpu()
     sums.mean += (exact * shares).sum(dim=0).cpu()
     sums.rows += float(shares.sum())
+
+
+def _is_plain(module: nn.Module, rows: Tensor, outputs: Tensor) -> bool:
+    """Whether a norm gives its scale times its normalised input, plus its shift; others are left as they are."""
+    scale, bias = module.get_parameter("weight"), getattr(module, "bias", None)
+    if rows.shape != outputs.shape or rows.shape[-1] != len(scale):
+        return False
+    expected = normalised(module, rows) * scale + (0.0 if bias is None else bias)
+    return bool((expected - outputs).abs().max() <= 1e-3 * outputs.abs().max())
 
 
 def _matrix(module: nn.Module) -> Tensor:

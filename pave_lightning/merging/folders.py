@@ -22,6 +22,7 @@ from pave_lightning.merging.running import merge_per_task, merge_static, within
 from pave_lightning.merging.sequential import SequentialMethod
 from pave_lightning.weights import Architecture, Checkpoint, Parameter, ShardWriter, TaskVectors, locate_model
 from pave_lightning.weights.architecture import backbone_of, empty_classifier
+from pave_lightning.weights.checkpoint import model_digest
 from pave_lightning.weights.memory import freed_memory_returned
 from pave_lightning.weights.task_vectors import absent_children
 
@@ -126,8 +127,8 @@ def _write_surroundings(folder: Path, method: MergeMethod, context: MergeContext
         save_file({name: tensor.contiguous() for name, tensor in head.items()}, target / HEAD_FILE)
         AutoConfig.from_pretrained(expert.folder).save_pretrained(target)
     facts = {"method": method.name, "form": method.form, "base": context.base_reference, **context.facts}
-    if isinstance(method, SequentialMethod) and scale != 0:
-        facts["sequential"] = method.state(scale)
+    if isinstance(method, SequentialMethod) and method.has_merged and scale != 0:
+        facts |= {"sequential": method.state(scale), "base_digest": model_digest(context.base.folder)}
     (folder / FACTS_FILE).write_text(json.dumps(facts, indent=2))
 
 
@@ -169,9 +170,14 @@ def load_merged(folder: str | Path, task: str, base: str | None = None) -> nn.Mo
         head = load_file(heads / task / HEAD_FILE)
     except (OSError, SafetensorError) as error:
         raise PaveError(f"{heads / task} has no readable {HEAD_FILE} ({error}); merge again") from error
-    whole = {f"{prefix}.{name}": tensor for name, tensor in state.items()} | head
+    names = Architecture.of_folder(heads / task).stored_names
+    whole = {f"{prefix}.{names.get(name, name)}": tensor for name, tensor in state.items()}
+    whole |= {names.get(name, name): tensor for name, tensor in head.items()}
     missing, _ = model.load_state_dict(whole, strict=False)
     lacking = [name for name in missing if name in dict(model.named_parameters())]
     if lacking:
-        raise PaveError(f"{folder} lacks {len(lacking)} weights, among them {lacking[0]}; merge again")
+        raise PaveError(
+            f"{folder} lacks {len(lacking)} weights, among them {lacking[0]}, or holds them under other names than the "
+            "model knows; merge again"
+        )
     return model.eval()

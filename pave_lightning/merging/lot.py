@@ -60,14 +60,16 @@ class Lot(MatrixMethod):
     needs = frozenset({Need.INPUT_MOMENTS, Need.NORM_MOMENTS})
     Options: ClassVar[type[LotOptions]] = LotOptions
 
+    @property
+    def wanted(self) -> frozenset[Need]:
+        """Moments of norms only where they are used."""
+        return self.needs if self.options.norms == "moments" else self.needs - {Need.NORM_MOMENTS}
+
     def problems(self, vectors: TaskVectors, evidence: Evidence) -> Iterator[str]:
-        """Missing moments; those of norms only where they are used."""
-        yield from evidence.lacking(self.needs - {Need.NORM_MOMENTS}, vectors)
-        if self.options.norms == "moments":
-            lacking = list(evidence.lacking({Need.NORM_MOMENTS}, vectors))
-            yield from lacking
-            if lacking:
-                yield "the moments of norms are not needed with the option norms: mean"
+        """What is missing, and how to do without the moments of norms."""
+        yield from super().problems(vectors, evidence)
+        if any(evidence.lacking(self.wanted & {Need.NORM_MOMENTS}, vectors)):
+            yield "the moments of norms are not needed with the option norms: mean"
 
     def in_blocks(self, parameter: Parameter) -> bool:
         """Neither matrix weights nor scales of norms, whose moments are those of the whole tensor."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -183,19 +183,39 @@ class BlockStack:
             )
 
 
-@contextmanager
-def watched_inputs(block: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """What the linear layers and norms of a block are given in the passes within, by their names inside the block."""
-    seen: dict[str, Tensor] = {}
+@dataclass
+class Watched:
+    """What passes through the linear layers and norms of a block, by their names inside the block.
 
-    def keep(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            seen[name] = args[0]
+    Attributes:
+        inputs: what each was given last.
+        outputs: what each norm gave last.
+    """
+
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+
+    def is_given(self, inputs: Tensor, hidden: Tensor) -> bool:
+        """Whether an input is what the block itself is given, as it is or behind a norm."""
+        behind = [self.outputs[name] for name, given in self.inputs.items() if given is hidden and name in self.outputs]
+        return any(inputs is tensor for tensor in (hidden, *behind))
+
+
+@contextmanager
+def watched(block: nn.Module) -> Iterator[Watched]:
+    """Watch the linear layers and norms of a block in the passes within."""
+    seen = Watched()
+
+    def keep(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            seen.inputs[name] = args[0]
+            if is_norm(module):
+                seen.outputs[name] = output
 
         return hook
 
     handles = [
-        module.register_forward_pre_hook(keep(name))
+        module.register_forward_hook(keep(name))
         for name, module in block.named_modules()
         if is_linear(module) or is_norm(module)
     ]
@@ -213,7 +233,17 @@ def on_device(batch: Batch, device: str) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_parameters(module: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Copy values into a module's parameters of the same names; others stay."""
-    own = dict(module.named_parameters())
+    """Copy values into a module's parameters and buffers of the same names; others stay.
+
+    Raises:
+        PaveError: the module has nothing of that name: checkpoints store it under another one.
+    """
+    own = dict(module.named_parameters()) | dict(module.named_buffers())
+    unknown = [name for name in values if name not in own]
+    if unknown:
+        raise PaveError(
+            f"{type(module).__name__} knows {len(unknown)} weights by other names than checkpoints do, such as "
+            f"{unknown[0]}; methods that run the model cannot work on this architecture yet"
+        )
     for name, value in values.items():
         own[name].copy_(value)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pave_lightning.layers import is_linear
 from pave_lightning.merging.base import Cost, MethodOptions, StaticMethod, register
 from pave_lightning.merging.evidence import Need
-from pave_lightning.merging.passes import BlockStack, Entry, load_parameters, on_device, watched_inputs
+from pave_lightning.merging.passes import BlockStack, Entry, load_parameters, on_device, watched
 from pave_lightning.subspace.ridge import AnchoredRidge
 from pave_lightning.weights import Parameter, TaskVectors
 
@@ -111,10 +111,10 @@ class RegMeanBlocks(StaticMethod):
         sums: dict[str, Tensor] = {}
         count = 0
         for entry in entries:
-            with watched_inputs(expert) as seen:
+            with watched(expert) as seen:
                 BlockStack.run(expert, entry)
             done: dict[int, Tensor] = {}
-            for name, inputs in seen.items():
+            for name, inputs in seen.inputs.items():
                 if not is_linear(expert.get_submodule(name)):
                     continue
                 if id(inputs) not in done:  # query, key and value look at one tensor

@@ -69,6 +69,11 @@ class SequentialMethod(StaticMethod):
         """Note how many tasks there are."""
         self._tasks = len(vectors.tasks)
 
+    @property
+    def has_merged(self) -> bool:
+        """Whether there is a state yet."""
+        return self._tasks > 0
+
     def merged(self) -> int:
         """How many experts have been merged, those inside of a merged model counted."""
         return self._counted(self._tasks)

@@ -136,7 +136,9 @@ def _write_cards(workflow: Workflow, table: ScoreTable) -> None:
         found = f"best of {len(facts['search'])} on the validation splits" if "search" in facts else ""
         purification = _purification(workflow, step).model_dump() if vectors == "purified" else None
         if purification is not None and "rho_search" in facts:
-            purification["rho_origin"] = f"best of {len(facts['rho_search'])} on the validation splits"
+            purification["rho_origin"] = (
+                f"best of {len({entry[0] for entry in facts['rho_search']})} on the validation splits"
+            )
         card = model_card(
             name=f"{recipe.name}: {step.name} ({vectors})",
             base_model=recipe.base,

@@ -56,14 +56,23 @@ def measured() -> Iterator[Cost]:
     Memory is told by Linux alone, which lets a process forget its highest mark.
     """
     cost = Cost()
+    _trim()  # else what was freed before would be used again, and not count
     before = _resident_megabytes("VmRSS")
     forgotten = _forget_highest()
     start = time.perf_counter()
     try:
-        yield cost
+        with freed_memory_returned():
+            yield cost
     finally:
         cost.seconds = time.perf_counter() - start
         cost.peak_megabytes = _resident_megabytes("VmHWM") - before if forgotten else math.nan
+
+
+def _trim() -> None:
+    """Give free memory back to the system, where the C library is glibc."""
+    trim = getattr(_library(), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _resident_megabytes(mark: str) -> float:
@@ -84,11 +93,15 @@ def _forget_highest() -> bool:
 
 
 @cache
-def _mallopt() -> Callable[[int, int], Any]:
+def _library() -> Any:
+    """The C library where it is glibc, else nothing: other libraries' mallopt numbers its options otherwise."""
     try:
         library = ctypes.CDLL(None)
-        found: Callable[[int, int], Any] = library.mallopt
-        library.gnu_get_libc_version  # noqa: B018 - other libraries' mallopt numbers its options otherwise
-    except (OSError, AttributeError, TypeError):
-        return lambda option, value: None
-    return found
+        return library if hasattr(library, "gnu_get_libc_version") else None
+    except (OSError, TypeError):
+        return None
+
+
+def _mallopt() -> Callable[[int, int], Any]:
+    found = getattr(_library(), "mallopt", None)
+    return found if found is not None else lambda option, value: None

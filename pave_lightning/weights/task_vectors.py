@@ -46,6 +46,8 @@ class TaskVectors(ABC):
     def read(self, parameter: Parameter, rows: slice | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """What :meth:`base` and, for each task, :meth:`vector` give of one parameter, with the base read once."""
         base = self.base(parameter, rows)
+        if type(self).vector is not TaskVectors.vector:
+            return base, {task: self.vector(task, parameter, rows) for task in self.tasks}
         return base, {task: self.expert(task, parameter, rows) - base for task in self.tasks}
 
     def factors(self, task: str, parameter: Parameter) -> tuple[Tensor, Tensor] | None:

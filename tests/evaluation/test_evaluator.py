@@ -112,6 +112,15 @@ def test_candidates_one_after_the_other_leave_nothing_behind(score, suite):
     assert score(base) == between
 
 
+def test_weights_that_no_checkpoint_gives_are_not_left_as_they_were_drawn(score, suite):
+    class Half(ExpertsCandidate):
+        def weights(self, task):
+            return ((name, tensor) for name, tensor in super().weights(task) if "layer.1.output" not in name)
+
+    with pytest.raises(PaveError, match=r"4 weights of the backbone, such as encoder\.layer\.1\.output"):
+        score(Half(suite.checkpoints()))
+
+
 def test_a_scaled_sum(score, suite):
     base = load_file(suite.base / "model.safetensors")
     experts = [load_file(folder / "model.safetensors") for folder in suite.experts.values()]

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from pave_lightning.errors import PaveError
-from pave_lightning.merging.passes import BlockStack, load_parameters, watched_inputs
+from pave_lightning.merging.passes import BlockStack, load_parameters, watched
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 40}
 BACKBONES = {
@@ -70,16 +70,34 @@ def test_inputs_of_layers_and_norms_are_seen(batch):
     stack = BlockStack(backbone)
     assert stack.path == "encoder.layer"
     entry = stack.enter(batch)
-    with watched_inputs(stack.blocks[0]) as seen:
+    with watched(stack.blocks[0]) as seen:
         stack.run(stack.blocks[0], entry)
-    assert set(seen) == {
+    assert set(seen.inputs) == {
         *(f"attention.self.{name}" for name in ("query", "key", "value")),
         *("attention.output.dense", "attention.output.LayerNorm", "intermediate.dense"),
         *("output.dense", "output.LayerNorm"),
     }
-    assert seen["attention.self.query"] is seen["attention.self.value"] is entry.hidden
-    assert seen["output.dense"].shape == (3, 7, 24)
-    assert not stack.blocks[0].attention.self.query._forward_pre_hooks, "no hook is left behind"
+    assert set(seen.outputs) == {"attention.output.LayerNorm", "output.LayerNorm"}
+    assert seen.inputs["attention.self.query"] is seen.inputs["attention.self.value"] is entry.hidden
+    assert seen.inputs["output.dense"].shape == (3, 7, 24)
+    assert not stack.blocks[0].attention.self.query._forward_hooks, "no hook is left behind"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("bert", {"attention.self.query", "attention.self.key", "attention.self.value"}),
+        ("gpt2", {"ln_1", "attn.c_attn"}),  # behind the norm with which the block begins
+    ],
+)
+def test_what_a_block_itself_is_given(name, given, batch):
+    torch.manual_seed(0)
+    stack = BlockStack(BACKBONES[name]().eval())
+    entry = stack.enter(batch)
+    with watched(stack.blocks[0]) as seen:
+        stack.run(stack.blocks[0], entry)
+    assert {layer for layer, inputs in seen.inputs.items() if seen.is_given(inputs, entry.hidden)} == given
 
 
 @torch.no_grad()
@@ -98,5 +116,6 @@ def test_parameters_are_copied_in():
     layer = nn.Linear(2, 2)
     load_parameters(layer, {"weight": torch.ones(2, 2)})
     assert (layer.weight == 1).all()
-    with pytest.raises(KeyError):
-        load_parameters(layer, {"nothing": torch.ones(2)})
+    with pytest.raises(PaveError, match="Linear knows 1 weights by other names than checkpoints do, such as nothing"):
+        load_parameters(layer, {"nothing": torch.ones(2), "weight": torch.zeros(2, 2)})
+    assert (layer.weight == 1).all(), "nothing is half loaded"
