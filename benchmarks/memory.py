@@ -129,7 +129,7 @@ def measure(folder: Path, tasks: int) -> None:
     from pave_lightning.purification import PurifiedTaskVectors, StoredPurification, write_purified
     from pave_lightning.recipe import Purify
     from pave_lightning.statistics import TaskStatistics
-    from pave_lightning.weights import Architecture, Checkpoint, ExpertTaskVectors
+    from pave_lightning.weights import Architecture, Checkpoint, ExpertTaskVectors, memory
 
     names = [f"expert-{number}" for number in range(tasks)]
     architecture = Architecture.of_folder(folder / names[0])
@@ -153,14 +153,14 @@ def measure(folder: Path, tasks: int) -> None:
     start = time.perf_counter()
     write_purified(PurifiedTaskVectors(plain, statistics, Purify(rho=RHO)), folder / "purified")
     purified = time.perf_counter() - start
-    after_purification = costs.highest_resident_bytes()
+    after_purification = memory.highest_resident_bytes()
     print(f"purified in {purified:.0f} s, peak so far {megabytes(after_purification)} MB", flush=True)
     stored = {name: Checkpoint(folder / "purified" / name, architecture.prefix) for name in names}
     (folder / "merged").mkdir()
     context = MergeContext(str(folder / "base"), base, experts, architecture, {})
     write_merged(folder / "merged", TaskArithmetic(), StoredPurification(plain, stored), SCALE, context)
     seconds = time.perf_counter() - start
-    peak = costs.highest_resident_bytes()
+    peak = memory.highest_resident_bytes()
     print(f"merged in {seconds - purified:.0f} s", flush=True)
     sizes = {"peak_mb": megabytes(peak), "predicted_mb": megabytes(cost.peak_bytes)}
     print(json.dumps({**sizes, "seconds": round(seconds, 1)}))

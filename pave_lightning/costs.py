@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 
-from pave_lightning.merging.base import MergeMethod, StaticMethod
+from pave_lightning.merging.base import MergeMethod, PerTaskMethod
 from pave_lightning.recipe import Purify
 from pave_lightning.statistics import Moments, captured_kind
 from pave_lightning.subspace import MomentKind, in_parallel, knowledge_spectrum, project
 from pave_lightning.weights import Parameter
+from pave_lightning.weights.memory import resident_bytes
 from pave_lightning.weights.task_vectors import BLOCK_ELEMENTS
 from pave_lightning.weights.writing import SHARD_BYTES, SMALL_SHARD_BYTES
 
 Shape = tuple[int, int]
 
-STATUS = Path("/proc/self/status")
 # Packing buffers and stack that BLAS and LAPACK keep for a thread once it has multiplied matrices.
 THREAD_BYTES = 16_000_000
 # Tensors of a block that a rule has at a time for each task: task vector, stack, and what it makes of them.
@@ -228,8 +226,8 @@ def merging_bytes(parameters: Sequence[Parameter], tasks: int, methods: Iterable
 
     The largest parameter stands there as merged task vector and as merged weight, beside one shard that waits to be
     written; rules see blocks of rows of all tasks, or whole parameters where they cannot work on blocks. Per-task rules
-    also gather a mask for each task: one byte an element of the largest parameter, one bit an element of the model.
-    Rules that rescale at the end hold the merged model.
+    also gather what each task keeps, masks with one byte an element of the largest parameter. Some rules hold whole
+    models.
     """
     largest = max((parameter.elements for parameter in parameters), default=0)
     total = sum(parameter.elements for parameter in parameters)
@@ -239,10 +237,17 @@ def merging_bytes(parameters: Sequence[Parameter], tasks: int, methods: Iterable
         rule = method()
         whole = max((p.elements for p in parameters if not rule.in_blocks(p)), default=0)
         seen = max(whole, min(largest, BLOCK_ELEMENTS))
-        masks = tasks * (largest + total // 8) if method.form == "per-task" else 0
-        held = 4 * total if issubclass(method, StaticMethod) and method.rescales else 0
+        masks = tasks * largest if method.form == "per-task" else 0
+        held = 4 * total * method.held_models + _kept_bytes(rule, parameters, tasks)
         highest = max(highest, 4 * (2 * largest + seen * RULE_TENSORS * tasks) + masks + held)
     return highest + pending
+
+
+def _kept_bytes(rule: MergeMethod, parameters: Iterable[Parameter], tasks: int) -> int:
+    """What a per-task rule keeps for all tasks together."""
+    if not isinstance(rule, PerTaskMethod):
+        return 0
+    return tasks * sum(rule.kept_bytes(parameter, tasks) for parameter in parameters)
 
 
 def writing_bytes(parameters: Iterable[Parameter], shard_bytes: int) -> int:
@@ -276,29 +281,5 @@ def disk_bytes(
         sizes = {"input": width**2, "output": height**2}
         statistics += 4 * sizes.get(kinds[parameter.layer], height * width)
     weights = 4 * sum(parameter.elements for parameter in matrices)
-    merged = sum(total + (tasks * total // 32 if method.form == "per-task" else 0) for method in methods)
+    merged = sum(total + _kept_bytes(method(), parameters, tasks) for method in methods)
     return new_experts * total + purified * (statistics + weights) + merged
-
-
-def resident_bytes() -> int:
-    """What this process holds in memory now; its highest so far where the system does not tell."""
-    return _status("VmRSS") or highest_resident_bytes()
-
-
-def highest_resident_bytes() -> int:
-    """The most that this process has held in memory so far."""
-    found = _status("VmHWM")
-    if found:
-        return found
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _status(key: str) -> int:
-    if not STATUS.is_file():
-        return 0
-    found = [line.split()[1] for line in STATUS.read_text().splitlines() if line.startswith(f"{key}:")]
-    return int(found[0]) * 1024 if found else 0

@@ -127,8 +127,8 @@ def _check_models(recipe: Recipe, problems: Problems) -> None:
     unset = [name for name in architecture.parameters if name not in stored]
     if foreign and unset:
         problems.add(
-            f"base: {architecture.config.get('model_type')} stores weights in other pieces than the model has ({foreign[0]}, for "
-            f"{unset[0]} and the like); such architectures are not supported yet"
+            f"base: {architecture.config.get('model_type')} stores weights in other pieces than the model has "
+            f"({foreign[0]}, for {unset[0]} and the like); such architectures are not supported yet"
         )
     for name in base.non_finite():
         problems.add(f"base: the weight {name} holds NaN or infinity")

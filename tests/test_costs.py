@@ -9,11 +9,11 @@ import time
 import pytest
 
 from pave_lightning import costs
-from pave_lightning.merging import Emr, TaskArithmetic
+from pave_lightning.merging import Emr, TaskArithmetic, methods
 from pave_lightning.recipe import Purify
-from pave_lightning.weights import Parameter, ParameterKind
+from pave_lightning.weights import Parameter, ParameterKind, memory
 
-LINUX = pytest.mark.skipif(not costs.STATUS.is_file(), reason="measures by /proc")
+LINUX = pytest.mark.skipif(not memory.STATUS.is_file(), reason="measures by /proc")
 
 
 def linear(name, height, width):
@@ -75,7 +75,7 @@ def test_disk_is_counted_by_hand():
     assert predict(timed=False).disk_bytes == 4 * 4 * (sum(moments.values()) + purified) + 4 * TOTAL
     assert predict(options=None, timed=False).disk_bytes == 4 * TOTAL
     assert predict(options=None, methods=[], new_experts=3, timed=False).disk_bytes == 3 * 4 * TOTAL
-    masks = 4 * TOTAL // 8
+    masks = 4 * sum(math.ceil(parameter.elements / 8) for parameter in PARAMETERS)
     assert predict(options=None, methods=[Emr], timed=False).disk_bytes == 4 * TOTAL + masks
 
 
@@ -117,10 +117,10 @@ def test_every_kind_of_moment_can_be_timed(kind, shape):
 def test_what_this_process_holds():
     import torch
 
-    before = costs.resident_bytes()
+    before = memory.resident_bytes()
     held = torch.ones(25_000_000)  # too large for memory that was freed before and is used again
-    assert costs.resident_bytes() - before == pytest.approx(held.nbytes, rel=0.1)
-    assert costs.highest_resident_bytes() >= costs.resident_bytes() - 1_000_000
+    assert memory.resident_bytes() - before == pytest.approx(held.nbytes, rel=0.1)
+    assert memory.highest_resident_bytes() >= memory.resident_bytes() - 1_000_000
 
 
 MEASURE = """
@@ -129,6 +129,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from pave_lightning import costs
+from pave_lightning.weights import memory
 from pave_lightning.merging import make_method
 from pave_lightning.merging.folders import MergeContext, write_merged
 from pave_lightning.purification import PurifiedTaskVectors, StoredPurification, write_purified
@@ -154,7 +155,7 @@ if purified:
 (out / "merged").mkdir(parents=True)
 context = MergeContext(str(folder / "base"), base, experts, architecture, {})
 write_merged(out / "merged", method, source, method.default_scale, context)
-print(json.dumps([cost.baseline_bytes, cost.peak_bytes, costs.highest_resident_bytes()]))
+print(json.dumps([cost.baseline_bytes, cost.peak_bytes, memory.highest_resident_bytes()]))
 """
 
 
@@ -201,3 +202,16 @@ def test_the_predicted_peak_is_the_measured_one(mid_size, method, vectors):
     baseline, predicted, measured = json.loads(done.stdout.splitlines()[-1])
     assert baseline < predicted
     assert predicted == pytest.approx(measured, rel=0.25)
+
+
+def test_what_rules_hold_and_keep_counts():
+    def peak(name, parameters=PARAMETERS):
+        return costs.merging_bytes(parameters, 4, [methods()[name]])
+
+    model = 4 * sum(parameter.elements for parameter in PARAMETERS)
+    assert peak("featcal") - peak("iso_c") >= 4 * model - 8 * max(p.elements for p in PARAMETERS) * 4
+    assert peak("esm") - peak("iso_c") == model
+    square = [Parameter("w", ParameterKind.LINEAR, (400, 400), 1)]
+    # Each of four tasks keeps 100 directions of 400 + 400 numbers of 4 bytes.
+    kept = costs.disk_bytes(square, 4, {}, purified=0, methods=[methods()["tsv_c"]], new_experts=0) - 4 * 400 * 400
+    assert kept == 4 * 100 * 800 * 4

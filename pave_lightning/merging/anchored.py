@@ -48,6 +48,7 @@ class AnchoredRegression(StaticMethod):
     source = "Li et al. 2026, arXiv 2605.12843"
     needs = frozenset({Need.ANCHOR, Need.INPUT_MOMENTS})
     cost = Cost.DECOMPOSITION
+    held_models = 1  # the anchor
     default_scale = 1.0
     Options: ClassVar[type[AnchoredRegressionOptions]] = AnchoredRegressionOptions
 

@@ -50,6 +50,8 @@ class MergeMethod(ABC):
         cost: what dominates its time.
         elementwise: whether blocks of rows may be merged apart from each other; :meth:`in_blocks` may differ.
         ordered: whether the order of the tasks matters.
+        held_models: how many models' worth of weights it holds in memory while it works, besides one parameter of all
+            tasks.
         whole_model_pass: whether :meth:`prepare` reads every task vector.
         default_scale: what its merged task vector is multiplied with unless a recipe says otherwise; None for a rule
             that has no such scale.
@@ -64,6 +66,7 @@ class MergeMethod(ABC):
     cost: ClassVar[Cost] = Cost.ELEMENTWISE
     elementwise: ClassVar[bool] = False
     ordered: ClassVar[bool] = False
+    held_models: ClassVar[int] = 0
     whole_model_pass: ClassVar[bool] = False
     default_scale: ClassVar[float | None] = None
     Options: ClassVar[type[MethodOptions]] = MethodOptions
@@ -107,7 +110,7 @@ class StaticMethod(MergeMethod):
 
     Attributes:
         rescales: whether :meth:`factor` is known only once every parameter has been merged; the merged task vectors
-            are then held in memory until the last one is there.
+            are then held in memory until the last one is there (``held_models`` 1).
     """
 
     form = "static"
@@ -158,6 +161,10 @@ class PerTaskMethod(MergeMethod):
     @abstractmethod
     def merge(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Modulated:
         """Merge one parameter, or a block of its rows; arguments as in :meth:`StaticMethod.merge`."""
+
+    def kept_bytes(self, parameter: Parameter, tasks: int) -> int:
+        """What is kept of a parameter for each task; a mask of one bit an element."""
+        return (parameter.elements + 7) // 8
 
     @abstractmethod
     def rescalers(self) -> dict[str, float]:

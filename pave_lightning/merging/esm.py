@@ -71,6 +71,7 @@ class Esm(MatrixMethod):
     source = "Model Merging in the Essential Subspace 2026, arXiv 2602.20208"
     needs = frozenset({Need.INPUT_MOMENTS})
     rescales = True
+    held_models = 1
     Options: ClassVar[type[EsmOptions]] = EsmOptions
 
     def prepare(self, vectors: TaskVectors) -> None:

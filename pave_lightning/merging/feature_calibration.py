@@ -120,6 +120,7 @@ class FeatureCalibration(StaticMethod):
     summary = "re-solve a merged model's layers, block by block, for what the experts' layers put out"
     source = "FeatCal 2026, arXiv 2605.13030"
     cost = Cost.FORWARD_PASSES
+    held_models = 4  # the anchor, the backbone, weights to be loaded into it, and what was solved
     needs = frozenset({Need.ANCHOR, Need.UNLABELLED_EXAMPLES})
     Options: ClassVar[type[FeatureCalibrationOptions]] = FeatureCalibrationOptions
 

@@ -58,6 +58,7 @@ class Opcm(SequentialMethod):
     cost = Cost.DECOMPOSITION
     ordered = True
     rescales = True
+    held_models = 1
     Options = OpcmOptions
 
     def in_blocks(self, parameter: Parameter) -> bool:

@@ -52,6 +52,7 @@ class RegMeanBlocks(StaticMethod):
     summary = "least squares for each layer's outputs, on inputs that the merged blocks before hand on"
     source = "RegMean++ 2025, arXiv 2508.03121"
     cost = Cost.FORWARD_PASSES
+    held_models = 3  # the backbone, weights to be loaded into it, and what was solved
     needs = frozenset({Need.UNLABELLED_EXAMPLES})
     default_scale = 1.0
     Options: ClassVar[type[RegMeanBlocksOptions]] = RegMeanBlocksOptions

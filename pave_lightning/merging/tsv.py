@@ -144,6 +144,13 @@ class TsvCompress(PerTaskMethod):
         }
         return Modulated(torch.zeros_like(base), factors=factors)
 
+    def kept_bytes(self, parameter: Parameter, tasks: int) -> int:
+        """The factors of a parameter, float32; the parameter itself where it is kept exactly."""
+        if len(parameter.shape) != 2 and not parameter.is_matrix:
+            return 4 * parameter.elements
+        height, width = parameter.matrix_shape if parameter.is_matrix else parameter.shape
+        return 4 * max(1, rank_of_share(min(height, width), self.options.rank_share, tasks)) * (height + width)
+
     def _compressed(self, vector: Tensor, tasks: int) -> LowRank:
         # The leading triplets of a matrix and of its transpose are the same, so it stays as it is stored.
         matrix = vector.flatten(1)

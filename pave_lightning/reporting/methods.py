@@ -7,7 +7,7 @@ import inspect
 from rich.console import Console
 from rich.table import Table
 
-from pave_lightning.merging import StaticMethod, method_named, methods
+from pave_lightning.merging import method_named, methods
 
 
 def print_methods(name: str | None = None, console: Console | None = None) -> None:
@@ -27,8 +27,8 @@ def print_methods(name: str | None = None, console: Console | None = None) -> No
                 needs += "; reads them more than once"
             if method.ordered:
                 needs += "; the order of tasks matters"
-            if issubclass(method, StaticMethod) and method.rescales:
-                needs += "; holds one merged model"
+            if method.held_models:
+                needs += f"; holds {method.held_models} whole model{'s' if method.held_models > 1 else ''}"
             scale = "-" if method.default_scale is None else f"{method.default_scale:g}"
             table.add_row(key, method.summary, method.form, needs, method.cost, scale, method.source)
         console.print(table)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import Any
 # Arguments of glibc's mallopt, from malloc.h.
 _MMAP_THRESHOLD = -3
 _LARGE = 1 << 20
+STATUS = Path("/proc/self/status")
 # What glibc's own adjustment arrives at in a process that uses large tensors.
 _USUAL = 32 << 20
 
@@ -57,7 +59,7 @@ def measured() -> Iterator[Cost]:
     """
     cost = Cost()
     _trim()  # else what was freed before would be used again, and not count
-    before = _resident_megabytes("VmRSS")
+    before = _status("VmRSS")
     forgotten = _forget_highest()
     start = time.perf_counter()
     try:
@@ -65,7 +67,7 @@ def measured() -> Iterator[Cost]:
             yield cost
     finally:
         cost.seconds = time.perf_counter() - start
-        cost.peak_megabytes = _resident_megabytes("VmHWM") - before if forgotten else math.nan
+        cost.peak_megabytes = (_status("VmHWM") - before) / 1e6 if forgotten else math.nan
 
 
 def _trim() -> None:
@@ -75,13 +77,28 @@ def _trim() -> None:
         trim(0)
 
 
-def _resident_megabytes(mark: str) -> float:
-    """A mark of ``/proc/self/status``, which counts in units of 1,024 bytes."""
+def resident_bytes() -> int:
+    """What this process holds in memory now; its highest so far where the system does not tell."""
+    return _status("VmRSS") or highest_resident_bytes()
+
+
+def highest_resident_bytes() -> int:
+    """The most that this process has held in memory so far."""
+    found = _status("VmHWM")
+    if found:
+        return found
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return math.nan
-    return next((int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(f"{mark}:")), math.nan)
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _status(key: str) -> int:
+    if not STATUS.is_file():
+        return 0
+    found = [line.split()[1] for line in STATUS.read_text().splitlines() if line.startswith(f"{key}:")]
+    return int(found[0]) * 1024 if found else 0
 
 
 def _forget_highest() -> bool:
