@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -37,6 +37,11 @@ class FeatureCalibrationOptions(MethodOptions):
     """Weight, in the last block, of tokens that no head reads. Heads read the first token, or the last one where no
     token sees the ones behind it. What the block itself is given (for its keys and values) counts in full.
     Set 1 for a head that pools over all tokens."""
+    unread_in: Literal["last", "all"] = "last"
+    """Where tokens that no head reads have that weight: in the last block, or in all of them."""
+    affine: bool = False
+    """Whether weight and bias of a layer are solved for together, as one affine map; the source solves for the weight
+    first. Only where biases are solved for."""
     sweeps: int = Field(default=1, ge=1)
     """How often each block is solved before the walk goes on; the layers of a block see each other's new weights from
     the second time on."""
@@ -53,6 +58,14 @@ class _Inputs:
     own_mean: Tensor
     aimed_mean: Tensor
     rows: float = 0.0
+
+    def augmented(self) -> tuple[Tensor, Tensor]:
+        """Both moments, as means, of inputs with a last element of one, for which a bias is a column of the weight."""
+        one = torch.ones(1, dtype=torch.float64)
+        own_mean, aimed_mean = self.own_mean / self.rows, self.aimed_mean / self.rows
+        own = torch.cat([torch.cat([self.own / self.rows, own_mean[:, None]], 1), torch.cat([own_mean, one])[None]])
+        last = torch.cat([aimed_mean, one])[None]
+        return own, torch.cat([torch.cat([self.aimed / self.rows, own_mean[:, None]], 1), last])
 
     @classmethod
     def zeros(cls, width: int) -> _Inputs:
@@ -113,8 +126,9 @@ class FeatureCalibration(StaticMethod):
     Needs an anchor and unlabelled examples; no labels, no gradients. Cost: two forward passes over the examples of all
     tasks and one solve a layer. Held in memory: the hidden states of all examples twice, and one merged model.
 
-    Source: FeatCal (arXiv 2605.13030); its published code uses extrapolation 2.2 and teacher share 0.25. Departures:
-    any transformer whose blocks follow each other; sums over real tokens only; further sweeps over a block.
+    Source: FeatCal (arXiv 2605.13030); its published code uses extrapolation 2.2 and teacher share 0.25.
+    Departures: any transformer whose blocks follow each other; sums over real tokens only; the options ``affine``,
+    ``unread_in`` and ``sweeps`` are ours.
     """
 
     summary = "re-solve a merged model's layers, block by block, for what the experts' layers put out"
@@ -142,7 +156,7 @@ class FeatureCalibration(StaticMethod):
             teacher = copy.deepcopy(block)
             for sweep in range(self.options.sweeps):
                 move, unread = sweep == self.options.sweeps - 1, 1.0
-                if index == len(stack.blocks) - 1:
+                if index == len(stack.blocks) - 1 or self.options.unread_in == "all":
                     unread = float(self.options.unread_tokens)
                 self._solve(block, teacher, prefix, student, teachers, move=move, unread=unread)
             for entries in student.values():
@@ -198,7 +212,7 @@ class FeatureCalibration(StaticMethod):
             load_parameters(teacher, {name: self._expert(task, prefix + name) for name in own})
             seen = self._show(block, teacher, student[task], teachers[task], move=move, unread=unread)
             for name, inputs in seen.linear.items():
-                _add_linear(normal, name, inputs, teacher.get_submodule(name))
+                _add_linear(normal, name, inputs, teacher.get_submodule(name), affine=self._is_affine)
             for name, squares in seen.norms.items():
                 _add_norm(norms, name, squares, teacher.get_submodule(name))
         found = dict(self._linear(normal, prefix, block)) | dict(self._norms(norms, prefix))
@@ -244,6 +258,10 @@ class FeatureCalibration(StaticMethod):
                 theirs.hidden = behind
         return seen
 
+    @property
+    def _is_affine(self) -> bool:
+        return bool(self.options.affine and self.options.biases)
+
     # ---- the solves ------------------------------------------------------------------------------------------------
 
     def _linear(self, normal: Mapping[str, _Normal], prefix: str, block: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -252,11 +270,16 @@ class FeatureCalibration(StaticMethod):
             parameter = self._parameters.get(f"{prefix}{name}.weight")
             if parameter is None:
                 continue
-            pull = parameter.as_matrix(self._pull(parameter.name))
+            pull, bias_name = parameter.as_matrix(self._pull(parameter.name)), f"{prefix}{name}.bias"
+            if sums.weights.shape[1] > pull.shape[1]:
+                both = sums.weights.solve(ridge, torch.cat([pull, self._pull(bias_name)[:, None]], dim=1))
+                yield f"{name}.weight", parameter.from_matrix(both[:, :-1].float())
+                yield f"{name}.bias", both[:, -1].float()
+                continue
             weight = sums.weights.solve(ridge, pull)
             yield f"{name}.weight", parameter.from_matrix(weight.float())
-            if self.options.biases and f"{prefix}{name}.bias" in self._parameters:
-                aim = self._pull(f"{prefix}{name}.bias").double()
+            if self.options.biases and bias_name in self._parameters:
+                aim = self._pull(bias_name).double()
                 bias = (sums.shift - weight @ sums.mean + ridge * aim) / (sums.share + ridge)
                 yield f"{name}.bias", bias.float()
 
@@ -300,16 +323,20 @@ def _matrix(module: nn.Module) -> Tensor:
     return weight if isinstance(module, nn.Linear) else weight.T
 
 
-def _add_linear(normal: dict[str, _Normal], name: str, inputs: _Inputs, teacher: nn.Module) -> None:
+def _add_linear(normal: dict[str, _Normal], name: str, inputs: _Inputs, teacher: nn.Module, *, affine: bool) -> None:
     """Add one task's part to a linear layer's sums."""
-    weight = _matrix(teacher)
+    weight, bias = _matrix(teacher), getattr(teacher, "bias", None)
     own, aimed = inputs.own / inputs.rows, inputs.aimed / inputs.rows
     share = 1 / max(float(own.norm()), 1e-8)
+    if affine and bias is not None:
+        own, aimed = inputs.augmented()
+        weight = torch.cat([weight, bias.double().cpu()[:, None]], dim=1)
     zeros = torch.zeros(len(weight), dtype=torch.float64)
     ridge = AnchoredRidge((len(weight), len(own)))
     sums = normal.setdefault(name, _Normal(ridge, zeros, torch.zeros_like(inputs.own_mean)))
     sums.weights.add(weight, own, cross=aimed, share=share)
-    bias = getattr(teacher, "bias", None)
+    if affine and bias is not None:
+        return
     shift = weight @ (inputs.aimed_mean / inputs.rows)
     sums.shift += share * (shift if bias is None else shift + bias.double().cpu())
     sums.mean += share * inputs.own_mean / inputs.rows

@@ -13,6 +13,9 @@ from pave_lightning.merging.base import MethodOptions, StaticMethod, register
 from pave_lightning.subspace.selection import kth_largest_magnitudes
 from pave_lightning.weights import Parameter, TaskVectors
 
+# Elements that are merged together: few enough for what is made of all tasks' to stay in the processor's cache.
+_CHUNK = 1 << 16
+
 
 class TiesOptions(MethodOptions):
     """Options of TIES."""
@@ -22,6 +25,11 @@ class TiesOptions(MethodOptions):
     merge: Literal["mean", "sum"] = "mean"
     """What becomes of the elements that have the elected sign: their mean (the paper), or their sum, which other
     libraries use and which wants a smaller scale, about 0.3 for eight tasks."""
+
+
+def trim(vector: Tensor, threshold: float) -> Tensor:
+    """The elements whose magnitude reaches a threshold, and zero for all others."""
+    return vector.abs().ge_(threshold).mul_(vector)
 
 
 def disjoint_merge(vectors: Sequence[Tensor], how: Literal["mean", "sum"] = "mean") -> Tensor:
@@ -41,8 +49,9 @@ def disjoint_merge(vectors: Sequence[Tensor], how: Literal["mean", "sum"] = "mea
     elected = mass.sign()
     total, count = torch.zeros_like(mass), torch.zeros_like(mass)
     for vector in vectors:
-        agrees = vector.sign() == elected
-        total += vector * agrees
+        # Ones and zeros of the vectors' own dtype: arithmetic with booleans is several times as slow.
+        agrees = vector.sign().eq_(elected)
+        total.addcmul_(vector, agrees)
         count += agrees
     return total / count.clamp(min=1) if how == "mean" else total
 
@@ -88,5 +97,10 @@ class Ties(StaticMethod):
 
     def merge(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
         """The disjoint mean, or sum, of the trimmed task vectors."""
-        trimmed = [vector.where(vector.abs() >= self.thresholds[task], 0.0) for task, vector in vectors.items()]
-        return disjoint_merge(trimmed, self.options.merge)
+        merged = torch.empty(base.numel())
+        flat = {task: vector.reshape(-1) for task, vector in vectors.items()}
+        for start in range(0, base.numel(), _CHUNK):
+            chunk = slice(start, start + _CHUNK)
+            trimmed = [trim(vector[chunk], self.thresholds[task]) for task, vector in flat.items()]
+            merged[chunk] = disjoint_merge(trimmed, self.options.merge)
+        return merged.view(base.shape)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 _BINS = 1 << 16
+# Elements that are looked at together: 1 MB of them.
+_CHUNK = 1 << 18
 
 NamedBlocks = Callable[[], Iterable[tuple[str, Tensor]]]
 
@@ -34,7 +36,7 @@ def largest_magnitudes(
     names: Sequence[str], blocks: NamedBlocks, ranks: Sequence[int]
 ) -> dict[str, Mapping[int, float]]:
     """Several order statistics of the absolute values; see `largest_values`."""
-    return largest_values(names, lambda: ((name, block.abs()) for name, block in blocks()), ranks)
+    return _largest(names, lambda: _ordered(blocks(), _magnitudes), ranks)
 
 
 def largest_values(names: Sequence[str], blocks: NamedBlocks, ranks: Sequence[int]) -> dict[str, Mapping[int, float]]:
@@ -42,7 +44,8 @@ def largest_values(names: Sequence[str], blocks: NamedBlocks, ranks: Sequence[in
 
     The bit patterns of float32 numbers, read as sign and magnitude of an integer, are ordered as the numbers are. So
     one histogram over the upper 16 bits finds the bin that holds the k-th largest value, and a second over the lower 16
-    bits of that bin finds the value. Memory is one block and, for every vector, 65,536 counters a rank and once more.
+    bits of that bin finds the value. Memory is one block, some megabytes and, for every vector, 65,536 counters a rank
+    and once more.
 
     Args:
         names: of the vectors.
@@ -55,9 +58,14 @@ def largest_values(names: Sequence[str], blocks: NamedBlocks, ranks: Sequence[in
     Raises:
         ValueError: a rank is not between 1 and the number of elements of a vector.
     """
+    return _largest(names, lambda: _ordered(blocks(), _signed), ranks)
+
+
+def _largest(names: Sequence[str], chunks: NamedBlocks, ranks: Sequence[int]) -> dict[str, Mapping[int, float]]:
+    """As `largest_values`, from chunks of ordered integers, which may be overwritten."""
     upper = {name: torch.zeros(_BINS, dtype=torch.int64) for name in names}
-    for name, block in blocks():
-        upper[name] += torch.bincount(_upper(_ordered(block)), minlength=_BINS)
+    for name, ordered in chunks():
+        upper[name] += torch.bincount(ordered.bitwise_right_shift_(16).add_(_BINS // 2), minlength=_BINS)
     for counts in upper.values():
         for k in ranks:
             if not 1 <= k <= int(counts.sum()):
@@ -67,26 +75,47 @@ def largest_values(names: Sequence[str], blocks: NamedBlocks, ranks: Sequence[in
         name: {high: torch.zeros(_BINS, dtype=torch.int64) for high, _ in bins.values()}
         for name, bins in chosen.items()
     }
-    for name, block in blocks():
-        ordered = _ordered(block)
-        bins = _upper(ordered)
+    upper_bits, inside = (torch.empty(_CHUNK, dtype=torch.int32) for _ in range(2))
+    for name, ordered in chunks():
+        size = ordered.numel()
+        torch.bitwise_right_shift(ordered, 16, out=upper_bits[:size])
         for high in lower[name]:
-            lower[name][high] += torch.bincount(ordered[bins == high] & (_BINS - 1), minlength=_BINS)
+            # Integers instead of booleans, which are several times as slow to make and to look through.
+            torch.eq(upper_bits[:size], high - _BINS // 2, out=inside[:size])
+            found = ordered[inside[:size].nonzero().squeeze(1)]
+            lower[name][high] += torch.bincount(found & (_BINS - 1), minlength=_BINS)
     return {
         name: {k: _value(high, _bin_of(lower[name][high], k - above)[0]) for k, (high, above) in bins.items()}
         for name, bins in chosen.items()
     }
 
 
-def _ordered(block: Tensor) -> Tensor:
-    """Integers (int32, flat) that are ordered as the block's values are."""
-    pattern = block.detach().float().contiguous().view(torch.int32).flatten()
-    return torch.where(pattern < 0, -(pattern & 0x7FFFFFFF), pattern)
+def _ordered(
+    blocks: Iterable[tuple[str, Tensor]], order: Callable[[Tensor, Tensor], None]
+) -> Iterator[tuple[str, Tensor]]:
+    """Each block as integers (int32, flat) that are ordered as its values are, or as its magnitudes.
+
+    Chunk by chunk in the same memory, which stays in the processor's cache; a chunk is gone when the next one comes.
+    """
+    memory = torch.empty(_CHUNK, dtype=torch.int32)
+    for name, block in blocks:
+        pattern = block.detach().float().contiguous().view(torch.int32).flatten()
+        for start in range(0, pattern.numel(), _CHUNK):
+            chunk = pattern[start : start + _CHUNK]
+            ordered = memory[: chunk.numel()]
+            order(chunk, ordered)
+            yield name, ordered
 
 
-def _upper(ordered: Tensor) -> Tensor:
-    """The bin of the upper 16 bits, from 0 on."""
-    return (ordered >> 16) + _BINS // 2
+def _magnitudes(pattern: Tensor, ordered: Tensor) -> None:
+    torch.bitwise_and(pattern, 0x7FFFFFFF, out=ordered)
+
+
+def _signed(pattern: Tensor, ordered: Tensor) -> None:
+    _magnitudes(pattern, ordered)
+    # All bits of a negative number's sign are set, those of others' are not: x ^ -1 + 1 is -x, x ^ 0 + 0 is x.
+    sign = pattern >> 31
+    ordered.bitwise_xor_(sign).sub_(sign)
 
 
 def _value(high: int, low: int) -> float:

@@ -136,3 +136,43 @@ def test_what_is_missing_is_told(walkable):
         merge(FeatureCalibration(), source)
     assert "task 'one': unlabelled examples are needed" in str(caught.value)
     assert "needed as anchor; name its merge step with the key 'anchor'" in str(caught.value)
+
+
+def test_weight_and_bias_together_are_one_affine_least_squares_solution(walkable):
+    source, evidence = walkable
+    options = FeatureCalibrationOptions(affine=True, norms=False, extrapolation=1.0, teacher_share=0.4, ridge=0.2)
+    merged = merge(FeatureCalibration(options), source, evidence)
+    named = {parameter.name: parameter for parameter in source.parameters}
+    base = {name: source.base(p).double().numpy() for name, p in named.items()}
+    student_words = base["words.weight"] + evidence.anchor["words.weight"].double().numpy()
+    left, right = [], []
+    for task in source.tasks:
+        expert = {name: source.expert(task, p).double().numpy() for name, p in named.items()}
+        batches = evidence.passes.batches[task]
+        places = np.concatenate([b["input_ids"][b["attention_mask"].bool()].numpy() for b in batches])
+        own, teacher = student_words[places], expert["words.weight"][places]
+        aimed = 0.4 * teacher + 0.6 * own
+        factor = np.sqrt(1 / (np.linalg.norm(own.T @ own / len(own)) * len(own)))
+        left.append(factor * np.concatenate([own, np.ones((len(own), 1))], axis=1))
+        right.append(factor * (aimed @ expert["layers.0.dense.weight"].T + expert["layers.0.dense.bias"]))
+    pull = {name: base[name] + evidence.anchor[name].double().numpy() for name in base}
+    left.append(np.sqrt(0.2) * np.eye(WIDTH + 1))
+    right.append(np.sqrt(0.2) * np.vstack([pull["layers.0.dense.weight"].T, pull["layers.0.dense.bias"]]))
+    found = np.linalg.lstsq(np.concatenate(left), np.concatenate(right), rcond=None)[0]
+    weight, bias = (merged.vectors[f"layers.0.dense.{part}"].numpy() for part in ("weight", "bias"))
+    assert np.allclose(weight + base["layers.0.dense.weight"], found[:-1].T, atol=2e-5)
+    assert np.allclose(bias + base["layers.0.dense.bias"], found[-1], atol=2e-5)
+
+
+def test_unread_tokens_may_weigh_less_in_all_blocks(walkable):
+    source, evidence = walkable
+    options = {"unread_tokens": 0.1}
+    last, everywhere = (
+        merge(FeatureCalibration(FeatureCalibrationOptions(**options, unread_in=where)), source, evidence)
+        for where in ("last", "all")
+    )
+    name = "layers.0.norm.weight"
+    assert torch.equal(last.vectors["layers.0.dense.weight"], everywhere.vectors["layers.0.dense.weight"])
+    assert not torch.allclose(last.vectors[name], everywhere.vectors[name], atol=1e-4)
+    full = merge(FeatureCalibration(FeatureCalibrationOptions(unread_tokens=1.0)), source, evidence)
+    assert torch.equal(last.vectors[name], full.vectors[name])
