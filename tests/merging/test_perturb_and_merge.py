@@ -168,7 +168,7 @@ def test_chunks_do_not_matter(make_source, random_vectors, random_information, m
 
 def test_missing_information_is_told(make_source, random_vectors, random_information):
     del random_information["two"]
-    with pytest.raises(PaveError, match="task 'two' has no captured Fisher information"):
+    with pytest.raises(PaveError, match="task 'two' has no Fisher information"):
         run(make_source(random_vectors), random_information)
 
 

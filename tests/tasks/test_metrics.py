@@ -205,7 +205,7 @@ def test_two_processes_give_the_same_scores_as_one(tmp_path):
     arguments = [tmp_path / "one_rank.py", tmp_path / "cases.pt", tmp_path]
     root = Path(pave_lightning.recipe.__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, *map(str, arguments)], check=True, timeout=120, capture_output=True, env=environment)
+    subprocess.run([*command, *map(str, arguments)], check=True, timeout=240, capture_output=True, env=environment)
     for number, case in enumerate(cases):
         expected = {name: pytest.approx(value, abs=1e-6) for name, value in measured(*case).items()}
         found = [json.loads(path.read_text()) for path in tmp_path.glob(f"{number}-*.json")]
