@@ -250,7 +250,10 @@ def test_a_stopped_experiment_goes_on(recipe_settings, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     folder = Path(recipe_settings["output"]) / "tiny"
 
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as run:
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment}
+    # A shell that starts the tests in the background lets all that they start ignore Ctrl-C.
+    options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, **options) as run:
         deadline = time.monotonic() + 120
         while not list(folder.glob("scores/average-purified-*")):
             assert run.poll() is None, run.stdout.read()

@@ -258,7 +258,10 @@ def test_killed_runs_go_on_and_end_like_an_undisturbed_one(recipe_settings, tmp_
         path = tmp_path / f"{name}.yaml"
         path.write_text(recipe_to_yaml(Recipe.model_validate({**recipe_settings, "name": name, "trainer": trainer})))
         command = [sys.executable, "-m", "pave_lightning", "run", str(path)]
-        return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": tmp_path}
+        # A shell that starts the tests in the background lets all that they start ignore Ctrl-C.
+        options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+        return subprocess.Popen(command, **options)
 
     def finish(process):
         output, _ = process.communicate(timeout=240)
