@@ -17,6 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from synthetic import roberta, write_tokenizer
+
 RHO = 0.97
 # What Task Arithmetic multiplies the sum of eight task vectors with.
 SCALE = 0.3
@@ -57,17 +59,11 @@ def make(folder: Path, tasks: int, blocks: int, vocabulary: int) -> None:
     """Base, experts (the base plus small noise) and statistics of RoBERTa's shapes."""
     import torch
     from safetensors.torch import save_file
-    from transformers import RobertaConfig, RobertaForSequenceClassification
 
     torch.manual_seed(0)
-    sizes = {"vocab_size": vocabulary, "num_hidden_layers": blocks}
-    config = RobertaConfig(**sizes, max_position_embeddings=514, type_vocab_size=1)
-    with torch.device("meta"):
-        model = RobertaForSequenceClassification(config)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    config, shapes = roberta(blocks, vocabulary)
     base = {name: torch.empty(shape).normal_(std=0.02) for name, shape in shapes.items()}
     noise = torch.empty(max(tensor.numel() for tensor in base.values()) + 1_000_003 * tasks).normal_(std=0.002)
-    config.architectures = [type(model).__name__]
     for number in range(-1, tasks):
         target = folder / ("base" if number < 0 else f"expert-{number}")
         target.mkdir()
@@ -84,16 +80,6 @@ def make(folder: Path, tasks: int, blocks: int, vocabulary: int) -> None:
         if number >= 0:
             weights = {name.removeprefix("roberta."): tensor for name, tensor in expert.items() if tensor.ndim == 2}
             save_statistics(weights, folder / f"statistics-{number}.safetensors")
-
-
-def write_tokenizer(folder: Path) -> None:
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast
-
-    special = {"pad_token": "<pad>", "unk_token": "<unk>"}
-    backend = Tokenizer(WordLevel({"<pad>": 0, "<unk>": 1}, unk_token="<unk>"))
-    PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(folder)
 
 
 def save_statistics(weights: dict, path: Path) -> None:

@@ -36,6 +36,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from synthetic import roberta, write_tokenizer
+
 # Nothing heavy is imported here: Linux counts the memory of the parent as its child's until the child has started.
 
 TORCH = "2.13.0"
@@ -264,15 +266,9 @@ def make(folder: Path, tasks: int, blocks: int, vocabulary: int) -> None:
     """Base and experts (the base plus small noise) of RoBERTa's shapes, heads included."""
     import torch
     from safetensors.torch import save_file
-    from transformers import RobertaConfig, RobertaForSequenceClassification
 
     torch.manual_seed(0)
-    sizes = {"vocab_size": vocabulary, "num_hidden_layers": blocks}
-    config = RobertaConfig(**sizes, max_position_embeddings=514, type_vocab_size=1)
-    with torch.device("meta"):
-        model = RobertaForSequenceClassification(config)
-    config.architectures = [type(model).__name__]
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    config, shapes = roberta(blocks, vocabulary)
     base = {name: torch.empty(shape).normal_(std=BASE_SPREAD) for name, shape in shapes.items()}
     for name in ["base", *(f"expert-{number}" for number in range(tasks))]:
         target = folder / name
@@ -284,16 +280,6 @@ def make(folder: Path, tasks: int, blocks: int, vocabulary: int) -> None:
             for key, tensor in base.items()
         }
         save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
-
-
-def write_tokenizer(folder: Path) -> None:
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast
-
-    special = {"pad_token": "<pad>", "unk_token": "<unk>"}
-    backend = Tokenizer(WordLevel({"<pad>": 0, "<unk>": 1}, unk_token="<unk>"))
-    PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(folder)
 
 
 def merge(folder: Path, tasks: int, rule: str, threads: int) -> None:

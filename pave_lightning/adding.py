@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import tempfile
@@ -13,7 +12,7 @@ from typing import Any
 from pave_lightning.errors import PaveError, Problems
 from pave_lightning.experts.loading import load_tokenizer
 from pave_lightning.merging import SequentialMethod, make_method, method_named, methods
-from pave_lightning.merging.folders import FACTS_FILE, MergeContext, write_merged
+from pave_lightning.merging.folders import MergeContext, merged_facts, write_merged
 from pave_lightning.recipe import NAME_PATTERN
 from pave_lightning.weights import Architecture, Checkpoint, ExpertTaskVectors, locate_model, model_digest
 from pave_lightning.weights.adapters import ADAPTER_CONFIG
@@ -39,7 +38,7 @@ def add_expert(merged: str | Path, task: str, expert: str, output: str | Path) -
             already; the expert does not fit the base; ``output`` exists.
     """
     merged, output = Path(merged), Path(output)
-    facts = _facts(merged)
+    facts = merged_facts(merged)
     heads = merged / "heads"
     _check_request(merged, facts, task, output)
     folder = locate_model(expert, role=f"expert of '{task}'")
@@ -79,22 +78,9 @@ def _unfit(
     """What keeps an expert from being added, besides its configuration and its shapes."""
     if facts.get("base_digest") not in (None, model_digest(base.folder)):
         yield f"the base {base.folder} is no longer what it was when {merged} was made; merge all experts again"
-    lacking = sorted(architecture.head - set(expert.head))
-    if lacking:
-        yield f"it has no classification head (no {lacking[0]}); expected a fine-tuned classifier"
+    yield from architecture.head_problems("it", expert.head)
     if load_tokenizer(expert.folder).get_vocab() != load_tokenizer(merged).get_vocab():
         yield "its vocabulary is another one; experts of one base must share its tokenizer"
-
-
-def _facts(merged: Path) -> dict[str, Any]:
-    try:
-        facts = json.loads((merged / FACTS_FILE).read_text())
-        known = {"method", "base"} <= set(facts)
-    except (OSError, ValueError, TypeError) as error:
-        raise PaveError(f"{merged} is no merged model: it has no readable {FACTS_FILE}") from error
-    if not known:
-        raise PaveError(f"{merged} is no merged model: its {FACTS_FILE} names no method and base")
-    return dict(facts)
 
 
 def _check_request(merged: Path, facts: dict[str, Any], task: str, output: Path) -> None:

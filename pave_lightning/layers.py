@@ -44,6 +44,25 @@ def normalised(module: nn.Module, inputs: Tensor) -> Tensor:
     return inputs * (inputs.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
 
 
+def is_scaled(
+    module: nn.Module, normalised_rows: Tensor, outputs: Tensor, *, tolerance: float, or_one_plus: bool = False
+) -> bool:
+    """Whether a norm's outputs are its normalised input times its scale, plus its shift where it has one.
+
+    Args:
+        module: a module for which `is_norm` holds.
+        normalised_rows: what `normalised` gives, shape ``(n, d)``.
+        outputs: what the module gave, shape ``(n, d)``.
+        tolerance: largest difference, relative to the largest output.
+        or_one_plus: whether one plus the scale will do as well, as some RMSNorms have it.
+    """
+    scale, shift = module.get_parameter("weight").float(), getattr(module, "bias", None)
+    plain = outputs.float() if shift is None else outputs.float() - shift.float()
+    allowed = tolerance * max(float(outputs.abs().max()), torch.finfo(torch.float32).tiny)
+    gains = (scale, 1 + scale) if or_one_plus else (scale,)
+    return any(float((normalised_rows * gain - plain).abs().max()) <= allowed for gain in gains)
+
+
 def matrix_weight(module: nn.Module) -> tuple[str, int] | None:
     """Name of the weight by which a module multiplies its input as one matrix, and its axis that meets the input.
 

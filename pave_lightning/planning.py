@@ -188,9 +188,7 @@ def _expert_problems(
     yield from differences(task.name, base, expert, architecture)
     if expert.has_backbone_of(base):
         yield f"{where}: the backbone of {folder} is the base's, so there is nothing to merge; was it fine-tuned?"
-    lacking = sorted(own.head - set(expert.head))
-    if lacking:
-        yield f"{where}: {folder} has no classification head (no {lacking[0]}); expected a fine-tuned classifier"
+    yield from own.head_problems(f"{where}: {folder}", expert.head)
     yield from (f"{where}: {problem}" for problem in _head_problems(task, folder, own))
     for name in expert.non_finite():
         yield f"{where}: the weight {name} of {folder} holds NaN or infinity"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pave_lightning.callbacks import PaveCallback
 from pave_lightning.choosing import Chooser, MergeChoice
@@ -103,6 +103,7 @@ class Workflow:
         self.recipe, self.folder, self.tracker, self.launcher = recipe, folder, tracker, launcher
         self.label = label
         self.references: dict[str, dict[int | None, dict[str, float]]] = {}
+        self._last_passes: tuple[int, ForwardPasses] | None = None
         self.stages = Stages(recipe, folder)
         self.base_folder = locate_model(recipe.base, role="base")
 
@@ -317,14 +318,9 @@ class Workflow:
         return found
 
     def _take_gradients(self, kind: GradientKind, task: Task, stage: Stage) -> None:
-        options = self.recipe.capture
         with self._doing(f"gradients of {task.name} ({kind})"), self._writing(stage) as writer:
             model = load_expert(self._expert_folder(task.name), task)
-            batches = list(
-                self._data(task, options.batch_size).capture_dataloader(
-                    options.gradient_examples, options.batch_size, self.recipe.seed
-                )
-            )
+            batches = self._shown(task, self.recipe.capture.gradient_examples)
             if kind == "fisher":
                 values = fisher_diagonal(model, task, batches)
             else:
@@ -338,11 +334,20 @@ class Workflow:
             writer.result["examples"] = examples
 
     def _passes(self, examples: int) -> ForwardPasses:
+        """What is needed to run models on so many examples a task; the last is kept, for options that are tuned."""
+        if self._last_passes is not None and self._last_passes[0] == examples:
+            return self._last_passes[1]
         batches = {}
         for task in self.recipe.tasks:
-            data, size = self._data(task, self.recipe.capture.batch_size), self.recipe.capture.batch_size
-            batches[task.name] = list(data.capture_dataloader(examples, size, self.recipe.seed))
-        return ForwardPasses(self._backbone, self.plain, batches, self.recipe.compute.device)
+            batches[task.name] = self._shown(task, examples)
+        passes = ForwardPasses(self._backbone, self.plain, batches, self.recipe.compute.device)
+        self._last_passes = (examples, passes)
+        return passes
+
+    def _shown(self, task: Task, examples: int) -> list[dict[str, Tensor]]:
+        """Batches of a seeded sample of the rows that the expert was trained on."""
+        size = self.recipe.capture.batch_size
+        return list(self._data(task, size).capture_dataloader(examples, size, self.recipe.seed))
 
     def _backbone(self) -> nn.Module:
         """The base's backbone, in memory."""

@@ -175,3 +175,31 @@ def ready_settings(recipe_settings, base_folder, make_expert, expert_folders):
         {**words, "name": "more", "expert": {"from": str(other)}},
     ]
     return {**recipe_settings, "tasks": tasks}
+
+
+@pytest.fixture
+def averages(monkeypatch):
+    """Let the averages on validation data be known values, one after the other."""
+    from pave_lightning.evaluation.scale_search import ScaleSearcher
+
+    def give(*values):
+        left = iter(values)
+        monkeypatch.setattr(ScaleSearcher, "average", lambda self, candidate, examples: next(left))
+
+    return give
+
+
+@pytest.fixture(scope="session")
+def packed():
+    """Write the file of what a task keeps: masks, low-rank factors, and a rescaler."""
+    from pave_lightning.merging.modulators import ModulatorWriter
+
+    def write(path, masks, rescaler, factors=()):
+        kept = ModulatorWriter()
+        for name, mask in masks.items():
+            kept.add_mask(name, mask)
+        for name, pair in dict(factors).items():
+            kept.add_factors(name, pair)
+        kept.save(path, rescaler)
+
+    return write

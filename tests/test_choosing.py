@@ -8,7 +8,6 @@ import torch
 
 from pave_lightning import Recipe
 from pave_lightning.commands import open_folder, run_stage
-from pave_lightning.evaluation.scale_search import ScaleSearcher
 from pave_lightning.planning import plan_rows
 from pave_lightning.workflow import Workflow
 
@@ -24,17 +23,6 @@ def workflow_of(ready_settings):
         return made
 
     return build
-
-
-@pytest.fixture
-def averages(monkeypatch):
-    """Let the averages on validation data be known values, one after the other."""
-
-    def give(*values):
-        left = iter(values)
-        monkeypatch.setattr(ScaleSearcher, "average", lambda self, candidate, examples: next(left))
-
-    return give
 
 
 def test_tuned_options_each_have_their_best_scale(workflow_of, averages):

@@ -9,7 +9,6 @@ import pytest
 from pave_lightning import Recipe, run_recipe
 from pave_lightning.commands import open_folder, run_stage
 from pave_lightning.errors import PaveError
-from pave_lightning.evaluation.scale_search import ScaleSearcher
 from pave_lightning.planning import plan_rows
 from pave_lightning.recipe import AUTO_RATIOS
 from pave_lightning.tasks.data_module import TaskDataModule
@@ -29,17 +28,6 @@ def workflow(auto_settings):
         made.fit(task)
         made.capture(task)
     return made
-
-
-@pytest.fixture
-def averages(monkeypatch):
-    """Let the averages on validation data be known values, one after the other."""
-
-    def give(*values):
-        left = iter(values)
-        monkeypatch.setattr(ScaleSearcher, "average", lambda self, candidate, examples: next(left))
-
-    return give
 
 
 def test_the_ratio_with_the_best_average_is_taken(workflow, averages):

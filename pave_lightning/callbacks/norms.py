@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from pave_lightning.callbacks.observation import selected, weight_owners
 from pave_lightning.callbacks.sampling import Calls, RowSampler
 from pave_lightning.errors import PaveError
-from pave_lightning.layers import is_norm, normalised
+from pave_lightning.layers import is_norm, is_scaled, normalised
 from pave_lightning.statistics import NormMoment, NormSquares
 
 # How far a norm's output may be from scale times normalised input plus shift, relative to its largest value.
@@ -107,7 +107,8 @@ class NormObserver:
         rows = normalised(module, selected(inputs, inputs.ndim - 1, index).float())
         if not layer.is_checked and len(rows) and bool(torch.isfinite(rows).all()):
             layer.is_checked = True
-            layer.is_unlike = not _is_scaled(module, rows, selected(output, inputs.ndim - 1, index))
+            outputs = selected(output, inputs.ndim - 1, index)
+            layer.is_unlike = not is_scaled(module, rows, outputs, tolerance=_AGREEMENT, or_one_plus=True)
         squares.update(rows, seen=seen)
 
 
@@ -124,12 +125,3 @@ class _ObservedNorm:
         if self.squares is None:
             self.squares = NormSquares(self.width, device)
         return self.squares
-
-
-def _is_scaled(module: nn.Module, rows: Tensor, outputs: Tensor) -> bool:
-    """Whether outputs are rows times the module's scale, or times 1 plus it as in some RMSNorms, plus its shift."""
-    scale = module.get_parameter("weight").float()
-    shift = getattr(module, "bias", None)
-    plain = outputs.float() if shift is None else outputs.float() - shift.float()
-    allowed = _AGREEMENT * max(float(outputs.abs().max()), torch.finfo(torch.float32).tiny)
-    return any(float((rows * gain - plain).abs().max()) <= allowed for gain in (scale, 1 + scale))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -10,11 +10,11 @@ from pydantic import Field
 from torch import Tensor
 
 from pave_lightning.merging.base import register
-from pave_lightning.merging.evidence import Evidence, Need
-from pave_lightning.merging.matrices import MatrixMethod, MatrixOptions
+from pave_lightning.merging.matrices import MatrixOptions
+from pave_lightning.merging.norm_moments import NormMomentMethod
 from pave_lightning.subspace.ridge import TOLERANCE
 from pave_lightning.subspace.solver import symmetric_eigen
-from pave_lightning.weights import Parameter, ParameterKind, TaskVectors
+from pave_lightning.weights import Parameter, ParameterKind
 
 ADDED = (ParameterKind.BIAS, ParameterKind.NORM_SHIFT)
 
@@ -44,7 +44,7 @@ class CatOptions(MatrixOptions):
 
 
 @register("cat")
-class Cat(MatrixMethod):
+class Cat(NormMomentMethod):
     r"""For each task find where the other updates change its features most and their own least, and cut that out.
 
     Matrix weights (``d_out x d_in``): with :math:`C_t` the second moment of the layer's inputs inside expert t,
@@ -72,20 +72,9 @@ class Cat(MatrixMethod):
 
     summary = "cut out of each update what disturbs the other tasks' features, then add up"
     source = "Sun et al. 2025, arXiv 2505.06977"
-    needs = frozenset({Need.INPUT_MOMENTS, Need.NORM_MOMENTS})
+    without_moments = "whole"
     default_scale = 0.4
     Options: ClassVar[type[CatOptions]] = CatOptions
-
-    @property
-    def wanted(self) -> frozenset[Need]:
-        """Moments of norms only where they are used."""
-        return self.needs if self.options.norms == "moments" else self.needs - {Need.NORM_MOMENTS}
-
-    def problems(self, vectors: TaskVectors, evidence: Evidence) -> Iterator[str]:
-        """What is missing, and how to do without the moments of norms."""
-        yield from super().problems(vectors, evidence)
-        if any(evidence.lacking(self.wanted & {Need.NORM_MOMENTS}, vectors)):
-            yield "the moments of norms are not needed with the option norms: whole"
 
     def in_blocks(self, parameter: Parameter) -> bool:
         """Only what is added up as it is."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from pave_lightning.merging.base import MethodOptions, StaticMethod, register
 from pave_lightning.merging.task_arithmetic import TaskArithmetic
 from pave_lightning.merging.ties import Ties, TiesOptions
-from pave_lightning.weights import Parameter, TaskVectors
+from pave_lightning.weights import DerivedTaskVectors, Parameter, TaskVectors
 from pave_lightning.weights.task_vectors import BLOCK_ELEMENTS
 
 # One step of the Philox counter gives four words of 64 bits, which are eight draws.
@@ -102,6 +102,14 @@ class BlockPositions:
         self._next[parameter.name] = (start + count) % max(parameter.elements, 1)
         return start
 
+    def rows(self, parameter: Parameter, block: Tensor) -> slice | None:
+        """Which rows of the parameter the next block holds; None for all of them."""
+        start = self.start(parameter, block.numel())
+        if block.shape == parameter.shape:
+            return None
+        width = math.prod(parameter.shape[1:])
+        return slice(start // width, start // width + block.shape[0])
+
 
 def drop_and_rescale(vector: Tensor, options: DareOptions, *, task: str, parameter: str, start: int = 0) -> Tensor:
     r"""DARE's form of one task vector, :math:`m \odot \tau / (1 - p)`, which has the expectation :math:`\tau`.
@@ -127,7 +135,7 @@ def drop_and_rescale(vector: Tensor, options: DareOptions, *, task: str, paramet
     return left * (float(vector.abs().sum(dtype=torch.float64)) / remaining) if remaining > 0 else left
 
 
-class DroppedTaskVectors(TaskVectors):
+class DroppedTaskVectors(DerivedTaskVectors):
     """Task vectors after drop and rescale: a source in, a source out.
 
     Args:
@@ -136,23 +144,19 @@ class DroppedTaskVectors(TaskVectors):
     """
 
     def __init__(self, source: TaskVectors, options: DareOptions) -> None:
-        self.source, self.options = source, options
-        self.tasks, self.parameters = source.tasks, source.parameters
-
-    def base(self, parameter: Parameter, rows: slice | None = None) -> Tensor:
-        """The base's tensor, as it is."""
-        return self.source.base(parameter, rows)
+        super().__init__(source)
+        self.options = options
 
     def expert(self, task: str, parameter: Parameter, rows: slice | None = None) -> Tensor:
         """Base plus the dropped and rescaled task vector (float32)."""
         return self.source.base(parameter, rows) + self.vector(task, parameter, rows)
 
-    def vector(self, task: str, parameter: Parameter, rows: slice | None = None) -> Tensor:
+    def vector(self, task: str, parameter: Parameter, rows: slice | None = None, base: Tensor | None = None) -> Tensor:
         """The dropped and rescaled task vector (float32)."""
         if self.options.rescale == "l1" and rows is not None:
             return self.vector(task, parameter)[rows]
         first = 0 if rows is None else rows.indices(parameter.shape[0])[0]
-        vector = self.source.vector(task, parameter, rows)
+        vector = self.source.vector(task, parameter, rows, base)
         start = first * math.prod(parameter.shape[1:])
         return drop_and_rescale(vector, self.options, task=task, parameter=parameter.name, start=start)
 

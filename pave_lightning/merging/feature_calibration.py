@@ -11,12 +11,15 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from pave_lightning.layers import is_linear, normalised
+from pave_lightning.layers import is_linear, is_scaled, normalised
 from pave_lightning.merging.base import Cost, MethodOptions, StaticMethod, register
 from pave_lightning.merging.evidence import Need
-from pave_lightning.merging.passes import BlockStack, Entry, load_parameters, on_device, watched
+from pave_lightning.merging.passes import BlockStack, Entry, load_parameters, watched
 from pave_lightning.subspace.ridge import AnchoredRidge
 from pave_lightning.weights import Parameter, TaskVectors
+
+# How far a norm's output may be from scale times normalised input plus shift, relative to its largest value.
+NORM_AGREEMENT = 1e-3
 
 
 class FeatureCalibrationOptions(MethodOptions):
@@ -141,27 +144,28 @@ class FeatureCalibration(StaticMethod):
     @torch.no_grad()
     def prepare(self, vectors: TaskVectors) -> None:
         """Walk through the model and solve every block."""
-        self._parameters = {parameter.name: parameter for parameter in vectors.parameters}
         self._source, self._solved = vectors, dict[str, Tensor]()
         passes = self.evidence.forward_passes
-        stack = BlockStack(passes.backbone().to(passes.device))
-        first = on_device(next(iter(passes.batches.values()))[0], passes.device)
-        stack.check(first)
-        self._reads_last = stack.reads_last(first)
-        student = self._enter(stack, None)
-        teachers = {task: self._enter(stack, task)[task] for task in vectors.tasks}
-        load_parameters(stack.backbone, {name: self._anchor(name) for name in self._parameters})
+        stack = passes.stack()
+        self._reads_last = stack.reads_last(passes.first())
+        teachers = {}
+        for task in vectors.tasks:
+            load_parameters(stack.backbone, {p.name: self._expert(task, p) for p in vectors.parameters})
+            teachers[task] = passes.entries(stack, task)
+        load_parameters(stack.backbone, {p.name: self._pull(p, 1.0) for p in vectors.parameters})
+        student = {task: passes.entries(stack, task) for task in vectors.tasks}
         for index, block in enumerate(stack.blocks):
-            prefix = stack.names(index)
+            own = stack.own(index, vectors.parameters)
             teacher = copy.deepcopy(block)
             for sweep in range(self.options.sweeps):
                 move, unread = sweep == self.options.sweeps - 1, 1.0
                 if index == len(stack.blocks) - 1 or self.options.unread_in == "all":
                     unread = float(self.options.unread_tokens)
-                self._solve(block, teacher, prefix, student, teachers, move=move, unread=unread)
+                found = self._solve(block, teacher, own, student, teachers, move=move, unread=unread)
+                load_parameters(block, found)
+                self._solved.update({own[name].name: value for name, value in found.items()})
             for entries in student.values():
-                for entry in entries:
-                    entry.hidden = stack.run(block, entry)
+                stack.advance(index, entries)
 
     def merge(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
         """What the walk found; the anchor's task vector for all else."""
@@ -170,54 +174,36 @@ class FeatureCalibration(StaticMethod):
 
     # ---- the walk --------------------------------------------------------------------------------------------------
 
-    def _enter(self, stack: BlockStack, task: str | None) -> dict[str, list[Entry]]:
-        """All tasks' examples before the first block of the anchor, or one task's before that of its expert."""
-        passes = self.evidence.forward_passes
-        tasks = self._source.tasks if task is None else (task,)
-        values = {name: self._anchor(name) if task is None else self._expert(task, name) for name in self._parameters}
-        load_parameters(stack.backbone, values)
-        return {
-            name: [stack.enter(on_device(batch, passes.device)) for batch in passes.batches[name]] for name in tasks
-        }
+    def _pull(self, parameter: Parameter, times: float | None = None) -> Tensor:
+        """The base plus so many times the anchor's task vector; as often as the ridge pulls to, unless told."""
+        times = float(self.options.extrapolation) if times is None else times
+        return self._source.base(parameter) + times * self.evidence.anchor_vector(parameter)
 
-    def _anchor(self, name: str) -> Tensor:
-        parameter = self._parameters[name]
-        return self._source.base(parameter) + self.evidence.anchor_vector(parameter)
-
-    def _pull(self, name: str) -> Tensor:
-        """The extrapolated anchor, which the ridge pulls to."""
-        parameter = self._parameters[name]
-        vector = self.evidence.anchor_vector(parameter)
-        return self._source.base(parameter) + float(self.options.extrapolation) * vector
-
-    def _expert(self, task: str, name: str) -> Tensor:
-        return self.evidence.forward_passes.experts.expert(task, self._parameters[name])
+    def _expert(self, task: str, parameter: Parameter) -> Tensor:
+        return self.evidence.forward_passes.experts.expert(task, parameter)
 
     def _solve(
         self,
         block: nn.Module,
         teacher: nn.Module,
-        prefix: str,
+        own: Mapping[str, Parameter],
         student: Mapping[str, list[Entry]],
         teachers: Mapping[str, list[Entry]],
         *,
         move: bool,
         unread: float,
-    ) -> None:
-        """Solve one block; with ``move`` the teachers' hidden states move on behind it."""
+    ) -> dict[str, Tensor]:
+        """What one block is solved to; with ``move`` the teachers' hidden states move on behind it."""
         normal: dict[str, _Normal] = {}
         norms: dict[str, Tensor] = {}
         for task in self._source.tasks:
-            own = [name.removeprefix(prefix) for name in self._parameters if name.startswith(prefix)]
-            load_parameters(teacher, {name: self._expert(task, prefix + name) for name in own})
+            load_parameters(teacher, {name: self._expert(task, parameter) for name, parameter in own.items()})
             seen = self._show(block, teacher, student[task], teachers[task], move=move, unread=unread)
             for name, inputs in seen.linear.items():
                 _add_linear(normal, name, inputs, teacher.get_submodule(name), affine=self._is_affine)
             for name, squares in seen.norms.items():
                 _add_norm(norms, name, squares, teacher.get_submodule(name))
-        found = dict(self._linear(normal, prefix, block)) | dict(self._norms(norms, prefix))
-        load_parameters(block, found)
-        self._solved.update({prefix + name: value for name, value in found.items()})
+        return dict(self._linear(normal, own)) | dict(self._norms(norms, own))
 
     def _show(
         self,
@@ -244,8 +230,9 @@ class FeatureCalibration(StaticMethod):
                 counts_in_full = own.is_given(inputs, mine.hidden) or len(rows) != len(read)
                 weights = rows.new_ones(len(rows), 1) if counts_in_full else torch.where(read, 1.0, unread)
                 if not is_linear(module):
-                    if self.options.norms and _is_plain(module, rows, mine.rows(own.outputs[name])):
-                        _add_rows(seen.norms, name, normalised(module, rows), weights)
+                    inner = _inner(module, rows, mine.rows(own.outputs[name])) if self.options.norms else None
+                    if inner is not None:
+                        _add_rows(seen.norms, name, inner, weights)
                     continue
                 # Query, key and value look at one tensor, and share its moments.
                 owner = done.setdefault(id(inputs), name)
@@ -264,33 +251,33 @@ class FeatureCalibration(StaticMethod):
 
     # ---- the solves ------------------------------------------------------------------------------------------------
 
-    def _linear(self, normal: Mapping[str, _Normal], prefix: str, block: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    def _linear(self, normal: Mapping[str, _Normal], own: Mapping[str, Parameter]) -> Iterator[tuple[str, Tensor]]:
         ridge = self.options.ridge
         for name, sums in normal.items():
-            parameter = self._parameters.get(f"{prefix}{name}.weight")
+            parameter, bias = own.get(f"{name}.weight"), own.get(f"{name}.bias")
             if parameter is None:
                 continue
-            pull, bias_name = parameter.as_matrix(self._pull(parameter.name)), f"{prefix}{name}.bias"
-            if sums.weights.shape[1] > pull.shape[1]:
-                both = sums.weights.solve(ridge, torch.cat([pull, self._pull(bias_name)[:, None]], dim=1))
+            pull = parameter.as_matrix(self._pull(parameter))
+            if bias is not None and sums.weights.shape[1] > pull.shape[1]:
+                both = sums.weights.solve(ridge, torch.cat([pull, self._pull(bias)[:, None]], dim=1))
                 yield f"{name}.weight", parameter.from_matrix(both[:, :-1].float())
                 yield f"{name}.bias", both[:, -1].float()
                 continue
             weight = sums.weights.solve(ridge, pull)
             yield f"{name}.weight", parameter.from_matrix(weight.float())
-            if self.options.biases and bias_name in self._parameters:
-                aim = self._pull(bias_name).double()
-                bias = (sums.shift - weight @ sums.mean + ridge * aim) / (sums.share + ridge)
-                yield f"{name}.bias", bias.float()
+            if self.options.biases and bias is not None:
+                aim = self._pull(bias).double()
+                solved = (sums.shift - weight @ sums.mean + ridge * aim) / (sums.share + ridge)
+                yield f"{name}.bias", solved.float()
 
-    def _norms(self, norms: Mapping[str, Tensor], prefix: str) -> Iterator[tuple[str, Tensor]]:
+    def _norms(self, norms: Mapping[str, Tensor], own: Mapping[str, Parameter]) -> Iterator[tuple[str, Tensor]]:
         ridge = self.options.ridge
         for name, (squares, mean, count, scaled, shifted) in norms.items():
-            scale, shift = f"{prefix}{name}.weight", f"{prefix}{name}.bias"
-            if scale not in self._parameters:
+            scale, shift = own.get(f"{name}.weight"), own.get(f"{name}.bias")
+            if scale is None:
                 continue
             first, aim = squares + ridge, scaled + ridge * self._pull(scale).double()
-            if shift not in self._parameters:
+            if shift is None:
                 yield f"{name}.weight", (aim / first).float()
                 continue
             second, other = count + ridge, shifted + ridge * self._pull(shift).double()
@@ -308,13 +295,12 @@ def _add_rows(norms: dict[str, _Squares], name: str, rows: Tensor, weights: Tens
     sums.rows += float(shares.sum())
 
 
-def _is_plain(module: nn.Module, rows: Tensor, outputs: Tensor) -> bool:
-    """Whether a norm gives its scale times its normalised input, plus its shift; others are left as they are."""
-    scale, bias = module.get_parameter("weight"), getattr(module, "bias", None)
-    if rows.shape != outputs.shape or rows.shape[-1] != len(scale):
-        return False
-    expected = normalised(module, rows) * scale + (0.0 if bias is None else bias)
-    return bool((expected - outputs).abs().max() <= 1e-3 * outputs.abs().max())
+def _inner(module: nn.Module, rows: Tensor, outputs: Tensor) -> Tensor | None:
+    """What a norm multiplies with its scale; None for norms of another form, which are left as they are."""
+    if rows.shape != outputs.shape or rows.shape[-1] != module.get_parameter("weight").numel():
+        return None
+    inner = normalised(module, rows)
+    return inner if is_scaled(module, inner, outputs, tolerance=NORM_AGREEMENT) else None
 
 
 def _matrix(module: nn.Module) -> Tensor:

@@ -41,15 +41,6 @@ class FisherOptions(MethodOptions):
         return weights
 
 
-def block_rows(positions: BlockPositions, parameter: Parameter, block: Tensor) -> slice | None:
-    """Which rows of a parameter the next block holds, None for all of them; blocks come in the order of their rows."""
-    start = positions.start(parameter, block.numel())
-    if block.shape == parameter.shape:
-        return None
-    width = math.prod(parameter.shape[1:])
-    return slice(start // width, start // width + block.shape[0])
-
-
 @register("fisher")
 class Fisher(StaticMethod):
     r"""The mean of the experts, element by element, weighted with each task's Fisher information.
@@ -96,7 +87,7 @@ class Fisher(StaticMethod):
 
     def merge(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
         """The weighted mean of the task vectors."""
-        rows = block_rows(self._positions, parameter, base)
+        rows = self._positions.rows(parameter, base)
         floor = max(self.options.floor, NEXT_TO_NOTHING)
         total = torch.zeros(base.shape, dtype=torch.float64)
         weights = torch.zeros_like(total)

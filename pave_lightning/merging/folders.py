@@ -132,6 +132,22 @@ def _write_surroundings(folder: Path, method: MergeMethod, context: MergeContext
     (folder / FACTS_FILE).write_text(json.dumps(facts, indent=2))
 
 
+def merged_facts(folder: Path) -> dict[str, Any]:
+    """What `write_merged` noted of a merged model: method, form, base, and more.
+
+    Raises:
+        PaveError: the folder is no merged model.
+    """
+    try:
+        facts: dict[str, Any] = json.loads((folder / FACTS_FILE).read_text())
+        known = {"method", "form", "base"} <= set(facts)
+    except (OSError, ValueError, TypeError) as error:
+        raise PaveError(f"{folder} is no merged model: it has no readable {FACTS_FILE}") from error
+    if not known:
+        raise PaveError(f"{folder} is no merged model: its {FACTS_FILE} names no method, form and base")
+    return facts
+
+
 def load_merged(folder: str | Path, task: str, base: str | None = None) -> nn.Module:
     """A merged model with one task's head, ready to use, in eval mode.
 
@@ -147,11 +163,8 @@ def load_merged(folder: str | Path, task: str, base: str | None = None) -> nn.Mo
         PaveError: the folder is no merged model, or has no such task.
     """
     folder = Path(folder)
-    try:
-        facts = json.loads((folder / FACTS_FILE).read_text())
-        per_task = facts["form"] == PerTaskMethod.form
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise PaveError(f"{folder} is no merged model: it has no readable {FACTS_FILE}") from error
+    facts = merged_facts(folder)
+    per_task = facts["form"] == PerTaskMethod.form
     heads = folder / "heads"
     tasks = sorted(child.name for child in heads.iterdir()) if heads.is_dir() else []
     if task not in tasks:

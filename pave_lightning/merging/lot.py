@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -10,10 +10,10 @@ from pydantic import Field
 from torch import Tensor
 
 from pave_lightning.merging.base import register
-from pave_lightning.merging.evidence import Evidence, Need
-from pave_lightning.merging.matrices import MatrixMethod, MatrixOptions
+from pave_lightning.merging.matrices import MatrixOptions
+from pave_lightning.merging.norm_moments import NormMomentMethod
 from pave_lightning.subspace.ridge import TOLERANCE, AnchoredRidge
-from pave_lightning.weights import Parameter, ParameterKind, TaskVectors
+from pave_lightning.weights import Parameter, ParameterKind
 
 
 class LotOptions(MatrixOptions):
@@ -31,7 +31,7 @@ class LotOptions(MatrixOptions):
 
 
 @register("lot")
-class Lot(MatrixMethod):
+class Lot(NormMomentMethod):
     r"""Minimise, layer by layer, how far the merged layer's output is from each expert's on that expert's features.
 
     With :math:`C_t` the second moment of the layer's inputs inside expert t, and :math:`m_t[d]` the mean square of what
@@ -57,19 +57,8 @@ class Lot(MatrixMethod):
 
     summary = "the task vector whose outputs differ least from the experts', layer by layer"
     source = "Sun et al. 2025, arXiv 2505.23859"
-    needs = frozenset({Need.INPUT_MOMENTS, Need.NORM_MOMENTS})
+    without_moments = "mean"
     Options: ClassVar[type[LotOptions]] = LotOptions
-
-    @property
-    def wanted(self) -> frozenset[Need]:
-        """Moments of norms only where they are used."""
-        return self.needs if self.options.norms == "moments" else self.needs - {Need.NORM_MOMENTS}
-
-    def problems(self, vectors: TaskVectors, evidence: Evidence) -> Iterator[str]:
-        """What is missing, and how to do without the moments of norms."""
-        yield from super().problems(vectors, evidence)
-        if any(evidence.lacking(self.wanted & {Need.NORM_MOMENTS}, vectors)):
-            yield "the moments of norms are not needed with the option norms: mean"
 
     def in_blocks(self, parameter: Parameter) -> bool:
         """Neither matrix weights nor scales of norms, whose moments are those of the whole tensor."""

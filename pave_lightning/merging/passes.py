@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pave_lightning.errors import PaveError
 from pave_lightning.layers import is_linear, is_norm
-from pave_lightning.weights import TaskVectors
+from pave_lightning.weights import Parameter, TaskVectors
 
 Batch = Mapping[str, Tensor]
 # What a walk through the blocks may differ from the model's own pass by, relative to the largest value.
@@ -34,6 +34,28 @@ class ForwardPasses:
     experts: TaskVectors
     batches: Mapping[str, Sequence[Batch]]
     device: str = "cpu"
+
+    def stack(self) -> BlockStack:
+        """The blocks of a new backbone with the base's weights.
+
+        Raises:
+            PaveError: it is no model that can be walked through block by block.
+        """
+        stack = BlockStack(self.backbone().to(self.device))
+        stack.check(self.first())
+        return stack
+
+    def first(self) -> dict[str, Tensor]:
+        """One batch."""
+        return self._placed(next(iter(self.batches.values()))[0])
+
+    def entries(self, stack: BlockStack, task: str) -> list[Entry]:
+        """A task's examples before the first block, with the weights that the backbone has now."""
+        return [stack.enter(self._placed(batch)) for batch in self.batches[task]]
+
+    def _placed(self, batch: Batch) -> dict[str, Tensor]:
+        """The batch without its labels, on the device."""
+        return {name: tensor.to(self.device) for name, tensor in batch.items() if name != "labels"}
 
 
 @dataclass
@@ -107,9 +129,15 @@ class BlockStack:
         if hasattr(config, "use_cache"):
             config.use_cache = False  # a cache would be filled anew by every version of a block
 
-    def names(self, index: int) -> str:
-        """What the names of a block's parameters begin with inside the backbone."""
-        return f"{self.path}.{index}."
+    def own(self, index: int, parameters: Iterable[Parameter]) -> dict[str, Parameter]:
+        """Those of the backbone's parameters that a block owns, by their names inside the block."""
+        start = f"{self.path}.{index}."
+        return {p.name.removeprefix(start): p for p in parameters if p.name.startswith(start)}
+
+    def advance(self, index: int, entries: Iterable[Entry]) -> None:
+        """Take batches from before a block to behind it."""
+        for entry in entries:
+            entry.hidden = self.run(self.blocks[index], entry)
 
     def enter(self, batch: Batch) -> Entry:
         """Run the backbone on a batch as far as the first block."""
@@ -224,11 +252,6 @@ def watched(block: nn.Module) -> Iterator[Watched]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def on_device(batch: Batch, device: str) -> dict[str, Tensor]:
-    """The batch without its labels, on a device."""
-    return {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
 
 
 @torch.no_grad()

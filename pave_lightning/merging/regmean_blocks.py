@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pave_lightning.layers import is_linear
 from pave_lightning.merging.base import Cost, MethodOptions, StaticMethod, register
 from pave_lightning.merging.evidence import Need
-from pave_lightning.merging.passes import BlockStack, Entry, load_parameters, on_device, watched
+from pave_lightning.merging.passes import BlockStack, Entry, load_parameters, watched
 from pave_lightning.subspace.ridge import AnchoredRidge
 from pave_lightning.weights import Parameter, TaskVectors
 
@@ -61,48 +61,43 @@ class RegMeanBlocks(StaticMethod):
     def prepare(self, vectors: TaskVectors) -> None:
         """Walk through the model and solve every block."""
         self._source, self._solved = vectors, dict[str, Tensor]()
-        self._parameters = {parameter.name: parameter for parameter in vectors.parameters}
         passes = self.evidence.forward_passes
-        stack = BlockStack(passes.backbone().to(passes.device))
-        stack.check(on_device(next(iter(passes.batches.values()))[0], passes.device))
-        load_parameters(stack.backbone, {name: self._mean(name) for name in self._parameters})
-        student = {
-            task: [stack.enter(on_device(batch, passes.device)) for batch in passes.batches[task]]
-            for task in vectors.tasks
-        }
+        stack = passes.stack()
+        load_parameters(stack.backbone, {p.name: self._mean(p) for p in vectors.parameters})
+        student = {task: passes.entries(stack, task) for task in vectors.tasks}
         for index, block in enumerate(stack.blocks):
-            found = self._block(copy.deepcopy(block), stack.names(index), student)
+            own = stack.own(index, vectors.parameters)
+            found = self._block(copy.deepcopy(block), own, student)
             load_parameters(block, found)
-            self._solved.update({stack.names(index) + name: weight for name, weight in found.items()})
+            self._solved.update({own[name].name: weight for name, weight in found.items()})
             for entries in student.values():
-                for entry in entries:
-                    entry.hidden = stack.run(block, entry)
+                stack.advance(index, entries)
 
     def merge(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
         """What the walk found; the mean of the task vectors for all else."""
         solved = self._solved.get(parameter.name)
         return torch.stack(list(vectors.values())).mean(dim=0) if solved is None else solved - base
 
-    def _mean(self, name: str) -> Tensor:
-        parameter = self._parameters[name]
+    def _mean(self, parameter: Parameter) -> Tensor:
         return torch.stack([self._source.expert(task, parameter) for task in self._source.tasks]).mean(dim=0)
 
-    def _block(self, expert: nn.Module, prefix: str, student: Mapping[str, list[Entry]]) -> dict[str, Tensor]:
+    def _block(
+        self, expert: nn.Module, own: Mapping[str, Parameter], student: Mapping[str, list[Entry]]
+    ) -> dict[str, Tensor]:
         """The merged weights of the linear layers of one block."""
         sums: dict[str, AnchoredRidge] = {}
-        own = [name.removeprefix(prefix) for name in self._parameters if name.startswith(prefix)]
         for task in self._source.tasks:
-            weights = {name: self._source.expert(task, self._parameters[prefix + name]) for name in own}
+            weights = {name: self._source.expert(task, parameter) for name, parameter in own.items()}
             load_parameters(expert, weights)
             for name, moment in self._moments(expert, student[task]).items():
-                parameter = self._parameters.get(f"{prefix}{name}.weight")
+                parameter = own.get(f"{name}.weight")
                 if parameter is not None:
                     own_sums = sums.setdefault(name, AnchoredRidge(parameter.matrix_shape))
                     own_sums.add(parameter.as_matrix(weights[f"{name}.weight"]), moment)
         found = {}
         for name, total in sums.items():
-            parameter = self._parameters[f"{prefix}{name}.weight"]
-            mean = parameter.as_matrix(self._mean(parameter.name))
+            parameter = own[f"{name}.weight"]
+            mean = parameter.as_matrix(self._mean(parameter))
             weight = total.solve(self.options.ridge * total.mean_square, mean)
             found[f"{name}.weight"] = parameter.from_matrix(weight.float())
         return found

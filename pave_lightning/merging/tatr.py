@@ -13,7 +13,6 @@ from torch import Tensor
 from pave_lightning.merging.base import MethodOptions, StaticMethod, register
 from pave_lightning.merging.dare import BlockPositions
 from pave_lightning.merging.evidence import Need
-from pave_lightning.merging.fisher import block_rows
 from pave_lightning.subspace.selection import largest_values
 from pave_lightning.weights import Parameter, TaskVectors
 
@@ -63,7 +62,7 @@ class _TrustRegion(StaticMethod):
 
     def merge(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
         """The sum of the task vectors, zero where the conflict is too large."""
-        conflict = self._conflict(parameter, vectors, block_rows(self._positions, parameter, base))
+        conflict = self._conflict(parameter, vectors, self._positions.rows(parameter, base))
         merged = torch.zeros_like(base)
         for task in sorted(vectors):
             merged += vectors[task]

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from pave_lightning.errors import PaveError
 from pave_lightning.purification.vectors import PurifiedTaskVectors
-from pave_lightning.weights import Checkpoint, Parameter, ShardWriter, TaskVectors
+from pave_lightning.weights import Checkpoint, DerivedTaskVectors, Parameter, ShardWriter, TaskVectors
 from pave_lightning.weights.memory import freed_memory_returned
 from pave_lightning.weights.writing import SMALL_SHARD_BYTES
 
 log = logging.getLogger("pave_lightning")
 
 
-class StoredPurification(TaskVectors):
+class StoredPurification(DerivedTaskVectors):
     """Purified task vectors that were computed before: plain ones, with the purified weights laid over them.
 
     Args:
@@ -26,12 +26,8 @@ class StoredPurification(TaskVectors):
     """
 
     def __init__(self, source: TaskVectors, purified: Mapping[str, Checkpoint]) -> None:
-        self.source, self._purified = source, dict(purified)
-        self.tasks, self.parameters = source.tasks, source.parameters
-
-    def base(self, parameter: Parameter, rows: slice | None = None) -> Tensor:
-        """The base's tensor, as it is."""
-        return self.source.base(parameter, rows)
+        super().__init__(source)
+        self._purified = dict(purified)
 
     def expert(self, task: str, parameter: Parameter, rows: slice | None = None) -> Tensor:
         """The purified fine-tuned tensor (float32)."""

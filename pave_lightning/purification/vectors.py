@@ -27,7 +27,7 @@ from pave_lightning.subspace import (
     remove_tail,
     spectral_budget,
 )
-from pave_lightning.weights import Parameter, ParameterKind, TaskVectors
+from pave_lightning.weights import DerivedTaskVectors, Parameter, ParameterKind, TaskVectors
 
 Key = tuple[str, str]
 """A task and a layer."""
@@ -56,7 +56,7 @@ class KeptRank:
         return self.rank / self.full if self.full > 0 else math.nan
 
 
-class PurifiedTaskVectors(TaskVectors):
+class PurifiedTaskVectors(DerivedTaskVectors):
     r"""Task vectors of which only the directions are left that their own task excites.
 
     Every matrix weight :math:`W_t` becomes :math:`U_r U_r^T W_t`, where :math:`U_r` are the leading left singular
@@ -93,10 +93,9 @@ class PurifiedTaskVectors(TaskVectors):
         options: Purify | None = None,
         compute: Compute | None = None,
     ) -> None:
-        self.source = source
+        super().__init__(source)
         self.options = options if options is not None else Purify()
         self.compute = compute if compute is not None else Compute()
-        self.tasks, self.parameters = source.tasks, source.parameters
         self.ranks: dict[Key, KeptRank] = {}
         self.untouched: dict[Key, str] = {}
         self.purified_tasks = tuple(task for task in source.tasks if task in (self.options.tasks or source.tasks))
@@ -114,10 +113,6 @@ class PurifiedTaskVectors(TaskVectors):
         self._weights: dict[str, Tensor] = {}
         self._workers = workers_of(self.compute)
         self._check()
-
-    def base(self, parameter: Parameter, rows: slice | None = None) -> Tensor:
-        """The base's tensor, as it is."""
-        return self.source.base(parameter, rows)
 
     def expert(self, task: str, parameter: Parameter, rows: slice | None = None) -> Tensor:
         """The purified fine-tuned tensor (float32)."""

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pave_lightning.errors import PaveError, nearest
+from pave_lightning.statistics.files import write_whole
 
 GradientKind = Literal["fisher", "absolute"]
 
@@ -95,8 +94,6 @@ class TaskGradients(Mapping[str, Tensor]):
         Raises:
             PaveError: values, read from an earlier file, are broken.
         """
-        file = Path(path)
-        file.parent.mkdir(parents=True, exist_ok=True)
         header = {
             "format_version": FORMAT_VERSION,
             "kind": self.kind,
@@ -104,14 +101,7 @@ class TaskGradients(Mapping[str, Tensor]):
             "metadata": self.metadata,
         }
         tensors = {name: value.contiguous() for name, value in self.items()}
-        temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-        try:
-            save_file(tensors, temporary, metadata={HEADER_KEY: json.dumps(header, sort_keys=True)})
-            with temporary.open("rb+") as written:
-                os.fsync(written.fileno())
-            temporary.replace(file)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(Path(path), tensors, HEADER_KEY, header)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a parameter, without reading its values."""

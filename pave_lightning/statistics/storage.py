@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +10,10 @@ from typing import Any, cast, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pave_lightning.errors import PaveError, nearest
+from pave_lightning.statistics.files import write_whole
 from pave_lightning.statistics.norm_moment import NormMoment
 from pave_lightning.statistics.second_moment import LayerMoment
 from pave_lightning.subspace import MomentKind
@@ -124,8 +123,6 @@ class TaskStatistics(Mapping[str, LayerMoment]):
         Raises:
             PaveError: a matrix, read from an earlier file, is broken.
         """
-        file = Path(path)
-        file.parent.mkdir(parents=True, exist_ok=True)
         layers = {
             name: {"owner": entry.owner, "kind": entry.kind, "rows": entry.rows, "seen": entry.seen}
             for name, entry in sorted(self._entries.items())
@@ -142,14 +139,7 @@ class TaskStatistics(Mapping[str, LayerMoment]):
         owners = sorted({entry.owner for entry in self._entries.values()})
         tensors = {owner: self[owner].matrix.contiguous() for owner in owners}
         tensors |= {NORM_PREFIX + name: norm.squares.clone().contiguous() for name, norm in norms.items()}
-        temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-        try:
-            save_file(tensors, temporary, metadata={HEADER_KEY: json.dumps(header, sort_keys=True)})
-            with temporary.open("rb+") as written:
-                os.fsync(written.fileno())
-            temporary.replace(file)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(Path(path), tensors, HEADER_KEY, header)
 
     def layers(self) -> list[str]:
         """Names of all layers, sorted."""

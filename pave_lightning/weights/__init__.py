@@ -5,13 +5,14 @@ from pave_lightning.weights.architecture import Architecture
 from pave_lightning.weights.checkpoint import Checkpoint, model_digest
 from pave_lightning.weights.locate import locate_model
 from pave_lightning.weights.parameters import Parameter, ParameterKind
-from pave_lightning.weights.task_vectors import ExpertTaskVectors, TaskVectors, task_vectors
+from pave_lightning.weights.task_vectors import DerivedTaskVectors, ExpertTaskVectors, TaskVectors, task_vectors
 from pave_lightning.weights.writing import ShardWriter
 
 __all__ = [
     "Adapter",
     "Architecture",
     "Checkpoint",
+    "DerivedTaskVectors",
     "ExpertTaskVectors",
     "Parameter",
     "ParameterKind",

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pave_lightning.errors import PaveError
-from pave_lightning.weights.checkpoint import Checkpoint, StoredTensor, is_finite
+from pave_lightning.weights.checkpoint import Checkpoint, StoredTensor, is_finite, stored_tensors
 from pave_lightning.weights.parameters import Parameter
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -155,15 +154,7 @@ def _settings(folder: Path) -> dict[str, Any]:
 def _header(file: Path) -> dict[str, StoredTensor]:
     if not file.is_file():
         raise PaveError(f"{file.parent} has no {file.name}; pickled adapters are refused")
-    try:
-        with safe_open(file, framework="pt") as opened:
-            views = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
-            return {
-                name: StoredTensor(file, name, tuple(view.get_shape()), str(view.get_dtype()))
-                for name, view in views.items()
-            }
-    except (OSError, SafetensorError) as error:
-        raise PaveError(f"{file} is truncated or no safetensors file ({error}); save the adapter again") from error
+    return stored_tensors(file, "save the adapter again")
 
 
 def _refusal(settings: Mapping[str, Any], stored: Mapping[str, StoredTensor]) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -118,6 +118,12 @@ class Architecture:
         if renamed is not None:
             return replace(renamed, name=name, module=renamed.layer)
         return Parameter(name, ParameterKind.OTHER, shape)
+
+    def head_problems(self, what: str, stored: Iterable[str]) -> Iterator[str]:
+        """What a checkpoint with these weights outside of the backbone lacks of a head; ``what`` names it."""
+        lacking = sorted(self.head - set(stored))
+        if lacking:
+            yield f"{what} has no classification head (no {lacking[0]}); expected a fine-tuned classifier"
 
     def ignores(self, name: str) -> bool:
         """Whether a stored tensor of that name means nothing to the model (the causal masks of old GPT-2 files)."""

@@ -55,7 +55,7 @@ class Checkpoint:
     def __init__(self, folder: Path, prefix: str) -> None:
         self.folder = Path(folder)
         self.files = weight_files(self.folder)
-        stored = {name: tensor for file in self.files for name, tensor in _read_header(file).items()}
+        stored = {name: tensor for file in self.files for name, tensor in stored_tensors(file).items()}
         start = f"{prefix}."
         if any(name.startswith(start) for name in stored):
             self.backbone = {
@@ -114,7 +114,16 @@ class Checkpoint:
         return iter(self.backbone)
 
 
-def _read_header(file: Path) -> dict[str, StoredTensor]:
+def stored_tensors(file: Path, again: str = "fetch or save the checkpoint again") -> dict[str, StoredTensor]:
+    """What the header of a safetensors file says of its tensors, by their names there, sorted.
+
+    Args:
+        file: the file.
+        again: what to do where it cannot be read.
+
+    Raises:
+        PaveError: it is truncated or no safetensors file.
+    """
     try:
         with safe_open(file, framework="pt") as opened:
             views = {name: opened.get_slice(name) for name in sorted(opened.keys())}
@@ -123,9 +132,7 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
                 for name, view in views.items()
             }
     except (SafetensorError, OSError) as error:
-        raise PaveError(
-            f"{file} is truncated or no safetensors file ({error}); fetch or save the checkpoint again"
-        ) from error
+        raise PaveError(f"{file} is truncated or no safetensors file ({error}); {again}") from error
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -39,16 +39,21 @@ class TaskVectors(ABC):
     def expert(self, task: str, parameter: Parameter, rows: slice | None = None) -> Tensor:
         """The fine-tuned tensor of a task (float32), or the given rows of its first axis."""
 
-    def vector(self, task: str, parameter: Parameter, rows: slice | None = None) -> Tensor:
-        """The task vector: fine-tuned minus base (float32)."""
-        return self.expert(task, parameter, rows) - self.base(parameter, rows)
+    def vector(self, task: str, parameter: Parameter, rows: slice | None = None, base: Tensor | None = None) -> Tensor:
+        """The task vector: fine-tuned minus base (float32).
+
+        Args:
+            task: the task.
+            parameter: the parameter.
+            rows: rows of its first axis; all of them where none are named.
+            base: what :meth:`base` gives of them, where that is at hand, so that it need not be read again.
+        """
+        return self.expert(task, parameter, rows) - (self.base(parameter, rows) if base is None else base)
 
     def read(self, parameter: Parameter, rows: slice | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """What :meth:`base` and, for each task, :meth:`vector` give of one parameter, with the base read once."""
         base = self.base(parameter, rows)
-        if type(self).vector is not TaskVectors.vector:
-            return base, {task: self.vector(task, parameter, rows) for task in self.tasks}
-        return base, {task: self.expert(task, parameter, rows) - base for task in self.tasks}
+        return base, {task: self.vector(task, parameter, rows, base) for task in self.tasks}
 
     def factors(self, task: str, parameter: Parameter) -> tuple[Tensor, Tensor] | None:
         """B, ``(d_out, r)``, and A, ``(r, d_in)``, both float64, whose product is the task vector as a matrix.
@@ -73,6 +78,22 @@ class TaskVectors(ABC):
         step = max(1, elements * parameter.shape[0] // parameter.elements)
         for start in range(0, parameter.shape[0], step):
             yield slice(start, min(start + step, parameter.shape[0]))
+
+
+class DerivedTaskVectors(TaskVectors):
+    """Task vectors made of others: the same tasks, parameters and base, with other experts.
+
+    Args:
+        source: any task vectors.
+    """
+
+    def __init__(self, source: TaskVectors) -> None:
+        self.source = source
+        self.tasks, self.parameters = source.tasks, source.parameters
+
+    def base(self, parameter: Parameter, rows: slice | None = None) -> Tensor:
+        """The base's tensor, as it is."""
+        return self.source.base(parameter, rows)
 
 
 class ExpertTaskVectors(TaskVectors):
@@ -121,14 +142,16 @@ class ExpertTaskVectors(TaskVectors):
         """The fine-tuned tensor as it is stored (float32)."""
         return self._finite(self._experts[task], parameter, rows)
 
-    def vector(self, task: str, parameter: Parameter, rows: slice | None = None) -> Tensor:
+    def vector(self, task: str, parameter: Parameter, rows: slice | None = None, base: Tensor | None = None) -> Tensor:
         """The task vector (float32): the product of the adapter's factors, or fine-tuned minus base."""
-        return self._vector(task, parameter, rows, None)
-
-    def read(self, parameter: Parameter, rows: slice | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """What :meth:`base` and :meth:`vector` give, with the base read once."""
-        base = self.base(parameter, rows)
-        return base, {task: self._vector(task, parameter, rows, base) for task in self.tasks}
+        pair = self.factors(task, parameter)
+        if pair is None:
+            return super().vector(task, parameter, rows, base)
+        left, right = pair
+        if parameter.input_axis == 0:
+            return (right.T if rows is None else right.T[rows]).mm(left.T).float()
+        product = (left if rows is None else left[rows]).mm(right)
+        return product.reshape(-1, *parameter.shape[1:]).float()
 
     def factors(self, task: str, parameter: Parameter) -> tuple[Tensor, Tensor] | None:
         """B and A of an adapted layer (float64), None for all other parameters."""
@@ -157,16 +180,6 @@ class ExpertTaskVectors(TaskVectors):
 
     def _adapts(self, task: str, parameter: Parameter) -> bool:
         return parameter.is_matrix and task in self._adapters and parameter.layer in self._adapters[task].layers
-
-    def _vector(self, task: str, parameter: Parameter, rows: slice | None, base: Tensor | None) -> Tensor:
-        pair = self.factors(task, parameter)
-        if pair is None:
-            return self.expert(task, parameter, rows) - (self.base(parameter, rows) if base is None else base)
-        left, right = pair
-        if parameter.input_axis == 0:
-            return (right.T if rows is None else right.T[rows]).mm(left.T).float()
-        product = (left if rows is None else left[rows]).mm(right)
-        return product.reshape(-1, *parameter.shape[1:]).float()
 
     def _adapter_problems(self, task: str, architecture: Architecture) -> Iterator[str]:
         """What shows that an adapter is not the one that was merged into its expert's weights."""

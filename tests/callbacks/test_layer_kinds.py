@@ -1,52 +1,19 @@
 """Weights that are not one `nn.Linear` each: fused attention, tied layers, layers called often, convolutions."""
 
-import warnings
-from collections.abc import Callable, Iterator
 from typing import Any
 
-import lightning.pytorch as L
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from pave_lightning.callbacks import PaveCallback
 from pave_lightning.statistics import LayerMoment
 
 torch.set_num_threads(1)
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="lightning")
-        yield
-
-
-class Running(L.LightningModule):
-    """Runs a step that is given as a function."""
-
-    def __init__(self, net: nn.Module, step: Callable[[Any, Any], object] = lambda net, batch: net(batch)) -> None:
-        super().__init__()
-        self.net = net
-        self.step = step
-
-    def validation_step(self, batch: Any, _: int) -> None:
-        self.step(self.net, batch)
-
-
-def capture(module: L.LightningModule, data: list[Any], **options: Any) -> PaveCallback:
-    callback = PaveCallback(backbone="net", **{"rows": None, "keep_rows": False, **options})
-    L.Trainer(
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        callbacks=callback,
-    ).validate(module, DataLoader(data, batch_size=None), verbose=False)  # type: ignore[arg-type]
-    return callback
+@pytest.fixture
+def capture(capture_with: Any) -> Any:
+    return capture_with(rows=None, keep_rows=False)
 
 
 def assert_covariance(moment: LayerMoment, rows: Tensor) -> None:
@@ -65,7 +32,7 @@ def masks() -> list[Tensor]:
 
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("by_name", [True, False])
-def test_fused_attention(batch_first: bool, by_name: bool) -> None:
+def test_fused_attention(batch_first: bool, by_name: bool, capture: Any, running: Any) -> None:
     class Attention(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -79,18 +46,18 @@ def test_fused_attention(batch_first: bool, by_name: bool) -> None:
             net.attention(inputs, inputs, inputs)
 
     data = [{"x": torch.randn(*mask.shape, 4), "attention_mask": mask} for mask in masks()]
-    callback = capture(Running(Attention(), step), data)
+    callback = capture(running(Attention(), step), data)
     assert callback.statistics.layers() == ["attention"]
     assert callback.unreached == ["attention.out_proj"]
     real = torch.cat([batch["x"][batch["attention_mask"].bool()] for batch in data])
     assert_covariance(callback.statistics["attention"], real)
     # A cap of all but one row draws them from the real ones too.
-    capped = capture(Running(Attention(), step), data, rows=len(real) - 1).statistics["attention"]
+    capped = capture(running(Attention(), step), data, rows=len(real) - 1).statistics["attention"]
     assert (capped.rows, capped.seen) == (len(real) - 1, len(real))
 
 
 @pytest.mark.parametrize("rows", [None, 6])
-def test_sequence_first_inputs_are_masked_the_other_way_round(rows: int | None) -> None:
+def test_sequence_first_inputs_are_masked_the_other_way_round(rows: int | None, capture: Any, running: Any) -> None:
     real = masks()[:2]
     count = sum(int(mask.sum()) for mask in real)
     hot = []  # one-hot rows, whose covariance says which tokens were counted; padding has the last one
@@ -99,14 +66,14 @@ def test_sequence_first_inputs_are_masked_the_other_way_round(rows: int | None) 
         numbers[mask.bool()] = len(hot) * int(real[0].sum()) + torch.arange(int(mask.sum()))
         hot.append(nn.functional.one_hot(numbers, count + 1).float())
     data = [{"x": x.transpose(0, 1), "attention_mask": mask} for x, mask in zip(hot, real, strict=True)]
-    module = Running(nn.Sequential(nn.Linear(count + 1, count + 1)), lambda net, batch: net(batch["x"]))
+    module = running(nn.Sequential(nn.Linear(count + 1, count + 1)), lambda net, batch: net(batch["x"]))
     found = capture(module, data, rows=rows).statistics["0"]
     times = (found.matrix.diagonal() * found.rows).round()
     assert (found.rows, found.seen) == (rows or count, count)
     assert (times[-1], times.max(), times.sum()) == (0, 1, rows or count)
 
 
-def test_attention_between_different_tensors_is_not_captured() -> None:
+def test_attention_between_different_tensors_is_not_captured(capture: Any, running: Any) -> None:
     class Cross(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -116,12 +83,12 @@ def test_attention_between_different_tensors_is_not_captured() -> None:
     def step(net: Any, batch: Tensor) -> None:
         net.attention(net.other(batch), batch, batch)
 
-    callback = capture(Running(Cross(), step), [torch.randn(3, 2, 4)])
+    callback = capture(running(Cross(), step), [torch.randn(3, 2, 4)])
     assert callback.unreached == ["attention", "attention.out_proj"]
     assert callback.statistics.layers() == ["other"]
 
 
-def test_the_fast_path_of_the_transformer_encoder_is_off_during_the_pass() -> None:
+def test_the_fast_path_of_the_transformer_encoder_is_off_during_the_pass(capture: Any, running: Any) -> None:
     layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
     encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=True)
     seen: list[Tensor] = []
@@ -132,7 +99,7 @@ def test_the_fast_path_of_the_transformer_encoder_is_off_during_the_pass() -> No
 
     data = [{"x": torch.randn(2, 3, 4), "attention_mask": masks()[0]}]
     before = torch.backends.mha.get_fastpath_enabled()
-    callback = capture(Running(encoder, step), data)
+    callback = capture(running(encoder, step), data)
     assert torch.backends.mha.get_fastpath_enabled() == before
     assert callback.unreached == ["layers.0.self_attn.out_proj", "layers.1.self_attn.out_proj"]
     assert_covariance(callback.statistics["layers.0.self_attn"], seen[0])
@@ -151,9 +118,9 @@ class Tied(nn.Module):
 
 
 @pytest.mark.parametrize("moments", ["input", "smallest", "output"])
-def test_tied_layers_have_one_moment(moments: str) -> None:
+def test_tied_layers_have_one_moment(moments: str, capture: Any, running: Any) -> None:
     net, data = Tied(), [torch.randn(5, 6), torch.randn(4, 6)]
-    callback = capture(Running(net), data, moments=moments)
+    callback = capture(running(net), data, moments=moments)
     assert callback.statistics.layers() == ["between", "first"]
     assert callback.unreached == []
     assert {name.rpartition(".")[0] for name, _ in net.named_parameters() if name.endswith("weight")} == {
@@ -185,9 +152,9 @@ class Repeated(nn.Module):
         return out
 
 
-def test_a_layer_that_is_called_often_has_one_moment() -> None:
+def test_a_layer_that_is_called_often_has_one_moment(capture: Any, running: Any) -> None:
     net, data = Repeated(), [torch.randn(7, 20), torch.randn(5, 20)]
-    callback = capture(Running(net), data)
+    callback = capture(running(net), data)
     rows = []
     with torch.no_grad():
         inner = net.embed(torch.cat(data))
@@ -197,7 +164,7 @@ def test_a_layer_that_is_called_often_has_one_moment() -> None:
     assert_covariance(callback.statistics["layer"], torch.cat(rows))
 
 
-def test_the_cap_of_a_layer_that_is_called_often_is_spread_over_its_calls() -> None:
+def test_the_cap_of_a_layer_that_is_called_often_is_spread_over_its_calls(capture: Any, running: Any) -> None:
     class Marked(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -207,7 +174,7 @@ def test_the_cap_of_a_layer_that_is_called_often_is_spread_over_its_calls() -> N
             for call in range(4):
                 self.layer(nn.functional.one_hot(torch.full((len(inputs),), call), 4).float())
 
-    found = capture(Running(Marked()), [torch.ones(50, 1)] * 20, rows=400).statistics["layer"]
+    found = capture(running(Marked()), [torch.ones(50, 1)] * 20, rows=400).statistics["layer"]
     assert (found.rows, found.seen) == (400, 4000)
     # The first batch counts its part of 20 once for each call; all others divide theirs.
     assert ((found.matrix.diagonal() * 400).round() - 100).abs().max() <= 20
@@ -237,7 +204,9 @@ def unfolded(inputs: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...]) -
     ],
     ids=str,
 )
-def test_convolutions_as_matrix_products(convolution: Any, size: tuple[int, ...], moments: Any) -> None:
+def test_convolutions_as_matrix_products(
+    convolution: Any, size: tuple[int, ...], moments: Any, capture: Any, running: Any
+) -> None:
     torch.manual_seed(0)
     data = [torch.randn(count, convolution.in_channels, *size) for count in (2, 3)]
     patches = torch.cat([unfolded(images, convolution.kernel_size, convolution.stride) for images in data])
@@ -245,7 +214,7 @@ def test_convolutions_as_matrix_products(convolution: Any, size: tuple[int, ...]
     with torch.no_grad():
         outputs = torch.cat([convolution(images).movedim(1, -1).reshape(-1, len(weight)) for images in data])
     torch.testing.assert_close(patches @ weight.T + convolution.bias, outputs, atol=1e-5, rtol=1e-4)
-    module = Running(nn.Sequential(convolution))
+    module = running(nn.Sequential(convolution))
     found = capture(module, data, convolutions=True, moments=moments).statistics["0"]
     rows, matrix = patches.double(), weight.double()
     expected = rows.T @ rows / len(rows)
@@ -257,9 +226,9 @@ def test_convolutions_as_matrix_products(convolution: Any, size: tuple[int, ...]
     torch.testing.assert_close(found.matrix.double(), expected, atol=1e-5, rtol=1e-4)
 
 
-def test_capped_patches_are_rows_of_the_unfolded_image() -> None:
+def test_capped_patches_are_rows_of_the_unfolded_image(capture: Any, running: Any) -> None:
     convolution, images = nn.Conv2d(3, 40, 2, stride=2), torch.randn(2, 3, 6, 5)
-    module = Running(nn.Sequential(convolution))
+    module = running(nn.Sequential(convolution))
     found = capture(module, [images], convolutions=True, rows=4, keep_rows=True).statistics["0"]
     assert (found.kind, found.rows, found.seen) == ("rows", 4, 12)
     distance = torch.cdist(found.matrix * 2, unfolded(images, (2, 2), (2, 2)))
@@ -268,16 +237,16 @@ def test_capped_patches_are_rows_of_the_unfolded_image() -> None:
     assert len(set(nearest.indices.tolist())) == 4
 
 
-def test_convolutions_are_left_out_unless_asked_for_or_no_matrix_product() -> None:
+def test_convolutions_are_left_out_unless_asked_for_or_no_matrix_product(capture: Any, running: Any) -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 2, stride=2), nn.Conv2d(4, 4, 3, padding=1), nn.Flatten(), nn.Linear(16, 2))
     data = [torch.randn(2, 3, 4, 4)]
-    assert capture(Running(net), data).statistics.layers() == ["3"]
-    callback = capture(Running(net), data, convolutions=True)
+    assert capture(running(net), data).statistics.layers() == ["3"]
+    callback = capture(running(net), data, convolutions=True)
     assert callback.statistics.layers() == ["0", "3"]
     assert callback.unreached == []
 
 
-def test_layers_that_cut_one_input_differently_do_not_share() -> None:
+def test_layers_that_cut_one_input_differently_do_not_share(capture: Any, running: Any) -> None:
     class Both(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -290,7 +259,7 @@ def test_layers_that_cut_one_input_differently_do_not_share() -> None:
             self.linear(inputs)
 
     inputs = torch.randn(3, 4, 8)
-    captured = capture(Running(Both()), [inputs], convolutions=True).statistics
+    captured = capture(running(Both()), [inputs], convolutions=True).statistics
     assert_covariance(captured["pointwise"], unfolded(inputs, (1,), (1,)))
     assert_covariance(captured["patches"], unfolded(inputs, (4,), (4,)))
     assert_covariance(captured["linear"], inputs.reshape(-1, 8))

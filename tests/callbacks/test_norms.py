@@ -1,14 +1,10 @@
 """Mean squares of what the scales of norms multiply."""
 
-import warnings
-from collections.abc import Callable, Iterator
 from typing import Any
 
-import lightning.pytorch as L
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import BertConfig, BertModel
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -20,38 +16,9 @@ torch.set_num_threads(1)
 WIDTH = 6
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="lightning")
-        yield
-
-
-class Running(L.LightningModule):
-    """Runs a step that is given as a function."""
-
-    def __init__(self, net: nn.Module, step: Callable[[Any, Any], object] = lambda net, batch: net(batch)) -> None:
-        super().__init__()
-        self.net = net
-        self.step = step
-
-    def validation_step(self, batch: Any, _: int) -> None:
-        self.step(self.net, batch)
-
-
-def capture(module: L.LightningModule, data: list[Any], *, precision: Any = "32-true", **options: Any) -> PaveCallback:
-    callback = PaveCallback(backbone="net", **{"rows": None, "norms": True, **options})
-    L.Trainer(
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        precision=precision,
-        callbacks=callback,
-    ).validate(module, DataLoader(data, batch_size=None), verbose=False)  # type: ignore[arg-type]
-    return callback
+@pytest.fixture
+def capture(capture_with: Any) -> Any:
+    return capture_with(rows=None, norms=True)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -89,9 +56,11 @@ def beside_a_layer(norm: nn.Module) -> nn.Sequential:
         (GemmaRMSNorm(WIDTH, eps=0.5), 0.5, False),
     ],
 )
-def test_as_the_definition_whatever_scale_and_shift(norm: nn.Module, eps: float, centred: bool) -> None:
+def test_as_the_definition_whatever_scale_and_shift(
+    norm: nn.Module, eps: float, centred: bool, capture: Any, running: Any
+) -> None:
     data = [random(3, 4, WIDTH, seed=index) for index in range(3)]
-    callback = capture(Running(beside_a_layer(shuffled(norm))), data)
+    callback = capture(running(beside_a_layer(shuffled(norm))), data)
     found = callback.statistics.norms["0"]
     rows = torch.cat([batch.reshape(-1, WIDTH) for batch in data])
     torch.testing.assert_close(found.squares, expected(rows, eps, centred=centred))
@@ -100,7 +69,7 @@ def test_as_the_definition_whatever_scale_and_shift(norm: nn.Module, eps: float,
     assert callback.statistics.layers() == ["1"]
 
 
-def test_padding_is_left_out_and_the_sample_is_that_of_the_layers() -> None:
+def test_padding_is_left_out_and_the_sample_is_that_of_the_layers(capture: Any, running: Any) -> None:
     config = BertConfig(vocab_size=50, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12)
     torch.manual_seed(0)
     bert = shuffled(BertModel(config))
@@ -108,7 +77,7 @@ def test_padding_is_left_out_and_the_sample_is_that_of_the_layers() -> None:
     batch = {"input_ids": torch.randint(1, 50, (3, 4)), "attention_mask": mask}
     kept: list[Tensor] = []
     handle = bert.encoder.layer[0].output.LayerNorm.register_forward_hook(lambda _, args, __: kept.append(args[0]))
-    module = Running(bert, lambda net, batch: net(**batch))
+    module = running(bert, lambda net, batch: net(**batch))
     everything = capture(module, [batch])
     handle.remove()
     rows = kept[0][mask.bool()]
@@ -127,21 +96,21 @@ def test_padding_is_left_out_and_the_sample_is_that_of_the_layers() -> None:
     torch.testing.assert_close(norm.squares, ((outputs - shift) / scale).square().mean(dim=0), rtol=1e-3, atol=1e-4)
 
 
-def test_the_cap_is_spread_over_calls() -> None:
+def test_the_cap_is_spread_over_calls(capture: Any, running: Any) -> None:
     norm = beside_a_layer(nn.LayerNorm(WIDTH))
     data = [random(20, WIDTH, seed=index) for index in range(4)]
-    callback = capture(Running(norm, lambda net, batch: (net(batch), net(2 * batch))), data, rows=40)
+    callback = capture(running(norm, lambda net, batch: (net(batch), net(2 * batch))), data, rows=40)
     found = callback.statistics.norms["0"]
     # The first batch does not know yet that there are two calls.
     assert found.rows == callback.statistics.rows("1") == 40
     assert found.seen == callback.statistics.seen("1") == 160
 
 
-def test_a_scale_that_two_norms_hold_has_one_moment() -> None:
+def test_a_scale_that_two_norms_hold_has_one_moment(capture: Any, running: Any) -> None:
     first, second = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
     second.weight = first.weight
     net = nn.Sequential(first, second, nn.Linear(WIDTH, 2))
-    norms = capture(Running(net), [random(5, WIDTH)]).statistics.norms
+    norms = capture(running(net), [random(5, WIDTH)]).statistics.norms
     assert list(norms) == ["0"]
     assert norms["0"].rows == 10
 
@@ -160,7 +129,7 @@ class CentredWithoutShift(nn.Module):
 CentredWithoutShift.__name__ = "CohereLayerNorm"
 
 
-def test_norms_of_other_forms_and_those_that_nothing_reaches_are_named() -> None:
+def test_norms_of_other_forms_and_those_that_nothing_reaches_are_named(capture: Any, running: Any) -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -177,13 +146,13 @@ def test_norms_of_other_forms_and_those_that_nothing_reaches_are_named() -> None
 
     net = Net()
     net.batch.running_mean.fill_(3.0)  # type: ignore[union-attr]
-    callback = capture(Running(net), [5 * random(8, WIDTH) for _ in range(2)])
+    callback = capture(running(net), [5 * random(8, WIDTH) for _ in range(2)])
     assert list(callback.statistics.norms) == ["plain"]
     assert callback.unreached_norms == ["batch", "group", "centred", "idle"]
 
 
-def test_nothing_is_captured_of_norms_unless_asked_for(tmp_path: Any) -> None:
-    module = Running(beside_a_layer(nn.LayerNorm(WIDTH)))
+def test_nothing_is_captured_of_norms_unless_asked_for(tmp_path: Any, capture: Any, running: Any) -> None:
+    module = running(beside_a_layer(nn.LayerNorm(WIDTH)))
     data = [random(5, WIDTH)]
     without = capture(module, data, norms=False)
     assert (dict(without.statistics.norms), without.unreached_norms) == ({}, [])
@@ -195,29 +164,22 @@ def test_nothing_is_captured_of_norms_unless_asked_for(tmp_path: Any) -> None:
     assert having.statistics["1"].rows == 5
 
 
-def test_a_second_pass_begins_anew_and_leaves_no_hook() -> None:
+def test_a_second_pass_begins_anew_and_leaves_no_hook(running: Any, validate: Any) -> None:
     net = beside_a_layer(nn.LayerNorm(WIDTH))
     callback = PaveCallback(backbone="net", norms=True)
     for size in (3, 5):
-        L.Trainer(
-            accelerator="cpu",
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            enable_checkpointing=False,
-            callbacks=callback,
-        ).validate(Running(net), DataLoader([random(size, WIDTH)], batch_size=None), verbose=False)  # type: ignore[arg-type]
+        validate(callback, running(net), [random(size, WIDTH)])
         assert callback.statistics.norms["0"].rows == size
         assert not any(module._forward_hooks for module in net.modules())
 
 
-def test_low_precision_does_not_reach_the_squares() -> None:
+def test_low_precision_does_not_reach_the_squares(capture: Any, running: Any) -> None:
     net, data = beside_a_layer(nn.LayerNorm(WIDTH)), [random(40, WIDTH)]
-    plain, blurred = capture(Running(net), data), capture(Running(net), data, precision="bf16-mixed")
+    plain, blurred = capture(running(net), data), capture(running(net), data, precision="bf16-mixed")
     torch.testing.assert_close(blurred.statistics.norms["0"].squares, plain.statistics.norms["0"].squares)
 
 
-def test_infinite_inputs_are_told() -> None:
+def test_infinite_inputs_are_told(capture: Any, running: Any) -> None:
     data = random(3, WIDTH)
     data[1, 2] = float("nan")
     net = nn.ModuleDict({"norm": nn.LayerNorm(WIDTH), "layer": nn.Linear(WIDTH, 2)})
@@ -227,4 +189,4 @@ def test_infinite_inputs_are_told() -> None:
         net["layer"](batch.nan_to_num())
 
     with pytest.raises(PaveError, match="norm 'norm' has seen NaN or infinite values in the 3 rows"):
-        capture(Running(net, step), [data])
+        capture(running(net, step), [data])

@@ -2,7 +2,7 @@ import torch
 from safetensors.torch import load_file
 
 from pave_lightning.evaluation import CheckpointCandidate, ExpertsCandidate, MergedCandidate, ModulatedCandidate
-from pave_lightning.merging.modulators import LowRank, Modulator, ModulatorWriter
+from pave_lightning.merging.modulators import LowRank, Modulator
 from pave_lightning.merging.running import MergedVectors
 from pave_lightning.weights import Checkpoint, task_vectors
 
@@ -10,15 +10,6 @@ from pave_lightning.weights import Checkpoint, task_vectors
 def same(found, expected):
     assert found.keys() == expected.keys()
     return all(torch.equal(found[name], value) for name, value in expected.items())
-
-
-def packed(path, masks, rescaler, factors=()):
-    kept = ModulatorWriter()
-    for name, mask in masks.items():
-        kept.add_mask(name, mask)
-    for name, pair in dict(factors).items():
-        kept.add_factors(name, pair)
-    kept.save(path, rescaler)
 
 
 def test_one_checkpoint_for_all_tasks(base_folder):
@@ -66,7 +57,7 @@ def test_masks_factors_and_rescalers_of_a_merge_in_memory(base_folder, expert_fo
     assert all(torch.allclose(second[name], value + 0.75) for name, value in base.items())
 
 
-def test_additions_switch_with_the_task(base_folder, tmp_path):
+def test_additions_switch_with_the_task(base_folder, tmp_path, packed):
     base = Checkpoint(base_folder, "bert")
     name = "encoder.layer.0.output.dense.weight"
     factors = {task: LowRank(torch.randn(32, 2), torch.randn(2, 64)) for task in "ab"}
@@ -80,7 +71,7 @@ def test_additions_switch_with_the_task(base_folder, tmp_path):
         assert all(torch.equal(value, base.tensor(other)) for other, value in found.items())
 
 
-def test_masks_switch_with_the_task_and_leave_the_rest(base_folder, expert_folders, tmp_path):
+def test_masks_switch_with_the_task_and_leave_the_rest(base_folder, expert_folders, tmp_path, packed):
     base, unified = Checkpoint(base_folder, "bert"), Checkpoint(expert_folders["first"], "bert")
     name = "encoder.layer.0.output.dense.weight"
     masks = {"a": torch.rand(32, 64) < 0.5, "b": torch.zeros(32, 64, dtype=torch.bool)}

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import strategies as st
 from torch import nn
 
 from pave_lightning.merging import Evidence
@@ -73,6 +74,52 @@ def make_source():
     return ArrayVectors
 
 
+@pytest.fixture
+def adapted(make_source):
+    """Build a source from ``{task: {name: (B, A)}}``; ``others`` are plain task vectors beside them."""
+
+    class Adapted(make_source):
+        def __init__(self, pairs, others=None, **options):
+            self.pairs = pairs
+            names = {name for named in pairs.values() for name in named}
+            shapes = {n: (len(p[n][0]), p[n][1].shape[1]) for p in pairs.values() for n in p}
+            turned = options.get("transposed", ())
+            vectors = {task: dict((others or {}).get(task, {})) for task in pairs}
+            for task, named in pairs.items():
+                for name in names:
+                    value = named[name][0] @ named[name][1] if name in named else np.zeros(shapes[name])
+                    vectors[task].setdefault(name, value.T if name in turned else value)
+            super().__init__(vectors, matrices=options.pop("matrices", names), **options)
+
+        def factors(self, task, parameter):
+            pair = self.pairs[task].get(parameter.name)
+            return None if pair is None else tuple(torch.tensor(part, dtype=torch.float64) for part in pair)
+
+        def without_factors(self, task):
+            return None if self.pairs[task] else "none were given"
+
+    return Adapted
+
+
+@pytest.fixture(scope="session")
+def draw():
+    """Draw the factors of adapters."""
+
+    def build(shapes, ranks, seed=0, tasks=("one", "two", "three")):
+        """Random factors of each task; ``ranks`` is one rank for all, or one a task."""
+        random = np.random.default_rng(seed)
+        each = dict(zip(tasks, [ranks] * len(tasks) if isinstance(ranks, int) else ranks, strict=True))
+        return {
+            task: {
+                name: (random.standard_normal((height, each[task])), random.standard_normal((each[task], width)))
+                for name, (height, width) in shapes.items()
+            }
+            for task in tasks
+        }
+
+    return build
+
+
 @pytest.fixture(scope="session")
 def make_evidence():
     """Build evidence from ``{task: {layer: rows of inputs (n, d_in)}}``: exact second moments, stored as float32.
@@ -108,6 +155,21 @@ def random_vectors():
         task: {name: random.integers(-40, 41, shape) / 64 for name, shape in shapes.items()}
         for task in ("one", "two", "three")
     }
+
+
+@pytest.fixture(scope="session")
+def draw_vectors():
+    """Let hypothesis draw task vectors of few distinct values, multiples of 1 / parts: many ties and many zeros."""
+
+    def build(data, shapes, *, tasks, parts):
+        def values(shape):
+            size = int(np.prod(shape))
+            drawn = data.draw(st.lists(st.integers(-3, 3), min_size=size, max_size=size))
+            return np.array(drawn).reshape(shape) / parts
+
+        return {f"task{index}": {name: values(shape) for name, shape in shapes.items()} for index in range(tasks)}
+
+    return build
 
 
 @pytest.fixture(scope="session")

@@ -54,16 +54,9 @@ def test_by_hand_per_row_and_per_tensor(make_source):
     st.sampled_from(["row", "tensor"]),
     st.sampled_from([1, 4, 100]),
 )
-def test_any_vectors_as_the_plain_reference(make_source, data, density, outliers, per, elements):
+def test_any_vectors_as_the_plain_reference(make_source, draw_vectors, data, density, outliers, per, elements):
     shapes = {"a": (3, 5), "b": (7,), "c": (2, 2, 3), "d": (), "e": (4, 1)}
-    vectors = {
-        f"task{index}": {
-            name: np.array(data.draw(st.lists(st.integers(-3, 3), min_size=size, max_size=size))).reshape(shape) / 4
-            for name, shape in shapes.items()
-            for size in [int(np.prod(shape))]
-        }
-        for index in range(2)
-    }
+    vectors = draw_vectors(data, shapes, tasks=2, parts=4)
     found = run(make_source(vectors, elements=elements), density=density, outliers=outliers, per=per)
     for name, expected in reference(vectors, density, outliers, per).items():
         assert np.array_equal(found[name].numpy(), expected)

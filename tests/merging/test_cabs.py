@@ -39,16 +39,9 @@ def test_by_hand(make_source):
 
 @settings(max_examples=60, deadline=None)
 @given(st.data(), st.sampled_from([(1, 3), (1, 4), (2, 6), (3, 10), (1, 5)]), st.sampled_from([1, 4, 100]))
-def test_any_vectors_as_the_plain_reference(make_source, data, shares, elements):
+def test_any_vectors_as_the_plain_reference(make_source, draw_vectors, data, shares, elements):
     shapes = {"a": (4, 5), "b": (7,), "c": (3, 2, 2), "d": (), "e": (2, 6)}
-    vectors = {
-        f"task{index}": {
-            name: np.array(data.draw(st.lists(st.integers(-3, 3), min_size=size, max_size=size))).reshape(shape) / 4
-            for name, shape in shapes.items()
-            for size in [int(np.prod(shape))]
-        }
-        for index in range(data.draw(st.integers(2, 3)))
-    }
+    vectors = draw_vectors(data, shapes, tasks=data.draw(st.integers(2, 3)), parts=4)
     found = run(make_source(vectors, elements=elements), *shares)
     for name in shapes:
         assert np.array_equal(found[name].numpy(), reference([named[name] for named in vectors.values()], *shares))

@@ -16,46 +16,6 @@ INNER = ("task_arithmetic", "ties", "tsv_m", "iso_c")
 SHAPES = {"v": (14, 9), "w": (8, 20)}
 
 
-@pytest.fixture
-def adapted(make_source):
-    """Build a source from ``{task: {name: (B, A)}}``; ``others`` are plain task vectors beside them."""
-
-    class Adapted(make_source):
-        def __init__(self, pairs, others=None, **options):
-            self.pairs = pairs
-            names = {name for named in pairs.values() for name in named}
-            shapes = {n: (len(p[n][0]), p[n][1].shape[1]) for p in pairs.values() for n in p}
-            turned = options.get("transposed", ())
-            vectors = {task: dict((others or {}).get(task, {})) for task in pairs}
-            for task, named in pairs.items():
-                for name in names:
-                    value = named[name][0] @ named[name][1] if name in named else np.zeros(shapes[name])
-                    vectors[task].setdefault(name, value.T if name in turned else value)
-            super().__init__(vectors, matrices=options.pop("matrices", names), **options)
-
-        def factors(self, task, parameter):
-            pair = self.pairs[task].get(parameter.name)
-            return None if pair is None else tuple(torch.tensor(part, dtype=torch.float64) for part in pair)
-
-        def without_factors(self, task):
-            return None if self.pairs[task] else "none were given"
-
-    return Adapted
-
-
-def draw(shapes, ranks, seed=0, tasks=("one", "two", "three")):
-    """Random factors of each task; ``ranks`` is one rank for all, or one a task."""
-    random = np.random.default_rng(seed)
-    each = dict(zip(tasks, [ranks] * len(tasks) if isinstance(ranks, int) else ranks, strict=True))
-    return {
-        task: {
-            name: (random.standard_normal((height, each[task])), random.standard_normal((each[task], width)))
-            for name, (height, width) in shapes.items()
-        }
-        for task in tasks
-    }
-
-
 def run(source, inner, inner_options=None, **options):
     return merge(CoreSpace(CoreSpaceOptions(inner=inner, inner_options=inner_options or {}, **options)), source).vectors
 
@@ -102,7 +62,7 @@ def ties_in_core(pairs, name, density):
 
 
 @pytest.mark.parametrize("ranks", [2, (1, 2, 3), (4, 4, 4)])
-def test_bases_lose_nothing(ranks):
+def test_bases_lose_nothing(ranks, draw):
     pairs = [named["w"] for named in draw(SHAPES, ranks).values()]
     left, right = joint_bases([tuple(torch.tensor(part) for part in pair) for pair in pairs])
     left, right = left.numpy(), right.numpy()
@@ -113,21 +73,21 @@ def test_bases_lose_nothing(ranks):
 
 
 @pytest.mark.parametrize("ranks", [2, (1, 2, 3)])
-def test_a_linear_inner_rule_gives_the_exact_sum(adapted, ranks):
+def test_a_linear_inner_rule_gives_the_exact_sum(adapted, ranks, draw):
     pairs = draw(SHAPES, ranks)
     merged = run(adapted(pairs), "task_arithmetic")
     for name in SHAPES:
         assert np.allclose(merged[name].numpy(), sum(products(pairs, name)), atol=2e-5)
 
 
-def test_task_singular_vectors_as_in_the_full_space(adapted):
+def test_task_singular_vectors_as_in_the_full_space(adapted, draw):
     pairs = draw(SHAPES, 2)
     merged = run(adapted(pairs), "tsv_m")
     for name in SHAPES:
         assert np.allclose(merged[name].numpy(), task_singular_vectors(products(pairs, name), 2), atol=1e-4)
 
 
-def test_isotropic_with_the_mean_over_the_directions_of_the_core(adapted):
+def test_isotropic_with_the_mean_over_the_directions_of_the_core(adapted, draw):
     pairs = draw(SHAPES, 2)
     merged = run(adapted(pairs), "iso_c")
     for name in SHAPES:
@@ -136,14 +96,14 @@ def test_isotropic_with_the_mean_over_the_directions_of_the_core(adapted):
         assert np.allclose(merged[name].numpy(), values.sum() / 6 * polar(total), atol=1e-4)
 
 
-def test_it_is_another_result_than_that_of_the_inner_rule_alone(adapted):
+def test_it_is_another_result_than_that_of_the_inner_rule_alone(adapted, draw):
     pairs = draw(SHAPES, 2)
     alone = merge(IsoC(MatrixOptions()), adapted(pairs)).vectors["w"]
     assert not torch.allclose(alone, run(adapted(pairs), "iso_c")["w"], rtol=0.1)
 
 
 @pytest.mark.parametrize("density", [0.3, 1.0])
-def test_ties_has_a_threshold_for_each_layer(adapted, density):
+def test_ties_has_a_threshold_for_each_layer(adapted, density, draw):
     pairs = draw(SHAPES, 2)
     pairs["one"]["w"] = (1000 * pairs["one"]["w"][0], pairs["one"]["w"][1])
     merged = run(adapted(pairs), "ties", {"density": density})
@@ -164,7 +124,7 @@ def test_by_hand_with_orthogonal_adapters(adapted):
 
 
 @pytest.mark.parametrize("inner", INNER)
-def test_the_order_of_tasks_does_not_matter(adapted, inner):
+def test_the_order_of_tasks_does_not_matter(adapted, inner, draw):
     pairs = draw(SHAPES, (1, 2, 3))
     turned = {task: pairs[task] for task in ("three", "one", "two")}
     first, second = run(adapted(pairs), inner), run(adapted(turned), inner)
@@ -172,7 +132,7 @@ def test_the_order_of_tasks_does_not_matter(adapted, inner):
 
 
 @pytest.mark.parametrize("inner", INNER)
-def test_weights_that_are_stored_transposed(adapted, inner):
+def test_weights_that_are_stored_transposed(adapted, inner, draw):
     pairs = draw({"w": (8, 12)}, 2)
     plain, turned = run(adapted(pairs), inner)["w"], run(adapted(pairs, transposed=["w"]), inner)["w"]
     assert turned.shape == (12, 8)
@@ -180,7 +140,7 @@ def test_weights_that_are_stored_transposed(adapted, inner):
 
 
 @pytest.mark.parametrize("inner", ["task_arithmetic", "ties"])
-def test_a_task_that_leaves_a_layer_as_it_is_takes_part_with_zeros(adapted, inner):
+def test_a_task_that_leaves_a_layer_as_it_is_takes_part_with_zeros(adapted, inner, draw):
     pairs = draw(SHAPES, 2)
     zeros = {task: dict(named) for task, named in pairs.items()}
     zeros["two"]["w"] = (np.zeros((8, 1)), np.zeros((1, 20)))
@@ -191,7 +151,7 @@ def test_a_task_that_leaves_a_layer_as_it_is_takes_part_with_zeros(adapted, inne
     assert first["w"].any()
 
 
-def test_directions_are_split_among_all_tasks_also_where_one_has_none(adapted):
+def test_directions_are_split_among_all_tasks_also_where_one_has_none(adapted, draw):
     pairs = draw(SHAPES, 2)
     del pairs["two"]["w"]
     # Two adapters of rank 2 span four directions, of which each of three tasks gets one.
@@ -200,13 +160,13 @@ def test_directions_are_split_among_all_tasks_also_where_one_has_none(adapted):
 
 
 @pytest.mark.parametrize("inner", INNER)
-def test_adapters_that_were_not_trained(adapted, inner):
+def test_adapters_that_were_not_trained(adapted, inner, draw):
     pairs = {task: {"w": (0 * named["w"][0], named["w"][1])} for task, named in draw(SHAPES, 2).items()}
     assert not run(adapted(pairs), inner)["w"].any()
 
 
 @pytest.mark.parametrize("others", ["mean", "sum", "base"])
-def test_what_has_no_adapter_is_averaged_summed_or_left(adapted, others):
+def test_what_has_no_adapter_is_averaged_summed_or_left(adapted, others, draw):
     pairs = draw(SHAPES, 1)
     values = dict(zip(pairs, (1, 2, 6), strict=True))
     plain = {task: {"bias": np.full(3, value), "full": np.full((2, 2), value)} for task, value in values.items()}
@@ -217,7 +177,7 @@ def test_what_has_no_adapter_is_averaged_summed_or_left(adapted, others):
 
 
 @pytest.mark.parametrize("inner", INNER)
-def test_without_adapters_the_factors_are_found_in_task_vectors_of_low_rank(make_source, adapted, inner):
+def test_without_adapters_the_factors_are_found_in_task_vectors_of_low_rank(make_source, adapted, inner, draw):
     pairs = draw({"w": (9, 12)}, 2)
     found = make_source({task: {"w": named["w"][0] @ named["w"][1]} for task, named in pairs.items()}, matrices=["w"])
     if inner == "ties":  # depends on how the product is split into factors, so they are split alike
@@ -241,7 +201,7 @@ def test_task_vectors_of_high_rank_are_refused(make_source):
         run(make_source(vectors, matrices=["w"]), "ties")
 
 
-def test_adapters_and_full_experts_are_refused_by_name(adapted):
+def test_adapters_and_full_experts_are_refused_by_name(adapted, draw):
     pairs = draw(SHAPES, 2)
     pairs["two"] = {}
     plain = {"two": {name: np.ones(shape) for name, shape in SHAPES.items()}}
@@ -254,7 +214,7 @@ def test_adapters_and_full_experts_are_refused_by_name(adapted):
         run(adapted(pairs, plain), "ties")
 
 
-def test_too_few_directions_for_all_tasks_are_told_at_once(adapted):
+def test_too_few_directions_for_all_tasks_are_told_at_once(adapted, draw):
     pairs = draw(SHAPES, 1)
     del pairs["two"]["v"], pairs["two"]["w"], pairs["three"]["w"]
     pairs["two"]["u"] = (np.ones((2, 1)), np.ones((1, 9)))
@@ -277,7 +237,7 @@ def test_wrong_inner_options_are_told_when_the_rule_is_made():
         CoreSpace(CoreSpaceOptions(inner="ties", inner_options={"densitty": 0.3}))
 
 
-def test_inner_options_reach_the_inner_rule(adapted):
+def test_inner_options_reach_the_inner_rule(adapted, draw):
     pairs = draw(SHAPES, 2)
     whole, part = run(adapted(pairs), "tsv_m"), run(adapted(pairs), "tsv_m", {"rank_share": 1 / 6})
     assert np.linalg.matrix_rank(whole["w"].numpy(), tol=1e-4) == 6

@@ -63,16 +63,9 @@ def test_a_task_that_changes_nothing_has_an_empty_mask_and_the_factor_one(make_s
 
 @settings(max_examples=60, deadline=None)
 @given(st.data(), st.sampled_from(["total", "per_tensor_mean"]), st.sampled_from([1, 3, 100]))
-def test_any_vectors_as_the_plain_reference(make_source, data, rescaler, elements):
+def test_any_vectors_as_the_plain_reference(make_source, draw_vectors, data, rescaler, elements):
     shapes = {"a": (3, 2), "b": (5,)}
-    vectors = {
-        f"task{index}": {
-            name: np.array(data.draw(st.lists(st.integers(-3, 3), min_size=size, max_size=size))).reshape(shape) / 2
-            for name, shape in shapes.items()
-            for size in [int(np.prod(shape))]
-        }
-        for index in range(data.draw(st.integers(2, 4)))
-    }
+    vectors = draw_vectors(data, shapes, tasks=data.draw(st.integers(2, 4)), parts=2)
     merged = merge(Emr(EmrOptions(rescaler=rescaler)), make_source(vectors, elements=elements))
     unified, masks, factors = reference(vectors, rescaler)
     for name, expected in unified.items():

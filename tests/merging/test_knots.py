@@ -11,46 +11,6 @@ from pave_lightning.merging.knots import Knots, KnotsOptions
 SHAPES = {"v": (14, 9), "w": (8, 20)}
 
 
-@pytest.fixture
-def adapted(make_source):
-    """Build a source from ``{task: {name: (B, A)}}``; ``others`` are plain task vectors beside them."""
-
-    class Adapted(make_source):
-        def __init__(self, pairs, others=None, **options):
-            self.pairs = pairs
-            names = {name for named in pairs.values() for name in named}
-            shapes = {n: (len(p[n][0]), p[n][1].shape[1]) for p in pairs.values() for n in p}
-            turned = options.get("transposed", ())
-            vectors = {task: dict((others or {}).get(task, {})) for task in pairs}
-            for task, named in pairs.items():
-                for name in names:
-                    value = named[name][0] @ named[name][1] if name in named else np.zeros(shapes[name])
-                    vectors[task].setdefault(name, value.T if name in turned else value)
-            super().__init__(vectors, matrices=options.pop("matrices", names), **options)
-
-        def factors(self, task, parameter):
-            pair = self.pairs[task].get(parameter.name)
-            return None if pair is None else tuple(torch.tensor(part, dtype=torch.float64) for part in pair)
-
-        def without_factors(self, task):
-            return None if self.pairs[task] else "none were given"
-
-    return Adapted
-
-
-def draw(shapes, ranks, seed=0, tasks=("one", "two", "three")):
-    """Random factors of each task; ``ranks`` is one rank for all, or one a task."""
-    random = np.random.default_rng(seed)
-    each = dict(zip(tasks, [ranks] * len(tasks) if isinstance(ranks, int) else ranks, strict=True))
-    return {
-        task: {
-            name: (random.standard_normal((height, each[task])), random.standard_normal((each[task], width)))
-            for name, (height, width) in shapes.items()
-        }
-        for task in tasks
-    }
-
-
 def run(source, **options):
     return merge(Knots(KnotsOptions(**options)), source).vectors
 
@@ -97,7 +57,7 @@ def close(found, expected):
 
 @pytest.mark.parametrize("ranks", [2, (1, 2, 3), 7])
 @pytest.mark.parametrize("options", [{"density": 0.2}, {"density": 0.55, "merge": "sum"}, {"density": 1.0}])
-def test_adapters_as_the_plain_reference(adapted, ranks, options):
+def test_adapters_as_the_plain_reference(adapted, ranks, options, draw):
     pairs = draw(SHAPES, ranks)
     pairs["one"]["v"] = (5 * pairs["one"]["v"][0], pairs["one"]["v"][1])
     expected = reference(dense(pairs), options["density"], options.get("merge", "mean"))
@@ -111,13 +71,13 @@ def test_full_task_vectors_as_the_plain_reference(make_source, density):
     assert close(run(make_source(vectors, matrices=SHAPES), density=density), reference(vectors, density))
 
 
-def test_full_task_vectors_of_low_rank_give_what_their_factors_give(make_source, adapted):
+def test_full_task_vectors_of_low_rank_give_what_their_factors_give(make_source, adapted, draw):
     pairs = draw(SHAPES, 2)
     merged = run(make_source(dense(pairs), matrices=SHAPES), density=0.3)
     assert close(merged, {name: value.numpy() for name, value in run(adapted(pairs), density=0.3).items()})
 
 
-def test_the_threshold_is_one_over_all_layers(adapted):
+def test_the_threshold_is_one_over_all_layers(adapted, draw):
     pairs = draw(SHAPES, 2)
     for named in pairs.values():
         named["v"] = (100 * named["v"][0], named["v"][1])
@@ -142,7 +102,7 @@ def test_by_hand(adapted):
 
 
 @pytest.mark.parametrize("drop_rate", [0.1, 0.6])
-def test_dropped_coordinates(adapted, drop_rate):
+def test_dropped_coordinates(adapted, drop_rate, draw):
     pairs = draw(SHAPES, 2)
     options = {"density": 0.8, "drop_rate": drop_rate, "seed": 5}
     assert close(run(adapted(pairs), **options), reference(dense(pairs), 0.8, drop_rate=drop_rate, seed=5))
@@ -150,7 +110,7 @@ def test_dropped_coordinates(adapted, drop_rate):
     assert not torch.equal(other["w"], run(adapted(pairs), **options)["w"])
 
 
-def test_one_task_with_all_coordinates_summed_is_task_arithmetic(adapted):
+def test_one_task_with_all_coordinates_summed_is_task_arithmetic(adapted, draw):
     pairs = draw(SHAPES, 2)
     pairs = {
         task: {name: (left * (task == "one"), right) for name, (left, right) in n.items()} for task, n in pairs.items()
@@ -159,7 +119,7 @@ def test_one_task_with_all_coordinates_summed_is_task_arithmetic(adapted):
     assert close(merged, {name: left @ right for name, (left, right) in pairs["one"].items()})
 
 
-def test_agreeing_coordinates_sum_up_to_task_arithmetic(adapted):
+def test_agreeing_coordinates_sum_up_to_task_arithmetic(adapted, draw):
     pairs = draw(SHAPES, 2)
     pairs = dict.fromkeys(pairs, pairs["one"])
     expected = {name: 3 * left @ right for name, (left, right) in pairs["one"].items()}
@@ -167,7 +127,7 @@ def test_agreeing_coordinates_sum_up_to_task_arithmetic(adapted):
     assert close(run(adapted(pairs), density=1.0), {name: value / 3 for name, value in expected.items()})
 
 
-def test_the_order_of_tasks_does_not_matter(adapted):
+def test_the_order_of_tasks_does_not_matter(adapted, draw):
     pairs = draw(SHAPES, (1, 2, 3))
     turned = {task: pairs[task] for task in ("three", "one", "two")}
     first = run(adapted(pairs), density=0.4, drop_rate=0.3)
@@ -175,7 +135,7 @@ def test_the_order_of_tasks_does_not_matter(adapted):
     assert close(first, {name: value.numpy() for name, value in second.items()})
 
 
-def test_weights_that_are_stored_transposed(adapted, make_source):
+def test_weights_that_are_stored_transposed(adapted, make_source, draw):
     pairs = draw({"w": (8, 12)}, 2)
     plain = run(adapted(pairs), density=0.4)["w"]
     assert torch.allclose(plain, run(adapted(pairs, transposed=["w"]), density=0.4)["w"].T, atol=1e-5)
@@ -183,7 +143,7 @@ def test_weights_that_are_stored_transposed(adapted, make_source):
     assert torch.allclose(plain, run(make_source(turned, transposed=["w"]), density=0.4)["w"].T, atol=1e-4)
 
 
-def test_a_layer_that_some_tasks_leave_as_it_is_and_others_train_whole(adapted):
+def test_a_layer_that_some_tasks_leave_as_it_is_and_others_train_whole(adapted, draw):
     pairs = draw(SHAPES, 2)
     vectors = dense(pairs)
     del pairs["two"]["w"], pairs["three"]["w"]
@@ -195,7 +155,7 @@ def test_a_layer_that_some_tasks_leave_as_it_is_and_others_train_whole(adapted):
 
 
 @pytest.mark.parametrize("density", [0.2, 1.0])
-def test_vectors_of_zeros(adapted, make_source, density):
+def test_vectors_of_zeros(adapted, make_source, density, draw):
     pairs = {task: {"w": (0 * named["w"][0], named["w"][1])} for task, named in draw(SHAPES, 2).items()}
     assert not run(adapted(pairs), density=density)["w"].any()
     assert not run(make_source(dense(pairs), matrices=["w"]), density=density)["w"].any()
@@ -211,7 +171,7 @@ def test_weak_directions_are_cut(adapted, make_source, known):
     assert run(source, density=1.0, cut=1e-2)["w"][0, 0] == pytest.approx(1)
 
 
-def test_all_else_is_averaged(adapted):
+def test_all_else_is_averaged(adapted, draw):
     plain = {task: {"bias": np.full(3, value)} for task, value in (("one", 1), ("two", 2), ("three", 6))}
     assert run(adapted(draw(SHAPES, 1), plain))["bias"].tolist() == [3, 3, 3]
     assert not run(adapted(draw(SHAPES, 1), plain), others="base")["bias"].any()

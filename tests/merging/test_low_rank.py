@@ -13,46 +13,6 @@ from pave_lightning.merging.low_rank import LowRankMethod, adapted_tasks
 SHAPES = {"v": (4, 3), "w": (2, 5)}
 
 
-@pytest.fixture
-def adapted(make_source):
-    """Build a source from ``{task: {name: (B, A)}}``; ``others`` are plain task vectors beside them."""
-
-    class Adapted(make_source):
-        def __init__(self, pairs, others=None, **options):
-            self.pairs = pairs
-            names = {name for named in pairs.values() for name in named}
-            shapes = {n: (len(p[n][0]), p[n][1].shape[1]) for p in pairs.values() for n in p}
-            turned = options.get("transposed", ())
-            vectors = {task: dict((others or {}).get(task, {})) for task in pairs}
-            for task, named in pairs.items():
-                for name in names:
-                    value = named[name][0] @ named[name][1] if name in named else np.zeros(shapes[name])
-                    vectors[task].setdefault(name, value.T if name in turned else value)
-            super().__init__(vectors, matrices=options.pop("matrices", names), **options)
-
-        def factors(self, task, parameter):
-            pair = self.pairs[task].get(parameter.name)
-            return None if pair is None else tuple(torch.tensor(part, dtype=torch.float64) for part in pair)
-
-        def without_factors(self, task):
-            return None if self.pairs[task] else "none were given"
-
-    return Adapted
-
-
-def draw(shapes, ranks, seed=0, tasks=("one", "two", "three")):
-    """Random factors of each task; ``ranks`` is one rank for all, or one a task."""
-    random = np.random.default_rng(seed)
-    each = dict(zip(tasks, [ranks] * len(tasks) if isinstance(ranks, int) else ranks, strict=True))
-    return {
-        task: {
-            name: (random.standard_normal((height, each[task])), random.standard_normal((each[task], width)))
-            for name, (height, width) in shapes.items()
-        }
-        for task in tasks
-    }
-
-
 class Ranks(LowRankMethod):
     """Fills a layer with the number of tasks that adapt it."""
 
@@ -64,7 +24,7 @@ class Ranks(LowRankMethod):
         return torch.full_like(base, len(self.factors(parameter)))
 
 
-def test_layers_that_some_tasks_adapt(adapted):
+def test_layers_that_some_tasks_adapt(adapted, draw):
     pairs = draw(SHAPES, 1)
     del pairs["one"]["w"], pairs["three"]["w"]
     source = adapted(pairs, {task: {"bias": np.ones(2)} for task in pairs})
@@ -77,11 +37,11 @@ def test_layers_that_some_tasks_adapt(adapted):
     assert [method.in_blocks(parameter) for parameter in source.parameters] == [True, False, False]
 
 
-def test_before_it_is_run_a_rule_treats_nothing(adapted):
+def test_before_it_is_run_a_rule_treats_nothing(adapted, draw):
     assert not any(Ranks().covers(parameter) for parameter in adapted(draw(SHAPES, 1)).parameters)
 
 
-def test_layers_that_others_trained_whole_are_told_at_once(adapted):
+def test_layers_that_others_trained_whole_are_told_at_once(adapted, draw):
     pairs = draw(SHAPES, 1)
     del pairs["one"]["w"], pairs["three"]["w"], pairs["two"]["v"]
     plain = {"one": {"w": np.eye(2, 5)}, "two": {"v": np.eye(4, 3)}}

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from pave_lightning.errors import PaveError
-from pave_lightning.merging.modulators import LowRank, Modulator, ModulatorWriter, modulated, pack_mask, unpack_mask
+from pave_lightning.merging.modulators import LowRank, Modulator, modulated, pack_mask, unpack_mask
 
 
 @settings(max_examples=60, deadline=None)
@@ -23,20 +23,11 @@ def test_packed_masks_of_any_size_come_back(shape, seed):
     assert torch.equal(back, mask)
 
 
-def packed(path, masks, rescaler, factors=()):
-    kept = ModulatorWriter()
-    for name, mask in masks.items():
-        kept.add_mask(name, mask)
-    for name, pair in dict(factors).items():
-        kept.add_factors(name, pair)
-    kept.save(path, rescaler)
-
-
 def test_the_highest_bit_comes_first():
     assert pack_mask(torch.tensor([True] + 7 * [False] + [False, True])).tolist() == [128, 64]
 
 
-def test_a_file_of_masks(tmp_path):
+def test_a_file_of_masks(tmp_path, packed):
     masks = {"a": torch.rand(3, 5) < 0.5, "b": torch.rand(9) < 0.5}
     path = tmp_path / "task.safetensors"
     packed(path, masks, 0.1 + 0.2)
@@ -47,7 +38,7 @@ def test_a_file_of_masks(tmp_path):
     assert torch.equal(modulator.apply("a", unified), unified * masks["a"] * (0.1 + 0.2))
 
 
-def test_a_file_of_masks_and_factors(tmp_path):
+def test_a_file_of_masks_and_factors(tmp_path, packed):
     mask = torch.rand(3, 5) < 0.5
     factors = {name: LowRank(torch.randn(4, 3).T, torch.randn(4, 5)) for name in ("a", "b")}
     path = tmp_path / "task.safetensors"
@@ -60,7 +51,7 @@ def test_a_file_of_masks_and_factors(tmp_path):
         assert torch.allclose(modulator.apply(name, unified), expected)
 
 
-def test_factors_are_added_in_the_shape_of_the_parameter(tmp_path):
+def test_factors_are_added_in_the_shape_of_the_parameter(tmp_path, packed):
     path = tmp_path / "task.safetensors"
     kernel, column = torch.randn(4, 3, 2, 2), torch.randn(7)
     left, values, right = torch.linalg.svd(kernel.flatten(1), full_matrices=False)
@@ -73,7 +64,7 @@ def test_factors_are_added_in_the_shape_of_the_parameter(tmp_path):
     assert torch.equal(modulator.apply("scalar", torch.tensor(1.0)), torch.tensor(3.5))
 
 
-def test_factors_take_no_more_than_their_own_elements(tmp_path):
+def test_factors_take_no_more_than_their_own_elements(tmp_path, packed):
     path = tmp_path / "task.safetensors"
     packed(path, {}, 1.0, {"a": LowRank(torch.ones(100, 200)[:, :3], torch.ones(3, 80))})
     assert path.stat().st_size < 4 * 3 * 180 + 500
@@ -94,13 +85,13 @@ def test_files_of_masks_alone_from_before_there_were_factors(tmp_path):
     assert Modulator(path).apply("a", torch.tensor([3.0, 4.0])).tolist() == [6, 0]
 
 
-def test_masks_take_a_bit_an_element(tmp_path):
+def test_masks_take_a_bit_an_element(tmp_path, packed):
     path = tmp_path / "task.safetensors"
     packed(path, {"a": torch.ones(1000, 80, dtype=torch.bool)}, 1.0)
     assert path.stat().st_size < 10_000 + 500
 
 
-def test_files_that_are_no_masks(tmp_path):
+def test_files_that_are_no_masks(tmp_path, packed):
     path = tmp_path / "task.safetensors"
     with pytest.raises(PaveError, match="no readable file of what a task keeps"):
         Modulator(path)

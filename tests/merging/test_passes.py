@@ -16,6 +16,7 @@ from transformers import (
 
 from pave_lightning.errors import PaveError
 from pave_lightning.merging.passes import BlockStack, load_parameters, watched
+from pave_lightning.weights import Parameter, ParameterKind
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 40}
 BACKBONES = {
@@ -50,7 +51,10 @@ def test_walking_is_what_the_model_does(backbone, batch):
     expected = backbone(**batch).last_hidden_state
     assert torch.allclose(entry.rows(final), entry.rows(expected), atol=1e-5)
     assert len(entry.rows(final)) == 5 + 7 + 2
-    assert all(name.startswith(stack.path) for name in [stack.names(0)])
+    parameters = [Parameter(name, ParameterKind.OTHER, ()) for name, _ in backbone.named_parameters()]
+    own = stack.own(1, parameters)
+    assert set(own) == {name for name, _ in stack.blocks[1].named_parameters()}
+    assert all(parameter.name == f"{stack.path}.1.{name}" for name, parameter in own.items())
 
 
 @torch.no_grad()

@@ -16,46 +16,6 @@ SCALINGS = {"one": 1.0, "two": 0.5, "three": 3.0}
 
 
 @pytest.fixture
-def adapted(make_source):
-    """Build a source from ``{task: {name: (B, A)}}``; ``others`` are plain task vectors beside them."""
-
-    class Adapted(make_source):
-        def __init__(self, pairs, others=None, **options):
-            self.pairs = pairs
-            names = {name for named in pairs.values() for name in named}
-            shapes = {n: (len(p[n][0]), p[n][1].shape[1]) for p in pairs.values() for n in p}
-            turned = options.get("transposed", ())
-            vectors = {task: dict((others or {}).get(task, {})) for task in pairs}
-            for task, named in pairs.items():
-                for name in names:
-                    value = named[name][0] @ named[name][1] if name in named else np.zeros(shapes[name])
-                    vectors[task].setdefault(name, value.T if name in turned else value)
-            super().__init__(vectors, matrices=options.pop("matrices", names), **options)
-
-        def factors(self, task, parameter):
-            pair = self.pairs[task].get(parameter.name)
-            return None if pair is None else tuple(torch.tensor(part, dtype=torch.float64) for part in pair)
-
-        def without_factors(self, task):
-            return None if self.pairs[task] else "none were given"
-
-    return Adapted
-
-
-def draw(shapes, ranks, seed=0, tasks=("one", "two", "three")):
-    """Random factors of each task; ``ranks`` is one rank for all, or one a task."""
-    random = np.random.default_rng(seed)
-    each = dict(zip(tasks, [ranks] * len(tasks) if isinstance(ranks, int) else ranks, strict=True))
-    return {
-        task: {
-            name: (random.standard_normal((height, each[task])), random.standard_normal((each[task], width)))
-            for name, (height, width) in shapes.items()
-        }
-        for task in tasks
-    }
-
-
-@pytest.fixture
 def scaled(adapted):
     """A source whose factors hold a scaling of their own for each task, as those of adapters do."""
 
@@ -130,20 +90,20 @@ def agree(merged, expected):
         ("dare_ties_svd", {"density": 1.0, "majority_sign_method": "frequency"}),
     ],
 )
-def test_as_peft_does_it(scaled, combination, settings):
+def test_as_peft_does_it(scaled, combination, settings, draw):
     pairs = draw(SHAPES, 2)
     options = {"majority_sign" if key == "majority_sign_method" else key: value for key, value in settings.items()}
     agree(run(scaled(pairs), combination=combination, **options), by_peft(pairs, combination, **settings))
 
 
 @pytest.mark.parametrize(("combination", "settings"), [("cat", {}), ("svd", {}), ("ties_svd", {"density": 0.5})])
-def test_unequal_ranks_as_peft_does_it(scaled, combination, settings):
+def test_unequal_ranks_as_peft_does_it(scaled, combination, settings, draw):
     pairs = draw(SHAPES, (1, 2, 3))
     agree(run(scaled(pairs), combination=combination, **settings), by_peft(pairs, combination, **settings))
 
 
 @pytest.mark.parametrize("combination", ["linear", "svd", "cat"])
-def test_a_task_without_adapter_in_a_layer_is_left_out_there(scaled, combination):
+def test_a_task_without_adapter_in_a_layer_is_left_out_there(scaled, combination, draw):
     pairs = draw(SHAPES, 2)
     del pairs["three"]["v"]
     merged = run(scaled(pairs), combination=combination)
@@ -152,12 +112,12 @@ def test_a_task_without_adapter_in_a_layer_is_left_out_there(scaled, combination
     assert np.allclose(merged["w"].numpy(), by_peft(draw(SHAPES, 2), combination)["w"], atol=1e-4)
 
 
-def test_negative_scalings_as_peft_does_it(scaled):
+def test_negative_scalings_as_peft_does_it(scaled, draw):
     pairs, scalings = draw(SHAPES, 2), {"one": 1.0, "two": -2.0, "three": 0.5}
     agree(run(scaled(pairs, scalings), combination="linear"), by_peft(pairs, "linear", scalings))
 
 
-def test_linear_has_cross_terms_and_cat_has_not(scaled):
+def test_linear_has_cross_terms_and_cat_has_not(scaled, draw):
     pairs = draw(SHAPES, 2)
     exact = sum(SCALINGS[task] * named["w"][0] @ named["w"][1] for task, named in pairs.items())
     assert np.allclose(run(scaled(pairs), combination="cat")["w"].numpy(), exact, atol=1e-5)
@@ -166,7 +126,7 @@ def test_linear_has_cross_terms_and_cat_has_not(scaled):
 
 
 @pytest.mark.parametrize("combination", ["dare_linear", "dare_linear_svd", "dare_ties", "dare_ties_svd"])
-def test_what_is_dropped_depends_on_the_seed_alone(scaled, combination):
+def test_what_is_dropped_depends_on_the_seed_alone(scaled, combination, draw):
     pairs = draw(SHAPES, 2)
     turned = {task: pairs[task] for task in ("three", "one", "two")}
     options = {"combination": combination, "density": 0.5}
@@ -180,7 +140,7 @@ def test_what_is_dropped_depends_on_the_seed_alone(scaled, combination):
     assert torch.equal(run(scaled(pairs), **options)["w"], run(scaled(pairs), **options, seed=0)["w"])
 
 
-def test_the_mean_over_many_seeds_is_the_sum(scaled):
+def test_the_mean_over_many_seeds_is_the_sum(scaled, draw):
     pairs = draw({"w": (3, 4)}, 2)
     source = scaled(pairs)
     options = {"combination": "dare_linear_svd", "density": 0.5, "svd_rank": 3}
@@ -207,7 +167,7 @@ def test_layers_and_factors_draw_apart_from_each_other(scaled, monkeypatch):
 
 
 @pytest.mark.parametrize("combination", FACTORS)
-def test_unequal_ranks_of_factors_are_refused(scaled, combination):
+def test_unequal_ranks_of_factors_are_refused(scaled, combination, draw):
     with pytest.raises(PaveError, match="w: adapters of one rank are needed, found rank 1 in 'one', 2 in 'two'"):
         run(scaled(draw(SHAPES, (1, 2, 3))), combination=combination)
 
@@ -218,12 +178,12 @@ def test_experts_without_adapters_are_refused(make_source, random_vectors):
 
 
 @pytest.mark.parametrize("combination", [*FACTORS, *(f"{name}_svd" for name in FACTORS[1:]), "svd", "cat"])
-def test_untrained_adapters(scaled, combination):
+def test_untrained_adapters(scaled, combination, draw):
     pairs = {task: {"w": (0 * named["w"][0], named["w"][1])} for task, named in draw(SHAPES, 2).items()}
     assert not run(scaled(pairs), combination=combination)["w"].any()
 
 
-def test_weights_that_are_stored_transposed(scaled):
+def test_weights_that_are_stored_transposed(scaled, draw):
     pairs = draw({"w": (8, 12)}, 2)
     plain, turned = run(scaled(pairs), combination="svd"), run(scaled(pairs, transposed=["w"]), combination="svd")
     assert torch.allclose(plain["w"], turned["w"].T, atol=1e-6)

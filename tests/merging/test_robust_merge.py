@@ -12,46 +12,6 @@ from pave_lightning.merging.robust_merge import RobustMerge, RobustMergeOptions,
 SHAPES = {"v": (14, 9), "w": (8, 20)}
 
 
-@pytest.fixture
-def adapted(make_source):
-    """Build a source from ``{task: {name: (B, A)}}``; ``others`` are plain task vectors beside them."""
-
-    class Adapted(make_source):
-        def __init__(self, pairs, others=None, **options):
-            self.pairs = pairs
-            names = {name for named in pairs.values() for name in named}
-            shapes = {n: (len(p[n][0]), p[n][1].shape[1]) for p in pairs.values() for n in p}
-            turned = options.get("transposed", ())
-            vectors = {task: dict((others or {}).get(task, {})) for task in pairs}
-            for task, named in pairs.items():
-                for name in names:
-                    value = named[name][0] @ named[name][1] if name in named else np.zeros(shapes[name])
-                    vectors[task].setdefault(name, value.T if name in turned else value)
-            super().__init__(vectors, matrices=options.pop("matrices", names), **options)
-
-        def factors(self, task, parameter):
-            pair = self.pairs[task].get(parameter.name)
-            return None if pair is None else tuple(torch.tensor(part, dtype=torch.float64) for part in pair)
-
-        def without_factors(self, task):
-            return None if self.pairs[task] else "none were given"
-
-    return Adapted
-
-
-def draw(shapes, ranks, seed=0, tasks=("one", "two", "three")):
-    """Random factors of each task; ``ranks`` is one rank for all, or one a task."""
-    random = np.random.default_rng(seed)
-    each = dict(zip(tasks, [ranks] * len(tasks) if isinstance(ranks, int) else ranks, strict=True))
-    return {
-        task: {
-            name: (random.standard_normal((height, each[task])), random.standard_normal((each[task], width)))
-            for name, (height, width) in shapes.items()
-        }
-        for task in tasks
-    }
-
-
 def run(source, **options):
     return merge(RobustMerge(RobustMergeOptions(**options)), source).vectors
 
@@ -85,7 +45,7 @@ def reference(factors, density=0.2, own=0.2, weight=2.0):
 
 @pytest.mark.parametrize("rank", [1, 3, 5])
 @pytest.mark.parametrize("options", [{}, {"density": 0.5, "own_scales": 0.6}, {"density": 0.04, "factor_weight": 1.0}])
-def test_as_the_plain_reference(adapted, rank, options):
+def test_as_the_plain_reference(adapted, rank, options, draw):
     pairs = draw(SHAPES, rank)
     merged = run(adapted(pairs), **options)
     names = {"density": "density", "own_scales": "own", "factor_weight": "weight"}
@@ -105,14 +65,14 @@ def test_by_hand(adapted):
     assert torch.allclose(merged, expected)
 
 
-def test_the_weight_stands_in_both_factors(adapted):
+def test_the_weight_stands_in_both_factors(adapted, draw):
     source = adapted(draw(SHAPES, 2))
     plain, weighted = run(source, factor_weight=1.0)["w"], run(source, factor_weight=3.0)["w"]
     assert torch.allclose(weighted, 9 * plain)
     assert torch.allclose(run(source)["w"], 4 * plain)
 
 
-def test_rows_that_are_pruned_as_a_whole_are_finite(adapted):
+def test_rows_that_are_pruned_as_a_whole_are_finite(adapted, draw):
     pairs = draw({"w": (6, 8)}, 3)
     for named in pairs.values():
         named["w"][1][0] *= 1e-6
@@ -121,14 +81,14 @@ def test_rows_that_are_pruned_as_a_whole_are_finite(adapted):
     assert np.allclose(merged.numpy(), expected, atol=1e-5 * np.abs(expected).max())
 
 
-def test_untrained_adapters(adapted):
+def test_untrained_adapters(adapted, draw):
     pairs = {task: {"w": (0 * named["w"][0], named["w"][1])} for task, named in draw(SHAPES, 2).items()}
     assert not run(adapted(pairs))["w"].any()
     pairs = {task: {"w": (named["w"][0], 0 * named["w"][1])} for task, named in draw(SHAPES, 2).items()}
     assert not run(adapted(pairs))["w"].any()
 
 
-def test_equal_experts_that_lose_nothing_come_back_once_a_task(adapted):
+def test_equal_experts_that_lose_nothing_come_back_once_a_task(adapted, draw):
     pairs = dict.fromkeys(("one", "two", "three"), draw(SHAPES, 2)["one"])
     merged = run(adapted(pairs), density=1.0, factor_weight=1.0)
     for name, (left, right) in pairs["one"].items():
@@ -143,24 +103,24 @@ def test_elements_that_tie_with_the_smallest_survivor_stay():
     assert torch.equal(pruned(factor, 1.0), factor)
 
 
-def test_the_order_of_tasks_does_not_matter(adapted):
+def test_the_order_of_tasks_does_not_matter(adapted, draw):
     pairs = draw(SHAPES, 3)
     turned = {task: pairs[task] for task in ("three", "one", "two")}
     first, second = run(adapted(pairs)), run(adapted(turned))
     assert all(torch.allclose(first[name], second[name], atol=1e-5) for name in SHAPES)
 
 
-def test_weights_that_are_stored_transposed(adapted):
+def test_weights_that_are_stored_transposed(adapted, draw):
     pairs = draw({"w": (8, 12)}, 2)
     assert torch.equal(run(adapted(pairs))["w"], run(adapted(pairs, transposed=["w"]))["w"].T)
 
 
-def test_all_else_is_averaged(adapted):
+def test_all_else_is_averaged(adapted, draw):
     plain = {task: {"bias": np.full(3, value)} for task, value in (("one", 1), ("two", 2), ("three", 6))}
     assert run(adapted(draw(SHAPES, 2), plain))["bias"].tolist() == [3, 3, 3]
 
 
-def test_unequal_ranks_and_missing_adapters_are_told_at_once(adapted):
+def test_unequal_ranks_and_missing_adapters_are_told_at_once(adapted, draw):
     pairs = draw(SHAPES, (2, 2, 3))
     del pairs["one"]["v"]
     with pytest.raises(PaveError, match="'robust_merge' cannot merge") as caught:

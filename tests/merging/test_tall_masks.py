@@ -61,16 +61,9 @@ def multi_task_vector(vectors, kind, density):
 @given(
     st.data(), st.sampled_from(["sum", "ties"]), st.sampled_from([0.25, 0.5, 1.0]), st.sampled_from([1, 3, 100]),
 )  # fmt: skip
-def test_any_vectors_as_the_plain_reference(make_source, data, kind, threshold, elements):
+def test_any_vectors_as_the_plain_reference(make_source, draw_vectors, data, kind, threshold, elements):
     shapes = {"a": (3, 2), "b": (5,), "c": ()}
-    vectors = {
-        f"task{index}": {
-            name: np.array(data.draw(st.lists(st.integers(-3, 3), min_size=size, max_size=size))).reshape(shape) / 2
-            for name, shape in shapes.items()
-            for size in [int(np.prod(shape))]
-        }
-        for index in range(data.draw(st.integers(2, 4)))
-    }
+    vectors = draw_vectors(data, shapes, tasks=data.draw(st.integers(2, 4)), parts=2)
     flat, shared = multi_task_vector(vectors, kind, 0.4)
     # The form with weights: nearer to the task's own weight than the base is, by the threshold.
     base = np.arange(flat.shape[1])
