@@ -105,7 +105,7 @@ def predict_cost(
     peak = merging_bytes(parameters, tasks, methods) if methods else 0
     if options is not None:
         layers = purification_costs(matrices, purified, workers, kinds, options, timed=timed)
-        pending = writing_bytes(matrices, SMALL_SHARD_BYTES) * purified
+        pending = max(waiting_bytes(matrices, SMALL_SHARD_BYTES), default=0) * purified
         highest = max((layer.peak_bytes for layer in layers), default=0)
         peak = max(peak, highest + pending + THREAD_BYTES * min(workers, purified))
     return Cost(
@@ -224,23 +224,23 @@ def solve_seconds(shape: Shape, kind: MomentKind | None, options: Purify, worker
 def merging_bytes(parameters: Sequence[Parameter], tasks: int, methods: Iterable[type[MergeMethod]]) -> int:
     """The most that merging by any of these rules holds in memory.
 
-    The largest parameter stands there as merged task vector and as merged weight, beside one shard that waits to be
-    written; rules see blocks of rows of all tasks, or whole parameters where they cannot work on blocks. Per-task rules
-    also gather what each task keeps, masks with one byte an element of the largest parameter. Some rules hold whole
+    A parameter stands there as merged task vector and as merged weight, beside what waits to be written of the ones
+    before it; rules see blocks of rows of all tasks, or the whole parameter where they cannot work on blocks. Per-task
+    rules also gather what each task keeps, masks with one byte an element of the parameter. Some rules hold whole
     models.
     """
-    largest = max((parameter.elements for parameter in parameters), default=0)
     total = sum(parameter.elements for parameter in parameters)
-    pending = writing_bytes(parameters, SHARD_BYTES)
+    waiting = waiting_bytes(parameters, SHARD_BYTES)
     highest = 0
     for method in methods:
         rule = method()
-        whole = max((p.elements for p in parameters if not rule.in_blocks(p)), default=0)
-        seen = max(whole, min(largest, BLOCK_ELEMENTS))
-        masks = tasks * largest if method.form == "per-task" else 0
         held = 4 * total * method.held_models + _kept_bytes(rule, parameters, tasks)
-        highest = max(highest, 4 * (2 * largest + seen * RULE_TENSORS * tasks) + masks + held)
-    return highest + pending
+        for parameter, before in zip(parameters, [0, *waiting], strict=False):
+            size = parameter.elements
+            seen = min(size, BLOCK_ELEMENTS) if rule.in_blocks(parameter) else size
+            masks = tasks * size if method.form == "per-task" else 0
+            highest = max(highest, held + before + 4 * (2 * size + seen * RULE_TENSORS * tasks) + masks)
+    return max([highest, *waiting])
 
 
 def _kept_bytes(rule: MergeMethod, parameters: Iterable[Parameter], tasks: int) -> int:
@@ -250,14 +250,14 @@ def _kept_bytes(rule: MergeMethod, parameters: Iterable[Parameter], tasks: int) 
     return tasks * sum(rule.kept_bytes(parameter, tasks) for parameter in parameters)
 
 
-def writing_bytes(parameters: Iterable[Parameter], shard_bytes: int) -> int:
-    """The most that a writer of float32 weights holds: as many of them, in order, as fit into a shard, or one."""
-    highest = pending = 0
+def waiting_bytes(parameters: Iterable[Parameter], shard_bytes: int) -> list[int]:
+    """What a writer of float32 weights holds after each: as many of them, in order, as fit into a shard, or one."""
+    waiting, pending = [], 0
     for parameter in parameters:
         size = 4 * parameter.elements
         pending = size if pending + size > shard_bytes else pending + size
-        highest = max(highest, pending)
-    return highest
+        waiting.append(pending)
+    return waiting
 
 
 def disk_bytes(

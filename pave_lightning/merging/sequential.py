@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,9 @@ from torch import Tensor
 from pave_lightning.errors import PaveError, Problems
 from pave_lightning.merging.base import MethodOptions, StaticMethod
 from pave_lightning.weights import Parameter, TaskVectors
+
+# Elements that are added up together: few enough for those of all tasks to stay in the processor's cache.
+_CHUNK = 1 << 14
 
 
 class SequentialState(BaseModel):
@@ -132,7 +135,7 @@ class RunningSum(SequentialMethod):
 
     def merge(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
         """The sum of all task vectors merged so far."""
-        return torch.stack(list(self.running(vectors).values())).sum(dim=0)
+        return summed(list(self.running(vectors).values()))
 
 
 class RunningMean(SequentialMethod):
@@ -144,7 +147,17 @@ class RunningMean(SequentialMethod):
 
     def merge(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
         """The mean of all task vectors merged so far."""
-        return torch.stack(list(self.running(vectors).values())).sum(dim=0) / self._counted(len(vectors))
+        return summed(list(self.running(vectors).values())) / self._counted(len(vectors))
+
+
+def summed(vectors: Sequence[Tensor]) -> Tensor:
+    """The sum of tensors of one shape, chunk by chunk: a stack of all would take as much memory as they do."""
+    flat = [vector.reshape(-1) for vector in vectors]
+    total = torch.empty_like(flat[0])
+    for start in range(0, total.numel(), _CHUNK):
+        chunk = slice(start, start + _CHUNK)
+        total[chunk] = torch.stack([vector[chunk] for vector in flat]).sum(dim=0)
+    return total.view(vectors[0].shape)
 
 
 def _checked(state: Mapping[str, Any], method: str) -> SequentialState:
