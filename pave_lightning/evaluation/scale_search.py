@@ -58,6 +58,7 @@ class ScaleSearcher:
         self.tasks, self.evaluator, self.experts, self.data = list(tasks), evaluator, experts, data
         self.options, self.precision, self.root = options, precision, root
         self._references = references if references is not None else {}
+        self._data: dict[int | None, SuiteData] = {}
 
     def best(self, source: TaskVectors, merged: MergedVectors, search: ScaleSearch) -> dict[str, Any]:
         """The best scale for merged task vectors, and every scale that was tried with its score.
@@ -92,7 +93,10 @@ class ScaleSearcher:
         Raises:
             PaveError: no expert has a positive score, so nothing can be normalised.
         """
-        data = SuiteData([self.data(self._limited(task, examples)) for task in self.tasks], "validation")
+        if examples not in self._data:  # once: finding the tokenised rows takes longer than reading them
+            modules = [self.data(self._limited(task, examples)) for task in self.tasks]
+            self._data[examples] = SuiteData(modules, "validation")
+        data = self._data[examples]
         if examples not in self._references:
             self._references[examples] = self._headlines(self.experts, data)
         reference = {task: value for task, value in self._references[examples].items() if value > 0}
