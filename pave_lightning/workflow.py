@@ -340,7 +340,7 @@ class Workflow:
         batches = {}
         for task in self.recipe.tasks:
             batches[task.name] = self._shown(task, examples)
-        passes = ForwardPasses(self._backbone, self.plain, batches, self.recipe.compute.device)
+        passes = ForwardPasses(self._backbone, self.plain, batches, self.recipe.compute.device, self._classifier)
         self._last_passes = (examples, passes)
         return passes
 
@@ -355,6 +355,11 @@ class Workflow:
             backbone = backbone_of(empty_classifier(self._expert_folder(self.recipe.tasks[0].name), device="cpu"))
         load_parameters(backbone, {p.name: self.plain.base(p) for p in self.plain.parameters})
         return backbone.float().eval()
+
+    def _classifier(self, name: str) -> nn.Module:
+        """A task's expert with its head, in memory."""
+        task = next(task for task in self.recipe.tasks if task.name == name)
+        return load_expert(self._expert_folder(name), task)
 
     @cached_property
     def _scale_searcher(self) -> ScaleSearcher:

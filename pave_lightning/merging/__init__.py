@@ -24,6 +24,7 @@ from pave_lightning.merging.dc_merge import DcMerge
 from pave_lightning.merging.della import Della
 from pave_lightning.merging.devec import DeVec
 from pave_lightning.merging.disentanglement import Awd
+from pave_lightning.merging.distillation import Distillation
 from pave_lightning.merging.doge import DogeTa
 from pave_lightning.merging.emr import Emr
 from pave_lightning.merging.esm import Esm
@@ -73,6 +74,7 @@ __all__ = [
     "DcMerge",
     "DeVec",
     "Della",
+    "Distillation",
     "DogeTa",
     "DroppedTaskVectors",
     "Emr",

@@ -27,6 +27,7 @@ class Cost(StrEnum):
     DECOMPOSITION = "decompositions"
     ITERATIONS = "iterations"
     FORWARD_PASSES = "forward passes"
+    TRAINING = "training"
 
 
 class MethodOptions(BaseModel):

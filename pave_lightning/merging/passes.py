@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,12 +28,14 @@ class ForwardPasses:
         experts: the weights of the experts as they were fine-tuned, never purified ones.
         batches: each task's examples, as the backbone takes them.
         device: where the passes are run.
+        classifier: makes a task's expert with its head, float32: a Hugging Face classifier. None where there are none.
     """
 
     backbone: Callable[[], nn.Module]
     experts: TaskVectors
     batches: Mapping[str, Sequence[Batch]]
     device: str = "cpu"
+    classifier: Callable[[str], nn.Module] | None = None
 
     def stack(self) -> BlockStack:
         """The blocks of a new backbone with the base's weights.
@@ -51,7 +53,21 @@ class ForwardPasses:
 
     def entries(self, stack: BlockStack, task: str) -> list[Entry]:
         """A task's examples before the first block, with the weights that the backbone has now."""
-        return [stack.enter(self._placed(batch)) for batch in self.batches[task]]
+        return [stack.enter(batch) for batch in self.placed(task)]
+
+    def placed(self, task: str) -> list[dict[str, Tensor]]:
+        """A task's examples without their labels, on the device."""
+        return [self._placed(batch) for batch in self.batches[task]]
+
+    def headed(self, task: str) -> nn.Module:
+        """A task's expert with its head, in eval mode, on the device.
+
+        Raises:
+            PaveError: none was given.
+        """
+        if self.classifier is None:
+            raise PaveError("this rule needs the experts with their heads, but none were given")
+        return self.classifier(task).to(self.device).eval()
 
     def _placed(self, batch: Batch) -> dict[str, Tensor]:
         """The batch without its labels, on the device."""
@@ -261,12 +277,36 @@ def load_parameters(module: nn.Module, values: Mapping[str, Tensor]) -> None:
     Raises:
         PaveError: the module has nothing of that name: checkpoints store it under another one.
     """
+    own = _named(module, values)
+    for name, value in values.items():
+        own[name].copy_(value)
+
+
+def share_parameters(module: nn.Module, shared: Mapping[str, nn.Parameter]) -> None:
+    """Put parameters into a module, in place of its own of the same names; other modules may hold them as well.
+
+    What is tied to one of them stays tied. Buffers of these names are given the values.
+
+    Raises:
+        PaveError: the module has nothing of that name: checkpoints store it under another one.
+    """
+    own = _named(module, shared)
+    replaced = {id(own[name]): parameter for name, parameter in shared.items()}
+    for name, parameter in list(module.named_parameters(remove_duplicate=False)):
+        if id(parameter) in replaced:
+            owner, _, attribute = name.rpartition(".")
+            setattr(module.get_submodule(owner), attribute, replaced[id(parameter)])
+    buffers = dict(module.named_buffers())
+    load_parameters(module, {name: parameter for name, parameter in shared.items() if name in buffers})
+
+
+def _named(module: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
+    """A module's parameters and buffers by name, among which these must be."""
     own = dict(module.named_parameters()) | dict(module.named_buffers())
-    unknown = [name for name in values if name not in own]
+    unknown = [name for name in names if name not in own]
     if unknown:
         raise PaveError(
             f"{type(module).__name__} knows {len(unknown)} weights by other names than checkpoints do, such as "
             f"{unknown[0]}; methods that run the model cannot work on this architecture yet"
         )
-    for name, value in values.items():
-        own[name].copy_(value)
+    return own

@@ -1,5 +1,7 @@
 """A source of task vectors in memory, and everything that is needed to write merged folders of a tiny BERT."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -211,9 +213,25 @@ class Backbone(nn.Module):
         return hidden
 
 
+class Classifier(nn.Module):
+    """A head on the first token."""
+
+    base_model_prefix = "backbone"
+
+    def __init__(self, outputs):
+        super().__init__()
+        self.backbone, self.head = Backbone(), nn.Linear(WIDTH, outputs)
+
+    def forward(self, input_ids, attention_mask=None):
+        return SimpleNamespace(logits=self.head(self.backbone(input_ids, attention_mask)[:, 0]))
+
+
 @pytest.fixture
 def walkable(make_source):
-    """Two experts of a toy stack of blocks, an anchor and examples; every value is random and far from the others."""
+    """Two experts of a toy stack of blocks, an anchor and examples; every value is random and far from the others.
+
+    The first expert's head has three classes, the second one's is of a regression.
+    """
     torch.manual_seed(0)
     base = {name: p.detach().numpy() for name, p in Backbone().named_parameters()}
     random = np.random.default_rng(1)
@@ -237,4 +255,12 @@ def walkable(make_source):
         made.load_state_dict({name: torch.tensor(value) for name, value in base.items()})
         return made
 
-    return source, Evidence(passes=ForwardPasses(backbone, source, batches), anchor=anchor)
+    def classifier(task):
+        torch.manual_seed(7)
+        made = Classifier({"one": 3, "two": 1}[task])
+        weights = {p.name: source.expert(task, p) for p in source.parameters}
+        made.backbone.load_state_dict(weights)
+        return made
+
+    passes = ForwardPasses(backbone, source, batches, classifier=classifier)
+    return source, Evidence(passes=passes, anchor=anchor)

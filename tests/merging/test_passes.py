@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from pave_lightning.errors import PaveError
-from pave_lightning.merging.passes import BlockStack, load_parameters, watched
+from pave_lightning.merging.passes import BlockStack, load_parameters, share_parameters, watched
 from pave_lightning.weights import Parameter, ParameterKind
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 40}
@@ -123,3 +123,25 @@ def test_parameters_are_copied_in():
     with pytest.raises(PaveError, match="Linear knows 1 weights by other names than checkpoints do, such as nothing"):
         load_parameters(layer, {"nothing": torch.ones(2), "weight": torch.zeros(2, 2)})
     assert (layer.weight == 1).all(), "nothing is half loaded"
+
+
+def test_shared_parameters_stay_tied_and_are_one_for_all_modules():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.out = nn.Embedding(4, 3), nn.Linear(3, 4, bias=False)
+            self.out.weight = self.words.weight
+            self.other = nn.Linear(3, 3)
+            self.register_buffer("mean", torch.zeros(3))
+
+    shared = {"words.weight": nn.Parameter(torch.randn(4, 3)), "mean": nn.Parameter(torch.ones(3))}
+    modules = [Tied(), Tied()]
+    own = modules[0].other.weight
+    for module in modules:
+        share_parameters(module, shared)
+        assert module.words.weight is module.out.weight is shared["words.weight"]
+        assert torch.equal(module.mean, torch.ones(3))
+        assert not module.mean.requires_grad
+    assert modules[0].other.weight is own
+    with pytest.raises(PaveError, match="knows 1 weights by other names than checkpoints do, such as absent"):
+        share_parameters(modules[0], {"absent": nn.Parameter(torch.zeros(1))})

@@ -1,0 +1,164 @@
+"""Distillation: train a merged model to answer as every expert does, on examples without labels."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from pave_lightning.errors import PaveError
+from pave_lightning.merging.base import Cost, MethodOptions, StaticMethod, register
+from pave_lightning.merging.evidence import Evidence, Need
+from pave_lightning.merging.passes import share_parameters
+from pave_lightning.weights import Parameter, TaskVectors
+from pave_lightning.weights.architecture import backbone_of
+
+log = logging.getLogger(__name__)
+
+# Share of the steps in which the rate rises; afterwards it falls to zero. Both in a straight line.
+WARM_UP = 0.1
+
+
+class DistillationOptions(MethodOptions):
+    """Options of distillation."""
+
+    examples: int = Field(default=512, ge=1)
+    """Unlabelled training examples a task."""
+    epochs: int = Field(default=4, ge=1)
+    """How often each example is seen; the examples of a task that has fewer of them are seen more often."""
+    rate: float = Field(default=1e-4, gt=0)
+    """Highest step size of Adam."""
+    seed: int = 0
+    """Decides the order of the examples."""
+
+
+@register("distillation")
+class Distillation(StaticMethod):
+    r"""Start at a merged model, the anchor, and train it until each expert's head reads from it what the expert says.
+
+    With :math:`z_t(x)` the logits of expert t, :math:`z(x)` those of its head on the merged backbone, both less their
+    mean over the classes (which a softmax does not see), and :math:`\sigma_t^2` the variance of :math:`z_t` over the
+    examples, summed over classes,
+
+    .. math:: \min_\theta \sum_t \frac{1}{\sigma_t^2} E_x \| z(x) - z_t(x) \|^2 ,
+
+    so that a task's part is the share of its logits' variance that the merged model does not explain: tasks count alike
+    whatever the scale of their logits, regressions too. Adam, gradients of all tasks in every step, no dropout. Weights
+    that no expert has changed stay, and so do the heads: the result is one backbone for all tasks.
+
+    Needs an anchor, the experts' heads and unlabelled examples; no labels. Cost: ``epochs`` forward and backward passes
+    over the examples of all tasks, which is far more than other rules take and less than training them on all tasks
+    together. Held in memory: one model with its gradients and Adam's two moments, one expert at a time, and what a
+    batch leaves for its backward pass.
+
+    Source: our own; the loss is that of Ba & Caruana, *Do Deep Nets Really Need to be Deep?*, NeurIPS 2014 (arXiv
+    1312.6184), with one teacher a task.
+    """
+
+    summary = "train a merged model towards the experts' logits on unlabelled examples"
+    source = "our own; loss of Ba & Caruana 2014, arXiv 1312.6184"
+    cost = Cost.TRAINING
+    held_models = 5  # the weights, their gradients, Adam's two moments, and an expert
+    whole_model_pass = True
+    needs = frozenset({Need.ANCHOR, Need.UNLABELLED_EXAMPLES})
+    Options: ClassVar[type[DistillationOptions]] = DistillationOptions
+
+    def problems(self, vectors: TaskVectors, evidence: Evidence) -> Iterator[str]:
+        """Besides what is generally lacking: the experts' heads."""
+        yield from super().problems(vectors, evidence)
+        if evidence.passes is not None and evidence.passes.classifier is None:
+            yield "the experts' heads are needed; give ForwardPasses a classifier, or merge as part of a recipe"
+
+    def prepare(self, vectors: TaskVectors) -> None:
+        """Train the merged model."""
+        device = self.evidence.forward_passes.device
+        weights = {}
+        for parameter in vectors.parameters:
+            start = vectors.base(parameter) + self.evidence.anchor_vector(parameter)
+            changed = any(bool(vectors.vector(task, parameter).any()) for task in vectors.tasks)
+            weights[parameter.name] = nn.Parameter(start.to(device), requires_grad=changed)
+        # In an order of their own, so that sums do not depend on how the recipe lists the tasks.
+        tasks = [self._task(name, weights) for name in sorted(vectors.tasks)]
+        with torch.enable_grad():
+            self._train([weight for weight in weights.values() if weight.requires_grad], tasks)
+        self._found = {name: weight.detach().cpu() for name, weight in weights.items()}
+
+    def merge(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
+        """What training has made of the anchor."""
+        return self._found[parameter.name] - base
+
+    @torch.no_grad()
+    def _task(self, name: str, weights: Mapping[str, nn.Parameter]) -> _Teaching:
+        passes = self.evidence.forward_passes
+        model = passes.headed(name)
+        batches = passes.placed(name)
+        logits = [_centred(model(**batch).logits) for batch in batches]
+        every = torch.cat(logits)
+        variance = (every - every.mean(dim=0)).square().sum(dim=-1).mean()
+        if not torch.isfinite(variance):
+            raise PaveError(f"task '{name}': the expert's outputs are not finite; look for broken weights")
+        share_parameters(backbone_of(model.requires_grad_(False)), weights)
+        # Of an expert that always says the same, the plain difference counts.
+        return _Teaching(name, model, batches, logits, variance if variance > 0 else torch.ones_like(variance))
+
+    def _train(self, weights: list[nn.Parameter], tasks: list[_Teaching]) -> None:
+        if not weights:
+            return
+        longest = max(len(task.batches) for task in tasks)
+        steps = longest * int(self.options.epochs)
+        optimiser = torch.optim.Adam(weights, lr=float(self.options.rate))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate_factor(step, steps))
+        generator = torch.Generator().manual_seed(int(self.options.seed))
+        orders = {task.name: task.order(steps, generator) for task in tasks}
+        unexplained = 0.0
+        for step in range(steps):
+            optimiser.zero_grad()
+            for task in tasks:
+                loss = task.error(orders[task.name][step]) / len(tasks)
+                loss.backward()  # type: ignore[no-untyped-call]
+                unexplained += float(loss.detach())
+            optimiser.step()
+            schedule.step()
+            if not unexplained < float("inf"):
+                raise PaveError(f"distillation diverged in step {step + 1} of {steps}; expected a smaller 'rate'")
+            if (step + 1) % longest == 0:
+                epoch = (step + 1) // longest
+                log.info("  epoch %d: %.4f of the experts' logits unexplained", epoch, unexplained / longest)
+                unexplained = 0.0
+
+
+class _Teaching:
+    """One task: its head on the weights that are trained, examples, and what the expert says of them."""
+
+    def __init__(
+        self, name: str, model: nn.Module, batches: list[dict[str, Tensor]], logits: list[Tensor], variance: Tensor
+    ) -> None:
+        self.name, self.model, self.batches, self.logits, self.variance = name, model, batches, logits, variance
+
+    def error(self, index: int) -> Tensor:
+        """The share of the expert's variance that is not explained in a batch."""
+        found: Tensor = _centred(self.model(**self.batches[index]).logits)
+        return (found - self.logits[index]).square().sum(dim=-1).mean() / self.variance
+
+    def order(self, steps: int, generator: torch.Generator) -> list[int]:
+        """Which batch comes in each step: all of them, shuffled, again and again."""
+        order: list[int] = []
+        while len(order) < steps:
+            order += torch.randperm(len(self.batches), generator=generator).tolist()
+        return order
+
+
+def rate_factor(step: int, steps: int) -> float:
+    """What the highest rate is multiplied with in a step, counted from 0: up in a straight line, then down to zero."""
+    rising = max(1.0, WARM_UP * steps)
+    return min((step + 1) / rising, (steps - step) / max(1.0, steps - rising), 1.0)
+
+
+def _centred(logits: Any) -> Tensor:
+    """Logits less their mean over the classes; a single output, of a regression, as it is."""
+    values: Tensor = logits.float()
+    return values - values.mean(dim=-1, keepdim=True) if values.shape[-1] > 1 else values
