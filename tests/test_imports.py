@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "recipe_loading": {"errors", "files"} | RECIPE_FILES,
     "callbacks": {"errors", "layers", "statistics"},
     "merging": {"errors", "layers", "statistics", "subspace", "weights"},
+    "merging.rules": {"errors", "layers", "merging", "statistics", "subspace", "weights"},
     "purification": {"errors", "recipe", "statistics", "subspace", "weights"},
     "adding": {"errors", "experts", "merging", "recipe", "weights"},
     "exporting": {"errors", "files", "purification", "weights"},
@@ -118,6 +119,11 @@ def test_imports_go_one_way(path):
 def test_no_modules_import_each_other():
     graph = {module_of(path): set(imported(path)) - {"__init__"} for path in FILES}
     assert list(TopologicalSorter(graph).static_order())
+
+
+def test_merging_knows_no_rule_but_to_gather_them():
+    knowing = {module_of(path) for path in FILES if any(inside(name, "merging.rules") for name in imported(path))}
+    assert {name for name in knowing if inside(name, "merging") and not inside(name, "merging.rules")} == {"merging"}
 
 
 def test_every_import_is_seen():

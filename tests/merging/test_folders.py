@@ -10,7 +10,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 from pave_lightning.errors import PaveError
 from pave_lightning.merging import Average, Emr, TaskArithmetic, Ties, merge
 from pave_lightning.merging.folders import load_merged, write_merged
-from pave_lightning.merging.tsv import TsvCompress
+from pave_lightning.merging.rules.tsv import TsvCompress
 from pave_lightning.weights import Checkpoint, ExpertTaskVectors, ShardWriter
 
 INPUTS = {

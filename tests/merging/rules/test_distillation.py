@@ -1,0 +1,179 @@
+"""Distillation against Adam written out in float64, on a toy stack of blocks with two heads."""
+
+import logging
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from pave_lightning.errors import PaveError
+from pave_lightning.merging import Distillation, Evidence, merge
+from pave_lightning.merging.rules.distillation import DistillationOptions, rate_factor
+
+
+def make(**options):
+    return Distillation(DistillationOptions(**options))
+
+
+def inputs(batch):
+    return {name: tensor for name, tensor in batch.items() if name != "labels"}
+
+
+def centred(logits):
+    return logits - logits.mean(dim=1, keepdim=True) if logits.shape[1] > 1 else logits
+
+
+def unexplained(source, evidence, vectors):
+    """The loss of merged task vectors over all examples, in float64: the mean over tasks."""
+    losses = []
+    for task in source.tasks:
+        expert = evidence.passes.classifier(task).double()
+        weights = {f"backbone.{p.name}": (source.base(p) + vectors[p.name]).double() for p in source.parameters}
+        batches = [inputs(batch) for batch in evidence.passes.batches[task]]
+        aimed = torch.cat([centred(expert(**batch).logits) for batch in batches])
+        found = torch.cat([centred(functional_call(expert, weights, (), batch).logits) for batch in batches])
+        losses.append((found - aimed).square().sum() / (aimed - aimed.mean(dim=0)).square().sum())
+    return sum(losses) / len(losses)
+
+
+def whole_batches(evidence):
+    """The same evidence with all examples of a task in one batch, so that there is no order to shuffle."""
+    joined = {
+        task: [{name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}]
+        for task, batches in evidence.passes.batches.items()
+    }
+    return replace(evidence, passes=replace(evidence.passes, batches=joined))
+
+
+def test_it_is_adam_on_the_share_that_is_not_explained(walkable):
+    source, evidence = walkable
+    evidence = whole_batches(evidence)
+    steps, rate = 12, 0.03
+    merged = merge(make(epochs=steps, rate=rate), source, evidence)
+
+    values = {name: value.double() for name, value in evidence.anchor.items()}
+    first = {name: torch.zeros_like(value) for name, value in values.items()}
+    second = {name: torch.zeros_like(value) for name, value in values.items()}
+    # Ramps by hand: 12 steps, of which 1.2 rise.
+    factors = [1 / 1.2, *np.linspace(11 / 10.8, 1 / 10.8, 11)]
+    for step, factor in enumerate(factors, start=1):
+        leaves = {name: value.clone().requires_grad_() for name, value in values.items()}
+        loss = unexplained(source, evidence, leaves)
+        gradients = torch.autograd.grad(loss, list(leaves.values()))
+        for name, gradient in zip(list(values), gradients, strict=True):
+            first[name] = 0.9 * first[name] + 0.1 * gradient
+            second[name] = 0.999 * second[name] + 0.001 * gradient**2
+            root = (second[name] / (1 - 0.999**step)).sqrt() + 1e-8
+            values[name] = values[name] - min(factor, 1.0) * rate * first[name] / (1 - 0.9**step) / root
+    for name, value in values.items():
+        assert torch.allclose(merged.vectors[name], value.float(), atol=3e-4), name
+        assert not torch.allclose(merged.vectors[name], evidence.anchor[name], atol=3e-3), name
+
+
+def test_training_makes_the_experts_logits_out_of_the_anchor(walkable):
+    source, evidence = walkable
+    merged = merge(make(epochs=60, rate=0.02), source, evidence)
+    assert unexplained(source, evidence, merged.vectors) < 0.1 * unexplained(source, evidence, evidence.anchor)
+
+
+def test_the_order_of_tasks_does_not_matter_and_the_seed_does(walkable):
+    source, evidence = walkable
+    one = merge(make(rate=0.01), source, evidence)
+    source.tasks = tuple(reversed(source.tasks))
+    other = merge(make(rate=0.01), source, evidence)
+    seeded = merge(make(rate=0.01, seed=5), source, evidence)
+    assert all(torch.equal(vector, other.vectors[name]) for name, vector in one.vectors.items())
+    assert any(not torch.equal(vector, seeded.vectors[name]) for name, vector in one.vectors.items())
+
+
+def test_an_anchor_that_says_it_all_stays(walkable):
+    source, evidence = walkable
+    source._vectors["two"] = source._vectors["one"]
+    merged = merge(make(epochs=2), source, replace(evidence, anchor=source._vectors["one"]))
+    for name, vector in merged.vectors.items():
+        assert torch.allclose(vector, source._vectors["one"][name], atol=1e-3), name
+
+
+def test_weights_that_no_expert_has_changed_stay_the_anchors(walkable):
+    source, evidence = walkable
+    for task in source.tasks:
+        source._vectors[task]["words.weight"].zero_()
+    merged = merge(make(rate=0.01), source, evidence)
+    moved = {name: float((vector - evidence.anchor[name]).abs().max()) for name, vector in merged.vectors.items()}
+    # The difference to the base rounds.
+    assert moved.pop("words.weight") < 1e-6
+    assert min(moved.values()) > 1e-3
+
+
+def test_experts_that_do_not_differ_from_the_base_give_the_anchor(walkable):
+    source, evidence = walkable
+    for task in source.tasks:
+        for vector in source._vectors[task].values():
+            vector.zero_()
+    merged = merge(make(), source, evidence)
+    for name, vector in merged.vectors.items():
+        assert torch.allclose(vector, evidence.anchor[name], atol=1e-6), name
+
+
+def test_a_task_with_fewer_examples_is_shown_them_more_often(walkable):
+    source, evidence = walkable
+    batches = dict(evidence.passes.batches)
+    batches["two"] = batches["two"][:1]
+    fewer = replace(evidence, passes=replace(evidence.passes, batches=batches))
+    merged = merge(make(epochs=60, rate=0.02), source, fewer)
+    assert unexplained(source, fewer, merged.vectors) < 0.1 * unexplained(source, fewer, evidence.anchor)
+
+
+def test_an_expert_that_always_says_the_same_counts_by_the_plain_difference(walkable):
+    source, evidence = walkable
+
+    def constant(task):
+        model = evidence.passes.classifier(task)
+        nn.init.zeros_(model.head.weight)
+        return model
+
+    merged = merge(make(), source, replace(evidence, passes=replace(evidence.passes, classifier=constant)))
+    assert all(torch.allclose(vector, evidence.anchor[name], atol=1e-5) for name, vector in merged.vectors.items())
+
+
+def test_each_epoch_is_told(walkable, caplog):
+    source, evidence = walkable
+    with caplog.at_level(logging.INFO, logger="pave_lightning"):
+        merge(make(epochs=3, rate=0.02), source, evidence)
+    told = [record.getMessage() for record in caplog.records]
+    shares = [float(line.split(": ")[1].split()[0]) for line in told]
+    assert [line.split(":")[0].strip() for line in told] == ["epoch 1", "epoch 2", "epoch 3"]
+    assert shares[0] > shares[-1] > 0
+
+
+def test_what_it_needs_is_told_at_once(walkable):
+    source, evidence = walkable
+    headless = Evidence(passes=replace(evidence.passes, classifier=None))
+    with pytest.raises(PaveError, match=r"anchor(.|\n)*the experts' heads are needed"):
+        merge(make(), source, headless)
+
+
+def test_divergence_and_broken_experts_are_told(walkable):
+    source, evidence = walkable
+    with pytest.raises(PaveError, match=r"diverged in step \d+ of 12; expected a smaller 'rate'"):
+        merge(make(rate=1e30), source, evidence)
+
+    def broken(task):
+        model = evidence.passes.classifier(task)
+        nn.init.constant_(model.head.bias, float("inf"))
+        return model
+
+    with pytest.raises(PaveError, match="task 'one': the expert's outputs are not finite"):
+        merge(make(), source, replace(evidence, passes=replace(evidence.passes, classifier=broken)))
+
+
+@pytest.mark.parametrize(("steps", "first", "last"), [(1, 1.0, 1.0), (2, 1.0, 1.0), (20, 0.5, 1 / 18)])
+def test_the_rate_rises_and_falls(steps, first, last):
+    factors = [rate_factor(step, steps) for step in range(steps)]
+    assert factors[0] == pytest.approx(first)
+    assert factors[-1] == pytest.approx(last)
+    assert max(factors) == pytest.approx(1.0)
+    assert rate_factor(steps, steps) == 0
