@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from pave_lightning.reporting.experiment_ranking import ranking
 from pave_lightning.reporting.experiment_table import (
     IDENTITY,
     TINY,
@@ -52,6 +53,9 @@ def findings_of(scores: ExperimentScores, summary: pd.DataFrame) -> str:
         ("Tasks, at each model's best purified setting", _tasks(scores, best)),
         ("How to read this", _notes(scores)),
     ]
+    merged = best[best["form"] != "expert"]
+    if not scores.keys and merged["model"].nunique() > 1:
+        parts += ["## All models", *ranking(merged)]
     for heading, lines in sections:
         if lines:
             parts += [f"## {heading}", "\n".join(f"- {line}" for line in lines)]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from ruamel.yaml import YAML
 
+from pave_lightning.reporting.markdown import escaped, table
 from pave_lightning.reporting.scores import Model, ScoreTable
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", flags=re.ASCII)
@@ -91,18 +92,18 @@ def model_card(
     facts = [
         ("base", _code(base_model)),
         ("method", _code(method)),
-        ("task vectors", _escaped(vectors)),
+        ("task vectors", escaped(vectors)),
         ("kind", form),
-        ("tasks", ", ".join(_escaped(task) for task in tasks)),
+        ("tasks", ", ".join(escaped(task) for task in tasks)),
     ]
     if scale is not None:
-        facts.append(("scale", f"{scale!r}" + (f" ({_escaped(scale_origin)})" if scale_origin else "")))
+        facts.append(("scale", f"{scale!r}" + (f" ({escaped(scale_origin)})" if scale_origin else "")))
 
     parts = [
         f"---\n{_yaml(front)}---",
-        f"# {_escaped(name)}",
+        f"# {escaped(name)}",
         "Separately fine-tuned experts, merged with pave-lightning.",
-        _table(["", ""], facts),
+        table(["", ""], facts),
     ]
     if options:
         parts += ["## Options of the method", _yaml_block(options)]
@@ -112,11 +113,11 @@ def model_card(
     if scores is not None and scores.tasks():
         parts += ["## Scores", _scores(scores, Model(name, vectors, form)), _reading(form)]
     if experts:
-        rows = [(_escaped(expert.task), _code(expert.source), _code(expert.digest)) for expert in experts]
-        parts += ["## Experts", _table(["task", "source", "digest of the weights"], rows)]
+        rows = [(escaped(expert.task), _code(expert.source), _code(expert.digest)) for expert in experts]
+        parts += ["## Experts", table(["task", "source", "digest of the weights"], rows)]
     if versions:
-        software = [(_escaped(package), _escaped(version)) for package, version in versions.items()]
-        parts += ["## Versions", _table(["software", "version"], software)]
+        software = [(escaped(package), escaped(version)) for package, version in versions.items()]
+        parts += ["## Versions", table(["software", "version"], software)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -125,14 +126,14 @@ def _scores(scores: ScoreTable, merged: Model) -> str:
     header = ["model", *(f"{task} ({metric})" for task, metric in scores.headlines.items()), "average", "normalised"]
     rows = [
         (
-            _escaped(model.name),
+            escaped(model.name),
             *(_number(scores.value(model, task)) for task in scores.tasks()),
             _number(scores.average(model)),
             _number(scores.normalised_average(model)),
         )
         for model in models
     ]
-    return _table([_escaped(cell) for cell in header], rows)
+    return table([escaped(cell) for cell in header], rows)
 
 
 def _reading(form: str) -> str:
@@ -140,11 +141,6 @@ def _reading(form: str) -> str:
     if form == "per-task":
         text += " This model keeps something extra for each task; compare it with static models with care."
     return text
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _yaml(content: Mapping[str, Any]) -> str:
@@ -171,11 +167,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple, set, frozenset)):
         return [_plain(content) for content in value]
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
-
-
-def _escaped(text: str) -> str:
-    """Text that Markdown shows as it stands, in one line and in one table cell."""
-    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(text.split()))
 
 
 def _code(text: str) -> str:

@@ -1,0 +1,59 @@
+"""All merged models of an experiment in a table, the best first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from pave_lightning.reporting.markdown import escaped, table
+
+# Form of a model -> what its table is called.
+TABLES = {"static": "One set of weights for all tasks", "per-task": "Something kept for each task"}
+HEADER = ("model", "plain", "purified", "difference", "seconds", "peak MB")
+
+
+def ranking(best: pd.DataFrame) -> list[str]:
+    """Tables in markdown, one a form: models that keep something for each task do not compete with those that do not.
+
+    Args:
+        best: rows of `summarise`, at most one for each model, form and vectors.
+
+    Returns:
+        A heading and a table for each form of merged models that is there. Models stand in the order of their higher
+        mean of plain and purified. ``difference`` is purified minus plain, with its standard deviation over seeds;
+        ``seconds`` and ``peak MB`` are what merging took, on average over plain and purified, the choice of a scale
+        aside.
+    """
+    parts = []
+    for form, title in TABLES.items():
+        rows = best[best["form"] == form]
+        if rows.empty:
+            continue
+        order = rows.groupby("model")["mean"].max().sort_values(ascending=False, kind="stable").index
+        lines = [_line(str(model), rows[rows["model"] == model]) for model in order]
+        parts += [f"### {title}", table(HEADER, lines)]
+    return parts
+
+
+def _line(model: str, rows: pd.DataFrame) -> tuple[str, ...]:
+    by_vectors: dict[Any, Mapping[Any, Any]] = {row["vectors"]: dict(row) for _, row in rows.iterrows()}
+    plain, purified = (_mean(by_vectors.get(vectors)) for vectors in ("plain", "purified"))
+    difference = _with_spread(*(by_vectors.get("purified", {}).get(key) for key in ("difference", "difference_sd")))
+    seconds, peak = _number(rows["seconds"].mean(), ".1f"), _number(rows["peak_megabytes"].mean(), ".0f")
+    return escaped(model), plain, purified, difference, seconds, peak
+
+
+def _mean(row: Mapping[Any, Any] | None) -> str:
+    return "" if row is None else _with_spread(row["mean"], row["sd"], signed=False)
+
+
+def _with_spread(value: Any, spread: Any, *, signed: bool = True) -> str:
+    told, around = _number(value, "+.3f" if signed else ".3f"), _number(spread, ".3f")
+    return f"{told} ± {around}" if around else told
+
+
+def _number(value: Any, form: str) -> str:
+    return "" if value is None or math.isnan(value) else format(value, form)
