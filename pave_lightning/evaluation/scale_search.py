@@ -81,6 +81,9 @@ class ScaleSearcher:
                 "no scale that was tried gives finite scores on the validation splits; try smaller ones"
             )
         best = max(usable, key=lambda entry: (entry[1], -entry[0]))
+        at_end = {tried[0][0]: "smallest", tried[-1][0]: "largest"}.get(best[0])
+        if at_end is not None and best[0] != 0:
+            log.warning("  the best scale is the %s that was tried; a wider search may find a better one", at_end)
         return {"scale": best[0], "average": best[1], "tried": tried}
 
     def average(self, candidate: Candidate, examples: int | None) -> float:

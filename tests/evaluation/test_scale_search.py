@@ -88,6 +88,16 @@ def test_both_ends_are_tried(searcher):
     assert [scale for _, scale, _ in stub.asked] == [None, -0.2, 0.6, 1.4]
 
 
+@pytest.mark.parametrize(
+    ("best", "search", "told"),
+    [(1.0, (0.5, 1.0), "largest"), (0.5, (0.5, 1.0), "smallest"), (0.75, (0.5, 1.0), None), (0.0, (0.0, 1.0), None)],
+)
+def test_a_best_scale_at_the_end_of_the_search_is_told(searcher, caplog, best, search, told):
+    _, found = searcher([1.0, 1.0, 1.0], lambda scale: [1 - abs(scale - best)] * 3)
+    assert find(found, search=search)["scale"] == best
+    assert [told] * bool(told) == [word for word in ("largest", "smallest") if f"is the {word} that was" in caplog.text]
+
+
 def test_only_validation_splits_are_looked_at(searcher):
     stub, search = searcher((1, 1, 1), lambda scale: (scale, scale, scale))
     find(search, examples=7)
