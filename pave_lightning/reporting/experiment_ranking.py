@@ -12,6 +12,10 @@ from pave_lightning.reporting.markdown import escaped, table
 
 # Form of a model -> what its table is called.
 TABLES = {"static": "One set of weights for all tasks", "per-task": "Something kept for each task"}
+NOTE = (
+    "Seconds and memory are those of merging alone, on average over plain and purified. Capturing statistics, gradients,"
+    " the merge of an anchor and the search for a scale come on top."
+)
 HEADER = ("model", "plain", "purified", "difference", "seconds", "peak MB")
 
 
@@ -24,8 +28,8 @@ def ranking(best: pd.DataFrame) -> list[str]:
     Returns:
         A heading and a table for each form of merged models that is there. Models stand in the order of their higher
         mean of plain and purified. ``difference`` is purified minus plain, with its standard deviation over seeds;
-        ``seconds`` and ``peak MB`` are what merging took, on average over plain and purified, the choice of a scale
-        aside.
+        ``seconds`` and ``peak MB`` are what merging took, on average over plain and purified. A line behind the tables
+        says what is not in them.
     """
     parts = []
     for form, title in TABLES.items():
@@ -35,6 +39,8 @@ def ranking(best: pd.DataFrame) -> list[str]:
         order = rows.groupby("model")["mean"].max().sort_values(ascending=False, kind="stable").index
         lines = [_line(str(model), rows[rows["model"] == model]) for model in order]
         parts += [f"### {title}", table(HEADER, lines)]
+    if parts and best["seconds"].notna().any():
+        parts.append(NOTE)
     return parts
 
 

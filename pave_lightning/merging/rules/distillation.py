@@ -51,8 +51,7 @@ class Distillation(StaticMethod):
     that no expert has changed stay, and so do the heads: the result is one backbone for all tasks.
 
     Needs an anchor, the experts' heads and unlabelled examples; no labels. Cost: ``epochs`` forward and backward passes
-    over the examples of all tasks, which is far more than other rules take and less than training them on all tasks
-    together. Held in memory: one model with its gradients and Adam's two moments, one expert at a time, and what a
+    over the examples of all tasks, far more than what other rules take. Held in memory: one model with its gradients and Adam's two moments, one expert at a time, and what a
     batch leaves for its backward pass.
 
     Source: our own; the loss is that of Ba & Caruana, *Do Deep Nets Really Need to be Deep?*, NeurIPS 2014 (arXiv
