@@ -240,7 +240,7 @@ def merging_bytes(parameters: Sequence[Parameter], tasks: int, methods: Iterable
             seen = min(size, BLOCK_ELEMENTS) if rule.in_blocks(parameter) else size
             masks = tasks * size if method.form == "per-task" else 0
             highest = max(highest, held + before + 4 * (2 * size + seen * RULE_TENSORS * tasks) + masks)
-    return max([highest, *waiting])
+    return highest
 
 
 def _kept_bytes(rule: MergeMethod, parameters: Iterable[Parameter], tasks: int) -> int:

@@ -358,8 +358,7 @@ class Workflow:
 
     def _classifier(self, name: str) -> nn.Module:
         """A task's expert with its head, in memory."""
-        task = next(task for task in self.recipe.tasks if task.name == name)
-        return load_expert(self._expert_folder(name), task)
+        return load_expert(self._expert_folder(name), self.recipe.task(name))
 
     @cached_property
     def _scale_searcher(self) -> ScaleSearcher:

@@ -78,6 +78,12 @@ def test_a_merged_model_is_stale_when_its_anchor_would_be(ready_settings):
         {"method": "featcal", "anchor": "task_arithmetic", "vectors": ["plain"], "options": {"examples": 4}},
         {"method": "fisher", "vectors": ["plain"]},
         {"method": "average", "vectors": ["plain"]},
+        {
+            "method": "distillation",
+            "anchor": "task_arithmetic",
+            "vectors": ["plain"],
+            "options": {"examples": 4, "epochs": 1},
+        },
     ]
 
     def recipe(**changes):
@@ -99,6 +105,10 @@ def test_a_merged_model_is_stale_when_its_anchor_would_be(ready_settings):
     fewer = states(capture={**ready_settings["capture"], "gradient_examples": 3})
     assert fewer["merged/fisher-plain"] == "stale"
     assert fewer["merged/featcal-plain"] == fewer["merged/average-plain"] == "there"
+    # Batches are what distillation takes its steps on.
+    batched = states(capture={**ready_settings["capture"], "batch_size": 2})
+    assert batched["merged/distillation-plain"] == "stale"
+    assert batched["merged/featcal-plain"] == "there"
     turned = {"tasks": list(reversed(ready_settings["tasks"]))}
     assert states(**turned)["merged/featcal-plain"] == states(**turned)["merged/average-plain"] == "there"
     fewer_rows = states(examples={"train": 7})

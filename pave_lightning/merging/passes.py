@@ -285,7 +285,7 @@ def load_parameters(module: nn.Module, values: Mapping[str, Tensor]) -> None:
 def share_parameters(module: nn.Module, shared: Mapping[str, nn.Parameter]) -> None:
     """Put parameters into a module, in place of its own of the same names; other modules may hold them as well.
 
-    What is tied to one of them stays tied. Buffers of these names are given the values.
+    What is tied to one of them inside the module stays tied. Buffers of these names are given the values.
 
     Raises:
         PaveError: the module has nothing of that name: checkpoints store it under another one.

@@ -18,6 +18,7 @@ from pave_lightning.reporting.experiment_table import (
     paired,
     plainly,
     same,
+    signed,
     summary_of,
 )
 from pave_lightning.reporting.experiment_view import ExperimentView
@@ -67,12 +68,12 @@ def verdict(found: Paired) -> str:
     if not found.seeds:
         return "no seed has both"
     if found.seeds == 1:
-        return f"{_signed(found.mean)} in one seed; one seed settles nothing"
-    told = f"mean difference {_signed(found.mean)}, sd {found.sd:.3f}"
+        return f"{signed(found.mean)} in one seed; one seed settles nothing"
+    told = f"mean difference {signed(found.mean)}, sd {found.sd:.3f}"
     told += f", above zero in {found.better} of {found.seeds} seeds"
     if found.seeds < ENOUGH_SEEDS:
         return f"{told}; two seeds settle nothing"
-    told += f", 95 % interval {_signed(found.low)} to {_signed(found.high)}"
+    told += f", 95 % interval {signed(found.low)} to {signed(found.high)}"
     if abs(found.mean) <= TINY and found.sd <= TINY:
         return f"{told}: the same in every seed"
     if found.contains_zero:
@@ -184,7 +185,7 @@ def _chosen_on_other_seeds(scores: ExperimentScores, own: pd.DataFrame, name: st
     found = paired(judged)
     if not found.seeds:
         return []
-    told = f"{_signed(found.mean)}, above zero in {found.better} of {found.seeds} seeds"
+    told = f"{signed(found.mean)}, above zero in {found.better} of {found.seeds} seeds"
     return [f"{name}, each seed at the setting that is best in the other seeds: mean difference {told}"]
 
 
@@ -287,7 +288,7 @@ def _tasks(scores: ExperimentScores, best: pd.DataFrame) -> list[str]:
 
         def told(task: str, by_task: dict[Any, Paired] = by_task) -> str:
             found = by_task[task]
-            return f"{task} {_signed(found.mean)} (above zero in {found.better} of {found.seeds})"
+            return f"{task} {signed(found.mean)} (above zero in {found.better} of {found.seeds})"
 
         if len(ranked) == 1:
             lines.append(f"{name}: {told(ranked[0])}")
@@ -362,7 +363,3 @@ def _model_name(model: Any, form: Any) -> str:
     if form == "expert":
         return f"{model} (not merged)"
     return f"{model} (per-task)" if form == "per-task" else str(model)
-
-
-def _signed(value: float) -> str:
-    return f"{value + 0.0:+.3f}" if abs(value) >= 0.0005 else "0.000"

@@ -8,13 +8,14 @@ from typing import Any
 
 import pandas as pd
 
+from pave_lightning.reporting.experiment_table import signed
 from pave_lightning.reporting.markdown import escaped, table
 
 # Form of a model -> what its table is called.
-TABLES = {"static": "One set of weights for all tasks", "per-task": "Something kept for each task"}
+TABLES = {"static": "One set of weights for all tasks", "per-task": "Something extra for each task"}
 NOTE = (
-    "Seconds and memory are those of merging alone, on average over plain and purified. Capturing statistics, gradients,"
-    " the merge of an anchor and the search for a scale come on top."
+    "Seconds and memory are those of merging alone, on average over plain and purified. Capturing statistics,"
+    " gradients, the merge of an anchor and the search for a scale come on top."
 )
 HEADER = ("model", "plain", "purified", "difference", "seconds", "peak MB")
 
@@ -53,11 +54,14 @@ def _line(model: str, rows: pd.DataFrame) -> tuple[str, ...]:
 
 
 def _mean(row: Mapping[Any, Any] | None) -> str:
-    return "" if row is None else _with_spread(row["mean"], row["sd"], signed=False)
+    return "" if row is None else _with_spread(row["mean"], row["sd"], difference=False)
 
 
-def _with_spread(value: Any, spread: Any, *, signed: bool = True) -> str:
-    told, around = _number(value, "+.3f" if signed else ".3f"), _number(spread, ".3f")
+def _with_spread(value: Any, spread: Any, *, difference: bool = True) -> str:
+    if value is None or math.isnan(value):
+        return ""
+    around = _number(spread, ".3f")
+    told = signed(value) if difference else f"{value:.3f}"
     return f"{told} ± {around}" if around else told
 
 

@@ -254,6 +254,11 @@ def plainly(value: Any) -> str:
     return f"{value:.6g}" if is_number(value) else str(value)
 
 
+def signed(value: float) -> str:
+    """A difference to three digits, with its sign unless it rounds to zero."""
+    return f"{value + 0.0:+.3f}" if abs(value) >= 0.0005 else "0.000"
+
+
 def is_number(value: Any) -> bool:
     """Whether a value is a finite number; true and false are none."""
     return (

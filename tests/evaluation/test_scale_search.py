@@ -122,6 +122,16 @@ def test_experts_are_scored_once_for_each_number_of_examples(searcher):
     assert [scale for _, scale, _ in stub.asked].count(None) == 2
 
 
+def test_the_rows_of_a_search_are_found_once(searcher, suite):
+    _, found = searcher([1.0, 1.0, 1.0], lambda scale: [scale] * 3)
+    asked = []
+    given, found.data = found.data, lambda task: asked.append(task.name) or given(task)
+    find(found)
+    find(found)
+    find(found, examples=2)
+    assert asked == 2 * [task.name for task in suite.tasks]
+
+
 def test_scores_that_are_no_numbers_never_win(searcher):
     _, search = searcher((1, 1, 1), lambda scale: (math.nan, 1, 1) if scale > 0.6 else (scale, 0, 0))
     assert find(search)["scale"] == 0.5

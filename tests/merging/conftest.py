@@ -220,10 +220,10 @@ class Classifier(nn.Module):
 
     def __init__(self, outputs):
         super().__init__()
-        self.backbone, self.head = Backbone(), nn.Linear(WIDTH, outputs)
+        self.backbone, self.dropout, self.head = Backbone(), nn.Dropout(0.5), nn.Linear(WIDTH, outputs)
 
     def forward(self, input_ids, attention_mask=None):
-        return SimpleNamespace(logits=self.head(self.backbone(input_ids, attention_mask)[:, 0]))
+        return SimpleNamespace(logits=self.head(self.dropout(self.backbone(input_ids, attention_mask)[:, 0])))
 
 
 @pytest.fixture
@@ -260,7 +260,7 @@ def walkable(make_source):
         made = Classifier({"one": 3, "two": 1}[task])
         weights = {p.name: source.expert(task, p) for p in source.parameters}
         made.backbone.load_state_dict(weights)
-        return made
+        return made.eval()
 
     passes = ForwardPasses(backbone, source, batches, classifier=classifier)
     return source, Evidence(passes=passes, anchor=anchor)

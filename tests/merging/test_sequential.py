@@ -39,6 +39,14 @@ def test_the_running_rules_are_sum_and_mean(make_source, rule, of):
             assert merged[name].numpy() == pytest.approx(expected, abs=1e-5)
 
 
+def test_large_parameters_are_summed_to_their_end(make_source):
+    random = np.random.default_rng(0)
+    # Not a multiple of the elements that are summed at a time, in a shape of its own.
+    vectors = {task: {"w": random.standard_normal((7, 5001))} for task in ("one", "two", "three")}
+    merged = merge(Sum(), make_source(vectors)).vectors["w"].numpy()
+    assert merged == pytest.approx(sum(named["w"] for named in vectors.values()), abs=1e-5)
+
+
 @pytest.mark.parametrize("rule", [Sum, Mean])
 @pytest.mark.parametrize("scale", [None, 0.3, 1.7])
 @pytest.mark.parametrize("at_once", [1, 2])

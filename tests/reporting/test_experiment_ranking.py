@@ -30,13 +30,13 @@ def test_models_stand_by_their_better_form_and_kinds_apart():
         "| iso\\_c | 0.600 ± 0.012 | 0.800 | +0.200 | 2.0 | 150 |",
         "| ties | 0.700 ± 0.012 | 0.680 ± 0.012 | -0.020 ± 0.004 | 2.5 | 150 |",
     ]
-    assert other_heading == "### Something kept for each task"
+    assert other_heading == "### Something extra for each task"
     assert "come on top" in note
     assert per_task.splitlines()[2:] == ["| emr | 0.950 ± 0.012 |  |  | 2.0 | 150 |"]
 
 
 def test_costs_that_nobody_measured_are_left_empty():
     best = pd.DataFrame([row("ties", "plain", 0.7, seconds=math.nan, peak_megabytes=math.nan)])
-    heading, static = ranking(best)
+    _, static = ranking(best)
     assert static.endswith("| ties | 0.700 ± 0.012 |  |  |  |  |")
     assert ranking(best.iloc[:0]) == []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -16,11 +16,14 @@ from pave_lightning.merging.evidence import Evidence, Need
 from pave_lightning.merging.passes import share_parameters
 from pave_lightning.weights import Parameter, TaskVectors
 from pave_lightning.weights.architecture import backbone_of
+from pave_lightning.weights.checkpoint import is_finite
 
 log = logging.getLogger(__name__)
 
 # Share of the steps in which the rate rises; afterwards it falls to zero. Both in a straight line.
 WARM_UP = 0.1
+# Logits whose variance is below this share of their mean square are taken for constant.
+CONSTANT = 1e-9
 
 
 class DistillationOptions(MethodOptions):
@@ -29,11 +32,11 @@ class DistillationOptions(MethodOptions):
     examples: int = Field(default=512, ge=1)
     """Unlabelled training examples a task."""
     epochs: int = Field(default=4, ge=1)
-    """How often each example is seen; the examples of a task that has fewer of them are seen more often."""
+    """How often each example is seen; those of a task that has fewer batches of them are seen more often."""
     rate: float = Field(default=1e-4, gt=0)
     """Highest step size of Adam."""
     seed: int = 0
-    """Decides the order of the examples."""
+    """Decides the order of the batches."""
 
 
 @register("distillation")
@@ -46,13 +49,16 @@ class Distillation(StaticMethod):
 
     .. math:: \min_\theta \sum_t \frac{1}{\sigma_t^2} E_x \| z(x) - z_t(x) \|^2 ,
 
-    so that a task's part is the share of its logits' variance that the merged model does not explain: tasks count alike
-    whatever the scale of their logits, regressions too. Adam, gradients of all tasks in every step, no dropout. Weights
-    that no expert has changed stay, and so do the heads: the result is one backbone for all tasks.
+    so that a task's part is the variance of its logits that the merged model leaves unexplained, as a multiple of all
+    of it: tasks count alike whatever the scale of their logits, regressions too, and so does an expert whose logits
+    hardly vary. Adam, gradients of all tasks in every step, no dropout. Weights that no expert has changed stay, and so
+    do the heads: the result is one backbone for all tasks. The experts are the plain ones; purification acts through
+    the anchor alone.
 
-    Needs an anchor, the experts' heads and unlabelled examples; no labels. Cost: ``epochs`` forward and backward passes
-    over the examples of all tasks, far more than what other rules take. Held in memory: one model with its gradients and Adam's two moments, one expert at a time, and what a
-    batch leaves for its backward pass.
+    Needs an anchor, the experts' heads and unlabelled examples; no labels. Cost: one forward pass of each expert over
+    its examples, then ``epochs`` forward and backward passes over those of all tasks, far more than what other rules
+    take. Held in memory: the anchor, one model with its gradients and Adam's two moments, and what a batch leaves for
+    its backward pass.
 
     Source: our own; the loss is that of Ba & Caruana, *Do Deep Nets Really Need to be Deep?*, NeurIPS 2014 (arXiv
     1312.6184), with one teacher a task.
@@ -61,7 +67,7 @@ class Distillation(StaticMethod):
     summary = "train a merged model towards the experts' logits on unlabelled examples"
     source = "our own; loss of Ba & Caruana 2014, arXiv 1312.6184"
     cost = Cost.TRAINING
-    held_models = 5  # the weights, their gradients, Adam's two moments, and an expert
+    held_models = 5  # the anchor, the weights, their gradients, Adam's two moments
     whole_model_pass = True
     needs = frozenset({Need.ANCHOR, Need.UNLABELLED_EXAMPLES})
     Options: ClassVar[type[DistillationOptions]] = DistillationOptions
@@ -78,6 +84,8 @@ class Distillation(StaticMethod):
         weights = {}
         for parameter in vectors.parameters:
             start = vectors.base(parameter) + self.evidence.anchor_vector(parameter)
+            if not is_finite(start):
+                raise PaveError(f"the anchor's {parameter.name} holds NaN or infinite values; merge the anchor again")
             changed = any(bool(vectors.vector(task, parameter).any()) for task in vectors.tasks)
             weights[parameter.name] = nn.Parameter(start.to(device), requires_grad=changed)
         # In an order of their own, so that sums do not depend on how the recipe lists the tasks.
@@ -101,8 +109,9 @@ class Distillation(StaticMethod):
         if not torch.isfinite(variance):
             raise PaveError(f"task '{name}': the expert's outputs are not finite; look for broken weights")
         share_parameters(backbone_of(model.requires_grad_(False)), weights)
-        # Of an expert that always says the same, the plain difference counts.
-        return _Teaching(name, model, batches, logits, variance if variance > 0 else torch.ones_like(variance))
+        # Of an expert that always says the same, but for rounding, the plain difference counts.
+        constant = variance <= CONSTANT * every.square().sum(dim=-1).mean()
+        return _Teaching(name, model, batches, logits, torch.ones_like(variance) if constant else variance)
 
     def _train(self, weights: list[nn.Parameter], tasks: list[_Teaching]) -> None:
         if not weights:
@@ -113,7 +122,7 @@ class Distillation(StaticMethod):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate_factor(step, steps))
         generator = torch.Generator().manual_seed(int(self.options.seed))
         orders = {task.name: task.order(steps, generator) for task in tasks}
-        unexplained = 0.0
+        before, unexplained = _on_first_batches(tasks), 0.0
         for step in range(steps):
             optimiser.zero_grad()
             for task in tasks:
@@ -122,12 +131,11 @@ class Distillation(StaticMethod):
                 unexplained += float(loss.detach())
             optimiser.step()
             schedule.step()
-            if not unexplained < float("inf"):
-                raise PaveError(f"distillation diverged in step {step + 1} of {steps}; expected a smaller 'rate'")
             if (step + 1) % longest == 0:
                 epoch = (step + 1) // longest
-                log.info("  epoch %d: %.4f of the experts' logits unexplained", epoch, unexplained / longest)
+                log.info("  epoch %d: %.4f of the logits' variance unexplained", epoch, unexplained / longest)
                 unexplained = 0.0
+                _refuse_divergence(before, _on_first_batches(tasks))
 
 
 class _Teaching:
@@ -139,7 +147,7 @@ class _Teaching:
         self.name, self.model, self.batches, self.logits, self.variance = name, model, batches, logits, variance
 
     def error(self, index: int) -> Tensor:
-        """The share of the expert's variance that is not explained in a batch."""
+        """What is unexplained in a batch, as a multiple of the variance of the expert's logits."""
         found: Tensor = _centred(self.model(**self.batches[index]).logits)
         return (found - self.logits[index]).square().sum(dim=-1).mean() / self.variance
 
@@ -149,6 +157,21 @@ class _Teaching:
         while len(order) < steps:
             order += torch.randperm(len(self.batches), generator=generator).tolist()
         return order
+
+
+@torch.no_grad()
+def _on_first_batches(tasks: Sequence[_Teaching]) -> float:
+    """What is unexplained on the first batch of each task, on average over the tasks."""
+    return sum(float(task.error(0)) for task in tasks) / len(tasks)
+
+
+def _refuse_divergence(before: float, after: float) -> None:
+    """Raise where training has left the model worse than the anchor, and than one that knows the mean logits alone."""
+    if not after <= max(before, 1.0):
+        raise PaveError(
+            f"distillation diverged: it went from {before:.3g} to {after:.3g} of the variance of the experts' logits "
+            "unexplained; expected a smaller 'rate'"
+        )
 
 
 def rate_factor(step: int, steps: int) -> float:
