@@ -69,7 +69,6 @@ HARMLESS = {
     "regmean": ({}, 1),
     "robust_merge": ({"density": 1.0, "factor_weight": 1.0, "others": "sum"}, 3),
     "tsv_c": ({"rank_share": 1.0}, 1),
-    "tsv_m": ({"rank_share": 1.0}, 1),
 }
 # Rules that run models or calibrate merged ones; the tests of each bring what they need.
 RUN_HERE = [name for name, kind in OURS.items() if not {Need.UNLABELLED_EXAMPLES, Need.ANCHOR} & kind.needs]

@@ -61,7 +61,7 @@ class Cat(NormMomentMethod):
     A task none of whose examples reached a layer is not disturbed there. Needs the second moments of all inputs
     (``capture.moments: input``) and, unless ``norms: whole``, those of the norms (``capture.norms: true``). Cost: for
     each layer and pair of tasks one product of an update with a moment, for each task an eigenvalue problem of order
-    d_out.
+    d_out, or of order T d_in where that is less.
 
     Source: Sun et al., *CAT Merging*, ICML 2025 (arXiv 2505.06977). Departures: features are those of the experts
     themselves, not of models with scaled-down task vectors; moments are means over a task's rows; directions that
@@ -106,17 +106,20 @@ class Cat(NormMomentMethod):
 
     def _disturbing(self, parameter: Parameter, full: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """For each task whose examples reached the layer, orthonormal output directions, ``(d_out, c)``."""
+        basis, inside = _in_common(full)
         conflicts: dict[str, Tensor] = {}
-        own = torch.zeros(parameter.matrix_shape[0], parameter.matrix_shape[0], dtype=torch.float64)
+        order = len(next(iter(inside.values())))
+        own = torch.zeros(order, order, dtype=torch.float64)
         for task, moment in self.evidence.input_moments(full, parameter):
             conflicts[task] = torch.zeros_like(own)
-            for other, vector in full.items():
+            for other, vector in inside.items():
                 changes = vector @ moment @ vector.T
                 if other == task:
                     own += changes
                 conflicts[task].add_(changes, alpha=self.options.own_weight if other == task else 1.0)
         # The task's own changes are in the sum of all, and were added to its conflict to take them out of it again.
-        return {task: self._leading(conflict - self.options.own_weight * own) for task, conflict in conflicts.items()}
+        found = {task: self._leading(conflict - self.options.own_weight * own) for task, conflict in conflicts.items()}
+        return found if basis is None else {task: basis @ directions for task, directions in found.items()}
 
     def _leading(self, conflict: Tensor) -> Tensor:
         eigen = symmetric_eigen(-(conflict + conflict.T) / 2)
@@ -163,6 +166,18 @@ def _drop(kept: Mapping[str, Tensor], task: str, score: Tensor, count: int) -> N
     for other, mask in kept.items():
         if other != task:
             mask.view(-1)[order] = 0
+
+
+def _in_common(updates: Mapping[str, Tensor]) -> tuple[Tensor | None, Mapping[str, Tensor]]:
+    """An orthonormal basis of what all updates' outputs span, and the updates in it; None and themselves if it is all.
+
+    Conflicts of several tasks lie in the space of all of them, which may have as many dimensions as there are outputs.
+    """
+    height, width = next(iter(updates.values())).shape
+    if len(updates) * width >= height:
+        return None, updates
+    basis, inside = torch.linalg.qr(torch.cat(list(updates.values()), dim=1))
+    return basis, dict(zip(updates, inside.split(width, dim=1), strict=True))
 
 
 def _span(columns: Tensor) -> Tensor:

@@ -30,7 +30,8 @@ class DcMergeOptions(MatrixOptions):
     """
 
     rank: int | None = Field(default=None, ge=1)
-    """How many singular directions each task keeps of a matrix; an equal part of them where nothing is said."""
+    """How many singular directions each task keeps of a matrix; an equal part of them where nothing is said, and not
+    more than that."""
     keep_share: float = Field(default=0.001, gt=0, le=1)
     """Share of each task's entries in the cover space that survive the trim; at least one does."""
     smoothing: Literal["none", "mean", "linear"] = "none"
@@ -72,10 +73,8 @@ class DcMerge(MatrixMethod):
     def problems(self, vectors: TaskVectors, evidence: Evidence) -> Iterator[str]:
         """Matrices that have too few singular directions."""
         yield from super().problems(vectors, evidence)
-        if self.options.rank is not None:
-            return
         for parameter in filter(self.covers, vectors.parameters):
-            problem = too_narrow(parameter, len(vectors.tasks))
+            problem = too_narrow(parameter, len(vectors.tasks), self.options.rank)
             if problem:
                 yield problem
 

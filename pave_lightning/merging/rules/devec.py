@@ -27,7 +27,8 @@ class DeVecOptions(MatrixOptions):
     """Share of a task vector's squared singular values that its effective rank holds: with all of them, any two task
     vectors of full fine-tuning share every direction. LoRA updates have a low rank anyway."""
     overlap: float = Field(default=0.85, gt=0, lt=1)
-    """How much of a direction must lie in the tasks' output spaces, on average over the tasks, for it to be shared."""
+    """How much of a direction must lie in each task's output space, at least, for it to be shared: the squared norm of
+    its projection."""
     shared_weight: float = Field(default=1.0, ge=-1)
     """How often the shared parts count beside the task vectors: 1 is the source's rule for merging, 0 is Task
     Arithmetic, and -1 leaves only what is unique to the tasks."""
@@ -39,7 +40,9 @@ class DeVec(MatrixMethod):
 
     For a matrix weight, with :math:`U_t` the left singular vectors of :math:`\tau_t` up to its effective rank:
 
-    1. :math:`Z`: eigenvectors of :math:`\frac{1}{T} \sum_t U_t U_t^T` with an eigenvalue above ``overlap``.
+    1. :math:`Z`: eigenvectors of :math:`\frac{1}{T} \sum_t U_t U_t^T` with an eigenvalue above
+       :math:`1 - (1 - o) / T`, where o is ``overlap``. All tasks together then lack less than 1 - o of such a
+       direction, so each has more than o of it.
     2. Shared and unique part of a task vector: :math:`Z Z^T \tau_t` and :math:`\tau_t - Z Z^T \tau_t`.
     3. :math:`\Delta = \sum_t \tau_t + \sum_t Z Z^T \tau_t`: the shared parts are added as further task vectors.
 
@@ -48,10 +51,11 @@ class DeVec(MatrixMethod):
 
     Source: Damirchi et al., *Decomposing Task Vectors for Refined Model Editing*, 2025 (arXiv 2512.22511); no code is
     published. Departures: the source multiplies the projectors, and the product is not symmetric and depends on the
-    order of the tasks, so their mean stands in for it; a direction has eigenvalue 1 of either if and only if it lies in
-    all spaces, but away from 1 the product falls faster (for two spaces at an angle a it is cos(a)^2, the mean is
-    (1 + cos(a)) / 2), so the source's threshold of 0.85 is milder here. How the source finds the effective rank, and
-    which coefficients it merges with, is not known: the share of energy and Task Arithmetic's scale stand in.
+    order of the tasks, so their mean stands in for it, with a threshold that a direction which one task lacks cannot
+    pass, as it cannot pass the source's 0.85 for the product. A direction has eigenvalue 1 of either if and only if it
+    lies in all spaces. For two spaces at an angle a the product's eigenvalue is cos(a)^2, and the threshold here asks
+    for cos(a) above 0.85, which is milder. How the source finds the effective rank, and which coefficients it merges
+    with, is not known: the share of energy and Task Arithmetic's scale stand in.
     """
 
     summary = "sum of the task vectors in which directions common to all tasks count twice"
@@ -77,7 +81,7 @@ def shared_directions(matrices: Sequence[Tensor], *, energy: float, overlap: flo
     Args:
         matrices: of shape ``(m, n)`` each, any float dtype.
         energy: share of a matrix's squared singular values that its effective rank holds, in (0, 1].
-        overlap: how much of a direction must lie in the column spaces on average, in (0, 1).
+        overlap: how much of a direction must lie in each of the column spaces, in (0, 1).
 
     Returns:
         Orthonormal columns, shape ``(m, k)``, float64; the most common ones first.
@@ -85,7 +89,8 @@ def shared_directions(matrices: Sequence[Tensor], *, energy: float, overlap: flo
     spaces = torch.cat([_column_space(matrix, energy) for matrix in matrices], dim=1)
     # The squared singular values of the bases side by side are the eigenvalues of the projectors' mean.
     common = leading_triplets(spaces / math.sqrt(len(matrices)))
-    return common.left[:, common.values.square() > overlap]
+    # What the spaces lack of a direction, summed over them, must be less than any one of them may lack.
+    return common.left[:, common.values.square() > 1 - (1 - overlap) / len(matrices)]
 
 
 def _column_space(matrix: Tensor, energy: float) -> Tensor:

@@ -12,7 +12,9 @@ from pydantic import Field
 from torch import Tensor
 
 from pave_lightning.merging.base import Cost, register
+from pave_lightning.merging.evidence import Evidence
 from pave_lightning.merging.matrices import MatrixMethod, MatrixOptions
+from pave_lightning.merging.rules.tsv import too_narrow
 from pave_lightning.subspace.descent import adam_descent
 from pave_lightning.subspace.factorisation import leading_triplets
 from pave_lightning.subspace.selection import kth_largest_magnitudes
@@ -111,6 +113,14 @@ class DogeTa(MatrixMethod):
     whole_model_pass = True
     Options = DogeOptions
 
+    def problems(self, vectors: TaskVectors, evidence: Evidence) -> Iterator[str]:
+        """Matrices that have too few singular directions for so many tasks."""
+        yield from super().problems(vectors, evidence)
+        for parameter in filter(self.covers, vectors.parameters):
+            problem = too_narrow(parameter, len(vectors.tasks))
+            if problem:
+                yield problem
+
     def prepare(self, vectors: TaskVectors) -> None:
         """Find each task's threshold over all matrix weights, and the mean norm of their task vectors."""
         matrices = [parameter for parameter in vectors.parameters if self.covers(parameter)]
@@ -176,14 +186,14 @@ def shared_subspace(vectors: list[Tensor], divisor: int) -> Tensor:
     """An orthonormal basis of the output directions that tasks share.
 
     Args:
-        vectors: T task vectors of one layer, ``d_out x d_in``.
+        vectors: T task vectors of one layer, ``d_out x d_in``; T is at most the smaller side.
         divisor: what the smaller side is divided by to give the dimension, which is 1 at least.
 
     Returns:
         Shape ``(d_out, k)``, float64, with k at most that dimension.
     """
     rank = min(vectors[0].shape)
-    bases = [leading_triplets(vector, max(1, rank // len(vectors))).left for vector in vectors]
+    bases = [leading_triplets(vector, rank // len(vectors)).left for vector in vectors]
     return leading_triplets(torch.cat(bases, dim=1), max(1, rank // divisor)).left
 
 

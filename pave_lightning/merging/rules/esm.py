@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -10,12 +10,15 @@ from pydantic import Field
 from torch import Tensor
 
 from pave_lightning.merging.base import register
-from pave_lightning.merging.evidence import Need
+from pave_lightning.merging.evidence import Evidence, Need
 from pave_lightning.merging.matrices import MatrixMethod, MatrixOptions
+from pave_lightning.merging.rules.tsv import too_few_outputs
 from pave_lightning.subspace import polar_factor
 from pave_lightning.subspace.ridge import TOLERANCE
 from pave_lightning.subspace.solver import symmetric_eigen
-from pave_lightning.weights import Parameter, TaskVectors
+from pave_lightning.weights import Parameter, ParameterKind, TaskVectors
+
+BIASES = (ParameterKind.BIAS, ParameterKind.NORM_SHIFT)
 
 
 class EsmOptions(MatrixOptions):
@@ -35,7 +38,11 @@ class EsmOptions(MatrixOptions):
     power. 0 weighs them alike (the paper); the published code has 0.15."""
     magnitude: Literal["kept", "unit"] = "kept"
     """What becomes of sizes when directions are made orthogonal: multiplied with the mean singular value (the published
-    code), or all singular values become 1, whatever the size of the task vectors; then the scale has to be searched."""
+    code), or all singular values become 1 (the paper), whatever the size of the task vectors; then the scale has to be
+    searched."""
+    biases: Literal["mean", "base"] | None = None
+    """What becomes of biases, those of norms included: the mean of their task vectors, or the base's values, as in the
+    published code for RoBERTa. Where nothing is said, what ``others`` says."""
 
 
 @register("esm")
@@ -56,15 +63,21 @@ class Esm(MatrixMethod):
 
     A task none of whose examples reached a layer has no directions in it; where no task has, the layer gets the mean.
 
-    Needs the second moments of all inputs (``capture.moments: input``). Cost: one eigenvalue problem of order d_out a
-    task and layer, and two polar factors a layer; merged task vectors are held until all layers are done.
+    Needs the second moments of all inputs (``capture.moments: input``). Cost: one eigenvalue problem of the smaller
+    side a task and layer, and two polar factors a layer; merged task vectors are held until all layers are done.
 
     Source: *Model Merging in the Essential Subspace*, CVPR 2026 (arXiv 2602.20208). It tunes the scale on validation
-    data. Departures: the moments are those of all captured rows, not of 32 inputs; all matrix weights are treated
-    alike, where the published code merges attention outputs of ViT by another rule; no part of a polar factor is made
-    up for directions that are not there. The published code for ViT is ``norm_of: whole``,
-    ``eigenvalue_exponent: 0.15`` and twice the scale; that for RoBERTa is ``eigenvalue_exponent: 0.15``,
-    ``scale_tasks: false`` and ``scale_inputs: false`` with biases left at the base's.
+    data. Departures: the mean singular values in step 3 are the published code's, the paper has the plain polar factors
+    (``magnitude: unit``), whose product has the same size however little the experts moved, so that no scale fits
+    without a search; the moments are those of all captured rows, not of 32 inputs; all matrix weights are treated
+    alike; no part of a polar factor is made up for directions that are not there; fewer than two outputs for each task
+    are refused.
+
+    The published code for RoBERTa is ``eigenvalue_exponent: 0.15``, ``scale_tasks: false``, ``scale_inputs: false`` and
+    ``biases: base``, but that it merges embeddings as `TsvMerge` does. That for ViT is ``norm_of: whole``,
+    ``eigenvalue_exponent: 0.15`` and twice the scale as far as the matrices of MLPs and the inputs of attention go; it
+    multiplies only those with the scale, and adds all else once, attention outputs and tables merged as `TsvMerge`
+    does, which no options give here.
     """
 
     summary = "orthogonal directions that the updates move most on real inputs"
@@ -74,6 +87,14 @@ class Esm(MatrixMethod):
     held_models = 1
     Options: ClassVar[type[EsmOptions]] = EsmOptions
 
+    def problems(self, vectors: TaskVectors, evidence: Evidence) -> Iterator[str]:
+        """Matrices that have too few outputs for so many tasks."""
+        yield from super().problems(vectors, evidence)
+        for parameter in filter(self.covers, vectors.parameters):
+            problem = too_few_outputs(parameter, len(vectors.tasks))
+            if problem:
+                yield problem
+
     def prepare(self, vectors: TaskVectors) -> None:
         """Forget the norms of the last merge."""
         self._norms: dict[str, float] = {}
@@ -82,7 +103,7 @@ class Esm(MatrixMethod):
     def merge_matrix(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
         """The merged update before it is compared with those of other layers."""
         parts = [
-            self._essential(vectors[task], moment, max(1, parameter.matrix_shape[0] // len(vectors)))
+            self._essential(vectors[task], moment, parameter.matrix_shape[0] // len(vectors))
             for task, moment in self.evidence.input_moments(vectors, parameter)
         ]
         if not parts:
@@ -91,6 +112,14 @@ class Esm(MatrixMethod):
         self._norms[parameter.name] = float(merged.norm())
         self._groups.setdefault(kind_of_layer(parameter), []).append(parameter.name)
         return merged
+
+    def merge_other(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
+        """Biases as the options say, all else as for other rules."""
+        if parameter.kind not in BIASES or self.options.biases is None:
+            return super().merge_other(parameter, base, vectors)
+        if self.options.biases == "base":
+            return torch.zeros_like(base)
+        return torch.stack(list(vectors.values())).mean(dim=0)
 
     def factor(self, parameter: Parameter) -> float:
         """The squared norm of a layer's update, relative to the mean of its kind."""
@@ -104,11 +133,7 @@ class Esm(MatrixMethod):
     def _essential(self, vector: Tensor, moment: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
         """Directions ``(d_out, k)``, coordinates ``(k, d_in)``, and the norm that the task is scaled by."""
         full = vector.double()
-        changes = full @ moment @ full.T
-        eigen = symmetric_eigen(-(changes + changes.T) / 2)
-        values = -eigen.values[:rank]
-        values = values[values > TOLERANCE * values[:1].clamp(min=0)]
-        directions = eigen.smallest(len(values)) if len(values) else full.new_empty(len(full), 0)
+        directions, values = essential_directions(full, moment, rank)
         coordinates = directions.T @ full
         norm = float(full.norm() if self.options.norm_of == "whole" else coordinates.norm())
         if self.options.eigenvalue_exponent and len(values):
@@ -133,6 +158,29 @@ class Esm(MatrixMethod):
             return factor
         # The inner product of a matrix with its polar factor is the sum of its singular values.
         return factor * (float((factor * matrix).sum()) / min(matrix.shape))
+
+
+def essential_directions(update: Tensor, moment: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The output directions that an update moves most on its inputs, and the mean squares of these movements.
+
+    Args:
+        update: shape ``(d_out, d_in)``, float64.
+        moment: second moment of the inputs, ``(d_in, d_in)``, float64.
+        count: how many directions at most; those along which nothing moves are left out.
+
+    Returns:
+        Orthonormal columns, ``(d_out, k)``, and ``k`` values, largest first.
+    """
+    basis, inside = None, update
+    if len(update) > update.shape[1]:
+        # All outputs lie in the update's column space, which has no more dimensions than there are inputs.
+        basis, inside = torch.linalg.qr(update)
+    changes = inside @ moment @ inside.T
+    eigen = symmetric_eigen(-(changes + changes.T) / 2)
+    values = -eigen.values[:count]
+    values = values[values > TOLERANCE * values[:1].clamp(min=0)]
+    directions = eigen.smallest(len(values)) if len(values) else inside.new_empty(len(inside), 0)
+    return (directions if basis is None else basis @ directions), values
 
 
 def kind_of_layer(parameter: Parameter) -> str:

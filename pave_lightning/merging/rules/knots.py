@@ -65,6 +65,7 @@ class Knots(MatrixMethod):
     summary = "TIES on the coordinates of the task vectors in a basis that the tasks share"
     source = "Stoica et al. 2025, arXiv 2410.19735"
     whole_model_pass = True
+    held_models = 2  # the bases of all layers, where task vectors are full
     default_scale = 0.6
     Options = KnotsOptions
 

@@ -29,16 +29,37 @@ def rank_of_share(directions: int, share: float | None, tasks: int) -> int:
     return directions // tasks if share is None else math.floor(directions * share + 1e-9)
 
 
-def too_narrow(parameter: Parameter, tasks: int) -> str | None:
-    """Why the singular directions of a matrix weight cannot be split evenly among so many tasks; None if they can."""
+def too_few_outputs(parameter: Parameter, tasks: int) -> str | None:
+    """Why the output directions of a matrix weight cannot be split among so many tasks; None if they can."""
+    height, _ = parameter.matrix_shape
+    if height < 2 * tasks:
+        return _cannot_split(parameter, f"its {height} outputs are fewer than two for each of {tasks} tasks")
+    return None
+
+
+def too_narrow(parameter: Parameter, tasks: int, rank: int | None = None) -> str | None:
+    """Why the singular directions of a matrix weight cannot be split among so many tasks; None if they can.
+
+    Args:
+        parameter: the matrix weight.
+        tasks: number of tasks.
+        rank: how many directions each task keeps; an equal part of them where None.
+    """
     height, width = parameter.matrix_shape
-    if min(height, width) < tasks:
-        what = f"its {min(height, width)} singular directions cannot be split among {tasks} tasks"
-    elif height < 2 * tasks:
-        what = f"its {height} outputs are fewer than two for each of {tasks} tasks"
-    else:
-        return None
-    return f"{parameter.name} is {height} x {width}: {what}; merge fewer tasks, or use a rule that splits no ranks"
+    directions = min(height, width)
+    if directions < tasks:
+        return _cannot_split(parameter, f"its {directions} singular directions cannot be split among {tasks} tasks")
+    if rank is not None and rank * tasks > directions and height >= 2 * tasks:
+        return (
+            f"{parameter.name} is {height} x {width}: {rank} singular directions for each of {tasks} tasks are more "
+            f"than its {directions}; keep at most {directions // tasks} for each, or merge fewer tasks"
+        )
+    return too_few_outputs(parameter, tasks)
+
+
+def _cannot_split(parameter: Parameter, why: str) -> str:
+    height, width = parameter.matrix_shape
+    return f"{parameter.name} is {height} x {width}: {why}; merge fewer tasks, or use a rule that splits no ranks"
 
 
 class TsvMergeOptions(MatrixOptions):
@@ -46,7 +67,7 @@ class TsvMergeOptions(MatrixOptions):
 
     rank_share: float | None = Field(default=None, gt=0, le=1)
     """Share of its singular directions that each task keeps of a matrix; one divided by the number of tasks where
-    nothing is said."""
+    nothing is said, and not more than that: directions of several tasks could not be made orthogonal."""
 
 
 @register("tsv_m")
@@ -79,13 +100,13 @@ class TsvMerge(MatrixMethod):
     def problems(self, vectors: TaskVectors, evidence: Evidence) -> Iterator[str]:
         """Matrices that have too few singular directions."""
         yield from super().problems(vectors, evidence)
-        share = self.options.rank_share
+        share, tasks = self.options.rank_share, len(vectors.tasks)
         for parameter in filter(self.covers, vectors.parameters):
-            if share is None:
-                problem = too_narrow(parameter, len(vectors.tasks))
-                if problem:
-                    yield problem
-            elif not rank_of_share(min(parameter.matrix_shape), share, len(vectors.tasks)):
+            rank = rank_of_share(min(parameter.matrix_shape), share, tasks)
+            problem = too_narrow(parameter, tasks, rank)
+            if problem:
+                yield problem
+            elif not rank:
                 yield (
                     f"{parameter.name} has {min(parameter.matrix_shape)} singular directions, of which the share "
                     f"{share:g} leaves none; raise rank_share"
@@ -115,7 +136,8 @@ class TsvCompress(PerTaskMethod):
 
     Task t runs with :math:`W_0 + U_t S_t V_t^T`, the :math:`q = \lfloor r / T \rfloor` leading singular triplets of
     :math:`\tau_t`, where r is the smaller side; so the task of an input must be known. Nothing is shared between tasks
-    but the base. What is neither a matrix nor a table (norms, biases) is kept as it is.
+    but the base, so any number of tasks and any share will do. What is neither a matrix nor a table (norms, biases) is
+    kept as it is.
 
     Needs no data. Cost: one symmetric eigenproblem of order r a matrix and task. Storage for each task: q times the
     sum of both sides a matrix, which for square ones is 2/T of the task vector.

@@ -5,6 +5,7 @@ import pytest
 
 from pave_lightning.errors import PaveError
 from pave_lightning.merging import merge
+from pave_lightning.merging.rules import cat
 from pave_lightning.merging.rules.cat import Cat, CatOptions
 from pave_lightning.weights import ParameterKind
 
@@ -52,13 +53,25 @@ def run(source, evidence, **options):
 
 @pytest.mark.parametrize("removal", ["together", "one_by_one"])
 @pytest.mark.parametrize(("count", "own_weight"), [(1, 5.0), (3, 0.5), (2, 0.0)])
-def test_matrices_as_from_the_features_themselves(make_source, make_evidence, removal, count, own_weight):
-    vectors, inputs = drawn(1)
+@pytest.mark.parametrize(("d_out", "d_in"), [(8, 5), (20, 5), (8, 12)])
+def test_matrices_as_from_the_features_themselves(make_source, make_evidence, removal, count, own_weight, d_out, d_in):
+    vectors, inputs = drawn(1, d_out, d_in)
     source = make_source(vectors, matrices=["w"])
     found = run(source, make_evidence(inputs), directions=count, own_weight=own_weight, removal=removal)["w"]
     expected = reference(vectors, inputs, count, own_weight, together=removal == "together")
     assert np.allclose(found, expected, atol=1e-4)
     assert not np.allclose(found, sum(named["w"] for named in vectors.values()), atol=0.1)
+
+
+@pytest.mark.parametrize(("d_out", "order"), [(40, 15), (15, 15), (12, 12)])
+def test_eigenvalue_problems_are_no_larger_than_what_all_tasks_span(
+    make_source, make_evidence, monkeypatch, d_out, order
+):
+    orders, plain = [], cat.symmetric_eigen
+    monkeypatch.setattr(cat, "symmetric_eigen", lambda matrix: orders.append(len(matrix)) or plain(matrix))
+    vectors, inputs = drawn(1, d_out)
+    run(make_source(vectors, matrices=["w"]), make_evidence(inputs))
+    assert orders == [order] * 3
 
 
 def test_the_two_ways_of_removal_differ(make_source, make_evidence):

@@ -161,7 +161,16 @@ def test_the_mean_of_what_agrees():
 def test_too_many_tasks_for_a_matrix(make_source):
     with pytest.raises(PaveError, match="w is 5 x 30: its 5 singular directions cannot be split among 6 tasks; merge"):
         run(make_source, random_matrices(6, (5, 30)))
-    run(make_source, random_matrices(6, (5, 30)), rank=2)
+    with pytest.raises(PaveError, match="w is 5 x 30: its 5 outputs are fewer than two for each of 3 tasks"):
+        run(make_source, random_matrices(3, (5, 30)), rank=1)
+
+
+def test_a_rank_that_needs_more_directions_than_there_are(make_source):
+    message = "w is 8 x 30: 3 singular directions for each of 3 tasks are more than its 8; keep at most 2 for each, or"
+    with pytest.raises(PaveError, match=message):
+        run(make_source, random_matrices(3, (8, 30)), rank=3)
+    found = run(make_source, random_matrices(3, (9, 30)), rank=3, keep_share=0.2)
+    assert np.allclose(found, reference(random_matrices(3, (9, 30)), 3, 0.2), atol=1e-5)
 
 
 @pytest.mark.parametrize(

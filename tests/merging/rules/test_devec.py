@@ -14,9 +14,10 @@ def projector(matrix, energy):
 
 
 def reference(matrices, energy, overlap, weight=1.0):
-    """The mean of the projectors, d_out x d_out, and each task's shared part, in float64 (arXiv 2512.22511)."""
-    values, vectors = np.linalg.eigh(np.mean([projector(matrix, energy) for matrix in matrices], axis=0))
-    shared = vectors[:, values > overlap] @ vectors[:, values > overlap].T
+    """The sum of what projectors leave out, d_out x d_out, and each task's shared part (arXiv 2512.22511)."""
+    values, vectors = np.linalg.eigh(sum(np.eye(len(matrix)) - projector(matrix, energy) for matrix in matrices))
+    # What the tasks lack of a direction, added up.
+    shared = vectors[:, values < 1 - overlap] @ vectors[:, values < 1 - overlap].T
     return sum(matrix + weight * shared @ matrix for matrix in matrices)
 
 
@@ -74,14 +75,40 @@ def test_the_shared_directions_of_tensors():
 
 
 def test_two_directions_at_an_angle():
-    # The mean of their projectors has the eigenvalue (1 + cos a) / 2 in between.
-    for angle in (0.3, 0.75, 0.85, 1.2):
+    # In between, each of them has (1 + cos a) / 2 of the direction, and both together lack 1 - cos a.
+    for angle in (0.3, 0.53, 0.57, 0.75, 1.2):
         pair = [torch.tensor([[1.0], [0.0]]), torch.tensor([[np.cos(angle)], [np.sin(angle)]])]
         found = shared_directions(pair, energy=1.0, overlap=0.85)
-        assert found.shape[1] == ((1 + np.cos(angle)) / 2 > 0.85)
+        assert found.shape[1] == (np.cos(angle) > 0.85)
         if found.shape[1]:
             between = torch.tensor([np.cos(angle / 2), np.sin(angle / 2)])
             assert float((found[:, 0] @ between).abs()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("count", [2, 7, 8, 30])
+def test_a_direction_that_one_task_lacks_is_not_shared(make_source, count):
+    first, second = np.zeros((4, 3)), np.zeros((4, 3))
+    first[0, 0], second[1, 1] = 2.0, 3.0
+    found = run(make_source, [first] * (count - 1) + [second], energy=1.0)
+    assert np.allclose(found, (count - 1) * first + second, atol=1e-5)
+    # With the last task it is.
+    second[0, 2] = 5.0
+    found = run(make_source, [first] * (count - 1) + [second], energy=1.0)
+    assert np.allclose(found[0], [4.0 * (count - 1), 0, 10.0], atol=1e-5)
+    assert np.allclose(found[1], second[1], atol=1e-5)
+
+
+def test_each_task_has_at_least_the_overlap_of_every_shared_direction():
+    random = np.random.default_rng(4)
+    common = random.standard_normal((12, 2))
+    counts = set()
+    for spread in (0.02, 0.2, 0.3, 0.4, 0.7):
+        matrices = [common + spread * random.standard_normal((12, 2)) for _ in range(6)]
+        found = shared_directions([torch.tensor(matrix) for matrix in matrices], energy=1.0, overlap=0.7).numpy()
+        counts.add(found.shape[1])
+        for matrix in matrices:
+            assert (np.square(projector(matrix, 1.0) @ found).sum(axis=0) > 0.7).all()
+    assert {0, 2} <= counts
 
 
 def test_the_effective_rank_holds_the_share_of_energy():

@@ -3,11 +3,12 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from pave_lightning.errors import PaveError
 from pave_lightning.merging import merge
 from pave_lightning.merging.rules.doge import DogeOptions, DogeTa, shared_subspace
 from pave_lightning.weights import Parameter, ParameterKind, TaskVectors
 
-SHAPES = [(8, 6), (6, 8), (2, 3)]
+SHAPES = [(8, 6), (6, 8), (6, 3)]
 
 
 def tasks(shapes, count=3, seed=0, scale=1.0):
@@ -92,7 +93,7 @@ def test_an_absolute_step_is_the_published_form(make_source):
 
 
 def test_one_threshold_a_task_over_all_matrix_weights_and_no_others(make_source):
-    vectors = tasks({"v": (5, 4), "w": (4, 4), "x": (50,)}, seed=3)
+    vectors = tasks({"v": (7, 4), "w": (6, 4), "x": (50,)}, seed=3)
     for named in vectors.values():
         named["v"], named["x"] = 0.2 * named["v"], 100 * named["x"]
     expected = reference(vectors, ["v", "w"], steps=20)
@@ -105,10 +106,11 @@ def test_one_threshold_a_task_over_all_matrix_weights_and_no_others(make_source)
 
 
 def test_by_hand_without_steps(make_source):
-    # Norms 5 and 10, so eta / norm is 1 and 0.5; half of the four elements of each survive.
-    vectors = {"a": {"w": [[3.0, 4.0], [0.0, 0.0]]}, "b": {"w": [[0.0, 6.0], [8.0, 0.0]]}}
-    found = run(make_source, vectors, steps=0, eta=5.0, density=0.5)["w"]
-    assert found.tolist() == [[3.0, 7.0], [4.0, 0.0]]
+    # Norms 5 and 10, so eta / norm is 1 and 0.5; two of the eight elements of each survive.
+    still = [[0.0, 0.0], [0.0, 0.0]]
+    vectors = {"a": {"w": [[3.0, 4.0], [0.0, 0.0], *still]}, "b": {"w": [[0.0, 6.0], [8.0, 0.0], *still]}}
+    found = run(make_source, vectors, steps=0, eta=5.0, density=0.25)["w"]
+    assert found.tolist() == [[3.0, 7.0], [4.0, 0.0], *still]
 
 
 def test_the_correction_brings_the_sum_nearer_to_the_tasks(make_source):
@@ -139,12 +141,27 @@ def test_the_shared_subspace_is_that_of_two_rounds_of_decompositions():
 
 
 def test_the_shared_subspace_has_one_dimension_at_least():
-    vectors = [torch.eye(3), torch.eye(3) * 2, torch.eye(3), torch.eye(3)]
+    vectors = [torch.eye(3), torch.eye(3) * 2, torch.eye(3)]
     assert shared_subspace(vectors, 6).shape == (3, 1)
 
 
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((5, 9), "w is 5 x 9: its 5 outputs are fewer than two for each of 3 tasks; merge fewer tasks, or use a rule"),
+        ((9, 2), "w is 9 x 2: its 2 singular directions cannot be split among 3 tasks; merge fewer tasks, or use"),
+    ],
+)
+def test_too_many_tasks_for_a_matrix(make_source, shape, message):
+    vectors = tasks({"w": shape, "x": (2, 2)})
+    with pytest.raises(PaveError, match=message):
+        run(make_source, vectors)
+    # A table of that size is in nobody's way.
+    assert not run(make_source, tasks({"w": (6, 3), "x": (2, 2)}), steps=0)["x"].any()
+
+
 def test_a_relative_eta_is_a_share_of_the_mean_norm_of_all_layers(make_source):
-    vectors = tasks({"v": (5, 4), "w": (4, 4), "x": (50,)})
+    vectors = tasks({"v": (7, 4), "w": (6, 4), "x": (50,)})
     lengths = [np.linalg.norm(named[name]) for named in vectors.values() for name in "vw"]
     relative = run(make_source, vectors, "vw", relative_eta=0.25, steps=10)
     absolute = run(make_source, vectors, "vw", eta=0.25 * float(np.mean(lengths)), steps=10)

@@ -1,8 +1,11 @@
 import numpy as np
 import pytest
+import torch
 
+from pave_lightning.errors import PaveError
 from pave_lightning.merging import merge
-from pave_lightning.merging.rules.esm import Esm, EsmOptions, kind_of_layer
+from pave_lightning.merging.rules import esm
+from pave_lightning.merging.rules.esm import Esm, EsmOptions, essential_directions, kind_of_layer
 from pave_lightning.weights import Parameter, ParameterKind
 
 TASKS = ("a", "b", "c")
@@ -68,19 +71,23 @@ def test_one_layer_as_the_steps_of_the_paper(make_source, make_evidence, options
 
 
 def test_by_hand_with_two_tasks_that_move_one_output_each(make_source, make_evidence):
-    vectors = {"a": {"w": [[3.0, 0.0], [0.0, 0.0]]}, "b": {"w": [[0.0, 0.0], [0.0, 1.0]]}}
+    still = [[0.0, 0.0], [0.0, 0.0]]
+    vectors = {"a": {"w": [[3.0, 0.0], [0.0, 0.0], *still]}, "b": {"w": [[0.0, 0.0], [0.0, 1.0], *still]}}
     inputs = {task: {"w": np.eye(2)} for task in vectors}
     source, evidence = make_source(vectors, matrices=["w"]), make_evidence(inputs)
     # Kept norms 3 and 1, so parts times 9/4 and 1/4; columns then of norm 27/4 and 1/4, mean 7/2, so times (27/14)^2
     # and (1/14)^2. Orthogonal already: both become the mean singular value.
     size = (27 / 4 * (27 / 14) ** 2 + 1 / 4 * (1 / 14) ** 2) / 2
-    assert run(source, evidence)["w"] == pytest.approx(np.eye(2) * size, rel=1e-5)
+    assert run(source, evidence)["w"] == pytest.approx(np.eye(4, 2) * size, rel=1e-5)
     plain = run(source, evidence, scale_tasks=False, scale_inputs=False)["w"]
-    assert plain == pytest.approx(np.eye(2) * 2.0)
+    assert plain == pytest.approx(np.eye(4, 2) * 2.0)
+    unit = run(source, evidence, magnitude="unit")["w"]
+    assert unit == pytest.approx(np.eye(4, 2))
 
 
 def test_only_directions_that_inputs_excite_are_kept(make_source, make_evidence):
-    vectors = {"a": {"w": [[9.0, 0.0], [0.0, 1.0]]}, "b": {"w": [[9.0, 0.0], [0.0, 1.0]]}}
+    update = [[9.0, 0.0], [0.0, 1.0], [0.0, 0.0], [0.0, 0.0]]
+    vectors = {"a": {"w": update}, "b": {"w": update}}
     # Nothing ever comes in through the first input, which has the larger weights.
     inputs = {task: {"w": [[0.0, 2.0]]} for task in vectors}
     found = run(make_source(vectors, matrices=["w"]), make_evidence(inputs), scale_inputs=False)["w"]
@@ -143,11 +150,51 @@ def test_tasks_that_did_not_reach_a_layer_have_no_directions_in_it(make_source, 
     assert np.allclose(nobody, sum(named["w"] for named in vectors.values()) / 3, atol=1e-6)
 
 
-def test_more_tasks_than_outputs(make_source, make_evidence):
-    vectors, inputs = drawn(6, d_out=2)
+@pytest.mark.parametrize("d_out", [2, 5])
+def test_fewer_than_two_outputs_for_each_task(make_source, make_evidence, d_out):
+    vectors, inputs = drawn(6, d_out=d_out)
+    message = f"w is {d_out} x 7: its {d_out} outputs are fewer than two for each of 3 tasks; merge fewer tasks, or use"
+    with pytest.raises(PaveError, match=message):
+        run(make_source(vectors, matrices=["w"]), make_evidence(inputs))
+
+
+def test_fewer_inputs_than_tasks(make_source, make_evidence):
+    vectors, inputs = drawn(6, d_out=6, d_in=2)
     found = run(make_source(vectors, matrices=["w"]), make_evidence(inputs))["w"]
-    assert np.isfinite(found).all()
-    assert np.linalg.matrix_rank(found) == 2
+    assert np.allclose(found, reference(vectors, inputs), atol=2e-4)
+
+
+@pytest.mark.parametrize(("d_out", "d_in", "count"), [(90, 40, 11), (90, 40, 45), (12, 5, 3), (40, 40, 9), (30, 50, 7)])
+def test_directions_are_those_of_the_whole_moment_of_output_changes(d_out, d_in, count):
+    random = np.random.default_rng(d_out)
+    update, inputs = random.standard_normal((d_out, d_in)), random.standard_normal((200, d_in))
+    moment = inputs.T @ inputs / 199
+    values, vectors = np.linalg.eigh(update @ moment @ update.T)
+    kept = min(count, d_in)
+    expected, leading = vectors[:, ::-1][:, :kept], values[::-1][:kept]
+    found, sizes = essential_directions(torch.tensor(update), torch.tensor(moment), count)
+    assert np.allclose(sizes.numpy(), leading, rtol=1e-10)
+    assert np.abs(found.numpy() @ found.numpy().T - expected @ expected.T).max() < 1e-12
+    assert np.abs(found.numpy().T @ found.numpy() - np.eye(kept)).max() < 1e-12
+
+
+@pytest.mark.parametrize(("d_out", "d_in"), [(40, 7), (7, 40)])
+def test_eigenvalue_problems_are_of_the_smaller_side(monkeypatch, d_out, d_in):
+    orders, plain = [], esm.symmetric_eigen
+    monkeypatch.setattr(esm, "symmetric_eigen", lambda matrix: orders.append(len(matrix)) or plain(matrix))
+    essential_directions(torch.randn(d_out, d_in).double(), torch.eye(d_in).double(), 3)
+    assert orders == [7]
+
+
+def test_directions_of_an_update_of_low_rank():
+    random = np.random.default_rng(3)
+    update = random.standard_normal((20, 2)) @ random.standard_normal((2, 8))
+    found, sizes = essential_directions(torch.tensor(update), torch.eye(8).double(), 5)
+    left = np.linalg.svd(update)[0][:, :2]
+    assert found.shape == (20, 2)
+    assert len(sizes) == 2
+    assert np.allclose(found @ found.T, left @ left.T, atol=1e-10)
+    assert essential_directions(torch.zeros(20, 8).double(), torch.eye(8).double(), 5)[0].shape == (20, 0)
 
 
 def test_what_is_no_matrix_is_averaged_and_not_rescaled(make_source, make_evidence):
@@ -169,8 +216,37 @@ def test_multiples_of_all_task_vectors_give_multiples_of_the_result(make_source,
     assert np.linalg.svd(unit["w.0"])[1][0] > 0.5
 
 
-def test_defaults_are_those_of_the_paper():
+def test_biases_may_stay_at_the_base_where_norms_and_tables_are_averaged(make_source, make_evidence):
+    kinds = {
+        "bias": ParameterKind.BIAS,
+        "shift": ParameterKind.NORM_SHIFT,
+        "scale": ParameterKind.NORM_SCALE,
+        "table": ParameterKind.EMBEDDING,
+    }
+    vectors, inputs = drawn(9)
+    for index, task in enumerate(TASKS):
+        vectors[task] |= {name: np.full((3, 2), float(index)) for name in kinds}
+    source, evidence = make_source(vectors, matrices=["w"], kinds=kinds), make_evidence(inputs)
+
+    def values(**options):
+        found = run(source, evidence, **options)
+        assert np.allclose(found["w"], reference(vectors, inputs), atol=2e-4)
+        return {name: float(found[name].mean()) for name in kinds if (found[name] == found[name][0, 0]).all()}
+
+    means = dict.fromkeys(kinds, 1.0)
+    still = {"bias": 0.0, "shift": 0.0}
+    assert values() == values(biases="mean") == means
+    assert values(biases="base") == means | still
+    assert values(others="sum") == dict.fromkeys(kinds, 3.0)
+    assert values(others="sum", biases="base") == dict.fromkeys(kinds, 3.0) | still
+    assert values(others="base", biases="mean") == dict.fromkeys(kinds, 0.0) | {"bias": 1.0, "shift": 1.0}
+
+
+def test_defaults_are_those_of_the_paper_but_for_the_magnitude():
     options = EsmOptions()
     assert (options.scale_tasks, options.scale_inputs, options.scale_layers) == (True, True, True)
     assert (options.norm_of, options.eigenvalue_exponent) == ("kept", 0.0)
+    assert (options.others, options.biases) == ("mean", None)
+    # The published code's; the paper has "unit".
+    assert options.magnitude == "kept"
     assert Esm.rescales

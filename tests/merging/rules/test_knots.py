@@ -192,3 +192,16 @@ def test_defaults_are_those_of_the_source():
     assert KnotsOptions().density == 0.2
     assert KnotsOptions().drop_rate == 0
     assert Knots.default_scale == 0.6
+
+
+def test_the_bases_of_full_task_vectors_are_held_all_at_once(make_source):
+    # The matrices of a transformer's block, in its proportions.
+    shapes = {"query": (12, 12), "key": (12, 12), "value": (12, 12), "out": (12, 12), "up": (48, 12), "down": (12, 48)}
+    random = np.random.default_rng(0)
+    vectors = {
+        f"task{index}": {name: random.standard_normal(shape) for name, shape in shapes.items()} for index in range(8)
+    }
+    method, model = Knots(), sum(height * width for height, width in shapes.values())
+    merge(method, make_source(vectors, matrices=list(shapes)))
+    held = sum(value.numel() for value in method._bases.values())
+    assert model < held <= Knots.held_models * model

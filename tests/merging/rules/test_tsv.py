@@ -41,7 +41,7 @@ def test_merging_as_the_plain_reference(make_source, count, shape):
     assert np.allclose(run(make_source, matrices), reference(matrices, min(shape) // count), atol=1e-5)
 
 
-@pytest.mark.parametrize(("share", "rank"), [(0.5, 5), (0.29, 2), (1.0, 10)])
+@pytest.mark.parametrize(("share", "rank"), [(0.31, 3), (0.29, 2), (0.1, 1)])
 def test_another_share_of_the_directions(make_source, share, rank):
     matrices = random_matrices(3, (10, 14))
     found = run(make_source, matrices, TsvMerge(TsvMergeOptions(rank_share=share)))
@@ -116,7 +116,22 @@ def test_one_task_that_changed_nothing(make_source):
 def test_too_many_tasks_for_a_matrix(make_source, shape, count, message):
     with pytest.raises(PaveError, match=message):
         run(make_source, random_matrices(count, shape))
-    run(make_source, random_matrices(count, shape), TsvMerge(TsvMergeOptions(rank_share=0.5)))
+    with pytest.raises(PaveError, match=message):
+        run(make_source, random_matrices(count, shape), TsvMerge(TsvMergeOptions(rank_share=0.2)))
+    source = make_source(vectors_of(random_matrices(count, shape)), matrices=["w"])
+    assert set(merge(TsvCompress(), source).factors) == set(source.tasks)
+
+
+@pytest.mark.parametrize(("share", "kept"), [(0.5, 5), (1.0, 10), (0.4, 4)])
+def test_a_share_that_needs_more_directions_than_there_are(make_source, share, kept):
+    message = (
+        f"w is 14 x 10: {kept} singular directions for each of 3 tasks are more than its 10; keep at most 3 for each, "
+        "or merge fewer tasks"
+    )
+    with pytest.raises(PaveError, match=message):
+        run(make_source, random_matrices(3, (14, 10)), TsvMerge(TsvMergeOptions(rank_share=share)))
+    found = run(make_source, random_matrices(2, (14, 10)), TsvMerge(TsvMergeOptions(rank_share=0.5)))
+    assert np.allclose(found, reference(random_matrices(2, (14, 10)), 5), atol=1e-5)
 
 
 def test_a_share_that_leaves_nothing(make_source):
