@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,16 +15,28 @@ from pave_lightning.errors import PaveError, Problems, nearest
 from pave_lightning.experts.fitting import DEFAULT_EPOCHS
 from pave_lightning.experts.loading import adapter_problems, load_tokenizer
 from pave_lightning.experts.trainers import machine_options, trainer_problems
-from pave_lightning.merging import Need, make_method, method_named
+from pave_lightning.merging import MergeMethod, Need, make_method, method_named
+from pave_lightning.merging.evidence import PlannedEvidence
+from pave_lightning.merging.low_rank import LowRankMethod, quoted
 from pave_lightning.purification.vectors import budget_problems, workers_of
-from pave_lightning.recipe import AUTO_RATIOS, MergeStep, Recipe, Task
+from pave_lightning.recipe import AUTO_RATIOS, Lora, MergeStep, Recipe, Task
 from pave_lightning.run_folder import RunFolder
 from pave_lightning.stages import Stages, existing_folder, purifications, ratios
 from pave_lightning.tasks.data import check_task, load_split
 from pave_lightning.tracking import resolve_uri
-from pave_lightning.weights import Architecture, Checkpoint, ParameterKind, locate_model
-from pave_lightning.weights.adapters import ADAPTER_CONFIG
-from pave_lightning.weights.task_vectors import config_differences, differences
+from pave_lightning.weights import Adapter, Architecture, Checkpoint, Parameter, ParameterKind, locate_model
+from pave_lightning.weights.adapters import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, adapter_folder
+from pave_lightning.weights.checkpoint import stored_tensors
+from pave_lightning.weights.task_vectors import (
+    PlannedTaskVectors,
+    absent_children,
+    config_differences,
+    differences,
+)
+
+# Of what a rule says of every matrix of a model, a few lines show as much as all of them.
+SHOWN_OF_A_RULE = 4
+TRAINED_WHOLE = "they are trained whole; set training.lora"
 
 
 def check_recipe(recipe: Recipe, folder: RunFolder) -> None:
@@ -58,46 +70,156 @@ def check_recipe(recipe: Recipe, folder: RunFolder) -> None:
 
 def merge_problems(recipe: Recipe) -> Iterator[str]:
     """What is wrong with the merge steps and purifications of a recipe, whatever its experts will be."""
+    architecture: Architecture | None = None
+    parameters: list[Parameter] = []
+    try:
+        folder = locate_model(recipe.base, role="base")
+        architecture = Architecture.of_folder(folder)
+        parameters = list(_stored_parameters(Checkpoint(folder, architecture.prefix), architecture))
+    except PaveError:  # told elsewhere; what can be said without is said
+        pass
+    vectors = _planned_vectors(recipe, parameters, architecture)
     for step in recipe.merge:
         try:
-            yield from _step_problems(step, recipe)
+            yield from _step_problems(step, recipe, vectors)
         except PaveError as error:
             yield str(error)
-    yield from _purification_problems(recipe)
+    layers = None if architecture is None else list(architecture.parameters.values())
+    yield from _purification_problems(recipe, layers)
 
 
-def _step_problems(step: MergeStep, recipe: Recipe) -> Iterator[str]:
+def _stored_parameters(base: Checkpoint, architecture: Architecture) -> Iterator[Parameter]:
+    """The parameters that experts of a base will share with it."""
+    for name, stored in sorted(base.backbone.items()):
+        known = name in architecture.parameters or name in architecture.stored_names
+        if known and stored.is_floating:
+            yield architecture.describe(name, stored.shape)
+
+
+def _planned_vectors(
+    recipe: Recipe, parameters: Sequence[Parameter], architecture: Architecture | None
+) -> PlannedTaskVectors:
+    """What is known of the task vectors before there are experts."""
+    ranks: dict[str, Mapping[str, int] | str] = {}
+    unknown = not parameters
+    for task in recipe.tasks:
+        try:
+            ranks[task.name] = _ranks(task, parameters, "" if architecture is None else architecture.prefix)
+        except PaveError:  # told elsewhere
+            ranks[task.name], unknown = {}, True
+    if unknown:  # ranks of some adapters must not be compared with nothing
+        ranks = {task: found if isinstance(found, str) else {} for task, found in ranks.items()}
+    return PlannedTaskVectors(parameters, ranks)
+
+
+def _ranks(task: Task, parameters: Sequence[Parameter], prefix: str) -> Mapping[str, int] | str:
+    """The rank of each layer that a task's expert will have an adapter of, or why it will have none."""
+    if task.expert is None:
+        lora = task.training.lora
+        if lora is None:
+            return TRAINED_WHOLE
+        adapted = [p for p in parameters if _is_wrapped(p, lora) and not _is_below(p.layer, task.training.freeze)]
+        return {parameter.layer: lora.rank for parameter in adapted}
+    folder = existing_folder(task)
+    where = _adapter_of(folder)
+    if where is None:
+        return f"{folder} holds no adapter (looked for {ADAPTER_FOLDER}/{ADAPTER_CONFIG})"
+    adapter = Adapter(where, prefix)
+    return adapter.refusal or {layer: found.rank for layer, found in adapter.layers.items()}
+
+
+def _adapter_of(folder: Path) -> Path | None:
+    """Where the adapter of a named expert lies: the folder itself where it is an adapter, or beside its weights."""
+    return folder if (folder / ADAPTER_CONFIG).is_file() else adapter_folder(folder)
+
+
+def _is_wrapped(parameter: Parameter, lora: Lora) -> bool:
+    """Whether LoRA with these options adapts the layer that owns a parameter, with that parameter as its weight."""
+    if parameter.kind is not ParameterKind.LINEAR or not parameter.name.endswith(".weight"):
+        return False
+    return lora.target_modules == "all-linear" or any(_is_named(parameter.layer, n) for n in lora.target_modules)
+
+
+def _is_named(layer: str, name: str) -> bool:
+    return layer == name or layer.endswith(f".{name}")
+
+
+def _is_below(layer: str, modules: Iterable[str]) -> bool:
+    return any(layer == module or layer.startswith(f"{module}.") for module in modules)
+
+
+def _step_problems(step: MergeStep, recipe: Recipe, vectors: PlannedTaskVectors) -> Iterator[str]:
     where = f"merge step '{step.name}'"
-    wanted: set[Need] = set()
+    kind = method_named(step.method)
+    methods: list[MergeMethod] = []
     for options in step.tuned_options:
-        method = make_method(step.method, options)
-        wanted |= method.wanted
-    if step.scale is not None and method.default_scale is None:
+        try:
+            methods.append(make_method(step.method, options))
+        except PaveError as error:
+            yield str(error)
+    wanted = {need for method in methods for need in method.wanted}
+    if step.scale is not None and kind.default_scale is None:
         yield f"{where}: {step.method} has no scale; leave the key 'scale' out"
-    if (Need.ANCHOR in method.needs) != (step.anchor is not None):
+    if (Need.ANCHOR in kind.needs) != (step.anchor is not None):
         wants = "calibrates a merged model; name its merge step with" if step.anchor is None else "has no use for"
         yield f"{where}: {step.method} {wants} the key 'anchor'"
-    if step.anchor is not None and method_named(recipe.step(step.anchor).method).form != "static":
-        yield f"{where}: its anchor '{step.anchor}' is not one model for all tasks; choose a static method"
     if Need.INPUT_MOMENTS in wanted and recipe.capture.moments != "input":
         yield f"{where}: {step.method} needs the second moments of all inputs; set capture.moments: input"
     if Need.LOW_RANK in wanted and "purified" in step.vectors:
         yield f"{where}: {step.method} merges adapters, which purification leaves none of; set vectors: [plain]"
     if Need.NORM_MOMENTS in wanted and not recipe.capture.norms:
         yield f"{where}: {step.method} needs what the scales of norms multiply; set capture.norms: true"
+    if methods and len(recipe.tasks) > 1:
+        yield from (f"{where}: {problem}" for problem in _request_problems(methods, wanted, vectors))
+    if step.anchor is not None and method_named(recipe.step(step.anchor).method).form != "static":
+        yield f"{where}: its anchor '{step.anchor}' is not one model for all tasks; choose a static method"
 
 
-def _purification_problems(recipe: Recipe) -> Iterator[str]:
+def _request_problems(
+    methods: Sequence[MergeMethod], wanted: Collection[Need], vectors: PlannedTaskVectors
+) -> Iterator[str]:
+    """What one rule, with each of the options that are tried, has against these tasks, layers and adapters."""
+    lacking = list(_missing_adapters(methods[0], wanted, vectors))
+    yield from lacking
+    if lacking:  # or else it would be told again for each layer
+        vectors = PlannedTaskVectors(vectors.parameters, dict.fromkeys(vectors.tasks, "told already"))
+    told: dict[str, None] = {}
+    for method in methods:
+        try:
+            told.update(dict.fromkeys(method.problems(vectors, PlannedEvidence())))
+        except RuntimeError:  # it looks at values, as a rule of another package may do: it tells when it is run
+            continue
+    yield from list(told)[:SHOWN_OF_A_RULE]
+    if len(told) > SHOWN_OF_A_RULE:
+        yield f"... and {len(told) - SHOWN_OF_A_RULE} more like these"
+
+
+def _missing_adapters(method: MergeMethod, wanted: Collection[Need], vectors: PlannedTaskVectors) -> Iterator[str]:
+    """Tasks whose experts have no adapters although the rule merges adapters, one line a reason."""
+    lacking: dict[str, list[str]] = {}
+    for task in vectors.tasks:
+        reason = vectors.without_factors(task)
+        if reason is not None:
+            lacking.setdefault(reason, []).append(task)
+    if Need.LOW_RANK not in wanted:
+        # Others find factors of their own in checkpoints of low rank; training whole weights leaves no low rank. Where
+        # only some tasks have adapters, the rule itself tells it.
+        without = sum(map(len, lacking.values())) == len(vectors.tasks)
+        known = isinstance(method, LowRankMethod) and without
+        lacking = {reason: tasks for reason, tasks in lacking.items() if known and reason == TRAINED_WHOLE}
+    for reason, tasks in lacking.items():
+        yield f"{method.name} merges low-rank adapters, but the experts of {quoted(tasks)} have none: {reason}"
+
+
+def _purification_problems(recipe: Recipe, parameters: Sequence[Parameter] | None) -> Iterator[str]:
     if recipe.evaluate.purified_experts:
         try:
             purifications(recipe)
         except PaveError as error:
             yield f"evaluate.purified_experts: {error}"
-    try:
-        folder = locate_model(recipe.base, role="base")
-        layers = [p for p in Architecture.of_folder(folder).parameters.values() if p.kind is ParameterKind.LINEAR]
-    except PaveError:  # told elsewhere
+    if parameters is None:
         return
+    layers = [parameter for parameter in parameters if parameter.kind is ParameterKind.LINEAR]
     asked = {step.name: step.purify for step in recipe.merge if "purified" in step.vectors}
     if recipe.evaluate.purified_experts and not asked:
         asked = {"": recipe.purify}
@@ -162,7 +284,7 @@ def _training_problems(task: Task, architecture: Architecture) -> Iterator[str]:
         linear = [p.layer for p in architecture.parameters.values() if p.kind is ParameterKind.LINEAR]
         endings = sorted({layer.rpartition(".")[2] for layer in linear})
         for name in lora.target_modules:
-            if not any(layer == name or layer.endswith(f".{name}") for layer in linear):
+            if not any(_is_named(layer, name) for layer in linear):
                 hint = nearest(name, endings)
                 yield f"task '{task.name}': training.lora.target_modules: no linear layer '{name}'; {hint}"
 
@@ -176,11 +298,20 @@ def _ancestors(name: str) -> Iterator[str]:
 def _expert_problems(
     task: Task, base: Checkpoint, architecture: Architecture, vocabulary: Mapping[str, int]
 ) -> Iterator[str]:
-    """What is wrong with a checkpoint that a recipe names instead of training."""
+    """What is wrong with a checkpoint that a recipe names instead of training.
+
+    Raises:
+        PaveError: one more problem, the last.
+    """
     folder = existing_folder(task)
     where = f"task '{task.name}'"
     if (folder / ADAPTER_CONFIG).is_file():
-        yield from (f"{where}: {problem}" for problem in adapter_problems(folder))
+        problems = adapter_problems(folder)
+        yield from (f"{where}: {problem}" for problem in problems)
+        if not problems and _adds_nothing(folder, base, architecture.prefix):
+            yield f"{where}: the adapter {folder} adds nothing to the base: nothing to merge; was it fine-tuned?"
+        if not problems:
+            Adapter(folder, architecture.prefix)  # tells what is wrong with its factors
         return
     own = Architecture.of_folder(folder)
     expert = Checkpoint(folder, own.prefix)
@@ -199,6 +330,19 @@ def _expert_problems(
             f"{where}: the vocabulary of {folder} is not the base's ({len(differing)} tokens differ, "
             f"such as {differing[:1]}); experts of one base must share its tokenizer"
         )
+    beside = adapter_folder(folder)
+    if beside is not None:
+        Adapter(beside, architecture.prefix)  # tells what is wrong with its factors
+
+
+def _adds_nothing(folder: Path, base: Checkpoint, prefix: str) -> bool:
+    """Whether all that an adapter holds for the base's weights is zero, A aside; reads no further than what is not."""
+    stored = stored_tensors(folder / ADAPTER_WEIGHTS)
+    own = {name.partition(f".{prefix}.")[2]: tensor for name, tensor in stored.items() if f".{prefix}." in name}
+    private = absent_children(base, own)
+    factors = {name: t for name, t in own.items() if not _is_below(name, private)}
+    updates = [tensor for name, tensor in factors.items() if ".lora_A." not in name and ".lora_embedding_A" not in name]
+    return bool(updates) and not any(bool(Checkpoint.read(tensor).any()) for tensor in updates)
 
 
 def _head_problems(task: Task, folder: Path, own: Architecture) -> Iterator[str]:

@@ -6,15 +6,27 @@ from io import StringIO
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertForMaskedLM, GteConfig, GteModel
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
+    GteConfig,
+    GteModel,
+)
 
 from pave_lightning import Recipe, run_recipe
 from pave_lightning.commands import open_folder, run_stage
 from pave_lightning.errors import PaveError
+from pave_lightning.merging import base as registry
+from pave_lightning.merging import make_method, methods, register
+from pave_lightning.merging.evidence import PlannedEvidence
 from pave_lightning.planning import check_recipe, cost_table, plan_rows
 from pave_lightning.run_folder import RunFolder
+from pave_lightning.weights import Parameter, ParameterKind
+from pave_lightning.weights.task_vectors import PlannedTaskVectors
 
 
 @pytest.fixture
@@ -277,3 +289,216 @@ def test_steps_are_not_told_where_they_are_not_known(recipe_settings):
     settings = {**recipe_settings, "trainer": {"max_epochs": None, "max_steps": 5}}
     rows = plan_rows(Recipe.model_validate(settings), RunFolder(settings["output"]))
     assert rows[0] == ("experts/words", "to do", "48 rows")
+
+
+def in_step(step, problem):
+    """A line of the list of problems; a step named by its method."""
+    return f"  - merge step '{step['method']}': {problem}"
+
+
+@pytest.mark.parametrize(
+    ("step", "told"),
+    [
+        ({"method": "cabs", "options": {"n": 16, "m": 16}}, "2 tasks cannot each keep 16 elements of a group of 16"),
+        ({"method": "weighted_average", "options": {"weights": {"words": 1.0, "nmbers": 1.0}}}, "'nmbers'"),
+        ({"method": "fisher", "options": {"weights": {"words": 1.0}}}, "numbers"),
+        ({"method": "tall_masks", "options": {"threshold": {"words": 0.4}}}, "numbers"),
+        ({"method": "consensus", "options": {"k": 50}}, "options.k is 50, but there are 2 tasks"),
+        ({"method": "tsv_m", "options": {"rank_share": 0.01}}, "raise rank_share"),
+    ],
+)
+def test_what_rules_have_against_the_request_is_told_before_anything_runs(problems, step, told):
+    lines = [line for line in problems(merge=[step]).splitlines()[1:] if told in line]
+    assert lines
+    assert all(line.startswith(in_step(step, "")) for line in lines)
+
+
+def test_a_rule_for_two_experts(problems, recipe_settings):
+    words, numbers = recipe_settings["tasks"]
+    assert problems(merge=["slerp"]) == ""
+    text = problems(merge=["slerp"], tasks=[words, numbers, {**words, "name": "third"}])
+    assert (
+        in_step({"method": "slerp"}, "slerp goes between exactly two experts, found 3: words, numbers, third") in text
+    )
+
+
+def test_what_is_wrong_with_every_matrix_does_not_hide_all_else(problems):
+    step = {"method": "iso_cts", "options": {"common_share": 0.999}}
+    consensus = {"method": "consensus", "options": {"k": 3}}
+    lines = problems(merge=[step, consensus]).splitlines()[1:]
+    assert len(lines) == 4 + 1 + 1
+    assert (
+        in_step(step, "encoder.layer.0.attention.output.dense.weight is 32 x 32: with common_share 0.999") in lines[0]
+    )
+    # Two layers of six matrices, and the pooler.
+    assert lines[4] == in_step(step, "... and 9 more like these")
+    assert "options.k is 3" in lines[5]
+
+
+def test_each_value_that_is_tuned_is_looked_at(problems):
+    step = {"method": "consensus", "tune": {"k": [2, 3, 3.5, 4]}, "anchor": "average", "scale": 0.3}
+    text = problems(merge=[step, "average"])
+    for told in ("found 3.5", "has no use for the key 'anchor'", "options.k is 3,", "options.k is 4,"):
+        assert text.count(told) == 1, told
+    assert "options.k is 2," not in text
+
+
+def test_rules_are_asked_even_where_the_base_is_missing(problems):
+    text = problems(merge=[{"method": "consensus", "options": {"k": 3}}, "robust_merge"], base="package:no_such/model")
+    assert "options.k is 3" in text
+    assert "trained whole" in text
+    assert "set vectors: [plain]" in text
+    assert text.count("\n") == 4
+
+
+def test_rules_for_adapters_need_adapters(problems, recipe_settings):
+    plain = [{"method": name, "vectors": ["plain"]} for name in ("robust_merge", "peft", "core_space")]
+    lines = problems(merge=plain).splitlines()[1:]
+    told = "merges low-rank adapters, but the experts of 'words', 'numbers' have none: they are trained whole"
+    assert lines == [in_step(step, f"{step['method']} {told}; set training.lora") for step in plain]
+
+    training = {**recipe_settings["training"], "lora": {"rank": 4}}
+    assert problems(merge=plain, training=training) == ""
+    words, numbers = recipe_settings["tasks"]
+    tasks = [words, {**numbers, "training": {"lora": None}}]
+    lines = problems(merge=plain, training=training, tasks=tasks).splitlines()[1:]
+    for step, line in zip(plain[:2], lines, strict=False):
+        assert line.startswith(
+            in_step(step, f"{step['method']} merges low-rank adapters, but the experts of 'numbers' h")
+        )
+    assert len(lines) == 3
+    assert "'numbers' has no low-rank adapters, but the other tasks have (they are trained whole" in lines[2]
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        ({"rank": 4}, []),
+        ({"rank": 4, "target_modules": ["query"]}, ["has an adapter in 'words', but none in 'numbers'"]),
+        (
+            {"rank": 2, "target_modules": ["query"]},
+            ["found rank 4 in 'words', 2 in 'numbers'", "but none in 'numbers'"],
+        ),
+    ],
+)
+def test_adapters_that_will_not_fit_each_other(problems, recipe_settings, other, told):
+    words, numbers = recipe_settings["tasks"]
+    training = {**recipe_settings["training"], "lora": {"rank": 4}}
+    tasks = [words, {**numbers, "training": {"lora": other}}]
+    text = problems(merge=[{"method": "robust_merge", "vectors": ["plain"]}], training=training, tasks=tasks)
+    assert bool(text) == bool(told)
+    assert all(part in text for part in told)
+
+
+@pytest.fixture
+def adapter_of(base_folder, tmp_path):
+    """Save a peft adapter of the tiny base, untrained unless told otherwise; give its folder and peft's model."""
+
+    def build(name, trained=True, **options):
+        torch.manual_seed(0)
+        model = AutoModelForSequenceClassification.from_pretrained(base_folder, num_labels=2)
+        settings = {"r": 4, "target_modules": "all-linear", "modules_to_save": ["classifier"], **options}
+        wrapped = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", **settings))
+        if trained:
+            with torch.no_grad():
+                wrapped.get_parameter(
+                    "base_model.model.bert.encoder.layer.1.attention.self.query.lora_B.default.weight"
+                )[0, 0] = 0.1
+        wrapped.save_pretrained(tmp_path / name)
+        return tmp_path / name, wrapped
+
+    return build
+
+
+@pytest.mark.parametrize("training", [{}, {"freeze": ["encoder.layer.0", "embeddings"]}])
+@pytest.mark.parametrize("target", ["all-linear", ["query", "output.dense"]])
+def test_a_plan_knows_which_layers_peft_will_adapt(problems, recipe_settings, adapter_of, target, training):
+    """An adapter that peft made of the same options fits what the plan expects of one that is to be trained."""
+    excluded = [rf".*{name}\..*" for name in training.get("freeze", [])]
+    folder, _ = adapter_of("same", target_modules=target, exclude_modules="|".join(excluded) or None)
+    words, numbers = recipe_settings["tasks"]
+    lora = {"rank": 4, "target_modules": target}
+    tasks = [{**words, "expert": {"from": str(folder)}}, {**numbers, "training": {"lora": lora, **training}}]
+    step = {"method": "robust_merge", "vectors": ["plain"]}
+    assert problems(merge=[step], tasks=tasks) == ""
+    wider = [tasks[0], {**numbers, "training": {"lora": {**lora, "target_modules": ["dense", "query"]}}}]
+    assert bool(problems(merge=[step], tasks=wider))
+
+
+def test_named_experts_with_adapters_and_without(problems, expert, adapter_of, recipe_settings):
+    step = [{"method": "robust_merge", "vectors": ["plain"]}]
+    folder, tasks = expert
+    text = problems(merge=step, tasks=tasks)
+    assert (
+        f"the experts of 'words' have none: {folder} holds no adapter (looked for adapter/adapter_config.json)" in text
+    )
+    assert "the experts of 'numbers' have none: they are trained whole" in text
+    assert text.count("\n") == 2
+    # Task vectors of checkpoints may be of low rank, which core_space finds out by itself.
+    assert "'numbers'" in problems(merge=[{**step[0], "method": "core_space"}], tasks=tasks)
+    both = [tasks[0], {**tasks[0], "name": "more"}]
+    assert problems(merge=[{**step[0], "method": "core_space"}], tasks=both) == ""
+
+    dora, _ = adapter_of("dora", use_dora=True)
+    words, _ = recipe_settings["tasks"]
+    text = problems(merge=step, tasks=[tasks[1], {**words, "expert": {"from": str(dora)}}], training={"max_length": 16})
+    assert "the experts of 'words' have none: its adapter has the setting use_dora" in text
+
+
+def test_an_adapter_whose_factors_are_broken(problems, expert, adapter_of):
+    folder, tasks = expert
+    adapter, _ = adapter_of("broken")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    del tensors[next(name for name in tensors if "lora_A" in name)]
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    words, numbers = tasks
+    assert "has only one of its two factors" in problems(tasks=[{**words, "expert": {"from": str(adapter)}}, numbers])
+    shutil.copytree(adapter, folder / "adapter")
+    text = problems(tasks=tasks)
+    assert text.count("has only one of its two factors") == 1
+
+
+@pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning")
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"bias": "lora_only", "lora_bias": True}])
+def test_an_adapter_that_adds_nothing_is_refused(problems, recipe_settings, adapter_of, options):
+    words, numbers = recipe_settings["tasks"]
+
+    def told(folder):
+        return "adds nothing to the base" in problems(tasks=[{**words, "expert": {"from": str(folder)}}, numbers])
+
+    assert not told(adapter_of("trained", **options)[0])
+    # DoRA's magnitudes are no zeros, whatever they amount to.
+    assert told(adapter_of("untrained", trained=False, **options)[0]) == ("use_dora" not in options)
+
+
+def test_a_head_and_a_pooler_that_the_base_lacks_are_nothing_to_merge(problems, recipe_settings, adapter_of, make_base):
+    words, numbers = recipe_settings["tasks"]
+    options = {"modules_to_save": ["classifier", "pooler"], "target_modules": ["query"]}
+    folder, _ = adapter_of("untrained", trained=False, **options)
+    tasks = [{**words, "expert": {"from": str(folder)}}, numbers]
+    assert "adds nothing" in problems(tasks=tasks, base=str(make_base(pooler=False)))
+    assert "adds nothing" not in problems(tasks=tasks)
+
+
+def test_no_rule_looks_at_values_while_planning():
+    """Plans pass over rules that do, so that this must be seen here."""
+    parameters = [Parameter(name, ParameterKind.LINEAR, (24, 24), 1) for name in ("a.weight", "b.weight")]
+    parameters.append(Parameter("b.bias", ParameterKind.BIAS, (24,)))
+    for ranks in ({"a": 2, "b": 3}, "they have none"):
+        vectors = PlannedTaskVectors(parameters, {"one": ranks, "two": ranks})
+        for name in methods():
+            assert list(make_method(name, {}).problems(vectors, PlannedEvidence())) == [], name
+    with pytest.raises(NotImplementedError, match=r"a\.weight: only names and shapes are known"):
+        vectors.vector("one", parameters[0])
+
+
+def test_a_rule_of_another_package_that_looks_at_values_is_passed_over(problems, monkeypatch):
+    monkeypatch.setattr(registry, "_registry", dict(methods()))
+
+    class Curious(registry.method_named("average")):
+        def problems(self, vectors, evidence):
+            vectors.base(vectors.parameters[0])
+            yield "not reached"
+
+    register("curious")(Curious)
+    assert problems(merge=["curious"]) == ""

@@ -94,7 +94,10 @@ class MergeMethod(ABC):
         return self.needs
 
     def problems(self, vectors: TaskVectors, evidence: Evidence) -> Iterator[str]:
-        """What keeps the rule from merging these task vectors, from shapes and headers alone."""
+        """What keeps the rule from merging these task vectors, from shapes and headers alone.
+
+        Plans ask it too, with task vectors that have no values and evidence of which nothing counts as lacking.
+        """
         yield from evidence.lacking(self.wanted, vectors)
 
     def prepare(self, vectors: TaskVectors) -> None:

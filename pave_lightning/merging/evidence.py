@@ -185,6 +185,14 @@ class Evidence:
                 )
 
 
+class PlannedEvidence(Evidence):
+    """Evidence that is yet to be taken: nothing counts as lacking, so that only the request itself can be wrong."""
+
+    def lacking(self, needs: Collection[Need], vectors: TaskVectors) -> Iterator[str]:
+        """Nothing."""
+        return iter(())
+
+
 def _whole(statistics: TaskStatistics, layer: str) -> bool:
     return statistics.kind(layer) in ("input", "rows")
 

@@ -97,6 +97,44 @@ class DerivedTaskVectors(TaskVectors):
         return self.source.base(parameter, rows)
 
 
+class PlannedTaskVectors(TaskVectors):
+    """Task vectors of experts that are not there yet: names, shapes and ranks, but no values.
+
+    Asking for values raises `NotImplementedError`. Factors are tensors on the meta device, which have a shape only.
+
+    Args:
+        parameters: the parameters that base and experts will share.
+        ranks: for each task, in order, the rank of its adapter in each adapted layer, or why it has no adapter.
+    """
+
+    def __init__(self, parameters: Iterable[Parameter], ranks: Mapping[str, Mapping[str, int] | str]) -> None:
+        self.tasks, self.parameters = tuple(ranks), tuple(parameters)
+        self._ranks = dict(ranks)
+
+    def base(self, parameter: Parameter, rows: slice | None = None) -> Tensor:
+        """Not known."""
+        raise NotImplementedError(f"{parameter.name}: only names and shapes are known while planning")
+
+    def expert(self, task: str, parameter: Parameter, rows: slice | None = None) -> Tensor:
+        """Not known."""
+        return self.base(parameter, rows)
+
+    def factors(self, task: str, parameter: Parameter) -> tuple[Tensor, Tensor] | None:
+        """B and A of a layer that will be adapted, without values; None for all other parameters."""
+        ranks = self._ranks[task]
+        if isinstance(ranks, str) or not parameter.is_matrix or parameter.layer not in ranks:
+            return None
+        rank, (height, width) = ranks[parameter.layer], parameter.matrix_shape
+        shapes = (height, rank), (rank, width)
+        left, right = (torch.empty(shape, dtype=torch.float64, device="meta") for shape in shapes)
+        return left, right
+
+    def without_factors(self, task: str) -> str | None:
+        """Why a task's expert will have no adapter; None where it will have one."""
+        ranks = self._ranks[task]
+        return ranks if isinstance(ranks, str) else None
+
+
 class ExpertTaskVectors(TaskVectors):
     """Task vectors of expert checkpoints of one base.
 

@@ -15,7 +15,7 @@ from pave_lightning.weights import (
     ParameterKind,
     task_vectors,
 )
-from pave_lightning.weights.task_vectors import absent_children, config_differences, differences
+from pave_lightning.weights.task_vectors import PlannedTaskVectors, absent_children, config_differences, differences
 
 
 def changed(folder, target, change):
@@ -209,3 +209,22 @@ def test_configurations_are_compared(base_folder, expert_folders, make_base):
     assert len(found) == 2
     assert "num_hidden_layers is 1 in the expert's config" in found[0]
     assert "hidden_act is 'relu' in the expert's config" in found[1]
+
+
+def test_planned_vectors_have_shapes_but_no_values():
+    kernel = Parameter("patches.weight", ParameterKind.CONVOLUTION, (6, 3, 2, 2), 1)
+    turned = Parameter("mlp.weight", ParameterKind.LINEAR, (8, 5), 0)
+    bias = Parameter("mlp.bias", ParameterKind.BIAS, (5,))
+    planned = PlannedTaskVectors([kernel, turned, bias], {"one": {"patches": 3, "mlp": 2}, "two": "it has none"})
+    assert planned.tasks == ("one", "two")
+    assert planned.parameters == (kernel, turned, bias)
+    assert [planned.without_factors(task) for task in planned.tasks] == [None, "it has none"]
+    shapes = [[tuple(part.shape) for part in planned.factors("one", parameter)] for parameter in (kernel, turned)]
+    assert shapes == [[(6, 3), (3, 12)], [(5, 2), (2, 8)]]
+    assert planned.factors("one", bias) is None
+    assert planned.factors("two", turned) is None
+    for ask in (planned.base, lambda parameter: planned.vector("one", parameter), planned.read):
+        with pytest.raises(NotImplementedError, match=r"mlp\.weight: only names and shapes are known"):
+            ask(turned)
+    with pytest.raises(RuntimeError, match="meta"):
+        bool(planned.factors("one", turned)[0].any())

@@ -138,6 +138,7 @@ class FeatureCalibration(StaticMethod):
     source = "FeatCal 2026, arXiv 2605.13030"
     cost = Cost.FORWARD_PASSES
     held_models = 4  # the anchor, the backbone, weights to be loaded into it, and what was solved
+    whole_model_pass = True
     needs = frozenset({Need.ANCHOR, Need.UNLABELLED_EXAMPLES})
     Options: ClassVar[type[FeatureCalibrationOptions]] = FeatureCalibrationOptions
 

@@ -53,6 +53,7 @@ class RegMeanBlocks(StaticMethod):
     source = "RegMean++ 2025, arXiv 2508.03121"
     cost = Cost.FORWARD_PASSES
     held_models = 3  # the backbone, weights to be loaded into it, and what was solved
+    whole_model_pass = True
     needs = frozenset({Need.UNLABELLED_EXAMPLES})
     default_scale = 1.0
     Options: ClassVar[type[RegMeanBlocksOptions]] = RegMeanBlocksOptions
