@@ -11,8 +11,8 @@ from typing import Any
 
 from pave_lightning.errors import PaveError, Problems
 from pave_lightning.experts.loading import load_tokenizer
-from pave_lightning.merging import SequentialMethod, make_method, method_named, methods
-from pave_lightning.merging.folders import MergeContext, merged_facts, write_merged
+from pave_lightning.merging import Evidence, Need, SequentialMethod, make_method, method_named, methods
+from pave_lightning.merging.folders import MergeContext, load_gradients, load_kept, merged_facts, write_merged
 from pave_lightning.recipe import NAME_PATTERN
 from pave_lightning.weights import Architecture, Checkpoint, ExpertTaskVectors, locate_model, model_digest
 from pave_lightning.weights.adapters import ADAPTER_CONFIG
@@ -21,7 +21,9 @@ from pave_lightning.weights.task_vectors import config_differences
 ALREADY_MERGED = "(merged)"
 
 
-def add_expert(merged: str | Path, task: str, expert: str, output: str | Path) -> Path:
+def add_expert(
+    merged: str | Path, task: str, expert: str, output: str | Path, fisher: str | Path | None = None
+) -> Path:
     """Merge one more expert into a model that a sequential rule has merged (see `SequentialMethod`).
 
     Args:
@@ -29,18 +31,21 @@ def add_expert(merged: str | Path, task: str, expert: str, output: str | Path) -
         task: name of the new expert's task.
         expert: folder or hub id of the new expert, a sequence-classification checkpoint of the same base.
         output: folder of the result; it must not exist.
+        fisher: for rules that need it, the new expert's Fisher information: a file of `TaskGradients`, or the folder
+            ``gradients/fisher-TASK`` that a recipe left.
 
     Returns:
         The folder of the result, with the heads of all tasks.
 
     Raises:
         PaveError: the folder is no merged model, or of a rule that cannot take in experts later; the task is in it
-            already; the expert does not fit the base; ``output`` exists.
+            already; the expert or its Fisher information does not fit the base; ``output`` exists.
     """
     merged, output = Path(merged), Path(output)
     facts = merged_facts(merged)
     heads = merged / "heads"
     _check_request(merged, facts, task, output)
+    evidence = _evidence(str(facts["method"]), task, fisher)
     folder = locate_model(expert, role=f"expert of '{task}'")
     if (folder / ADAPTER_CONFIG).is_file():
         raise PaveError(f"{folder} is an adapter; merge it into its base first (peft: merge_and_unload)")
@@ -55,14 +60,14 @@ def add_expert(merged: str | Path, task: str, expert: str, output: str | Path) -
     method = make_method(str(facts["method"]), facts.get("options", {}))
     if not isinstance(method, SequentialMethod):
         raise PaveError(_not_sequential(merged, facts))
-    method.start_from(facts["sequential"])
+    method.start_from(facts["sequential"], load_kept(merged, method.keeps, architecture.prefix))
     kept = {key: value for key, value in facts.items() if key not in ("method", "form", "base", "sequential")}
     kept["added"] = [*facts.get("added", []), task]  # as it was fine-tuned, also where the others were purified
     context = MergeContext(str(facts["base"]), base, {task: new}, architecture, kept)
     output.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
     try:
-        write_merged(unfinished, method, source, facts.get("scale"), context)
+        write_merged(unfinished, method, source, facts.get("scale"), context, evidence=evidence)
         for head in sorted(place for place in heads.iterdir() if place.is_dir()):
             shutil.copytree(head, unfinished / "heads" / head.name)
         unfinished.chmod(0o755)
@@ -98,8 +103,24 @@ def _check_request(merged: Path, facts: dict[str, Any], task: str, output: Path)
         raise PaveError(f"{output} exists already; name another folder with --output")
 
 
+def _evidence(method: str, task: str, fisher: str | Path | None) -> Evidence:
+    """What the rule needs to know of the new expert's data."""
+    needed = Need.FISHER in method_named(method).needs
+    if fisher is not None and not needed:
+        raise PaveError(f"merge method '{method}' uses no Fisher information; leave --fisher away")
+    if fisher is None and needed:
+        raise PaveError(
+            f"merge method '{method}' needs the Fisher information of the new expert: name its file with --fisher. "
+            "`pave merge RECIPE` leaves it in gradients/fisher-TASK, for every expert of a recipe that has a merge "
+            "step of this method"
+        )
+    return Evidence() if fisher is None else Evidence(fisher={task: load_gradients(Path(fisher))})
+
+
 def _not_sequential(merged: Path, facts: dict[str, Any]) -> str:
     able = sorted(name for name, kind in methods().items() if issubclass(kind, SequentialMethod))
+    if facts["method"] in able:
+        return f"{merged} was merged before '{facts['method']}' could take in experts later; merge all experts again"
     return (
         f"{merged} was merged by '{facts['method']}', which cannot take in experts later; rules that can: "
         f"{', '.join(able)}"

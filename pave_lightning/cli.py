@@ -59,6 +59,9 @@ def build_parser() -> ArgumentParser:
             command.add_argument(
                 "--output", type=str, default=None, metavar="FOLDER", help="where the result goes (MERGED-TASK)"
             )
+            command.add_argument(
+                "--fisher", type=str, default=None, metavar="FILE", help="the expert's Fisher information, if needed"
+            )
         command.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' own messages")
         commands.add_subcommand(name, command, help=summary)
     experiment = ArgumentParser(description=f"{EXPERIMENT[0].upper()}{EXPERIMENT[1:]}.")
@@ -126,7 +129,7 @@ def _execute(command: str, options: Namespace) -> None:
         import json
 
         return _out(json.dumps(recipe_schema(), indent=2))
-    if command == "merge" and (options.into or options.add or options.output or options.recipe is None):
+    if command == "merge" and _adds_expert(options):
         return _out(f"results: {_add_expert(options)}")
     recipe = load_recipe(options.recipe, options.set)
     if options.print_config:
@@ -142,12 +145,18 @@ def _execute(command: str, options: Namespace) -> None:
     return None
 
 
+def _adds_expert(options: Namespace) -> bool:
+    return options.recipe is None or bool(options.into or options.add or options.output or options.fisher)
+
+
 def _add_expert(options: Namespace) -> str:
     """``pave merge --into MERGED --add TASK=EXPERT``, which needs no recipe."""
     from pave_lightning.errors import PaveError
 
     if options.recipe is not None:
-        raise PaveError("give either a recipe, or --into MERGED --add TASK=EXPERT [--output FOLDER], not both")
+        raise PaveError(
+            "give either a recipe, or --into MERGED --add TASK=EXPERT [--output FOLDER] [--fisher FILE], not both"
+        )
     if options.set or options.print_config:
         raise PaveError("--set and --print-config go with a recipe, not with --into MERGED --add TASK=EXPERT")
     if options.into is None and options.add is None:
@@ -157,7 +166,8 @@ def _add_expert(options: Namespace) -> str:
         raise PaveError("to add an expert to a merged model give both --into MERGED and --add TASK=EXPERT")
     from pave_lightning.adding import add_expert
 
-    return str(add_expert(options.into, task, expert, options.output or f"{options.into.rstrip('/')}-{task}"))
+    output = options.output or f"{options.into.rstrip('/')}-{task}"
+    return str(add_expert(options.into, task, expert, output, options.fisher))
 
 
 def _configure_output(debug: bool) -> None:

@@ -43,7 +43,7 @@ from pave_lightning.experts.trainers import (
 from pave_lightning.exporting import write_purified_experts
 from pave_lightning.launching import Launcher, is_launched, is_rank_zero
 from pave_lightning.merging import Evidence, MergeMethod, Modulator, Need
-from pave_lightning.merging.folders import MergeContext, write_merged
+from pave_lightning.merging.folders import GRADIENTS_FILE, MergeContext, write_merged
 from pave_lightning.merging.passes import ForwardPasses, load_parameters
 from pave_lightning.purification import KeptRank, PurifiedTaskVectors, StoredPurification, write_purified
 from pave_lightning.recipe import Capture, MergeStep, Purify, Recipe, Task, Vectors
@@ -74,7 +74,6 @@ from pave_lightning.weights.architecture import backbone_of, empty_classifier
 log = logging.getLogger("pave_lightning")
 
 STATISTICS_FILE = "moments.safetensors"
-GRADIENTS_FILE = "gradients.safetensors"
 
 
 class Workflow:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from safetensors import SafetensorError
@@ -20,6 +20,7 @@ from pave_lightning.merging.evidence import Evidence
 from pave_lightning.merging.modulators import Modulator, ModulatorWriter
 from pave_lightning.merging.running import merge_per_task, merge_static, within
 from pave_lightning.merging.sequential import SequentialMethod
+from pave_lightning.statistics.gradients import TaskGradients
 from pave_lightning.weights import Architecture, Checkpoint, Parameter, ShardWriter, TaskVectors, locate_model
 from pave_lightning.weights.architecture import backbone_of, empty_classifier
 from pave_lightning.weights.checkpoint import model_digest
@@ -28,6 +29,10 @@ from pave_lightning.weights.task_vectors import absent_children
 
 FACTS_FILE = "pave.json"
 HEAD_FILE = "head.safetensors"
+# What a sequential rule keeps for adding experts: a folder for each of its tensors, with names as in the model.
+KEPT_FOLDER = "sequential"
+# In the folder of a recipe's stage `gradients/...`.
+GRADIENTS_FILE = "gradients.safetensors"
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,8 @@ def write_merged(
     """Merge by one rule and write the result as a Hugging Face folder, one parameter at a time.
 
     The folder holds the backbone (float32; ``AutoModel.from_pretrained`` loads it), the tokenizer, ``heads/TASK`` with
-    each task's head and configuration, for per-task rules ``modulators/TASK.safetensors``, and ``pave.json``.
+    each task's head and configuration, for per-task rules ``modulators/TASK.safetensors``, for sequential rules that
+    keep tensors ``sequential/NAME``, and ``pave.json``.
 
     Args:
         folder: an existing, empty folder.
@@ -99,6 +105,8 @@ def write_merged(
         if name not in written:
             writer.add(name, context.base.tensor(name))
     writer.close()
+    if _takes_experts_later(method, scale):
+        _write_kept(folder / KEPT_FOLDER, method, source)
     _write_surroundings(folder, method, context, scale)
 
 
@@ -108,6 +116,48 @@ def _added(source: TaskVectors, parameter: Parameter, vector: Tensor, factor: fl
     for rows in source.blocks(parameter):
         result[within(rows)] = source.base(parameter, rows) + factor * vector[within(rows)]
     return result
+
+
+def _takes_experts_later(method: MergeMethod, scale: float | None) -> TypeGuard[SequentialMethod]:
+    return isinstance(method, SequentialMethod) and method.has_merged and scale != 0
+
+
+def _write_kept(folder: Path, method: SequentialMethod, source: TaskVectors) -> None:
+    writers = {}
+    for name in method.keeps:
+        (folder / name).mkdir(parents=True)
+        writers[name] = ShardWriter(folder / name)
+    for parameter in source.parameters if writers else ():
+        for name, tensor in method.kept(parameter, source).items():
+            writers[name].add(parameter.name, tensor)
+    for writer in writers.values():
+        writer.close()
+
+
+def load_kept(folder: Path, names: Iterable[str], prefix: str) -> dict[str, Checkpoint]:
+    """What a sequential rule has kept beside a merged model, read lazily.
+
+    Args:
+        folder: a merged folder as `write_merged` left it.
+        names: what the rule keeps.
+        prefix: the architecture's backbone prefix.
+
+    Raises:
+        PaveError: something of it is missing or broken.
+    """
+    try:
+        return {name: Checkpoint(folder / KEPT_FOLDER / name, prefix) for name in names}
+    except PaveError as error:
+        raise PaveError(f"what was kept for adding experts cannot be read: {error}; merge all experts again") from error
+
+
+def load_gradients(place: Path) -> TaskGradients:
+    """A task's gradients: their file, or the folder of the stage in which a recipe left it.
+
+    Raises:
+        PaveError: there are none.
+    """
+    return TaskGradients.load(place / GRADIENTS_FILE if place.is_dir() else place)
 
 
 def _write_surroundings(folder: Path, method: MergeMethod, context: MergeContext, scale: float | None) -> None:
@@ -127,7 +177,7 @@ def _write_surroundings(folder: Path, method: MergeMethod, context: MergeContext
         save_file({name: tensor.contiguous() for name, tensor in head.items()}, target / HEAD_FILE)
         AutoConfig.from_pretrained(expert.folder).save_pretrained(target)
     facts = {"method": method.name, "form": method.form, "base": context.base_reference, **context.facts}
-    if isinstance(method, SequentialMethod) and method.has_merged and scale != 0:
+    if _takes_experts_later(method, scale):
         facts |= {"sequential": method.state(scale), "base_digest": model_digest(context.base.folder)}
     (folder / FACTS_FILE).write_text(json.dumps(facts, indent=2))
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -12,7 +13,9 @@ from torch import Tensor
 
 from pave_lightning.errors import PaveError, Problems
 from pave_lightning.merging.base import MethodOptions, StaticMethod
-from pave_lightning.weights import Parameter, TaskVectors
+from pave_lightning.merging.evidence import Evidence
+from pave_lightning.weights import Checkpoint, Parameter, TaskVectors
+from pave_lightning.weights.checkpoint import is_finite
 
 # Elements that are added up together: few enough for those of all tasks to stay in the processor's cache.
 _CHUNK = 1 << 14
@@ -43,7 +46,11 @@ class SequentialMethod(StaticMethod):
     all experts in that order gives, to the rounding with which the merged model is stored.
 
     Subclasses read the task vectors through :meth:`running` and say in :meth:`divisor` how their result follows from
-    the total.
+    the total. Those that must know more of the merged experts name it in ``keeps``, give it in :meth:`kept` and read it
+    with :meth:`kept_before`. Of the data of experts that are merged already nothing is asked.
+
+    Attributes:
+        keeps: names of the tensors that are kept for each parameter, of its shape, beside the merged model.
 
     Example::
 
@@ -55,9 +62,12 @@ class SequentialMethod(StaticMethod):
         result = merge(later, task_vectors(base, {"merged": "merged/opcm", "tweets": "experts/tweets"}))
     """
 
+    keeps: ClassVar[tuple[str, ...]] = ()
+
     def __init__(self, options: MethodOptions | None = None) -> None:
         super().__init__(options)
         self._start: SequentialState | None = None
+        self._kept: Mapping[str, Checkpoint] = {}
         self._tasks = 0
 
     @abstractmethod
@@ -67,6 +77,39 @@ class SequentialMethod(StaticMethod):
     def norms(self) -> float:
         """Sum of the norms of all merged experts' task vectors, for rules that need it."""
         return 0.0
+
+    def kept(self, parameter: Parameter, vectors: TaskVectors) -> dict[str, Tensor]:
+        """What ``keeps`` names of one parameter, float32, of all experts merged; known once the merge has begun."""
+        return {}
+
+    def kept_before(self, name: str, parameter: Parameter, rows: slice | None = None) -> Tensor:
+        """What was kept of the experts inside the merged model that this merge starts from.
+
+        Raises:
+            PaveError: it holds NaN or infinity.
+        """
+        found = self._kept[name].tensor(parameter.name, rows)
+        if not is_finite(found):
+            raise PaveError(
+                f"{self._kept[name].folder}: what was kept of {parameter.name} holds NaN or infinity; merge all again"
+            )
+        return found
+
+    def problems(self, vectors: TaskVectors, evidence: Evidence) -> Iterator[str]:
+        """What keeps the rule from merging these; of a merged model nothing is asked but what was kept of it."""
+        new = vectors
+        if self._start is not None:
+            new = copy.copy(vectors)
+            new.tasks = vectors.tasks[1:]
+        yield from super().problems(new, evidence)
+        for name, kept in self._kept.items():
+            found = {key: stored.shape for key, stored in kept.backbone.items() if stored.is_floating}
+            wrong = [parameter.name for parameter in vectors.parameters if found.get(parameter.name) != parameter.shape]
+            if wrong:
+                yield (
+                    f"{kept.folder}: the '{name}' of {len(wrong)} parameters, such as {wrong[0]}, is missing or of "
+                    "another shape; merge all experts again"
+                )
 
     def prepare(self, vectors: TaskVectors) -> None:
         """Note how many tasks there are."""
@@ -92,16 +135,25 @@ class SequentialMethod(StaticMethod):
             found[first] = found[first] * self._start.divisor
         return found
 
-    def start_from(self, state: Mapping[str, Any]) -> None:
+    def start_from(self, state: Mapping[str, Any], kept: Mapping[str, Checkpoint] | None = None) -> None:
         """Take the first task of the next merge for a merged model.
 
         Args:
             state: what :meth:`state` gave after the merge that made it.
+            kept: for each name in ``keeps`` a checkpoint of what :meth:`kept` gave, by names of parameters.
 
         Raises:
-            PaveError: that is no such state, or another rule's.
+            PaveError: that is no such state, or another rule's, or something that the rule needs was not kept.
         """
         self._start = _checked(state, self.name)
+        given = kept or {}
+        lacking = [name for name in self.keeps if name not in given]
+        if lacking:
+            raise PaveError(
+                f"to add experts, merge method '{self.name}' needs what was kept beside the merged model, but this was "
+                f"not given: {', '.join(lacking)}; merge all experts again"
+            )
+        self._kept = {name: given[name] for name in self.keeps}
 
     def state(self, scale: float | None = None) -> dict[str, Any]:
         """What must be kept beside the merged model; ask for it once every parameter has been merged.

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +10,14 @@ from pydantic import ValidationError
 from pave_lightning.errors import PaveError
 from pave_lightning.merging import Evidence, merge
 from pave_lightning.merging.rules import perturb_and_merge as module
-from pave_lightning.merging.rules.perturb_and_merge import PerturbAndMerge, PerturbAndMergeOptions, expert_weights
+from pave_lightning.merging.rules.perturb_and_merge import (
+    PerturbAndMerge,
+    PerturbAndMergeOptions,
+    Products,
+    expert_weights,
+)
 from pave_lightning.statistics.gradients import TaskGradients
+from pave_lightning.weights import Checkpoint, ShardWriter
 
 
 def evidence_of(information):
@@ -119,9 +127,12 @@ def test_steps_neither_go_back_nor_beyond_the_next_expert(make_source, third, ex
 
 def test_the_weights_of_the_experts_add_up_to_one():
     # One element, task vectors 1 and 3, information 1 and 3: the second step goes three quarters of the way.
-    outer = torch.tensor([[1.0, 3.0], [3.0, 9.0]], dtype=torch.float64)
-    assert expert_weights(torch.stack([outer, 3 * outer])) == pytest.approx([0.25, 0.75])
-    assert expert_weights(torch.zeros(4, 4, 4, dtype=torch.float64)) == pytest.approx([0.25] * 4)
+    products = Products(2)
+    products.curvatures[1] = 4 * torch.tensor([[1.0, 3.0], [3.0, 9.0]])
+    products.pulls[1] = (1 * 1 + 3 * 3) * torch.tensor([1.0, 3.0])
+    assert expert_weights(products) == pytest.approx([0.25, 0.75])
+    assert expert_weights(Products(4)) == pytest.approx([0.25] * 4)
+    assert expert_weights(Products(3), first=8) == pytest.approx([0.8, 0.1, 0.1])
 
 
 def test_where_no_task_cares_it_is_the_mean(make_source, random_vectors):
@@ -175,3 +186,133 @@ def test_missing_information_is_told(make_source, random_vectors, random_informa
 def test_impossible_options():
     with pytest.raises(ValidationError):
         PerturbAndMergeOptions(per="layer")
+
+
+def store(rule, source, folder):
+    """What the rule keeps of all parameters, through files."""
+    writers = {}
+    for name in rule.keeps:
+        (folder / name).mkdir(parents=True)
+        writers[name] = ShardWriter(folder / name, 40)
+    for parameter in source.parameters:
+        for name, tensor in rule.kept(parameter, source).items():
+            writers[name].add(parameter.name, tensor)
+    for writer in writers.values():
+        writer.close()
+    return {name: Checkpoint(folder / name, "backbone") for name in rule.keeps}
+
+
+@pytest.fixture
+def many():
+    """Five experts, alike in part, so that steps of many sizes occur, a base, and the Fisher information."""
+    random = np.random.default_rng(11)
+    shapes = {"a": (5, 3), "b": (4,), "c": ()}
+    base = {name: random.standard_normal(shape) for name, shape in shapes.items()}
+    common = {name: random.standard_normal(shape) for name, shape in shapes.items()}
+    vectors = {
+        str(index): {n: kin * common[n] + random.standard_normal(shape) for n, shape in shapes.items()}
+        for index, kin in enumerate((0.5, -1.0, 2.0, 0.1, -0.7))
+    }
+    information = {task: {n: 10.0 ** random.uniform(-4, 0, shape) for n, shape in shapes.items()} for task in vectors}
+    return base, vectors, information
+
+
+@pytest.mark.parametrize("per", ["model", "tensor"])
+@pytest.mark.parametrize("scale", [None, 0.4])
+@pytest.mark.parametrize(("held", "at_once"), [(2, 1), (3, 2), (2, 3)])
+def test_adding_experts_is_merging_all(make_source, many, tmp_path, per, scale, held, at_once):
+    base, vectors, information = many
+    names, factor = list(vectors), 1.0 if scale is None else scale
+    rule = PerturbAndMerge(PerturbAndMergeOptions(per=per))
+    source = make_source({task: vectors[task] for task in names[:held]}, base=base)
+    result = merge(rule, source, evidence_of(information)).vectors
+    for start in range(held, 5, at_once):
+        state, kept = json.loads(json.dumps(rule.state(scale))), store(rule, source, tmp_path / str(start))
+        new = names[start : start + at_once]
+        rule = PerturbAndMerge(PerturbAndMergeOptions(per=per))
+        rule.start_from(state, kept)
+        so_far = {"so far": {name: factor * value.numpy() for name, value in result.items()}}
+        source = make_source(so_far | {task: vectors[task] for task in new}, base=base, elements=4)
+        # Nothing is known any more of the data of earlier experts.
+        result = merge(rule, source, evidence_of({task: information[task] for task in new})).vectors
+    assert rule.merged() == 5
+    groups = [[name] for name in base] if per == "tensor" else [sorted(base)]
+    for group in groups:
+        expected = streamed(
+            long({n: base[n] for n in group}),
+            {task: long({n: v[n] for n in group}) for task, v in vectors.items()},
+            {task: long({n: f[n] for n in group}) for task, f in information.items()},
+        )
+        np.testing.assert_allclose(long({n: result[n].numpy() for n in group}), expected, atol=1e-5)
+
+
+def test_what_is_kept_are_the_sums_over_all_experts(make_source, many, tmp_path, monkeypatch):
+    base, vectors, information = many
+    monkeypatch.setattr(module, "CHUNK", 2)
+    rule = PerturbAndMerge()
+    source = make_source(vectors, base=base, elements=5)
+    merge(rule, source, evidence_of(information))
+    kept = store(rule, source, tmp_path)
+    for name in base:
+        stiffness = sum(information[task][name] for task in vectors)
+        pull = sum(information[task][name] * vectors[task][name] for task in vectors)
+        np.testing.assert_allclose(kept["information"].tensor(name).numpy(), stiffness, rtol=1e-6)
+        np.testing.assert_allclose(kept["pull"].tensor(name).numpy(), pull, rtol=1e-5, atol=1e-7)
+
+
+def test_an_expert_is_added_by_hand(make_source, tmp_path):
+    # Two experts at 0 and 4 with information 1 and 1 were merged at 2; one with 2 at 8 draws to (4 + 16) / 4.
+    for name, value in (("information", 2.0), ("pull", 4.0)):
+        (tmp_path / name).mkdir()
+        writer = ShardWriter(tmp_path / name)
+        writer.add("v", torch.tensor([value]))
+        writer.close()
+    kept = {name: Checkpoint(tmp_path / name, "backbone") for name in ("information", "pull")}
+    rule = PerturbAndMerge()
+    rule.start_from({"method": "perturb_and_merge", "merged": 2, "divisor": 1.0}, kept)
+    source = make_source({"so far": {"v": [2.0]}, "new": {"v": [8.0]}})
+    assert merge(rule, source, evidence_of({"new": {"v": [2.0]}})).vectors["v"].tolist() == pytest.approx([5.0])
+
+
+def test_an_expert_is_added_to_a_mean_where_no_task_cares(make_source, many, tmp_path):
+    base, vectors, information = many
+    nothing = {task: {name: 0 * value for name, value in named.items()} for task, named in information.items()}
+    rule, later = PerturbAndMerge(), PerturbAndMerge()
+    source = make_source({task: vectors[task] for task in "0123"}, base=base)
+    so_far = {name: value.numpy() for name, value in merge(rule, source, evidence_of(nothing)).vectors.items()}
+    later.start_from(rule.state(), store(rule, source, tmp_path))
+    found = merge(later, make_source({"so far": so_far, "4": vectors["4"]}, base=base), evidence_of(nothing)).vectors
+    for name in base:
+        expected = np.mean([named[name] for named in vectors.values()], axis=0)
+        np.testing.assert_allclose(found[name].numpy(), expected, atol=1e-6)
+
+
+def test_mistakes_in_adding_are_told(make_source, many, tmp_path):
+    base, vectors, information = many
+    rule = PerturbAndMerge()
+    source = make_source({task: vectors[task] for task in "01"}, base=base)
+    merge(rule, source, evidence_of(information))
+    state, kept = rule.state(), store(rule, source, tmp_path / "good")
+    with pytest.raises(PaveError, match="but this was not given: information, pull; merge all experts again"):
+        PerturbAndMerge().start_from(state)
+    with pytest.raises(PaveError, match="but this was not given: pull; merge all"):
+        PerturbAndMerge().start_from(state, {"information": kept["information"]})
+
+    def add(given, known="2"):
+        later = PerturbAndMerge()
+        later.start_from(state, given)
+        merge(later, make_source({"so far": vectors["0"], "2": vectors["2"]}), evidence_of({known: information["2"]}))
+
+    add(kept)
+    with pytest.raises(PaveError, match=r"experts:\n  - task '2' has no Fisher information; [^\n]*$"):
+        add(kept, known="so far")
+    for name, values in (("short", {"a": torch.zeros(5, 2)}), ("broken", {"a": torch.full((5, 3), np.nan)})):
+        (tmp_path / name).mkdir()
+        writer = ShardWriter(tmp_path / name)
+        for key in base:
+            writer.add(key, values.get(key, torch.zeros(base[key].shape)))
+        writer.close()
+    with pytest.raises(PaveError, match="short: the 'pull' of 1 parameters, such as a, is missing or of another shape"):
+        add({**kept, "pull": Checkpoint(tmp_path / "short", "backbone")})
+    with pytest.raises(PaveError, match="broken: what was kept of a holds NaN or infinity; merge all again"):
+        add({**kept, "pull": Checkpoint(tmp_path / "broken", "backbone")})
