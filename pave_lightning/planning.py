@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from pave_lightning.tasks.data import check_task, load_split
 from pave_lightning.tracking import resolve_uri
 from pave_lightning.weights import Adapter, Architecture, Checkpoint, Parameter, ParameterKind, locate_model
 from pave_lightning.weights.adapters import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, adapter_folder
+from pave_lightning.weights.architecture import lies_in
 from pave_lightning.weights.checkpoint import stored_tensors
 from pave_lightning.weights.task_vectors import (
     PlannedTaskVectors,
@@ -118,7 +119,7 @@ def _ranks(task: Task, parameters: Sequence[Parameter], prefix: str) -> Mapping[
         lora = task.training.lora
         if lora is None:
             return TRAINED_WHOLE
-        adapted = [p for p in parameters if _is_wrapped(p, lora) and not _is_below(p.layer, task.training.freeze)]
+        adapted = [p for p in parameters if _is_wrapped(p, lora) and not lies_in(p.layer, task.training.freeze)]
         return {parameter.layer: lora.rank for parameter in adapted}
     folder = existing_folder(task)
     where = _adapter_of(folder)
@@ -142,10 +143,6 @@ def _is_wrapped(parameter: Parameter, lora: Lora) -> bool:
 
 def _is_named(layer: str, name: str) -> bool:
     return layer == name or layer.endswith(f".{name}")
-
-
-def _is_below(layer: str, modules: Iterable[str]) -> bool:
-    return any(layer == module or layer.startswith(f"{module}.") for module in modules)
 
 
 def _step_problems(step: MergeStep, recipe: Recipe, vectors: PlannedTaskVectors) -> Iterator[str]:
@@ -340,7 +337,7 @@ def _adds_nothing(folder: Path, base: Checkpoint, prefix: str) -> bool:
     stored = stored_tensors(folder / ADAPTER_WEIGHTS)
     own = {name.partition(f".{prefix}.")[2]: tensor for name, tensor in stored.items() if f".{prefix}." in name}
     private = absent_children(base, own)
-    factors = {name: t for name, t in own.items() if not _is_below(name, private)}
+    factors = {name: t for name, t in own.items() if not lies_in(name, private)}
     updates = [tensor for name, tensor in factors.items() if ".lora_A." not in name and ".lora_embedding_A" not in name]
     return bool(updates) and not any(bool(Checkpoint.read(tensor).any()) for tensor in updates)
 
@@ -391,8 +388,7 @@ def predicted_cost(recipe: Recipe, folder: RunFolder) -> Cost:
     stages = Stages(recipe, folder)
     base_folder = locate_model(recipe.base, role="base")
     architecture = Architecture.of_folder(base_folder)
-    stored = Checkpoint(base_folder, architecture.prefix).backbone
-    parameters = [p for name, p in architecture.parameters.items() if name in stored]
+    parameters = list(_stored_parameters(Checkpoint(base_folder, architecture.prefix), architecture))
     steps = list(stages.merges())
     # The recipe's costliest purification stands for the others: they differ in ranks, not in layers.
     asked = [step.purify for step, vectors in steps if vectors == "purified"]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pave_lightning.errors import PaveError
-from pave_lightning.merging import Cost, Need, method_named
+from pave_lightning.merging import Need, method_named
 from pave_lightning.recipe import AUTO_RATIOS, MergeStep, Purify, Recipe, ScaleSearch, Task, Vectors, slug
 from pave_lightning.run_folder import Manifest, RunFolder
 from pave_lightning.statistics.gradients import GradientKind
@@ -291,7 +291,7 @@ class Stages:
                 inputs[kind] = {task.name: self.gradients(kind, task).inputs() for task in self.recipe.tasks}
         if Need.UNLABELLED_EXAMPLES in method_named(step.method).needs:
             inputs["examples"] = {task.name: self._shown(task) for task in self.recipe.tasks}
-        if method_named(step.method).cost is Cost.TRAINING:
+        if method_named(step.method).batched:
             inputs["batch_size"] = self.recipe.capture.batch_size
         if step.anchor is not None:
             anchor = self.recipe.step(step.anchor).model_copy(update={"purify": step.purify})

@@ -43,7 +43,7 @@ from pave_lightning.experts.trainers import (
 from pave_lightning.exporting import write_purified_experts
 from pave_lightning.launching import Launcher, is_launched, is_rank_zero
 from pave_lightning.merging import Evidence, MergeMethod, Modulator, Need
-from pave_lightning.merging.folders import GRADIENTS_FILE, MergeContext, write_merged
+from pave_lightning.merging.folders import GRADIENTS_FILE, MergeContext, load_gradients, write_merged
 from pave_lightning.merging.passes import ForwardPasses, load_parameters
 from pave_lightning.purification import KeptRank, PurifiedTaskVectors, StoredPurification, write_purified
 from pave_lightning.recipe import Capture, MergeStep, Purify, Recipe, Task, Vectors
@@ -313,7 +313,7 @@ class Workflow:
                 with self._sharing(stage) as needed:
                     if needed:
                         self._take_gradients(kind, task, stage)
-            found[task.name] = TaskGradients.load(self.folder.path(stage.name) / GRADIENTS_FILE)
+            found[task.name] = load_gradients(self.folder.path(stage.name))
         return found
 
     def _take_gradients(self, kind: GradientKind, task: Task, stage: Stage) -> None:

@@ -18,7 +18,7 @@ from pave_lightning.errors import PaveError
 from pave_lightning.layers import is_linear
 from pave_lightning.recipe import Lora, Task
 from pave_lightning.weights.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from pave_lightning.weights.architecture import backbone_of
+from pave_lightning.weights.architecture import backbone_of, lies_in
 from pave_lightning.weights.checkpoint import weight_files
 
 
@@ -161,9 +161,7 @@ def add_adapters(model: nn.Module, lora: Lora, *, frozen: Sequence[str], private
         target_modules=lora.target_modules,
         modules_to_save=whole,
         exclude_modules=[
-            name
-            for name, module in model.named_modules()
-            if is_linear(module) and any(name == part or name.startswith(f"{part}.") for part in without)
+            name for name, module in model.named_modules() if is_linear(module) and lies_in(name, without)
         ],
     )
     try:

@@ -51,6 +51,7 @@ class MergeMethod(ABC):
         cost: what dominates its time.
         elementwise: whether blocks of rows may be merged apart from each other; :meth:`in_blocks` may differ.
         ordered: whether the order of the tasks matters.
+        batched: whether it matters which examples share a batch, beyond rounding.
         held_models: how many models' worth of weights it holds in memory while it works, besides one parameter of all
             tasks.
         whole_model_pass: whether :meth:`prepare` reads every task vector.
@@ -67,6 +68,7 @@ class MergeMethod(ABC):
     cost: ClassVar[Cost] = Cost.ELEMENTWISE
     elementwise: ClassVar[bool] = False
     ordered: ClassVar[bool] = False
+    batched: ClassVar[bool] = False
     held_models: ClassVar[int] = 0
     whole_model_pass: ClassVar[bool] = False
     default_scale: ClassVar[float | None] = None

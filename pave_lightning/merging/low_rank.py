@@ -24,11 +24,6 @@ def adapted_tasks(vectors: TaskVectors) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def is_zero(vectors: TaskVectors, task: str, parameter: Parameter) -> bool:
-    """Whether a task leaves a parameter as it is in the base."""
-    return not any(bool(vectors.vector(task, parameter, rows).any()) for rows in vectors.blocks(parameter))
-
-
 class LowRankMethod(MatrixMethod):
     """A rule for the layers that adapters adapt; all other parameters are averaged, summed or left.
 
@@ -50,7 +45,7 @@ class LowRankMethod(MatrixMethod):
         problems = Problems(f"merge method '{self.name}' cannot merge these experts:")
         for parameter in vectors.parameters:
             adapted = self._adapted.get(parameter.name, vectors.tasks)
-            whole = [task for task in vectors.tasks if task not in adapted and not is_zero(vectors, task, parameter)]
+            whole = [task for task in vectors.tasks if task not in adapted and not vectors.is_zero(task, parameter)]
             if whole:
                 problems.add(
                     f"{parameter.name} has an adapter in {quoted(adapted)}, but was trained whole in {quoted(whole)}; "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from pave_lightning.merging.base import Cost, MethodOptions, StaticMethod
-from pave_lightning.weights import Parameter
+from pave_lightning.weights import Parameter, TaskVectors
 
 
 class MatrixOptions(MethodOptions):
@@ -65,7 +65,18 @@ class MatrixMethod(StaticMethod):
 
     def merge_other(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
         """Merge a parameter that is no matrix weight, or a block of its rows."""
-        if self.options.others == "base":
-            return torch.zeros_like(base)
-        total = torch.stack(list(vectors.values())).sum(dim=0)
-        return total / len(vectors) if self.options.others == "mean" else total
+        return combined(self.options.others, base, vectors)
+
+    def refusals(self, vectors: TaskVectors, why: Callable[[Parameter, int], str | None]) -> Iterator[str]:
+        """What ``why`` has against single matrices and the number of tasks, where that is not None."""
+        tasks = len(vectors.tasks)
+        found = (why(parameter, tasks) for parameter in filter(self.covers, vectors.parameters))
+        return (problem for problem in found if problem is not None)
+
+
+def combined(how: Literal["mean", "sum", "base"], base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
+    """The mean or the sum of task vectors, or zero, which leaves the base's values."""
+    if how == "base":
+        return torch.zeros_like(base)
+    total = torch.stack(list(vectors.values())).sum(dim=0)
+    return total / len(vectors) if how == "mean" else total

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from pave_lightning.reporting.experiment_ranking import ranking
+from pave_lightning.reporting.experiment_ranking import TITLES, ranking
 from pave_lightning.reporting.experiment_table import (
     IDENTITY,
     TINY,
@@ -129,12 +129,12 @@ def _best(scores: ExperimentScores, summary: pd.DataFrame, best: pd.DataFrame) -
         shown = rows.sort_values("mean", ascending=False, kind="stable")
         told = [f"{row['vectors']} {_spread(row)}{_at(scores.keys, row)}" for _, row in shown.iterrows()]
         lines.append(f"{_model_name(model, form)}: {'; '.join(told)}")
-    for form, what in (("static", "one set of weights for all tasks"), ("per-task", "something extra for each task")):
+    for form, title in TITLES.items():
         rows = best[best["form"] == form]
         if rows["model"].nunique() > 1:
             row = rows.loc[rows["mean"].idxmax()]
             name = f"{row['model']}, {row['vectors']}{_at(scores.keys, row)}"
-            lines.append(f"Highest of the models with {what}: {name}, {_spread(row)}.")
+            lines.append(f"Highest of the models with {title.lower()}: {name}, {_spread(row)}.")
     references = [
         f"{form if form == 'base' else 'experts'} {_spread(row)}{_at(scores.keys, row)}"
         for form in ("base", "expert")

@@ -11,8 +11,8 @@ import pandas as pd
 from pave_lightning.reporting.experiment_table import signed
 from pave_lightning.reporting.markdown import escaped, table
 
-# Form of a model -> what its table is called.
-TABLES = {"static": "One set of weights for all tasks", "per-task": "Something extra for each task"}
+# Form of a merged model -> what such models have.
+TITLES = {"static": "One set of weights for all tasks", "per-task": "Something extra for each task"}
 NOTE = (
     "Seconds and memory are those of merging alone, on average over plain and purified. Capturing statistics,"
     " gradients, the merge of an anchor and the search for a scale come on top."
@@ -33,7 +33,7 @@ def ranking(best: pd.DataFrame) -> list[str]:
         says what is not in them.
     """
     parts = []
-    for form, title in TABLES.items():
+    for form, title in TITLES.items():
         rows = best[best["form"] == form]
         if rows.empty:
             continue

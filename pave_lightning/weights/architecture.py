@@ -130,6 +130,11 @@ class Architecture:
         return name not in self.parameters and any(re.search(pattern, name) for pattern in self.obsolete)
 
 
+def lies_in(name: str, modules: Iterable[str]) -> bool:
+    """Whether a module, by its dotted name, is one of these modules or lies inside of one."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
 def empty_classifier(folder: Path, device: str = "meta") -> nn.Module:
     """A classification model of the folder's configuration, untrained; the meta device needs no memory.
 

@@ -23,6 +23,10 @@ class ParameterKind(StrEnum):
     OTHER = "other"
 
 
+# What is added to a layer's output.
+ADDITIVE = (ParameterKind.BIAS, ParameterKind.NORM_SHIFT)
+
+
 @dataclass(frozen=True)
 class Parameter:
     """One floating-point tensor of the backbone.

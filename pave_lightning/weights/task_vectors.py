@@ -56,6 +56,24 @@ class TaskVectors(ABC):
         base = self.base(parameter, rows)
         return base, {task: self.vector(task, parameter, rows, base) for task in self.tasks}
 
+    def walk(
+        self, parameters: Iterable[Parameter] | None = None
+    ) -> Iterator[tuple[Parameter, slice | None, dict[str, Tensor]]]:
+        """All tasks' vectors, block by block of `blocks`, with the parameter and the rows that they are of.
+
+        Parameter by parameter, not task by task: a source may compute all tasks' weights of a layer together.
+
+        Args:
+            parameters: which ones; all of them where None.
+        """
+        for parameter in self.parameters if parameters is None else parameters:
+            for rows in self.blocks(parameter):
+                yield parameter, rows, self.read(parameter, rows)[1]
+
+    def is_zero(self, task: str, parameter: Parameter) -> bool:
+        """Whether a task leaves a parameter as it is in the base."""
+        return not any(bool(self.vector(task, parameter, rows).any()) for rows in self.blocks(parameter))
+
     def factors(self, task: str, parameter: Parameter) -> tuple[Tensor, Tensor] | None:
         """B, ``(d_out, r)``, and A, ``(r, d_in)``, both float64, whose product is the task vector as a matrix.
 

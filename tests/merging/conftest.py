@@ -77,6 +77,22 @@ def make_source():
 
 
 @pytest.fixture
+def watched_source(make_source):
+    """Build a source as `make_source` does, which notes in ``asked`` of which parameters experts are read."""
+
+    class Watched(make_source):
+        def __init__(self, vectors, **options):
+            super().__init__(vectors, **options)
+            self.asked = []
+
+        def expert(self, task, parameter, rows=None):
+            self.asked.append(parameter.name)
+            return super().expert(task, parameter, rows)
+
+    return Watched
+
+
+@pytest.fixture
 def adapted(make_source):
     """Build a source from ``{task: {name: (B, A)}}``; ``others`` are plain task vectors beside them."""
 

@@ -228,3 +228,31 @@ def test_planned_vectors_have_shapes_but_no_values():
             ask(turned)
     with pytest.raises(RuntimeError, match="meta"):
         bool(planned.factors("one", turned)[0].any())
+
+
+def test_a_walk_gives_every_task_vector_and_reads_the_base_once(base_folder, expert_folders, monkeypatch):
+    source = task_vectors(str(base_folder), references(expert_folders))
+    asked = []
+    base = source.base
+    monkeypatch.setattr(source, "base", lambda parameter, rows=None: asked.append(rows) or base(parameter, rows))
+    monkeypatch.setattr(source, "blocks", lambda parameter: iter([slice(0, 1), slice(1, parameter.shape[0])]))
+    chosen = source.parameters[:3]
+    walked = list(source.walk(chosen))
+    assert len(asked) == len(walked) == 2 * len(chosen)
+    assert [parameter for parameter, _, _ in walked] == [parameter for parameter in chosen for _ in range(2)]
+    for parameter, rows, own in walked:
+        assert tuple(own) == source.tasks
+        assert all(torch.equal(own[task], source.vector(task, parameter, rows)) for task in source.tasks)
+    assert {parameter for parameter, _, _ in source.walk()} == set(source.parameters)
+
+
+def test_a_parameter_that_a_task_leaves_alone(base_folder, expert_folders, tmp_path):
+    name = "embeddings.word_embeddings.weight"
+    original = load_file(base_folder / "model.safetensors")[name]
+    same = changed(
+        expert_folders["first"], tmp_path / "same", lambda tensors: tensors.update({f"bert.{name}": original})
+    )
+    source = task_vectors(str(base_folder), references(expert_folders, same=same))
+    parameter = next(p for p in source.parameters if p.name == name)
+    assert source.is_zero("same", parameter)
+    assert not source.is_zero("first", parameter)

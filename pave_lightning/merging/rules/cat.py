@@ -14,9 +14,7 @@ from pave_lightning.merging.matrices import MatrixOptions
 from pave_lightning.merging.norm_moments import NormMomentMethod
 from pave_lightning.subspace.ridge import TOLERANCE
 from pave_lightning.subspace.solver import symmetric_eigen
-from pave_lightning.weights import Parameter, ParameterKind
-
-ADDED = (ParameterKind.BIAS, ParameterKind.NORM_SHIFT)
+from pave_lightning.weights import ADDITIVE, Parameter, ParameterKind
 
 
 class CatOptions(MatrixOptions):
@@ -78,14 +76,14 @@ class Cat(NormMomentMethod):
 
     def in_blocks(self, parameter: Parameter) -> bool:
         """Only what is added up as it is."""
-        cut = (*ADDED, ParameterKind.NORM_SCALE)
+        cut = (*ADDITIVE, ParameterKind.NORM_SCALE)
         return super().in_blocks(parameter) and parameter.kind not in cut
 
     def merge(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
         """The sum of what is left of the updates."""
         if parameter.kind is ParameterKind.NORM_SCALE:
             return self._merge_scale(parameter, vectors)
-        if parameter.kind in ADDED:
+        if parameter.kind in ADDITIVE:
             return self._merge_added(vectors)
         return super().merge(parameter, base, vectors)
 

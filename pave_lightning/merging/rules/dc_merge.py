@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Literal
 
@@ -73,10 +74,7 @@ class DcMerge(MatrixMethod):
     def problems(self, vectors: TaskVectors, evidence: Evidence) -> Iterator[str]:
         """Matrices that have too few singular directions."""
         yield from super().problems(vectors, evidence)
-        for parameter in filter(self.covers, vectors.parameters):
-            problem = too_narrow(parameter, len(vectors.tasks), self.options.rank)
-            if problem:
-                yield problem
+        yield from self.refusals(vectors, partial(too_narrow, rank=self.options.rank))
 
     def merge_matrix(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
         """Trim, elect and average in the cover space; only its diagonal blocks are needed."""

@@ -88,10 +88,9 @@ class Awd(StaticMethod):
 def gram_matrix(vectors: TaskVectors, tasks: list[str]) -> Tensor:
     """Inner products of whole task vectors, ``T x T``, float64; one pass, a block at a time."""
     gram = torch.zeros(len(tasks), len(tasks), dtype=torch.float64)
-    for parameter in vectors.parameters:
-        for rows in vectors.blocks(parameter):
-            block = torch.stack([vectors.vector(task, parameter, rows).flatten() for task in tasks]).double()
-            gram += (block @ block.T).cpu()
+    for _, _, own in vectors.walk():
+        block = torch.stack([own[task].flatten() for task in tasks]).double()
+        gram += (block @ block.T).cpu()
     return gram
 
 

@@ -69,6 +69,7 @@ class Distillation(StaticMethod):
     cost = Cost.TRAINING
     held_models = 5  # the anchor, the weights, their gradients, Adam's two moments
     whole_model_pass = True
+    batched = True
     needs = frozenset({Need.ANCHOR, Need.UNLABELLED_EXAMPLES})
     Options: ClassVar[type[DistillationOptions]] = DistillationOptions
 
@@ -86,7 +87,7 @@ class Distillation(StaticMethod):
             start = vectors.base(parameter) + self.evidence.anchor_vector(parameter)
             if not is_finite(start):
                 raise PaveError(f"the anchor's {parameter.name} holds NaN or infinite values; merge the anchor again")
-            changed = any(bool(vectors.vector(task, parameter).any()) for task in vectors.tasks)
+            changed = not all(vectors.is_zero(task, parameter) for task in vectors.tasks)
             weights[parameter.name] = nn.Parameter(start.to(device), requires_grad=changed)
         # In an order of their own, so that sums do not depend on how the recipe lists the tasks.
         tasks = [self._task(name, weights) for name in sorted(vectors.tasks)]

@@ -116,10 +116,7 @@ class DogeTa(MatrixMethod):
     def problems(self, vectors: TaskVectors, evidence: Evidence) -> Iterator[str]:
         """Matrices that have too few singular directions for so many tasks."""
         yield from super().problems(vectors, evidence)
-        for parameter in filter(self.covers, vectors.parameters):
-            problem = too_narrow(parameter, len(vectors.tasks))
-            if problem:
-                yield problem
+        yield from self.refusals(vectors, too_narrow)
 
     def prepare(self, vectors: TaskVectors) -> None:
         """Find each task's threshold over all matrix weights, and the mean norm of their task vectors."""
@@ -128,12 +125,10 @@ class DogeTa(MatrixMethod):
         norms: dict[tuple[str, str], float] = {}
 
         def blocks() -> Iterator[tuple[str, Tensor]]:
-            # Parameter by parameter: a source may compute all tasks' weights of a layer together.
             for parameter in matrices:
                 squares = dict.fromkeys(vectors.tasks, 0.0)
-                for rows in vectors.blocks(parameter):
-                    for task in vectors.tasks:
-                        block = vectors.vector(task, parameter, rows)
+                for _, _, own in vectors.walk([parameter]):
+                    for task, block in own.items():
                         squares[task] += float(block.double().square().sum())
                         yield task, block
                 norms.update({(parameter.name, task): math.sqrt(square) for task, square in squares.items()})

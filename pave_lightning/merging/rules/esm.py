@@ -11,14 +11,12 @@ from torch import Tensor
 
 from pave_lightning.merging.base import register
 from pave_lightning.merging.evidence import Evidence, Need
-from pave_lightning.merging.matrices import MatrixMethod, MatrixOptions
+from pave_lightning.merging.matrices import MatrixMethod, MatrixOptions, combined
 from pave_lightning.merging.rules.tsv import too_few_outputs
 from pave_lightning.subspace import polar_factor
 from pave_lightning.subspace.ridge import TOLERANCE
 from pave_lightning.subspace.solver import symmetric_eigen
-from pave_lightning.weights import Parameter, ParameterKind, TaskVectors
-
-BIASES = (ParameterKind.BIAS, ParameterKind.NORM_SHIFT)
+from pave_lightning.weights import ADDITIVE, Parameter, TaskVectors
 
 
 class EsmOptions(MatrixOptions):
@@ -90,10 +88,7 @@ class Esm(MatrixMethod):
     def problems(self, vectors: TaskVectors, evidence: Evidence) -> Iterator[str]:
         """Matrices that have too few outputs for so many tasks."""
         yield from super().problems(vectors, evidence)
-        for parameter in filter(self.covers, vectors.parameters):
-            problem = too_few_outputs(parameter, len(vectors.tasks))
-            if problem:
-                yield problem
+        yield from self.refusals(vectors, too_few_outputs)
 
     def prepare(self, vectors: TaskVectors) -> None:
         """Forget the norms of the last merge."""
@@ -115,11 +110,8 @@ class Esm(MatrixMethod):
 
     def merge_other(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
         """Biases as the options say, all else as for other rules."""
-        if parameter.kind not in BIASES or self.options.biases is None:
-            return super().merge_other(parameter, base, vectors)
-        if self.options.biases == "base":
-            return torch.zeros_like(base)
-        return torch.stack(list(vectors.values())).mean(dim=0)
+        own = self.options.biases if parameter.kind in ADDITIVE else None
+        return combined(own or self.options.others, base, vectors)
 
     def factor(self, parameter: Parameter) -> float:
         """The squared norm of a layer's update, relative to the mean of its kind."""

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from pave_lightning.merging.base import register
-from pave_lightning.merging.low_rank import Factors, is_zero
+from pave_lightning.merging.low_rank import Factors
 from pave_lightning.merging.matrices import MatrixMethod, MatrixOptions
 from pave_lightning.merging.rules.dare import DareOptions, drop_and_rescale
 from pave_lightning.merging.rules.ties import disjoint_merge
@@ -126,7 +126,7 @@ class Knots(MatrixMethod):
         assert source is not None
         pairs = {task: source.factors(task, parameter) for task in source.tasks}
         known = [pair for pair in pairs.values() if pair is not None]
-        if known and all(pair is not None or is_zero(source, task, parameter) for task, pair in pairs.items()):
+        if known and all(pair is not None or source.is_zero(task, parameter) for task, pair in pairs.items()):
             return basis_of_factors(known, self.options.cut)
         height = parameter.matrix_shape[0]
         gram = torch.zeros(height, height, dtype=torch.float64)

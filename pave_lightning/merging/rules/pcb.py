@@ -83,13 +83,13 @@ class Pcb(StaticMethod):
         kept = min(int(total * (1 - self.options.ratio)), total - 1)
         found = largest_magnitudes(
             vectors.tasks,
-            lambda: ((task, block) for blocks in _walk(vectors) for task, block in blocks.items()),
+            lambda: (pair for _, _, own in vectors.walk() for pair in own.items()),
             [total - low, total - high],
         )
         self._magnitudes = {t: _Range(ranks[total - low], ranks[total - high]) for t, ranks in found.items()}
         found = largest_values(
             vectors.tasks,
-            lambda: (pair for blocks in _walk(vectors) for pair in self._scores(blocks)),
+            lambda: (pair for _, _, own in vectors.walk() for pair in self._scores(own)),
             [total - kept, 1],
         )
         self._ranges = {task: _Range(ranks[total - kept], ranks[1]) for task, ranks in found.items()}
@@ -130,13 +130,6 @@ class Pcb(StaticMethod):
         """The normalised magnitudes of a task, with the elements' signs."""
         own = vectors[task].double()
         return own.sign() * self._magnitudes[task].share(own.abs())
-
-
-def _walk(vectors: TaskVectors) -> Iterator[dict[str, Tensor]]:
-    """All task vectors, block by block."""
-    for parameter in vectors.parameters:
-        for rows in vectors.blocks(parameter):
-            yield {task: vectors.vector(task, parameter, rows) for task in vectors.tasks}
 
 
 def _sum(tensors: Iterator[Tensor]) -> Tensor:

@@ -53,10 +53,8 @@ class _TrustRegion(StaticMethod):
             return
 
         def blocks() -> Iterator[tuple[str, Tensor]]:
-            for parameter in vectors.parameters:
-                for rows in vectors.blocks(parameter):
-                    own = {task: vectors.vector(task, parameter, rows) for task in vectors.tasks}
-                    yield "conflict", self._conflict(parameter, own, rows)
+            for parameter, rows, own in vectors.walk():
+                yield "conflict", self._conflict(parameter, own, rows)
 
         self._limit = largest_values(["conflict"], blocks, [dropped])["conflict"][dropped]
 

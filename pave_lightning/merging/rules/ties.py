@@ -87,11 +87,8 @@ class Ties(StaticMethod):
         kept = max(1, int(total * self.options.density))
 
         def blocks() -> Iterator[tuple[str, Tensor]]:
-            # Parameter by parameter: a source may compute all tasks' weights of a layer together.
-            for parameter in vectors.parameters:
-                for rows in vectors.blocks(parameter):
-                    for task in vectors.tasks:
-                        yield task, vectors.vector(task, parameter, rows)
+            for _, _, own in vectors.walk():
+                yield from own.items()
 
         self.thresholds = kth_largest_magnitudes(vectors.tasks, blocks, kept)
 

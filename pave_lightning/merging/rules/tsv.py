@@ -100,17 +100,18 @@ class TsvMerge(MatrixMethod):
     def problems(self, vectors: TaskVectors, evidence: Evidence) -> Iterator[str]:
         """Matrices that have too few singular directions."""
         yield from super().problems(vectors, evidence)
-        share, tasks = self.options.rank_share, len(vectors.tasks)
-        for parameter in filter(self.covers, vectors.parameters):
-            rank = rank_of_share(min(parameter.matrix_shape), share, tasks)
-            problem = too_narrow(parameter, tasks, rank)
-            if problem:
-                yield problem
-            elif not rank:
-                yield (
-                    f"{parameter.name} has {min(parameter.matrix_shape)} singular directions, of which the share "
-                    f"{share:g} leaves none; raise rank_share"
-                )
+        yield from self.refusals(vectors, self._misfit)
+
+    def _misfit(self, parameter: Parameter, tasks: int) -> str | None:
+        directions, share = min(parameter.matrix_shape), self.options.rank_share
+        rank = rank_of_share(directions, share, tasks)
+        problem = too_narrow(parameter, tasks, rank)
+        if problem is None and not rank:
+            return (
+                f"{parameter.name} has {directions} singular directions, of which the share {share:g} leaves none; "
+                "raise rank_share"
+            )
+        return problem
 
     def merge_matrix(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
         """Orthogonalised singular directions of all tasks with their own singular values."""

@@ -6,7 +6,6 @@ from pydantic import ValidationError
 from pave_lightning.errors import PaveError
 from pave_lightning.merging import merge
 from pave_lightning.merging.rules.doge import DogeOptions, DogeTa, shared_subspace
-from pave_lightning.weights import Parameter, ParameterKind, TaskVectors
 
 SHAPES = [(8, 6), (6, 8), (6, 3)]
 
@@ -191,27 +190,12 @@ def test_models_without_matrix_weights_stay_at_the_base_or_are_averaged(make_sou
     assert run(make_source, vectors, "", others="mean")["x"] == pytest.approx(mean, abs=1e-6)
 
 
-def test_the_masks_take_two_walks_over_the_matrix_weights():
-    asked = []
-
-    class Watched(TaskVectors):
-        tasks = ("a", "b")
-        parameters = (
-            Parameter("one", ParameterKind.LINEAR, (2, 2), 1),
-            Parameter("two", ParameterKind.BIAS, (4,)),
-            Parameter("three", ParameterKind.LINEAR, (2, 2), 1),
-        )
-
-        def base(self, parameter, rows=None):
-            return torch.zeros(parameter.shape)
-
-        def expert(self, task, parameter, rows=None):
-            asked.append(parameter.name)
-            return torch.ones(parameter.shape)
-
-    method = DogeTa()
-    method.prepare(Watched())
-    assert asked == 2 * (["one"] * 2 + ["three"] * 2)
+def test_the_masks_take_two_walks_over_the_matrix_weights(watched_source):
+    shapes = {"one": (2, 2), "two": (4,), "three": (2, 2)}
+    vectors = {task: {name: np.ones(shape) for name, shape in shapes.items()} for task in "ab"}
+    source, method = watched_source(vectors, matrices=["one", "three"]), DogeTa()
+    method.prepare(source)
+    assert source.asked == 2 * (["one"] * 2 + ["three"] * 2)
     assert method.mean_norm == 2.0
 
 

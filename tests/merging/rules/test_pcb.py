@@ -5,7 +5,6 @@ from pydantic import ValidationError
 
 from pave_lightning.merging import merge
 from pave_lightning.merging.rules.pcb import Pcb, PcbOptions
-from pave_lightning.weights import Parameter, ParameterKind, TaskVectors
 
 SHAPES = {"a": (6, 7), "b": (9,), "c": (3, 2, 4), "d": ()}
 
@@ -140,22 +139,10 @@ def test_ranges_do_not_leak_into_the_next_merge(make_source):
     assert all(torch.equal(again[name], fresh[name]) for name in fresh)
 
 
-def test_four_walks_over_the_parameters():
-    asked = []
-
-    class Watched(TaskVectors):
-        tasks = ("a", "b", "c")
-        parameters = tuple(Parameter(name, ParameterKind.OTHER, (4,)) for name in ("one", "two"))
-
-        def base(self, parameter, rows=None):
-            return torch.zeros(4)
-
-        def expert(self, task, parameter, rows=None):
-            asked.append(parameter.name)
-            return torch.arange(4.0)
-
-    Pcb().prepare(Watched())
-    assert asked == 4 * (["one"] * 3 + ["two"] * 3)
+def test_four_walks_over_the_parameters(watched_source):
+    source = watched_source({task: {"one": np.arange(4.0), "two": np.arange(4.0)} for task in "abc"})
+    Pcb().prepare(source)
+    assert source.asked == 4 * (["one"] * 3 + ["two"] * 3)
 
 
 @pytest.mark.parametrize("options", [{"ratio": 0}, {"ratio": 1.1}, {"tails": 0.5}, {"tails": -0.1}])

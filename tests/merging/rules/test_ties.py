@@ -1,13 +1,11 @@
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from pave_lightning.merging import Ties, merge
 from pave_lightning.merging.rules.ties import TiesOptions
-from pave_lightning.weights import Parameter, ParameterKind, TaskVectors
 
 # Values of few distinct magnitudes: many ties with the threshold, many sums of exactly zero.
 VALUE = st.integers(-4, 4).map(lambda value: value / 4)
@@ -124,19 +122,7 @@ def test_defaults_are_those_of_the_source():
     assert Ties.default_scale == 1.0
 
 
-def test_the_thresholds_of_all_tasks_are_found_in_two_walks_over_the_parameters():
-    asked = []
-
-    class Watched(TaskVectors):
-        tasks = ("a", "b", "c")
-        parameters = tuple(Parameter(name, ParameterKind.OTHER, (4,)) for name in ("one", "two"))
-
-        def base(self, parameter, rows=None):
-            return torch.zeros(4)
-
-        def expert(self, task, parameter, rows=None):
-            asked.append(parameter.name)
-            return torch.arange(4.0) + len(asked)
-
-    Ties().prepare(Watched())
-    assert asked == 2 * (["one"] * 3 + ["two"] * 3)
+def test_the_thresholds_of_all_tasks_are_found_in_two_walks_over_the_parameters(watched_source):
+    source = watched_source({task: {"one": np.arange(4.0), "two": np.arange(4.0)} for task in "abc"})
+    Ties().prepare(source)
+    assert source.asked == 2 * (["one"] * 3 + ["two"] * 3)
