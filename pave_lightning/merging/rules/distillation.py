@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -139,13 +140,23 @@ class Distillation(StaticMethod):
                 _refuse_divergence(before, _on_first_batches(tasks))
 
 
+@dataclass(frozen=True)
 class _Teaching:
-    """One task: its head on the weights that are trained, examples, and what the expert says of them."""
+    """One task: its head on the weights that are trained, examples, and what the expert says of them.
 
-    def __init__(
-        self, name: str, model: nn.Module, batches: list[dict[str, Tensor]], logits: list[Tensor], variance: Tensor
-    ) -> None:
-        self.name, self.model, self.batches, self.logits, self.variance = name, model, batches, logits, variance
+    Attributes:
+        name: the task.
+        model: the merged backbone with the task's head.
+        batches: examples.
+        logits: the expert's logits for each batch, centred.
+        variance: of these logits over all examples.
+    """
+
+    name: str
+    model: nn.Module
+    batches: list[dict[str, Tensor]]
+    logits: list[Tensor]
+    variance: Tensor
 
     def error(self, index: int) -> Tensor:
         """What is unexplained in a batch, as a multiple of the variance of the expert's logits."""
