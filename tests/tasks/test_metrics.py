@@ -193,6 +193,9 @@ for number, (task, logits, labels) in enumerate(torch.load(sys.argv[1])):
             metrics.update(predictions(task, logits[rows]), labels[rows])
         with open(f"{sys.argv[2]}/{number}-{kind}-{rank}.json", "w") as file:
             json.dump(scores(metrics), file)
+# Left to the interpreter's exit, gloo's threads may abort a process whose work is done.
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
 """
 
 
@@ -205,7 +208,8 @@ def test_two_processes_give_the_same_scores_as_one(tmp_path):
     arguments = [tmp_path / "one_rank.py", tmp_path / "cases.pt", tmp_path]
     root = Path(pave_lightning.recipe.__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, *map(str, arguments)], check=True, timeout=240, capture_output=True, env=environment)
+    run = subprocess.run([*command, *map(str, arguments)], timeout=240, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
     for number, case in enumerate(cases):
         expected = {name: pytest.approx(value, abs=1e-6) for name, value in measured(*case).items()}
         found = [json.loads(path.read_text()) for path in tmp_path.glob(f"{number}-*.json")]
