@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from functools import partial
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -32,8 +33,12 @@ class DistillationOptions(MethodOptions):
 
     examples: int = Field(default=512, ge=1)
     """Unlabelled training examples a task."""
-    epochs: int = Field(default=4, ge=1)
-    """How often each example is seen; those of a task that has fewer batches of them are seen more often."""
+    epochs: int = Field(default=2, ge=1)
+    """How often each example is seen; those of a task that has fewer of them are seen more often."""
+    batch_size: int = Field(default=8, ge=1)
+    """Examples of each task in a step; at most ``capture.batch_size``, which is how they are loaded."""
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    """Of the passes through the model; weights, their gradients and Adam stay float32."""
     rate: float = Field(default=1e-4, gt=0)
     """Highest step size of Adam."""
     seed: int = 0
@@ -104,8 +109,9 @@ class Distillation(StaticMethod):
     def _task(self, name: str, weights: Mapping[str, nn.Parameter]) -> _Teaching:
         passes = self.evidence.forward_passes
         model = passes.headed(name)
-        batches = passes.placed(name)
-        logits = [_centred(model(**batch).logits) for batch in batches]
+        answer = partial(self._answer, model)
+        batches = [part for batch in passes.placed(name) for part in _parts(batch, int(self.options.batch_size))]
+        logits = [answer(batch) for batch in batches]
         every = torch.cat(logits)
         variance = (every - every.mean(dim=0)).square().sum(dim=-1).mean()
         if not torch.isfinite(variance):
@@ -113,7 +119,15 @@ class Distillation(StaticMethod):
         share_parameters(backbone_of(model.requires_grad_(False)), weights)
         # Of an expert that always says the same, but for rounding, the plain difference counts.
         constant = variance <= CONSTANT * every.square().sum(dim=-1).mean()
-        return _Teaching(name, model, batches, logits, torch.ones_like(variance) if constant else variance)
+        return _Teaching(name, answer, batches, logits, torch.ones_like(variance) if constant else variance)
+
+    def _answer(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """The model's logits for a batch less their mean over the classes; a regression's single output as it is."""
+        device = self.evidence.forward_passes.device
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=self.options.precision == "bf16-mixed"):
+            values: Tensor = model(**batch).logits
+        values = values.float()
+        return values - values.mean(dim=-1, keepdim=True) if values.shape[-1] > 1 else values
 
     def _train(self, weights: list[nn.Parameter], tasks: list[_Teaching]) -> None:
         if not weights:
@@ -146,22 +160,21 @@ class _Teaching:
 
     Attributes:
         name: the task.
-        model: the merged backbone with the task's head.
-        batches: examples.
+        answer: what the merged backbone with the task's head says of a batch, centred.
+        batches: examples, as many as count in one step.
         logits: the expert's logits for each batch, centred.
         variance: of these logits over all examples.
     """
 
     name: str
-    model: nn.Module
+    answer: Callable[[Mapping[str, Tensor]], Tensor]
     batches: list[dict[str, Tensor]]
     logits: list[Tensor]
     variance: Tensor
 
     def error(self, index: int) -> Tensor:
         """What is unexplained in a batch, as a multiple of the variance of the expert's logits."""
-        found: Tensor = _centred(self.model(**self.batches[index]).logits)
-        return (found - self.logits[index]).square().sum(dim=-1).mean() / self.variance
+        return (self.answer(self.batches[index]) - self.logits[index]).square().sum(dim=-1).mean() / self.variance
 
     def order(self, steps: int, generator: torch.Generator) -> list[int]:
         """Which batch comes in each step: all of them, shuffled, again and again."""
@@ -192,7 +205,8 @@ def rate_factor(step: int, steps: int) -> float:
     return min((step + 1) / rising, (steps - step) / max(1.0, steps - rising), 1.0)
 
 
-def _centred(logits: Any) -> Tensor:
-    """Logits less their mean over the classes; a single output, of a regression, as it is."""
-    values: Tensor = logits.float()
-    return values - values.mean(dim=-1, keepdim=True) if values.shape[-1] > 1 else values
+def _parts(batch: Mapping[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:
+    """The batch in parts of at most so many rows."""
+    pieces = {name: torch.split(tensor, size) for name, tensor in batch.items()}
+    for piece in zip(*pieces.values(), strict=True):
+        yield dict(zip(pieces, piece, strict=True))

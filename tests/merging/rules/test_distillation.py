@@ -135,6 +135,41 @@ def test_a_task_with_fewer_examples_is_shown_them_more_often(walkable):
     assert shown.count("one") == shown.count("two") == 12
 
 
+@pytest.mark.parametrize(("size", "rows"), [(1, [1] * 6), (4, [4, 2]), (8, [6])])
+def test_steps_take_as_many_examples_as_they_are_told(size, rows, walkable):
+    source, evidence = walkable
+    whole = whole_batches(evidence)
+    taught = []
+
+    def watched(task):
+        model = whole.passes.classifier(task)
+        model.register_forward_pre_hook(
+            lambda _, args, batch: (
+                taught.append(batch["input_ids"]) if task == "one" and torch.is_grad_enabled() else None
+            ),
+            with_kwargs=True,
+        )
+        return model
+
+    watching = replace(whole, passes=replace(whole.passes, classifier=watched))
+    merge(make(epochs=1, batch_size=size), source, watching)
+    assert sorted(map(len, taught), reverse=True) == rows
+    shown, all_of_them = torch.cat(taught), whole.passes.batches["one"][0]["input_ids"]
+    assert sorted(shown.tolist()) == sorted(all_of_them.tolist())
+
+
+def test_half_precision_is_for_the_passes_alone(walkable):
+    source, evidence = walkable
+    exact = merge(make(rate=0.01), source, evidence)
+    mixed = merge(make(rate=0.01, precision="bf16-mixed"), source, evidence)
+    for name, vector in mixed.vectors.items():
+        assert vector.dtype == torch.float32
+        # Eight bits of a value near one would give steps of 2^-8.
+        assert not torch.equal((vector * 256).round() / 256, vector)
+        moved = (exact.vectors[name] - evidence.anchor[name]).norm()
+        assert 0 < (vector - exact.vectors[name]).norm() < 0.5 * moved, name
+
+
 def test_an_expert_that_always_says_the_same_counts_by_the_plain_difference(walkable):
     source, evidence = walkable
 
