@@ -45,8 +45,9 @@ def add_expert(
     facts = merged_facts(merged)
     heads = merged / "heads"
     _check_request(merged, facts, task, output)
-    evidence = _evidence(str(facts["method"]), task, fisher)
+    _check_fisher(str(facts["method"]), fisher)
     folder = locate_model(expert, role=f"expert of '{task}'")
+    evidence = Evidence() if fisher is None else Evidence(fisher={task: load_gradients(Path(fisher), folder)})
     if (folder / ADAPTER_CONFIG).is_file():
         raise PaveError(f"{folder} is an adapter; merge it into its base first (peft: merge_and_unload)")
     base_folder = locate_model(str(facts["base"]), role="base")
@@ -83,6 +84,8 @@ def _unfit(
     """What keeps an expert from being added, besides its configuration and its shapes."""
     if facts.get("base_digest") not in (None, model_digest(base.folder)):
         yield f"the base {base.folder} is no longer what it was when {merged} was made; merge all experts again"
+    if expert.has_backbone_of(base):
+        yield "its backbone is the base's, so there is nothing to merge; was it fine-tuned?"
     yield from architecture.head_problems("it", expert.head)
     if load_tokenizer(expert.folder).get_vocab() != load_tokenizer(merged).get_vocab():
         yield "its vocabulary is another one; experts of one base must share its tokenizer"
@@ -103,8 +106,7 @@ def _check_request(merged: Path, facts: dict[str, Any], task: str, output: Path)
         raise PaveError(f"{output} exists already; name another folder with --output")
 
 
-def _evidence(method: str, task: str, fisher: str | Path | None) -> Evidence:
-    """What the rule needs to know of the new expert's data."""
+def _check_fisher(method: str, fisher: str | Path | None) -> None:
     needed = Need.FISHER in method_named(method).needs
     if fisher is not None and not needed:
         raise PaveError(f"merge method '{method}' uses no Fisher information; leave --fisher away")
@@ -114,7 +116,6 @@ def _evidence(method: str, task: str, fisher: str | Path | None) -> Evidence:
             "`pave merge RECIPE` leaves it in gradients/fisher-TASK, for every expert of a recipe that has a merge "
             "step of this method"
         )
-    return Evidence() if fisher is None else Evidence(fisher={task: load_gradients(Path(fisher))})
 
 
 def _not_sequential(merged: Path, facts: dict[str, Any]) -> str:

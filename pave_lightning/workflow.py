@@ -57,7 +57,7 @@ from pave_lightning.stages import (
     short_digest,
 )
 from pave_lightning.statistics import TaskStatistics
-from pave_lightning.statistics.gradients import GradientKind, TaskGradients
+from pave_lightning.statistics.gradients import EXPERT_DIGEST, GradientKind, TaskGradients
 from pave_lightning.tasks.data_module import TaskDataModule
 from pave_lightning.tracking import Tracker
 from pave_lightning.tracking_logger import TrackingLogger
@@ -67,6 +67,7 @@ from pave_lightning.weights import (
     ExpertTaskVectors,
     TaskVectors,
     locate_model,
+    model_digest,
 )
 from pave_lightning.weights.adapters import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS
 from pave_lightning.weights.architecture import backbone_of, empty_classifier
@@ -327,9 +328,8 @@ class Workflow:
                 load_parameters(backbone_of(model), base)
                 values = absolute_gradients(model, task, batches)
             examples = sum(len(batch["input_ids"]) for batch in batches)
-            TaskGradients(kind, values, examples=examples, metadata={"task": task.name}).save(
-                writer.path / GRADIENTS_FILE
-            )
+            of = {"task": task.name, EXPERT_DIGEST: model_digest(self._expert_folder(task.name))}
+            TaskGradients(kind, values, examples=examples, metadata=of).save(writer.path / GRADIENTS_FILE)
             writer.result["examples"] = examples
 
     def _passes(self, examples: int) -> ForwardPasses:

@@ -2,9 +2,11 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer
 
 from pave_lightning import Recipe, load_merged
@@ -89,12 +91,20 @@ def test_mistakes_are_told_and_nothing_is_left_behind(merge_all, three, tmp_path
     AutoModel.from_pretrained(expert).save_pretrained(headless)
     other = tmp_path / "other"
     shutil.copytree(expert, other)
+    still = tmp_path / "still"
+    shutil.copytree(expert, still)
+    base = Checkpoint(Path(json.loads((folders["opcm"] / "pave.json").read_text())["base"]), "bert")
+    weights = load_file(still / "model.safetensors")
+    weights |= {f"bert.{name}": base.tensor(name) for name in base if f"bert.{name}" in weights}
+    save_file(weights, still / "model.safetensors", metadata={"format": "pt"})
     tokenizer = json.loads((other / "tokenizer.json").read_text())
     tokenizer["model"]["vocab"]["w0"], tokenizer["model"]["vocab"]["w1"] = 5, 4
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     AutoTokenizer.from_pretrained(expert).save_pretrained(headless)
     with pytest.raises(PaveError, match="it has no classification head"):
         add_expert(folders["opcm"], "third", str(headless), output)
+    with pytest.raises(PaveError, match="its backbone is the base's, so there is nothing to merge"):
+        add_expert(folders["opcm"], "third", str(still), output)
     with pytest.raises(PaveError, match="its vocabulary is another one"):
         add_expert(folders["opcm"], "third", str(other), output)
     facts["sequential"]["divisor"], facts["base_digest"] = 1.0, "0" * 64
@@ -130,6 +140,8 @@ def test_adding_by_fisher_information(merge_all, three, tmp_path):
         add_expert(two["opcm"], "third", expert, output, fisher)
     with pytest.raises(PaveError, match=r"no gradients at .*gradients\.safetensors: take them first"):
         add_expert(rule, "third", expert, output, tmp_path)
+    with pytest.raises(PaveError, match=r"gradients at .*fisher-words were taken of another expert than"):
+        add_expert(rule, "third", expert, output, fisher_of(all_three, "words"))
     gradients = TaskGradients.load(fisher / "gradients.safetensors")
     few = {name: gradients[name] for name in list(gradients)[1:]}
     for kind, values, told in (
@@ -160,7 +172,8 @@ def test_on_the_command_line(merge_all, three, capsys):
     assert capsys.readouterr().out.strip() == f"results: {folder}-third"
     assert (folder.parent / f"{folder.name}-third" / "heads" / "third").is_dir()
     by_fisher, fisher = str(folders["perturb_and_merge"]), str(fisher_of(folders, "words"))
-    assert main(["merge", "--into", by_fisher, "--add", f"third={expert}", "--fisher", fisher]) == 0
+    again = three[0]["expert"]["from"]
+    assert main(["merge", "--into", by_fisher, "--add", f"third={again}", "--fisher", fisher]) == 0
     assert capsys.readouterr().out.strip() == f"results: {by_fisher}-third"
     for arguments, told in (
         ([], "give a recipe, or add an expert"),

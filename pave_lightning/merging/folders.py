@@ -20,7 +20,7 @@ from pave_lightning.merging.evidence import Evidence
 from pave_lightning.merging.modulators import Modulator, ModulatorWriter
 from pave_lightning.merging.running import merge_per_task, merge_static, within
 from pave_lightning.merging.sequential import SequentialMethod
-from pave_lightning.statistics.gradients import TaskGradients
+from pave_lightning.statistics.gradients import EXPERT_DIGEST, TaskGradients
 from pave_lightning.weights import Architecture, Checkpoint, Parameter, ShardWriter, TaskVectors, locate_model
 from pave_lightning.weights.architecture import backbone_of, empty_classifier
 from pave_lightning.weights.checkpoint import model_digest
@@ -151,13 +151,20 @@ def load_kept(folder: Path, names: Iterable[str], prefix: str) -> dict[str, Chec
         raise PaveError(f"what was kept for adding experts cannot be read: {error}; merge all experts again") from error
 
 
-def load_gradients(place: Path) -> TaskGradients:
+def load_gradients(place: Path, expert: Path | None = None) -> TaskGradients:
     """A task's gradients: their file, or the folder of the stage in which a recipe left it.
 
+    Args:
+        place: the file or the folder.
+        expert: folder of the expert that they must have been taken of, where they say of which.
+
     Raises:
-        PaveError: there are none.
+        PaveError: there are none, or they are another expert's.
     """
-    return TaskGradients.load(place / GRADIENTS_FILE if place.is_dir() else place)
+    found = TaskGradients.load(place / GRADIENTS_FILE if place.is_dir() else place)
+    if expert is not None and found.metadata.get(EXPERT_DIGEST) not in (None, model_digest(expert)):
+        raise PaveError(f"the gradients at {place} were taken of another expert than {expert}; take them of this one")
+    return found
 
 
 def _write_surroundings(folder: Path, method: MergeMethod, context: MergeContext, scale: float | None) -> None:

@@ -18,6 +18,8 @@ GradientKind = Literal["fisher", "absolute"]
 
 # One metadata entry, because safetensors writes several in random order: equal content gives equal files.
 HEADER_KEY = "pave_lightning.gradients"
+# Key of the metadata under which recipes keep the digest of the expert's files.
+EXPERT_DIGEST = "expert"
 FORMAT_VERSION = 1
 
 
