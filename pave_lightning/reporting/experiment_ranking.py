@@ -17,7 +17,8 @@ NOTE = (
     "Seconds and memory are those of merging alone, on average over plain and purified. Capturing statistics,"
     " gradients, the merge of an anchor and the search for a scale come on top."
 )
-HEADER = ("model", "plain", "purified", "difference", "seconds", "peak MB")
+SCORE = "/score"  # what columns with the mean of one task end with
+HEADER = ("model", "plain", "purified", "difference", "lowest task", "seconds", "peak MB")
 
 
 def ranking(best: pd.DataFrame) -> list[str]:
@@ -29,8 +30,8 @@ def ranking(best: pd.DataFrame) -> list[str]:
     Returns:
         A heading and a table for each form of merged models that is there. Models stand in the order of their higher
         mean of plain and purified. ``difference`` is purified minus plain, with its standard deviation over seeds;
-        ``seconds`` and ``peak MB`` are what merging took, on average over plain and purified. A line behind the tables
-        says what is not in them.
+        ``lowest task`` is the task that the better of the two does worst, with its mean; ``seconds`` and ``peak MB``
+        are what merging took, on average over plain and purified. A line behind the tables says what is not in them.
     """
     parts = []
     for form, title in TITLES.items():
@@ -49,12 +50,20 @@ def _line(model: str, rows: pd.DataFrame) -> tuple[str, ...]:
     by_vectors: dict[Any, Mapping[Any, Any]] = {row["vectors"]: dict(row) for _, row in rows.iterrows()}
     plain, purified = (_mean(by_vectors.get(vectors)) for vectors in ("plain", "purified"))
     difference = _with_spread(*(by_vectors.get("purified", {}).get(key) for key in ("difference", "difference_sd")))
+    better = rows.loc[rows["mean"].idxmax()] if rows["mean"].notna().any() else rows.iloc[0]
     seconds, peak = _number(rows["seconds"].mean(), ".1f"), _number(rows["peak_megabytes"].mean(), ".0f")
-    return escaped(model), plain, purified, difference, seconds, peak
+    return escaped(model), plain, purified, difference, _lowest(better), seconds, peak
 
 
 def _mean(row: Mapping[Any, Any] | None) -> str:
     return "" if row is None else _with_spread(row["mean"], row["sd"], difference=False)
+
+
+def _lowest(row: pd.Series) -> str:
+    tasks = {str(name).removesuffix(SCORE): row[name] for name in row.index if str(name).endswith(SCORE)}
+    tasks = {name: value for name, value in tasks.items() if not math.isnan(value)}
+    lowest = min(tasks, key=lambda name: tasks[name], default=None)
+    return "" if lowest is None else f"{escaped(lowest)} {tasks[lowest]:.3f}"
 
 
 def _with_spread(value: Any, spread: Any, *, difference: bool = True) -> str:
