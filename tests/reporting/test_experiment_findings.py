@@ -167,7 +167,7 @@ def test_values_of_a_key_are_compared_within_seed_and_cell():
 def test_all_models_stand_in_a_table_where_nothing_else_is_varied():
     rows = [row for seed in range(3) for row in rows_of((0.6, 0.8), seed=seed, models=("ties", "emr"))]
     assert "## All models\n\n### One set of weights for all tasks\n\n| model | plain |" in told(rows)
-    assert "| ties | 0.500 ± 0.000 | 0.700 ± 0.000 | +0.200 ± 0.000 |  |  |" in told(rows)
+    assert "| ties | 0.500 ± 0.000 | 0.700 ± 0.000 | +0.200 ± 0.000 | a 0.600 |  |  |" in told(rows)
     assert "## All models" not in told([row for row in rows if row["model"] != "emr"])
     varied = [row for rho in (0.9, 1.0) for row in rows_of((0.6, 0.8), seed=0, models=("ties", "emr"), purify__rho=rho)]
     assert "## All models" not in told(varied, x=RHO)
