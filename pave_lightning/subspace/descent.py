@@ -25,10 +25,11 @@ def adam_descent(
     Returns:
         A new tensor of the same shape and dtype.
     """
-    parameter = nn.Parameter(start.detach().clone())
+    # Fused Adam walks memory as it lies, so a transposed view and its gradient would not meet.
+    parameter = nn.Parameter(start.detach().clone(memory_format=torch.contiguous_format))
     optimiser = torch.optim.Adam([parameter], lr=rate, eps=epsilon, fused=True)
     with torch.no_grad():
         for _ in range(steps):
-            parameter.grad = gradient(parameter.data)
+            parameter.grad = gradient(parameter.data).contiguous()
             optimiser.step()
     return parameter.data

@@ -114,8 +114,7 @@ def divided(rows: Tensor, matrix: Tensor, ridge: float = 0.0, *, tolerance: floa
         rows: shape ``(m, d)``, float64.
         matrix: symmetric, shape ``(d, d)``, float64; eigenvalues below zero count as rounding.
         ridge: the multiple of the identity, at least 0.
-        tolerance: eigenvectors whose eigenvalue is at most this share of the largest take no part, unless the ridge
-            lifts them above that level.
+        tolerance: eigenvectors whose eigenvalue, with the ridge, is at most this share of the largest take no part.
 
     Returns:
         Shape ``(m, d)``, float64.
@@ -136,7 +135,7 @@ def divided(rows: Tensor, matrix: Tensor, ridge: float = 0.0, *, tolerance: floa
             solution: Tensor = torch.cholesky_solve(rows.T, factor).T
             return solution
     values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
-    seen = values > tolerance * values[-1].clamp(min=0)
+    seen = values + ridge > tolerance * values[-1].clamp(min=0)
     vectors = vectors[:, seen]
     product: Tensor = (rows @ vectors / (values[seen] + ridge)) @ vectors.T
     return product

@@ -28,6 +28,14 @@ def test_steps_are_those_of_adam(epsilon):
     assert found.numpy() == pytest.approx(expected, rel=1e-9)
 
 
+def test_a_transposed_start_is_moved_where_its_gradient_says():
+    target = torch.tensor([[1.0, -2.0, 3.0], [-4.0, 5.0, -6.0]])
+    for start in (torch.zeros(2, 3), torch.zeros(3, 2).T):
+        for gradient in (lambda x: x - target, lambda x: (x.T - target.T).contiguous().T):
+            moved = adam_descent(start, gradient, steps=1, rate=0.1, epsilon=1e-8)
+            assert moved == pytest.approx(0.1 * target.sign())
+
+
 def test_the_start_is_left_alone_and_no_step_gives_it_back():
     start = torch.ones(3)
     assert torch.equal(adam_descent(start, lambda x: x, steps=0, rate=1.0, epsilon=1e-8), start)

@@ -115,6 +115,15 @@ def test_the_tolerance_says_what_is_unseen():
     assert sums.solve(1e-5, torch.full((1, 3), 7.0), tolerance=1e-3)[0, 2] == 7
 
 
+def test_a_ridge_above_the_tolerance_lifts_what_is_unseen():
+    matrix = torch.diag(torch.tensor([1.0] + [0.0] * 99, dtype=torch.float64))
+    rows = torch.full((1, 100), 2e-6, dtype=torch.float64)
+    lifted = divided(rows, matrix, 2e-6).numpy()
+    assert lifted == pytest.approx(np.array([[2e-6 / (1 + 2e-6)] + [1.0] * 99]))
+    assert not divided(rows, matrix, 0.5e-6)[:, 1:].any()
+    assert divided(rows, matrix, 0.5e-6, tolerance=1e-9).numpy()[:, 1:] == pytest.approx(4.0)
+
+
 @pytest.mark.parametrize("ridge", [0.0, 1.0])
 def test_nothing_seen_gives_the_anchor(ridge):
     sums = AnchoredRidge((2, 3))

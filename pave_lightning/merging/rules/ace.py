@@ -72,7 +72,8 @@ class Ace(MatrixMethod):
     Where tasks are unlike each other, as told by the spread of the energies :math:`\|\tau_t\|^2`, each :math:`S_t` is
     first divided by its trace, and D is refined: with the singular directions :math:`u_i, v_i` and values of
     :math:`D + \sum_t \tau_t (S_t - \bar S)`, the mean of the first k values times :math:`\sum_{i \le k} u_i v_i^T` is
-    added. Matrix weights only; all else is averaged, and so are weights whose rows all moved alike. No data.
+    added; k is at least one, and in the default form :math:`\bar S` has no ridge. Matrix weights only; all else is
+    averaged, and so are weights whose rows all moved alike. No data.
 
     Cost: one factorisation of order d_in a layer, and one of the smaller side where it is refined.
 
@@ -130,12 +131,12 @@ class Ace(MatrixMethod):
             ridge += task.ridge
             images += task.vector @ task.covariance + task.ridge * task.vector
         if not self.options.prior:
-            return divided(images, total, ridge)
+            return divided(images, total, ridge, tolerance=_ROUNDING)
         prior = total.mean(dim=0, keepdim=True)
         if unlike and self.options.form == "published":
             prior = prior / energies.mean()
         # Sherman-Morrison: the prior adds a matrix of rank one, the column of ones times its row.
-        solved = divided(torch.cat([images, torch.ones_like(prior), prior]), total, ridge)
+        solved = divided(torch.cat([images, torch.ones_like(prior), prior]), total, ridge, tolerance=_ROUNDING)
         plain, ones, row = solved[:-2], solved[-2:-1], solved[-1:]
         share = plain.sum(dim=1, keepdim=True) / (1 + ones @ prior.T)
         corrected: Tensor = plain - share @ row

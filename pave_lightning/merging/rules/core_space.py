@@ -14,6 +14,7 @@ from pave_lightning.merging.base import StaticMethod, make_method, register
 from pave_lightning.merging.evidence import Evidence
 from pave_lightning.merging.low_rank import Factors, LowRankMethod, adapted_tasks, quoted
 from pave_lightning.merging.matrices import MatrixOptions
+from pave_lightning.merging.rules.tsv import rank_of_share
 from pave_lightning.subspace import leading_triplets
 from pave_lightning.weights import Parameter, ParameterKind, TaskVectors
 
@@ -71,7 +72,8 @@ class CoreSpace(LowRankMethod):
 
     Source: Panariello et al., *Accurate and Efficient Low-Rank Model Merging in Core Space*, NeurIPS 2025
     (arXiv 2509.17786); the scale is searched on validation data there, 0.1 to 10. Departures: the published code leaves
-    alpha / r out, which is part of :math:`B_t` here; ``ties`` merges nothing where the trimmed values sum to zero.
+    alpha / r out, which is part of :math:`B_t` here; ``ties`` merges nothing where the trimmed values sum to zero; the
+    inner rules DARE and CART, and making the result isotropic after another rule, are not there.
     """
 
     summary = "merge adapters by another rule, in the small space that their factors span"
@@ -81,6 +83,11 @@ class CoreSpace(LowRankMethod):
     def __init__(self, options: CoreSpaceOptions | None = None) -> None:
         super().__init__(options)
         self._adapters_known = True
+        if "others" in self.options.inner_options:
+            raise PaveError(
+                "core_space: inner_options.others would change nothing, as the inner rule sees core matrices alone; "
+                "set options.others"
+            )
         self._inner()  # tells wrong options at once
 
     def _inner(self) -> StaticMethod:
@@ -136,12 +143,20 @@ class CoreSpace(LowRankMethod):
         return product
 
     def _too_narrow(self, name: str, width: int, tasks: int) -> str | None:
-        if self.options.inner != "tsv_m" or width >= tasks:
+        if self.options.inner != "tsv_m":
             return None
-        return (
-            f"{name}: the adapters span {width} directions, which tsv_m cannot split among {tasks} tasks; choose "
-            "another inner rule"
-        )
+        spanned = f"{name}: the adapters span {width} directions"
+        if width < tasks:
+            return f"{spanned}, which tsv_m cannot split among {tasks} tasks; choose another inner rule"
+        kept = rank_of_share(width, self.options.inner_options.get("rank_share"), tasks)
+        if kept < 1:
+            return f"{spanned}, of which tsv_m would keep none; raise inner_options.rank_share"
+        if kept * tasks > width:
+            return (
+                f"{spanned}, fewer than the {kept} that tsv_m would keep of each of {tasks} tasks; lower "
+                "inner_options.rank_share"
+            )
+        return None
 
 
 def joint_bases(pairs: list[Factors]) -> tuple[Tensor, Tensor]:

@@ -64,7 +64,7 @@ class DcMerge(MatrixMethod):
     are directions (the code fills it up with arbitrary ones, which it blocks in step 5 but counts in step 3); where
     directions of several tasks coincide, the cover space has none instead of arbitrary ones; entries that tie with the
     threshold, and sums that cancel, do so up to rounding. Embeddings are averaged (the code decomposes every
-    two-dimensional tensor).
+    two-dimensional tensor). Matrices with fewer than two outputs a task are refused (the code needs one of each side).
     """
 
     summary = "entries that agree in the space covered by all tasks' leading singular directions"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -57,9 +58,10 @@ class Distillation(StaticMethod):
 
     so that a task's part is the variance of its logits that the merged model leaves unexplained, as a multiple of all
     of it: tasks count alike whatever the scale of their logits, regressions too, and so does an expert whose logits
-    hardly vary. Adam, gradients of all tasks in every step, no dropout. Weights that no expert has changed stay, and so
-    do the heads: the result is one backbone for all tasks. The experts are the plain ones; purification acts through
-    the anchor alone.
+    hardly vary; of one whose logits are all the same the plain difference counts. Adam, ``batch_size`` examples of
+    each task in every step, no dropout. Training that ends worse than it began is refused. Weights that no expert has
+    changed stay, and so do the heads: the result is one backbone for all tasks. The experts are the plain ones;
+    purification acts through the anchor alone.
 
     Needs an anchor, the experts' heads and unlabelled examples; no labels. Cost: one forward pass of each expert over
     its examples, then ``epochs`` forward and backward passes over those of all tasks, far more than what other rules
@@ -173,8 +175,12 @@ class _Teaching:
     variance: Tensor
 
     def error(self, index: int) -> Tensor:
-        """What is unexplained in a batch, as a multiple of the variance of the expert's logits."""
-        return (self.answer(self.batches[index]) - self.logits[index]).square().sum(dim=-1).mean() / self.variance
+        """What is unexplained in a batch, as a multiple of the variance of the expert's logits.
+
+        Divided by the mean number of rows of all batches, so that every example counts alike in smaller ones too.
+        """
+        rows = sum(len(logits) for logits in self.logits) / len(self.logits)
+        return (self.answer(self.batches[index]) - self.logits[index]).square().sum() / rows / self.variance
 
     def order(self, steps: int, generator: torch.Generator) -> list[int]:
         """Which batch comes in each step: all of them, shuffled, again and again."""
@@ -206,7 +212,8 @@ def rate_factor(step: int, steps: int) -> float:
 
 
 def _parts(batch: Mapping[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:
-    """The batch in parts of at most so many rows."""
-    pieces = {name: torch.split(tensor, size) for name, tensor in batch.items()}
+    """The batch in as few parts of at most so many rows as there can be, as equal as they can be."""
+    count = math.ceil(len(next(iter(batch.values()))) / size)
+    pieces = {name: torch.tensor_split(tensor, count) for name, tensor in batch.items()}
     for piece in zip(*pieces.values(), strict=True):
         yield dict(zip(pieces, piece, strict=True))

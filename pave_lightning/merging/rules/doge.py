@@ -104,7 +104,8 @@ class DogeTa(MatrixMethod):
 
     Source: Wei et al., *Modeling Multi-Task Model Merging as Adaptive Projective Gradient Descent*, ICML 2025 (arXiv
     2501.01230). Departures: step size and epsilon are relative (``absolute_step`` gives the published form); the shared
-    subspace has one dimension at least; every matrix weight is merged, not only those of the encoder's layers.
+    subspace has one dimension at least; every matrix weight is merged, not only those of the encoder's layers; matrices
+    with fewer than two outputs a task are refused.
     """
 
     summary = "task vectors of equal norm, and one correction outside of their shared subspace"

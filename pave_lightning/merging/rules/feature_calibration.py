@@ -129,9 +129,12 @@ class FeatureCalibration(StaticMethod):
     Needs an anchor and unlabelled examples; no labels, no gradients. Cost: two forward passes over the examples of all
     tasks and one solve a layer. Held in memory: the hidden states of all examples twice, and one merged model.
 
+    The teachers are the experts as they were fine-tuned; purification acts through the anchor alone.
+
     Source: FeatCal (arXiv 2605.13030); its published code uses extrapolation 2.2 and teacher share 0.25.
-    Departures: any transformer whose blocks follow each other; sums over real tokens only; the options ``affine``,
-    ``unread_in`` and ``sweeps`` are ours.
+    Departures: any transformer whose blocks follow each other, told by what layers are given and not by their names, so
+    that queries, and a norm before them, count all tokens as keys and values do (the source: keys and values only);
+    sums over real tokens only; the options ``affine``, ``unread_in`` and ``sweeps`` are ours.
     """
 
     summary = "re-solve a merged model's layers, block by block, for what the experts' layers put out"

@@ -38,7 +38,7 @@ class PeftCombinationOptions(MatrixOptions):
         "dare_ties_svd",
         "magnitude_prune",
         "magnitude_prune_svd",
-    ] = "linear"
+    ] = "svd"
     """The combination, by peft's name; those that end in svd merge the products, the others the factors."""
     density: float = Field(default=0.2, gt=0, le=1)
     """Share of elements that survive in the combinations that prune or drop; peft has no default."""

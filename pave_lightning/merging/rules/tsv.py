@@ -90,7 +90,7 @@ class TsvMerge(MatrixMethod):
     code decomposes every two-dimensional tensor); where directions of several tasks coincide, the polar factor is a
     partial isometry instead of being filled up with arbitrary directions, which would carry the tasks' singular values;
     singular directions that are nothing but float32 rounding are left out; q is exact where the code's floating-point
-    1/T may lose one.
+    1/T may lose one; matrices with fewer than two outputs a task are refused, where the code needs one of each side.
     """
 
     summary = "leading singular directions of all tasks, made orthogonal, added up"

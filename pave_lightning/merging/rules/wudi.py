@@ -177,7 +177,7 @@ def _rate(options: WudiOptions, vectors: Iterable[Tensor]) -> tuple[float, float
     """Step size and epsilon of Adam."""
     if options.absolute_step is not None:
         return options.absolute_step, _PUBLISHED_EPSILON
-    found = list(vectors)
+    found = [vector for vector in vectors if bool(vector.any())]
     total = math.fsum(float(vector.abs().sum(dtype=torch.float64)) for vector in found)
     rate = options.step * total / sum(vector.numel() for vector in found)
     return rate, rate * _EPSILON_SHARE

@@ -61,6 +61,17 @@ def test_the_default_form(make_source, gate, prior, shape):
     assert np.allclose(found, scale_free(vectors, 0.05, unlike=gate == "always", prior=prior), atol=1e-4)
 
 
+@pytest.mark.parametrize("ridge", [0.01, 1e-3, 1e-5])
+def test_inputs_that_no_row_moved_along_count_by_the_ridge(make_source, ridge):
+    # Four rows span few of the columns, whose sizes differ by far: the inverse is as ill-conditioned as layers have it.
+    random = np.random.default_rng(4)
+    size = 1 / np.sqrt(np.arange(1, 301))
+    vectors = {task: {"w": 0.5 + random.standard_normal((4, 300)) * size} for task in TASKS}
+    found = run(make_source, vectors, gate="never", ridge=ridge)
+    expected = scale_free(vectors, ridge, unlike=False)
+    assert np.linalg.norm(found - expected) < 1e-5 * np.linalg.norm(expected)
+
+
 @pytest.mark.parametrize("gate", ["always", "never"])
 @pytest.mark.parametrize("shape", [(6, 8), (9, 4)])
 def test_the_published_form(make_source, gate, shape):

@@ -232,6 +232,23 @@ def test_too_few_directions_of_task_vectors_are_told(make_source):
         run(make_source(vectors, matrices=["w"]), "tsv_m")
 
 
+@pytest.mark.parametrize(
+    ("share", "message"),
+    [
+        (0.05, "w: the adapters span 6 directions, of which tsv_m would keep none; raise inner_options.rank_share"),
+        (0.5, "w: the adapters span 6 directions, fewer than the 3 that tsv_m would keep of each of 3 tasks; lower"),
+    ],
+)
+def test_shares_that_cannot_be_kept_are_told(adapted, share, message, draw):
+    with pytest.raises(PaveError, match=message):
+        run(adapted(draw(SHAPES, 2)), "tsv_m", {"rank_share": share})
+
+
+def test_an_inner_option_without_effect_is_refused():
+    with pytest.raises(PaveError, match=r"inner_options.others would change nothing(.|\n)*set options.others"):
+        CoreSpace(CoreSpaceOptions(inner="iso_c", inner_options={"others": "sum"}))
+
+
 def test_wrong_inner_options_are_told_when_the_rule_is_made():
     with pytest.raises(PaveError, match=r"merge method 'ties':\n  - densitty: unknown option; did you mean 'density'"):
         CoreSpace(CoreSpaceOptions(inner="ties", inner_options={"densitty": 0.3}))

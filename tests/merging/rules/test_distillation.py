@@ -135,7 +135,7 @@ def test_a_task_with_fewer_examples_is_shown_them_more_often(walkable):
     assert shown.count("one") == shown.count("two") == 12
 
 
-@pytest.mark.parametrize(("size", "rows"), [(1, [1] * 6), (4, [4, 2]), (8, [6])])
+@pytest.mark.parametrize(("size", "rows"), [(1, [1] * 6), (4, [3, 3]), (5, [3, 3]), (8, [6])])
 def test_steps_take_as_many_examples_as_they_are_told(size, rows, walkable):
     source, evidence = walkable
     whole = whole_batches(evidence)
@@ -156,6 +156,24 @@ def test_steps_take_as_many_examples_as_they_are_told(size, rows, walkable):
     assert sorted(map(len, taught), reverse=True) == rows
     shown, all_of_them = torch.cat(taught), whole.passes.batches["one"][0]["input_ids"]
     assert sorted(shown.tolist()) == sorted(all_of_them.tolist())
+
+
+def test_examples_count_alike_in_batches_of_all_sizes(walkable):
+    source, evidence = walkable
+    whole = whole_batches(evidence)
+    uneven = {
+        task: [{name: tensor[rows] for name, tensor in batch.items()} for rows in (slice(4), slice(4, None))]
+        for task, (batch,) in whole.passes.batches.items()
+    }
+
+    def mean_error(passes, count):
+        method = make()
+        method.evidence = replace(evidence, passes=passes)
+        taught = method._task("one", {p.name: nn.Parameter(source.base(p)) for p in source.parameters})
+        return np.mean([float(taught.error(index).detach()) for index in range(count)])
+
+    expected = mean_error(whole.passes, 1)
+    assert mean_error(replace(evidence.passes, batches=uneven), 2) == pytest.approx(expected, rel=1e-5)
 
 
 def test_half_precision_is_for_the_passes_alone(walkable):

@@ -77,6 +77,13 @@ def test_as_the_plain_reference(make_source, shape, inner_product):
     assert found == pytest.approx(expected, rel=1e-3, abs=1e-3)
 
 
+def test_transposed_storage_changes_nothing(make_source):
+    vectors = tasks({"w": (8, 6)})
+    turned = {task: {"w": named["w"].T} for task, named in vectors.items()}
+    found = merge(DogeTa(), make_source(turned, transposed=["w"])).vectors["w"].numpy()
+    assert pytest.approx(run(make_source, vectors)["w"], abs=1e-5) == found.T
+
+
 def test_the_defaults_as_the_plain_reference(make_source):
     vectors = tasks({"w": (13, 12)})
     assert run(make_source, vectors)["w"] == pytest.approx(reference(vectors, "w")["w"], rel=1e-2, abs=1e-3)

@@ -1,9 +1,11 @@
 """peft's combinations against peft itself: models with several adapters, combined by ``add_weighted_adapter``."""
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, LoraModel, get_peft_model
 from torch import nn
 
 from pave_lightning.errors import PaveError
@@ -181,6 +183,11 @@ def test_experts_without_adapters_are_refused(make_source, random_vectors):
 def test_untrained_adapters(scaled, combination, draw):
     pairs = {task: {"w": (0 * named["w"][0], named["w"][1])} for task, named in draw(SHAPES, 2).items()}
     assert not run(scaled(pairs), combination=combination)["w"].any()
+
+
+def test_the_default_is_pefts():
+    default = inspect.signature(LoraModel.add_weighted_adapter).parameters["combination_type"].default
+    assert PeftCombinationOptions().combination == default
 
 
 def test_weights_that_are_stored_transposed(scaled, draw):
