@@ -236,6 +236,7 @@ def make_method(name: str, options: Mapping[str, Any]) -> MergeMethod:
             if found["type"] == "extra_forbidden":
                 problems.add(f"{key}: unknown option; {nearest(key, list(kind.Options.model_fields))}")
             else:
-                problems.add(f"{key}: {found['msg'].removeprefix('Input ')}, found {found['input']!r}")
+                wrong = found["msg"].removeprefix("Input ").removeprefix("Value error, ")
+                problems.add(f"{key}: {wrong}, found {found['input']!r}")
         problems.raise_if_any()
         raise

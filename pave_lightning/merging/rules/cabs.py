@@ -30,8 +30,8 @@ class Cabs(StaticMethod):
     The flattened tensor is cut into groups of m. In each group the first task keeps its n elements of largest
     magnitude, the second its n largest of those that are left, and so on, so that no two tasks change the same weight:
     :math:`W = W_0 + \lambda \sum_t m_t \odot \tau_t`. No rescaling; the scale makes up for what is left out. The order
-    of the tasks matters: earlier ones choose first. Of elements that tie the first one is taken. Cost: one sort of
-    every group and task.
+    of the tasks matters: earlier ones choose first. Of elements that tie the first one is taken; zeros take places too.
+    Cost: one sort of every group and task.
 
     Source: Yang et al., *CABS*, ICML 2025 (arXiv 2503.01874), which merges two tasks with a scale for each and searches
     it between 0.4 and 1 for 3:32; here all tasks share one scale, by default the middle, 0.7. Departures: more than two
@@ -52,9 +52,10 @@ class Cabs(StaticMethod):
         yield from super().problems(vectors, evidence)
         n, m, tasks = self.options.n, self.options.m, len(vectors.tasks)
         if tasks * n > m:
+            fewer = f"options.n to at most {m // tasks} or " if m >= tasks else ""
             yield (
                 f"{tasks} tasks cannot each keep {n} elements of a group of {m}, as no two may keep the same; "
-                f"set options.n to at most {m // tasks} or options.m to at least {tasks * n}"
+                f"set {fewer}options.m to at least {tasks * n}"
             )
 
     def in_blocks(self, parameter: Parameter) -> bool:

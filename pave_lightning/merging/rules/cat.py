@@ -64,8 +64,9 @@ class Cat(NormMomentMethod):
     Source: Sun et al., *CAT Merging*, ICML 2025 (arXiv 2505.06977). Departures: features are those of the experts
     themselves, not of models with scaled-down task vectors; moments are means over a task's rows; directions that
     disturb several tasks are cut together, which does not depend on the order of tasks (``removal: one_by_one`` for the
-    other way); eigenvalues are taken from the top, as the objective asks; and biases are judged by the updates that
-    disturb, not by the one that is disturbed. A port of the published code does neither of the last two.
+    other way); channels of norms are cut only where the score is positive, as directions are; eigenvalues are taken
+    from the top, as the objective asks; and biases are judged by the updates that disturb, not by the one that is
+    disturbed. A port of the published code does neither of the last two; its ways to name c as a share are not there.
     """
 
     summary = "cut out of each update what disturbs the other tasks' features, then add up"
@@ -90,6 +91,8 @@ class Cat(NormMomentMethod):
     def merge_matrix(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
         """The sum of the updates without the directions that disturb other tasks."""
         full = {task: vector.double() for task, vector in vectors.items()}
+        if not base.numel():
+            return torch.zeros_like(base)
         disturbing = self._disturbing(parameter, full)
         total = torch.zeros(parameter.matrix_shape, dtype=torch.float64)
         for task, vector in full.items():

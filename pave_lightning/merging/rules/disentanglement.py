@@ -15,6 +15,8 @@ from pave_lightning.weights import Parameter, TaskVectors
 
 # Two vectors count as zero below this share of the mean norm; their angle means nothing.
 _ZERO = 1e-12
+# Shorter than this share of the longest, a task vector turns around within a step, and the search runs away.
+_SHORT = 0.01
 
 
 class AwdOptions(MethodOptions):
@@ -58,7 +60,9 @@ class Awd(StaticMethod):
     Source: Xiong et al., *Multi-Task Model Merging via Adaptive Weight Disentanglement*, 2024 (arXiv 2411.18729), with
     Task Arithmetic's default scale. How the redundant vector begins and whether cosines are taken over the whole model
     are not known to us; both are chosen here. Departures: ``reference_norm``; a step never shortens the redundant
-    vector by more than its length on account of the penalty, whose gradient has no limit at zero.
+    vector by more than its length on account of the penalty, whose gradient has no limit at zero; task vectors shorter
+    than 1 % of the longest, whose angle to the others a single step may turn around, take no part and are added as they
+    are.
     """
 
     summary = "one redundant vector is taken out of all task vectors, which makes them more orthogonal"
@@ -74,8 +78,13 @@ class Awd(StaticMethod):
         # Sorted, so that not even rounding depends on the order of the tasks.
         tasks = sorted(vectors.tasks)
         options: AwdOptions = self.options
-        shares = redundant_shares(gram_matrix(vectors, tasks), options)
-        self.weights = {task: float(1 - len(tasks) * share) for task, share in zip(tasks, shares, strict=True)}
+        gram = gram_matrix(vectors, tasks)
+        norms = gram.diagonal().clamp(min=0).sqrt()
+        long = [index for index, norm in enumerate(norms) if norm > _SHORT * norms.max()]
+        self.weights = dict.fromkeys(tasks, 1.0)
+        if len(long) > 1:
+            shares = redundant_shares(gram[long][:, long], options)
+            self.weights |= {tasks[i]: float(1 - len(long) * share) for i, share in zip(long, shares, strict=True)}
 
     def merge(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
         """The sum of the task vectors without their redundant part."""

@@ -32,7 +32,8 @@ class Emr(PerTaskMethod):
     Task t runs with :math:`W_0 + \lambda_t M_t \odot \tau_{uni}`, so the task of an input must be known. Cost: one
     elementwise pass; storage T bits an element. No data, no hyper-parameters.
 
-    Source: Huang et al., *EMR-Merging*, NeurIPS 2024 (arXiv 2405.17461).
+    Source: Huang et al., *EMR-Merging*, NeurIPS 2024 (arXiv 2405.17461). Departure: none from the paper; the published
+    code rescales by means of each tensor, which is ``rescaler: per_tensor_mean``.
     """
 
     summary = "one elected task vector, a bit mask and a scalar for each task"
@@ -48,10 +49,10 @@ class Emr(PerTaskMethod):
     def merge(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Modulated:
         """The unified task vector and the tasks' masks."""
         stacked = torch.stack(list(vectors.values()))
-        sign = torch.where(stacked.sum(dim=0) > 0, 1.0, -1.0)
+        sign = torch.where(stacked.sum(dim=0, dtype=torch.float64) > 0, 1.0, -1.0)
         agrees = stacked * sign > 0
         magnitude = (stacked.abs() * agrees).amax(dim=0)
-        share = 1.0 if self.options.rescaler == "total" else 1.0 / parameter.elements
+        share = 1.0 if self.options.rescaler == "total" else 1.0 / max(parameter.elements, 1)
         for index, task in enumerate(vectors):
             self._own[task] += share * float(stacked[index].abs().sum(dtype=torch.float64))
             self._masked[task] += share * float((magnitude * agrees[index]).sum(dtype=torch.float64))

@@ -49,8 +49,9 @@ class Opcm(SequentialMethod):
     Source: Tang et al., *Merging Models on the Fly Without Retraining*, NeurIPS 2025 (arXiv 2501.09522). Departures:
     the published code means to zero the diagonal but zeroes a copy (FusionBench's later version does zero it);
     ``zero_diagonal=False`` does as it did. Only the diagonal of singular values that are not zero is removed, because
-    the other singular vectors are arbitrary. As quoted elsewhere, the paper's formula keeps only indices that are both
-    r or more: ``removed="cross"``.
+    the other singular vectors are arbitrary. Tasks come in the order of the recipe, where the code shuffles them; every
+    matrix weight is projected, not only those of linear modules; norms are those of parameters alone. As quoted
+    elsewhere, the paper's formula keeps only indices that are both r or more: ``removed="cross"``.
     """
 
     summary = "one expert after the other, each orthogonal to what has been merged before it"

@@ -11,8 +11,12 @@ from pydantic import Field
 from torch import Tensor
 
 from pave_lightning.merging.base import MethodOptions, StaticMethod, register
+from pave_lightning.merging.evidence import Evidence
 from pave_lightning.subspace.selection import largest_magnitudes, largest_values
 from pave_lightning.weights import Parameter, TaskVectors
+
+# Scores of so many tasks reach from exp(-80) to exp(80) times their accord, which float32 holds.
+MOST_TASKS = 160
 
 
 class PcbOptions(MethodOptions):
@@ -74,6 +78,15 @@ class Pcb(StaticMethod):
     default_scale = 1.2
     Options = PcbOptions
 
+    def problems(self, vectors: TaskVectors, evidence: Evidence) -> Iterator[str]:
+        """More tasks than scores can tell apart."""
+        yield from super().problems(vectors, evidence)
+        if len(vectors.tasks) > MOST_TASKS:
+            yield (
+                f"there are {len(vectors.tasks)} tasks, but scores of more than {MOST_TASKS} do not fit into float32; "
+                "merge fewer of them at a time"
+            )
+
     def prepare(self, vectors: TaskVectors) -> None:
         """Find each task's range of magnitudes, then its range of scores."""
         total = sum(parameter.elements for parameter in vectors.parameters)
@@ -118,7 +131,7 @@ class Pcb(StaticMethod):
                 accord = _sum(torch.tanh(signed * self._signed(vectors, other)) for other in names)
             else:
                 accord = torch.tanh(own * total)
-            # A common factor does not outlast normalisation; this one keeps many tasks' scores within float32.
+            # A common factor does not outlast normalisation; this one keeps scores of MOST_TASKS within float32.
             yield task, (torch.exp(len(names) * (share.square() - 0.5)) * accord).float()
 
     def _total(self, vectors: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:

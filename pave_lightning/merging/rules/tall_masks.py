@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from pave_lightning.merging.base import MergeMethod, MethodOptions, Modulated, PerTaskMethod, StaticMethod, register
@@ -16,13 +17,11 @@ from pave_lightning.merging.rules.ties import Ties, TiesOptions
 from pave_lightning.merging.rules.weighted_average import misnamed_tasks
 from pave_lightning.weights import Parameter, TaskVectors
 
-Threshold = Annotated[float, Field(ge=0)]
-
 
 class TallMasksOptions(MethodOptions):
     """Options of TALL masks."""
 
-    threshold: Threshold | dict[str, Threshold] = 0.4
+    threshold: float | dict[str, float] = 0.4
     """How much nearer to the task's own weight than the base's an element of the multi-task model must be (lambda):
     the higher, the emptier the masks. One number, or one for every task by its name. The source picks each task's among
     0.2, 0.3, 0.4, 0.5 and 0.6 by validation scores; the default is the middle one."""
@@ -31,6 +30,15 @@ class TallMasksOptions(MethodOptions):
     vectors twice more."""
     density: float = Field(default=0.2, gt=0, le=1)
     """Share of each task vector's elements that survives the trim of TIES, where that makes the multi-task vector."""
+
+    @field_validator("threshold", mode="before")
+    @classmethod
+    def _numbers(cls, value: object) -> object:
+        numbers = list(value.values()) if isinstance(value, Mapping) else [value]
+        known = [float(n) for n in numbers if isinstance(n, int | float) and not isinstance(n, bool)]
+        if len(known) < len(numbers) or not all(0 <= number < math.inf for number in known):
+            raise ValueError("expected a number of at least 0, or one for every task by its name")
+        return value
 
 
 class ConsensusOptions(TallMasksOptions):
@@ -55,19 +63,23 @@ class _Masking(MergeMethod):
             yield from misnamed_tasks("threshold", self.options.threshold, vectors.tasks)
 
     def prepare(self, vectors: TaskVectors) -> None:
-        """Let the rule that makes the multi-task vector look at the task vectors."""
-        ties = self.options.multi_task == "ties"
-        options = TiesOptions(density=self.options.density, merge="sum")
-        self._rule: StaticMethod = Ties(options) if ties else TaskArithmetic()
-        self._rule.prepare(vectors)
+        """Where TIES makes the multi-task vector, let it look at the task vectors."""
+        self._ties: Ties | None = None
+        if self.options.multi_task == "ties":
+            self._ties = Ties(TiesOptions(density=self.options.density, merge="sum"))
+            self._ties.prepare(vectors)
 
     def masked(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Modulated:
         """The multi-task vector, and where each task's own change outweighs what the other tasks add to it."""
-        shared = self._rule.merge(parameter, base, vectors)
+        if self._ties is None:
+            # So exact that masks do not depend on the order of the tasks.
+            shared = torch.stack(list(vectors.values())).sum(dim=0, dtype=torch.float64)
+        else:
+            shared = self._ties.merge(parameter, base, vectors).double()
         chosen = self.options.threshold
         thresholds = chosen if isinstance(chosen, dict) else dict.fromkeys(vectors, chosen)
         masks = {task: own.abs() > thresholds[task] * (shared - own).abs() for task, own in vectors.items()}
-        return Modulated(shared, masks)
+        return Modulated(shared.float(), masks)
 
 
 @register("tall_masks")

@@ -97,6 +97,10 @@ def test_tensors_without_elements(make_source):
 def test_groups_too_small_for_all_tasks_are_refused(make_source, random_vectors):
     with pytest.raises(PaveError, match=r"3 tasks cannot each keep 2 elements of a group of 5.*at most 1 .*at least 6"):
         run(make_source(random_vectors), 2, 5)
+    with pytest.raises(
+        PaveError, match=r"3 tasks cannot each keep 1 elements of a group of 2.*; set options.m to at le"
+    ):
+        run(make_source(random_vectors), 1, 2)
 
 
 @pytest.mark.parametrize("options", [{"n": 0}, {"m": 1}, {"n": 1.5}])

@@ -93,6 +93,13 @@ def test_by_hand(make_source, make_evidence):
     assert run(source, shared, own_weight=0.3)["w"] == pytest.approx(np.array([[0.3, 0.0], [0.4, 0.0]]))
 
 
+def test_matrices_without_elements(make_source, make_evidence):
+    vectors = {task: {"v": np.zeros((3, 0)), "w": np.ones((2, 2))} for task in TASKS}
+    inputs = {task: {"w": np.eye(2)} for task in TASKS}
+    found = run(make_source(vectors, matrices=["v", "w"]), make_evidence(inputs))
+    assert found["v"].shape == (3, 0)
+
+
 def test_norms_are_restored(make_source, make_evidence):
     vectors, inputs = drawn(2)
     only = {task: {"w": named["w"] if task == "b" else 0 * named["w"]} for task, named in vectors.items()}

@@ -143,9 +143,23 @@ def test_scaling_the_task_vectors_scales_the_result(make_source, factor):
     assert second / factor == pytest.approx(first, abs=1e-5)
 
 
+@pytest.mark.parametrize("size", [0.0, 1e-9, 1e-3])
+@pytest.mark.parametrize("options", [{}, {"iterations": 1000}, {"reference_norm": None}])
+def test_a_task_vector_of_hardly_any_length_leaves_the_others_alone(make_source, size, options):
+    vectors = tasks(2, seed=3)
+    short = {name: size * value for name, value in tasks(1, seed=8)["task0"].items()}
+    expected = run(make_source, vectors, **options) + flattened({"short": short})[0]
+    assert run(make_source, vectors | {"short": short}, **options) == pytest.approx(expected, abs=1e-6)
+    assert run(make_source, {"one": vectors["task0"], "short": short}) == pytest.approx(
+        flattened(vectors)[0] + flattened({"short": short})[0], abs=1e-6
+    )
+
+
 def test_a_zero_task_vector_has_no_angle(make_source):
-    vectors = tasks(2) | {"still": {name: np.zeros(shape) for name, shape in SHAPES.items()}}
+    # A search in which it took part found weights of 1e45 here.
+    vectors = {"a": {"w": np.zeros(4)}, "b": {"w": [-2.0, -3.0, 3.0, 0.0]}, "c": {"w": [0.0, 3.0, -2.0, 3.0]}}
     assert np.isfinite(run(make_source, vectors)).all()
+    vectors = tasks(2) | {"still": {name: np.zeros(shape) for name, shape in SHAPES.items()}}
     still = dict.fromkeys(vectors, vectors["still"])
     assert not run(make_source, still).any()
     assert not run(make_source, still, start=0.5).any()

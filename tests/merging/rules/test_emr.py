@@ -55,6 +55,21 @@ def test_a_sum_of_zero_counts_as_minus(make_source):
     assert [merged.masks[task]["w"].item() for task in "abc"] == [False, True, True]
 
 
+def test_the_order_of_tasks_elects_nothing(make_source):
+    # In float32 this sum is above, below or at zero, as one begins.
+    values = {"a": 0.3, "b": 0.1, "c": 0.1, "d": -0.5}
+    orders = [tuple(values), ("d", "a", "b", "c"), ("b", "c", "d", "a"), ("a", "d", "c", "b")]
+    found = [merge(Emr(), make_source({task: {"w": [values[task]]} for task in order})) for order in orders]
+    assert len({float(merged.vectors["w"]) for merged in found}) == 1
+    assert len({tuple(bool(merged.masks[task]["w"]) for task in "abcd") for merged in found}) == 1
+
+
+@pytest.mark.parametrize("rescaler", ["total", "per_tensor_mean"])
+def test_tensors_without_elements(make_source, rescaler):
+    vectors = {task: {"v": np.zeros((0, 3)), "w": [1.0]} for task in "ab"}
+    assert merge(Emr(EmrOptions(rescaler=rescaler)), make_source(vectors)).vectors["v"].shape == (0, 3)
+
+
 def test_a_task_that_changes_nothing_has_an_empty_mask_and_the_factor_one(make_source):
     merged = merge(Emr(), make_source({"a": {"w": [3.0, -1.0]}, "idle": {"w": [0.0, 0.0]}}))
     assert not merged.masks["idle"]["w"].any()

@@ -3,6 +3,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from pave_lightning.errors import PaveError
 from pave_lightning.merging import merge
 from pave_lightning.merging.rules.pcb import Pcb, PcbOptions
 
@@ -122,6 +123,17 @@ def test_tasks_without_a_range_have_no_part(make_source):
     even = {task: {"w": [0.5, 0.5]} for task in "ab"}
     assert run(make_source(even)).tolist() == [0.0, 0.0]
     assert run(make_source({task: {"w": [2.0]} for task in "ab"})).tolist() == [0.0]
+
+
+@pytest.mark.parametrize("accord", ["product", "normalised_sum", "normalised_pairs"])
+def test_as_many_tasks_as_scores_can_tell_apart_as_the_plain_reference(accord, make_source):
+    random = np.random.default_rng(2)
+    vectors = {f"task{index:03}": {"w": random.standard_normal(8)} for index in range(161)}
+    with pytest.raises(PaveError, match="161 tasks, but scores of more than 160 do not fit into float32; merge fewer"):
+        run(make_source(vectors), accord=accord)
+    del vectors["task160"]
+    expected, _ = reference(vectors, 0.5, 0.0, accord)
+    assert run(make_source(vectors), ratio=0.5, tails=0.0, accord=accord) == pytest.approx(expected, abs=1e-4)
 
 
 def test_many_tasks_do_not_overflow(make_source):

@@ -102,10 +102,23 @@ def test_more_tasks_than_there_are(make_source):
         consensus(make_source(VECTORS), k=4)
 
 
-@pytest.mark.parametrize("threshold", [-0.1, {"a": -0.1}])
-def test_negative_thresholds_are_refused(threshold):
-    with pytest.raises(PaveError, match="threshold"):
+def test_the_order_of_tasks_changes_no_bit(make_source):
+    # Ties but for rounding, which in float32 depends on what is added first.
+    values = {"a": -0.4, "b": -0.9, "c": -0.8, "d": 2.1}
+    found = []
+    for order in ("abcd", "dcba", "badc", "cdab"):
+        merged = tall(make_source({task: {"w": [values[task]]} for task in order}), threshold=1.0)
+        found.append([merged.masks[task]["w"].item() for task in "abcd"])
+    assert found == [found[0]] * 4
+
+
+@pytest.mark.parametrize("threshold", [-0.1, {"a": -0.1}, "many", {"a": None}, float("inf"), True])
+def test_impossible_thresholds_are_refused_in_one_line(threshold):
+    with pytest.raises(PaveError) as caught:
         make_method("tall_masks", {"threshold": threshold})
+    assert str(caught.value).splitlines()[1:] == [
+        f"  - threshold: expected a number of at least 0, or one for every task by its name, found {threshold!r}"
+    ]
 
 
 def test_what_they_are():
