@@ -313,6 +313,10 @@ class ScaleSearch(Section):
     """Evenly spaced scales between the two, both included."""
     examples: int | None = Field(default=None, ge=2)
     """Validation rows a task that the search looks at; all that the task uses where nothing is said."""
+    # Left out where it is not asked for, so that results of searches as they are stay valid.
+    widen: bool = Field(default=False, exclude_if=lambda value: not value)
+    """Go on beyond an end at which the best scale stands: by the same distance above the highest, by halves below the
+    lowest, until the best is no end any more, for at most as many scales again as ``points``."""
 
     @field_validator("search")
     @classmethod

@@ -27,7 +27,7 @@ class NoFiniteScoreError(PaveError):
 
 
 class ScaleSearcher:
-    """Tries evenly spaced scales and takes the one with the best average of normalised headline scores.
+    """Tries evenly spaced scales, takes the one with the best average of normalised headline scores, widens if told so.
 
     Only validation splits are looked at; test splits never are. Among equals the smaller scale wins.
 
@@ -70,21 +70,24 @@ class ScaleSearcher:
             PaveError: no expert has a positive score, so nothing can be normalised.
             NoFiniteScoreError: no scale gives finite scores.
         """
-        tried = []
-        for scale in torch.linspace(*search.search, search.points, dtype=torch.float64).tolist():
+
+        def average_at(scale: float) -> float:
             average = self.average(MergedCandidate(source, merged, scale), search.examples)
-            tried.append([scale, average])
             log.info("  scale %.3f: %.4f of the experts on validation", scale, average)
-        usable = [entry for entry in tried if math.isfinite(entry[1])]
-        if not usable:
-            raise NoFiniteScoreError(
-                "no scale that was tried gives finite scores on the validation splits; try smaller ones"
-            )
-        best = max(usable, key=lambda entry: (entry[1], -entry[0]))
-        at_end = {tried[0][0]: "smallest", tried[-1][0]: "largest"}.get(best[0])
-        if at_end is not None and best[0] != 0:
-            log.warning("  the best scale is the %s that was tried; a wider search may find a better one", at_end)
-        return {"scale": best[0], "average": best[1], "tried": tried}
+            return average
+
+        scales = torch.linspace(*search.search, search.points, dtype=torch.float64).tolist()
+        tried = {scale: average_at(scale) for scale in scales}
+        for _ in range(search.points if search.widen else 0):
+            further = _beyond(tried, distance=scales[1] - scales[0])
+            if further is None:
+                break
+            tried[further] = average_at(further)
+        best = _best(tried)
+        at_end = {min(tried): "smallest", max(tried): "largest"}.get(best)
+        if at_end is not None and best != 0:
+            log.warning("  the best scale is the %s that was tried; a search with widen: true goes on", at_end)
+        return {"scale": best, "average": tried[best], "tried": [[scale, tried[scale]] for scale in sorted(tried)]}
 
     def average(self, candidate: Candidate, examples: int | None) -> float:
         """A candidate's headline scores on the validation splits, divided by the experts', on average over the tasks.
@@ -121,3 +124,25 @@ class ScaleSearcher:
         fewer = min(examples, task.examples.validation or examples)
         limited = Examples(train=task.examples.train, validation=fewer, test=task.examples.test)
         return task.model_copy(update={"examples": limited})
+
+
+def _best(tried: Mapping[float, float]) -> float:
+    """The scale with the highest score, the smaller among equals.
+
+    Raises:
+        NoFiniteScoreError: no score is finite.
+    """
+    usable = [scale for scale, average in tried.items() if math.isfinite(average)]
+    if not usable:
+        raise NoFiniteScoreError(
+            "no scale that was tried gives finite scores on the validation splits; try smaller ones"
+        )
+    return max(usable, key=lambda scale: (tried[scale], -scale))
+
+
+def _beyond(tried: Mapping[float, float], distance: float) -> float | None:
+    """The next scale beyond the end at which the best one stands; None where there is no such end."""
+    best = _best(tried)
+    if best == max(tried):
+        return best + distance
+    return best / 2 if best == min(tried) and best > 0 else None

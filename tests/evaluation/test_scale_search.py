@@ -61,8 +61,8 @@ def searcher(suite, tmp_path):
     return build
 
 
-def find(searcher, search=(0.0, 1.0), points=5, examples=None):
-    asked = ScaleSearch(search=search, points=points, examples=examples)
+def find(searcher, search=(0.0, 1.0), points=5, examples=None, widen=False):
+    asked = ScaleSearch(search=search, points=points, examples=examples, widen=widen)
     return searcher.best(One(), MergedVectors({"w": torch.ones(())}), asked)
 
 
@@ -96,6 +96,30 @@ def test_a_best_scale_at_the_end_of_the_search_is_told(searcher, caplog, best, s
     _, found = searcher([1.0, 1.0, 1.0], lambda scale: [1 - abs(scale - best)] * 3)
     assert find(found, search=search)["scale"] == best
     assert [told] * bool(told) == [word for word in ("largest", "smallest") if f"is the {word} that was" in caplog.text]
+
+
+@pytest.mark.parametrize(
+    ("best", "beyond", "chosen"),
+    [
+        (2.0, [], 2.0),
+        (4.2, [4.0, 5.0], 4.0),
+        (9.0, [4.0, 5.0, 6.0], 6.0),  # as many again as there are points, and no more
+        (0.45, [0.5, 0.25], 0.5),
+        (0.0, [0.5, 0.25, 0.125], 0.125),
+    ],
+)
+def test_a_search_that_may_widen_goes_on_beyond_its_ends(searcher, caplog, best, beyond, chosen):
+    stub, search = searcher((1, 1, 1), lambda scale: [10 - abs(scale - best)] * 3)
+    found = find(search, search=(1.0, 3.0), points=3, widen=True)
+    assert found["scale"] == chosen
+    assert [scale for _, scale, _ in stub.asked] == [None, 1.0, 2.0, 3.0, *beyond]
+    assert [scale for scale, _ in found["tried"]] == sorted([1.0, 2.0, 3.0, *beyond])
+    assert ("that was tried" in caplog.text) == (chosen == beyond[-1] if beyond else False)
+
+
+def test_results_of_searches_that_do_not_widen_keep_their_keys():
+    assert ScaleSearch(search=(0, 1)).model_dump() == {"search": (0.0, 1.0), "points": 7, "examples": None}
+    assert ScaleSearch(search=(0, 1), widen=True).model_dump()["widen"] is True
 
 
 def test_only_validation_splits_are_looked_at(searcher):
