@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from pave_lightning.reporting.experiment_table import signed
+from pave_lightning.reporting.experiment_table import SCORE, signed
 from pave_lightning.reporting.markdown import escaped, table
 
 # Form of a merged model -> what such models have.
@@ -17,7 +17,6 @@ NOTE = (
     "Seconds and memory are those of merging alone, on average over plain and purified. Capturing statistics,"
     " gradients, the merge of an anchor and the search for a scale come on top."
 )
-SCORE = "/score"  # what columns with the mean of one task end with
 HEADER = ("model", "plain", "purified", "difference", "lowest task", "seconds", "peak MB")
 
 

@@ -24,6 +24,8 @@ IDENTITY = ("model", "vectors", "form")
 # Differences below this are rounding
 TINY = 1e-12
 CONFIDENCE = 0.95
+# What a task's name is followed by in the column of its mean score.
+SCORE = "/score"
 
 
 @dataclass(frozen=True)
@@ -233,7 +235,7 @@ def summary_of(scores: ExperimentScores) -> pd.DataFrame:
         own = tasks[_hashable(name)]
         for task in scores.tasks:
             here = own[own["task"] == task]
-            row[f"{task}/score"] = _mean(here["score"].dropna())
+            row[f"{task}{SCORE}"] = _mean(here["score"].dropna())
             row[f"{task}/difference"] = _mean(here["difference"].dropna())
         found.append(row)
     summary = _table(found, list(found[0]) if found else by, scores.keys)

@@ -19,7 +19,7 @@ GradientKind = Literal["fisher", "absolute"]
 # One metadata entry, because safetensors writes several in random order: equal content gives equal files.
 HEADER_KEY = "pave_lightning.gradients"
 # Key of the metadata under which recipes keep the digest of the expert's files.
-EXPERT_DIGEST = "expert"
+EXPERT_DIGEST = "expert_files"
 FORMAT_VERSION = 1
 
 

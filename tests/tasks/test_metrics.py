@@ -184,7 +184,7 @@ from pave_lightning.recipe import Task
 from pave_lightning.tasks.metrics import build_metrics, predictions, scores
 torch.distributed.init_process_group("gloo")
 rank = torch.distributed.get_rank()
-for number, (task, logits, labels) in enumerate(torch.load(sys.argv[1])):
+for number, (task, logits, labels) in enumerate(torch.load(sys.argv[1], weights_only=True)):
     task = Task.model_validate_json(task)
     # Uneven shares, then one process without any row.
     for kind, rows in {"uneven": slice(rank, None, 2), "empty": slice(0, None if rank == 0 else 0)}.items():

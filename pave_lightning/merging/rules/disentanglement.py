@@ -107,7 +107,7 @@ def redundant_shares(gram: Tensor, options: AwdOptions) -> Tensor:
     """How much of each task vector the redundant vector is made of.
 
     Args:
-        gram: inner products of the task vectors, ``T x T``, float64.
+        gram: inner products of the task vectors, of which none is zero, ``T x T``, float64.
         options: of the descent.
 
     Returns:
@@ -116,8 +116,6 @@ def redundant_shares(gram: Tensor, options: AwdOptions) -> Tensor:
     tasks = len(gram)
     shares = torch.full((tasks,), options.start / tasks, dtype=torch.float64)
     mean = float(gram.diagonal().clamp(min=0).sqrt().mean())
-    if mean == 0:
-        return shares
     target = mean if options.reference_norm is None else options.reference_norm
     scaled = gram * (target / mean) ** 2
     for _ in range(options.iterations):

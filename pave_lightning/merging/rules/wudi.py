@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -86,11 +86,12 @@ class Wudi(MatrixMethod):
     def merge_matrix(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
         """The sum of the task vectors after some steps down the interference."""
         options: WudiOptions = self.options
-        start, normalised = _sum_and_normalised(vectors.values())
-        if not len(normalised):
-            return start
-        target = _target(normalised, vectors.values()).float()
-        rate, epsilon = _rate(options, vectors.values())
+        changed = [vector for vector in vectors.values() if bool(vector.any())]
+        if not changed:
+            return torch.zeros_like(base)
+        start, normalised = _sum_and_normalised(changed)
+        target = _target(normalised, changed).float()
+        rate, epsilon = _rate(options, changed)
 
         rows = torch.cat(list(normalised)).float()
         if 2 * len(rows) < rows.shape[1]:
@@ -133,9 +134,10 @@ class Swudi(MatrixMethod):
     def merge_matrix(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
         """The sum of the task vectors after the flow down the interference."""
         options: SwudiOptions = self.options
-        start, normalised = _sum_and_normalised(vectors.values())
-        if not len(normalised):
-            return start
+        changed = [vector for vector in vectors.values() if bool(vector.any())]
+        if not changed:
+            return torch.zeros_like(base)
+        start, normalised = _sum_and_normalised(changed)
         normal = _normal_matrix(normalised)
         values, directions = torch.linalg.eigh(normal)
         if options.directions is not None:
@@ -144,7 +146,7 @@ class Swudi(MatrixMethod):
         # What float32 task vectors hold along the other eigenvectors is rounding, which long times would blow up.
         known = share > (max(base.shape) * torch.finfo(torch.float32).eps) ** 2
         filtered = torch.where(known, -torch.expm1(-2 * options.time * share) / share, 0.0)
-        force = _target(normalised, vectors.values()) - start @ normal
+        force = _target(normalised, changed) - start @ normal
         moved = (force @ directions) * (filtered / values[-1]) @ directions.T
         if options.rest == "zero":
             start = start @ directions @ directions.T
@@ -152,12 +154,10 @@ class Swudi(MatrixMethod):
         return merged
 
 
-def _sum_and_normalised(vectors: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """Sum of the task vectors, and those that are not zero stacked and divided by their norms; all float64."""
-    stacked = torch.stack(list(vectors)).double()
-    norms = stacked.flatten(1).norm(dim=1)
-    kept = norms > 0
-    return stacked.sum(dim=0), stacked[kept] / norms[kept, None, None]
+def _sum_and_normalised(vectors: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Sum of the task vectors, none of them zero, and all stacked and divided by their norms; float64."""
+    stacked = torch.stack(vectors).double()
+    return stacked.sum(dim=0), stacked / stacked.flatten(1).norm(dim=1)[:, None, None]
 
 
 def _normal_matrix(normalised: Tensor) -> Tensor:
@@ -166,18 +166,16 @@ def _normal_matrix(normalised: Tensor) -> Tensor:
     return rows.T @ rows
 
 
-def _target(normalised: Tensor, vectors: Iterable[Tensor]) -> Tensor:
+def _target(normalised: Tensor, vectors: list[Tensor]) -> Tensor:
     """B of the loss, ``d_out x d_in``."""
-    found = [vector.double() for vector in vectors if bool(vector.any())]
-    parts = [(vector @ unit.T) @ unit for vector, unit in zip(found, normalised, strict=True)]
+    parts = [(vector.double() @ unit.T) @ unit for vector, unit in zip(vectors, normalised, strict=True)]
     return torch.stack(parts).sum(dim=0)
 
 
-def _rate(options: WudiOptions, vectors: Iterable[Tensor]) -> tuple[float, float]:
+def _rate(options: WudiOptions, vectors: list[Tensor]) -> tuple[float, float]:
     """Step size and epsilon of Adam."""
     if options.absolute_step is not None:
         return options.absolute_step, _PUBLISHED_EPSILON
-    found = [vector for vector in vectors if bool(vector.any())]
-    total = math.fsum(float(vector.abs().sum(dtype=torch.float64)) for vector in found)
-    rate = options.step * total / sum(vector.numel() for vector in found)
+    total = math.fsum(float(vector.abs().sum(dtype=torch.float64)) for vector in vectors)
+    rate = options.step * total / sum(vector.numel() for vector in vectors)
     return rate, rate * _EPSILON_SHARE
