@@ -273,6 +273,10 @@ class Purify(Section):
     exact: bool = False
     """Full singular value decompositions instead of the fast eigenvalue path; for comparison."""
 
+    def __hash__(self) -> int:
+        """Of what it says, because the list of tasks has no hash of its own."""
+        return hash(self.model_dump_json())
+
     @property
     def reads_statistics(self) -> bool:
         """Whether captured statistics are needed at all."""

@@ -137,6 +137,12 @@ def test_purify_is_handed_down_key_by_key() -> None:
     assert (ties.purify.rho, ties.purify.damping) == (0.9, 0.2)
 
 
+def test_equal_purifications_are_one_in_a_set() -> None:
+    same = [Purify(tasks=["movie"], rho=1), Purify(tasks=["movie"], rho=1.0)]
+    assert set(same) == {same[0]}
+    assert len({*same, Purify(tasks=["isa"], rho=1), Purify(rho=1)}) == 3
+
+
 def test_what_is_handed_in_is_not_changed() -> None:
     raw = {"name": "d", "base": "b", "training": {"batch_size": 8}, "tasks": [{"use": "pocket/isa", "training": {}}]}
     Recipe.model_validate(raw)
