@@ -66,7 +66,7 @@ class Stages:
         """Every stage in the order of work."""
         for task in self.recipe.tasks:
             yield self.expert(task)
-        for task in self.recipe.tasks:
+        for task in self.recipe.tasks if self.need_statistics() else ():
             yield self.statistics(task)
         purified: set[str] = set()
         for step, vectors in self.merges():
@@ -85,12 +85,15 @@ class Stages:
                 yield step, vectors
 
     def need_statistics(self) -> bool:
-        """Whether anything in the recipe looks at what the experts' layers see."""
+        """Whether anything in the recipe looks at what the experts' layers see.
+
+        One that merges nothing may be meant to: purifying and diagnosing are commands of their own.
+        """
         asked = any(
             vectors == "purified" or NEED_STATISTICS & method_named(step.method).needs
             for step, vectors in self.merges()
         )
-        return asked or self.recipe.evaluate.purified_experts
+        return asked or not self.recipe.merge or self.recipe.evaluate.purified_experts
 
     # ---- the stages ------------------------------------------------------------------------------------------------
 

@@ -111,7 +111,7 @@ class Workflow:
         """Do everything the recipe asks for that is not done yet."""
         for task in self.recipe.tasks:
             self.fit(task)
-        for task in self.recipe.tasks:
+        for task in self.recipe.tasks if self.stages.need_statistics() else ():
             self.capture(task)
         for step, vectors in self.stages.merges():
             self.merge(step, vectors)

@@ -186,6 +186,14 @@ def test_purifications_that_cannot_be_run_are_told_at_once(problems):
     assert problems(purify=purify, merge=[{"method": "average", "vectors": ["plain"]}]) == ""
 
 
+def test_tasks_to_purify_are_looked_at(problems):
+    one, other = {"tasks": ["words"]}, {"tasks": ["numbers"]}
+    emr = {"method": "emr", "purify": other}
+    assert problems(purify=one, merge=["average", emr]) == ""
+    text = problems(purify={**one, "stopping_share": 0.5}, merge=["average", emr])
+    assert "nearest_budget: true" in text
+
+
 def test_ratios_that_auto_tries_are_looked_at_too(problems):
     assert problems(purify={"rho": "auto"}) == ""
     assert "nearest_budget: true" in problems(purify={"rho": "auto", "stopping_share": 0.5})

@@ -347,3 +347,13 @@ def test_data_that_changes_during_a_fit_makes_its_result_stale(recipe_settings, 
     run_stage(recipe, "fit", "words")
     stages = Stages(recipe, RunFolder(Path(recipe.output) / recipe.name))
     assert stages.state(stages.expert(recipe.task("words"))) == "stale"
+
+
+def test_statistics_are_captured_only_where_something_needs_them(ready_settings):
+    average = {"method": "average", "vectors": ["plain"]}
+    folder = rerun(ready_settings, merge=[average])
+    assert (folder / "results.csv").is_file()
+    assert not (folder / "statistics").exists()
+
+    rerun(ready_settings, merge=[average, {"method": "average", "name": "again", "vectors": ["purified"]}])
+    assert (folder / "statistics" / "words" / "moments.safetensors").is_file()
