@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 from rich import filesize
@@ -19,9 +21,9 @@ from pave_lightning.merging import MergeMethod, Need, make_method, method_named
 from pave_lightning.merging.evidence import PlannedEvidence
 from pave_lightning.merging.low_rank import LowRankMethod, quoted
 from pave_lightning.purification.vectors import budget_problems, workers_of
-from pave_lightning.recipe import AUTO_RATIOS, Lora, MergeStep, Recipe, Task
+from pave_lightning.recipe import Lora, MergeStep, Purify, Recipe, Task
 from pave_lightning.run_folder import RunFolder
-from pave_lightning.stages import Stages, existing_folder, purifications, ratios
+from pave_lightning.stages import Stage, Stages, existing_folder, purifications, ratios
 from pave_lightning.tasks.data import check_task, load_split
 from pave_lightning.tracking import resolve_uri
 from pave_lightning.weights import Adapter, Architecture, Checkpoint, Parameter, ParameterKind, locate_model
@@ -364,21 +366,60 @@ def plan_rows(recipe: Recipe, folder: RunFolder) -> list[tuple[str, str, str]]:
         about.update({stages.purified(ratio).name: ratio.summary for ratio in ratios(options)})
         scale = "" if step.scale is None else f", scale {step.scale if isinstance(step.scale, float) else 'searched'}"
         about[stages.merged(step, vectors).name] = f"{step.method}{scale}"
-    return [(stage.name, stages.state(stage), about.get(stage.name, "all test splits")) for stage in stages.all()]
+    rows = []
+    for stage in _planned_stages(stages, about):
+        rows.append((stage.name, stages.state(stage), about.get(stage.name, "all test splits")))
+    return rows
+
+
+def _planned_stages(stages: Stages, about: dict[str, str]) -> list[Stage]:
+    """The stages of a run, with purifications that no merge step asks for; adds what these do."""
+    found = list(stages.all())
+    scored = next(place for place, stage in enumerate(found) if stage.name.startswith("scores/"))
+    for options in _planned_purifications(stages):
+        by_run = _purifies_in_a_run(stages.recipe)
+        stage = stages.purified(options) if by_run else stages.exported(options)
+        if stage not in found:
+            found.insert(scored, stage)
+            scored += 1
+            about[stage.name] = options.summary if by_run else f"{options.summary}, with `{stage.command}`"
+    return found
+
+
+def _purifies_in_a_run(recipe: Recipe) -> bool:
+    """Whether a run purifies by itself; otherwise `pave purify` does, and writes whole experts."""
+    return bool(recipe.merge) or recipe.evaluate.purified_experts
+
+
+def _planned_purifications(stages: Stages) -> list[Purify]:
+    """Every distinct purification that is to be computed; what merges nothing may be meant for `pave purify`."""
+    recipe = stages.recipe
+    asked = [step.purify for step, vectors in stages.merges() if vectors == "purified"]
+    if recipe.evaluate.purified_experts or not recipe.merge:
+        with suppress(PaveError):  # told elsewhere, where it matters
+            asked += purifications(recipe)
+    return list(dict.fromkeys(one for options in asked for one in ratios(options)))
 
 
 def cost_table(recipe: Recipe, folder: RunFolder) -> Table:
     """What purification and merging will take: time for each shape of layer, the highest memory, disk."""
     cost = predicted_cost(recipe, folder)
     table = Table(title="purification, by shape of layer (predicted)", title_justify="left")
-    for heading in ("d_out x d_in", "moment", "layers", "tasks", "time", "memory"):
-        table.add_column(heading, justify="left" if heading in ("d_out x d_in", "moment") else "right")
-    for layer in cost.layers:
-        shape, moment = " x ".join(map(str, layer.shape)), layer.kind or "none"
-        counts = (str(layer.layers), str(layer.tasks))
-        table.add_row(shape, moment, *counts, f"{layer.seconds:.1f} s", filesize.decimal(layer.peak_bytes))
+    for heading in ("purification", "d_out x d_in", "moment", "layers", "tasks", "time", "memory"):
+        left = heading in ("purification", "d_out x d_in", "moment")
+        table.add_column(heading, justify="left" if left else "right")
+    for options, layers in groupby(cost.layers, key=lambda layer: layer.options):
+        for place, layer in enumerate(layers):
+            shape, moment = " x ".join(map(str, layer.shape)), layer.kind or "none"
+            counts = (str(layer.layers), str(layer.tasks))
+            sizes = (f"{layer.seconds:.1f} s", filesize.decimal(layer.peak_bytes))
+            table.add_row("" if place else options.summary, shape, moment, *counts, *sizes)
+        table.add_section()
     program, peak, disk = map(filesize.decimal, (cost.baseline_bytes, cost.peak_bytes, cost.disk_bytes))
-    table.caption = f"highest memory of purifying and merging {peak} (the program itself {program}); disk {disk}"
+    table.caption = (
+        f"purification {cost.seconds:.1f} s; highest memory of purifying and merging {peak} "
+        f"(the program itself {program}); disk {disk}"
+    )
     table.caption_justify = "left"
     return table
 
@@ -389,18 +430,16 @@ def predicted_cost(recipe: Recipe, folder: RunFolder) -> Cost:
     base_folder = locate_model(recipe.base, role="base")
     architecture = Architecture.of_folder(base_folder)
     parameters = list(_stored_parameters(Checkpoint(base_folder, architecture.prefix), architecture))
-    steps = list(stages.merges())
-    # The recipe's costliest purification stands for the others: they differ in ranks, not in layers.
-    asked = [step.purify for step, vectors in steps if vectors == "purified"]
-    ratio = min((o.rho for o in asked if not isinstance(o.rho, str)), default=AUTO_RATIOS[0])
+    capture, planned = recipe.capture, _planned_purifications(stages)
+    exported = 0 if _purifies_in_a_run(recipe) else sum(len(one.tasks or recipe.tasks) for one in planned)
     return predict_cost(
         parameters,
         len(recipe.tasks),
         workers_of(recipe.compute),
-        expected_kinds(parameters, recipe.capture.moments),
-        options=asked[0].model_copy(update={"rho": ratio}) if asked else None,
-        methods=[method_named(step.method) for step, _ in steps],
-        new_experts=sum(task.expert is None for task in recipe.tasks),
+        expected_kinds(parameters, capture.moments, convolutions=capture.convolutions),
+        options=planned,
+        methods=[method_named(step.method) for step, _ in stages.merges()],
+        new_experts=sum(task.expert is None for task in recipe.tasks) + exported,
     )
 
 

@@ -190,7 +190,7 @@ class Workflow:
                 convolutions=options.convolutions,
                 norms=options.norms,
                 seed=self.recipe.seed,
-                metadata={"task": task.name, "expert": expert_digest(self.stages.finished(self.stages.expert(task)))},
+                metadata={**self._captured_of(task), EXPERT_DIGEST: model_digest(self._expert_folder(task.name))},
             )
             with quiet_lightning(), honest_interrupts():
                 trainer = build_trainer(
@@ -441,10 +441,15 @@ class Workflow:
     @cached_property
     def statistics(self) -> dict[str, TaskStatistics]:
         """What each task's expert saw, read lazily."""
-        return {
-            task.name: TaskStatistics.load(self.folder.path(self.stages.statistics(task).name) / STATISTICS_FILE)
-            for task in self.recipe.tasks
-        }
+        found = {}
+        for task in self.recipe.tasks:
+            file = self.folder.path(self.stages.statistics(task).name) / STATISTICS_FILE
+            found[task.name] = TaskStatistics.load(file, of=self._captured_of(task))
+        return found
+
+    def _captured_of(self, task: Task) -> dict[str, str]:
+        """What says in a task's statistics whose they are."""
+        return {"task": task.name, "expert": expert_digest(self.stages.finished(self.stages.expert(task)))}
 
     @cached_property
     def plain(self) -> TaskVectors:

@@ -243,18 +243,18 @@ def test_shipped_experiments(path):
     assert not view_of(recipe).problems(list(cells[0].values))
 
 
-class WorkBegins(Exception):
+class WorkBeginsError(Exception):
     """Raised in place of work."""
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_experiments_can_begin(path, base_folder, tmp_path, monkeypatch):
     def begun(recipe):
-        raise WorkBegins
+        raise WorkBeginsError
 
     monkeypatch.setattr(experiments, "working", begun)
     small = ["training.max_length=16", f"output={tmp_path}", f"shared={tmp_path / 'shared'}"]
-    with pytest.raises(WorkBegins):
+    with pytest.raises(WorkBeginsError):
         run_experiment(str(path), [f"base={base_folder}", *small])
 
 

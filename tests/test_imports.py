@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "purification": {"errors", "recipe", "statistics", "subspace", "weights"},
     "adding": {"errors", "experts", "merging", "recipe", "weights"},
     "exporting": {"errors", "files", "purification", "weights"},
-    "costs": {"errors", "recipe", "statistics", "subspace", "weights", "merging.base"},
+    "costs": {"errors", "purification.moments", "recipe", "statistics", "subspace", "weights", "merging.base"},
     "diagnostics": {"errors", "merging", "purification", "statistics", "subspace", "weights"},
     "experts": {"errors", "layers", "recipe", "tasks", "weights"},
     "evaluation": {

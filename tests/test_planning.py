@@ -15,6 +15,8 @@ from transformers import (
     BertForMaskedLM,
     GteConfig,
     GteModel,
+    SqueezeBertConfig,
+    SqueezeBertModel,
 )
 
 from pave_lightning import Recipe, run_recipe
@@ -23,7 +25,7 @@ from pave_lightning.errors import PaveError
 from pave_lightning.merging import base as registry
 from pave_lightning.merging import make_method, methods, register
 from pave_lightning.merging.evidence import PlannedEvidence
-from pave_lightning.planning import check_recipe, cost_table, plan_rows
+from pave_lightning.planning import check_recipe, cost_table, plan_rows, predicted_cost
 from pave_lightning.run_folder import RunFolder
 from pave_lightning.weights import Parameter, ParameterKind
 from pave_lightning.weights.task_vectors import PlannedTaskVectors
@@ -510,3 +512,80 @@ def test_a_rule_of_another_package_that_looks_at_values_is_passed_over(problems,
 
     register("curious")(Curious)
     assert problems(merge=["curious"]) == ""
+
+
+@pytest.fixture
+def planned(recipe_settings):
+    """Predicted cost and names of the stages of the tiny recipe with some sections changed."""
+
+    def predict(**changes):
+        recipe = Recipe.model_validate({**recipe_settings, **changes})
+        folder = open_folder(recipe)
+        return predicted_cost(recipe, folder), [name for name, _, _ in plan_rows(recipe, folder)]
+
+    return predict
+
+
+def test_every_purification_has_its_cost(planned):
+    def step(name, **purify):
+        return {"method": "task_arithmetic", "name": name, "vectors": ["purified"], "purify": {"rho": 0.9, **purify}}
+
+    plain, exact = step("a", metric="identity"), step("b", exact=True, scope="global")
+    cost, _ = planned(merge=[plain, exact, {**exact, "name": "c"}])
+    layers = {options: [one for one in cost.layers if one.options == options] for options in cost_options(cost)}
+    assert [(options.metric, options.exact) for options in layers] == [("identity", False), ("covariance", True)]
+    counts = [sum(layer.layers for layer in own) for own in layers.values()]
+    assert counts[0] == counts[1] > 0
+    swapped, _ = planned(merge=[exact, plain, {**exact, "name": "c"}])
+    assert swapped.disk_bytes == cost.disk_bytes
+    assert sum(layer.layers for layer in swapped.layers) == sum(counts)
+
+
+def cost_options(cost):
+    return list(dict.fromkeys(layer.options for layer in cost.layers))
+
+
+def test_all_ratios_that_auto_tries_are_counted(planned):
+    step = {"method": "average", "vectors": ["purified"]}
+    one, _ = planned(merge=[step], purify={"rho": 0.9})
+    five, names = planned(merge=[step], purify={"rho": "auto"})
+    assert [options.rho for options in cost_options(five)] == [0.875, 0.9375, 0.97, 0.984, 0.992]
+    assert len(five.layers) == 5 * len(one.layers)
+    assert five.disk_bytes > one.disk_bytes
+    assert sum(name.startswith("purified/") for name in names) == 5
+    # A ratio of 1 leaves every expert as it is.
+    assert planned(merge=[step], purify={"rho": 1.0})[0].layers == ()
+
+
+def test_purification_without_merging_is_planned(planned, recipe_settings):
+    scored, names = planned(merge=[], evaluate={"purified_experts": True}, purify={"rho": 0.9})
+    assert scored.layers
+    assert scored.peak_bytes > scored.baseline_bytes
+    place = next(index for index, name in enumerate(names) if name.startswith("purified/"))
+    assert names[place - 1].startswith("statistics/")
+    assert names[place + 1] == "scores/base"
+    # What only `pave purify` does is told as its own, and writes whole experts.
+    exported, names = planned(merge=[], purify={"rho": 0.9})
+    assert [name.partition("/")[0] for name in names].count("purified-experts") == 1
+    assert not any(name.startswith("purified/") for name in names)
+    assert exported.disk_bytes > scored.disk_bytes
+    plain, names = planned(merge=[{"method": "average", "vectors": ["plain"]}], purify={"rho": 0.9})
+    assert plain.layers == ()
+    assert not any(name.startswith("purified") for name in names)
+    both, names = planned(merge=["average"], evaluate={"purified_experts": True}, purify={"rho": 0.9})
+    assert sum(name.startswith("purified/") for name in names) == len(cost_options(both)) == 1
+
+
+def test_captured_convolutions_are_counted(planned, tiny_tokenizer, tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    groups = {f"{name}_groups": 1 for name in ("q", "k", "v", "post_attention", "intermediate", "output")}
+    config = SqueezeBertConfig(**sizes, **groups, embedding_size=32, vocab_size=200, max_position_embeddings=32)
+    SqueezeBertModel(config).save_pretrained(tmp_path / "squeeze")
+    tiny_tokenizer.save_pretrained(tmp_path / "squeeze")
+
+    def count(**capture):
+        cost, _ = planned(base=str(tmp_path / "squeeze"), merge=["average"], capture={"examples": 8, **capture})
+        return sum(layer.layers for layer in cost.layers)
+
+    assert count() == 1  # the pooler
+    assert count(convolutions=True) == 7

@@ -149,7 +149,7 @@ class PaveCallback(L.Callback):
     def statistics(self) -> TaskStatistics:
         """What the last pass has captured.
 
-        Layers that no process has reached are absent; their names are in ``unreached``.
+        Layers that no process has reached are absent; their names are in ``unreached``, here and of the statistics.
 
         Raises:
             PaveError: no pass has been completed.
@@ -222,8 +222,10 @@ class PaveCallback(L.Callback):
         norm_observer.reduce(pl_module.device)
         examples = int(trainer.strategy.reduce(torch.tensor(self._examples, device=pl_module.device), reduce_op="sum"))
         moments, norms = observer.moments(), norm_observer.moments()
-        self._statistics = TaskStatistics(moments, examples=examples, metadata=self.metadata, norms=norms)
         self.unreached = [name for name in self._layers if name not in moments]
+        self._statistics = TaskStatistics(
+            moments, examples=examples, metadata=self.metadata, norms=norms, unreached=self.unreached
+        )
         self.unreached_norms = [name for name in self._norms if name not in norms]
         if self.path is not None:
             if trainer.is_global_zero:

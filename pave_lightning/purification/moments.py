@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from pave_lightning.errors import PaveError
+from pave_lightning.purification.origin import origin_problems
 from pave_lightning.recipe import Purify
 from pave_lightning.statistics import LayerMoment, TaskStatistics
+from pave_lightning.statistics.storage import again
 from pave_lightning.subspace import moment_shape
 from pave_lightning.weights import Parameter, TaskVectors
 
@@ -37,6 +39,8 @@ class MomentSource:
         self, source: TaskVectors, statistics: Mapping[str, TaskStatistics], options: Purify, tasks: Sequence[str]
     ) -> None:
         self.source, self.statistics, self.options, self.tasks = source, statistics, options, tasks
+        # Task and layer under whose name a matrix is stored, of those that were found to be moments: names alone.
+        self._checked: set[tuple[str, str]] = set()
 
     def owner(self, task: str) -> str:
         """The task whose statistics a task is purified by: its own, or the next one in order."""
@@ -60,19 +64,24 @@ class MomentSource:
         if self.options.statistics == "random":
             return random_moment(weight.shape[1], f"{task}/{parameter.name}")
         if self.options.statistics == "task_vector":
-            return row_moment(weight - parameter.as_matrix(self.source.base(parameter)))
-        statistics = self.statistics[self.owner(task)]
+            return row_moment(parameter.as_matrix(self.source.vector(task, parameter)))
+        owner = self.owner(task)
+        statistics = self.statistics[owner]
         if parameter.layer not in statistics:
             return "no example reached it"
         found = statistics[parameter.layer]
         if not bool(found.matrix.any()):
             return "all its inputs were zero"
-        reason = _impossible(found, weight)
-        if reason:
-            raise PaveError(
-                f"task '{self.owner(task)}': the second moment of {parameter.layer} {reason}: capture the statistics "
-                "of this very expert again"
-            )
+        # A cross moment belongs to one weight; any other kind may be shared by layers that read the same input.
+        key = (owner, statistics.owner(parameter.layer))
+        if found.kind == "cross" or key not in self._checked:
+            reason = _impossible(found, weight, finite=statistics.file is not None)
+            if reason:
+                raise PaveError(
+                    f"task '{owner}': the second moment of {parameter.layer} {reason}: "
+                    f"{again(statistics.file, 'the statistics of this very expert')}"
+                )
+            self._checked.add(key)
         return found
 
     def problems(self, layers: Sequence[Parameter]) -> Iterator[str]:
@@ -80,7 +89,6 @@ class MomentSource:
         if not self.options.reads_statistics:
             return
         matrices = {parameter.layer: parameter for parameter in layers}
-        children = {parameter.name.partition(".")[0] for parameter in self.source.parameters}
         if self.options.statistics == "other_task" and len(self.source.tasks) < 2:
             yield f"statistics: other_task needs another task than '{self.source.tasks[0]}', but there is none"
             return
@@ -89,14 +97,11 @@ class MomentSource:
                 yield f"task '{task}' has no captured statistics; capture them first"
                 continue
             statistics = self.statistics[task]
+            for problem in origin_problems(self.source, task, statistics, layers):
+                yield f"task '{task}': {problem}"
             for layer in statistics.layers():
                 if layer in matrices:
                     yield from self._layer_problems(task, matrices[layer], statistics)
-                # A child of the backbone that the base lacks belongs to the heads; its layers are captured too.
-                elif layer.partition(".")[0] in children:
-                    yield f"task '{task}': the statistics hold a layer {layer}, which the model has not"
-            if not any(layer in matrices for layer in statistics.layers()):
-                yield f"task '{task}': the statistics hold none of the model's linear layers"
 
     def _layer_problems(self, task: str, parameter: Parameter, statistics: TaskStatistics) -> Iterator[str]:
         layer, kind, found = parameter.layer, statistics.kind(parameter.layer), statistics.shape(parameter.layer)
@@ -142,21 +147,24 @@ def row_moment(vector: Tensor) -> LayerMoment | str:
     return LayerMoment("input", (moment / scale).float(), len(rows)) if scale > 0 else "its task vector is zero"
 
 
-def _impossible(moment: LayerMoment, weight: Tensor) -> str | None:
-    """Why a moment cannot be what it says it is."""
-    if not bool(torch.isfinite(moment.matrix).all()):
+def _impossible(moment: LayerMoment, weight: Tensor, *, finite: bool) -> str | None:
+    """Why a moment cannot be what it says it is; ``finite`` where it was looked through for NaN when it was read."""
+    matrix = moment.matrix
+    if not finite and not all(bool(torch.isfinite(end)) for end in torch.aminmax(matrix)):
         return "holds NaN or infinity"
     if moment.kind == "rows":
         return None
     if moment.kind == "cross":
         # A W^T is symmetric if it is symmetric on random vectors, which costs no matrix product.
         probes = torch.randn(len(weight), PROBES, generator=torch.Generator().manual_seed(0))
-        one, other = moment.matrix @ (weight.T @ probes), weight @ (moment.matrix.T @ probes)
+        one, other = matrix @ (weight.T @ probes), weight @ (matrix.T @ probes)
         differs = float((one - other).norm()) > ASYMMETRY * float(one.norm())
         return "is not that of this expert's weight (W C W^T is not symmetric)" if differs else None
-    matrix = moment.matrix.double()
-    if not torch.allclose(matrix, matrix.T, rtol=1e-3, atol=float(matrix.abs().max()) * 1e-5):
-        return "is not symmetric"
-    shift = ROUNDING * max(len(matrix), SMALLEST_WIDTH) * float(matrix.diagonal().abs().max())
-    _, failed = torch.linalg.cholesky_ex(matrix + shift * torch.eye(len(matrix), dtype=torch.float64))
-    return "is not positive semi-definite" if int(failed) else None
+    # Captured ones are symmetric bit for bit; those that were computed elsewhere may be rounded.
+    if not torch.equal(matrix, matrix.T):
+        wide = matrix.double()
+        if not torch.allclose(wide, wide.T, rtol=1e-3, atol=float(wide.abs().max()) * 1e-5):
+            return "is not symmetric"
+    shifted = matrix.double()  # a copy: moments are float32
+    shifted.diagonal().add_(ROUNDING * max(len(matrix), SMALLEST_WIDTH) * float(matrix.diagonal().abs().max()))
+    return "is not positive semi-definite" if int(torch.linalg.cholesky_ex(shifted)[1]) else None

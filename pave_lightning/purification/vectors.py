@@ -148,8 +148,9 @@ class PurifiedTaskVectors(DerivedTaskVectors):
         matrix = parameter.as_matrix(weight)
         if self.options.target == "expert":
             return parameter.from_matrix(project(matrix, spectrum, rank))
-        base = parameter.as_matrix(self.source.base(parameter))
-        return parameter.from_matrix(base + remove_tail(matrix - base, spectrum, rank))
+        base = self.source.base(parameter)
+        vector = parameter.as_matrix(self.source.vector(task, parameter, base=base))
+        return parameter.from_matrix(parameter.as_matrix(base) + remove_tail(vector, spectrum, rank))
 
     def _spectra(self, parameter: Parameter) -> dict[str, KnowledgeSpectrum]:
         """The spectra of the tasks that have one in this layer; the others are listed in ``untouched``."""
@@ -169,7 +170,8 @@ class PurifiedTaskVectors(DerivedTaskVectors):
         if isinstance(moment, str):
             return moment
         if self.options.target == "delta":
-            weight = weight - parameter.as_matrix(self.source.base(parameter))
+            # The exact product, where it is that of an adapter.
+            weight = parameter.as_matrix(self.source.vector(task, parameter))
         spectrum = knowledge_spectrum(
             weight,
             None if moment is None else moment.matrix,

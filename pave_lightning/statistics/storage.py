@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -49,10 +49,13 @@ class TaskStatistics(Mapping[str, LayerMoment]):
         examples: how many examples (sequences, images) were seen.
         metadata: free-form strings to be kept with the statistics.
         norms: name of a norm -> mean squares of what its scale multiplies.
+        unreached: matrix layers that were watched but that no example reached.
 
     Attributes:
         examples: how many examples were seen.
         metadata: the free-form strings.
+        file: what they are read from; None where they are in memory.
+        unreached: the layers that no example reached, sorted; None where that is not known, as in older files.
         norms: the mean squares by name of the norm, in alphabetical order; empty where none were captured.
 
     Raises:
@@ -69,10 +72,13 @@ class TaskStatistics(Mapping[str, LayerMoment]):
         examples: int,
         metadata: Mapping[str, str] | None = None,
         norms: Mapping[str, NormMoment] | None = None,
+        unreached: Iterable[str] | None = None,
     ) -> None:
         self.examples = examples
         self.metadata = dict(metadata or {})
-        self._file: Path | None = None
+        self.file: Path | None = None
+        self.unreached = None if unreached is None else tuple(sorted(unreached))
+        self._finite: set[str] = set()  # owners whose stored matrix was looked through
         self._moments = {name: moments[name] for name in sorted(moments)}
         self._entries: dict[str, _Entry] = {}
         owners: dict[int, str] = {}
@@ -88,22 +94,33 @@ class TaskStatistics(Mapping[str, LayerMoment]):
             _check_norm(name, norm)
 
     @classmethod
-    def load(cls, path: Path | str) -> TaskStatistics:
+    def load(cls, path: Path | str, *, of: Mapping[str, str] | None = None) -> TaskStatistics:
         """Open a file written by `save`. Only its header is read.
 
         Args:
             path: the file.
+            of: entries of its metadata as they must be, such as what identifies the expert; an entry that the file
+                does not have is not compared.
 
         Returns:
             Statistics that read a layer's matrix from the file when it is asked for.
 
         Raises:
-            PaveError: the file is missing, truncated, no safetensors file, none of ours, or of a newer format.
+            PaveError: the file is missing, truncated, no safetensors file, none of ours, or of a newer format; its
+                metadata are not as they must be.
         """
         file = Path(path)
         header, shapes = _read_header(file)
-        statistics = cls({}, examples=header["examples"], metadata=header["metadata"])
-        statistics._file = file
+        statistics = cls(
+            {}, examples=header["examples"], metadata=header["metadata"], unreached=header.get("unreached")
+        )
+        statistics.file = file
+        for key, expected in (of or {}).items():
+            found = statistics.metadata.get(key, expected)
+            if found != expected:
+                raise PaveError(
+                    f"{file} was captured of something else: expected {key} {expected}, found {found}: {again(file)}"
+                )
         for name, entry in header["layers"].items():
             seen = entry.get("seen", entry["rows"])  # format 1 counted all rows
             shape = shapes[entry["owner"]]
@@ -134,6 +151,8 @@ class TaskStatistics(Mapping[str, LayerMoment]):
             "metadata": self.metadata,
         }
         norms = dict(self.norms)
+        if self.unreached is not None:
+            header["unreached"] = list(self.unreached)
         if norms:  # files without norms keep their bytes
             header["norms"] = {name: {"rows": norm.rows, "seen": _seen(norm)} for name, norm in norms.items()}
         owners = sorted({entry.owner for entry in self._entries.values()})
@@ -167,9 +186,12 @@ class TaskStatistics(Mapping[str, LayerMoment]):
 
     def __getitem__(self, layer: str) -> LayerMoment:
         entry = self._entry(layer)
-        if self._file is None:
+        if self.file is None:
             return self._moments[layer]
-        matrix = _read_matrix(self._file, entry.owner)
+        matrix = _read_matrix(self.file, entry.owner)
+        if entry.owner not in self._finite:
+            _check_finite(self.file, entry.owner, matrix)
+            self._finite.add(entry.owner)
         return LayerMoment(entry.kind, matrix, entry.rows, entry.seen)
 
     def __iter__(self) -> Iterator[str]:
@@ -183,7 +205,7 @@ class TaskStatistics(Mapping[str, LayerMoment]):
         return layer in self._entries
 
     def __repr__(self) -> str:
-        where = "" if self._file is None else f", file='{self._file}'"
+        where = "" if self.file is None else f", file='{self.file}'"
         return f"{type(self).__name__}(layers={len(self)}, examples={self.examples}{where})"
 
     def _entry(self, layer: str) -> _Entry:
@@ -191,6 +213,12 @@ class TaskStatistics(Mapping[str, LayerMoment]):
             return self._entries[layer]
         except KeyError:
             raise KeyError(f"no statistics for layer '{layer}': {nearest(layer, self.layers())}") from None
+
+
+def again(file: Path | None, what: str = "the statistics") -> str:
+    """What to do about statistics that cannot be used; a file that is merely left there counts as up to date."""
+    capture = f"capture {what} again"
+    return capture if file is None else f"delete {file}, then {capture} (pave capture RECIPE)"
 
 
 class _StoredNorms(Mapping[str, NormMoment]):
@@ -201,7 +229,9 @@ class _StoredNorms(Mapping[str, NormMoment]):
 
     def __getitem__(self, name: str) -> NormMoment:
         entry = self._entries[name]
-        return NormMoment(_read_matrix(self._file, NORM_PREFIX + name), entry["rows"], entry["seen"])
+        squares = _read_matrix(self._file, NORM_PREFIX + name)
+        _check_finite(self._file, NORM_PREFIX + name, squares)
+        return NormMoment(squares, entry["rows"], entry["seen"])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -262,7 +292,7 @@ def _read_header(file: Path) -> tuple[dict[str, Any], dict[str, tuple[int, int]]
             text = (opened.metadata() or {}).get(HEADER_KEY)
             shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise PaveError(f"{file} is truncated or no safetensors file ({error}): capture it again") from error
+        raise PaveError(f"{file} is truncated or no safetensors file ({error}): {again(file)}") from error
     if text is None:
         raise PaveError(f"{file} is a safetensors file, but holds no task statistics: give one written by a capture")
     try:
@@ -271,6 +301,8 @@ def _read_header(file: Path) -> tuple[dict[str, Any], dict[str, tuple[int, int]]
         if version > FORMAT_VERSION:
             raise PaveError(f"{file} has statistics format {version}, known is up to {FORMAT_VERSION}: upgrade")
         well_formed = isinstance(header["examples"], int) and isinstance(header["metadata"], dict)
+        unreached = header.get("unreached", [])
+        well_formed = well_formed and isinstance(unreached, list) and all(isinstance(name, str) for name in unreached)
         for entry in header["layers"].values():
             kind, rows, shape = entry["kind"], entry["rows"], shapes[entry["owner"]]
             known = kind in get_args(MomentKind) and len(shape) == 2
@@ -279,9 +311,9 @@ def _read_header(file: Path) -> tuple[dict[str, Any], dict[str, tuple[int, int]]
             one_axis = len(shapes[NORM_PREFIX + name]) == 1
             well_formed = well_formed and one_axis and not _miscounted(entry["rows"], entry["seen"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PaveError(f"{file} has a damaged statistics header ({error!r}): capture the statistics again") from error
+        raise PaveError(f"{file} has a damaged statistics header ({error!r}): {again(file)}") from error
     if not well_formed:
-        raise PaveError(f"{file} has a damaged statistics header: capture the statistics again")
+        raise PaveError(f"{file} has a damaged statistics header: {again(file)}")
     return header, cast(dict[str, tuple[int, int]], shapes)
 
 
@@ -290,7 +322,11 @@ def _read_matrix(file: Path, owner: str) -> Tensor:
         with safe_open(file, framework="pt") as opened:
             matrix: Tensor = opened.get_tensor(owner)
     except (SafetensorError, OSError) as error:
-        raise PaveError(f"cannot read layer '{owner}' from {file} ({error}): capture the statistics again") from error
-    if not torch.isfinite(matrix).all():
-        raise PaveError(f"layer '{owner}' in {file} holds NaN or infinite values: capture the statistics again")
+        raise PaveError(f"cannot read layer '{owner}' from {file} ({error}): {again(file)}") from error
     return matrix
+
+
+def _check_finite(file: Path, owner: str, matrix: Tensor) -> None:
+    # Both ends are NaN where any element is; needs no memory of the matrix's size.
+    if matrix.numel() and not all(bool(torch.isfinite(end)) for end in torch.aminmax(matrix)):
+        raise PaveError(f"layer '{owner}' in {file} holds NaN or infinite values: {again(file)}")

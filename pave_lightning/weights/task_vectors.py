@@ -89,6 +89,10 @@ class TaskVectors(ABC):
         """Why no layer of a task has low-rank factors; None where some have."""
         return "these task vectors are no products of adapters"
 
+    def checkpoint(self, task: str) -> Checkpoint | None:
+        """What an expert was read from; None where there is no such thing."""
+        return None
+
     def blocks(self, parameter: Parameter, elements: int = BLOCK_ELEMENTS) -> Iterator[slice | None]:
         """Slices of rows of at most about ``elements`` values each, so that elementwise rules need little memory."""
         if not parameter.shape or parameter.elements <= elements:
@@ -113,6 +117,10 @@ class DerivedTaskVectors(TaskVectors):
     def base(self, parameter: Parameter, rows: slice | None = None) -> Tensor:
         """The base's tensor, as it is."""
         return self.source.base(parameter, rows)
+
+    def checkpoint(self, task: str) -> Checkpoint | None:
+        """What the expert was read from that this one is made of."""
+        return self.source.checkpoint(task)
 
 
 class PlannedTaskVectors(TaskVectors):
@@ -209,6 +217,10 @@ class ExpertTaskVectors(TaskVectors):
             return (right.T if rows is None else right.T[rows]).mm(left.T).float()
         product = (left if rows is None else left[rows]).mm(right)
         return product.reshape(-1, *parameter.shape[1:]).float()
+
+    def checkpoint(self, task: str) -> Checkpoint | None:
+        """The expert's checkpoint."""
+        return self._experts[task]
 
     def factors(self, task: str, parameter: Parameter) -> tuple[Tensor, Tensor] | None:
         """B and A of an adapted layer (float64), None for all other parameters."""

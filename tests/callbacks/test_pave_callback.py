@@ -208,6 +208,7 @@ def test_saves_what_it_holds(tmp_path: Path) -> None:
     captured = validate(Expert(bert()), batches(), PaveCallback(str(file), metadata={"task": "movie"}))
     loaded = TaskStatistics.load(file)
     assert (loaded.examples, loaded.metadata) == (9, {"task": "movie"})
+    assert loaded.unreached == captured.unreached == ()
     assert loaded.layers() == captured.layers()
     assert all(torch.equal(loaded[name].matrix, captured[name].matrix) for name in loaded)
 
@@ -323,6 +324,7 @@ def test_any_module_will_do() -> None:
     captured = validate(module, data, callback)
     assert captured.layers() == ["narrow", "twice", "widen"]
     assert callback.unreached == ["never"]
+    assert callback.statistics.unreached == ("never",)
     assert captured.examples == 6
     assert [captured.rows(name) for name in ("widen", "twice", "narrow")] == [30, 60, 30]
     rows = torch.cat([inputs.reshape(-1, 3) for inputs, _ in data]).double()

@@ -251,10 +251,78 @@ def test_the_moments_of_a_model_of_other_layers_are_refused(source):
     foreign = LayerMoment("input", torch.eye(6), 9)
     other = TaskStatistics({"block.deep": foreign, "head.dense": foreign}, examples=1)
     assert problems(source, dict.fromkeys("abc", other)) == [
-        line
+        f"  - task '{task}': the statistics hold none of the model's linear layers: expected names such as "
+        f"block.wide, found 2 layers (block.deep, head.dense): {AGAIN}"
         for task in "abc"
-        for line in (
-            f"  - task '{task}': the statistics hold a layer block.deep, which the model has not",
-            f"  - task '{task}': the statistics hold none of the model's linear layers",
-        )
     ]
+
+
+def test_an_infinite_diagonal_is_no_moment(source, capture):
+    infinite = spoil(source, capture, "input", "block.wide", lambda matrix: matrix + np.diag([np.inf] + 9 * [0.0]))
+    with pytest.raises(PaveError, match=r"the second moment of block\.wide holds NaN or infinity"):
+        purified(source, infinite).expert("a", source.named("block.wide"))
+
+
+def test_a_moment_that_is_symmetric_but_for_rounding_is_taken(source, capture):
+    def rounded(matrix):
+        return matrix * (1 + np.triu(np.full(matrix.shape, 1e-6)))
+
+    statistics = spoil(source, capture, "input", "block.wide", rounded)
+    matrix = statistics["b"]["block.wide"].matrix
+    assert not torch.equal(matrix, matrix.T)
+    purified(source, statistics).expert("b", source.named("block.wide"))
+
+
+@pytest.fixture
+def factorised(monkeypatch):
+    """The sides of all matrices that were given to the Cholesky test."""
+    sides = []
+    real = torch.linalg.cholesky_ex
+
+    def counted(matrix):
+        sides.append(len(matrix))
+        return real(matrix)
+
+    monkeypatch.setattr("pave_lightning.purification.moments.torch.linalg.cholesky_ex", counted)
+    return sides
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_a_moment_that_layers_share_is_tested_once(make_source, factorised, scope, tmp_path):
+    shape = (6, 6), 1
+    source = make_source("ab", layers={"query": shape, "key": shape, "value": shape, "other": shape})
+    stored = {}
+    for number, task in enumerate("ab"):
+        rows = torch.tensor(np.random.default_rng(number).normal(size=(40, 6)), dtype=torch.float32)
+        shared = LayerMoment("input", rows.T @ rows / 40, 40)
+        moments = {**dict.fromkeys(("query", "key", "value"), shared), "other": LayerMoment("input", torch.eye(6), 40)}
+        TaskStatistics(moments, examples=1).save(tmp_path / task)
+        stored[task] = TaskStatistics.load(tmp_path / task)
+    vectors = purified(source, stored, scope=scope)
+    for parameter in vectors.layers:
+        vectors.expert("a", parameter)
+    assert factorised == [6] * 4
+
+
+def test_a_cross_moment_is_tested_against_the_weight_of_every_layer_that_has_it(make_source):
+    source = make_source("ab", layers={"query": ((6, 6), 1), "key": ((6, 6), 1)})
+    moments = {}
+    for task in "ab":
+        weight = source.expert(task, source.named("query"))
+        shared = LayerMoment("cross", weight @ torch.diag(torch.linspace(1, 2, 6)), 9)
+        moments[task] = TaskStatistics({"query": shared, "key": shared}, examples=1)
+    vectors = purified(source, moments)
+    vectors.expert("a", source.named("query"))
+    with pytest.raises(PaveError, match="the second moment of key is not that of this expert's weight"):
+        vectors.expert("a", source.named("key"))
+
+
+def test_the_file_of_a_broken_moment_is_to_be_deleted(source, capture, tmp_path):
+    spoil(source, capture, "input", "block.wide", negative)["b"].save(tmp_path / "moments")
+    vectors = purified(source, {**capture(source), "b": TaskStatistics.load(tmp_path / "moments")})
+    with pytest.raises(PaveError) as caught:
+        vectors.expert("a", source.named("block.wide"))
+    assert str(caught.value) == (
+        "task 'b': the second moment of block.wide is not positive semi-definite: "
+        f"delete {tmp_path / 'moments'}, then {AGAIN} (pave capture RECIPE)"
+    )

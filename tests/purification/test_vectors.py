@@ -268,10 +268,12 @@ def test_everything_that_does_not_fit_is_told_at_once(source, statistics):
         "the task vectors cannot be purified like this:",
         "  - task 'fourth' is to be purified, but there are only first, second, third",
         "  - task 'first' has no captured statistics; capture them first",
+        "  - task 'second': the statistics hold 1 layer (encoder.layer.7.output.dense), which the model has not: "
+        "capture the statistics of this very expert again",
         f"  - task 'second': the moment of {LAYER} is [16, 16], expected [64, 64]",
-        "  - task 'second': the statistics hold a layer encoder.layer.7.output.dense, which the model has not",
         "  - task 'second': the moment of pooler.dense is [64, 32], expected [32, 32]",
-        "  - task 'third': the statistics hold none of the model's linear layers",
+        "  - task 'third': the statistics hold none of the model's linear layers: expected names such as "
+        f"{linear(source)[0].layer}, found 1 layer (x): capture the statistics of this very expert again",
     ]
 
 

@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -286,3 +287,74 @@ def test_names_a_norm_that_is_not_finite(tmp_path: Path) -> None:
     TaskStatistics({}, examples=1, norms={"n": NormMoment(torch.tensor([float("nan")]), 1)}).save(tmp_path / "f")
     with pytest.raises(PaveError, match=r"norm:n.* NaN or infinite"):
         TaskStatistics.load(tmp_path / "f").norms["n"]
+
+
+def test_keeps_which_layers_no_example_reached(tmp_path: Path) -> None:
+    moments = {"a": LayerMoment("input", torch.eye(2), 3)}
+    for unreached, expected in ((["z", "y"], ("y", "z")), ([], ()), (None, None)):
+        TaskStatistics(moments, examples=1, unreached=unreached).save(tmp_path / "f")
+        loaded = TaskStatistics.load(tmp_path / "f")
+        assert loaded.unreached == expected
+        loaded.save(tmp_path / "again")
+        assert (tmp_path / "again").read_bytes() == (tmp_path / "f").read_bytes()
+
+
+@pytest.mark.parametrize("unreached", ["layer", [1]])
+def test_refuses_a_damaged_list_of_layers_that_were_not_reached(tmp_path: Path, unreached: object) -> None:
+    header = {"format_version": 2, "examples": 1, "metadata": {}, "layers": {}, "unreached": unreached}
+    safetensors.torch.save_file({"a": torch.ones(2, 2)}, tmp_path / "f", metadata={HEADER_KEY: json.dumps(header)})
+    with pytest.raises(PaveError, match="damaged"):
+        TaskStatistics.load(tmp_path / "f")
+
+
+def test_refuses_what_was_captured_of_something_else(tmp_path: Path) -> None:
+    file = tmp_path / "f"
+    moments = {"a": LayerMoment("input", torch.eye(2), 3)}
+    TaskStatistics(moments, examples=1, metadata={"expert": "one"}).save(file)
+    assert TaskStatistics.load(file, of={"expert": "one", "unknown": "to the file"}).examples == 1
+    with pytest.raises(PaveError) as caught:
+        TaskStatistics.load(file, of={"expert": "two"})
+    assert str(caught.value) == (
+        f"{file} was captured of something else: expected expert two, found one: "
+        f"delete {file}, then capture the statistics again (pave capture RECIPE)"
+    )
+
+
+def test_damage_is_told_with_the_file_to_delete(tmp_path: Path) -> None:
+    file = tmp_path / "f"
+    remedy = re.escape(f"delete {file}, then capture the statistics again (pave capture RECIPE)")
+    matrix = torch.eye(2)
+    matrix[0, 1] = torch.nan
+    TaskStatistics({"a": LayerMoment("input", matrix, 3)}, examples=1).save(file)
+    loaded = TaskStatistics.load(file)
+    for _ in range(2):  # a matrix that was refused does not count as looked through
+        with pytest.raises(PaveError, match=f"holds NaN or infinite values: {remedy}"):
+            loaded["a"]
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(PaveError, match=f"truncated or no safetensors file .*: {remedy}"):
+        TaskStatistics.load(file)
+    with pytest.raises(PaveError, match=f"cannot read layer 'a' from .*: {remedy}"):
+        loaded["a"]
+    for header in ({"format_version": 2}, {"format_version": 2, "examples": "1", "metadata": {}, "layers": {}}):
+        safetensors.torch.save_file({"a": matrix}, file, metadata={HEADER_KEY: json.dumps(header)})
+        with pytest.raises(PaveError, match=f"damaged statistics header.*: {remedy}"):
+            TaskStatistics.load(file)
+
+
+def test_a_shared_matrix_is_looked_through_for_nan_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = LayerMoment("input", torch.eye(2), 3)
+    TaskStatistics({"a": shared, "b": shared, "c": LayerMoment("input", torch.eye(2), 3)}, examples=1).save(
+        tmp_path / "f"
+    )
+    loaded = TaskStatistics.load(tmp_path / "f")
+    looked: list[int] = []
+    real = torch.aminmax
+
+    def counted(matrix: torch.Tensor) -> object:
+        looked.append(1)
+        return real(matrix)
+
+    monkeypatch.setattr("pave_lightning.statistics.storage.torch.aminmax", counted)
+    for layer in ("a", "b", "c", "a"):
+        assert torch.equal(loaded[layer].matrix, torch.eye(2))
+    assert len(looked) == 2
