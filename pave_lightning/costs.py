@@ -251,7 +251,7 @@ def _moment_bytes(weight: int, moment: int, kind: MomentKind | None, options: Pu
     if kind is None:
         return 0
     if options.reads_statistics:
-        return 4 * weight + 4 * moment + (8 * 4 * moment if kind in ("input", "output") else 0)
+        return 4 * weight + 4 * moment + (2 * 8 * moment if kind in ("input", "output") else 0)
     if options.statistics == "random":
         return 4 * weight + (2 * 4 + 4 + 4) * moment
     # The weight, the task vector and its rows in float64; the moment, scaled, and as it is kept.
