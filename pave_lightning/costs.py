@@ -116,7 +116,7 @@ def predict_cost(
     known: dict[Hashable, float] = {}
     for one in asked:
         matrices = purified_matrices(parameters, kinds, one)
-        purified = tasks if one.tasks is None else len(one.tasks)
+        purified = len(one.tasks or range(tasks))
         found = purification_costs(matrices, purified, workers, one, timed=timed, known=known)
         pending = max(waiting_bytes(matrices, SMALL_SHARD_BYTES), default=0) * purified
         highest = max((layer.peak_bytes for layer in found), default=0)
@@ -379,7 +379,10 @@ def disk_bytes(
             sizes = {"input": width**2, "output": height**2}
             statistics += 4 * tasks * sizes.get(kinds[parameter.layer], height * width)
     for options in purifications:
-        purified = tasks if options.tasks is None else len(options.tasks)
-        weights += 4 * purified * sum(p.elements for p in purified_matrices(parameters, kinds, options))
+        weights += (
+            4
+            * len(options.tasks or range(tasks))
+            * sum(p.elements for p in purified_matrices(parameters, kinds, options))
+        )
     merged = sum(total + _kept_bytes(method(), parameters, tasks) for method in methods)
     return new_experts * total + statistics + weights + merged

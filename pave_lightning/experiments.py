@@ -205,11 +205,7 @@ class CellRun:
     def rows(self) -> list[dict[str, Any]]:
         """One row for every model, task and metric."""
         there = self._purified_folders()
-        for task in self.cell.recipe.tasks:
-            self.workflow.fit(task)
-        if self.stages.need_statistics():
-            for task in self.cell.recipe.tasks:
-                self.workflow.capture(task)
+        self.workflow.fit_and_capture()
         rows = [*self._reference_rows(), *self._purified_expert_rows()]
         for step, vectors in self.stages.merges():
             rows += self._merge_rows(step, vectors)

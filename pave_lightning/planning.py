@@ -361,29 +361,23 @@ def plan_rows(recipe: Recipe, folder: RunFolder) -> list[tuple[str, str, str]]:
         about[stages.expert(task).name] = _fit_summary(recipe, task, folder.data)
         shown = "training examples" if recipe.capture.source == "train" else "sequences of random tokens"
         about[stages.statistics(task).name] = f"{recipe.capture.examples} {shown}"
+    for options in _planned_purifications(stages):
+        about[stages.purified(options).name] = options.summary
+        about[stages.exported(options).name] = f"{options.summary}, with `pave purify`"
     for step, vectors in stages.merges():
-        options = step.purify
-        about.update({stages.purified(ratio).name: ratio.summary for ratio in ratios(options)})
         scale = "" if step.scale is None else f", scale {step.scale if isinstance(step.scale, float) else 'searched'}"
         about[stages.merged(step, vectors).name] = f"{step.method}{scale}"
-    rows = []
-    for stage in _planned_stages(stages, about):
-        rows.append((stage.name, stages.state(stage), about.get(stage.name, "all test splits")))
-    return rows
+    planned = _planned_stages(stages)
+    return [(stage.name, stages.state(stage), about.get(stage.name, "all test splits")) for stage in planned]
 
 
-def _planned_stages(stages: Stages, about: dict[str, str]) -> list[Stage]:
-    """The stages of a run, with purifications that no merge step asks for; adds what these do."""
+def _planned_stages(stages: Stages) -> list[Stage]:
+    """The stages of a run; before the scores, what `pave purify` is left to do where a run does not purify."""
     found = list(stages.all())
+    if _purifies_in_a_run(stages.recipe):
+        return found
     scored = next(place for place, stage in enumerate(found) if stage.name.startswith("scores/"))
-    for options in _planned_purifications(stages):
-        by_run = _purifies_in_a_run(stages.recipe)
-        stage = stages.purified(options) if by_run else stages.exported(options)
-        if stage not in found:
-            found.insert(scored, stage)
-            scored += 1
-            about[stage.name] = options.summary if by_run else f"{options.summary}, with `{stage.command}`"
-    return found
+    return [*found[:scored], *map(stages.exported, _planned_purifications(stages)), *found[scored:]]
 
 
 def _purifies_in_a_run(recipe: Recipe) -> bool:

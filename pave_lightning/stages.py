@@ -76,6 +76,8 @@ class Stages:
                     purified.add(stage.name)
                     yield stage
             yield self.merged(step, vectors)
+        scored = (one for options in self.purified_expert_scores().values() for one in ratios(options))
+        yield from (stage for stage in map(self.purified, scored) if stage.name not in purified)
         yield from self.scores()
 
     def merges(self) -> Iterator[tuple[MergeStep, Vectors]]:

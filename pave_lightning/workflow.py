@@ -109,13 +109,17 @@ class Workflow:
 
     def run(self) -> None:
         """Do everything the recipe asks for that is not done yet."""
+        self.fit_and_capture()
+        for step, vectors in self.stages.merges():
+            self.merge(step, vectors)
+        self.evaluate()
+
+    def fit_and_capture(self) -> None:
+        """Make every task's expert and, where anything needs it, what its layers see."""
         for task in self.recipe.tasks:
             self.fit(task)
         for task in self.recipe.tasks if self.stages.need_statistics() else ():
             self.capture(task)
-        for step, vectors in self.stages.merges():
-            self.merge(step, vectors)
-        self.evaluate()
 
     # ---- fit -------------------------------------------------------------------------------------------------------
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from pave_lightning.errors import PaveError
 from pave_lightning.recipe import Task
 from pave_lightning.tasks.metrics import loss
+from pave_lightning.weights import is_finite
 from pave_lightning.weights.architecture import backbone_of
-from pave_lightning.weights.checkpoint import is_finite
 
 Batch = Mapping[str, Tensor]
 # An example's logits, shape (outputs,), and its label -> rows, shape (k, outputs), to take k gradients of.

@@ -14,8 +14,8 @@ from torch import Tensor
 from pave_lightning.errors import PaveError, Problems
 from pave_lightning.merging.base import MethodOptions, StaticMethod
 from pave_lightning.merging.evidence import Evidence
+from pave_lightning.subspace import is_finite
 from pave_lightning.weights import Checkpoint, Parameter, TaskVectors
-from pave_lightning.weights.checkpoint import is_finite
 
 # Elements that are added up together: few enough for those of all tasks to stay in the processor's cache.
 _CHUNK = 1 << 14

@@ -13,7 +13,7 @@ from pave_lightning.purification.origin import origin_problems
 from pave_lightning.recipe import Purify
 from pave_lightning.statistics import LayerMoment, TaskStatistics
 from pave_lightning.statistics.storage import again
-from pave_lightning.subspace import moment_shape
+from pave_lightning.subspace import is_finite, moment_shape
 from pave_lightning.weights import Parameter, TaskVectors
 
 # What float32 may cost an eigenvalue of a moment, relative to the largest diagonal entry and the width. Below the
@@ -150,7 +150,7 @@ def row_moment(vector: Tensor) -> LayerMoment | str:
 def _impossible(moment: LayerMoment, weight: Tensor, *, finite: bool) -> str | None:
     """Why a moment cannot be what it says it is; ``finite`` where it was looked through for NaN when it was read."""
     matrix = moment.matrix
-    if not finite and not all(bool(torch.isfinite(end)) for end in torch.aminmax(matrix)):
+    if not finite and not is_finite(matrix):
         return "holds NaN or infinity"
     if moment.kind == "rows":
         return None

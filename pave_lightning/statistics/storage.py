@@ -16,7 +16,7 @@ from pave_lightning.errors import PaveError, nearest
 from pave_lightning.statistics.files import write_whole
 from pave_lightning.statistics.norm_moment import NormMoment
 from pave_lightning.statistics.second_moment import LayerMoment
-from pave_lightning.subspace import MomentKind
+from pave_lightning.subspace import MomentKind, is_finite
 
 # One metadata entry, because safetensors writes several in random order: equal statistics give equal files.
 HEADER_KEY = "pave_lightning.statistics"
@@ -327,6 +327,5 @@ def _read_matrix(file: Path, owner: str) -> Tensor:
 
 
 def _check_finite(file: Path, owner: str, matrix: Tensor) -> None:
-    # Both ends are NaN where any element is; needs no memory of the matrix's size.
-    if matrix.numel() and not all(bool(torch.isfinite(end)) for end in torch.aminmax(matrix)):
+    if not is_finite(matrix):
         raise PaveError(f"layer '{owner}' in {file} holds NaN or infinite values: {again(file)}")

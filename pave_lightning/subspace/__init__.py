@@ -11,6 +11,7 @@ from pave_lightning.subspace.allocation import (
     spectral_budget,
 )
 from pave_lightning.subspace.factorisation import Triplets, leading_triplets, polar_factor
+from pave_lightning.subspace.finiteness import is_finite
 from pave_lightning.subspace.parallel import in_parallel, one_blas_thread
 from pave_lightning.subspace.projection import (
     KnowledgeSpectrum,
@@ -34,6 +35,7 @@ __all__ = [
     "averaged_ranks",
     "even_ranks",
     "in_parallel",
+    "is_finite",
     "knowledge_spectrum",
     "leading_triplets",
     "moment_shape",

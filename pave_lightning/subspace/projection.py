@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from pave_lightning.subspace.finiteness import is_finite
 from pave_lightning.subspace.frames import Frame, frame_of, gram_of
 from pave_lightning.subspace.solver import DenseEigen, SingularPairs, SymmetricEigen, symmetric_eigen
 
@@ -279,5 +280,5 @@ def _check_shape(weight: tuple[int, int], moment: tuple[int, ...], kind: MomentK
 def _check_values(name: str, tensor: Tensor) -> None:
     if not tensor.is_floating_point():
         raise ValueError(f"{name} must be of a floating-point dtype, found {tensor.dtype}")
-    if tensor.numel() and not all(math.isfinite(float(end)) for end in torch.aminmax(tensor.detach())):
+    if not is_finite(tensor):
         raise ValueError(f"{name} holds NaN or infinite values")

@@ -1,5 +1,6 @@
 """Reading and writing model weights: lazily, one tensor at a time, safetensors only."""
 
+from pave_lightning.subspace import is_finite
 from pave_lightning.weights.adapters import Adapter
 from pave_lightning.weights.architecture import Architecture
 from pave_lightning.weights.checkpoint import Checkpoint, model_digest
@@ -19,6 +20,7 @@ __all__ = [
     "ParameterKind",
     "ShardWriter",
     "TaskVectors",
+    "is_finite",
     "locate_model",
     "model_digest",
     "task_vectors",

@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from pave_lightning.errors import PaveError
-from pave_lightning.weights.checkpoint import Checkpoint, StoredTensor, is_finite, stored_tensors
+from pave_lightning.subspace import is_finite
+from pave_lightning.weights.checkpoint import Checkpoint, StoredTensor, stored_tensors
 from pave_lightning.weights.parameters import Parameter
 
 ADAPTER_CONFIG = "adapter_config.json"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pave_lightning.errors import PaveError
 from pave_lightning.files import file_sha256
+from pave_lightning.subspace import is_finite
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -133,14 +134,6 @@ def stored_tensors(file: Path, again: str = "fetch or save the checkpoint again"
             }
     except (SafetensorError, OSError) as error:
         raise PaveError(f"{file} is truncated or no safetensors file ({error}); {again}") from error
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether a floating-point tensor holds neither NaN nor infinity; needs no memory of its size."""
-    if not tensor.numel():
-        return True
-    # Both ends are NaN where any element is.
-    return all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor))
 
 
 def model_digest(folder: Path) -> str:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from pave_lightning.errors import PaveError, Problems
+from pave_lightning.subspace import is_finite
 from pave_lightning.weights.adapters import ADAPTER_CONFIG, ADAPTER_FOLDER, Adapter, adapter_folder, misfit
 from pave_lightning.weights.architecture import Architecture
-from pave_lightning.weights.checkpoint import FLOATING, Checkpoint, is_finite
+from pave_lightning.weights.checkpoint import FLOATING, Checkpoint
 from pave_lightning.weights.locate import locate_model
 from pave_lightning.weights.parameters import Parameter
 

@@ -8,7 +8,6 @@ from safetensors.torch import load_file, save_file
 
 from pave_lightning.errors import PaveError
 from pave_lightning.weights import Checkpoint, model_digest
-from pave_lightning.weights.checkpoint import is_finite
 
 
 @pytest.fixture
@@ -106,16 +105,6 @@ def test_all_tensors_by_their_stored_names(write):
     found = {name: checkpoint.read(stored) for name, stored in checkpoint.stored()}
     assert list(found) == sorted(tensors)
     assert all(torch.equal(value, tensors[name]) for name, value in found.items())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
-def test_which_tensors_are_finite(dtype):
-    assert is_finite(torch.tensor([[-1.0, 2.0], [0.0, torch.finfo(dtype).max]], dtype=dtype))
-    assert is_finite(torch.empty(0, 3, dtype=dtype))
-    assert is_finite(torch.tensor(3.0, dtype=dtype))
-    for bad in (float("nan"), float("inf"), -float("inf")):
-        assert not is_finite(torch.tensor([[0.0, 1.0, bad]] * 50, dtype=dtype))
-        assert not is_finite(torch.tensor(bad, dtype=dtype))
 
 
 def test_legacy_names_of_layer_norms(write):

@@ -17,9 +17,9 @@ from pave_lightning.errors import PaveError
 from pave_lightning.merging.base import Cost, MethodOptions, StaticMethod, register
 from pave_lightning.merging.evidence import Evidence, Need
 from pave_lightning.merging.passes import share_parameters
+from pave_lightning.subspace import is_finite
 from pave_lightning.weights import Parameter, TaskVectors
 from pave_lightning.weights.architecture import backbone_of
-from pave_lightning.weights.checkpoint import is_finite
 
 log = logging.getLogger(__name__)
 

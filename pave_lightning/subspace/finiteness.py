@@ -1,0 +1,14 @@
+"""Whether all values are numbers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a floating-point tensor holds neither NaN nor infinity; needs no memory of its size."""
+    if not tensor.numel():
+        return True
+    # Both ends are NaN where any element is.
+    return all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor.detach()))
