@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pave_lightning.errors import PaveError, Problems
-from pave_lightning.experts.loading import load_tokenizer
+from pave_lightning.experts.fitting import save_expert
+from pave_lightning.experts.loading import load_adapter_alone, load_tokenizer
 from pave_lightning.merging import Evidence, Need, SequentialMethod, make_method, method_named, methods
 from pave_lightning.merging.folders import MergeContext, load_gradients, load_kept, merged_facts, write_merged
 from pave_lightning.recipe import NAME_PATTERN
@@ -19,6 +22,47 @@ from pave_lightning.weights.adapters import ADAPTER_CONFIG
 from pave_lightning.weights.task_vectors import config_differences
 
 ALREADY_MERGED = "(merged)"
+CARD = """\
+---
+library_name: transformers
+tags:
+- merge
+- pave-lightning
+---
+
+# {name}
+
+The merged model `{merged}` with one more expert, for the task `{task}`, added by pave-lightning.
+
+| | |
+|---|---|
+| base | `{base}` |
+| method | `{method}` |
+| tasks | {tasks} |
+| added later | {added} |
+| expert of `{task}` | `{expert}`, weights `{digest}` |
+
+## Use
+
+```python
+from pave_lightning import load_merged
+
+model = load_merged("FOLDER", task="{task}")  # a sequence-classification model with the head of that task
+```
+
+The backbone alone loads with `transformers.AutoModel.from_pretrained("FOLDER")`.
+
+## Scores
+
+None were taken. With a task's head the model is an ordinary checkpoint, which a recipe scores as an expert: save it,
+name its folder as the task's `expert: {{from: scored/{task}}}`, leave the recipe's merge section empty, and run
+`pave fit`, `pave evaluate` and `pave report` with it.
+
+```python
+model.save_pretrained("scored/{task}")
+AutoTokenizer.from_pretrained("FOLDER").save_pretrained("scored/{task}")  # from transformers
+```
+"""
 
 
 def add_expert(
@@ -26,16 +70,27 @@ def add_expert(
 ) -> Path:
     """Merge one more expert into a model that a sequential rule has merged (see `SequentialMethod`).
 
+    The result is written whole or not at all. It is no stage of a recipe, so `pave evaluate` does not know it; with a
+    task's head it is an ordinary checkpoint, which a recipe that merges nothing scores as that task's expert:
+
+    Example::
+
+        folder = add_expert("runs/mine/merged/opcm-plain", "news", "experts/news", "merged/opcm-news")
+        for task in ("movie", "tweet", "news"):  # then expert: {from: scored/TASK} and merge: []
+            load_merged(folder, task).save_pretrained(f"scored/{task}")
+            AutoTokenizer.from_pretrained(folder).save_pretrained(f"scored/{task}")
+
     Args:
         merged: folder of the merged model, as `write_merged` left it; it stays as it is.
         task: name of the new expert's task.
-        expert: folder or hub id of the new expert, a sequence-classification checkpoint of the same base.
+        expert: folder or hub id of the new expert, a sequence-classification checkpoint of the same base, or a peft
+            adapter with its head, which is merged into the base first; its outputs have no names then.
         output: folder of the result; it must not exist.
         fisher: for rules that need it, the new expert's Fisher information: a file of `TaskGradients`, or the folder
             ``gradients/fisher-TASK`` that a recipe left.
 
     Returns:
-        The folder of the result, with the heads of all tasks.
+        The folder of the result, with the heads of all tasks and a README.md.
 
     Raises:
         PaveError: the folder is no merged model, or of a rule that cannot take in experts later; the task is in it
@@ -46,36 +101,76 @@ def add_expert(
     heads = merged / "heads"
     _check_request(merged, facts, task, output)
     _check_fisher(str(facts["method"]), fisher)
-    folder = locate_model(expert, role=f"expert of '{task}'")
-    evidence = Evidence() if fisher is None else Evidence(fisher={task: load_gradients(Path(fisher), folder)})
-    if (folder / ADAPTER_CONFIG).is_file():
-        raise PaveError(f"{folder} is an adapter; merge it into its base first (peft: merge_and_unload)")
-    base_folder = locate_model(str(facts["base"]), role="base")
-    architecture = Architecture.of_folder(folder)
-    base, new = Checkpoint(base_folder, architecture.prefix), Checkpoint(folder, architecture.prefix)
-    problems = Problems(f"the expert {folder} cannot be added to {merged}:")
-    problems.extend(config_differences(task, Architecture.of_folder(base_folder), architecture))
-    problems.extend(_unfit(merged, facts, base, new, architecture))
-    problems.raise_if_any()
-    source = ExpertTaskVectors(base, {ALREADY_MERGED: Checkpoint(merged, architecture.prefix), task: new}, architecture)
-    method = make_method(str(facts["method"]), facts.get("options", {}))
-    if not isinstance(method, SequentialMethod):
-        raise PaveError(_not_sequential(merged, facts))
-    method.start_from(facts["sequential"], load_kept(merged, method.keeps, architecture.prefix))
-    kept = {key: value for key, value in facts.items() if key not in ("method", "form", "base", "sequential")}
-    kept["added"] = [*facts.get("added", []), task]  # as it was fine-tuned, also where the others were purified
-    context = MergeContext(str(facts["base"]), base, {task: new}, architecture, kept)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    try:
-        write_merged(unfinished, method, source, facts.get("scale"), context, evidence=evidence)
-        for head in sorted(place for place in heads.iterdir() if place.is_dir()):
-            shutil.copytree(head, unfinished / "heads" / head.name)
-        unfinished.chmod(0o755)
-        unfinished.rename(output)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    named = locate_model(expert, role=f"expert of '{task}'")
+    base = locate_model(str(facts["base"]), role="base")
+    with _whole_expert(named, base, task, fisher) as folder:
+        evidence = Evidence() if fisher is None else Evidence(fisher={task: load_gradients(Path(fisher), folder)})
+        architecture = Architecture.of_folder(folder)
+        base_weights, new = (Checkpoint(place, architecture.prefix) for place in (base, folder))
+        problems = Problems(f"the expert {named} cannot be added to {merged}:")
+        problems.extend(config_differences(task, Architecture.of_folder(base), architecture))
+        problems.extend(_unfit(merged, facts, base_weights, new, architecture))
+        problems.raise_if_any()
+        before = Checkpoint(merged, architecture.prefix)
+        source = ExpertTaskVectors(base_weights, {ALREADY_MERGED: before, task: new}, architecture)
+        method = make_method(str(facts["method"]), facts.get("options", {}))
+        if not isinstance(method, SequentialMethod):
+            raise PaveError(_not_sequential(merged, facts))
+        method.start_from(facts["sequential"], load_kept(merged, method.keeps, architecture.prefix))
+        kept = {key: value for key, value in facts.items() if key not in ("method", "form", "base", "sequential")}
+        kept["added"] = [*facts.get("added", []), task]  # as it was fine-tuned, also where the others were purified
+        context = MergeContext(str(facts["base"]), base_weights, {task: new}, architecture, kept)
+        with _unfinished(output) as place:
+            write_merged(place, method, source, facts.get("scale"), context, evidence=evidence)
+            for head in sorted(found for found in heads.iterdir() if found.is_dir()):
+                shutil.copytree(head, place / "heads" / head.name)
+            (place / "README.md").write_text(_card(merged, place, output, task, named))
     return output
+
+
+@contextmanager
+def _whole_expert(expert: Path, base: Path, task: str, fisher: str | Path | None) -> Iterator[Path]:
+    """The folder of the expert; of an adapter that of the model it gives with the base, for as long as it is needed."""
+    if not (expert / ADAPTER_CONFIG).is_file():
+        yield expert
+        return
+    if fisher is not None:
+        raise PaveError(
+            f"{expert} is an adapter, but Fisher information is that of a whole model; name the folder that it was "
+            "taken of (experts/TASK in the run folder of its recipe)"
+        )
+    with tempfile.TemporaryDirectory(prefix="pave-expert-") as name:
+        save_expert(load_adapter_alone(base, expert, task), base, Path(name))
+        yield Path(name)
+
+
+@contextmanager
+def _unfinished(output: Path) -> Iterator[Path]:
+    """A new folder that gets its final name in the end, or is removed."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    place = output.with_name(f".{output.name}.unfinished-{os.getpid()}")
+    place.mkdir()
+    try:
+        yield place
+        place.rename(output)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _card(merged: Path, place: Path, output: Path, task: str, expert: Path) -> str:
+    facts = merged_facts(place)
+    tasks = sorted(head.name for head in (place / "heads").iterdir())
+    return CARD.format(
+        name=output.name,
+        merged=merged,
+        task=task,
+        base=facts["base"],
+        method=facts["method"],
+        tasks=", ".join(tasks),
+        added=", ".join(facts["added"]),
+        expert=expert,
+        digest=model_digest(expert),
+    )
 
 
 def _unfit(
@@ -93,7 +188,9 @@ def _unfit(
 
 def _check_request(merged: Path, facts: dict[str, Any], task: str, output: Path) -> None:
     if not re.match(NAME_PATTERN, task):
-        raise PaveError(f"'{task}' cannot name a task: expected {NAME_PATTERN}")
+        raise PaveError(
+            f"'{task}' cannot name a task: expected letters, digits, '.', '_' and '-', first a letter or a digit"
+        )
     if facts.get("scale") == 0:
         raise PaveError(
             f"{merged} was merged with scale 0, so it holds nothing of its experts; merge all of them again"
@@ -113,8 +210,8 @@ def _check_fisher(method: str, fisher: str | Path | None) -> None:
     if fisher is None and needed:
         raise PaveError(
             f"merge method '{method}' needs the Fisher information of the new expert: name its file with --fisher. "
-            "`pave merge RECIPE` leaves it in gradients/fisher-TASK, for every expert of a recipe that has a merge "
-            "step of this method"
+            "`pave merge RECIPE` leaves it in gradients/fisher-TASK of its run folder, for every expert of a recipe "
+            "that has a merge step of this method; it merges two tasks or more, so give it the new one and any other"
         )
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
+from pave_lightning.errors import naming
 from pave_lightning.evaluation import Candidate, MergedCandidate
 from pave_lightning.evaluation.scale_search import NoFiniteScoreError, ScaleSearcher
 from pave_lightning.merging import Evidence, MergedVectors, MergeMethod, Need, make_method, merge
@@ -62,14 +63,28 @@ class MergeChoice:
         return replace(self, merged=merged, cost=cost)
 
 
+@dataclass(frozen=True)
+class _Chosen:
+    """What was chosen for a step: enough to merge it again without a search, and small."""
+
+    rho: float | None
+    options: dict[str, Any]
+    scale: float | None
+    average: float
+    facts: dict[str, Any]
+
+
 class Chooser:
-    """Chooses ratio, options and scale of merge steps.
+    """Chooses ratio, options and scale of merge steps, once for each step and kind of task vectors.
+
+    What was chosen is remembered for all steps, merged models are not: one at a time is kept, the last anchor.
 
     Args:
         recipe: the recipe.
         source: gives the task vectors of a purification; the plain ones for None.
         evidence: gives what a rule needs to know of the tasks' data, but for its anchor.
         searcher: gives what scores candidates on the validation splits.
+        merged_before: gives the facts of a step's finished merge, where there is one of the same inputs.
     """
 
     def __init__(
@@ -78,8 +93,11 @@ class Chooser:
         source: Callable[[Purify | None], TaskVectors],
         evidence: Callable[[MergeMethod], Evidence],
         searcher: Callable[[], ScaleSearcher],
+        merged_before: Callable[[MergeStep, Vectors], Mapping[str, Any] | None] = lambda step, vectors: None,
     ) -> None:
         self._recipe, self._source, self._evidence, self._searcher = recipe, source, evidence, searcher
+        self._merged_before = merged_before
+        self._chosen: dict[str, _Chosen] = {}
         self._last_anchor: tuple[str, dict[str, Tensor]] = ("", {})
 
     def choose(self, step: MergeStep, vectors: Vectors) -> MergeChoice:
@@ -88,6 +106,19 @@ class Chooser:
         Raises:
             NoFiniteScoreError: nothing that was tried gives finite scores.
         """
+        key = _what_counts(step, vectors)
+        with naming(f"merge {step.name} ({vectors})"):
+            if key in self._chosen:
+                known = self._chosen[key]
+                fixed = step.model_copy(update={"scale": known.scale})
+                choice = self._chosen_scale(fixed, known.rho, known.options, scored=False)
+                return replace(choice, average=known.average, facts=known.facts)
+            choice = self._choose(step, vectors)
+        options = choice.method.options.model_dump(exclude_unset=True)
+        self._chosen[key] = _Chosen(choice.facts.get("rho"), options, choice.scale, choice.average, choice.facts)
+        return choice
+
+    def _choose(self, step: MergeStep, vectors: Vectors) -> MergeChoice:
         ratios: tuple[Any, ...] = (None,)
         if vectors == "purified":
             ratios = AUTO_RATIOS if step.purify.rho == "auto" else (step.purify.rho,)
@@ -113,7 +144,7 @@ class Chooser:
                 best, best_key = choice, key
         if best is None:
             what = "no ratio gives" if not step.tune else "nothing that was tried gives"
-            raise NoFiniteScoreError(f"merge step '{step.name}': {what} finite scores on the validation splits")
+            raise NoFiniteScoreError(f"{what} finite scores on the validation splits")
         facts = dict(best.facts)
         if len(ratios) > 1:
             facts["rho_search"] = [[rho, scale, average] for rho, _, scale, average in tried]
@@ -154,13 +185,27 @@ class Chooser:
 
     def _anchor(self, step: MergeStep, rho: float | None) -> dict[str, Tensor]:
         """The scaled task vector of the step's anchor, run on the same task vectors; the last one is kept."""
+        vectors: Vectors = "plain" if rho is None else "purified"
         ratio = step.purify if rho is None else step.purify.model_copy(update={"rho": rho})
         anchor = self._recipe.step(str(step.anchor)).model_copy(update={"purify": ratio})
-        key = f"{rho} {anchor.model_dump_json()}"
+        key = _what_counts(anchor, vectors)
         if self._last_anchor[0] != key:
             self._last_anchor = ("", {})
             log.info("  anchor: %s ...", anchor.name)
-            choice = self.choose(anchor, "plain" if rho is None else "purified")
+            found = None if key in self._chosen else self._merged_before(anchor, vectors)
+            choice = self.choose(anchor if found is None else _as_merged(anchor, found), vectors)
             scale = 1.0 if choice.scale is None else choice.scale
             self._last_anchor = (key, {name: scale * vector for name, vector in choice.result().vectors.items()})
         return self._last_anchor[1]
+
+
+def _what_counts(step: MergeStep, vectors: Vectors) -> str:
+    """What the result of a step depends on, of all that the recipe says about it."""
+    purify = {"purify"} if vectors == "purified" else set()
+    return f"{vectors} {step.model_dump_json(include={'method', 'scale', 'options', 'anchor', 'tune'} | purify)}"
+
+
+def _as_merged(step: MergeStep, facts: Mapping[str, Any]) -> MergeStep:
+    """A step of a fixed ratio with its scale and its tuned options as they were chosen when it was merged."""
+    options = {**step.options, **{key: facts["options"][key] for key in step.tune}}
+    return step.model_copy(update={"scale": facts["scale"], "options": options, "tune": {}})

@@ -1,13 +1,16 @@
-"""The command ``pave``. Nothing heavy is imported before a command needs it."""
+"""The command ``pave``. Nothing heavy is imported before a command needs it, nor before Ctrl-C is handled."""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jsonargparse import ArgumentParser, Namespace
+from pave_lightning.interrupts import stoppable
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
 
 RECIPE_COMMANDS = {
     "run": "do everything a recipe asks for: fit, capture, purify, merge, evaluate, report",
@@ -26,14 +29,20 @@ PER_TASK = ("fit", "capture")
 
 def build_parser() -> ArgumentParser:
     """The parser of the command line."""
-    parser = ArgumentParser(
+    from jsonargparse import ArgumentParser
+
+    def new(**options: Any) -> ArgumentParser:
+        return ArgumentParser(allow_abbrev=False, **options)
+
+    parser = new(
         prog="pave",
         description="Turn separately fine-tuned models into one model that does all their tasks.",
         version=_version(),
     )
+    single: dict[str, Any] = {"type": str, "action": "append", "default": []}  # gathered, so that none is lost unseen
     commands = parser.add_subcommands(required=True, dest="command")
     for name, summary in RECIPE_COMMANDS.items():
-        command = ArgumentParser(description=summary[0].upper() + summary[1:] + ".")
+        command = new(description=summary[0].upper() + summary[1:] + ".")
         optional: dict[str, Any] = {"nargs": "?", "default": None} if name == "merge" else {}
         command.add_argument("recipe", type=str, help="path of the recipe, a YAML file", **optional)
         command.add_argument(
@@ -48,23 +57,19 @@ def build_parser() -> ArgumentParser:
             "--print-config", action="store_true", help="print the resolved recipe with every default and stop"
         )
         if name in PER_TASK:
-            command.add_argument("--task", type=str, default=None, help="only this task")
+            command.add_argument("--task", **single, help="only this task")
         if name == "merge":
             command.add_argument(
-                "--into", type=str, default=None, metavar="MERGED", help="a merged model to which an expert is added"
+                "--into", **single, metavar="MERGED", help="a merged model to which an expert is added"
             )
+            command.add_argument("--add", **single, metavar="TASK=EXPERT", help="the expert, with the name of its task")
+            command.add_argument("--output", **single, metavar="FOLDER", help="where the result goes (MERGED-TASK)")
             command.add_argument(
-                "--add", type=str, default=None, metavar="TASK=EXPERT", help="the expert, with the name of its task"
-            )
-            command.add_argument(
-                "--output", type=str, default=None, metavar="FOLDER", help="where the result goes (MERGED-TASK)"
-            )
-            command.add_argument(
-                "--fisher", type=str, default=None, metavar="FILE", help="the expert's Fisher information, if needed"
+                "--fisher", **single, metavar="FILE", help="the expert's Fisher information, if needed"
             )
         command.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' own messages")
         commands.add_subcommand(name, command, help=summary)
-    experiment = ArgumentParser(description=f"{EXPERIMENT[0].upper()}{EXPERIMENT[1:]}.")
+    experiment = new(description=f"{EXPERIMENT[0].upper()}{EXPERIMENT[1:]}.")
     experiment.add_argument(
         "name", type=str, help="name of an experiment in recipes/experiments, or path of its recipe"
     )
@@ -73,11 +78,11 @@ def build_parser() -> ArgumentParser:
     )
     experiment.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' own messages")
     commands.add_subcommand("experiment", experiment, help=EXPERIMENT)
-    methods = ArgumentParser(description="List the merge methods, or the options of one.")
+    methods = new(description="List the merge methods, or the options of one.")
     methods.add_argument("method", type=str, nargs="?", default=None, help="a method, to see its options")
     methods.add_argument("--debug", action="store_true", help="show tracebacks")
     commands.add_subcommand("methods", methods, help="list the merge methods, or the options of one")
-    schema = ArgumentParser(description="Print the JSON schema of recipes, for editors.")
+    schema = new(description="Print the JSON schema of recipes, for editors.")
     schema.add_argument("--debug", action="store_true", help="show tracebacks")
     commands.add_subcommand("schema", schema, help="print the JSON schema of recipes, for editors")
     return parser
@@ -85,31 +90,49 @@ def build_parser() -> ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns its exit code: 0 done, 2 a mistake of the user, 130 or 143 stopped, 1 a fault of ours."""
-    parsed = build_parser().parse_args(arguments)
-    command = str(parsed.command)
-    options = parsed[command]
-    from pave_lightning.errors import Interrupted, PaveError
+    from pave_lightning.errors import Interrupted
 
-    _configure_output(bool(options.debug))
     try:
-        _execute(command, options)
-    except PaveError as error:
-        if options.debug:
-            raise
-        _say(f"error: {error}")
-        return 2
+        with stoppable():
+            return _run(arguments)
     except (Interrupted, KeyboardInterrupt) as stop:
         _say("stopped; run the same command again to go on from here")
         return stop.exit_code if isinstance(stop, Interrupted) else 130
-    except BrokenPipeError:
+
+
+def _run(arguments: list[str] | None) -> int:
+    parsed = build_parser().parse_args(arguments)
+    command = str(parsed.command)
+    options = parsed[command]
+    _configure_output(bool(options.debug))
+    try:
+        with stoppable():  # what a library makes of Ctrl-C is told as being stopped, not as an error
+            _execute(command, options)
+    except Exception as error:
+        return _exit_code(error, debug=bool(options.debug))
+    return 0
+
+
+def _exit_code(error: Exception, *, debug: bool) -> int:
+    """Tell what ended a command, and with which exit code.
+
+    Raises:
+        Interrupted: it was asked to stop.
+        Exception: the error itself, for its traceback.
+    """
+    from pave_lightning.errors import Interrupted, PaveError, system_problem
+
+    if isinstance(error, BrokenPipeError):  # who reads our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception as error:
-        if options.debug:
-            raise
-        _say(f"unexpected error: {type(error).__name__}: {error}\nrun again with --debug to see where")
-        return 1
-    return 0
+    if debug or isinstance(error, Interrupted):
+        raise error
+    problem = str(error) if isinstance(error, PaveError) else system_problem(error)
+    if problem is not None:
+        _say(f"error: {problem}")
+        return 2
+    _say(f"unexpected error: {type(error).__name__}: {error}\nrun again with --debug to see where")
+    return 1
 
 
 def _execute(command: str, options: Namespace) -> None:
@@ -123,25 +146,37 @@ def _execute(command: str, options: Namespace) -> None:
         folder = run_experiment(options.name, options.set)
         _out((folder / "findings.md").read_text().rstrip())
         return _out(f"results: {folder}")
-    from pave_lightning.recipe_loading import load_recipe, recipe_schema, recipe_to_yaml
-
     if command == "schema":
         import json
+
+        from pave_lightning.recipe_loading import recipe_schema
 
         return _out(json.dumps(recipe_schema(), indent=2))
     if command == "merge" and _adds_expert(options):
         return _out(f"results: {_add_expert(options)}")
-    recipe = load_recipe(options.recipe, options.set)
+    return _execute_recipe(command, options)
+
+
+def _execute_recipe(command: str, options: Namespace) -> None:
+    from pave_lightning import commands
+    from pave_lightning.recipe_loading import recipe_to_yaml
+
+    task = _once(options, "task") if command in PER_TASK else None
+    recipe = commands.read_recipe(options.recipe, options.set)
     if options.print_config:
         return _out(recipe_to_yaml(recipe).rstrip())
-    from pave_lightning import commands
+    if command == "plan" and recipe.experiment is not None:
+        from pave_lightning.experiments import plan_experiment
 
+        return plan_experiment(options.recipe, options.set)
     if command == "run":
+        if recipe.experiment is not None:
+            _say(f"note: what the recipe's experiment varies is run by `pave experiment {options.recipe}`, not here")
         commands.run_recipe(recipe)
     elif command == "plan":
         commands.plan_recipe(recipe)
     else:
-        commands.run_stage(recipe, command, options.get("task"))
+        commands.run_stage(recipe, command, task)
     return None
 
 
@@ -159,15 +194,28 @@ def _add_expert(options: Namespace) -> str:
         )
     if options.set or options.print_config:
         raise PaveError("--set and --print-config go with a recipe, not with --into MERGED --add TASK=EXPERT")
-    if options.into is None and options.add is None:
+    instead = "add one expert after the other, each with --into the result before"
+    into, add = _once(options, "into"), _once(options, "add", instead)
+    if into is None and add is None:
         raise PaveError("give a recipe, or add an expert to a merged model: --into MERGED --add TASK=EXPERT")
-    task, _, expert = (options.add or "").partition("=")
-    if not (options.into and task and expert):
+    task, _, expert = (add or "").partition("=")
+    if not (into and task and expert):
         raise PaveError("to add an expert to a merged model give both --into MERGED and --add TASK=EXPERT")
+    output = _once(options, "output") or f"{into.rstrip('/')}-{task}"
+    fisher = _once(options, "fisher")
     from pave_lightning.adding import add_expert
 
-    output = options.output or f"{options.into.rstrip('/')}-{task}"
-    return str(add_expert(options.into, task, expert, output, options.fisher))
+    return str(add_expert(into, task, expert, output, fisher))
+
+
+def _once(options: Namespace, name: str, instead: str = "leave all but one out") -> str | None:
+    """The value of an option that has one; None where it is not given."""
+    from pave_lightning.errors import PaveError
+
+    given: list[str] = options[name]
+    if len(given) > 1:
+        raise PaveError(f"--{name} takes one value, found {', '.join(given)}; {instead}")
+    return given[0] if given else None
 
 
 def _configure_output(debug: bool) -> None:

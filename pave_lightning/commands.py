@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from pave_lightning.errors import Interrupted, PaveError, nearest
-from pave_lightning.recipe import Recipe
-from pave_lightning.recipe_loading import recipe_digest, recipe_to_yaml
+from pave_lightning.errors import PaveError, nearest
+from pave_lightning.interrupts import stoppable
+from pave_lightning.recipe import MergeStep, Recipe
+from pave_lightning.recipe_loading import load_recipe, recipe_digest, recipe_to_yaml
 from pave_lightning.run_folder import RunFolder
+
+
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """`load_recipe`, with mistakes in the options of merge methods told beside those of the recipe."""
+
+    def problems(step: MergeStep) -> list[str]:
+        from pave_lightning.planning import option_problems
+
+        return option_problems(step)
+
+    return load_recipe(path, overrides, step_problems=problems)
 
 
 def run_recipe(recipe: Recipe) -> Path:
@@ -41,6 +52,7 @@ def run_stage(recipe: Recipe, stage: str, task: str | None = None) -> None:
     Raises:
         PaveError: what the stage builds on is missing or stale; the message names the command that makes it.
     """
+    from pave_lightning.launching import is_launched
     from pave_lightning.reporting.report import report_diagnostics, write_report
 
     names = [entry.name for entry in recipe.tasks]
@@ -58,6 +70,9 @@ def run_stage(recipe: Recipe, stage: str, task: str | None = None) -> None:
             "report": lambda: write_report(workflow),
         }
         actions[stage]()
+        if stage == "evaluate" and not is_launched():
+            _tell([workflow.folder.path("scores")])
+            Console().print("`pave report` makes tables and pictures of them", soft_wrap=True)
 
 
 def _tell(folders: Sequence[Path]) -> None:
@@ -74,21 +89,28 @@ def plan_recipe(recipe: Recipe, console: Console | None = None) -> None:
     """
     from pave_lightning.planning import check_recipe, cost_table, plan_rows
 
-    folder = open_folder(recipe)
-    check_recipe(recipe, folder)
-    table = Table(title=f"{recipe.name} in {folder.root}", title_justify="left")
-    for heading in ("stage", "result", "what"):
-        table.add_column(heading)
-    for row in plan_rows(recipe, folder):
-        table.add_row(*row)
     console = console or Console()
-    console.print(table)
-    console.print(cost_table(recipe, folder))
+    with planning_folder(recipe) as folder:
+        check_recipe(recipe, folder)
+        table = Table(title=f"{recipe.name} in {folder.root}", title_justify="left")
+        for heading in ("stage", "result", "what"):
+            table.add_column(heading)
+        for row in plan_rows(recipe, folder):
+            table.add_row(*row)
+        console.print(table)
+        console.print(cost_table(recipe, folder))
 
 
-def open_folder(recipe: Recipe) -> RunFolder:
-    """The recipe's run folder; made where it does not exist."""
-    return RunFolder(Path(recipe.output) / recipe.name, None if recipe.shared is None else Path(recipe.shared))
+def open_folder(recipe: Recipe, data: Path | None = None) -> RunFolder:
+    """The recipe's run folder, which need not be there; with copies of its rows in another place where one is given."""
+    return RunFolder(Path(recipe.output) / recipe.name, None if recipe.shared is None else Path(recipe.shared), data)
+
+
+@contextmanager
+def planning_folder(recipe: Recipe) -> Iterator[RunFolder]:
+    """The recipe's run folder, for looking at it; what reading the tasks' rows writes is removed in the end."""
+    with TemporaryDirectory(prefix="pave-plan-") as copies:
+        yield open_folder(recipe, Path(copies))
 
 
 @contextmanager
@@ -109,7 +131,7 @@ def working(recipe: Recipe) -> Iterator[Any]:
     from pave_lightning.planning import check_recipe
     from pave_lightning.tracking import Tracker, environment_tags
 
-    with folder.locked(), _sigterm_interrupts():
+    with folder.locked(), stoppable():
         check_recipe(recipe, folder)
         resolved = folder.write_text("recipe.yaml", recipe_to_yaml(recipe))
         tracker = Tracker.start(
@@ -127,24 +149,6 @@ def working(recipe: Recipe) -> Iterator[Any]:
             },
             tags=environment_tags(),
         )
-        with tracker.recording():
+        with tracker.recording(), stoppable():  # inside of the record, which says whether the run failed or was stopped
             tracker.log_file(tracker.parent_run_id, resolved)
             yield Workflow(recipe, folder, tracker, Launcher())
-
-
-@contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """Let SIGTERM unwind the program as Ctrl-C does, so that nothing half written stays behind."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise Interrupted(143)
-
-    try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not the main thread: signals are somebody else's
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

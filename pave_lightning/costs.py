@@ -8,12 +8,14 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from heapq import nlargest
 
 import torch
 from torch import Tensor
 
 from pave_lightning.merging.base import MergeMethod, PerTaskMethod
 from pave_lightning.purification.moments import random_moment, row_moment
+from pave_lightning.purification.vectors import layers_at_once
 from pave_lightning.recipe import Purify
 from pave_lightning.statistics import Moments, captured_kind
 from pave_lightning.subspace import MomentKind, in_parallel, knowledge_spectrum, project
@@ -50,7 +52,8 @@ class LayerCost:
         layers: how many weights there are a task.
         tasks: how many tasks are purified.
         seconds: all of them together; NaN where it was not timed.
-        peak_bytes: what purifying one of them for all tasks holds in memory at its highest, writers aside.
+        peak_bytes: what purifying as many of them as go together, for all tasks, holds in memory at its highest,
+            writers aside.
     """
 
     options: Purify
@@ -102,7 +105,7 @@ def predict_cost(
         tasks: number of experts.
         workers: threads that work at once, each on one task of a layer.
         kinds: which second moment each matrix layer has or will have, by layer name; what reads statistics purifies no
-            other layers. See `expected_kinds`.
+            other layers. Empty where nothing is captured. See `expected_kinds`.
         options: the purification, or all that are made one after the other; None where nothing is purified.
         methods: the rule of each merged model that is made, from plain or purified task vectors.
         new_experts: checkpoints that are still to be written, as experts are that are trained; others are read where
@@ -119,8 +122,11 @@ def predict_cost(
         purified = len(one.tasks or range(tasks))
         found = purification_costs(matrices, purified, workers, one, timed=timed, known=known)
         pending = max(waiting_bytes(matrices, SMALL_SHARD_BYTES), default=0) * purified
-        highest = max((layer.peak_bytes for layer in found), default=0)
-        peak = max(peak, highest + pending + THREAD_BYTES * min(workers, purified))
+        together = layers_at_once(purified, workers)
+        ordered = [(parameter.matrix_shape, kind) for parameter, kind in matrices.items()]
+        batches = [ordered[start : start + together] for start in range(0, len(ordered), together)]
+        highest = max((batch_bytes(batch, purified, workers, one) for batch in batches), default=0)
+        peak = max(peak, highest + pending + THREAD_BYTES * min(workers, purified * together))
         layers += found
     return Cost(
         baseline_bytes=baseline,
@@ -183,8 +189,9 @@ def purification_costs(
     counted = Counter((parameter.matrix_shape, kind) for parameter, kind in matrices.items())
     # With a budget over all layers every spectrum is computed a second time.
     passes = 1 if options.scope == "layer" else 2
-    rounds = math.ceil(tasks / max(1, workers))
-    busy = min(workers, tasks)
+    together = layers_at_once(tasks, workers)
+    rounds = math.ceil(tasks * together / max(1, workers)) / together
+    busy = min(workers, tasks * together)
     costs = []
     for (shape, kind), layers in counted.items():
         single = math.nan
@@ -194,7 +201,7 @@ def purification_costs(
                 known[same] = solve_seconds(shape, kind, options, busy)
             single = known[same]
         seconds = single * rounds * passes * layers
-        peak = layer_bytes(shape, kind, tasks, workers, options)
+        peak = batch_bytes([(shape, kind)] * min(together, layers), tasks, workers, options)
         costs.append(LayerCost(options, shape, kind, layers, tasks, seconds, peak))
     return sorted(costs, key=lambda cost: (-cost.seconds if timed else 0, -cost.peak_bytes, cost.shape))
 
@@ -210,23 +217,53 @@ def _timed_rho(options: Purify) -> float:
     return math.floor(rho * RHO_STEPS) / RHO_STEPS
 
 
-def layer_bytes(shape: Shape, kind: MomentKind | None, tasks: int, workers: int, options: Purify | None = None) -> int:
-    """The most that purifying one weight for all tasks holds in memory.
+def batch_bytes(
+    batch: Sequence[tuple[Shape, MomentKind | None]], tasks: int, workers: int, options: Purify | None = None
+) -> int:
+    """The most that purifying some layers at a time, for all tasks, holds in memory.
 
-    Before a spectrum is computed, a worker checks the moment that was captured, or makes one: of rows of noise, or of
-    the task vector's rows in float64. While spectra are computed, it has the weight and the moment as they are stored
-    and in float64, their product, and the Gram matrix or, with ``exact``, the product once more with its singular
-    vectors and LAPACK's room to work. A finished spectrum keeps its eigenvectors or what leads to them, and what leads
-    back to the weight. While weights are projected, all spectra are there, and the purified weights gather.
+    While spectra are computed, finished ones stand beside those that workers are busy with. While weights are
+    projected, all spectra are there, and the purified weights gather.
 
     Args:
-        shape: ``(d_out, d_in)``.
-        kind: which second moment there is; None where none is needed.
+        batch: ``(d_out, d_in)`` of each layer and which second moment it has; None where none is needed.
         tasks: number of tasks.
         workers: threads that work at once.
         options: the purification; the default one where nothing is said.
     """
-    options = Purify() if options is None else options
+    jobs = [_job_bytes(shape, kind, options or Purify()) for shape, kind in batch for _ in range(tasks)]
+    busy = min(workers, len(jobs))
+    solving = sum(nlargest(busy, (job.solving - job.kept for job in jobs)))
+    projecting = sum(nlargest(busy, (job.projecting for job in jobs))) + sum(job.purified for job in jobs)
+    return sum(job.kept for job in jobs) + max(solving, projecting)
+
+
+@dataclass(frozen=True)
+class _JobBytes:
+    """What purifying one task's weight of one layer holds in memory, in bytes.
+
+    Attributes:
+        solving: the most while its spectrum is computed.
+        kept: its spectrum.
+        projecting: the most while it is projected, spectrum and result aside.
+        purified: the purified weight.
+    """
+
+    solving: int
+    kept: int
+    projecting: int
+    purified: int
+
+
+def _job_bytes(shape: Shape, kind: MomentKind | None, options: Purify) -> _JobBytes:
+    """What one task's weight of one layer takes.
+
+    Before a spectrum is computed, a worker checks the moment that was captured, or makes one: of rows of noise, or of
+    the task vector's rows in float64. While it computes, it has the weight and the moment as they are stored and in
+    float64, their product, and the Gram matrix or, with ``exact``, the product once more with its singular vectors and
+    LAPACK's room to work. A finished spectrum keeps its eigenvectors or what leads to them, and what leads back to the
+    weight.
+    """
     height, width = shape
     weight, gram = height * width, min(shape) ** 2
     moment = {"input": width**2, "cross": weight, "rows": weight, "output": height**2}.get(kind or "", 0)
@@ -241,9 +278,7 @@ def layer_bytes(shape: Shape, kind: MomentKind | None, tasks: int, workers: int,
     if options.target != "expert":
         # The base and the task vector stand beside the weight.
         projecting += 8 * weight
-    busy = min(workers, tasks)
-    while_solving = (tasks - busy) * kept + busy * max(_moment_bytes(weight, moment, kind, options), solving)
-    return max(while_solving, tasks * (kept + 4 * weight) + busy * projecting)
+    return _JobBytes(max(_moment_bytes(weight, moment, kind, options), solving), kept, projecting, 4 * weight)
 
 
 def _moment_bytes(weight: int, moment: int, kind: MomentKind | None, options: Purify) -> int:
@@ -373,7 +408,7 @@ def disk_bytes(
     """
     total = 4 * sum(parameter.elements for parameter in parameters)
     statistics, weights = 0, 0
-    for parameter in parameters if purifications else ():
+    for parameter in parameters:
         if parameter.is_matrix and parameter.layer in kinds:
             height, width = parameter.matrix_shape
             sizes = {"input": width**2, "output": height**2}

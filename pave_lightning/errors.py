@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Sequence
+import errno
+import logging
+import re
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+log = logging.getLogger("pave_lightning")
 
 LISTED_PROBLEMS = 20
+
+# What the system says of the machine, never of the program; it does not always name the file.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class PaveError(Exception):
@@ -55,7 +65,65 @@ class Problems:
 
 def nearest(name: str, known: Sequence[str]) -> str:
     """A hint for a mistyped name: the nearest known one, or the list of all when none is near."""
+    import difflib  # here, since the command line loads this file before all else
+
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if close:
         return f"did you mean '{close[0]}'?"
     return "known are: " + ", ".join(known) if known else "none is known"
+
+
+@contextmanager
+def doing(what: str) -> Iterator[None]:
+    """Tell that something begins, and how long it took; where it does not end, that it was this that broke off.
+
+    What is told of a mistake begins with it, see `naming`.
+    """
+    log.info("%s ...", what)
+    start = time.monotonic()
+    try:
+        with naming(what):
+            yield
+    except Interrupted:
+        raise
+    except Exception:
+        log.error("%s broke off after %.1f s", what, time.monotonic() - start)
+        raise
+    log.info("%s done in %.1f s", what, time.monotonic() - start)
+
+
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Let what is told of a mistake begin with what was being done; the error stays of its kind."""
+    try:
+        yield
+    except PaveError as error:
+        if not str(error).startswith(f"{what}: "):
+            error.args = (f"{what}: {error}",)
+        raise
+
+
+def system_problem(error: BaseException) -> str | None:
+    """What the system refused, where that is what ended the program: the file, the reason, and what to do.
+
+    Returns:
+        A message for the user; None for every other error.
+    """
+    if isinstance(error, OSError):
+        file = error.filename2 or error.filename  # where something is copied to, the place comes second
+        known = error.errno is not None and (file is not None or error.errno in (*FULL, errno.EIO))
+        where = "" if file is None else f"{file}: "
+        return f"{where}{error.strerror}; {_remedy(error.errno)}" if known else None
+    # Not imported: what is not loaded has raised nothing. Its errors carry the system's only as "(os error 28)".
+    number = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
+    return f"{error}; {_remedy(int(number[1]))}" if number else None
+
+
+def _remedy(number: int | None) -> str:
+    if number in FULL:
+        return "make room, or let the results go elsewhere (--set output=FOLDER), and run the same command again"
+    if number in NO_ACCESS:
+        return (
+            "let this user read and write it, or choose another (--set output=FOLDER), and run the same command again"
+        )
+    return "mend that and run the same command again (--debug shows where it happened)"

@@ -9,20 +9,24 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
+from rich.console import Console
+from rich.table import Table
 
-from pave_lightning.commands import open_folder, working
-from pave_lightning.errors import PaveError, Problems, nearest
+from pave_lightning.commands import open_folder, planning_folder, read_recipe, working
+from pave_lightning.errors import PaveError, Problems, doing, nearest
 from pave_lightning.evaluation import Candidate
 from pave_lightning.planning import check_recipe, merge_problems
-from pave_lightning.recipe import Experiment, MergeStep, Recipe, Vectors
+from pave_lightning.recipe import Experiment, MergeStep, Purify, Recipe, Vectors
 from pave_lightning.recipe_loading import load_recipe
 from pave_lightning.reporting.experiment_view import CARRIED_COLUMNS
 from pave_lightning.reporting.experiments import ExperimentView, write_experiment
-from pave_lightning.stages import purifications, short_digest
+from pave_lightning.run_folder import RunFolder
+from pave_lightning.stages import Stages, purifications, short_digest
 from pave_lightning.workflow import Workflow, plain_scores
 
 log = logging.getLogger("pave_lightning")
@@ -63,18 +67,8 @@ def run_experiment(name: str, overrides: Sequence[str] = ()) -> Path:
     Raises:
         PaveError: there is no such experiment, or something is wrong with its recipe in any of its settings.
     """
-    path = find_experiment(name)
-    recipe = load_recipe(path, overrides)
-    experiment = recipe.experiment
-    if experiment is None:
-        raise PaveError(f"{path} has no section 'experiment'; run it with `pave run`, or say what is to be varied")
-    _refuse_overruled(overrides, experiment)
-    if recipe.shared is None:
-        # Every seed and setting keeps its own experts, under names that tell them apart.
-        overrides = [*overrides, f"shared={json.dumps(str(Path(recipe.output) / recipe.name))}"]
-        recipe = load_recipe(path, overrides)
-    cells = list(make_cells(path, overrides, experiment))
-    _check(cells, view_of(recipe))
+    recipe, cells = _grid(name, overrides)
+    _check(cells, view_of(recipe), open_folder(recipe))
     with working(recipe) as workflow:
         rows: list[dict[str, Any]] = []
         for number, cell in enumerate(cells, start=1):
@@ -88,6 +82,53 @@ def run_experiment(name: str, overrides: Sequence[str] = ()) -> Path:
             tracker.log_metrics(tracker.parent_run_id, _summary_metrics(files, list(cells[0].values)))
         root: Path = workflow.folder.root
     return root
+
+
+def plan_experiment(name: str, overrides: Sequence[str] = (), console: Console | None = None) -> None:
+    """Check an experiment in all of its settings, run nothing, and print which scores are there and which to do.
+
+    Args:
+        name: as in `run_experiment`.
+        overrides: as in `run_experiment`.
+        console: where to print.
+
+    Raises:
+        PaveError: lists everything that is wrong.
+    """
+    recipe, cells = _grid(name, overrides)
+    with planning_folder(recipe) as folder:
+        _check(cells, view_of(recipe), folder)
+        table = Table(title=f"experiment {recipe.name} in {folder.root}", title_justify="left")
+        for heading in ("", "setting", "experts", "scores"):
+            table.add_column(heading)
+        undone = 0
+        for number, cell in enumerate(cells, start=1):
+            stages = Stages(cell.recipe, folder)
+            experts = [stages.state(stages.expert(task)) == "there" for task in cell.recipe.tasks]
+            scores = [_is_scored(model, folder) for model in scored_models(stages)]
+            undone += not all(scores)
+            table.add_row(str(number), cell.label, _told(experts), _told(scores))
+        table.caption, table.caption_justify = f"{len(cells)} settings, {undone} to do", "left"
+        (console or Console()).print(table)
+
+
+def _told(there: Sequence[bool]) -> str:
+    return "there" if all(there) else f"{sum(there)} of {len(there)} there" if any(there) else f"{len(there)} to do"
+
+
+def _grid(name: str, overrides: Sequence[str]) -> tuple[Recipe, list[Cell]]:
+    """The recipe of an experiment, with a shared folder, and all of its cells."""
+    path = find_experiment(name)
+    recipe = read_recipe(path, overrides)
+    experiment = recipe.experiment
+    if experiment is None:
+        raise PaveError(f"{path} has no section 'experiment'; run it with `pave run`, or say what is to be varied")
+    _refuse_overruled(overrides, experiment)
+    if recipe.shared is None:
+        # Every seed and setting keeps its own experts, under names that tell them apart.
+        overrides = [*overrides, f"shared={json.dumps(str(Path(recipe.output) / recipe.name))}"]
+        recipe = read_recipe(path, overrides)
+    return recipe, list(make_cells(path, overrides, experiment))
 
 
 def find_experiment(name: str) -> Path:
@@ -128,7 +169,7 @@ def _refuse_overruled(overrides: Sequence[str], experiment: Experiment) -> None:
     problems.raise_if_any()
 
 
-def _check(cells: Sequence[Cell], view: ExperimentView) -> None:
+def _check(cells: Sequence[Cell], view: ExperimentView, folder: RunFolder) -> None:
     """Find out before anything runs what is wrong with the view or with any setting.
 
     Data, models and trainer are looked at once for all settings that have them in common; seeds change nothing here.
@@ -152,7 +193,7 @@ def _check(cells: Sequence[Cell], view: ExperimentView) -> None:
             continue
         looked_at.add(others)
         try:
-            check_recipe(cell.recipe, open_folder(cell.recipe))
+            check_recipe(cell.recipe, folder)
         except PaveError as error:
             problems.add(f"{where}{error}")
     problems.raise_if_any()
@@ -186,6 +227,56 @@ def view_of(recipe: Recipe) -> ExperimentView:
     )
 
 
+@dataclass(frozen=True)
+class ScoredModel:
+    """One model that a cell scores.
+
+    Attributes:
+        model: its name in the table.
+        vectors: plain, purified, or empty where that is no question.
+        inputs: gives what its scores depend on; raises `PaveError` where experts are missing.
+        made_from: the purification of experts, the merge step, or None for base and experts as they are.
+    """
+
+    model: str
+    vectors: Literal["", "plain", "purified"]
+    inputs: Callable[[], dict[str, Any]]
+    made_from: Purify | MergeStep | None = None
+
+    @property
+    def label(self) -> str:
+        """The model in words."""
+        return f"{self.model} ({self.vectors})" if self.vectors else self.model
+
+    def stage(self) -> tuple[str, dict[str, Any]]:
+        """The name of its scores and their inputs."""
+        inputs = self.inputs()
+        return f"scores/{'-'.join(filter(None, [self.model, self.vectors, short_digest(inputs)]))}", inputs
+
+
+def scored_models(stages: Stages) -> Iterator[ScoredModel]:
+    """Every model that a cell scores, in the order of work."""
+
+    def untouched(of: str) -> dict[str, Any]:
+        return {**stages.score_inputs("test"), "models": stages.expert_digests(), "of": of}
+
+    def merged(step: MergeStep, vectors: Vectors) -> dict[str, Any]:
+        return {**stages.score_inputs("test"), "merge": stages.merge_inputs(step, vectors)}
+
+    yield from (ScoredModel(of, "", partial(untouched, of)) for of in ("base", "experts"))
+    for options in stages.purified_expert_scores().values():
+        yield ScoredModel("experts", "purified", partial(stages.purified_score_inputs, options), options)
+    for step, vectors in stages.merges():
+        yield ScoredModel(step.name, vectors, partial(merged, step, vectors), step)
+
+
+def _is_scored(model: ScoredModel, folder: RunFolder) -> bool:
+    try:
+        return folder.current(*model.stage()) is not None
+    except PaveError:  # its experts are not there yet
+        return False
+
+
 class CellRun:
     """The scores of one cell.
 
@@ -206,9 +297,7 @@ class CellRun:
         """One row for every model, task and metric."""
         there = self._purified_folders()
         self.workflow.fit_and_capture()
-        rows = [*self._reference_rows(), *self._purified_expert_rows()]
-        for step, vectors in self.stages.merges():
-            rows += self._merge_rows(step, vectors)
+        rows = [row for model in scored_models(self.stages) for row in self._scored(model)]
         # Large, and made anew from the same statistics in seconds. What a run of this recipe left before stays.
         for name in self._purified_folders() - there:
             shutil.rmtree(self.folder.path(name), ignore_errors=True)
@@ -217,59 +306,41 @@ class CellRun:
     def _purified_folders(self) -> set[str]:
         return {f"purified/{folder.name}" for folder in self.folder.path("purified").glob("*")}
 
-    def _reference_rows(self) -> Iterator[dict[str, Any]]:
-        inputs = {**self.stages.score_inputs("test"), "models": self.stages.expert_digests()}
-        base, experts = self.workflow.untouched()
-        yield from self._scored("base", "", "base", {**inputs, "of": "base"}, lambda: (base, {}))
-        yield from self._scored("experts", "", "expert", {**inputs, "of": "experts"}, lambda: (experts, {}))
+    def _candidate(self, model: ScoredModel) -> tuple[Candidate, dict[str, Any]]:
+        """A model to be scored, and what stands beside its scores."""
+        if isinstance(model.made_from, Purify):
+            return self.workflow.purified_experts(model.made_from), {"rho": model.made_from.rho}
+        if model.made_from is None:
+            return self.workflow.untouched()[("base", "experts").index(model.model)], {}
+        chosen = self.workflow.choose(
+            model.made_from, "purified" if model.vectors == "purified" else "plain"
+        ).completed()
+        known = {**chosen.facts, **vars(chosen.cost)}
+        facts = {key: value for key, value in known.items() if key in CARRIED_COLUMNS}
+        return chosen.candidate(), {**facts, "form": chosen.method.form}
 
-    def _purified_expert_rows(self) -> Iterator[dict[str, Any]]:
-        for options in self.stages.purified_expert_scores().values():
-            inputs = self.stages.purified_score_inputs(options)
-
-            def make(options: Any = options) -> tuple[Candidate, dict[str, Any]]:
-                return self.workflow.purified_experts(options), {"rho": options.rho}
-
-            yield from self._scored("experts", "purified", "expert", inputs, make)
-
-    def _merge_rows(self, step: MergeStep, vectors: Vectors) -> Iterator[dict[str, Any]]:
-        inputs = {**self.stages.score_inputs("test"), "merge": self.stages.merge_inputs(step, vectors)}
-
-        def make() -> tuple[Candidate, dict[str, Any]]:
-            chosen = self.workflow.choose(step, vectors).completed()
-            known = {**chosen.facts, **vars(chosen.cost)}
-            facts = {key: value for key, value in known.items() if key in CARRIED_COLUMNS}
-            return chosen.candidate(), {**facts, "form": chosen.method.form}
-
-        yield from self._scored(step.name, vectors, "", inputs, make)
-
-    def _scored(
-        self,
-        model: str,
-        vectors: str,
-        form: str,
-        inputs: dict[str, Any],
-        make: Callable[[], tuple[Candidate, dict[str, Any]]],
-    ) -> Iterator[dict[str, Any]]:
+    def _scored(self, model: ScoredModel) -> Iterator[dict[str, Any]]:
         """The rows of one model; scored now, unless equal inputs were scored before."""
-        name = "-".join(filter(None, [model, vectors, short_digest(inputs)]))
-        found = self.folder.current(f"scores/{name}", inputs)
+        name, inputs = model.stage()
+        found = self.folder.current(name, inputs)
         if found is None:
-            candidate, facts = make()
-            with self.folder.writing(f"scores/{name}", inputs) as writer:
-                writer.result.update(facts, scores=plain_scores(self.workflow.score(candidate, alone=True)))
+            with doing(f"{'merge' if isinstance(model.made_from, MergeStep) else 'score'} {model.label}"):
+                candidate, facts = self._candidate(model)
+                with self.folder.writing(name, inputs) as writer:
+                    writer.result.update(facts, scores=plain_scores(self.workflow.score(candidate, alone=True)))
             # Read back, so that rows come in the same order whether they were scored now or before.
-            found = self.folder.current(f"scores/{name}", inputs)
+            found = self.folder.current(name, inputs)
         result = found.result if found is not None else {}
+        untouched = {"base": "base", "experts": "expert"}
         for task, scores in result["scores"].items():
             headline = self.cell.recipe.task(task).headline
             for metric, value in scores["metrics"].items():
                 yield {
                     **self.cell.values,
                     "seed": self.cell.seed,
-                    "model": model,
-                    "vectors": vectors,
-                    "form": form or result["form"],
+                    "model": model.model,
+                    "vectors": model.vectors,
+                    "form": result["form"] if isinstance(model.made_from, MergeStep) else untouched[model.model],
                     "task": task,
                     "metric": metric,
                     "is_headline": metric == headline,

@@ -1,13 +1,19 @@
-"""Where files are, also inside installed packages (``package:NAME/PATH``), and what identifies their content."""
+"""Where files are, also inside installed packages (``package:NAME/PATH``), who may read them, what identifies them."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pave_lightning.errors import PaveError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SCHEME = "package:"
 
@@ -34,12 +40,62 @@ def local_path(reference: str) -> Path:
 
 
 def file_sha256(path: Path) -> str:
-    """The sha256 of a file's content, in hexadecimal; remembered as long as size and time of change stay."""
-    facts = path.stat()
-    return _sha256(path, facts.st_size, facts.st_mtime_ns)
+    """The sha256 of a file's content, in hexadecimal; remembered as long as size and time of change stay.
+
+    Raises:
+        PaveError: the file is missing, or this user may not read it.
+    """
+    try:
+        facts = path.stat()
+        return _sha256(path, facts.st_size, facts.st_mtime_ns)
+    except OSError as error:
+        raise PaveError(_unopened(path, error)) from error
 
 
 @lru_cache(maxsize=4096)
 def _sha256(path: Path, size: int, modified: int) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write one safetensors file that others may read as they may read any new file of this user.
+
+    Args:
+        path: the file; its folder must exist.
+        tensors: contiguous, by name.
+        metadata: entries of the header, where there are any; safetensors writes several in random order.
+    """
+    from safetensors.torch import save_file
+
+    save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
+    let_others_read(path)
+
+
+def let_others_read(path: Path) -> None:
+    """Give a file the permissions of any new file (the umask): what safetensors writes only its owner may read."""
+    # The umask can only be read by setting it; a strict one, in case another thread makes a file in between.
+    umask = os.umask(0o077)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
+
+
+def read_failure(path: Path, damaged: str) -> str:
+    """What to say of a file that safetensors could not read: that it is kept from this user, or else ``damaged``.
+
+    Args:
+        path: the file; safetensors calls it missing whatever keeps it from being opened.
+        damaged: the message for a file that can be opened, or is really missing.
+    """
+    try:
+        path.open("rb").close()
+    except FileNotFoundError:
+        return damaged
+    except OSError as error:
+        return _unopened(path, error)
+    return damaged
+
+
+def _unopened(path: Path, error: OSError) -> str:
+    hint = "; ask its owner for the permission to read it" if isinstance(error, PermissionError) else ""
+    return f"{path} cannot be read: {error.strerror or error}{hint}"

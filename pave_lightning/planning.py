@@ -9,6 +9,7 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 
+import torch
 from rich import filesize
 from rich.table import Table
 
@@ -61,8 +62,12 @@ def check_recipe(recipe: Recipe, folder: RunFolder) -> None:
     distinct = {str(task.trainer): (f"tasks.{task.name}.trainer", task.trainer) for task in recipe.tasks}
     for where, options in {str(recipe.trainer): ("trainer", recipe.trainer), **distinct}.values():
         problems.extend(trainer_problems(options, where if options != recipe.trainer else "trainer"))
-    for where, precision in (("capture", recipe.capture.precision), ("evaluate", recipe.evaluate.precision)):
-        problems.extend(trainer_problems({**machine_options(recipe.trainer), "precision": precision}, where))
+    machine = machine_options(recipe.trainer)
+    asked = {"capture": recipe.capture.precision, "evaluate": recipe.evaluate.precision}
+    for where, precision in asked.items() if not trainer_problems(machine, "trainer") else ():
+        problems.extend(trainer_problems({**machine, "precision": precision}, where))
+    if recipe.compute.device == "cuda" and not torch.cuda.is_available():
+        problems.add("compute.device is cuda, but PyTorch finds no graphics card that it can use; set it to cpu")
     attempt(partial(_check_models, recipe, problems))
     problems.extend(merge_problems(recipe))
     if recipe.merge and len(recipe.tasks) < 2:
@@ -150,17 +155,13 @@ def _is_named(layer: str, name: str) -> bool:
 def _step_problems(step: MergeStep, recipe: Recipe, vectors: PlannedTaskVectors) -> Iterator[str]:
     where = f"merge step '{step.name}'"
     kind = method_named(step.method)
-    methods: list[MergeMethod] = []
-    for options in step.tuned_options:
-        try:
-            methods.append(make_method(step.method, options))
-        except PaveError as error:
-            yield str(error)
+    methods, refusals = _made(step)
+    yield from refusals
     wanted = {need for method in methods for need in method.wanted}
     if step.scale is not None and kind.default_scale is None:
         yield f"{where}: {step.method} has no scale; leave the key 'scale' out"
     if (Need.ANCHOR in kind.needs) != (step.anchor is not None):
-        wants = "calibrates a merged model; name its merge step with" if step.anchor is None else "has no use for"
+        wants = "starts from a merged model; name its merge step with" if step.anchor is None else "has no use for"
         yield f"{where}: {step.method} {wants} the key 'anchor'"
     if Need.INPUT_MOMENTS in wanted and recipe.capture.moments != "input":
         yield f"{where}: {step.method} needs the second moments of all inputs; set capture.moments: input"
@@ -172,6 +173,23 @@ def _step_problems(step: MergeStep, recipe: Recipe, vectors: PlannedTaskVectors)
         yield from (f"{where}: {problem}" for problem in _request_problems(methods, wanted, vectors))
     if step.anchor is not None and method_named(recipe.step(step.anchor).method).form != "static":
         yield f"{where}: its anchor '{step.anchor}' is not one model for all tasks; choose a static method"
+
+
+def option_problems(step: MergeStep) -> list[str]:
+    """What is wrong with a merge step's method and options, whatever else the recipe says."""
+    return _made(step)[1]
+
+
+def _made(step: MergeStep) -> tuple[list[MergeMethod], list[str]]:
+    """A step's rule with each of the options that are tried, and what is wrong with the others."""
+    methods: list[MergeMethod] = []
+    refusals: dict[str, None] = {}
+    for options in step.tuned_options:
+        try:
+            methods.append(make_method(step.method, options))
+        except PaveError as error:
+            refusals[str(error)] = None
+    return methods, list(refusals)
 
 
 def _request_problems(
@@ -279,7 +297,16 @@ def _training_problems(task: Task, architecture: Architecture) -> Iterator[str]:
         if name not in layers:
             yield f"task '{task.name}': training.freeze: no submodule '{name}'; {nearest(name, layers)}"
     lora = task.training.lora
-    if lora is not None and not isinstance(lora.target_modules, str):
+    if lora is None:
+        return
+    adapted = [parameter for parameter in architecture.parameters.values() if _is_wrapped(parameter, lora)]
+    widest = max((min(parameter.matrix_shape) for parameter in adapted), default=lora.rank)
+    if lora.rank > widest:
+        yield (
+            f"task '{task.name}': training.lora.rank is {lora.rank}, but no layer that it adapts has more than "
+            f"{widest} directions; lower it"
+        )
+    if not isinstance(lora.target_modules, str):
         linear = [p.layer for p in architecture.parameters.values() if p.kind is ParameterKind.LINEAR]
         endings = sorted({layer.rpartition(".")[2] for layer in linear})
         for name in lora.target_modules:
@@ -359,8 +386,9 @@ def plan_rows(recipe: Recipe, folder: RunFolder) -> list[tuple[str, str, str]]:
     stages, about = Stages(recipe, folder), {}
     for task in recipe.tasks:
         about[stages.expert(task).name] = _fit_summary(recipe, task, folder.data)
-        shown = "training examples" if recipe.capture.source == "train" else "sequences of random tokens"
-        about[stages.statistics(task).name] = f"{recipe.capture.examples} {shown}"
+        shown = "training example" if recipe.capture.source == "train" else "sequence"
+        of = "" if recipe.capture.source == "train" else " of random tokens"
+        about[stages.statistics(task).name] = f"{_counted(recipe.capture.examples, shown)}{of}"
     for options in _planned_purifications(stages):
         about[stages.purified(options).name] = options.summary
         about[stages.exported(options).name] = f"{options.summary}, with `pave purify`"
@@ -425,12 +453,13 @@ def predicted_cost(recipe: Recipe, folder: RunFolder) -> Cost:
     architecture = Architecture.of_folder(base_folder)
     parameters = list(_stored_parameters(Checkpoint(base_folder, architecture.prefix), architecture))
     capture, planned = recipe.capture, _planned_purifications(stages)
+    kinds = expected_kinds(parameters, capture.moments, convolutions=capture.convolutions)
     exported = 0 if _purifies_in_a_run(recipe) else sum(len(one.tasks or recipe.tasks) for one in planned)
     return predict_cost(
         parameters,
         len(recipe.tasks),
         workers_of(recipe.compute),
-        expected_kinds(parameters, capture.moments, convolutions=capture.convolutions),
+        kinds if stages.need_statistics() else {},
         options=planned,
         methods=[method_named(step.method) for step, _ in stages.merges()],
         new_experts=sum(task.expert is None for task in recipe.tasks) + exported,
@@ -443,6 +472,12 @@ def _fit_summary(recipe: Recipe, task: Task, cache: Path) -> str:
     rows = len(load_split(task, "train", seed=recipe.seed, cache_dir=cache))
     epochs = task.trainer.get("max_epochs", DEFAULT_EPOCHS)
     if not isinstance(epochs, int) or epochs < 0:
-        return f"{rows} rows"
+        return _counted(rows, "row")
     steps = math.ceil(rows / task.training.batch_size) * epochs
-    return f"{rows} rows, {epochs} epochs, {steps} steps of {task.training.batch_size}"
+    return (
+        f"{_counted(rows, 'row')}, {_counted(epochs, 'epoch')}, {_counted(steps, 'step')} of {task.training.batch_size}"
+    )
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"

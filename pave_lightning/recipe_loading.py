@@ -6,7 +6,7 @@ import copy
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from ruamel.yaml.nodes import SequenceNode
 from ruamel.yaml.representer import SafeRepresenter
 
 from pave_lightning.errors import PaveError, Problems, nearest
-from pave_lightning.recipe import Recipe
+from pave_lightning.recipe import MergeStep, Recipe
 from pave_lightning.recipe_overrides import apply_overrides
 from pave_lightning.recipe_problems import check_recipe, show
 from pave_lightning.tasks.suites import suite_task_names
@@ -27,7 +27,12 @@ RECIPE_FOLDER = Path("recipes")
 SUFFIXES = (".yaml", ".yml")
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    step_problems: Callable[[MergeStep], Iterable[str]] | None = None,
+) -> Recipe:
     """Read and check a recipe.
 
     Args:
@@ -35,6 +40,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         overrides: ``key.key=value`` texts that are written over the file's keys before anything is checked, values in
             YAML. List entries are addressed by number (one past the last appends), entries of ``tasks`` and ``merge``
             also by name: ``tasks.movie.examples.train=100``, ``merge.ties.scale={search: [0.1, 1]}``.
+        step_problems: what is wrong with the method and options of a merge step, told together with what is wrong
+            with the recipe itself; a recipe that is right in itself is not asked about.
 
     Raises:
         PaveError: the file cannot be read, or something is wrong with the recipe; the message tells everything that is.
@@ -43,7 +50,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     raw = _read(path)
     problems = Problems(f"the recipe {path} cannot be used:")
     applied = apply_overrides(raw, overrides, problems)
-    recipe = check_recipe(raw, problems, complete=applied)
+    recipe = check_recipe(raw, problems, complete=applied, step_problems=step_problems)
     problems.raise_if_any()
     if recipe is None:  # cannot be: a recipe is refused with words
         raise PaveError(problems.headline)

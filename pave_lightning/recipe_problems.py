@@ -7,7 +7,7 @@ import datetime
 import difflib
 import math
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_origin
 
@@ -33,6 +33,9 @@ LIGHTNING_OPTIONS = {
     *("gradient_clip_algorithm", "log_every_n_steps", "enable_progress_bar"),
 }
 """The best known options of lightning.Trainer, to say where they belong; `trainer` takes every option."""
+
+LOADED_IN_BATCHES = {"distillation"}
+"""Merge methods whose option ``batch_size`` is part of a batch of ``capture.batch_size`` examples."""
 
 NO_TASK = "the key 'use' with the name of a known task is missing, or else the keys name, data and text"
 
@@ -94,7 +97,13 @@ class Fault:
         return (*self.keys, self.subject)[len(entry)]
 
 
-def check_recipe(raw: Any, problems: Problems, *, complete: bool = True) -> Recipe | None:
+def check_recipe(
+    raw: Any,
+    problems: Problems,
+    *,
+    complete: bool = True,
+    step_problems: Callable[[MergeStep], Iterable[str]] | None = None,
+) -> Recipe | None:
     """Validate a recipe as it was read.
 
     A wrong value is told once, then replaced by one that is surely right, and the rest is validated again; so mistakes
@@ -105,12 +114,16 @@ def check_recipe(raw: Any, problems: Problems, *, complete: bool = True) -> Reci
         raw: the recipe's mapping; not changed.
         problems: is told everything that is wrong, in the order of the file.
         complete: False if something could not be written into the recipe, so that a missing key means nothing.
+        step_problems: what is wrong with a merge step's method and options, which recipes know nothing of; asked only
+            where something else is wrong, so that both are told.
 
     Returns:
         The recipe, or None if something is wrong with it.
     """
     check = _Check(raw, complete)
     recipe = check.run()
+    if step_problems is not None and check.faults:
+        check.look_at_steps(step_problems)
     for fault in sorted(check.faults, key=lambda fault: _order(check.raw, fault.keys)):
         problems.add(f"{place(fault.keys, check.raw)}: {fault.message}" if fault.keys else fault.message)
     return recipe
@@ -213,6 +226,7 @@ class _Check:
     Attributes:
         raw: the recipe as the user wrote it, in plain values.
         faults: what is wrong with it so far.
+        rest: the recipe that is left once everything wrong is repaired or left out; None until it is known.
     """
 
     def __init__(self, raw: Any, complete: bool) -> None:
@@ -220,6 +234,7 @@ class _Check:
         self.complete = complete
         self.raw = _plain(raw, self._tell)
         self.repaired = copy.deepcopy(self.raw)
+        self.rest: Recipe | None = None
 
     def run(self) -> Recipe | None:
         self._check_uses()
@@ -230,8 +245,32 @@ class _Check:
                 if not self._take(error) and not self.faults and self.complete:
                     self._tell((), str(error.errors()[0]["msg"]))
             else:
+                self.rest = recipe
+                self._check_batches(recipe)
                 return None if self.faults else recipe
         return None
+
+    def _check_batches(self, recipe: Recipe) -> None:
+        """Batches that are to be larger than those in which examples are loaded, which would be cut without a word."""
+        most = recipe.capture.batch_size
+        if any(fault.keys[:1] == ("capture",) for fault in self.faults):  # it is not what is meant
+            return
+        for index, step in enumerate(recipe.merge):
+            given = {"options": [step.options.get("batch_size")], "tune": step.tune.get("batch_size", ())}
+            for section, sizes in given.items() if step.method in LOADED_IN_BATCHES else ():
+                for size in sizes:
+                    if isinstance(size, int) and size > most:
+                        told = f"{size} is more than the {most} examples that are loaded at a time; "
+                        told += "lower it or raise capture.batch_size"
+                        self._tell(("merge", index, section, "batch_size"), told)
+
+    def look_at_steps(self, step_problems: Callable[[MergeStep], Iterable[str]]) -> None:
+        """Tell what is wrong with the methods and options of the merge steps that are left after all repairs."""
+        for index, step in enumerate(self.rest.merge if self.rest is not None else ()):
+            entry = self.raw["merge"][index]
+            if step.method == (entry.get("method") if isinstance(entry, dict) else entry):
+                for line in step_problems(step):
+                    self._tell(("merge", index), line)
 
     def _tell(self, keys: Keys, message: str, subject: str | int | None = None, unknown: bool = False) -> None:
         fault = Fault(keys, message, subject, unknown)
@@ -280,7 +319,7 @@ class _Check:
                 else:
                     self._tell(entry, f"the key '{key}' is missing ({_purpose(spot.field)})", subject=key)
                 continue
-            together = "taken together" if details["type"] == "value_error" and _is_section(spot.branch) else None
+            together = "taken together" if details["type"] == "value_error" and _is_judged_whole(spot.branch) else None
             for line in _words(details, spot, self._found(details, spot)):
                 self._tell(spot.keys, line, together, details["type"] == "extra_forbidden")
         for (details, spot), (_, told_at) in zip(found, own, strict=True):
@@ -320,7 +359,7 @@ class _Check:
     def _follows(self, details: Mapping[str, Any], spot: Spot, told: set[Keys], hinted: set[Keys]) -> bool:
         """Whether an error merely follows from another one."""
         keys = spot.keys
-        if details["type"] == "value_error" and _is_section(spot.branch):
+        if details["type"] == "value_error" and _is_judged_whole(spot.branch):
             if not keys:
                 return any(_changes_names(fault) for fault in self.faults)
             return any(
@@ -434,6 +473,12 @@ def _is_section(annotation: Any) -> TypeGuard[type[Section]]:
     return isinstance(bare, type) and issubclass(bare, Section)
 
 
+def _is_judged_whole(annotation: Any) -> bool:
+    """Whether it is a section, or a section that may be left out."""
+    options = list(_options(annotation))
+    return len(options) == 1 and _is_section(options[0])
+
+
 def _fields(section: type[Section]) -> dict[str, FieldInfo]:
     """A section's fields by the keys that a recipe uses."""
     return {field.alias or name: field for name, field in section.model_fields.items()}
@@ -505,7 +550,7 @@ def _words(details: Mapping[str, Any], spot: Spot, found: Any) -> list[str]:
         message = _unknown_key(spot)
     elif kind == "value_error":
         lines = str(context["error"]).split("\n")
-        return lines if _is_section(spot.branch) else [f"{line}, found {shown}" for line in lines]
+        return lines if _is_judged_whole(spot.branch) else [f"{line}, found {shown}" for line in lines]
     elif kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
         bounds = _bounds(spot)
         message = f"{shown} is outside {bounds}" if "," in bounds else f"must be {bounds}, found {shown}"
@@ -532,12 +577,11 @@ def _remedy(spot: Spot, found: Any) -> str:
         return f"; write {int(found)}"
     if found is None and spot.field is not None and not spot.field.is_required():
         return "; give it a value or leave the key out"
-    if (
-        get_origin(kinds[0]) is list
-        and isinstance(found, str)
-        and not (spot.owner is Task and spot.keys[-1] != "tasks")
-    ):
-        return f"; write [{found}]"
+    if get_origin(kinds[0]) is list and not (spot.owner is Task and spot.keys[-1] != "tasks"):
+        (entry,) = get_args(kinds[0])
+        fits = entry is not int if isinstance(found, str) else entry in (Any, type(found))
+        if fits and isinstance(found, str | int | float):
+            return f"; write [{found if isinstance(found, str) else show(found)}]"
     return ""
 
 
@@ -577,7 +621,9 @@ def _describe(annotation: Any) -> str:
     elif origin is dict:
         words = "a mapping of options"
     elif origin is list:
-        several = {str: "texts", Task: "tasks", MergeStep: "merge steps"}.get(inner[0])
+        several = {str: "texts", int: "whole numbers", Any: "values", Task: "tasks", MergeStep: "merge steps"}.get(
+            inner[0]
+        )
         words = f"a list of {several or ', '.join(get_args(inner[0]))}"
     return words
 

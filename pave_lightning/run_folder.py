@@ -60,39 +60,38 @@ class StageWriter:
 class RunFolder:
     """The folder of one run; each finished stage is a folder in it, with a manifest that was written last.
 
+    Nothing is made before something is written.
+
     Args:
-        root: the folder; made if it is not there.
+        root: the folder.
         shared: folder of experts and statistics that runs share, and of copies of their data; the run folder itself
             where nothing is said.
+        data: folder of copies of the tasks' rows, where they are to be elsewhere.
 
     Raises:
         PaveError: one of them cannot be made or written to.
     """
 
-    def __init__(self, root: Path, shared: Path | None = None) -> None:
+    def __init__(self, root: Path, shared: Path | None = None, data: Path | None = None) -> None:
         self.root, self.shared = Path(root), None if shared is None else Path(shared)
+        self._data = data
         for folder, key in ((self.root, "output"), (self.shared, "shared")):
-            if folder is None:
-                continue
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise PaveError(f"the folder {folder} cannot be made: {error.strerror}") from error
-            if not folder.is_dir() or not os.access(folder, os.W_OK):
-                raise PaveError(f"the folder {folder} is not writable; choose another with --set {key}=FOLDER")
+            if folder is not None:
+                _check_writable(folder, key)
 
     @property
     def data(self) -> Path:
         """Folder of copies of the tasks' rows, raw and tokenised."""
-        return (self.shared or self.root) / "data"
+        return self._data or (self.shared or self.root) / "data"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder for this process alone and clear away what killed processes left unfinished.
+        """Make the folder, hold it for this process alone and clear away what killed processes left unfinished.
 
         Raises:
             PaveError: another process works in it.
         """
+        self.root.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.root / ".lock")
         try:
             lock.acquire(timeout=0)
@@ -187,10 +186,25 @@ class RunFolder:
     def write_text(self, name: str, text: str) -> Path:
         """Write a small file at once."""
         path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f"{path.name}{UNFINISHED}{os.getpid()}")
         unfinished.write_text(text)
         unfinished.replace(path)
         return path
+
+
+def _check_writable(folder: Path, key: str) -> None:
+    """Find out, without making it, that a folder can be made where it is not there, and written to."""
+    other = f"choose another with --set {key}=FOLDER"
+    try:
+        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    except OSError as error:
+        raise PaveError(f"the folder {folder} cannot be made: {error.strerror}; {other}") from error
+    if not there.is_dir():
+        raise PaveError(f"the folder {folder} cannot be made: {there} is a file; {other}")
+    if not os.access(there, os.W_OK | os.X_OK):
+        which = "it" if there == folder else str(there)
+        raise PaveError(f"the folder {folder} cannot be written to: {which} is not writable; {other}")
 
 
 def _restore(replaced: Path) -> None:

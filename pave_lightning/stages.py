@@ -345,10 +345,15 @@ def purifications(recipe: Recipe) -> list[Purify]:
     Raises:
         PaveError: there is none, because every ratio is to be chosen on validation data.
     """
-    asked = [step.purify for step in recipe.merge if "purified" in step.vectors] or [recipe.purify]
+    steps = [step for step in recipe.merge if "purified" in step.vectors]
+    asked = [step.purify for step in steps] or [recipe.purify]
     found = [options for options in dict.fromkeys(asked) if options.rho != "auto"]
     if not found:
-        raise PaveError("the ratios of all purifications are 'auto', which only merging chooses; give purify.rho")
+        own = [f"merge.{step.name}.purify.rho" for step in steps] if recipe.purify.rho != "auto" else ["purify.rho"]
+        raise PaveError(
+            "the ratios of all purifications are 'auto', which only merging chooses; "
+            f"give a number at {' or '.join(own)}"
+        )
     return found
 
 

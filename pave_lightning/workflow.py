@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import shutil
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from pave_lightning.callbacks import PaveCallback
 from pave_lightning.choosing import Chooser, MergeChoice
+from pave_lightning.errors import doing
 from pave_lightning.evaluation import (
     Candidate,
     CheckpointCandidate,
@@ -137,7 +137,7 @@ class Workflow:
 
     def _fit(self, task: Task, stage: Stage) -> None:
         training = self.folder.root / "training" / task.name
-        with self._doing(f"fit {task.name}"):
+        with doing(f"fit {task.name}"):
             run = self._child(f"expert:{task.name}", "fit", {"task": _described(task), "seed": self.recipe.seed})
             logger = TrackingLogger(self.tracker, run) if self.tracker is not None and run else None
             model, metrics = fit_expert(
@@ -158,14 +158,14 @@ class Workflow:
 
     def _take_in(self, task: Task, stage: Stage) -> None:
         """Check a checkpoint that exists; merge an adapter into the base; otherwise only note where it is."""
-        with self._doing(f"take in the expert of {task.name}"):
+        with doing(f"take in the expert of {task.name}"):
             folder = existing_folder(task)
             with self._writing(stage) as writer:
                 if (folder / ADAPTER_CONFIG).is_file():
                     save_expert(load_adapter(self.base_folder, folder, task), self.base_folder, writer.path)
                     (writer.path / ADAPTER_FOLDER).mkdir()
                     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-                        shutil.copy(folder / name, writer.path / ADAPTER_FOLDER / name)
+                        shutil.copyfile(folder / name, writer.path / ADAPTER_FOLDER / name)
                 else:
                     load_expert(folder, task)
                     writer.result["folder"] = str(folder.resolve())
@@ -185,7 +185,7 @@ class Workflow:
 
     def _capture(self, task: Task, stage: Stage) -> None:
         options = self.recipe.capture
-        with self._doing(f"capture {task.name}"):
+        with doing(f"capture {task.name}"):
             module = TaskExpert(load_expert(self._expert_folder(task.name), task), task)
             callback = PaveCallback(
                 backbone=f"model.{module.model.base_model_prefix}",
@@ -222,7 +222,7 @@ class Workflow:
         stage = self.stages.purified(options)
         found = self.stages.current(stage)
         if found is None:
-            with self._doing(f"purify ({options.summary})"), self._writing(stage) as writer:
+            with doing(f"purify ({options.summary})"), self._writing(stage) as writer:
                 vectors = PurifiedTaskVectors(self.plain, self.statistics, options, self.recipe.compute)
                 write_purified(vectors, writer.path)
                 writer.result["ranks"] = [[r.task, r.layer, r.rank, r.full] for r in vectors.ranks.values()]
@@ -249,7 +249,7 @@ class Workflow:
             stage = stage.begun()
             found = self.purify(options) if options.rho != 1 else None
             ranks = [KeptRank(*rank) for rank in found.result["ranks"]] if found is not None else []
-            with self._doing(f"write purified experts ({options.summary})"), self._writing(stage) as writer:
+            with doing(f"write purified experts ({options.summary})"), self._writing(stage) as writer:
                 write_purified_experts(
                     writer.path, self.purified(options), self._experts, options.model_dump(mode="json"), ranks
                 )
@@ -263,7 +263,7 @@ class Workflow:
         if self.stages.current(stage) is not None:
             return self._already(stage)
         run = self._child(f"merge:{step.name}:{vectors}", "merge", merge_params(step, vectors))
-        with self._doing(f"merge {step.name} ({vectors})"), self._writing(stage) as writer:
+        with doing(f"merge {step.name} ({vectors})"), self._writing(stage) as writer:
             chosen = self.choose(step, vectors)
             facts = {"vectors": vectors, "options": chosen.method.options.model_dump(), **chosen.facts}
             facts |= {"anchor": step.anchor} if step.anchor else {}
@@ -295,7 +295,11 @@ class Workflow:
 
     @cached_property
     def _chooser(self) -> Chooser:
-        return Chooser(self.recipe, self._source, self.evidence, lambda: self._scale_searcher)
+        return Chooser(self.recipe, self._source, self.evidence, lambda: self._scale_searcher, self._merged_before)
+
+    def _merged_before(self, step: MergeStep, vectors: Vectors) -> dict[str, Any] | None:
+        found = self.stages.current(self.stages.merged(step, vectors))
+        return None if found is None else found.result
 
     def _source(self, purify: Purify | None) -> TaskVectors:
         return self.plain if purify is None else self.purified(purify)
@@ -322,7 +326,7 @@ class Workflow:
         return found
 
     def _take_gradients(self, kind: GradientKind, task: Task, stage: Stage) -> None:
-        with self._doing(f"gradients of {task.name} ({kind})"), self._writing(stage) as writer:
+        with doing(f"gradients of {task.name} ({kind})"), self._writing(stage) as writer:
             model = load_expert(self._expert_folder(task.name), task)
             batches = self._shown(task, self.recipe.capture.gradient_examples)
             if kind == "fisher":
@@ -388,7 +392,7 @@ class Workflow:
             return
         for stage in waiting:
             name = stage.name.partition("/")[2]
-            with self._doing(f"evaluate {name}"):
+            with doing(f"evaluate {name}"):
                 scores = self.score(self._candidate(name))
                 if is_rank_zero():
                     with self._writing(stage) as writer:
@@ -520,13 +524,6 @@ class Workflow:
 
     def _already(self, stage: Stage) -> None:
         log.info("%s is up to date", stage.name)
-
-    @contextmanager
-    def _doing(self, what: str) -> Iterator[None]:
-        log.info("%s ...", what)
-        start = time.monotonic()
-        yield
-        log.info("%s done in %.1f s", what, time.monotonic() - start)
 
     def _child(self, name: str, stage: str, params: dict[str, Any]) -> str:
         if self.tracker is None:

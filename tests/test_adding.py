@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
-from pave_lightning import Recipe, load_merged
+from pave_lightning import Recipe, adding, load_merged
 from pave_lightning.adding import add_expert
 from pave_lightning.cli import main
 from pave_lightning.commands import open_folder, run_stage
-from pave_lightning.errors import PaveError
+from pave_lightning.errors import Interrupted, PaveError
 from pave_lightning.statistics.gradients import TaskGradients
 from pave_lightning.weights import Checkpoint
 
@@ -75,7 +76,7 @@ def test_mistakes_are_told_and_nothing_is_left_behind(merge_all, three, tmp_path
         add_expert(folders["ties"], "third", expert, output)
     with pytest.raises(PaveError, match="has a task 'words' already"):
         add_expert(folders["opcm"], "words", expert, output)
-    with pytest.raises(PaveError, match="cannot name a task"):
+    with pytest.raises(PaveError, match=r"'a/b' cannot name a task: expected letters, .* first a letter or a digit"):
         add_expert(folders["opcm"], "a/b", expert, output)
     with pytest.raises(PaveError, match="is no merged model"):
         add_expert(tmp_path, "third", expert, output)
@@ -120,6 +121,84 @@ def test_mistakes_are_told_and_nothing_is_left_behind(merge_all, three, tmp_path
         add_expert(folders["opcm"], "third", expert, output)
 
 
+@pytest.fixture
+def adapter(base_folder, tmp_path):
+    """A peft adapter of the base with a head of three outputs, and the whole model that it gives."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = AutoModelForSequenceClassification.from_pretrained(base_folder, num_labels=3)
+        adapted = get_peft_model(model, LoraConfig(task_type=TaskType.SEQ_CLS, r=2, target_modules=["query", "dense"]))
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.05)
+    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.merge_and_unload().save_pretrained(tmp_path / "whole")
+    AutoTokenizer.from_pretrained(base_folder).save_pretrained(tmp_path / "whole")
+    return tmp_path / "adapter", tmp_path / "whole"
+
+
+def test_an_adapter_is_added_as_the_whole_model_it_gives(merge_all, three, adapter, tmp_path):
+    folders = merge_all(three[:2], "two", ["opcm", "perturb_and_merge"])
+    adapted, whole = (add_expert(folders["opcm"], "third", str(e), tmp_path / f"with-{e.name}") for e in adapter)
+    expected = weights(whole)
+    assert all(torch.allclose(value, expected[name], atol=1e-6) for name, value in weights(adapted).items())
+    assert not torch.equal(
+        expected["encoder.layer.0.output.dense.weight"], weights(folders["opcm"])["encoder.layer.0.output.dense.weight"]
+    )
+    text = AutoTokenizer.from_pretrained(whole)(["w3 w50 w7"], return_tensors="pt")
+    logits = [load_merged(folder, "third")(**text).logits for folder in (adapted, whole)]
+    assert logits[0].shape == (1, 3)
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)
+    with pytest.raises(PaveError, match="is an adapter, but Fisher information is that of a whole model"):
+        add_expert(folders["perturb_and_merge"], "third", str(adapter[0]), tmp_path / "no", tmp_path)
+    headless = json.loads((adapter[0] / "adapter_config.json").read_text()) | {"modules_to_save": None}
+    (adapter[0] / "adapter_config.json").write_text(json.dumps(headless))
+    with pytest.raises(PaveError, match=r"task 'third': the adapter .* holds no head"):
+        add_expert(folders["opcm"], "third", str(adapter[0]), tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_result_says_what_it_is_and_can_be_scored_as_its_card_says(merge_all, three, ready_settings, tmp_path):
+    folders = merge_all(three[:2], "two", ["opcm"])
+    folder = add_expert(folders["opcm"], "third", three[2]["expert"]["from"], tmp_path / "grown")
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    for told in ("# grown", "| method | `opcm` |", "more, third, words", three[2]["expert"]["from"], "`pave evaluate`"):
+        assert told in card
+    (tmp_path / "new").mkdir()
+    modes = [
+        path.stat().st_mode for path in (folder, tmp_path / "new", folder / "model.safetensors", folder / "README.md")
+    ]
+    assert (modes[0], modes[2]) == (modes[1], modes[3]), "others may read it as any new folder and file"
+    tasks = []
+    for task in three:
+        scored = tmp_path / "scored" / task["name"]
+        load_merged(folder, task["name"]).save_pretrained(scored)
+        AutoTokenizer.from_pretrained(folder).save_pretrained(scored)
+        tasks.append({**task, "expert": {"from": str(scored)}})
+    recipe = Recipe.model_validate({**ready_settings, "name": "scored", "tasks": tasks, "merge": []})
+    for stage in ("fit", "evaluate", "report"):
+        run_stage(recipe, stage)
+    found = json.loads((open_folder(recipe).root / "scores" / "experts" / "manifest.json").read_text())
+    rows = [json.loads(line) for line in Path(three[0]["data"]["test"]).read_text().splitlines()]
+    model, tokenizer = load_merged(folder, "words"), AutoTokenizer.from_pretrained(folder)
+    right = [int(model(**tokenizer(r["text"], return_tensors="pt")).logits.argmax()) == r["label"] for r in rows]
+    assert found["result"]["scores"]["words"]["metrics"]["accuracy"] == pytest.approx(sum(right) / len(rows))
+
+
+def test_being_stopped_leaves_nothing_behind(merge_all, three, tmp_path, monkeypatch):
+    folders = merge_all(three[:2], "two", ["opcm"])
+
+    def stop(folder, *args, **kwargs):
+        (folder / "model.safetensors").write_text("half")
+        raise Interrupted(143)
+
+    monkeypatch.setattr(adding, "write_merged", stop)
+    with pytest.raises(Interrupted):
+        add_expert(folders["opcm"], "third", three[2]["expert"]["from"], tmp_path / "out" / "grown")
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_adding_by_fisher_information(merge_all, three, tmp_path):
     two = merge_all(three[:2], "two", ["opcm", "perturb_and_merge"])
     all_three = merge_all(three, "three", ["opcm", "perturb_and_merge"])
@@ -134,7 +213,7 @@ def test_adding_by_fisher_information(merge_all, three, tmp_path):
     assert (facts["added"], facts["sequential"]["merged"]) == (["third", "fourth"], 4)
 
     output = tmp_path / "out" / "result"
-    with pytest.raises(PaveError, match=r"needs the Fisher information of the new expert: .* --fisher\. `pave merge"):
+    with pytest.raises(PaveError, match=r"needs the Fisher information of the new expert: .* two tasks or more"):
         add_expert(rule, "third", expert, output)
     with pytest.raises(PaveError, match="'opcm' uses no Fisher information; leave --fisher away"):
         add_expert(two["opcm"], "third", expert, output, fisher)
@@ -145,7 +224,11 @@ def test_adding_by_fisher_information(merge_all, three, tmp_path):
     gradients = TaskGradients.load(fisher / "gradients.safetensors")
     few = {name: gradients[name] for name in list(gradients)[1:]}
     for kind, values, told in (
-        ("absolute", dict(gradients), "expected Fisher information, found 'absolute' gradients"),
+        (
+            "absolute",
+            dict(gradients),
+            r"expected Fisher information \(in a run folder gradients/fisher-TASK\), found labelled gradients",
+        ),
         ("fisher", few, "the Fisher information: there are none of 1 of"),
     ):
         TaskGradients(kind, values, examples=1).save(tmp_path / "wrong.safetensors")

@@ -8,6 +8,7 @@ import torch
 
 from pave_lightning import Recipe
 from pave_lightning.commands import open_folder, run_stage
+from pave_lightning.evaluation.scale_search import NoFiniteScoreError
 from pave_lightning.planning import plan_rows
 from pave_lightning.workflow import Workflow
 
@@ -70,6 +71,76 @@ def test_an_anchor_is_the_other_steps_scaled_result_on_the_same_vectors(workflow
         for name, vector in found.items():
             # So strong a ridge leaves the anchor as it is.
             assert torch.allclose(vector, 0.7 * expected[name], atol=1e-5), name
+
+
+@pytest.fixture
+def searches(monkeypatch):
+    """Which scales were tried, in order; the higher one is the better."""
+    from pave_lightning.evaluation.scale_search import ScaleSearcher
+
+    tried = []
+
+    def average(self, candidate, examples):
+        tried.append(candidate._scale)
+        return candidate._scale
+
+    monkeypatch.setattr(ScaleSearcher, "average", average)
+    return tried
+
+
+ANCHORED = [
+    {"method": "bmm_data_free", "name": "early", "anchor": "first"},
+    {"method": "task_arithmetic", "name": "first", "scale": {"search": [0.1, 0.7], "points": 2}},
+    {"method": "ties", "name": "second", "scale": {"search": [0.2, 0.9], "points": 2}, "tune": {"density": [0.1, 0.5]}},
+    {"method": "bmm_data_free", "name": "one", "anchor": "first", "options": {"ridge": 2.0}},
+    {"method": "bmm_data_free", "name": "two", "anchor": "second"},
+]
+
+
+def test_the_scale_of_a_step_is_searched_once_whatever_it_anchors(workflow_of, searches):
+    workflow = workflow_of(ANCHORED)
+    early, first, second, one, two = workflow.recipe.merge
+    found = {}
+    for step in (early, first, second, one, two, one):
+        for vectors in ("plain", "purified"):
+            found[step.name, vectors] = workflow.choose(step, vectors).result().vectors
+    # Of the second step two densities are tried, each with both scales.
+    assert searches == [0.1, 0.7] * 2 + [0.2, 0.9] * 4
+    assert workflow.choose(first, "plain").facts == {"scale": 0.7, "search": [[0.1, 0.1], [0.7, 0.7]]}
+    for step in (first, one, two):
+        alone = Workflow(workflow.recipe, workflow.folder).choose(step, "plain").result().vectors
+        assert all(torch.equal(vector, found[step.name, "plain"][name]) for name, vector in alone.items()), step.name
+
+
+def test_the_scale_of_an_anchor_that_is_merged_already_is_read_and_not_searched(workflow_of, searches):
+    workflow = workflow_of(ANCHORED)
+    _, _, second, _, two = workflow.recipe.merge
+    workflow.merge(second, "plain")
+    expected = workflow.choose(two, "plain").result().vectors
+    del searches[:]
+    resumed = Workflow(workflow.recipe, workflow.folder)
+    found = resumed.choose(two, "plain").result().vectors
+    assert all(torch.equal(vector, found[name]) for name, vector in expected.items())
+    assert not searches
+    resumed.choose(two, "purified").result()
+    assert searches == [0.2, 0.9] * 2, "the anchor on purified vectors is another model"
+
+
+def test_a_step_that_fails_is_named_and_so_is_its_anchor(workflow_of, averages):
+    scale = {"search": [0.5, 1.0], "points": 2}
+    steps = [
+        {"method": "task_arithmetic", "name": "sum", "scale": scale},
+        {"method": "bmm_data_free", "name": "refined", "anchor": "sum"},
+    ]
+    workflow = workflow_of(steps)
+    averages(*[math.nan] * 6)
+    told = r"no scale that was tried gives finite"
+    with pytest.raises(NoFiniteScoreError, match=rf"^merge sum \(purified\): {told}"):
+        workflow.merge(workflow.recipe.step("sum"), "purified")
+    with pytest.raises(NoFiniteScoreError, match=rf"^merge refined \(plain\): merge sum \(plain\): {told}"):
+        workflow.merge(workflow.recipe.step("refined"), "plain")
+    with pytest.raises(NoFiniteScoreError, match=rf"^merge sum \(plain\): {told}"):
+        workflow.choose(workflow.recipe.step("sum"), "plain")
 
 
 def test_a_merged_model_is_stale_when_its_anchor_would_be(ready_settings):

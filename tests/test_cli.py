@@ -1,15 +1,21 @@
 """The command as a user meets it: help, mistakes, exit codes."""
 
+import errno
 import json
-import os
+import logging
+import re
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
-from pave_lightning import Recipe
+from pave_lightning import Recipe, adding, commands
 from pave_lightning.cli import RECIPE_COMMANDS, main
+from pave_lightning.errors import PaveError, doing
 from pave_lightning.merging import methods
 from pave_lightning.recipe_loading import recipe_to_yaml
 
@@ -64,6 +70,23 @@ def test_no_command_and_wrong_flags_are_told(capsys, recipe_file):
     assert "rnu" in fails(["rnu", recipe_file], capsys)
     assert "--stet" in fails(["run", recipe_file, "--stet", "a=1"], capsys)
     assert "recipe" in fails(["run"], capsys)
+    for abbreviated in ("--prin", "--deb"):
+        assert abbreviated in fails(["plan", recipe_file, abbreviated], capsys)
+
+
+def test_options_that_take_one_value_are_not_taken_twice(capsys, recipe_file, monkeypatch):
+    monkeypatch.setattr(adding, "add_expert", lambda *arguments: pytest.fail("an expert was added"))
+    twice = ["merge", "--into", "m", "--add", "a=x", "--add", "b=y"]
+    assert "found a=x, b=y; add one expert after the other" in fails(twice, capsys)
+    assert "--into takes one value" in fails(["merge", "--into", "m", "--into", "n", "--add", "a=x"], capsys)
+    assert "--task takes one value" in fails(["fit", recipe_file, "--task", "words", "--task", "numbers"], capsys)
+
+
+def test_every_method_is_explained_without_markup(capsys):
+    for name in methods():
+        assert main(["methods", name]) == 0
+        shown = capsys.readouterr().out
+        assert not re.search(r":[a-z]+:`|\.\. math|``|\\[a-z]", shown), shown
 
 
 def test_mistakes_in_a_recipe_are_told_at_once_with_the_nearest_names(capsys, recipe_file):
@@ -87,7 +110,8 @@ def test_a_scale_for_a_rule_without_one_is_refused(capsys, recipe_file):
     assert "emr has no scale" in fails(["plan", recipe_file, "--set", "merge.emr.scale=0.4"], capsys)
 
 
-def test_plan_runs_nothing(capsys, recipe_file, recipe_settings, monkeypatch):
+def test_plan_runs_and_writes_nothing(capsys, recipe_file, recipe_settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("COLUMNS", "120")
     assert main(["plan", recipe_file]) == 0
     shown = capsys.readouterr().out
@@ -95,8 +119,17 @@ def test_plan_runs_nothing(capsys, recipe_file, recipe_settings, monkeypatch):
     assert "48 rows, 2 epochs, 6 steps of 16" in shown
     assert "purification, by shape of layer (predicted)" in shown
     assert "highest memory of purifying and merging" in shown
-    folder = os.path.join(recipe_settings["output"], "tiny")  # noqa: PTH118
-    assert not set(os.listdir(folder)) - {"data"}  # noqa: PTH208
+    assert not Path(recipe_settings["output"]).exists()
+    assert not list(Path(tempfile.gettempdir()).glob("pave-plan-*"))
+
+
+def test_mistakes_in_the_options_of_methods_are_told_beside_those_of_the_recipe(capsys, recipe_file):
+    changes = ["--set", "merge.0={method: ties, options: {densitty: 0.2}}", "--set", "evaluate.zzz=5"]
+    for command in ("plan", "run"):
+        assert main([command, recipe_file, *changes]) == 2
+        told = capsys.readouterr().err
+        assert "evaluate.zzz: unknown key" in told
+        assert "densitty: unknown option; did you mean 'density'?" in told
 
 
 def test_print_config_shows_every_default_and_is_a_recipe_itself(capsys, recipe_file, tmp_path):
@@ -115,7 +148,9 @@ def test_methods_lists_all_of_them(capsys, monkeypatch):
     shown = capsys.readouterr().out
     assert all(name in shown for name in methods())
     assert main(["methods", "ties"]) == 0
-    assert "options.density (default 0.2)" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "options.density (default 0.2)" in shown
+    assert "= sgn(∑_t τ\N{COMBINING CIRCUMFLEX ACCENT}_t)." in shown
     assert "did you mean 'ties'" in fails(["methods", "tiess"], capsys)
 
 
@@ -133,8 +168,6 @@ def test_experiments_that_are_none(capsys, recipe_file, tmp_path, monkeypatch):
 
 
 def test_purify_and_diagnose_say_what_they_lack_and_where_their_results_are(capsys, ready_settings, tmp_path):
-    from pathlib import Path
-
     import pandas as pd
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -148,7 +181,7 @@ def test_purify_and_diagnose_say_what_they_lack_and_where_their_results_are(caps
     for command in ("purify", "diagnose"):
         assert "pave capture --task words" in fails([command, recipe_file], capsys)
         text = fails([command, recipe_file, "--set", "purify.rho=auto"], capsys)
-        assert "give purify.rho" in text
+        assert "a number at purify.rho" in text
     assert main(["capture", recipe_file]) == 0
     capsys.readouterr()
 
@@ -177,8 +210,6 @@ def test_purify_and_diagnose_say_what_they_lack_and_where_their_results_are(caps
 
 
 def test_a_fault_of_ours_is_one_line_unless_debug(capsys, recipe_file, monkeypatch):
-    from pave_lightning import commands
-
     def explode(*args):
         raise RuntimeError("broken inside")
 
@@ -190,8 +221,6 @@ def test_a_fault_of_ours_is_one_line_unless_debug(capsys, recipe_file, monkeypat
 
 
 def test_a_folder_in_use_is_refused(capsys, recipe_file, recipe_settings):
-    from pathlib import Path
-
     from pave_lightning.run_folder import RunFolder
 
     with RunFolder(Path(recipe_settings["output"]) / "tiny").locked():
@@ -199,3 +228,77 @@ def test_a_folder_in_use_is_refused(capsys, recipe_file, recipe_settings):
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert "another pave process" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "error: No space left on device; make room"),
+        (PermissionError(errno.EACCES, "Permission denied", "/a/b"), "error: /a/b: Permission denied; let this user"),
+        (OSError(errno.EFBIG, "File too large", "from", None, "to"), "error: to: File too large; make room"),
+        (
+            SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+            "I/O error: No space left on device (os error 28); make room",
+        ),
+    ],
+)
+def test_what_the_system_refuses_is_told_as_such(capsys, recipe_file, monkeypatch, error, told):
+    def refuse(*arguments):
+        raise error
+
+    monkeypatch.setattr(commands, "plan_recipe", refuse)
+    shown = fails(["plan", recipe_file], capsys)
+    assert told in shown
+    assert "unexpected" not in shown
+
+
+@pytest.mark.parametrize("error", [OSError("no number"), OSError(errno.ENOENT, "gone"), SafetensorError("bad header")])
+def test_what_may_be_a_fault_of_ours_stays_one(capsys, recipe_file, monkeypatch, error):
+    def explode(*arguments):
+        raise error
+
+    monkeypatch.setattr(commands, "plan_recipe", explode)
+    assert main(["plan", recipe_file]) == 1
+    assert "unexpected error" in capsys.readouterr().err
+
+
+def test_a_run_that_may_not_write_a_large_file_says_so(recipe_file, recipe_settings):
+    script = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        f"from pave_lightning.cli import main; sys.exit(main(['fit', {recipe_file!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert "File too large" in done.stderr
+    assert "unexpected" not in done.stderr
+
+
+def test_what_fails_is_named(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("pave_lightning"), "propagate", True)
+    caplog.set_level(logging.INFO, "pave_lightning")
+    with pytest.raises(PaveError, match=r"^merge ties \(plain\): no scale$"), doing("merge ties (plain)"):
+        raise PaveError("no scale")
+    with doing("merge average (plain)"):
+        pass
+    assert "merge ties (plain) broke off after" in caplog.text
+    assert "merge average (plain) broke off after" not in caplog.text
+    assert "merge average (plain) done in" in caplog.text
+
+
+def test_evaluate_says_where_the_scores_are(capsys, ready_settings, tmp_path):
+    path = tmp_path / "ready.yaml"
+    path.write_text(json.dumps({**ready_settings, "merge": []}))
+    assert main(["fit", str(path)]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", str(path)]) == 0
+    assert f"results: {Path(ready_settings['output']) / 'tiny' / 'scores'}" in capsys.readouterr().out
+
+
+def test_run_says_that_it_runs_no_experiment(capsys, ready_settings, tmp_path, monkeypatch):
+    path = tmp_path / "varied.yaml"
+    path.write_text(
+        json.dumps({**ready_settings, "experiment": {"question": "Which?", "vary": {"purify.rho": [0.9, 0.8]}}})
+    )
+    monkeypatch.setattr(commands, "run_recipe", lambda recipe: None)
+    assert main(["run", str(path)]) == 0
+    assert f"`pave experiment {path}`" in capsys.readouterr().err

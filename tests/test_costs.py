@@ -73,10 +73,13 @@ def test_disk_is_counted_by_hand():
     moments = {"query": 400, "key": 400, "wide": 400, "narrow": 1200, "turned": 400}
     purified = 2 * 400 + 3 * 1200
     assert predict(timed=False).disk_bytes == 4 * 4 * (sum(moments.values()) + purified) + 4 * TOTAL
-    assert predict(options=None, timed=False).disk_bytes == 4 * TOTAL
-    assert predict(options=None, methods=[], new_experts=3, timed=False).disk_bytes == 3 * 4 * TOTAL
+    captured = 4 * 4 * sum(moments.values())
+    assert predict(options=None, timed=False).disk_bytes == captured + 4 * TOTAL
+    assert predict(options=None, methods=[], new_experts=3, timed=False).disk_bytes == captured + 3 * 4 * TOTAL
     masks = 4 * sum(math.ceil(parameter.elements / 8) for parameter in PARAMETERS)
-    assert predict(options=None, methods=[Emr], timed=False).disk_bytes == 4 * TOTAL + masks
+    assert predict(options=None, methods=[Emr], timed=False).disk_bytes == captured + 4 * TOTAL + masks
+    nothing_captured = costs.predict_cost(PARAMETERS, 4, 2, {}, methods=[TaskArithmetic])
+    assert nothing_captured.disk_bytes == 4 * TOTAL
 
 
 def test_memory_grows_with_tasks_and_workers_but_not_with_depth():
@@ -90,6 +93,27 @@ def test_memory_grows_with_tasks_and_workers_but_not_with_depth():
     assert peak(4, 1, block) < peak(4, 2, block) < peak(8, 2, block)
     assert peak(8, 2, deep) == peak(8, 2, block)
     assert peak(8, 2, deep) < 8 * sum(4 * parameter.elements for parameter in deep) / 5
+
+
+def test_layers_go_together_where_workers_outnumber_tasks():
+    small, large = ((96, 96), "input"), ((96, 384), "cross")
+    # Two tasks of two layers side by side, and two workers with one task of each of four equal layers.
+    assert costs.batch_bytes([small, small], 2, 4) == costs.batch_bytes([small], 4, 4)
+    assert costs.batch_bytes([small], 2, 2) < costs.batch_bytes([small, large], 1, 2)
+    assert costs.batch_bytes([small, large], 1, 2) < costs.batch_bytes([large], 2, 2)
+    alone = predict(tasks=1, workers=1, timed=False)
+    together = predict(tasks=1, workers=3, timed=False)
+    held = [cost.peak_bytes - cost.baseline_bytes for cost in (alone, together)]
+    assert held[1] - 3 * costs.THREAD_BYTES > held[0] - costs.THREAD_BYTES
+    assert [layer.peak_bytes for layer in together.layers] != [layer.peak_bytes for layer in alone.layers]
+
+
+def test_layers_that_go_together_take_less_time(monkeypatch):
+    monkeypatch.setattr(costs, "solve_seconds", lambda *given: 1.0)
+    assert predict(tasks=1, workers=1).seconds == 5
+    assert predict(tasks=1, workers=2).seconds == pytest.approx(5 / 2)
+    assert predict(tasks=3, workers=2).seconds == 5 * 2
+    assert predict(tasks=2, workers=3).seconds == 5 * 2 / 2
 
 
 def test_a_writer_holds_a_shard_or_one_large_tensor():
@@ -176,7 +200,7 @@ def test_moments_that_are_made_are_those_of_all_inputs(statistics):
     found = costs.predict_cost(PARAMETERS, 4, 2, {"wide": "input"}, options=options, timed=False)
     assert {layer.kind for layer in found.layers} == {"input"}
     assert sum(layer.layers for layer in found.layers) == 5
-    made, read = (costs.layer_bytes((768, 3072), "input", 4, 2, one) for one in (options, None))
+    made, read = (costs.batch_bytes([((768, 3072), "input")], 4, 2, one) for one in (options, None))
     # On top of a moment of 3072 x 3072 come twice as many rows, or the moment in float64 twice.
     assert made >= 2 * 4 * 4 * 3072**2
     assert read != made
@@ -244,7 +268,8 @@ cost = costs.predict_cost(plain.parameters, len(names), 2, kinds, options=option
 out = folder / f"out-{method.name}-{os.getpid()}"
 if moments:
     write_purified(PurifiedTaskVectors(plain, statistics, options, Compute(workers=2)), out / "purified")
-    stored = {name: Checkpoint(out / "purified" / name, architecture.prefix) for name in names}
+    purified = options.tasks or names
+    stored = {name: Checkpoint(out / "purified" / name, architecture.prefix) for name in purified}
     source = StoredPurification(plain, stored)
 (out / "merged").mkdir(parents=True)
 context = MergeContext(str(folder / "base"), base, experts, architecture, {})
@@ -300,6 +325,8 @@ def mid_size(tmp_path_factory, tiny_tokenizer):
         ("task_arithmetic", "smallest", {"statistics": "task_vector"}),
         ("task_arithmetic", "smallest", {"statistics": "random"}),
         ("task_arithmetic", "input", {}),
+        ("task_arithmetic", "input", {"metric": "root", "damping": 0.1}),
+        ("task_arithmetic", "smallest", {"tasks": ["expert-1"]}),
     ],
 )
 def test_the_predicted_peak_is_the_measured_one(mid_size, method, moments, options):

@@ -3,21 +3,25 @@
 import csv
 import itertools
 import json
+import logging
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from io import StringIO
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from rich.console import Console
 
 from pave_lightning import Recipe, experiments, run_recipe
 from pave_lightning.errors import PaveError
 from pave_lightning.evaluation import ExpertsCandidate
 from pave_lightning.evaluation.scale_search import ScaleSearcher
-from pave_lightning.experiments import find_experiment, make_cells, run_experiment, view_of
+from pave_lightning.experiments import find_experiment, make_cells, plan_experiment, run_experiment, view_of
 from pave_lightning.recipe_loading import load_recipe, recipe_to_yaml
 from pave_lightning.reporting.experiment_table import ExperimentScores
 from pave_lightning.workflow import Workflow
@@ -138,7 +142,16 @@ def test_a_grid_over_ratios_and_seeds(ready_settings, tracking_uri, tmp_path, ca
             assert float(row[f"{task}/accuracy"]) == cell[row["model"], row["vectors"], task]
 
 
-def test_every_seed_trains_its_experts_once_and_purified_experts_have_scores(recipe_settings, tmp_path, calls):
+def planned(path, *overrides):
+    """What `pave plan` prints of an experiment, its columns apart by bars."""
+    console = Console(width=200, file=StringIO())
+    plan_experiment(path, overrides, console)
+    return re.sub(r" *│ *", " | ", console.file.getvalue())
+
+
+def test_every_seed_trains_its_experts_once_and_purified_experts_have_scores(
+    recipe_settings, tmp_path, calls, caplog, monkeypatch
+):
     settings = {
         **recipe_settings,
         "trainer": {**recipe_settings["trainer"], "max_epochs": 1},
@@ -146,7 +159,19 @@ def test_every_seed_trains_its_experts_once_and_purified_experts_have_scores(rec
         "evaluate": {"purified_experts": True},
     }
     path = written(tmp_path, settings, cases={"own data": {}, "plain SVD": {"purify.metric": "identity"}})
+    assert planned(path).count("2 to do | 5 to do") == 4
+    assert "4 settings, 4 to do" in planned(path)
+    assert not Path(settings["output"]).exists()
+    monkeypatch.setattr(logging.getLogger("pave_lightning"), "propagate", True)
+    caplog.set_level(logging.INFO, "pave_lightning")
     folder = run_experiment(path)
+    told = [record.message for record in caplog.records]
+    assert "merge average (purified) ..." in told
+    assert "score base ..." in told
+    assert planned(path).count("there | there") == 4
+    assert "4 settings, 0 to do" in planned(path)
+    another = planned(path, "purify.damping=0.3")  # base, experts and plain average stay
+    assert another.count("there | 3 of 5 there") == 4
     assert calls["_fit"] == calls["_capture"] == len(SEEDS) * 2
     # For each seed the base, the experts and plain averages once, purified experts and their averages for each case.
     assert calls["score"] == len(SEEDS) * (3 + 2 * 2)

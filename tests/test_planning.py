@@ -148,6 +148,10 @@ def test_adapters_are_looked_at(problems, expert, tmp_path):
         ({"max_length": 33}, "reads at most 32 tokens"),
         ({"max_length": 16, "freeze": ["embedding"]}, "did you mean 'embeddings'"),
         ({"max_length": 16, "lora": {"target_modules": ["queri"]}}, "did you mean 'query'"),
+        (
+            {"max_length": 16, "lora": {"rank": 17, "target_modules": ["query"]}},
+            "training.lora.rank is 17, but no layer that it adapts has more than 16 directions",
+        ),
     ],
 )
 def test_training_that_does_not_fit_the_base(problems, training, told):
@@ -157,6 +161,7 @@ def test_training_that_does_not_fit_the_base(problems, training, told):
 @pytest.mark.parametrize(
     ("trainer", "told"),
     [
+        ({"max_epochs": 1, "accelerator": "tpu"}, "refuses these options: Requirement 'torch_xla"),
         ({"max_epochs": 1, "logger": True}, "cannot be set"),
         ({"max_epochs": 1, "barebones": True}, "cannot be set"),
         ({"max_epochs": 1, "accelerator": "tpuu"}, "refuses these options"),
@@ -165,6 +170,16 @@ def test_training_that_does_not_fit_the_base(problems, training, told):
 )
 def test_trainer_options(problems, trainer, told):
     assert told in problems(trainer=trainer)
+
+
+def test_a_graphics_card_that_is_not_there_is_told_with_all_else(problems, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    text = problems(compute={"device": "cuda"}, trainer={"accelerator": "cuda"}, merge=["tiess"])
+    assert "compute.device is cuda, but PyTorch finds no graphics card" in text
+    assert text.count("lightning.Trainer refuses these options: `CUDAAccelerator`") == 1
+    assert "'ties'" in text
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert problems(compute={"device": "cuda"}) == ""
 
 
 def test_purifications_that_cannot_be_run_are_told_at_once(problems):
@@ -223,7 +238,7 @@ def test_what_rules_need_is_asked_for_before_anything_runs(problems):
     for told in (
         "merge step 'lot': lot needs the second moments of all inputs; set capture.moments: input",
         "merge step 'lot': lot needs what the scales of norms multiply; set capture.norms: true",
-        "merge step 'featcal': featcal calibrates a merged model; name its merge step with the key 'anchor'",
+        "merge step 'featcal': featcal starts from a merged model; name its merge step with the key 'anchor'",
         "merge step 'ties': ties has no use for the key 'anchor'",
         "merge step 'on_masks': its anchor 'emr' is not one model for all tasks; choose a static method",
         "density: should be less than or equal to 1, found 7",
@@ -280,6 +295,15 @@ def test_costs_are_predicted_for_what_the_recipe_asks(ready_settings):
     assert "32 x 64" not in shown(merge=[{"method": "average", "vectors": ["plain"]}])
 
 
+def test_one_is_no_plural(recipe_settings):
+    settings = {**recipe_settings, "trainer": {"max_epochs": 1}, "capture": {"examples": 1}}
+    settings["training"] = {"batch_size": 48, "max_length": 16}
+    recipe = Recipe.model_validate(settings)
+    about = {stage: what for stage, _, what in plan_rows(recipe, open_folder(recipe))}
+    assert about["experts/words"] == "48 rows, 1 epoch, 1 step of 48"
+    assert about["statistics/words"] == "1 training example"
+
+
 def test_states_of_stages(recipe_settings):
     recipe = Recipe.model_validate(recipe_settings)
     folder = RunFolder(run_recipe(recipe))
@@ -332,16 +356,20 @@ def test_a_rule_for_two_experts(problems, recipe_settings):
     )
 
 
-def test_what_is_wrong_with_every_matrix_does_not_hide_all_else(problems):
-    step = {"method": "iso_cts", "options": {"common_share": 0.999}}
+def test_what_is_wrong_with_every_matrix_does_not_hide_all_else(problems, monkeypatch):
+    monkeypatch.setattr(registry, "_registry", dict(methods()))
+
+    class Fussy(registry.method_named("average")):
+        def problems(self, vectors, evidence):
+            yield from (f"{parameter.name} is too small" for parameter in vectors.parameters)
+
+    register("fussy")(Fussy)
+    step = {"method": "fussy"}
     consensus = {"method": "consensus", "options": {"k": 3}}
     lines = problems(merge=[step, consensus]).splitlines()[1:]
     assert len(lines) == 4 + 1 + 1
-    assert (
-        in_step(step, "encoder.layer.0.attention.output.dense.weight is 32 x 32: with common_share 0.999") in lines[0]
-    )
-    # Two layers of six matrices, and the pooler.
-    assert lines[4] == in_step(step, "... and 9 more like these")
+    assert all(line.startswith(in_step(step, "")) for line in lines[:5])
+    assert lines[4].endswith("more like these")
     assert "options.k is 3" in lines[5]
 
 

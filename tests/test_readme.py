@@ -11,7 +11,11 @@ from ruamel.yaml import YAML
 
 from pave_lightning import Recipe, run_recipe
 from pave_lightning.cli import main
+from pave_lightning.commands import open_folder
+from pave_lightning.files import local_path
+from pave_lightning.merging import methods
 from pave_lightning.recipe_loading import load_recipe, recipe_schema, recipe_to_yaml
+from pave_lightning.tracking import resolve_uri
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -101,6 +105,25 @@ def test_sections_of_recipes_fit_into_one(text, tmp_path):
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
 def test_shipped_recipes_are_valid(path):
     assert load_recipe(path).name == path.stem
+
+
+def test_the_table_of_families_names_every_rule_once():
+    table = README.partition("| family | methods |\n|---|---|\n")[2].partition("\n\n")[0]
+    families = {row.split("|")[1].strip(): re.findall(r"`(\w+)`", row) for row in table.splitlines()}
+    named = [name for rules in families.values() for name in rules]
+    ours = {name: rule for name, rule in methods().items() if rule.__module__.startswith("pave_lightning.")}
+    assert sorted(named) == sorted(ours)
+    kept = families["something kept for each task"]
+    assert sorted(kept) == sorted(name for name, rule in ours.items() if rule.form == "per-task")
+
+
+def test_relative_paths_start_where_the_readme_says(stand_in, tmp_path, monkeypatch):
+    assert "start at the folder in which `pave` is run" in " ".join(README.split())
+    recipe = load_recipe(stand_in / "recipes" / "quickstart.yaml", ["output=here", "tracking.uri=sqlite:///here.db"])
+    monkeypatch.chdir(tmp_path)
+    assert resolve_uri(recipe.tracking.uri) == f"sqlite:///{tmp_path}/here.db"
+    assert open_folder(recipe).root.absolute() == tmp_path / "here" / "quickstart"
+    assert local_path("rows.csv").absolute() == tmp_path / "rows.csv"
 
 
 def test_shipped_schema_is_that_of_the_code():

@@ -7,7 +7,9 @@ import pytest
 from pydantic import ValidationError
 
 import pave_lightning.recipe as recipe_module
+from pave_lightning.errors import PaveError
 from pave_lightning.recipe import Expert, MergeStep, Purify, Recipe, ScaleSearch, Section, Task, Training, slug
+from pave_lightning.stages import purifications
 from pave_lightning.tasks.suites import suite_task, suite_task_names
 
 SECTIONS = sorted(
@@ -276,3 +278,26 @@ def test_every_combination_of_tuned_options():
     step = MergeStep.model_validate({"method": "m", "options": {"x": 1}, "tune": {"a": [1, 2], "b": [True, False]}})
     assert step.tuned_options == [{"x": 1, "a": a, "b": b} for a in (1, 2) for b in (True, False)]
     assert MergeStep.model_validate("m").tuned_options == [{}]
+
+
+@pytest.mark.parametrize(
+    ("purify", "merge", "keys"),
+    [
+        ({"rho": "auto"}, [], "purify.rho"),
+        ({"rho": "auto"}, ["average", {"method": "ties", "purify": {"damping": 0.2}}], "purify.rho"),
+        (
+            {"rho": 0.9},
+            [
+                {"method": "average", "vectors": ["plain"]},
+                {"method": "ties", "purify": {"rho": "auto"}},
+                {"method": "emr", "name": "kept", "purify": {"rho": "auto"}},
+            ],
+            "merge.ties.purify.rho or merge.kept.purify.rho",
+        ),
+    ],
+)
+def test_where_a_ratio_must_be_given_is_told_by_the_keys_that_say_auto(
+    purify: dict[str, Any], merge: list[Any], keys: str
+) -> None:
+    with pytest.raises(PaveError, match=rf"give a number at {re.escape(keys)}$"):
+        purifications(build(purify=purify, merge=merge))

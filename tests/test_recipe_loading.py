@@ -11,7 +11,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from pave_lightning.errors import PaveError
-from pave_lightning.recipe import Recipe, ScaleSearch
+from pave_lightning.recipe import MergeStep, Recipe, ScaleSearch
 from pave_lightning.recipe_loading import load_recipe, recipe_digest, recipe_schema, recipe_to_yaml
 from pave_lightning.tasks.suites import suite_task_names
 
@@ -189,6 +189,56 @@ def test_a_missing_file_where_there_are_no_recipes(tmp_path: Path, monkeypatch: 
         load_recipe("a.yaml")
 
 
+# --- methods of merge steps, which recipes know nothing of ---
+
+
+def lines_with_steps(folder: Path, text: str) -> list[str]:
+    def judged(step: MergeStep) -> list[str]:
+        return [f"{step.method} takes no {key}" for key in step.options]
+
+    with pytest.raises(PaveError) as caught:
+        load_recipe(write(folder, text), step_problems=judged)
+    return [line.removeprefix("  - ") for line in str(caught.value).splitlines()[1:]]
+
+
+def test_batches_larger_than_those_that_are_loaded_are_refused(tmp_path: Path) -> None:
+    step = "{method: distillation, anchor: ties, options: {batch_size: 33}, tune: {rate: [1]}}"
+    tuned = "{method: distillation, name: b, anchor: ties, tune: {batch_size: [8, 64]}}"
+    other = "{method: others, options: {batch_size: 64}}"
+    text = SMALL + f"merge: [ties, {step}, {tuned}, {other}]\n"
+    more = "is more than the 32 examples that are loaded at a time; lower it or raise capture.batch_size"
+    assert problems(tmp_path, text) == [
+        f"merge.1 (distillation).options.batch_size: 33 {more}",
+        f"merge.2 (b).tune.batch_size: 64 {more}",
+    ]
+    assert read(tmp_path, text + "capture: {batch_size: 64}\n").merge[1].options == {"batch_size": 33}
+    assert len(problems(tmp_path, text + "capture: {batch_size: 0}\n")) == 1
+
+
+def test_keys_of_an_experiment_that_do_not_agree_are_told_without_the_whole_section(tmp_path: Path) -> None:
+    text = SMALL + "experiment: {question: What happens?, x: purify.rho, vary: {output: [a]}}\n"
+    assert problems(tmp_path, text) == [
+        "experiment: 'output' cannot be varied",
+        "experiment: 'purify.rho' is no varied key; known are: output, model, vectors",
+    ]
+
+
+def test_mistakes_of_the_recipe_do_not_hide_those_of_its_methods(tmp_path: Path) -> None:
+    steps = "merge: [ties, {method: x, options: {a: 1}, tune: {b: 2}}, {method: y, options: {c: 1}}, 5]\n"
+    assert lines_with_steps(tmp_path, SMALL + "sead: 1\n" + steps) == [
+        "sead: unknown key; did you mean 'seed'?",
+        "merge.1 (x): x takes no a",
+        "merge.1 (x).tune.b: must be a list of values, found 2; write [2]",
+        "merge.2 (y): y takes no c",
+        "merge.3: must be the name of a merge method, or a mapping with the key 'method', found 5",
+    ]
+
+
+def test_methods_of_a_recipe_that_is_right_are_left_to_others(tmp_path: Path) -> None:
+    path = write(tmp_path, SMALL + "merge: [{method: x, options: {a: 1}}]\n")
+    assert load_recipe(path, step_problems=lambda step: pytest.fail("asked")).merge[0].method == "x"
+
+
 # --- wrong keys and values --------------------------------------------------------------------------------------------
 
 WRONG = [
@@ -280,6 +330,27 @@ WRONG = [
     ),
     ("purify: {tasks: []}", ["purify.tasks: needs at least 1 entry, found 0"]),
     ("purify: {tasks: [movi]}", ["purify.tasks: no task is named 'movi'; did you mean 'movie'?"]),
+    # options to choose, and what experiments vary
+    (
+        "merge: [{method: x, tune: {density: 0.1}}]",
+        ["merge.0 (x).tune.density: must be a list of values, found 0.1; write [0.1]"],
+    ),
+    (
+        "merge: [{method: x, tune: {density: {low: 0.1}}}]",
+        ["merge.0 (x).tune.density: must be a list of values, found {low: 0.1}"],
+    ),
+    (
+        "experiment: {question: q, vary: {seed: true}}",
+        ["experiment.vary.seed: must be a list of values, found true; write [true]"],
+    ),
+    (
+        "experiment: {question: q, seeds: 0}",
+        ["experiment.seeds: must be a list of whole numbers, found 0; write [0]"],
+    ),
+    (
+        "experiment: {question: q, seeds: all}",
+        ["experiment.seeds: must be a list of whole numbers, found 'all'"],
+    ),
     # merge steps
     ("merge: average", ["merge: must be a list of merge steps, found 'average'; write [average]"]),
     ("merge: {method: average}", ["merge: must be a list of merge steps, found {method: 'average'}"]),

@@ -215,9 +215,25 @@ def test_the_lock_is_given_back_after_a_failure(folder):
         pass
 
 
+def test_nothing_is_made_before_something_is_written(tmp_path):
+    folder = RunFolder(tmp_path / "a" / "run", tmp_path / "b" / "shared")
+    assert folder.current("experts/a", INPUTS) is None
+    assert not list(tmp_path.iterdir())
+    assert folder.data == tmp_path / "b" / "shared" / "data"
+    assert RunFolder(tmp_path / "run", data=tmp_path / "copies").data == tmp_path / "copies"
+    with folder.locked():
+        assert folder.root.is_dir()
+
+
+def test_a_folder_below_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PaveError, match=r"run cannot be made: .*file is a file; choose another with --set shared"):
+        RunFolder(tmp_path / "run", tmp_path / "file" / "run")
+
+
 def test_a_folder_that_is_a_file(tmp_path):
     (tmp_path / "run").write_text("")
-    with pytest.raises(PaveError, match=r"run cannot be made: File exists"):
+    with pytest.raises(PaveError, match=r"run cannot be made: .*run is a file; choose another with --set output"):
         RunFolder(tmp_path / "run")
 
 
@@ -225,9 +241,9 @@ def test_a_folder_that_is_a_file(tmp_path):
 def test_a_folder_that_cannot_be_written(tmp_path):
     tmp_path.chmod(0o500)
     try:
-        with pytest.raises(PaveError, match="is not writable; choose another"):
+        with pytest.raises(PaveError, match="it is not writable; choose another"):
             RunFolder(tmp_path)
-        with pytest.raises(PaveError, match="cannot be made: Permission denied"):
+        with pytest.raises(PaveError, match=r"run cannot be written to: .* is not writable"):
             RunFolder(tmp_path / "run")
     finally:
         tmp_path.chmod(0o700)

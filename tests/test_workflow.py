@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -53,6 +54,9 @@ def test_a_run_leaves_everything_it_promises(recipe, tracking_uri, capsys):
         AutoTokenizer.from_pretrained(folder / "merged" / name)
         assert load_merged(folder / "merged" / name, "words").config.num_labels == 2
         assert (folder / "merged" / name / "README.md").read_text().startswith("---")
+
+    written = [folder / "results.csv", *folder.rglob("*.safetensors")]
+    assert len({file.stat().st_mode for file in written}) == 1, "others may read weights as they may read any new file"
 
     rows = list(csv.DictReader((folder / "results.csv").open()))
     assert [(row["model"], row["vectors"]) for row in rows] == [
@@ -347,6 +351,34 @@ def test_data_that_changes_during_a_fit_makes_its_result_stale(recipe_settings, 
     run_stage(recipe, "fit", "words")
     stages = Stages(recipe, RunFolder(Path(recipe.output) / recipe.name))
     assert stages.state(stages.expert(recipe.task("words"))) == "stale"
+
+
+def test_statistics_of_another_expert_are_refused_where_they_were_put(ready_settings):
+    from pave_lightning.commands import run_stage
+
+    def merge(rho, stage="merge"):
+        steps = [{"method": "average", "vectors": ["purified"], "purify": {"rho": rho}}]
+        run_stage(Recipe.model_validate({**ready_settings, "merge": steps}), stage)
+
+    for stage in ("fit", "capture", "merge"):
+        merge(0.9, stage)
+    folder = Path(ready_settings["output"]) / "tiny"
+    own, other = (folder / "statistics" / task for task in ("words", "more"))
+    shutil.copyfile(other / "moments.safetensors", own / "moments.safetensors")
+    before = manifests(folder)
+    merge(0.9)
+    assert manifests(folder) == before, "what was made of the right statistics stays"
+    file, told = own / "moments.safetensors", "captured of another expert: expected task words, found more"
+    for stage in ("merge", "purify"):
+        with pytest.raises(PaveError, match=rf"{file} was {told}: delete .*pave capture RECIPE"):
+            merge(0.8, stage)
+    # With the manifest that belongs to them they are another stage's.
+    shutil.copyfile(other / "manifest.json", own / "manifest.json")
+    with pytest.raises(PaveError, match=r"statistics/words is stale: .*pave capture --task words"):
+        merge(0.8)
+    file.unlink()
+    merge(0.8, "capture")
+    merge(0.8)
 
 
 def test_statistics_are_captured_only_where_something_needs_them(ready_settings):

@@ -73,7 +73,7 @@ class ScaleSearcher:
 
         def average_at(scale: float) -> float:
             average = self.average(MergedCandidate(source, merged, scale), search.examples)
-            log.info("  scale %.3f: %.4f of the experts on validation", scale, average)
+            log.info("  scale %.4g: %.4f of the experts on validation", scale, average)
             return average
 
         scales = torch.linspace(*search.search, search.points, dtype=torch.float64).tolist()
@@ -84,9 +84,9 @@ class ScaleSearcher:
                 break
             tried[further] = average_at(further)
         best = _best(tried)
-        at_end = {min(tried): "smallest", max(tried): "largest"}.get(best)
-        if at_end is not None and best != 0:
-            log.warning("  the best scale is the %s that was tried; a search with widen: true goes on", at_end)
+        advice = _advice(tried, best, search)
+        if advice is not None:
+            log.warning("  %s", advice)
         return {"scale": best, "average": tried[best], "tried": [[scale, tried[scale]] for scale in sorted(tried)]}
 
     def average(self, candidate: Candidate, examples: int | None) -> float:
@@ -141,8 +141,31 @@ def _best(tried: Mapping[float, float]) -> float:
 
 
 def _beyond(tried: Mapping[float, float], distance: float) -> float | None:
-    """The next scale beyond the end at which the best one stands; None where there is no such end."""
+    """The next scale beyond the end at which the best one stands; None where there is no such end.
+
+    On a plateau at the lower end nothing speaks for smaller scales: every one of them would win as the smaller of
+    equals, down to the base.
+    """
     best = _best(tried)
     if best == max(tried):
         return best + distance
-    return best / 2 if best == min(tried) and best > 0 else None
+    return best / 2 if best == min(tried) and best > 0 and not _on_plateau(tried, best) else None
+
+
+def _on_plateau(tried: Mapping[float, float], best: float) -> bool:
+    """Whether the next larger scale with a finite score does as well."""
+    larger = [scale for scale, average in tried.items() if scale > best and math.isfinite(average)]
+    return bool(larger) and tried[min(larger)] == tried[best]
+
+
+def _advice(tried: Mapping[float, float], best: float, search: ScaleSearch) -> str | None:
+    """What to tell of a best scale at an end of what was tried; None where it stands inside, or is the base's."""
+    end = {min(tried): "smallest", max(tried): "largest"}.get(best)
+    if end is None or best == 0:
+        return None
+    if _on_plateau(tried, best):
+        return f"the best scale is the {end} that was tried, but larger ones do as well: hardly anything depends on it"
+    # Below a negative scale nothing is widened.
+    widens = not search.widen and (end == "largest" or best > 0)
+    further = "a search with widen: true goes on" if widens else f"search around {best:.4g}"
+    return f"the best scale is the {end} that was tried; {further}"

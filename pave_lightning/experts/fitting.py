@@ -18,6 +18,7 @@ from pave_lightning.errors import PaveError
 from pave_lightning.experts.loading import add_adapters, load_tokenizer, load_with_new_head, quiet_transformers
 from pave_lightning.experts.task_expert import TaskExpert, freeze
 from pave_lightning.experts.trainers import build_trainer, honest_interrupts, quiet_lightning
+from pave_lightning.files import let_others_read
 from pave_lightning.recipe import Task
 from pave_lightning.tasks.data_module import TaskDataModule
 from pave_lightning.weights import Checkpoint
@@ -133,3 +134,5 @@ def save_expert(model: nn.Module, base: Path, folder: Path) -> None:
     with quiet_transformers():
         model.save_pretrained(folder)  # type: ignore[operator]
     load_tokenizer(base).save_pretrained(folder)
+    for file in folder.rglob("*.safetensors"):  # transformers and peft leave them to their owner alone
+        let_others_read(file)

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from pave_lightning.errors import PaveError
 from pave_lightning.layers import is_linear
 from pave_lightning.recipe import Lora, Task
 from pave_lightning.weights.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from pave_lightning.weights.architecture import backbone_of, lies_in
-from pave_lightning.weights.checkpoint import weight_files
+from pave_lightning.weights.architecture import backbone_of, empty_classifier, lies_in
+from pave_lightning.weights.checkpoint import stored_tensors, weight_files
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -58,8 +58,12 @@ def load_with_new_head(base: Path, task: Task) -> nn.Module:
     Raises:
         PaveError: the base cannot be loaded, or weights of its backbone have other shapes than its configuration says.
     """
+    return _with_new_head(base, label_names(task))
+
+
+def _with_new_head(base: Path, labels: dict[str, Any]) -> nn.Module:
     weight_files(base)
-    loaded, info = _load(base, ignore_mismatched_sizes=True, **label_names(task))
+    loaded, info = _load(base, ignore_mismatched_sizes=True, **labels)
     prefix = f"{loaded.base_model_prefix}."
     wrong = sorted(str(entry[0]) for entry in info["mismatched_keys"] if str(entry[0]).startswith(prefix))
     if wrong:
@@ -101,18 +105,50 @@ def load_adapter(base: Path, folder: Path, task: Task) -> nn.Module:
     Raises:
         PaveError: the adapter does not fit the base, or has no head.
     """
+    return _merged_adapter(base, folder, task.name, lambda: label_names(task))
+
+
+def load_adapter_alone(base: Path, folder: Path, task: str) -> nn.Module:
+    """A peft adapter merged into the base, with a head as large as the adapter says; it does not name the outputs.
+
+    Args:
+        base: folder of the base model.
+        folder: folder of the adapter.
+        task: name of its task, for messages.
+
+    Raises:
+        PaveError: the adapter does not fit the base, or has no head.
+    """
+    return _merged_adapter(base, folder, task, lambda: _labels_of_adapter(base, folder))
+
+
+def _merged_adapter(base: Path, folder: Path, task: str, labels: Callable[[], dict[str, Any]]) -> nn.Module:
     from peft import PeftModel
 
     problems = adapter_problems(folder)
     if problems:
-        raise PaveError(f"task '{task.name}': {problems[0]}")
+        raise PaveError(f"task '{task}': {problems[0]}")
     try:
-        adapted = PeftModel.from_pretrained(load_with_new_head(base, task), folder)
+        adapted = PeftModel.from_pretrained(_with_new_head(base, labels()), folder)
         merged: nn.Module = adapted.merge_and_unload()
     except (RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise PaveError(f"task '{task.name}': the adapter {folder} does not fit the base {base}: {reason}") from error
+        raise PaveError(f"task '{task}': the adapter {folder} does not fit the base {base}: {reason}") from error
     return merged.eval()
+
+
+def _labels_of_adapter(base: Path, folder: Path) -> dict[str, Any]:
+    """The part of a configuration that describes the head which an adapter holds."""
+    model, config = empty_classifier(base), AutoConfig.from_pretrained(base)
+    stored, backbone = stored_tensors(folder / ADAPTER_WEIGHTS), [str(model.base_model_prefix)]
+    # The last layer is the one that has as many outputs as the base's configuration says.
+    for name, parameter in reversed(list(model.named_parameters())):
+        found = stored.get(f"base_model.model.{name}")
+        if found is not None and not lies_in(name, backbone) and parameter.shape[0] == config.num_labels:
+            outputs = found.shape[0]
+            kind = "regression" if outputs == 1 else "single_label_classification"
+            return {"num_labels": outputs, "problem_type": kind}
+    raise ValueError(f"it has no head of a {type(model).__name__}")
 
 
 def adapter_problems(folder: Path) -> list[str]:
@@ -125,10 +161,9 @@ def adapter_problems(folder: Path) -> list[str]:
     if not weights.is_file():
         return [f"{folder} has no adapter_model.safetensors; pickled adapters are refused"]
     try:
-        with safe_open(weights, framework="pt") as file:
-            list(file.keys())
-    except (OSError, SafetensorError) as error:
-        return [f"{weights} is truncated or no safetensors file ({error}); save the adapter again"]
+        stored_tensors(weights, "save the adapter again")
+    except PaveError as error:
+        return [str(error)]
     if not settings.get("modules_to_save"):
         return [f"the adapter {folder} holds no head (modules_to_save is empty); train it with task_type SEQ_CLS"]
     return []

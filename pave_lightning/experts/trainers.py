@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import logging
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -46,7 +48,7 @@ def trainer_problems(options: Mapping[str, Any], where: str) -> list[str]:
         try:
             with quiet_lightning():
                 L.Trainer(**{**options, "logger": False, "enable_checkpointing": False, "enable_model_summary": False})
-        except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
+        except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
             found.append(f"{where}: lightning.Trainer refuses these options: {str(error).strip().splitlines()[0]}")
     return found
 
@@ -89,7 +91,7 @@ def build_trainer(
         settings["callbacks"].append(RichProgressBar(leave=False))
     try:
         return L.Trainer(**settings)
-    except (MisconfigurationException, ValueError, TypeError) as error:
+    except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
         raise PaveError(f"trainer: {str(error).strip().splitlines()[0]}") from error
 
 
@@ -119,12 +121,19 @@ def quiet_lightning() -> Iterator[None]:
 
 @contextmanager
 def honest_interrupts() -> Iterator[None]:
-    """Turn Lightning's own exits on Ctrl-C and SIGTERM, whose codes claim success, into `Interrupted`."""
+    """Turn Lightning's own exits on Ctrl-C and SIGTERM, whose codes claim success, into `Interrupted`.
+
+    Lightning ignores further Ctrl-C from the first one on, and to the end if an error keeps it from tidying up.
+    """
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+    before = signal.getsignal(signal.SIGINT)
     try:
         yield
     except SIGTERMException as error:
         raise Interrupted(143) from error
     except SystemExit as error:
         raise Interrupted(130) from error
+    finally:
+        if threading.current_thread() is threading.main_thread() and before is not None:
+            signal.signal(signal.SIGINT, before)

@@ -27,6 +27,10 @@ class Need(StrEnum):
     GRADIENTS = "labelled gradients"
 
 
+# What each kind of gradients is to rules.
+KINDS: dict[GradientKind, Need] = {"fisher": Need.FISHER, "absolute": Need.GRADIENTS}
+
+
 @dataclass(frozen=True)
 class Evidence:
     """What is known of the tasks' data; empty for rules that look at weights alone.
@@ -153,7 +157,10 @@ class Evidence:
                 if not batches.get(task):
                     yield f"task '{task}': unlabelled examples are needed, but none were given"
         if Need.ANCHOR in needs and self.anchor is None:
-            yield "a model that was merged before is needed as anchor; name its merge step with the key 'anchor'"
+            yield (
+                "it starts from a model that another rule has merged, its anchor, but none was given; in a recipe name "
+                "that rule's merge step with the key 'anchor', from Python give the vectors as Evidence(anchor=...)"
+            )
         if Need.FISHER in needs:
             yield from _lacking_gradients(self.fisher, Need.FISHER, "fisher", vectors)
         if Need.GRADIENTS in needs:
@@ -205,7 +212,10 @@ def _lacking_gradients(
         if task not in given:
             yield f"task '{task}' has no {need}; `pave merge` takes it as part of a recipe"
         elif given[task].kind != kind:
-            yield f"task '{task}': expected {need}, found '{given[task].kind}' gradients"
+            yield (
+                f"task '{task}': expected {need} (in a run folder gradients/{kind}-TASK), found "
+                f"{KINDS[given[task].kind]} (gradients/{given[task].kind}-TASK); give the file of the other kind"
+            )
         else:
             for misfit in given[task].misfits(shapes):
                 yield f"task '{task}': the {need}: {misfit}; take it anew for these experts"

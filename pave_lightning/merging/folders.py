@@ -10,7 +10,7 @@ from typing import Any, TypeGuard
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer
 
@@ -21,7 +21,16 @@ from pave_lightning.merging.modulators import Modulator, ModulatorWriter
 from pave_lightning.merging.running import merge_per_task, merge_static, within
 from pave_lightning.merging.sequential import SequentialMethod
 from pave_lightning.statistics.gradients import EXPERT_DIGEST, TaskGradients
-from pave_lightning.weights import Architecture, Checkpoint, Parameter, ShardWriter, TaskVectors, locate_model
+from pave_lightning.weights import (
+    Architecture,
+    Checkpoint,
+    Parameter,
+    ShardWriter,
+    TaskVectors,
+    locate_model,
+    read_failure,
+    write_tensors,
+)
 from pave_lightning.weights.architecture import backbone_of, empty_classifier
 from pave_lightning.weights.checkpoint import model_digest
 from pave_lightning.weights.memory import freed_memory_returned
@@ -181,7 +190,7 @@ def _write_surroundings(folder: Path, method: MergeMethod, context: MergeContext
         head |= {prefix + name: expert.tensor(name) for name in expert if name.partition(".")[0] in private}
         target = folder / "heads" / task
         target.mkdir(parents=True)
-        save_file({name: tensor.contiguous() for name, tensor in head.items()}, target / HEAD_FILE)
+        write_tensors(target / HEAD_FILE, {name: tensor.contiguous() for name, tensor in head.items()})
         AutoConfig.from_pretrained(expert.folder).save_pretrained(target)
     facts = {"method": method.name, "form": method.form, "base": context.base_reference, **context.facts}
     if _takes_experts_later(method, scale):
@@ -239,7 +248,8 @@ def load_merged(folder: str | Path, task: str, base: str | None = None) -> nn.Mo
     try:
         head = load_file(heads / task / HEAD_FILE)
     except (OSError, SafetensorError) as error:
-        raise PaveError(f"{heads / task} has no readable {HEAD_FILE} ({error}); merge again") from error
+        damaged = f"{heads / task} has no readable {HEAD_FILE} ({error}); merge again"
+        raise PaveError(read_failure(heads / task / HEAD_FILE, damaged)) from error
     names = Architecture.of_folder(heads / task).stored_names
     whole = {f"{prefix}.{names.get(name, name)}": tensor for name, tensor in state.items()}
     whole |= {names.get(name, name): tensor for name, tensor in head.items()}

@@ -68,10 +68,21 @@ class MatrixMethod(StaticMethod):
         return combined(self.options.others, base, vectors)
 
     def refusals(self, vectors: TaskVectors, why: Callable[[Parameter, int], str | None]) -> Iterator[str]:
-        """What ``why`` has against single matrices and the number of tasks, where that is not None."""
+        """What ``why`` has against matrices and the number of tasks; one line for all of a shape that it is true of.
+
+        Args:
+            vectors: the task vectors.
+            why: gives what is wrong with a matrix and so many tasks, to follow its name and shape; None if nothing.
+        """
         tasks = len(vectors.tasks)
-        found = (why(parameter, tasks) for parameter in filter(self.covers, vectors.parameters))
-        return (problem for problem in found if problem is not None)
+        refused: dict[tuple[tuple[int, int], str], list[str]] = {}
+        for parameter in filter(self.covers, vectors.parameters):
+            problem = why(parameter, tasks)
+            if problem is not None:
+                refused.setdefault((parameter.matrix_shape, problem), []).append(parameter.name)
+        for ((height, width), problem), (first, *others) in refused.items():
+            more = f" (and {len(others)} more, such as {', '.join(others[:2])})" if others else ""
+            yield f"{first} is {height} x {width}{more}: {problem}"
 
 
 def combined(how: Literal["mean", "sum", "base"], base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:

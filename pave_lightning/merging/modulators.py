@@ -11,10 +11,10 @@ from typing import Any
 import numpy
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pave_lightning.errors import PaveError
+from pave_lightning.weights import read_failure, write_tensors
 
 
 def pack_mask(mask: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ class ModulatorWriter:
         """Write everything and the task's rescaling factor as safetensors."""
         metadata = {"shapes": self._masks, "factors": self._factors}
         text = {key: json.dumps(value) for key, value in metadata.items()}
-        save_file(self._tensors, path, metadata=text | {"rescaler": repr(rescaler)})
+        write_tensors(path, self._tensors, text | {"rescaler": repr(rescaler)})
 
 
 class Modulator:
@@ -99,7 +99,8 @@ class Modulator:
             self._factors = dict.fromkeys(json.loads(metadata.get("factors", "[]")))
             self.rescaler = float(metadata["rescaler"])
         except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise PaveError(f"{path} is no readable file of what a task keeps ({error}); merge again") from error
+            damaged = f"{path} is no readable file of what a task keeps ({error}); merge again"
+            raise PaveError(read_failure(path, damaged)) from error
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._masks | self._factors)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pave_lightning.errors import PaveError
-from pave_lightning.merging.base import MergeMethod, Modulated, PerTaskMethod, StaticMethod
+from pave_lightning.merging.base import MergeMethod, Modulated, PerTaskMethod, StaticMethod, make_method
 from pave_lightning.merging.evidence import Evidence
 from pave_lightning.merging.modulators import LowRank, modulated
 from pave_lightning.weights import Parameter, TaskVectors
@@ -94,14 +94,25 @@ def merge_per_task(
         yield parameter, Modulated(shared, masks, factors)
 
 
-def merge(method: MergeMethod, source: TaskVectors, evidence: Evidence | None = None) -> MergedVectors:
-    """Merge all parameters in memory; for models that fit there. Arguments as in `merge_static`.
+def merge(method: MergeMethod | str, source: TaskVectors, evidence: Evidence | None = None) -> MergedVectors:
+    """Merge all parameters in memory; for models that fit there.
+
+    Args:
+        method: the rule, or its name for the rule with its default options.
+        source: plain or purified task vectors.
+        evidence: what is known of the tasks' data, for rules that need it.
+
+    Raises:
+        PaveError: no rule has that name; there is nothing to merge, or the rule cannot merge it.
+        TypeError: ``method`` is neither a rule nor a name.
 
     Example::
 
         merged = merge(TaskArithmetic(), task_vectors)
         weight = base_weight + 0.3 * merged.vectors["encoder.layer.0.output.dense.weight"]
     """
+    if isinstance(method, str):
+        method = make_method(method, {})
     result = MergedVectors()
     if isinstance(method, PerTaskMethod):
         result.masks, result.factors = {task: {} for task in source.tasks}, {task: {} for task in source.tasks}
@@ -114,6 +125,8 @@ def merge(method: MergeMethod, source: TaskVectors, evidence: Evidence | None = 
         result.rescalers = method.rescalers()
     elif isinstance(method, StaticMethod):
         result.vectors = {parameter.name: merged for parameter, merged in merge_static(method, source, evidence)}
+    else:
+        raise TypeError(f"expected a merge rule such as Ties(), or the name of one, found {method!r}")
     return result
 
 

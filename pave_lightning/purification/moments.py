@@ -71,7 +71,7 @@ class MomentSource:
             return "no example reached it"
         found = statistics[parameter.layer]
         if not bool(found.matrix.any()):
-            return "all its inputs were zero"
+            return "all its outputs were zero" if found.kind in ("cross", "output") else "all its inputs were zero"
         # A cross moment belongs to one weight; any other kind may be shared by layers that read the same input.
         key = (owner, statistics.owner(parameter.layer))
         if found.kind == "cross" or key not in self._checked:

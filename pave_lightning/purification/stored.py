@@ -44,14 +44,12 @@ def write_purified(vectors: PurifiedTaskVectors, folder: Path) -> None:
         PaveError: no layer of any task could be purified.
     """
     writers: dict[str, ShardWriter] = {}
-    for parameter in vectors.layers:
-        for task in vectors.purified_tasks:
-            purified = vectors.expert(task, parameter)
-            if (task, parameter.layer) in vectors.ranks:
-                if task not in writers:
-                    (folder / task).mkdir(parents=True)
-                    writers[task] = ShardWriter(folder / task, SMALL_SHARD_BYTES)
-                writers[task].add(parameter.name, purified)
+    for task, parameter, weight in vectors.purified():
+        if (task, parameter.layer) in vectors.ranks:
+            if task not in writers:
+                (folder / task).mkdir(parents=True)
+                writers[task] = ShardWriter(folder / task, SMALL_SHARD_BYTES)
+            writers[task].add(parameter.name, weight)
     if not writers:
         raise PaveError("no layer of any task has a captured subspace, so there is nothing to purify")
     for writer in writers.values():

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import product
 from typing import TypeVar
 
 import torch
@@ -32,6 +33,7 @@ from pave_lightning.weights import DerivedTaskVectors, Parameter, ParameterKind,
 Key = tuple[str, str]
 """A task and a layer."""
 AnyKey = TypeVar("AnyKey", str, tuple[str, str])
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ class PurifiedTaskVectors(DerivedTaskVectors):
     (``scope``). With the target ``delta`` the task vector :math:`\tau_t` takes the place of :math:`W_t` in all of
     this; with ``delta_by_expert`` it is projected on the directions of :math:`W_t`. All else stays as it is, and a
     weight that keeps its full rank stays the same bit for bit. Computed one layer at a time, when it is asked for; only
-    the last layer is held. The scopes ``model`` and ``global`` look at all spectra once before that.
+    the last layer is held; `purified` gives all of them in turn. The scopes ``model`` and ``global`` look at all
+    spectra once before that.
 
     Source: An, Yang, Torr, Ghanem, *Purifying Task Vectors in Knowledge-Aware Subspace for Model Merging*
     (arXiv 2510.14697), in the equivalent projection form, which needs no inverse.
@@ -120,25 +123,57 @@ class PurifiedTaskVectors(DerivedTaskVectors):
             return self.source.expert(task, parameter, rows)
         if self._layer != parameter.name:
             self._layer, self._weights = None, {}
-            self._weights = self._purify(parameter)
+            (self._weights,) = self._purify([parameter])
             self._layer = parameter.name
         weight = self._weights[task]
         return weight if rows is None else weight[rows]
 
-    def _purify(self, parameter: Parameter) -> dict[str, Tensor]:
-        """All tasks' weights of one layer, purified together because they share the layer's ranks."""
-        spectra = self._spectra(parameter)
-        values = {task: spectrum.values for task, spectrum in spectra.items()}
-        if self.options.scope == "layer":
-            ranks = self._allocate(values) if values else {}
-        else:
-            ranks = {task: self._ranks_of_all[task, parameter.layer] for task in spectra}
-        for task, rank in ranks.items():
-            self.ranks[task, parameter.layer] = KeptRank(task, parameter.layer, rank, len(values[task]))
+    def purified(self) -> Iterator[tuple[str, Parameter, Tensor]]:
+        """Task, parameter and purified fine-tuned tensor (float32) of every layer and purified task, layer by layer.
+
+        Where there are fewer tasks than workers, several layers are purified at a time, see `layers_at_once`.
+        """
+        for layers in self._batches():
+            for parameter, weights in zip(layers, self._purify(layers), strict=True):
+                for task in self.purified_tasks:
+                    # Handed over, so that it does not stay in memory while the next layers are purified.
+                    yield task, parameter, weights.pop(task)
+
+    def _batches(self) -> Iterator[Sequence[Parameter]]:
+        """The layers, as many together as give every worker something to do."""
+        size = layers_at_once(len(self.purified_tasks), self._workers)
+        for start in range(0, len(self.layers), size):
+            yield self.layers[start : start + size]
+
+    def _purify(self, layers: Sequence[Parameter]) -> list[dict[str, Tensor]]:
+        """All tasks' weights of some layers; the tasks of a layer go together because they share its ranks."""
+        spectra = self._spectra(layers)
+        ranks: dict[Key, int] = {}
+        for parameter, own in zip(layers, spectra, strict=True):
+            found = self._ranks(parameter, {task: spectrum.values for task, spectrum in own.items()})
+            for task, rank in found.items():
+                ranks[task, parameter.layer] = rank
+                full = len(own[task].values)
+                self.ranks[task, parameter.layer] = KeptRank(task, parameter.layer, rank, full)
         jobs = [
-            partial(self._project, task, parameter, spectra.get(task), ranks.get(task)) for task in self.purified_tasks
+            partial(self._project, task, parameter, own.get(task), ranks.get((task, parameter.layer)))
+            for (parameter, own), task in product(zip(layers, spectra, strict=True), self.purified_tasks)
         ]
-        return dict(zip(self.purified_tasks, in_parallel(jobs, self._workers), strict=True))
+        return self._by_layer(in_parallel(jobs, self._workers))
+
+    def _by_layer(self, results: Sequence[Result]) -> list[dict[str, Result]]:
+        """What jobs over layers and tasks gave, by task for each layer."""
+        tasks = self.purified_tasks
+        return [
+            dict(zip(tasks, results[start : start + len(tasks)], strict=True))
+            for start in range(0, len(results), len(tasks))
+        ]
+
+    def _ranks(self, parameter: Parameter, values: Mapping[str, Tensor]) -> Mapping[str, int]:
+        """The ranks of a layer's tasks."""
+        if self.options.scope != "layer":
+            return {task: self._ranks_of_all[task, parameter.layer] for task in values}
+        return self._allocate(values) if values else {}
 
     def _project(self, task: str, parameter: Parameter, spectrum: KnowledgeSpectrum | None, rank: int | None) -> Tensor:
         """One task's purified weight, as it is stored."""
@@ -152,16 +187,19 @@ class PurifiedTaskVectors(DerivedTaskVectors):
         vector = parameter.as_matrix(self.source.vector(task, parameter, base=base))
         return parameter.from_matrix(parameter.as_matrix(base) + remove_tail(vector, spectrum, rank))
 
-    def _spectra(self, parameter: Parameter) -> dict[str, KnowledgeSpectrum]:
-        """The spectra of the tasks that have one in this layer; the others are listed in ``untouched``."""
-        found = in_parallel([partial(self._spectrum, task, parameter) for task in self.purified_tasks], self._workers)
-        spectra = {}
-        for task, spectrum in zip(self.purified_tasks, found, strict=True):
-            if isinstance(spectrum, str):
-                self.untouched[task, parameter.layer] = spectrum
-            else:
-                spectra[task] = spectrum
-        return spectra
+    def _spectra(self, layers: Sequence[Parameter]) -> list[dict[str, KnowledgeSpectrum]]:
+        """The spectra of the tasks that have one, for each of some layers; the others are listed in ``untouched``."""
+        jobs = [partial(self._spectrum, task, parameter) for parameter, task in product(layers, self.purified_tasks)]
+        found = []
+        for parameter, results in zip(layers, self._by_layer(in_parallel(jobs, self._workers)), strict=True):
+            spectra = {}
+            for task, result in results.items():
+                if isinstance(result, str):
+                    self.untouched[task, parameter.layer] = result
+                else:
+                    spectra[task] = result
+            found.append(spectra)
+        return found
 
     def _spectrum(self, task: str, parameter: Parameter) -> KnowledgeSpectrum | str:
         """A task's spectrum of one layer, or the reason why there is none."""
@@ -198,12 +236,13 @@ class PurifiedTaskVectors(DerivedTaskVectors):
         """Ranks of all tasks and layers, for the scopes that share a budget among layers."""
         values: dict[Key, Tensor] = {}
         ranks: dict[Key, int] = {}
-        for parameter in self.layers:
-            # Only the values are kept; the directions of all layers would not fit in memory.
-            own = {task: spectrum.values for task, spectrum in self._spectra(parameter).items()}
-            values.update({(task, parameter.layer): found for task, found in own.items()})
-            if self.options.scope == "model" and own:
-                ranks.update({(task, parameter.layer): rank for task, rank in self._allocate(own).items()})
+        for layers in self._batches():
+            for parameter, spectra in zip(layers, self._spectra(layers), strict=True):
+                # Only the values are kept; the directions of all layers would not fit in memory.
+                own = {task: spectrum.values for task, spectrum in spectra.items()}
+                values.update({(task, parameter.layer): found for task, found in own.items()})
+                if self.options.scope == "model" and own:
+                    ranks.update({(task, parameter.layer): rank for task, rank in self._allocate(own).items()})
         if self.options.scope == "global":
             return self._allocate(values)
         averaged = averaged_ranks(ranks, {key: len(found) for key, found in values.items()})
@@ -230,6 +269,11 @@ class PurifiedTaskVectors(DerivedTaskVectors):
 def workers_of(compute: Compute) -> int:
     """How many threads purify at once."""
     return 1 if compute.device != "cpu" else compute.workers or torch.get_num_threads()
+
+
+def layers_at_once(tasks: int, workers: int) -> int:
+    """How many layers are purified at a time, one task of one layer a worker: one, where the tasks suffice."""
+    return max(1, math.ceil(workers / max(1, tasks)))
 
 
 def budget_problems(options: Purify, layers: Sequence[Parameter], tasks: int) -> Iterator[str]:

@@ -22,6 +22,7 @@ from pave_lightning.reporting.experiment_table import (
     summary_of,
 )
 from pave_lightning.reporting.experiment_view import ExperimentView
+from pave_lightning.reporting.scores import left_out_sentence
 
 KNEE_TOLERANCE = 0.01
 # With fewer seeds a spread says nothing
@@ -311,12 +312,8 @@ def _notes(scores: ExperimentScores) -> list[str]:
             " one in twenty misses zero by chance."
         )
     if scores.left_out:
-        places = ", ".join(f"{task} (seed {seed})" for task, seed in scores.left_out)
         tasks = len(dict.fromkeys(task for task, _ in scores.left_out))
-        lines.append(
-            f"{tasks} task{'s' if tasks != 1 else ''} left out of the average, for every model alike, where the expert"
-            f" has no score above zero: {places}."
-        )
+        lines.append(left_out_sentence(tasks, [f"{task} (seed {seed})" for task, seed in scores.left_out]))
     lost = int(scores.merged()["score"].isna().sum())
     if lost:
         lines.append(f"{lost} of {len(scores.merged())} averages (one a setting, model and seed) are missing.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from pave_lightning.reporting.experiment_findings import findings, findings_of
@@ -52,7 +53,8 @@ def write_experiment(frame: pd.DataFrame, view: ExperimentView, folder: Path | s
 def _of_one_type(frame: pd.DataFrame) -> pd.DataFrame:
     """Columns that hold numbers and words, which parquet cannot, become words."""
     frame = frame.copy()
-    for name in frame.select_dtypes(object).columns:
+    # Columns of texts alone, which pandas tells apart, are of one type already.
+    for name in [name for name, kind in frame.dtypes.items() if isinstance(kind, np.dtype) and kind.hasobject]:
         present = [value for value in frame[name] if not _is_absent(value)]
         if len({type(value) for value in present}) > 1:
             frame[name] = [None if _is_absent(value) else plainly(value) for value in frame[name]]

@@ -13,6 +13,7 @@ from ruamel.yaml import YAML
 
 from pave_lightning.reporting.markdown import escaped, table
 from pave_lightning.reporting.scores import Model, ScoreTable
+from pave_lightning.reporting.untouched import untouched_lines
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", flags=re.ASCII)
 
@@ -51,6 +52,7 @@ class ExpertSource:
 def model_card(
     *,
     name: str,
+    title: str | None = None,
     base_model: str,
     method: str,
     form: Literal["static", "per-task"],
@@ -60,6 +62,7 @@ def model_card(
     scale: float | None = None,
     scale_origin: str = "",
     purification: Mapping[str, Any] | None = None,
+    untouched: Sequence[Sequence[str]] = (),
     experts: Sequence[ExpertSource] = (),
     scores: ScoreTable | None = None,
     versions: Mapping[str, str] | None = None,
@@ -68,6 +71,7 @@ def model_card(
 
     Args:
         name: Name of the model, as in the tables.
+        title: What the card is headed with; the name where nothing is said.
         base_model: Hub id or folder of the base. Only a hub id is put into the front matter.
         method: The merge rule.
         form: static, or per-task when something extra is kept for each task.
@@ -77,6 +81,7 @@ def model_card(
         scale: What the merged task vector was multiplied with, if the method has a scale.
         scale_origin: How the scale was found, such as "best of 7 on the validation split".
         purification: Options of the purification, for purified vectors.
+        untouched: Task, layer and reason of each layer that purification left as it is, for purified vectors.
         experts: Where the experts came from.
         scores: Scores of base, experts and this model (others are left out), once they are known.
         versions: Versions of the software by name.
@@ -97,11 +102,11 @@ def model_card(
         ("tasks", ", ".join(escaped(task) for task in tasks)),
     ]
     if scale is not None:
-        facts.append(("scale", f"{scale!r}" + (f" ({escaped(scale_origin)})" if scale_origin else "")))
+        facts.append(("scale", f"{scale:.4g}" + (f" ({escaped(scale_origin)})" if scale_origin else "")))
 
     parts = [
         f"---\n{_yaml(front)}---",
-        f"# {escaped(name)}",
+        f"# {escaped(title or name)}",
         "Separately fine-tuned experts, merged with pave-lightning.",
         table(["", ""], facts),
     ]
@@ -109,9 +114,12 @@ def model_card(
         parts += ["## Options of the method", _yaml_block(options)]
     if purification and vectors == "purified":
         parts += ["## Purification", _yaml_block(purification)]
+        if untouched:
+            lines = [f"- {escaped(line)}" for line in untouched_lines(untouched)]
+            parts += ["These layers were left as they are:", "\n".join(lines)]
     parts += ["## Use", STATIC if form == "static" else PER_TASK, STATIC_USE if form == "static" else PER_TASK_USE]
     if scores is not None and scores.tasks():
-        parts += ["## Scores", _scores(scores, Model(name, vectors, form)), _reading(form)]
+        parts += ["## Scores", _scores(scores, Model(name, vectors, form)), _reading(form, scores.left_out_note())]
     if experts:
         rows = [(escaped(expert.task), _code(expert.source), _code(expert.digest)) for expert in experts]
         parts += ["## Experts", table(["task", "source", "digest of the weights"], rows)]
@@ -136,8 +144,10 @@ def _scores(scores: ScoreTable, merged: Model) -> str:
     return table([escaped(cell) for cell in header], rows)
 
 
-def _reading(form: str) -> str:
+def _reading(form: str, left_out: str) -> str:
     text = "*normalised*: a score divided by that of the task's expert, averaged over the tasks."
+    if left_out:
+        text += f" {escaped(left_out)}"
     if form == "per-task":
         text += " This model keeps something extra for each task; compare it with static models with care."
     return text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ EXPERT_COLOUR, BASE_COLOUR = "#009E73", "#D55E00"
 TASK_MARKERS = "osD^vP<>X*"
 
 BAR_WIDTH = 0.38
+NOTE_SIZE, LETTERS_PER_INCH = 8, 15
 # One value far below zero must not flatten all others
 LOWEST, HIGHEST = -0.3, 1.5
 
@@ -31,7 +33,8 @@ LOWEST, HIGHEST = -0.3, 1.5
 def normalised_scores(table: ScoreTable, path: Path | str) -> None:
     """Draw the normalised averages of the merged models as bars, plain and purified side by side, one dot a task.
 
-    Values that do not exist are marked n/a; values beyond the axis are drawn at its edge.
+    Values that do not exist are marked n/a; values beyond the axis are drawn at its edge. A line at the foot names
+    tasks that are left out.
 
     Args:
         table: The scores.
@@ -64,6 +67,7 @@ def normalised_scores(table: ScoreTable, path: Path | str) -> None:
     axes.set_title("Normalised scores: average (bar) and single tasks (dots)", loc="left", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     _draw_legend(axes, kinds, tasks, with_per_task=any(form == "per-task" for _, form in rows))
+    _draw_note(figure, table.left_out_note())
     write_figure(figure, path)
 
 
@@ -202,6 +206,12 @@ def _draw_legend(axes: Axes, kinds: list[str], tasks: list[str], *, with_per_tas
             for index, task in enumerate(tasks)
         ]
     axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=9)
+
+
+def _draw_note(figure: Figure, note: str) -> None:
+    if note:
+        wide = int(figure.get_figwidth() * LETTERS_PER_INCH)
+        figure.supxlabel(textwrap.fill(note, wide), x=0.01, horizontalalignment="left", fontsize=NOTE_SIZE)
 
 
 def _clamped(value: float) -> float:

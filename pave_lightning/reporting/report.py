@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from pave_lightning.reporting.model_card import ExpertSource, model_card
 from pave_lightning.reporting.plots import kept_ranks, normalised_scores
 from pave_lightning.reporting.scores import Model, Score, ScoreTable
 from pave_lightning.reporting.tables import render
+from pave_lightning.reporting.untouched import untouched_lines
 from pave_lightning.tracking import Tracker, environment_tags
 from pave_lightning.workflow import Workflow, merge_params
 
@@ -43,6 +45,7 @@ def write_report(workflow: Workflow, console: Console | None = None) -> ScoreTab
         _record(workflow, workflow.tracker, table, files)
     console = console or Console()
     console.print(render(table, console.width))
+    _print_untouched(workflow, console)
     console.print(f"results: {root / 'results.csv'}", soft_wrap=True)
     return table
 
@@ -102,9 +105,7 @@ def collect_scores(workflow: Workflow) -> ScoreTable:
 
 def _draw_ranks(workflow: Workflow) -> list[Path]:
     """One heat map for each distinct purification."""
-    stages = workflow.stages
-    used = [_purification(workflow, step) for step, kind in stages.merges() if kind == "purified"]
-    distinct = {stages.purified(options).name: options for options in used if options.rho != 1}
+    distinct = _purifications(workflow)
     files = []
     for name, options in distinct.items():
         ending = "" if len(distinct) == 1 else "-" + name.partition("/")[2]
@@ -116,10 +117,43 @@ def _draw_ranks(workflow: Workflow) -> list[Path]:
     return files
 
 
+def _purifications(workflow: Workflow) -> dict[str, Purify]:
+    """The distinct purifications that merged models were made with, by the names of their stages."""
+    stages = workflow.stages
+    used = [_purification(workflow, step) for step, kind in stages.merges() if kind == "purified"]
+    return {stages.purified(options).name: options for options in used if options.rho != 1}
+
+
 def _purification(workflow: Workflow, step: MergeStep) -> Purify:
     """The purification that a merged model was made with: the chosen ratio where the recipe says auto."""
     facts = workflow.stages.finished(workflow.stages.merged(step, "purified")).result
     return step.purify.model_copy(update={"rho": facts["rho"]})
+
+
+def _untouched(workflow: Workflow, options: Purify) -> list[list[str]]:
+    """Task, layer and reason of each layer that a purification left as it is."""
+    found: list[list[str]] = workflow.purify(options).result.get("untouched", []) if options.rho != 1 else []
+    return found
+
+
+def _unreached(workflow: Workflow) -> Iterator[tuple[str, str, str]]:
+    """Task, layer and reason of each layer that was watched in vain when the statistics were captured."""
+    stages = workflow.stages
+    for task in workflow.recipe.tasks if stages.need_statistics() else ():
+        found = stages.current(stages.statistics(task))
+        for layer in found.result.get("unreached", []) if found is not None else ():
+            yield task.name, layer, "no example reached it"
+
+
+def _print_untouched(workflow: Workflow, console: Console) -> None:
+    """What the statistics lack, and what each purification of the merged models left as it is."""
+    sections = {"capture: layers without statistics": untouched_lines(_unreached(workflow))}
+    for options in _purifications(workflow).values():
+        heading = f"purification ({options.summary}): layers left as they are"
+        sections[heading] = untouched_lines(_untouched(workflow, options))
+    for heading, lines in sections.items():
+        if lines:
+            console.print("\n".join([heading, *(f"  {line}" for line in lines)]), soft_wrap=True, markup=False)
 
 
 def _write_cards(workflow: Workflow, table: ScoreTable) -> None:
@@ -134,13 +168,15 @@ def _write_cards(workflow: Workflow, table: ScoreTable) -> None:
         stage = workflow.stages.merged(step, vectors)
         facts = workflow.stages.finished(stage).result
         found = f"best of {len(facts['search'])} on the validation splits" if "search" in facts else ""
-        purification = _purification(workflow, step).model_dump() if vectors == "purified" else None
+        purify = _purification(workflow, step) if vectors == "purified" else None
+        purification = None if purify is None else purify.model_dump()
         if purification is not None and "rho_search" in facts:
             purification["rho_origin"] = (
                 f"best of {len({entry[0] for entry in facts['rho_search']})} on the validation splits"
             )
         card = model_card(
-            name=f"{recipe.name}: {step.name} ({vectors})",
+            name=step.name,
+            title=f"{recipe.name}: {step.name} ({vectors})",
             base_model=recipe.base,
             method=step.method,
             form=facts["form"],
@@ -150,6 +186,7 @@ def _write_cards(workflow: Workflow, table: ScoreTable) -> None:
             scale=facts["scale"],
             scale_origin=found,
             purification=purification,
+            untouched=() if purify is None else _untouched(workflow, purify),
             experts=experts,
             scores=ScoreTable(
                 score

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,8 +131,23 @@ class ScoreTable:
 
         Tasks whose expert has no positive value are left out, for every model alike; NaN when another value is missing.
         """
-        tasks = [task for task in self.tasks() if self._experts.get((task, self.headlines[task]), math.nan) > 0]
-        return _mean([self.normalised_value(model, task) for task in tasks])
+        left_out = self.left_out()
+        return _mean([self.normalised_value(model, task) for task in self.tasks() if task not in left_out])
+
+    def left_out(self) -> dict[str, float]:
+        """Tasks that no normalised average counts, with their expert's headline value: not positive, or NaN."""
+        experts = {task: self._experts.get((task, metric), math.nan) for task, metric in self.headlines.items()}
+        return {task: value for task, value in experts.items() if not value > 0}
+
+    def left_out_note(self) -> str:
+        """Which tasks no normalised average counts, and why, in one sentence; empty where all count."""
+        if not self._experts:
+            return ""
+        places = [
+            f"{task} ({'no score' if math.isnan(value) else f'{self.headlines[task]} {value:.3g}'})"
+            for task, value in self.left_out().items()
+        ]
+        return left_out_sentence(len(places), places)
 
     def to_long_frame(self) -> pd.DataFrame:
         """One row a score: the fields of `Score` and `normalised`."""
@@ -191,6 +206,21 @@ class ScoreTable:
             ]
             for model in self.models()
         ]
+
+
+def left_out_sentence(tasks: int, places: Sequence[str]) -> str:
+    """What is said of tasks that no normalised average counts; empty where there is none.
+
+    Args:
+        tasks: How many there are.
+        places: Each task, with what tells more in brackets.
+    """
+    if not tasks:
+        return ""
+    return (
+        f"{tasks} task{'s' if tasks != 1 else ''} left out of the normalised average, for every model alike, where the"
+        f" expert has no score above zero: {', '.join(places)}."
+    )
 
 
 def model_of(score: Score) -> Model:

@@ -53,7 +53,7 @@ def render(table: ScoreTable, width: int = 100) -> Table:
         for group in _groups(tasks, [_width(table, task) for task in tasks], free):
             whole.add_row("")
             whole.add_row(_part(table, group, with_averages=False))
-    whole.caption = Text("\n" + _caption(table), style="dim")
+    whole.caption = Text("\n" + "\n".join(filter(None, [_caption(table), table.left_out_note()])), style="dim")
     whole.caption_justify = "left"
     return whole
 

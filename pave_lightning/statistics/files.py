@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
+
+from pave_lightning.files import write_tensors
 
 
 def write_whole(file: Path, tensors: Mapping[str, Tensor], key: str, header: Mapping[str, Any]) -> None:
@@ -27,7 +28,7 @@ def write_whole(file: Path, tensors: Mapping[str, Tensor], key: str, header: Map
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
-        save_file(dict(tensors), temporary, metadata={key: json.dumps(header, sort_keys=True)})
+        write_tensors(temporary, tensors, {key: json.dumps(header, sort_keys=True)})
         with temporary.open("rb+") as written:
             os.fsync(written.fileno())
         temporary.replace(file)

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pave_lightning.errors import PaveError, nearest
+from pave_lightning.files import read_failure
 from pave_lightning.statistics.files import write_whole
 
 GradientKind = Literal["fisher", "absolute"]
@@ -186,7 +187,8 @@ def _read_header(file: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]
             shapes = {name: tuple(view.get_shape()) for name, view in views.items()}
             formats = {str(view.get_dtype()) for view in views.values()}
     except (SafetensorError, OSError) as error:
-        raise PaveError(f"{file} is truncated or no safetensors file ({error}): take the gradients again") from error
+        damaged = f"{file} is truncated or no safetensors file ({error}): take the gradients again"
+        raise PaveError(read_failure(file, damaged)) from error
     if text is None:
         raise PaveError(f"{file} is a safetensors file, but holds no task's gradients: give one written by a capture")
     try:

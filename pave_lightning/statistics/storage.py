@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pave_lightning.errors import PaveError, nearest
+from pave_lightning.files import read_failure
 from pave_lightning.statistics.files import write_whole
 from pave_lightning.statistics.norm_moment import NormMoment
 from pave_lightning.statistics.second_moment import LayerMoment
@@ -119,7 +120,7 @@ class TaskStatistics(Mapping[str, LayerMoment]):
             found = statistics.metadata.get(key, expected)
             if found != expected:
                 raise PaveError(
-                    f"{file} was captured of something else: expected {key} {expected}, found {found}: {again(file)}"
+                    f"{file} was captured of another expert: expected {key} {expected}, found {found}: {again(file)}"
                 )
         for name, entry in header["layers"].items():
             seen = entry.get("seen", entry["rows"])  # format 1 counted all rows
@@ -292,7 +293,8 @@ def _read_header(file: Path) -> tuple[dict[str, Any], dict[str, tuple[int, int]]
             text = (opened.metadata() or {}).get(HEADER_KEY)
             shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise PaveError(f"{file} is truncated or no safetensors file ({error}): {again(file)}") from error
+        damaged = f"{file} is truncated or no safetensors file ({error}): {again(file)}"
+        raise PaveError(read_failure(file, damaged)) from error
     if text is None:
         raise PaveError(f"{file} is a safetensors file, but holds no task statistics: give one written by a capture")
     try:

@@ -25,6 +25,8 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib")
+SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "vertical bars", ",": "commas"}
+SHOWN_OF_A_HEADER = 60
 MISSING_LABELS = ("", "NA", "N/A", "NaN", "nan", "NULL", "null", "None")
 
 
@@ -175,6 +177,8 @@ def _read_local(task: Task, split: Split, cache_dir: Path) -> datasets.Dataset:
     try:
         if _holds_no_rows(path, kind):
             raise _empty(task, split)
+        if kind == "csv":
+            _check_separator(task, split, path)
         return datasets.load_dataset(
             kind,
             # The path is taken for a glob pattern otherwise, and folders may be named run[1].
@@ -195,10 +199,33 @@ def _csv_options(task: Task, path: Path) -> dict[str, Any]:
     # pandas reads words such as NA and null as missing, but in a text they are words.
     labels = [word for word in MISSING_LABELS if word not in (task.classes or ())]
     return {
-        "sep": "\t" if path.suffix.lower() == ".tsv" else ",",
+        "sep": _separator(path),
         "keep_default_na": False,
         "na_values": {**{column: [""] for column in task.text}, task.label: labels},
     }
+
+
+def _separator(path: Path) -> str:
+    return "\t" if path.suffix.lower() == ".tsv" else ","
+
+
+def _check_separator(task: Task, split: Split, path: Path) -> None:
+    """Refuse a file of one column whose name holds another separator: a task needs two columns at least."""
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        header = next((line.strip() for line in file if line.strip()), "")
+    wanted = _separator(path)
+    found = next((mark for mark in SEPARATORS if mark in header), None) if wanted not in header else None
+    if found is not None:
+        instead = {"\t": ", or name it .tsv", ",": ", or name it .csv"}.get(found, "")
+        raise PaveError(
+            f"{_where(task, split)}: expected columns separated by {SEPARATORS[wanted]}, but the first line names one "
+            f"column, {_shortened(header)!r}, with {SEPARATORS[found]} in its name; "
+            f"save the file with {SEPARATORS[wanted]} between the columns{instead}"
+        )
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= SHOWN_OF_A_HEADER else f"{text[:SHOWN_OF_A_HEADER]}..."
 
 
 def _holds_no_rows(path: Path, kind: str) -> bool:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pave_lightning.errors import PaveError
-from pave_lightning.files import file_sha256
+from pave_lightning.files import file_sha256, read_failure
 from pave_lightning.subspace import is_finite
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -123,7 +123,7 @@ def stored_tensors(file: Path, again: str = "fetch or save the checkpoint again"
         again: what to do where it cannot be read.
 
     Raises:
-        PaveError: it is truncated or no safetensors file.
+        PaveError: it is missing, truncated or no safetensors file, or this user may not read it.
     """
     try:
         with safe_open(file, framework="pt") as opened:
@@ -133,7 +133,8 @@ def stored_tensors(file: Path, again: str = "fetch or save the checkpoint again"
                 for name, view in views.items()
             }
     except (SafetensorError, OSError) as error:
-        raise PaveError(f"{file} is truncated or no safetensors file ({error}); {again}") from error
+        damaged = f"{file} is truncated or no safetensors file ({error}); {again}"
+        raise PaveError(read_failure(file, damaged)) from error
 
 
 def model_digest(folder: Path) -> str:

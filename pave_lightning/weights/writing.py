@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
+
+from pave_lightning.files import write_tensors
 
 # What a writer holds in memory; checkpoints of many small shards load as those of few large ones do.
 SHARD_BYTES = 256_000_000
@@ -46,7 +47,7 @@ class ShardWriter:
         return self.folder / f"shard-{number}.tmp"
 
     def _flush(self) -> None:
-        save_file(self._pending, self._temporary(len(self._shards)), metadata={"format": "pt"})
+        write_tensors(self._temporary(len(self._shards)), self._pending, {"format": "pt"})
         self._shards.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
 

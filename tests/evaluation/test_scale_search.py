@@ -114,7 +114,36 @@ def test_a_search_that_may_widen_goes_on_beyond_its_ends(searcher, caplog, best,
     assert found["scale"] == chosen
     assert [scale for _, scale, _ in stub.asked] == [None, 1.0, 2.0, 3.0, *beyond]
     assert [scale for scale, _ in found["tried"]] == sorted([1.0, 2.0, 3.0, *beyond])
-    assert ("that was tried" in caplog.text) == (chosen == beyond[-1] if beyond else False)
+    at_end = bool(beyond) and chosen == beyond[-1]
+    assert (f"that was tried; search around {chosen:.4g}" in caplog.text) == at_end
+    assert "widen: true" not in caplog.text
+
+
+@pytest.mark.parametrize("widen", [False, True])
+@pytest.mark.parametrize(
+    ("curve", "beyond", "chosen"),
+    [
+        (lambda scale: 0.5, [], 1.0),
+        (lambda scale: 0.5 if scale < 2.5 else 0.1, [], 1.0),
+        (lambda scale: math.nan if scale > 1.5 else 0.5, [0.5], 0.5),  # what larger ones do says nothing
+        (lambda scale: 0.5 if scale < 0.8 else 0.4 / scale, [0.5, 0.25], 0.25),
+    ],
+)
+def test_a_search_does_not_walk_along_a_plateau(searcher, caplog, curve, beyond, chosen, widen):
+    stub, search = searcher((1, 1, 1), lambda scale: [curve(scale)] * 3)
+    found = find(search, search=(1.0, 3.0), points=3, widen=widen)
+    assert found["scale"] == (chosen if widen else 1.0)
+    assert [scale for _, scale, _ in stub.asked] == [None, 1.0, 2.0, 3.0, *(beyond if widen else [])]
+    plateau = widen or curve(1.0) == curve(2.0)
+    assert ("larger ones do as well" in caplog.text) == plateau
+    assert ("widen: true goes on" in caplog.text) == (not plateau)
+
+
+def test_below_a_negative_scale_nothing_is_widened_nor_said_to_be(searcher, caplog):
+    _, search = searcher((1, 1, 1), lambda scale: [-scale] * 3)
+    for widen in (False, True):
+        assert find(search, search=(-1.0, 0.0), points=2, widen=widen)["scale"] == -1.0
+    assert caplog.text.count("the smallest that was tried; search around -1") == 2
 
 
 def test_results_of_searches_that_do_not_widen_keep_their_keys():

@@ -332,3 +332,16 @@ def test_a_rule_tells_everything_that_is_wrong_before_it_begins(make_source, ran
 
 def test_every_rule_says_what_it_costs():
     assert all(isinstance(kind.cost, Cost) for kind in OURS.values())
+
+
+def test_a_rule_may_be_called_by_its_name(source_of, random_vectors):
+    source = source_of(random_vectors)
+    for name, rule in (("ties", OURS["ties"]()), ("emr", OURS["emr"]())):
+        found, expected = merge(name, source), merge(rule, source)
+        assert found.vectors.keys() == expected.vectors.keys() != set()
+        assert all(torch.equal(found.vectors[key], value) for key, value in expected.vectors.items())
+        assert found.rescalers == expected.rescalers
+    with pytest.raises(PaveError, match="unknown merge method 'tiess': did you mean 'ties'"):
+        merge("tiess", source)
+    with pytest.raises(TypeError, match=r"expected a merge rule such as Ties\(\), or the name of one, found <class"):
+        merge(OURS["ties"], source)

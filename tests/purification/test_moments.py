@@ -223,14 +223,16 @@ def test_what_was_captured_over_many_rows_of_few_directions_is_taken(make_source
     assert negative_ones
 
 
-@pytest.mark.parametrize("kind", ["input", "rows", "cross", "output"])
-def test_a_layer_whose_inputs_were_all_zero_is_left_as_it_is_and_listed(source, capture, kind):
+@pytest.mark.parametrize(
+    ("kind", "what"), [("input", "inputs"), ("rows", "inputs"), ("cross", "outputs"), ("output", "outputs")]
+)
+def test_a_layer_whose_moment_is_zero_is_left_as_it_is_and_listed(source, capture, kind, what):
     shape = {"input": (9, 9), "rows": (40, 9), "cross": (9, 9), "output": (9, 9)}[kind]
     statistics = capture(source, kind, replace={("b", "end.square"): np.zeros(shape)})
     vectors = purified(source, statistics, metric="root")
     square = source.named("end.square")
     assert torch.equal(vectors.expert("b", square), source.expert("b", square))
-    assert vectors.untouched == {("b", "end.square"): "all its inputs were zero"}
+    assert vectors.untouched == {("b", "end.square"): f"all its {what} were zero"}
     assert {task for task, _ in vectors.ranks} == {"a", "c"}
 
 

@@ -4,9 +4,11 @@ from itertools import permutations
 
 import numpy as np
 import pytest
+import torch
 
 from pave_lightning.errors import PaveError
 from pave_lightning.purification import PurifiedTaskVectors
+from pave_lightning.purification.vectors import layers_at_once
 from pave_lightning.recipe import Compute, Purify
 
 DAMPING = 0.1
@@ -173,6 +175,27 @@ def test_the_number_of_workers_changes_no_bit(source, statistics, same_everywher
     several = PurifiedTaskVectors(source, statistics, options, Compute(workers=workers))
     same_everywhere(one, several)
     assert one.ranks == several.ranks
+
+
+@pytest.mark.parametrize("tasks", [None, ["b"], ["c", "a"]])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_layers_that_are_purified_side_by_side_are_the_same(source, statistics, tasks, scope):
+    options = Purify(rho=0.7, scope=scope, tasks=tasks)
+    one = PurifiedTaskVectors(source, statistics, options, Compute(workers=1))
+    several = PurifiedTaskVectors(source, statistics, options, Compute(workers=7))
+    found = list(several.purified())
+    names = [task for task in "abc" if task in (tasks or "abc")]
+    assert [(task, parameter) for task, parameter, _ in found] == [
+        (t, source.named(layer)) for layer in LAYERS for t in names
+    ]
+    for task, parameter, weight in found:
+        assert torch.equal(weight, one.expert(task, parameter)), (task, parameter.name)
+    assert several.ranks == one.ranks
+
+
+def test_as_many_layers_go_together_as_keep_the_workers_busy():
+    assert [layers_at_once(tasks, 4) for tasks in (1, 2, 3, 4, 8)] == [4, 2, 2, 1, 1]
+    assert layers_at_once(1, 1) == layers_at_once(0, 1) == 1
 
 
 @pytest.mark.parametrize("metric", ["covariance", "root", "identity"])

@@ -83,7 +83,7 @@ def test_left_out_and_missing_are_said():
     rows[1]["value"] = 0.0
     rows[-1]["value"] = math.nan
     text = told(rows)
-    assert "1 task left out of the average" in text
+    assert "1 task left out of the normalised average" in text
     assert "no score above zero: b (seed 0)." in text
     assert "1 of 6 averages (one a setting, model and seed) are missing." in text
 

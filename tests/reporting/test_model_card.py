@@ -71,6 +71,30 @@ def test_everything_is_told():
     assert text.endswith("|\n")
 
 
+def test_the_title_is_no_name_of_a_row():
+    scores = ScoreTable([Score("ties", "plain", "static", "sst2", "accuracy", True, 0.5, 10)])
+    text = card(title="demo: ties (plain)", scores=scores)
+    assert "# demo: ties (plain)\n" in text
+    assert "| ties | 0.500 | 0.500 | - |" in text
+
+
+def test_tasks_left_out_and_untouched_layers_are_told():
+    scores = ScoreTable(
+        [
+            Score("experts", "", "expert", "sst2", "accuracy", True, 0.8, 10),
+            Score("experts", "", "expert", "cola", "matthews", True, -0.1, 10),
+        ]
+    )
+    untouched = [("sst2", "pooler.dense", "no example reached it")]
+    text = card(vectors="purified", purification={"rho": 0.9}, untouched=untouched, scores=scores)
+    assert "where the expert has no score above zero: cola (matthews -0.1).\n" in text
+    assert "left as they are:\n\n- no example reached it: 1 layer of sst2 (pooler.dense)\n" in text
+
+
+def test_scales_have_four_digits():
+    assert "| scale | 0.4333 |" in card(scale=0.43333333333333335)
+
+
 @pytest.mark.parametrize(("form", "use"), [("static", "**Static**"), ("per-task", "Loading needs the base model too")])
 def test_kind_says_how_to_use_it(form, use):
     assert use in card(form=form)

@@ -7,6 +7,7 @@ import pytest
 from matplotlib.image import imread
 
 from pave_lightning.purification import KeptRank
+from pave_lightning.reporting import plots
 from pave_lightning.reporting.plots import kept_ranks, normalised_scores, short_layer_names
 from pave_lightning.reporting.scores import Score, ScoreTable
 
@@ -47,6 +48,16 @@ def test_odd_values_do_not_break_the_picture(tmp_path, value):
         warnings.simplefilter("error")
         normalised_scores(odd, tmp_path / "scores.png")
     assert imread(tmp_path / "scores.png").shape[0] == 750
+
+
+def test_tasks_that_are_left_out_stand_under_the_picture(monkeypatch, tmp_path):
+    notes = []
+    monkeypatch.setattr(plots, "write_figure", lambda figure, path: notes.append(figure.get_supxlabel()))
+    normalised_scores(table(), tmp_path / "whole.png")
+    normalised_scores(table(Score("experts", "", "expert", "b", "r", True, -0.1, 10)), tmp_path / "part.png")
+    assert notes[0] == ""
+    assert "above zero: b (r -0.1)." in notes[1].replace("\n", " ")
+    assert max(map(len, notes[1].splitlines())) < 100
 
 
 def test_pictures_of_little(tmp_path):

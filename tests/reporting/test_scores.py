@@ -66,10 +66,22 @@ def test_an_expert_without_a_positive_value_normalises_nothing(useless):
     ties = table.models()[-1]
     assert math.isnan(table.normalised_value(ties, "a"))
     assert table.normalised_average(ties) == 0.5
+    assert list(table.left_out()) == ["a"]
+    found = "no score" if math.isnan(useless) else f"accuracy {useless:g}"
+    assert table.left_out_note() == (
+        "1 task left out of the normalised average, for every model alike, where the expert has no score above zero: "
+        f"a ({found})."
+    )
+
+
+def test_nothing_is_said_where_every_task_counts(table):
+    assert table.left_out() == {}
+    assert table.left_out_note() == ""
 
 
 def test_without_experts_nothing_is_normalised():
     table = ScoreTable([score("ties", "a", 0.3)])
+    assert table.left_out_note() == ""
     assert math.isnan(table.normalised_average(table.models()[0]))
     assert ScoreTable([]).models() == []
 

@@ -95,3 +95,11 @@ def test_missing_values_and_markup():
     assert "[bold]t" in text
     assert "nan" not in text
     assert shown(ScoreTable([]))
+
+
+def test_tasks_that_are_left_out_are_told_below():
+    table = scores(["a", "b"])
+    assert "left out" not in shown(table)
+    table = ScoreTable([*table.scores, Score("experts", "", "expert", "c", "pearson", True, -0.25, 10)])
+    told = " ".join(shown(table).split())
+    assert told.endswith("where the expert has no score above zero: c (pearson -0.25).")

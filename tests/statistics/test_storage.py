@@ -315,7 +315,7 @@ def test_refuses_what_was_captured_of_something_else(tmp_path: Path) -> None:
     with pytest.raises(PaveError) as caught:
         TaskStatistics.load(file, of={"expert": "two"})
     assert str(caught.value) == (
-        f"{file} was captured of something else: expected expert two, found one: "
+        f"{file} was captured of another expert: expected expert two, found one: "
         f"delete {file}, then capture the statistics again (pave capture RECIPE)"
     )
 

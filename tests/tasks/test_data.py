@@ -68,6 +68,29 @@ def test_a_changed_file_is_read_anew(make_task, load):
     assert len(load(make_task(train=ROWS * 2))) == 8
 
 
+@pytest.mark.parametrize(
+    ("name", "mark", "told"),
+    [
+        ("x.csv", ";", "separated by commas, but the first line names one column, 'text;label', with semicolons"),
+        ("x.csv", "\t", "with tabs in its name; save the file with commas between the columns, or name it .tsv"),
+        ("x.csv", "|", "with vertical bars in its name; save the file with commas between the columns"),
+        ("x.tsv", ",", "separated by tabs, but the first line names one column, 'text,label', with commas in its name"),
+    ],
+)
+def test_another_separator_is_told(make_task, check, tmp_path, name, mark, told):
+    path = tmp_path / name
+    path.write_text(f"\ufeff\ntext{mark}label\na, b; c{mark}1\n", encoding="utf-8")
+    (message,) = check(make_task(data={"train": str(path)}))
+    assert message.startswith(f"task 'toy', train split ({path}): expected columns ")
+    assert told in message
+
+
+def test_other_separators_inside_of_columns_are_text(make_task, check, tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text("text,label,a;b|c\na; b,1,0\nb | c,0,0\n")
+    assert check(make_task(data={"train": str(path)})) == []
+
+
 def test_csv_missing_number_is_missing_but_a_class_may_be_called_none(make_task, check, tmp_path):
     path = tmp_path / "x.csv"
     path.write_text("text,label\na,1.5\nb,NA\nc,2\n")

@@ -82,18 +82,18 @@ class IsoCts(MatrixMethod):
     def problems(self, vectors: TaskVectors, evidence: Evidence) -> Iterator[str]:
         """Matrices that leave no direction to the tasks or to their sum."""
         yield from super().problems(vectors, evidence)
-        tasks, share = len(vectors.tasks), self.options.common_share
-        for parameter in filter(self.covers, vectors.parameters):
-            common, own = self._split(min(parameter.matrix_shape), tasks)
-            if own and common > 0:
-                continue
-            height, width = parameter.matrix_shape
-            what = "the tasks' common part" if own else f"each of {tasks} tasks"
-            yield (
-                f"{parameter.name} is {height} x {width}: with common_share {share:g} none of its "
-                f"{min(height, width)} singular directions is left for {what}; "
-                f"{'raise' if own else 'lower'} common_share, merge fewer tasks, or use iso_c"
-            )
+        yield from self.refusals(vectors, self._misfit)
+
+    def _misfit(self, parameter: Parameter, tasks: int) -> str | None:
+        directions, share = min(parameter.matrix_shape), self.options.common_share
+        common, own = self._split(directions, tasks)
+        if own and common > 0:
+            return None
+        what = "the tasks' common part" if own else f"each of {tasks} tasks"
+        return (
+            f"with common_share {share:g} none of its {directions} singular directions is left for {what}; "
+            f"{'raise' if own else 'lower'} common_share, merge fewer tasks, or use iso_c"
+        )
 
     def _split(self, directions: int, tasks: int) -> tuple[int, int]:
         """How many directions are common, and how many are each task's own."""

@@ -16,6 +16,8 @@ from pave_lightning.merging.modulators import LowRank
 from pave_lightning.subspace import leading_triplets, polar_factor
 from pave_lightning.weights import Parameter, TaskVectors
 
+SPLIT_LESS = "merge fewer tasks, or use a rule that splits no ranks"
+
 
 def rank_of_share(directions: int, share: float | None, tasks: int) -> int:
     """How many of a matrix's singular directions each task keeps.
@@ -30,15 +32,18 @@ def rank_of_share(directions: int, share: float | None, tasks: int) -> int:
 
 
 def too_few_outputs(parameter: Parameter, tasks: int) -> str | None:
-    """Why the output directions of a matrix weight cannot be split among so many tasks; None if they can."""
+    """Why the output directions of a matrix weight cannot be split among so many tasks; None if they can.
+
+    What is said follows the name and the shape of the matrix, as in `MatrixMethod.refusals`.
+    """
     height, _ = parameter.matrix_shape
     if height < 2 * tasks:
-        return _cannot_split(parameter, f"its {height} outputs are fewer than two for each of {tasks} tasks")
+        return f"its {height} outputs are fewer than two for each of {tasks} tasks; {SPLIT_LESS}"
     return None
 
 
 def too_narrow(parameter: Parameter, tasks: int, rank: int | None = None) -> str | None:
-    """Why the singular directions of a matrix weight cannot be split among so many tasks; None if they can.
+    """Why the singular directions of a matrix weight cannot be split among so many tasks; as `too_few_outputs`.
 
     Args:
         parameter: the matrix weight.
@@ -48,18 +53,13 @@ def too_narrow(parameter: Parameter, tasks: int, rank: int | None = None) -> str
     height, width = parameter.matrix_shape
     directions = min(height, width)
     if directions < tasks:
-        return _cannot_split(parameter, f"its {directions} singular directions cannot be split among {tasks} tasks")
+        return f"its {directions} singular directions cannot be split among {tasks} tasks; {SPLIT_LESS}"
     if rank is not None and rank * tasks > directions and height >= 2 * tasks:
         return (
-            f"{parameter.name} is {height} x {width}: {rank} singular directions for each of {tasks} tasks are more "
-            f"than its {directions}; keep at most {directions // tasks} for each, or merge fewer tasks"
+            f"{rank} singular directions for each of {tasks} tasks are more than its {directions}; keep at most "
+            f"{directions // tasks} for each, or merge fewer tasks"
         )
     return too_few_outputs(parameter, tasks)
-
-
-def _cannot_split(parameter: Parameter, why: str) -> str:
-    height, width = parameter.matrix_shape
-    return f"{parameter.name} is {height} x {width}: {why}; merge fewer tasks, or use a rule that splits no ranks"
 
 
 class TsvMergeOptions(MatrixOptions):
@@ -107,10 +107,7 @@ class TsvMerge(MatrixMethod):
         rank = rank_of_share(directions, share, tasks)
         problem = too_narrow(parameter, tasks, rank)
         if problem is None and not rank:
-            return (
-                f"{parameter.name} has {directions} singular directions, of which the share {share:g} leaves none; "
-                "raise rank_share"
-            )
+            return f"of its {directions} singular directions the share {share:g} leaves none; raise rank_share"
         return problem
 
     def merge_matrix(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:

@@ -86,7 +86,7 @@ def test_statistics_are_needed_for_moments_of_inputs(make_source):
 @pytest.mark.parametrize("kind", [AnchoredRegression, DataFreeAnchoredRegression])
 def test_an_anchor_is_needed(kind, make_source, make_evidence):
     vectors, inputs = drawn()
-    with pytest.raises(PaveError, match="needed as anchor; name its merge step with the key 'anchor'"):
+    with pytest.raises(PaveError, match="its anchor, but none was given; in a recipe name that rule's merge step"):
         merge(kind(), make_source(vectors, matrices=["w"]), make_evidence(inputs))
 
 

@@ -135,7 +135,7 @@ def test_what_is_missing_is_told(walkable):
     with pytest.raises(PaveError) as caught:
         merge(FeatureCalibration(), source)
     assert "task 'one': unlabelled examples are needed" in str(caught.value)
-    assert "needed as anchor; name its merge step with the key 'anchor'" in str(caught.value)
+    assert "in a recipe name that rule's merge step with the key 'anchor'" in str(caught.value)
 
 
 def test_weight_and_bias_together_are_one_affine_least_squares_solution(walkable):

@@ -170,7 +170,9 @@ def test_what_is_missing_is_told_task_by_task(make_source, random_vectors, rando
 
 def test_gradients_of_another_kind_are_refused(make_source, random_vectors, random_information):
     given = evidence_of(random_information, kind="absolute")
-    with pytest.raises(PaveError, match="task 'one': expected Fisher information, found 'absolute'"):
+    with pytest.raises(
+        PaveError, match=r"task 'one': expected Fisher information .*gradients/fisher-TASK\), found labelled gradients"
+    ):
         merge(Fisher(), make_source(random_vectors), given)
 
 

@@ -151,7 +151,10 @@ def test_what_is_missing_is_told(make_source, random_vectors, random_gradients):
     ):
         run(make_source(random_vectors), random_gradients)
     given = evidence_of(random_gradients, kind="fisher")
-    with pytest.raises(PaveError, match="task 'one': expected labelled gradients, found 'fisher'"):
+    with pytest.raises(
+        PaveError,
+        match=r"task 'one': expected labelled gradients .*gradients/absolute-TASK\), found Fisher information",
+    ):
         merge(Tatr(), make_source(random_vectors), given)
 
 

@@ -136,7 +136,7 @@ def test_a_share_that_needs_more_directions_than_there_are(make_source, share, k
 
 def test_a_share_that_leaves_nothing(make_source):
     with pytest.raises(
-        PaveError, match=r"w has 5 singular directions, of which the share .* leaves none; raise rank_share"
+        PaveError, match=r"w is 5 x \d+: of its 5 singular directions the share .* leaves none; raise rank_share"
     ):
         run(make_source, random_matrices(2, (5, 30)), TsvMerge(TsvMergeOptions(rank_share=0.1)))
 
@@ -205,3 +205,16 @@ def test_compression_of_a_convolution(make_source):
     left, values, right = np.linalg.svd(kernels[0].reshape(4, 12), full_matrices=False)
     expected = (left[:, :2] * values[:2] @ right[:2]).reshape(4, 3, 2, 2)
     assert np.allclose(merged.own("task0", "w").numpy(), expected, atol=1e-5)
+
+
+def test_matrices_of_one_shape_are_refused_in_one_line(make_source):
+    wide, high = random_matrices(3, (5, 30)), random_matrices(3, (30, 2))
+    vectors = {
+        f"task{index}": {**{f"w{number}": wide[index] for number in range(4)}, "v": high[index]} for index in range(3)
+    }
+    with pytest.raises(PaveError) as told:
+        merge(TsvMerge(), make_source(vectors, matrices=["v", "w0", "w1", "w2", "w3"]))
+    assert [line.strip(" -").partition("; ")[0] for line in str(told.value).splitlines()[1:]] == [
+        "v is 30 x 2: its 2 singular directions cannot be split among 3 tasks",
+        "w0 is 5 x 30 (and 3 more, such as w1, w2): its 5 outputs are fewer than two for each of 3 tasks",
+    ]
