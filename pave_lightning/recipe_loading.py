@@ -18,7 +18,8 @@ from ruamel.yaml.representer import SafeRepresenter
 from pave_lightning.errors import PaveError, Problems, nearest
 from pave_lightning.recipe import MergeStep, Recipe
 from pave_lightning.recipe_overrides import apply_overrides
-from pave_lightning.recipe_problems import check_recipe, show
+from pave_lightning.recipe_problems import check_recipe
+from pave_lightning.recipe_wording import show
 from pave_lightning.tasks.suites import suite_task_names
 
 __all__ = ["load_recipe", "recipe_digest", "recipe_schema", "recipe_to_yaml"]

@@ -12,7 +12,7 @@ import pytest
 PACKAGE = "pave_lightning"
 ROOT = Path(find_spec(PACKAGE).submodule_search_locations[0])
 
-RECIPE_FILES = {"recipe", "recipe_loading", "recipe_overrides", "recipe_problems", "tasks.suites"}
+RECIPE_FILES = {"recipe", "recipe_loading", "recipe_overrides", "recipe_problems", "recipe_wording", "tasks.suites"}
 LIBRARY = {
     *("callbacks", "costs", "errors", "evaluation", "experts", "exporting", "launching", "merging", "files"),
     *("purification", "recipe", "recipe_loading", "run_folder", "statistics", "subspace", "tasks", "tracking"),
@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "recipe": {"errors", "files", "tasks.suites"},
     "recipe_overrides": {"errors"},
     "recipe_problems": {"errors", "files"} | RECIPE_FILES,
+    "recipe_wording": {"errors", "recipe", "recipe_overrides", "tasks.suites"},
     "recipe_loading": {"errors", "files"} | RECIPE_FILES,
     "callbacks": {"errors", "layers", "statistics"},
     "merging": {"errors", "layers", "statistics", "subspace", "weights"},
