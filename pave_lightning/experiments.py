@@ -98,7 +98,7 @@ def plan_experiment(name: str, overrides: Sequence[str] = (), console: Console |
     recipe, cells = _grid(name, overrides)
     with planning_folder(recipe) as folder:
         _check(cells, view_of(recipe), folder)
-        table = Table(title=f"experiment {recipe.name} in {folder.root}", title_justify="left")
+        table = Table()
         for heading in ("", "setting", "experts", "scores"):
             table.add_column(heading)
         undone = 0
@@ -109,7 +109,10 @@ def plan_experiment(name: str, overrides: Sequence[str] = (), console: Console |
             undone += not all(scores)
             table.add_row(str(number), cell.label, _told(experts), _told(scores))
         table.caption, table.caption_justify = f"{len(cells)} settings, {undone} to do", "left"
-        (console or Console()).print(table)
+        console = console or Console()
+        # A title would be broken to the width of the table.
+        console.print(f"experiment {recipe.name} in {folder.root}", soft_wrap=True, markup=False, highlight=False)
+        console.print(table)
 
 
 def _told(there: Sequence[bool]) -> str:

@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "recipe_wording": {"errors", "recipe", "recipe_overrides", "tasks.suites"},
     "recipe_loading": {"errors", "files"} | RECIPE_FILES,
     "callbacks": {"errors", "layers", "statistics"},
-    "merging": {"errors", "layers", "statistics", "subspace", "weights"},
+    "merging": {"errors", "files", "layers", "statistics", "subspace", "weights"},
     "merging.rules": {"errors", "layers", "merging", "statistics", "subspace", "weights"},
     "purification": {"errors", "recipe", "statistics", "subspace", "weights"},
     "adding": {"errors", "experts", "merging", "recipe", "weights"},

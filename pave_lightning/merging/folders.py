@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer
 
 from pave_lightning.errors import PaveError, nearest
+from pave_lightning.files import read_failure, write_tensors
 from pave_lightning.merging.base import MergeMethod, PerTaskMethod, StaticMethod
 from pave_lightning.merging.evidence import Evidence
 from pave_lightning.merging.modulators import Modulator, ModulatorWriter
@@ -28,8 +29,6 @@ from pave_lightning.weights import (
     ShardWriter,
     TaskVectors,
     locate_model,
-    read_failure,
-    write_tensors,
 )
 from pave_lightning.weights.architecture import backbone_of, empty_classifier
 from pave_lightning.weights.checkpoint import model_digest

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pave_lightning.errors import PaveError
-from pave_lightning.weights import read_failure, write_tensors
+from pave_lightning.files import read_failure, write_tensors
 
 
 def pack_mask(mask: Tensor) -> Tensor:

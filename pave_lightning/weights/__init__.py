@@ -1,6 +1,5 @@
 """Reading and writing model weights: lazily, one tensor at a time, safetensors only."""
 
-from pave_lightning.files import read_failure, write_tensors
 from pave_lightning.subspace import is_finite
 from pave_lightning.weights.adapters import Adapter
 from pave_lightning.weights.architecture import Architecture
@@ -24,7 +23,5 @@ __all__ = [
     "is_finite",
     "locate_model",
     "model_digest",
-    "read_failure",
     "task_vectors",
-    "write_tensors",
 ]
