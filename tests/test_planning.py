@@ -149,8 +149,8 @@ def test_adapters_are_looked_at(problems, expert, tmp_path):
         ({"max_length": 16, "freeze": ["embedding"]}, "did you mean 'embeddings'"),
         ({"max_length": 16, "lora": {"target_modules": ["queri"]}}, "did you mean 'query'"),
         (
-            {"max_length": 16, "lora": {"rank": 17, "target_modules": ["query"]}},
-            "training.lora.rank is 17, but no layer that it adapts has more than 16 directions",
+            {"max_length": 16, "lora": {"rank": 33, "target_modules": ["query"]}},
+            "training.lora.rank is 33, but no layer that it adapts has more than 32 directions",
         ),
     ],
 )
