@@ -110,7 +110,7 @@ def test_ctrl_c_works_again_where_lightning_has_switched_it_off():
     assert signal.getsignal(signal.SIGINT) is handler
 
 
-@pytest.mark.parametrize("delay", [0.05, 0.3, 0.8])
+@pytest.mark.parametrize("delay", [0.2, 0.5, 1.0])
 def test_a_command_is_stopped_while_it_loads(delay, recipe_settings, tmp_path):
     path = tmp_path / "tiny.yaml"
     path.write_text(recipe_to_yaml(Recipe.model_validate(recipe_settings)))
