@@ -90,12 +90,14 @@ def build_parser() -> ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns its exit code: 0 done, 2 a mistake of the user, 130 or 143 stopped, 1 a fault of ours."""
-    from pave_lightning.errors import Interrupted
+    from pave_lightning.errors import Interrupted, PaveError
 
     try:
         with stoppable():
             return _run(arguments)
     except (Interrupted, KeyboardInterrupt) as stop:
+        if isinstance(stop.__cause__, PaveError):  # it may have come of being stopped, or else is worth knowing
+            _say(f"error: {stop.__cause__}")
         _say("stopped; run the same command again to go on from here")
         return stop.exit_code if isinstance(stop, Interrupted) else 130
 
@@ -117,15 +119,14 @@ def _exit_code(error: Exception, *, debug: bool) -> int:
     """Tell what ended a command, and with which exit code.
 
     Raises:
-        Interrupted: it was asked to stop.
         Exception: the error itself, for its traceback.
     """
-    from pave_lightning.errors import Interrupted, PaveError, system_problem
+    from pave_lightning.errors import PaveError, system_problem
 
     if isinstance(error, BrokenPipeError):  # who reads our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    if debug or isinstance(error, Interrupted):
+    if debug:
         raise error
     problem = str(error) if isinstance(error, PaveError) else system_problem(error)
     if problem is not None:

@@ -108,7 +108,11 @@ def open_folder(recipe: Recipe, data: Path | None = None) -> RunFolder:
 
 @contextmanager
 def planning_folder(recipe: Recipe) -> Iterator[RunFolder]:
-    """The recipe's run folder, for looking at it; what reading the tasks' rows writes is removed in the end."""
+    """The recipe's run folder, for looking at it; copies of rows that are made for that are removed in the end."""
+    folder = open_folder(recipe)
+    if folder.data.is_dir():
+        yield folder
+        return
     with TemporaryDirectory(prefix="pave-plan-") as copies:
         yield open_folder(recipe, Path(copies))
 

@@ -16,14 +16,17 @@ LISTED_PROBLEMS = 20
 # What the system says of the machine, never of the program; it does not always name the file.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)
+BROKEN = (errno.EIO, errno.ESTALE)
 
 
 class PaveError(Exception):
     """A mistake in what was given (recipe, data, checkpoint, folder), told in words meant for the user."""
 
 
-class Interrupted(Exception):  # noqa: N818 - being stopped is no error
+class Interrupted(BaseException):
     """The user or the system asked the program to stop; what is finished stays and the run can go on later.
+
+    No error, so that nobody who deals with every ``Exception`` goes on in spite of it.
 
     Args:
         exit_code: 130 after Ctrl-C, 143 after SIGTERM.
@@ -84,8 +87,6 @@ def doing(what: str) -> Iterator[None]:
     try:
         with naming(what):
             yield
-    except Interrupted:
-        raise
     except Exception:
         log.error("%s broke off after %.1f s", what, time.monotonic() - start)
         raise
@@ -111,7 +112,8 @@ def system_problem(error: BaseException) -> str | None:
     """
     if isinstance(error, OSError):
         file = error.filename2 or error.filename  # where something is copied to, the place comes second
-        known = error.errno is not None and (file is not None or error.errno in (*FULL, errno.EIO))
+        # Others, such as a file that is missing, may well be a fault of the program.
+        known = error.errno in (*FULL, *BROKEN) or (error.errno in NO_ACCESS and file is not None)
         where = "" if file is None else f"{file}: "
         return f"{where}{error.strerror}; {_remedy(error.errno)}" if known else None
     # Not imported: what is not loaded has raised nothing. Its errors carry the system's only as "(os error 28)".

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SCHEME = "package:"
+UMASK = threading.Lock()
 
 
 def local_path(reference: str) -> Path:
@@ -75,9 +78,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 def let_others_read(path: Path) -> None:
     """Give a file the permissions of any new file (the umask): what safetensors writes only its owner may read."""
     # The umask can only be read by setting it; a strict one, in case another thread makes a file in between.
-    umask = os.umask(0o077)
-    os.umask(umask)
-    path.chmod(0o666 & ~umask)
+    with UMASK:
+        umask = os.umask(0o077)
+        os.umask(umask)
+    with suppress(PermissionError):  # some file systems have no modes
+        path.chmod(0o666 & ~umask)
 
 
 def read_failure(path: Path, damaged: str) -> str:

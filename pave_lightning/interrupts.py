@@ -22,12 +22,10 @@ class _Stop:
 
     Attributes:
         asked: the signals that came.
-        over: whether the program goes on without this handler.
     """
 
     def __init__(self) -> None:
         self.asked: list[int] = []
-        self.over = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         self.asked.append(number)
@@ -37,7 +35,8 @@ class _Stop:
         """Send the last signal once more, when what swallowed it has come to its end."""
 
         def send() -> None:
-            if not self.over:
+            # By then an outer block may have taken over, or none be left.
+            if isinstance(signal.getsignal(self.asked[-1]), _Stop):
                 signal.pthread_kill(threading.main_thread().ident or 0, self.asked[-1])
 
         timer = threading.Timer(AGAIN_AFTER_SECONDS, send)
@@ -80,7 +79,6 @@ def stoppable() -> Iterator[None]:
             raise Interrupted(STOPPED + stop.asked[-1]) from error
         raise
     finally:
-        stop.over = True
         sys.unraisablehook = told
         for number, old in ours.items():
             signal.signal(number, old)

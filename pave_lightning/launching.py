@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 
 from pave_lightning.errors import Interrupted, PaveError
 from pave_lightning.recipe import Recipe
@@ -15,10 +16,12 @@ from pave_lightning.tracking import Tracker
 DRIVER_URI = "PAVE_DRIVER_TRACKING_URI"
 DRIVER_RUN = "PAVE_DRIVER_RUN_ID"
 DRIVER = "PAVE_DRIVER"
+# How long a stage that is to end may take for it.
+PATIENCE_SECONDS = 10
 
 
 class Launcher:
-    """Runs one stage as ``pave STAGE RECIPE`` in a process group of its own.
+    """Runs one stage as ``pave STAGE RECIPE`` in a process of its own.
 
     Lightning's ddp runs the command again for every further process, so nothing of the driver may stand in it. The
     driver holds the lock of the run folder and the MLflow run; the stage only attaches to them. An exit code of 0 is
@@ -39,13 +42,32 @@ class Launcher:
         environment = {**os.environ, DRIVER: "1"}
         if tracker is not None:
             environment |= {DRIVER_URI: tracker.uri, DRIVER_RUN: tracker.parent_run_id}
-        code = subprocess.run(command, env=environment, check=False).returncode
+        code = run_to_its_end(command, environment)
         if code in (130, 143, -2, -15):
             raise Interrupted(143 if code in (143, -15) else 130)
         if code:
             raise PaveError(
                 f"the stage '{stage}'{f' of task {task}' if task else ''} failed (exit code {code}); see above"
             )
+
+
+def run_to_its_end(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run a program and return its exit code; where this process is stopped, the program is, too.
+
+    It is asked to end before it is killed, so that it can end the processes that it has started itself.
+    """
+    with subprocess.Popen(command, env=environment) as process:
+        try:
+            return process.wait()
+        except BaseException as stop:
+            if not isinstance(stop, KeyboardInterrupt):  # which reaches it, too, where it comes from a terminal
+                process.terminate()
+            for next_step in (process.terminate, process.kill):
+                try:
+                    process.wait(PATIENCE_SECONDS)
+                except subprocess.TimeoutExpired:
+                    next_step()
+            raise
 
 
 def is_launched() -> bool:

@@ -171,6 +171,12 @@ def _step_problems(step: MergeStep, recipe: Recipe, vectors: PlannedTaskVectors)
         yield f"{where}: {step.method} needs what the scales of norms multiply; set capture.norms: true"
     if methods and len(recipe.tasks) > 1:
         yield from (f"{where}: {problem}" for problem in _request_problems(methods, wanted, vectors))
+    sizes = {method.options.batch_size for method in methods} if kind.batched else ()
+    for size in sorted(found for found in sizes if found > recipe.capture.batch_size):
+        yield (
+            f"{where}: batch_size {size} is more than the {recipe.capture.batch_size} examples that are loaded at a "
+            "time; lower it or raise capture.batch_size"
+        )
     if step.anchor is not None and method_named(recipe.step(step.anchor).method).form != "static":
         yield f"{where}: its anchor '{step.anchor}' is not one model for all tasks; choose a static method"
 

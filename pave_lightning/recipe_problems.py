@@ -31,9 +31,6 @@ from pave_lightning.tasks.suites import suite_task_names
 ROUNDS = 6
 HANDED_DOWN = {"tasks": ("examples", "training", "trainer"), "merge": ("purify",)}
 JUDGED_TOGETHER = {"use", "kind", "classes", "value_range", "metrics", "headline"}
-LOADED_IN_BATCHES = {"distillation"}
-"""Merge methods whose option ``batch_size`` is part of a batch of ``capture.batch_size`` examples."""
-
 NO_TASK = "the key 'use' with the name of a known task is missing, or else the keys name, data and text"
 
 
@@ -190,23 +187,8 @@ class _Check:
                     self._tell((), str(error.errors()[0]["msg"]))
             else:
                 self.rest = recipe
-                self._check_batches(recipe)
                 return None if self.faults else recipe
         return None
-
-    def _check_batches(self, recipe: Recipe) -> None:
-        """Batches that are to be larger than those in which examples are loaded, which would be cut without a word."""
-        most = recipe.capture.batch_size
-        if any(fault.keys[:1] == ("capture",) for fault in self.faults):  # it is not what is meant
-            return
-        for index, step in enumerate(recipe.merge):
-            given = {"options": [step.options.get("batch_size")], "tune": step.tune.get("batch_size", ())}
-            for section, sizes in given.items() if step.method in LOADED_IN_BATCHES else ():
-                for size in sizes:
-                    if isinstance(size, int) and size > most:
-                        told = f"{size} is more than the {most} examples that are loaded at a time; "
-                        told += "lower it or raise capture.batch_size"
-                        self._tell(("merge", index, section, "batch_size"), told)
 
     def look_at_steps(self, step_problems: Callable[[MergeStep], Iterable[str]]) -> None:
         """Tell what is wrong with the methods and options of the merge steps that are left after all repairs."""
@@ -357,6 +339,3 @@ def _stand_in(keys: Keys) -> Any:
     if len(keys) == 3 and keys[2] == "method":
         return f"stand-in-{keys[1]}"
     return {"search": [0.0, 1.0], "from": "stand-in"}.get(str(keys[-1]))
-
-
-# --- what belongs where -----------------------------------------------------------------------------------------------

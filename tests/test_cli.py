@@ -1,9 +1,11 @@
 """The command as a user meets it: help, mistakes, exit codes."""
 
+import contextlib
 import errno
 import json
 import logging
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -108,6 +110,23 @@ def test_mistakes_in_a_recipe_are_told_at_once_with_the_nearest_names(capsys, re
 
 def test_a_scale_for_a_rule_without_one_is_refused(capsys, recipe_file):
     assert "emr has no scale" in fails(["plan", recipe_file, "--set", "merge.emr.scale=0.4"], capsys)
+
+
+def test_a_mistake_that_ends_a_stopped_command_is_told(capsys, recipe_file, monkeypatch):
+    def swallow(*_):
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise PaveError("the data are broken")
+
+    monkeypatch.setattr(commands, "plan_recipe", swallow)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main(["plan", recipe_file]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr().err == (
+        "error: the data are broken\nstopped; run the same command again to go on from here\n"
+    )
 
 
 def test_plan_runs_and_writes_nothing(capsys, recipe_file, recipe_settings, tmp_path, monkeypatch):

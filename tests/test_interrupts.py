@@ -89,6 +89,29 @@ def test_what_is_swallowed_in_a_del_comes_again():
         body()
 
 
+def test_what_is_swallowed_at_the_end_of_a_block_comes_in_the_one_around_it():
+    def body():
+        deadline = time.monotonic() + 10
+        with stoppable():
+            Swallows()
+        while time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    with pytest.raises(KeyboardInterrupt), stoppable():
+        body()
+
+
+def test_who_deals_with_every_exception_does_not_swallow_sigterm():
+    def body():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except Exception:
+            pytest.fail("swallowed")
+
+    with pytest.raises(Interrupted), stoppable():
+        body()
+
+
 def test_signals_that_are_ignored_or_taken_are_left_alone():
     seen = []
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -248,6 +248,11 @@ def test_what_rules_need_is_asked_for_before_anything_runs(problems):
     assert "merge step 'peft': peft merges adapters" in problems(merge=["peft"])
     without = [{"method": "lot", "options": {"norms": "mean"}}, {"method": "cat", "options": {"norms": "whole"}}]
     assert problems(merge=without, capture={"moments": "input"}) == ""
+    trained = {"method": "distillation", "anchor": "ties", "tune": {"batch_size": [4, 8]}}
+    assert "merge step 'distillation': batch_size 8 is more than the 4 examples that are loaded at a time" in problems(
+        merge=["ties", trained], capture={"batch_size": 4}
+    )
+    assert problems(merge=["ties", trained], capture={"batch_size": 8}) == ""
     fine = ["lot", {"method": "featcal", "anchor": "lot"}]
     assert problems(merge=fine, capture={"moments": "input", "norms": True}) == ""
 

@@ -201,20 +201,6 @@ def lines_with_steps(folder: Path, text: str) -> list[str]:
     return [line.removeprefix("  - ") for line in str(caught.value).splitlines()[1:]]
 
 
-def test_batches_larger_than_those_that_are_loaded_are_refused(tmp_path: Path) -> None:
-    step = "{method: distillation, anchor: ties, options: {batch_size: 33}, tune: {rate: [1]}}"
-    tuned = "{method: distillation, name: b, anchor: ties, tune: {batch_size: [8, 64]}}"
-    other = "{method: others, options: {batch_size: 64}}"
-    text = SMALL + f"merge: [ties, {step}, {tuned}, {other}]\n"
-    more = "is more than the 32 examples that are loaded at a time; lower it or raise capture.batch_size"
-    assert problems(tmp_path, text) == [
-        f"merge.1 (distillation).options.batch_size: 33 {more}",
-        f"merge.2 (b).tune.batch_size: 64 {more}",
-    ]
-    assert read(tmp_path, text + "capture: {batch_size: 64}\n").merge[1].options == {"batch_size": 33}
-    assert len(problems(tmp_path, text + "capture: {batch_size: 0}\n")) == 1
-
-
 def test_keys_of_an_experiment_that_do_not_agree_are_told_without_the_whole_section(tmp_path: Path) -> None:
     text = SMALL + "experiment: {question: What happens?, x: purify.rho, vary: {output: [a]}}\n"
     assert problems(tmp_path, text) == [

@@ -140,13 +140,15 @@ class PurifiedTaskVectors(DerivedTaskVectors):
                     yield task, parameter, weights.pop(task)
 
     def _batches(self) -> Iterator[Sequence[Parameter]]:
-        """The layers, as many together as give every worker something to do."""
+        """The layers, as many together as there are workers for."""
         size = layers_at_once(len(self.purified_tasks), self._workers)
         for start in range(0, len(self.layers), size):
             yield self.layers[start : start + size]
 
     def _purify(self, layers: Sequence[Parameter]) -> list[dict[str, Tensor]]:
         """All tasks' weights of some layers; the tasks of a layer go together because they share its ranks."""
+        if self.options.scope != "layer":
+            _ = self._ranks_of_all  # before any spectrum is held
         spectra = self._spectra(layers)
         ranks: dict[Key, int] = {}
         for parameter, own in zip(layers, spectra, strict=True):
@@ -272,8 +274,8 @@ def workers_of(compute: Compute) -> int:
 
 
 def layers_at_once(tasks: int, workers: int) -> int:
-    """How many layers are purified at a time, one task of one layer a worker: one, where the tasks suffice."""
-    return max(1, math.ceil(workers / max(1, tasks)))
+    """How many layers are purified at a time, one task of one layer a worker: as many as there are workers for."""
+    return max(1, workers // max(1, tasks))
 
 
 def budget_problems(options: Purify, layers: Sequence[Parameter], tasks: int) -> Iterator[str]:

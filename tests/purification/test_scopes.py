@@ -193,8 +193,8 @@ def test_layers_that_are_purified_side_by_side_are_the_same(source, statistics, 
     assert several.ranks == one.ranks
 
 
-def test_as_many_layers_go_together_as_keep_the_workers_busy():
-    assert [layers_at_once(tasks, 4) for tasks in (1, 2, 3, 4, 8)] == [4, 2, 2, 1, 1]
+def test_as_many_layers_go_together_as_there_are_workers_for():
+    assert [layers_at_once(tasks, 4) for tasks in (1, 2, 3, 4, 8)] == [4, 2, 1, 1, 1]
     assert layers_at_once(1, 1) == layers_at_once(0, 1) == 1
 
 
