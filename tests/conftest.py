@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: one thread, no network, tiny random models on disk."""
 
 import os
+import signal
 
 os.environ.update(
     HF_HUB_OFFLINE="1",
@@ -21,6 +22,17 @@ BERT = {
     "vocab_size": 100,
     "pad_token_id": 0,
 }
+
+
+@pytest.fixture
+def as_in_a_terminal():
+    """Ctrl-C and SIGTERM end programs; a shell that starts the tests in the background lets them ignore Ctrl-C."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

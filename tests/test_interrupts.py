@@ -13,16 +13,7 @@ from pave_lightning.experts.trainers import honest_interrupts
 from pave_lightning.interrupts import stoppable
 from pave_lightning.recipe_loading import recipe_to_yaml
 
-
-@pytest.fixture(autouse=True)
-def _as_in_a_terminal():
-    """A shell that starts the tests in the background lets them ignore Ctrl-C."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("as_in_a_terminal")
 
 
 class Swallows:

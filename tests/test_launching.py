@@ -10,6 +10,8 @@ import pytest
 
 from pave_lightning.launching import run_to_its_end
 
+pytestmark = pytest.mark.usefixtures("as_in_a_terminal")
+
 # Says that it is there; asked to end, it tidies up for a moment.
 STAGE = """
 import pathlib, signal, sys, time

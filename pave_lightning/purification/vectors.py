@@ -175,7 +175,7 @@ class PurifiedTaskVectors(DerivedTaskVectors):
         """The ranks of a layer's tasks."""
         if self.options.scope != "layer":
             return {task: self._ranks_of_all[task, parameter.layer] for task in values}
-        return self._allocate(values) if values else {}
+        return self._allocate(values)
 
     def _project(self, task: str, parameter: Parameter, spectrum: KnowledgeSpectrum | None, rank: int | None) -> Tensor:
         """One task's purified weight, as it is stored."""
@@ -228,6 +228,8 @@ class PurifiedTaskVectors(DerivedTaskVectors):
 
     def _allocate(self, values: Mapping[AnyKey, Tensor]) -> dict[AnyKey, int]:
         """Ranks of the spectra that share a budget: those of one layer's tasks, or of all layers and tasks."""
+        if not values:
+            return {}
         if self.options.allocation == "even":
             return {key: max(1, rank) for key, rank in even_ranks(values, self._rho).items()}
         # A budget out of reach was refused before; a rest of rounding, where some tasks are untouched, is none.
@@ -243,7 +245,7 @@ class PurifiedTaskVectors(DerivedTaskVectors):
                 # Only the values are kept; the directions of all layers would not fit in memory.
                 own = {task: spectrum.values for task, spectrum in spectra.items()}
                 values.update({(task, parameter.layer): found for task, found in own.items()})
-                if self.options.scope == "model" and own:
+                if self.options.scope == "model":
                     ranks.update({(task, parameter.layer): rank for task, rank in self._allocate(own).items()})
         if self.options.scope == "global":
             return self._allocate(values)
