@@ -22,21 +22,27 @@ class _Stop:
 
     Attributes:
         asked: the signals that came.
+        over: whether its block has ended.
     """
 
     def __init__(self) -> None:
         self.asked: list[int] = []
+        self.over = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         self.asked.append(number)
         raise KeyboardInterrupt if number == signal.SIGINT else Interrupted(STOPPED + number)
 
+    def end_if_asked(self) -> None:
+        """Unwind the program now, if something has swallowed what came."""
+        if self.asked:
+            raise Interrupted(STOPPED + self.asked[-1])
+
     def again(self) -> None:
         """Send the last signal once more, when what swallowed it has come to its end."""
 
         def send() -> None:
-            # By then an outer block may have taken over, or none be left.
-            if isinstance(signal.getsignal(self.asked[-1]), _Stop):
+            if not self.over:
                 signal.pthread_kill(threading.main_thread().ident or 0, self.asked[-1])
 
         timer = threading.Timer(AGAIN_AFTER_SECONDS, send)
@@ -49,12 +55,13 @@ def stoppable() -> Iterator[None]:
     """Let Ctrl-C (as `KeyboardInterrupt`) and SIGTERM (as `Interrupted`) unwind the block.
 
     A signal can hit any line of a library, which then swallows it or fails with an error of its own. What is swallowed
-    where Python cannot raise anything, such as a ``__del__``, is sent again; an error that ends the block after a
-    signal is told as `Interrupted`. Signals that are ignored, or that somebody else handles, are left alone, and so are
-    those of a block that does not run in the main thread.
+    where Python cannot raise anything, such as a ``__del__``, is sent again; what a library catches ends the program
+    where the next block begins or this one ends; an error that ends the block after a signal is told as `Interrupted`.
+    Signals that are ignored, or that somebody else handles, are left alone, and so are those of a block that does not
+    run in the main thread.
 
     Raises:
-        Interrupted: an error ended the block after it was asked to stop.
+        Interrupted: the block, or one around it, was asked to stop, and went on or ended with an error.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -70,15 +77,20 @@ def stoppable() -> Iterator[None]:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     ours = {number: old for number, old in handlers.items() if old in REPLACED_HANDLERS or isinstance(old, _Stop)}
     try:
+        for outer in ours.values():
+            if isinstance(outer, _Stop):
+                outer.end_if_asked()
         sys.unraisablehook = unraisable
         for number in ours:
             signal.signal(number, stop)
         yield
+        stop.end_if_asked()
     except BaseException as error:
         if stop.asked and not isinstance(error, (KeyboardInterrupt, Interrupted)):
             raise Interrupted(STOPPED + stop.asked[-1]) from error
         raise
     finally:
+        stop.over = True
         sys.unraisablehook = told
         for number, old in ours.items():
             signal.signal(number, old)
