@@ -17,40 +17,16 @@ from pave_lightning.experts.loading import load_adapter_alone, load_tokenizer
 from pave_lightning.merging import Evidence, Need, SequentialMethod, make_method, method_named, methods
 from pave_lightning.merging.folders import MergeContext, load_gradients, load_kept, merged_facts, write_merged
 from pave_lightning.recipe import NAME_PATTERN
+from pave_lightning.reporting.model_card import ExpertSource, model_card
 from pave_lightning.weights import Architecture, Checkpoint, ExpertTaskVectors, locate_model, model_digest
 from pave_lightning.weights.adapters import ADAPTER_CONFIG
 from pave_lightning.weights.task_vectors import config_differences
 
 ALREADY_MERGED = "(merged)"
-CARD = """\
----
-library_name: transformers
-tags:
-- merge
-- pave-lightning
----
+ADDED = """
+## Added later
 
-# {name}
-
-The merged model `{merged}` with one more expert, for the task `{task}`, added by pave-lightning.
-
-| | |
-|---|---|
-| base | `{base}` |
-| method | `{method}` |
-| tasks | {tasks} |
-| added later | {added} |
-| expert of `{task}` | `{expert}`, weights `{digest}` |
-
-## Use
-
-```python
-from pave_lightning import load_merged
-
-model = load_merged("FOLDER", task="{task}")  # a sequence-classification model with the head of that task
-```
-
-The backbone alone loads with `transformers.AutoModel.from_pretrained("FOLDER")`.
+{added}, one after the other, as they were fine-tuned; the last one to `{merged}`.
 
 ## Scores
 
@@ -159,18 +135,18 @@ def _unfinished(output: Path) -> Iterator[Path]:
 
 def _card(merged: Path, place: Path, output: Path, task: str, expert: Path) -> str:
     facts = merged_facts(place)
-    tasks = sorted(head.name for head in (place / "heads").iterdir())
-    return CARD.format(
+    card = model_card(
         name=output.name,
-        merged=merged,
-        task=task,
-        base=facts["base"],
-        method=facts["method"],
-        tasks=", ".join(tasks),
-        added=", ".join(facts["added"]),
-        expert=expert,
-        digest=model_digest(expert),
+        base_model=str(facts["base"]),
+        method=str(facts["method"]),
+        form="static",
+        vectors=facts.get("vectors", "plain"),
+        tasks=sorted(head.name for head in (place / "heads").iterdir()),
+        options=facts.get("options"),
+        scale=facts.get("scale"),
+        experts=[ExpertSource(task, str(expert), model_digest(expert))],
     )
+    return card + ADDED.format(merged=merged, added=", ".join(facts["added"]), task=task)
 
 
 def _unfit(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pave_lightning.merging.base import MergeMethod, PerTaskMethod
 from pave_lightning.purification.moments import random_moment, row_moment
-from pave_lightning.purification.vectors import layers_at_once
+from pave_lightning.purification.vectors import batches, layers_at_once
 from pave_lightning.recipe import Purify
 from pave_lightning.statistics import Moments, captured_kind
 from pave_lightning.subspace import MomentKind, in_parallel, knowledge_spectrum, project
@@ -124,8 +124,8 @@ def predict_cost(
         pending = max(waiting_bytes(matrices, SMALL_SHARD_BYTES), default=0) * purified
         together = layers_at_once(purified, workers)
         ordered = [(parameter.matrix_shape, kind) for parameter, kind in matrices.items()]
-        batches = [ordered[start : start + together] for start in range(0, len(ordered), together)]
-        highest = max((batch_bytes(batch, purified, workers, one) for batch in batches), default=0)
+        peaks = (batch_bytes(batch, purified, workers, one) for batch in batches(ordered, purified, workers))
+        highest = max(peaks, default=0)
         peak = max(peak, highest + pending + THREAD_BYTES * min(workers, purified * together))
         layers += found
     return Cost(

@@ -76,6 +76,12 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return "known are: " + ", ".join(known) if known else "none is known"
 
 
+def listed(names: Sequence[str], most: int = LISTED_PROBLEMS) -> str:
+    """The first names, and how many more there are."""
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
 @contextmanager
 def doing(what: str) -> Iterator[None]:
     """Tell that something begins, and how long it took; where it does not end, that it was this that broke off.

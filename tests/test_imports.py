@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "merging": {"errors", "files", "layers", "statistics", "subspace", "weights"},
     "merging.rules": {"errors", "layers", "merging", "statistics", "subspace", "weights"},
     "purification": {"errors", "recipe", "statistics", "subspace", "weights"},
-    "adding": {"errors", "experts", "merging", "recipe", "weights"},
+    "adding": {"errors", "experts", "merging", "recipe", "reporting.model_card", "weights"},
     "exporting": {"errors", "files", "purification", "weights"},
     "costs": {"errors", "purification", "recipe", "statistics", "subspace", "weights", "merging.base"},
     "diagnostics": {"errors", "merging", "purification", "statistics", "subspace", "weights"},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from pave_lightning.errors import LISTED_PROBLEMS
+from pave_lightning.errors import listed
 from pave_lightning.statistics import TaskStatistics
 from pave_lightning.statistics.gradients import EXPERT_DIGEST
 from pave_lightning.statistics.storage import again
@@ -106,6 +106,4 @@ def _foreign(
 
 def _listed(names: Sequence[str], noun: str) -> str:
     """Some names, as many as fit in a message."""
-    shown = ", ".join(names[:LISTED_PROBLEMS])
-    rest = len(names) - LISTED_PROBLEMS
-    return f"{len(names)} {noun}{'s' if len(names) > 1 else ''} ({shown}{f' and {rest} more' if rest > 0 else ''})"
+    return f"{len(names)} {noun}{'s' if len(names) > 1 else ''} ({listed(names)})"

@@ -32,6 +32,7 @@ from pave_lightning.weights import DerivedTaskVectors, Parameter, ParameterKind,
 
 Key = tuple[str, str]
 """A task and a layer."""
+Layer = TypeVar("Layer")
 AnyKey = TypeVar("AnyKey", str, tuple[str, str])
 Result = TypeVar("Result")
 
@@ -133,17 +134,14 @@ class PurifiedTaskVectors(DerivedTaskVectors):
 
         Where there are fewer tasks than workers, several layers are purified at a time, see `layers_at_once`.
         """
-        for layers in self._batches():
+        for layers in self._together():
             for parameter, weights in zip(layers, self._purify(layers), strict=True):
                 for task in self.purified_tasks:
                     # Handed over, so that it does not stay in memory while the next layers are purified.
                     yield task, parameter, weights.pop(task)
 
-    def _batches(self) -> Iterator[Sequence[Parameter]]:
-        """The layers, as many together as there are workers for."""
-        size = layers_at_once(len(self.purified_tasks), self._workers)
-        for start in range(0, len(self.layers), size):
-            yield self.layers[start : start + size]
+    def _together(self) -> Iterator[Sequence[Parameter]]:
+        return batches(self.layers, len(self.purified_tasks), self._workers)
 
     def _purify(self, layers: Sequence[Parameter]) -> list[dict[str, Tensor]]:
         """All tasks' weights of some layers; the tasks of a layer go together because they share its ranks."""
@@ -240,7 +238,7 @@ class PurifiedTaskVectors(DerivedTaskVectors):
         """Ranks of all tasks and layers, for the scopes that share a budget among layers."""
         values: dict[Key, Tensor] = {}
         ranks: dict[Key, int] = {}
-        for layers in self._batches():
+        for layers in self._together():
             for parameter, spectra in zip(layers, self._spectra(layers), strict=True):
                 # Only the values are kept; the directions of all layers would not fit in memory.
                 own = {task: spectrum.values for task, spectrum in spectra.items()}
@@ -278,6 +276,12 @@ def workers_of(compute: Compute) -> int:
 def layers_at_once(tasks: int, workers: int) -> int:
     """How many layers are purified at a time, one task of one layer a worker: as many as there are workers for."""
     return max(1, workers // max(1, tasks))
+
+
+def batches(layers: Sequence[Layer], tasks: int, workers: int) -> Iterator[Sequence[Layer]]:
+    """The layers in order, as many together as are purified at a time."""
+    size = layers_at_once(tasks, workers)
+    return (layers[start : start + size] for start in range(0, len(layers), size))
 
 
 def budget_problems(options: Purify, layers: Sequence[Parameter], tasks: int) -> Iterator[str]:

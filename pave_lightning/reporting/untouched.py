@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from pave_lightning.errors import listed
+
 SHOWN_LAYERS = 3
 
 
@@ -19,12 +21,8 @@ def untouched_lines(entries: Iterable[Sequence[str]]) -> list[str]:
     tasks: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for (reason, task), names in layers.items():
         tasks.setdefault((reason, tuple(names)), []).append(task)
-    return [
-        f"{reason}: {len(names)} layer{'s' if len(names) != 1 else ''} of {', '.join(found)} ({_first(names)})"
-        for (reason, names), found in tasks.items()
-    ]
-
-
-def _first(names: Sequence[str]) -> str:
-    more = len(names) - SHOWN_LAYERS
-    return ", ".join(names[:SHOWN_LAYERS]) + (f" and {more} more" if more > 0 else "")
+    lines = []
+    for (reason, same), found in tasks.items():
+        count = f"{len(same)} layer{'s' if len(same) != 1 else ''}"
+        lines.append(f"{reason}: {count} of {', '.join(found)} ({listed(same, SHOWN_LAYERS)})")
+    return lines
