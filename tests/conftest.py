@@ -215,3 +215,54 @@ def packed():
         kept.save(path, rescaler)
 
     return write
+
+
+@pytest.fixture
+def write_recipe(tmp_path):
+    """Writes a text as the recipe of this test."""
+
+    def write(text):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def read_recipe(write_recipe):
+    """Writes a text as the recipe of this test and reads it with overrides."""
+    from pave_lightning.recipe_loading import load_recipe
+
+    return lambda text, *overrides: load_recipe(write_recipe(text), overrides)
+
+
+@pytest.fixture
+def recipe_problems(write_recipe):
+    """What is told about a recipe that cannot be used, one text a problem, in words for people."""
+    from pave_lightning.errors import PaveError
+    from pave_lightning.recipe_loading import load_recipe
+
+    def problems(text, *overrides):
+        path = write_recipe(text)
+        with pytest.raises(PaveError) as caught:
+            load_recipe(path, overrides)
+        headline, *lines = str(caught.value).splitlines()
+        assert headline == f"the recipe {path} cannot be used:"
+        for jargon in ("Input should", "pydantic", "https:", "type=", "valid ", "validator", "str]", "literal"):
+            assert jargon not in str(caught.value)
+        return [line.removeprefix("  - ") for line in lines]
+
+    return problems
+
+
+@pytest.fixture
+def schema_errors():
+    """What a validator of JSON schemas tells of a recipe's text."""
+    from ruamel.yaml import YAML
+
+    from pave_lightning.recipe_loading import recipe_schema
+
+    jsonschema = pytest.importorskip("jsonschema")
+    validator = jsonschema.Draft202012Validator(recipe_schema())
+    return lambda text: [error.message for error in validator.iter_errors(YAML(typ="safe", pure=True).load(text))]
