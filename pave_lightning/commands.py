@@ -59,7 +59,7 @@ def run_stage(recipe: Recipe, stage: str, task: str | None = None) -> None:
     if task is not None and task not in names:
         raise PaveError(f"--task {task}: the recipe has no such task; {nearest(task, names)}")
     chosen = [entry for entry in recipe.tasks if task in (None, entry.name)]
-    with working(recipe) as workflow:
+    with working(recipe, computes=stage != "report") as workflow:
         actions: dict[str, Callable[[], object]] = {
             "fit": lambda: [workflow.fit(entry) for entry in chosen],
             "capture": lambda: [workflow.capture(entry) for entry in chosen],
@@ -92,11 +92,13 @@ def plan_recipe(recipe: Recipe, console: Console | None = None) -> None:
     console = console or Console()
     with planning_folder(recipe) as folder:
         check_recipe(recipe, folder)
-        table = Table(title=f"{recipe.name} in {folder.root}", title_justify="left")
+        table = Table()
         for heading in ("stage", "result", "what"):
             table.add_column(heading)
         for row in plan_rows(recipe, folder):
             table.add_row(*row)
+        # A title would be broken to the width of the table.
+        console.print(f"{recipe.name} in {folder.root}", soft_wrap=True, markup=False, highlight=False)
         console.print(table)
         console.print(cost_table(recipe, folder))
 
@@ -118,10 +120,11 @@ def planning_folder(recipe: Recipe) -> Iterator[RunFolder]:
 
 
 @contextmanager
-def working(recipe: Recipe) -> Iterator[Any]:
+def working(recipe: Recipe, *, computes: bool = True) -> Iterator[Any]:
     """A workflow over the recipe's run folder: checked, locked and recorded in MLflow.
 
-    Inside a process that a driver started, the driver has done all this, and only rank zero records.
+    Inside a process that a driver started, the driver has done all this, and only rank zero records. What computes
+    nothing asks nothing of the machine's devices.
     """
     from pave_lightning.launching import attached_tracker, is_launched
     from pave_lightning.workflow import Workflow
@@ -136,7 +139,7 @@ def working(recipe: Recipe) -> Iterator[Any]:
     from pave_lightning.tracking import Tracker, environment_tags
 
     with folder.locked(), stoppable():
-        check_recipe(recipe, folder)
+        check_recipe(recipe, folder, computes=computes)
         resolved = folder.write_text("recipe.yaml", recipe_to_yaml(recipe))
         tracker = Tracker.start(
             recipe.tracking.uri,

@@ -43,8 +43,13 @@ SHOWN_OF_A_RULE = 4
 TRAINED_WHOLE = "they are trained whole; set training.lora"
 
 
-def check_recipe(recipe: Recipe, folder: RunFolder) -> None:
+def check_recipe(recipe: Recipe, folder: RunFolder, *, computes: bool = True) -> None:
     """Check data, base, existing experts, trainer options, merge methods and tracking; run nothing.
+
+    Args:
+        recipe: What is checked.
+        folder: Its run folder.
+        computes: Whether this machine is to compute; a report of what another one computed needs no devices of its own.
 
     Raises:
         PaveError: lists everything that is wrong, up to 20 problems.
@@ -59,21 +64,27 @@ def check_recipe(recipe: Recipe, folder: RunFolder) -> None:
 
     for task in recipe.tasks:
         problems.extend(check_task(task, seed=recipe.seed, cache_dir=folder.data))
-    distinct = {str(task.trainer): (f"tasks.{task.name}.trainer", task.trainer) for task in recipe.tasks}
-    for where, options in {str(recipe.trainer): ("trainer", recipe.trainer), **distinct}.values():
-        problems.extend(trainer_problems(options, where if options != recipe.trainer else "trainer"))
-    machine = machine_options(recipe.trainer)
-    asked = {"capture": recipe.capture.precision, "evaluate": recipe.evaluate.precision}
-    for where, precision in asked.items() if not trainer_problems(machine, "trainer") else ():
-        problems.extend(trainer_problems({**machine, "precision": precision}, where))
-    if recipe.compute.device == "cuda" and not torch.cuda.is_available():
-        problems.add("compute.device is cuda, but PyTorch finds no graphics card that it can use; set it to cpu")
+    if computes:
+        problems.extend(_machine_problems(recipe))
     attempt(partial(_check_models, recipe, problems))
     problems.extend(merge_problems(recipe))
     if recipe.merge and len(recipe.tasks) < 2:
         problems.add("merging needs at least two tasks; the recipe has one")
     attempt(partial(resolve_uri, recipe.tracking.uri))
     problems.raise_if_any()
+
+
+def _machine_problems(recipe: Recipe) -> Iterator[str]:
+    """Why this machine cannot train, capture, purify or evaluate as the recipe says."""
+    distinct = {str(task.trainer): (f"tasks.{task.name}.trainer", task.trainer) for task in recipe.tasks}
+    for where, options in {str(recipe.trainer): ("trainer", recipe.trainer), **distinct}.values():
+        yield from trainer_problems(options, where if options != recipe.trainer else "trainer")
+    machine = machine_options(recipe.trainer)
+    asked = {"capture": recipe.capture.precision, "evaluate": recipe.evaluate.precision}
+    for where, precision in asked.items() if not trainer_problems(machine, "trainer") else ():
+        yield from trainer_problems({**machine, "precision": precision}, where)
+    if recipe.compute.device == "cuda" and not torch.cuda.is_available():
+        yield "compute.device is cuda, but PyTorch finds no graphics card that it can use; set it to cpu"
 
 
 def merge_problems(recipe: Recipe) -> Iterator[str]:

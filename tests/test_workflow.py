@@ -237,6 +237,20 @@ def test_a_report_of_stale_scores_is_refused(recipe_settings):
         run_stage(Recipe.model_validate(changed), "report")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens where there is no GPU")
+def test_a_report_needs_no_device_of_the_machine_that_computed(recipe_settings):
+    from pave_lightning.commands import run_stage
+
+    folder = rerun(recipe_settings)
+    (folder / "results.csv").unlink()
+    trainer = {**recipe_settings["trainer"], "accelerator": "gpu"}
+    computed = Recipe.model_validate({**recipe_settings, "trainer": trainer, "compute": {"device": "cuda"}})
+    with pytest.raises(PaveError, match=r"(?s)trainer: .*gpu.*compute.device is cuda"):
+        run_stage(computed, "evaluate")
+    run_stage(computed, "report")
+    assert (folder / "results.csv").is_file()
+
+
 def test_an_error_ends_the_mlflow_run_as_failed(recipe, tracking_uri, monkeypatch):
     from mlflow import MlflowClient
 
