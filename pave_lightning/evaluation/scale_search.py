@@ -13,6 +13,7 @@ import torch
 from pave_lightning.errors import PaveError
 from pave_lightning.evaluation.candidates import Candidate, ExpertsCandidate, MergedCandidate
 from pave_lightning.evaluation.evaluator import Evaluator, SuiteData
+from pave_lightning.experts.fitting import weak_experts
 from pave_lightning.experts.trainers import build_trainer, quiet_lightning
 from pave_lightning.merging.running import MergedVectors
 from pave_lightning.recipe import Examples, ScaleSearch, Task
@@ -105,6 +106,8 @@ class ScaleSearcher:
         data = self._data[examples]
         if examples not in self._references:
             self._references[examples] = self._headlines(self.experts, data)
+            if weak := weak_experts(self._references[examples]):
+                log.warning("  %s", weak)
         reference = {task: value for task, value in self._references[examples].items() if value > 0}
         if not reference:
             raise PaveError("no expert scores above zero on its validation split, so no scale can be chosen")

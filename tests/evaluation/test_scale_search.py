@@ -203,6 +203,13 @@ def test_tasks_whose_expert_scores_nothing_do_not_count(searcher):
     assert found["tried"][0][1] == pytest.approx(1.0)
 
 
+def test_an_expert_that_scores_next_to_nothing_is_told_once(searcher, caplog):
+    _, search = searcher((1, 0.05, 0.1), lambda scale: (1, 1, 1))
+    find(search)
+    (told,) = [record.getMessage() for record in caplog.records if "hardly learned" in record.getMessage()]
+    assert f"expert of {search.tasks[1].name} (0.050) has" in told
+
+
 def test_no_expert_scores_anything(searcher):
     _, search = searcher((0, -0.5, math.nan), lambda scale: (1, 1, 1))
     with pytest.raises(PaveError, match="no expert scores above zero"):

@@ -1,5 +1,7 @@
 """Fine-tuning: heads, frozen parts, adapters, resuming, models of other families."""
 
+import math
+
 import pytest
 import torch
 from transformers import (
@@ -13,7 +15,7 @@ from transformers import (
 )
 
 from pave_lightning.errors import PaveError
-from pave_lightning.experts.fitting import fit_expert, save_expert
+from pave_lightning.experts.fitting import fit_expert, save_expert, weak_experts
 from pave_lightning.experts.loading import load_adapter, load_with_new_head
 from pave_lightning.experts.task_expert import TaskExpert, parameter_groups
 from pave_lightning.recipe import Task
@@ -21,7 +23,7 @@ from pave_lightning.recipe import Task
 
 @pytest.fixture
 def make_task(task_files):
-    def build(kind="classification", trainer=None, **training):
+    def build(kind="classification", trainer=None, metrics=None, **training):
         head = {"classes": ["low", "high"]} if kind == "classification" else {"kind": kind}
         return Task.model_validate(
             {
@@ -29,6 +31,7 @@ def make_task(task_files):
                 "data": task_files(kind),
                 "text": "text",
                 **head,
+                "metrics": metrics,
                 "training": {"learning_rate": 1e-3, "batch_size": 16, "max_length": 16, **training},
                 "trainer": {"max_epochs": 1, "accelerator": "cpu", "enable_progress_bar": False, **(trainer or {})},
             }
@@ -167,6 +170,19 @@ def test_training_without_validation_is_refused(base_folder, make_task, fit, tra
 def test_diverged_training_is_told(base_folder, make_task, fit):
     with pytest.raises(PaveError, match="NaN or infinite weights"):
         fit(make_task(learning_rate=1e30, head_learning_rate=1e30, warmup_share=0.0), base_folder)
+
+
+def test_an_expert_that_has_hardly_learned_is_told(base_folder, make_task, fit, caplog):
+    still = {"learning_rate": 1e-12, "head_learning_rate": 1e-12}
+    fit(make_task(metrics=["matthews"], **still), base_folder)  # one answer for all rows: Matthews is zero
+    assert "the expert of words (0.000) has hardly learned its task" in caplog.text
+    assert "try other learning rates or more rows" in caplog.text
+
+
+@pytest.mark.parametrize(("value", "told"), [(0.1, False), (0.099, True), (-0.5, True), (math.nan, True)])
+def test_what_counts_as_hardly_learned(value, told):
+    assert bool(weak_experts({"good": 0.9, "words": value})) is told
+    assert "good" not in weak_experts({"good": 0.9, "words": value})
 
 
 def test_early_stopping_stops(base_folder, make_task, fit, tmp_path):
