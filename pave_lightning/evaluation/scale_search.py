@@ -13,11 +13,11 @@ import torch
 from pave_lightning.errors import PaveError
 from pave_lightning.evaluation.candidates import Candidate, ExpertsCandidate, MergedCandidate
 from pave_lightning.evaluation.evaluator import Evaluator, SuiteData
-from pave_lightning.experts.fitting import weak_experts
 from pave_lightning.experts.trainers import build_trainer, quiet_lightning
 from pave_lightning.merging.running import MergedVectors
 from pave_lightning.recipe import Examples, ScaleSearch, Task
 from pave_lightning.tasks.data_module import TaskDataModule
+from pave_lightning.tasks.metrics import weak_experts
 from pave_lightning.weights import TaskVectors
 
 log = logging.getLogger("pave_lightning")

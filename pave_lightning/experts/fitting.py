@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import shutil
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from pave_lightning.experts.trainers import build_trainer, honest_interrupts, qu
 from pave_lightning.files import let_others_read
 from pave_lightning.recipe import Task
 from pave_lightning.tasks.data_module import TaskDataModule
+from pave_lightning.tasks.metrics import weak_experts
 from pave_lightning.weights import Checkpoint
 from pave_lightning.weights.architecture import backbone_of
 from pave_lightning.weights.task_vectors import absent_children
@@ -29,8 +29,6 @@ from pave_lightning.weights.task_vectors import absent_children
 log = logging.getLogger("pave_lightning")
 
 DEFAULT_EPOCHS = 3
-# The task metrics are 1 at best; correlations and Matthews are 0 by chance, accuracies above.
-HARDLY_LEARNED = 0.1
 
 
 def fit_expert(
@@ -123,24 +121,6 @@ def fit_expert(
     if weak := weak_experts({} if score is None else {task.name: float(score)}):
         log.warning("%s; try other learning rates or more rows", weak)
     return expert.model.eval(), metrics
-
-
-def weak_experts(headlines: Mapping[str, float]) -> str:
-    """What to tell of experts that have hardly learned their task; empty where there are none.
-
-    Scores of merged models are divided by their expert's: where that is close to zero, one task decides an average
-    by chance; where it is not above zero, the task is left out.
-
-    Args:
-        headlines: each expert's headline score on validation rows, by task.
-    """
-    weak = [f"{task} ({value:.3f})" for task, value in headlines.items() if not value >= HARDLY_LEARNED]
-    if not weak:
-        return ""
-    return (
-        f"on validation rows the expert of {', '.join(weak)} has hardly learned its task; other models' scores are "
-        "divided by it, or leave the task out where it is not above zero, so their averages say little"
-    )
 
 
 def save_expert(model: nn.Module, base: Path, folder: Path) -> None:

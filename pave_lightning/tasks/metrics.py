@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from torchmetrics.functional.regression import pearson_corrcoef
 from torchmetrics.utilities import dim_zero_cat
 
 from pave_lightning.recipe import MetricName, Task
+
+# All metrics are 1 at best; correlations and Matthews are 0 by chance, accuracies above.
+HARDLY_LEARNED = 0.1
 
 
 class Correlation(Metric):
@@ -141,6 +145,24 @@ def _metric(name: MetricName, outputs: int) -> Metric:
             return Correlation(ranked=False)
         case "spearman":
             return Correlation(ranked=True)
+
+
+def weak_experts(headlines: Mapping[str, float]) -> str:
+    """What to tell of experts that have hardly learned their task; empty where there are none.
+
+    Scores of merged models are divided by their expert's: where that is close to zero, one task decides an average
+    by chance; where it is not above zero, the task is left out.
+
+    Args:
+        headlines: each expert's headline score on validation rows, by task.
+    """
+    weak = [f"{task} ({value:.3f})" for task, value in headlines.items() if not value >= HARDLY_LEARNED]
+    if not weak:
+        return ""
+    return (
+        f"on validation rows the expert of {', '.join(weak)} has hardly learned its task; other models' scores are "
+        "divided by it, or leave the task out where it is not above zero, so their averages say little"
+    )
 
 
 def _constant(values: Tensor) -> bool:

@@ -1,7 +1,5 @@
 """Fine-tuning: heads, frozen parts, adapters, resuming, models of other families."""
 
-import math
-
 import pytest
 import torch
 from transformers import (
@@ -15,7 +13,7 @@ from transformers import (
 )
 
 from pave_lightning.errors import PaveError
-from pave_lightning.experts.fitting import fit_expert, save_expert, weak_experts
+from pave_lightning.experts.fitting import fit_expert, save_expert
 from pave_lightning.experts.loading import load_adapter, load_with_new_head
 from pave_lightning.experts.task_expert import TaskExpert, parameter_groups
 from pave_lightning.recipe import Task
@@ -177,12 +175,6 @@ def test_an_expert_that_has_hardly_learned_is_told(base_folder, make_task, fit, 
     fit(make_task(metrics=["matthews"], **still), base_folder)  # one answer for all rows: Matthews is zero
     assert "the expert of words (0.000) has hardly learned its task" in caplog.text
     assert "try other learning rates or more rows" in caplog.text
-
-
-@pytest.mark.parametrize(("value", "told"), [(0.1, False), (0.099, True), (-0.5, True), (math.nan, True)])
-def test_what_counts_as_hardly_learned(value, told):
-    assert bool(weak_experts({"good": 0.9, "words": value})) is told
-    assert "good" not in weak_experts({"good": 0.9, "words": value})
 
 
 def test_early_stopping_stops(base_folder, make_task, fit, tmp_path):

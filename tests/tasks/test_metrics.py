@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 import pave_lightning.recipe
 from pave_lightning.recipe import Task
-from pave_lightning.tasks.metrics import build_metrics, loss, predictions, scores
+from pave_lightning.tasks.metrics import build_metrics, loss, predictions, scores, weak_experts
 
 CLASSIFICATION = ["accuracy", "macro_f1", "matthews"]
 
@@ -214,3 +215,9 @@ def test_two_processes_give_the_same_scores_as_one(tmp_path):
         expected = {name: pytest.approx(value, abs=1e-6) for name, value in measured(*case).items()}
         found = [json.loads(path.read_text()) for path in tmp_path.glob(f"{number}-*.json")]
         assert found == [expected] * 4
+
+
+@pytest.mark.parametrize(("value", "told"), [(0.1, False), (0.099, True), (-0.5, True), (math.nan, True)])
+def test_what_counts_as_hardly_learned(value, told):
+    assert bool(weak_experts({"good": 0.9, "words": value})) is told
+    assert "good" not in weak_experts({"good": 0.9, "words": value})
