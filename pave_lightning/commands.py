@@ -97,10 +97,14 @@ def plan_recipe(recipe: Recipe, console: Console | None = None) -> None:
             table.add_column(heading)
         for row in plan_rows(recipe, folder):
             table.add_row(*row)
-        # A title would be broken to the width of the table.
-        console.print(f"{recipe.name} in {folder.root}", soft_wrap=True, markup=False, highlight=False)
-        console.print(table)
+        print_under(f"{recipe.name} in {folder.root}", table, console)
         console.print(cost_table(recipe, folder))
+
+
+def print_under(heading: str, table: Table, console: Console) -> None:
+    """Print a table below a heading on one line; a title of its own would be broken to the table's width."""
+    console.print(heading, soft_wrap=True, markup=False, highlight=False)
+    console.print(table)
 
 
 def open_folder(recipe: Recipe, data: Path | None = None) -> RunFolder:

@@ -17,7 +17,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from pave_lightning.commands import open_folder, planning_folder, read_recipe, working
+from pave_lightning.commands import open_folder, planning_folder, print_under, read_recipe, working
 from pave_lightning.errors import PaveError, Problems, doing, nearest
 from pave_lightning.evaluation import Candidate
 from pave_lightning.planning import check_recipe, merge_problems
@@ -109,10 +109,7 @@ def plan_experiment(name: str, overrides: Sequence[str] = (), console: Console |
             undone += not all(scores)
             table.add_row(str(number), cell.label, _told(experts), _told(scores))
         table.caption, table.caption_justify = f"{len(cells)} settings, {undone} to do", "left"
-        console = console or Console()
-        # A title would be broken to the width of the table.
-        console.print(f"experiment {recipe.name} in {folder.root}", soft_wrap=True, markup=False, highlight=False)
-        console.print(table)
+        print_under(f"experiment {recipe.name} in {folder.root}", table, console or Console())
 
 
 def _told(there: Sequence[bool]) -> str:
