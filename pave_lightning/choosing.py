@@ -98,6 +98,7 @@ class Chooser:
         self._recipe, self._source, self._evidence, self._searcher = recipe, source, evidence, searcher
         self._merged_before = merged_before
         self._chosen: dict[str, _Chosen] = {}
+        self._without_scores: dict[str, str] = {}  # what was told of steps for which nothing gives finite scores
         self._last_anchor: tuple[str, dict[str, Tensor]] = ("", {})
 
     def choose(self, step: MergeStep, vectors: Vectors) -> MergeChoice:
@@ -113,7 +114,13 @@ class Chooser:
                 fixed = step.model_copy(update={"scale": known.scale})
                 choice = self._chosen_scale(fixed, known.rho, known.options, scored=False)
                 return replace(choice, average=known.average, facts=known.facts)
-            choice = self._choose(step, vectors)
+            if key in self._without_scores:
+                raise NoFiniteScoreError(self._without_scores[key])
+            try:
+                choice = self._choose(step, vectors)
+            except NoFiniteScoreError as error:
+                self._without_scores[key] = str(error)
+                raise
         options = choice.method.options.model_dump(exclude_unset=True)
         self._chosen[key] = _Chosen(choice.facts.get("rho"), options, choice.scale, choice.average, choice.facts)
         return choice

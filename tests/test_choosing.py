@@ -130,15 +130,18 @@ def test_a_step_that_fails_is_named_and_so_is_its_anchor(workflow_of, averages):
     scale = {"search": [0.5, 1.0], "points": 2}
     steps = [
         {"method": "task_arithmetic", "name": "sum", "scale": scale},
-        {"method": "bmm_data_free", "name": "refined", "anchor": "sum"},
+        {"method": "bmm_data_free", "name": "refined", "anchor": "sum", "tune": {"ridge": [1.0, 2.0]}},
+        {"method": "bmm_data_free", "name": "again", "anchor": "sum"},
     ]
     workflow = workflow_of(steps)
-    averages(*[math.nan] * 6)
+    averages(*[math.nan] * 4)  # two scales on either kind of vectors: what has failed is not searched anew
     told = r"no scale that was tried gives finite"
     with pytest.raises(NoFiniteScoreError, match=rf"^merge sum \(purified\): {told}"):
         workflow.merge(workflow.recipe.step("sum"), "purified")
-    with pytest.raises(NoFiniteScoreError, match=rf"^merge refined \(plain\): merge sum \(plain\): {told}"):
+    with pytest.raises(NoFiniteScoreError, match=r"^merge refined \(plain\): nothing that was tried gives finite"):
         workflow.merge(workflow.recipe.step("refined"), "plain")
+    with pytest.raises(NoFiniteScoreError, match=rf"^merge again \(plain\): merge sum \(plain\): {told}"):
+        workflow.merge(workflow.recipe.step("again"), "plain")
     with pytest.raises(NoFiniteScoreError, match=rf"^merge sum \(plain\): {told}"):
         workflow.choose(workflow.recipe.step("sum"), "plain")
 
