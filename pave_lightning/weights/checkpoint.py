@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -25,12 +27,23 @@ FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "B
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: its file, its name there, and what the file's header says of it."""
+    """Where a tensor lies: its file, its name there, and what the file's header says of it.
+
+    Attributes:
+        file: the safetensors file.
+        name: the tensor's name there.
+        shape: its shape.
+        dtype: its type, as safetensors calls it (``F32``).
+        start: where its values begin, in bytes from the beginning of the file.
+        changed: when the file was last changed before its header was read, in nanoseconds.
+    """
 
     file: Path
     name: str
     shape: tuple[int, ...]
     dtype: str
+    start: int
+    changed: int
 
     @property
     def is_floating(self) -> bool:
@@ -41,9 +54,9 @@ class StoredTensor:
 class Checkpoint:
     """The weights of a Hugging Face model folder, split into backbone and head, read lazily from safetensors.
 
-    Only headers are read at construction. A file is mapped into memory for as long as a tensor read from it lives, and
-    no longer: many checkpoints can be walked through in little memory. Stored names may carry the architecture's prefix
-    (``bert.``) or not; backbone tensors are known here by their name without it.
+    Only headers are read at construction, and later no more than what is asked for: many checkpoints can be walked
+    through in little memory. Stored names may carry the architecture's prefix (``bert.``) or not; backbone tensors are
+    known here by their name without it.
 
     Args:
         folder: folder with ``model.safetensors``, or with shards and their index.
@@ -86,13 +99,16 @@ class Checkpoint:
 
     @staticmethod
     def read(stored: StoredTensor, rows: slice | None = None) -> Tensor:
-        """A stored tensor as it is; with ``rows``, only these rows of its first axis are read.
+        """A stored tensor as it is, in memory of its own; with ``rows``, only these rows of its first axis are read.
 
         Raises:
             PaveError: the file is no longer what it was when its header was read.
         """
-        # Opened anew each time: a handle that is kept counts every page ever read as memory of this process.
         try:
+            if stored.file.stat().st_mtime_ns != stored.changed:
+                raise OSError("it was written to")
+            if stored.is_floating:
+                return _values(stored, rows)
             with safe_open(stored.file, framework="pt") as opened:
                 tensor: Tensor = opened.get_tensor(stored.name)
                 return tensor if rows is None else tensor[rows]
@@ -126,15 +142,36 @@ def stored_tensors(file: Path, again: str = "fetch or save the checkpoint again"
         PaveError: it is missing, truncated or no safetensors file, or this user may not read it.
     """
     try:
-        with safe_open(file, framework="pt") as opened:
-            views = {name: opened.get_slice(name) for name in sorted(opened.keys())}
-            return {
-                name: StoredTensor(file, name, tuple(view.get_shape()), str(view.get_dtype()))
-                for name, view in views.items()
-            }
+        changed = file.stat().st_mtime_ns
+        with safe_open(file, framework="pt") as opened:  # which checks the whole header
+            names = sorted(opened.keys())
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length))
+        found = {}
+        for name in names:
+            told = header[name]
+            start = 8 + length + told["data_offsets"][0]
+            found[name] = StoredTensor(file, name, tuple(told["shape"]), told["dtype"], start, changed)
+        return found
     except (SafetensorError, OSError) as error:
         damaged = f"{file} is truncated or no safetensors file ({error}); {again}"
         raise PaveError(read_failure(file, damaged)) from error
+
+
+def _values(stored: StoredTensor, rows: slice | None) -> Tensor:
+    """The values of a floating-point tensor, copied: to map a file anew for every block costs more than its reading."""
+    dtype, shape, start = FLOATING[stored.dtype], stored.shape, stored.start
+    if rows is not None:
+        first, last, _ = rows.indices(shape[0])
+        start += first * math.prod(shape[1:]) * dtype.itemsize
+        shape = (last - first, *shape[1:])
+    count = math.prod(shape)
+    # As integers of that size: numpy has no bfloat16.
+    found = np.fromfile(stored.file, dtype=f"<i{dtype.itemsize}", count=count, offset=start)
+    if found.size != count:
+        raise OSError("it has become shorter")
+    return torch.from_numpy(found).view(dtype).reshape(shape)
 
 
 def model_digest(folder: Path) -> str:

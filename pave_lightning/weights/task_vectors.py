@@ -212,7 +212,8 @@ class ExpertTaskVectors(TaskVectors):
         """The task vector (float32): the product of the adapter's factors, or fine-tuned minus base."""
         pair = self.factors(task, parameter)
         if pair is None:
-            return super().vector(task, parameter, rows, base)
+            # In place: what was read is nobody else's.
+            return self.expert(task, parameter, rows).sub_(self.base(parameter, rows) if base is None else base)
         left, right = pair
         if parameter.input_axis == 0:
             return (right.T if rows is None else right.T[rows]).mm(left.T).float()
