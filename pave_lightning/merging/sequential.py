@@ -7,7 +7,6 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
@@ -16,9 +15,6 @@ from pave_lightning.merging.base import MethodOptions, StaticMethod
 from pave_lightning.merging.evidence import Evidence
 from pave_lightning.subspace import is_finite
 from pave_lightning.weights import Checkpoint, Parameter, TaskVectors
-
-# Elements that are added up together: few enough for those of all tasks to stay in the processor's cache.
-_CHUNK = 1 << 14
 
 
 class SequentialState(BaseModel):
@@ -203,13 +199,11 @@ class RunningMean(SequentialMethod):
 
 
 def summed(vectors: Sequence[Tensor]) -> Tensor:
-    """The sum of tensors of one shape, chunk by chunk: a stack of all would take as much memory as they do."""
-    flat = [vector.reshape(-1) for vector in vectors]
-    total = torch.empty_like(flat[0])
-    for start in range(0, total.numel(), _CHUNK):
-        chunk = slice(start, start + _CHUNK)
-        total[chunk] = torch.stack([vector[chunk] for vector in flat]).sum(dim=0)
-    return total.view(vectors[0].shape)
+    """The sum of tensors of one shape, one after the other: a stack of all would take as much memory as they do."""
+    total = vectors[0].clone()
+    for vector in vectors[1:]:
+        total += vector
+    return total
 
 
 def _checked(state: Mapping[str, Any], method: str) -> SequentialState:

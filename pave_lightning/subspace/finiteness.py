@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -11,4 +13,4 @@ def is_finite(tensor: Tensor) -> bool:
     if not tensor.numel():
         return True
     # Both ends are NaN where any element is.
-    return all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor.detach()))
+    return all(math.isfinite(end) for end in torch.aminmax(tensor.detach()))

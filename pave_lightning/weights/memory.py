@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 # Arguments of glibc's mallopt, from malloc.h.
-_MMAP_THRESHOLD = -3
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _LARGE = 1 << 20
+# Free memory at the heap's end that is kept: enough for the blocks in use of an elementwise rule, which come and go.
+_KEPT = 16 << 20
 STATUS = Path("/proc/self/status")
 # What glibc's own adjustment arrives at in a process that uses large tensors.
 _USUAL = 32 << 20
@@ -23,7 +25,7 @@ _USUAL = 32 << 20
 
 @contextmanager
 def freed_memory_returned() -> Iterator[None]:
-    """Within this block, large tensors go back to the system when they are freed; elsewhere they stay for reuse.
+    """Within this block, large tensors go back to the system when they are freed; small ones, and elsewhere all, stay.
 
     The C library keeps freed blocks of up to 32 MB in its heap, one for each thread, where tensors of changing sizes
     leave holes: a walk over the layers of a model then grows to half as much again as it has in use. Does nothing
@@ -31,10 +33,12 @@ def freed_memory_returned() -> Iterator[None]:
     """
     mallopt = _mallopt()
     mallopt(_MMAP_THRESHOLD, _LARGE)
+    mallopt(_TRIM_THRESHOLD, _KEPT)
     try:
         yield
     finally:
         mallopt(_MMAP_THRESHOLD, _USUAL)
+        mallopt(_TRIM_THRESHOLD, 2 * _USUAL)
 
 
 @dataclass
