@@ -339,7 +339,8 @@ def test_two_processes_give_the_same_experts_statistics_and_scores_as_one(recipe
     for task in ("words", "numbers"):
         first, second = (found["scores"][task] for found in scores)
         assert first["examples"] == second["examples"] == 30
-        assert first["metrics"] == pytest.approx(second["metrics"], abs=1e-5)
+        # These experts have hardly learned: correlations divide rounding by the small spread of what they say.
+        assert first["metrics"] == pytest.approx(second["metrics"], abs=1e-4)
 
 
 def test_data_that_changes_during_a_fit_makes_its_result_stale(recipe_settings, tmp_path, monkeypatch):

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -166,12 +165,13 @@ def _values(stored: StoredTensor, rows: slice | None) -> Tensor:
         first, last, _ = rows.indices(shape[0])
         start += first * math.prod(shape[1:]) * dtype.itemsize
         shape = (last - first, *shape[1:])
-    count = math.prod(shape)
-    # As integers of that size: numpy has no bfloat16.
-    found = np.fromfile(stored.file, dtype=f"<i{dtype.itemsize}", count=count, offset=start)
-    if found.size != count:
-        raise OSError("it has become shorter")
-    return torch.from_numpy(found).view(dtype).reshape(shape)
+    found = torch.empty(math.prod(shape), dtype=dtype)
+    place = found.view(torch.uint8).numpy().data
+    with stored.file.open("rb") as stream:
+        stream.seek(start)
+        if stream.readinto(place) != place.nbytes:
+            raise OSError("it has become shorter")
+    return found.reshape(shape)
 
 
 def model_digest(folder: Path) -> str:
