@@ -310,6 +310,8 @@ def test_killed_runs_go_on_and_end_like_an_undisturbed_one(recipe_settings, tmp_
 
 @pytest.mark.slow
 def test_two_processes_give_the_same_experts_statistics_and_scores_as_one(recipe_settings, tmp_path):
+    # Long enough to learn: a correlation divides rounding by the spread of what an expert says.
+    recipe_settings["trainer"]["max_epochs"] = 30
     folder = rerun(recipe_settings)
     # In a shared folder, whose stages the driver claims for all of its processes.
     two = {**recipe_settings, "name": "two", "shared": str(tmp_path / "shared")}
@@ -339,8 +341,7 @@ def test_two_processes_give_the_same_experts_statistics_and_scores_as_one(recipe
     for task in ("words", "numbers"):
         first, second = (found["scores"][task] for found in scores)
         assert first["examples"] == second["examples"] == 30
-        # These experts have hardly learned: correlations divide rounding by the small spread of what they say.
-        assert first["metrics"] == pytest.approx(second["metrics"], abs=1e-4)
+        assert first["metrics"] == pytest.approx(second["metrics"], abs=1e-5)
 
 
 def test_data_that_changes_during_a_fit_makes_its_result_stale(recipe_settings, tmp_path, monkeypatch):
