@@ -1,0 +1,171 @@
+"""What is wrong with the base, with the experts that exist already, and with how others are to be trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from pave_lightning.errors import PaveError, Problems, nearest
+from pave_lightning.experts.loading import adapter_problems, load_tokenizer
+from pave_lightning.recipe import Lora, Recipe, Task
+from pave_lightning.stages import existing_folder
+from pave_lightning.weights import Adapter, Architecture, Checkpoint, Parameter, ParameterKind, locate_model
+from pave_lightning.weights.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_folder
+from pave_lightning.weights.architecture import lies_in
+from pave_lightning.weights.checkpoint import stored_tensors
+from pave_lightning.weights.task_vectors import (
+    absent_children,
+    config_differences,
+    differences,
+)
+
+
+def adapter_of(folder: Path) -> Path | None:
+    """Where the adapter of a named expert lies: the folder itself where it is an adapter, or beside its weights."""
+    return folder if (folder / ADAPTER_CONFIG).is_file() else adapter_folder(folder)
+
+
+def is_wrapped(parameter: Parameter, lora: Lora) -> bool:
+    """Whether LoRA with these options adapts the layer that owns a parameter, with that parameter as its weight."""
+    if parameter.kind is not ParameterKind.LINEAR or not parameter.name.endswith(".weight"):
+        return False
+    return lora.target_modules == "all-linear" or any(is_named(parameter.layer, n) for n in lora.target_modules)
+
+
+def is_named(layer: str, name: str) -> bool:
+    """Whether a layer has that name, or a name that ends with it."""
+    return layer == name or layer.endswith(f".{name}")
+
+
+def check_models(recipe: Recipe, problems: Problems) -> None:
+    """Check the base, the experts that exist already, and how the others are to be trained.
+
+    Args:
+        recipe: What is checked.
+        problems: Is told everything that is wrong.
+
+    Raises:
+        PaveError: The base cannot be read, so that nothing else can be asked.
+    """
+    base_folder = locate_model(recipe.base, role="base")
+    architecture = Architecture.of_folder(base_folder)
+    base = Checkpoint(base_folder, architecture.prefix)
+    tokenizer = load_tokenizer(base_folder)
+    stored = {architecture.stored_names.get(name, name) for name, weight in base.backbone.items() if weight.is_floating}
+    foreign = sorted(name for name in stored if name not in architecture.parameters and not architecture.ignores(name))
+    unset = [name for name in architecture.parameters if name not in stored]
+    if foreign and unset:
+        problems.add(
+            f"base: {architecture.config.get('model_type')} stores weights in other pieces than the model has "
+            f"({foreign[0]}, for {unset[0]} and the like); such architectures are not supported yet"
+        )
+    for name in base.non_finite():
+        problems.add(f"base: the weight {name} holds NaN or infinity")
+    if architecture.vocabulary is not None and len(tokenizer) > architecture.vocabulary:
+        problems.add(
+            f"base: its tokenizer has {len(tokenizer)} tokens, but its embedding {architecture.vocabulary} rows"
+        )
+    for task in recipe.tasks:
+        limit = architecture.positions
+        if limit is not None and task.training.max_length > limit:
+            problems.add(
+                f"task '{task.name}': training.max_length is {task.training.max_length}, "
+                f"but the base reads at most {limit} tokens"
+            )
+        try:
+            if task.expert is not None:
+                problems.extend(_expert_problems(task, base, architecture, tokenizer.get_vocab()))
+            else:
+                problems.extend(_training_problems(task, architecture))
+        except PaveError as error:
+            problems.add(str(error))
+
+
+def _training_problems(task: Task, architecture: Architecture) -> Iterator[str]:
+    layers = sorted({module for name in architecture.parameters for module in _ancestors(name)})
+    for name in task.training.freeze:
+        if name not in layers:
+            yield f"task '{task.name}': training.freeze: no submodule '{name}'; {nearest(name, layers)}"
+    lora = task.training.lora
+    if lora is None:
+        return
+    adapted = [parameter for parameter in architecture.parameters.values() if is_wrapped(parameter, lora)]
+    widest = max((min(parameter.matrix_shape) for parameter in adapted), default=lora.rank)
+    if lora.rank > widest:
+        yield (
+            f"task '{task.name}': training.lora.rank is {lora.rank}, but no layer that it adapts has more than "
+            f"{widest} directions; lower it"
+        )
+    if not isinstance(lora.target_modules, str):
+        linear = [p.layer for p in architecture.parameters.values() if p.kind is ParameterKind.LINEAR]
+        endings = sorted({layer.rpartition(".")[2] for layer in linear})
+        for name in lora.target_modules:
+            if not any(is_named(layer, name) for layer in linear):
+                hint = nearest(name, endings)
+                yield f"task '{task.name}': training.lora.target_modules: no linear layer '{name}'; {hint}"
+
+
+def _ancestors(name: str) -> Iterator[str]:
+    parts = name.split(".")[:-1]
+    for end in range(1, len(parts) + 1):
+        yield ".".join(parts[:end])
+
+
+def _expert_problems(
+    task: Task, base: Checkpoint, architecture: Architecture, vocabulary: Mapping[str, int]
+) -> Iterator[str]:
+    """What is wrong with a checkpoint that a recipe names instead of training.
+
+    Raises:
+        PaveError: one more problem, the last.
+    """
+    folder = existing_folder(task)
+    where = f"task '{task.name}'"
+    if (folder / ADAPTER_CONFIG).is_file():
+        problems = adapter_problems(folder)
+        yield from (f"{where}: {problem}" for problem in problems)
+        if not problems and _adds_nothing(folder, base, architecture.prefix):
+            yield f"{where}: the adapter {folder} adds nothing to the base: nothing to merge; was it fine-tuned?"
+        if not problems:
+            Adapter(folder, architecture.prefix)  # tells what is wrong with its factors
+        return
+    own = Architecture.of_folder(folder)
+    expert = Checkpoint(folder, own.prefix)
+    yield from config_differences(task.name, architecture, own)
+    yield from differences(task.name, base, expert, architecture)
+    if expert.has_backbone_of(base):
+        yield f"{where}: the backbone of {folder} is the base's, so there is nothing to merge; was it fine-tuned?"
+    yield from own.head_problems(f"{where}: {folder}", expert.head)
+    yield from (f"{where}: {problem}" for problem in _head_problems(task, folder, own))
+    for name in expert.non_finite():
+        yield f"{where}: the weight {name} of {folder} holds NaN or infinity"
+    others = load_tokenizer(folder).get_vocab()
+    differing = [token for token, index in others.items() if vocabulary.get(token) != index]
+    if differing or len(others) != len(vocabulary):
+        yield (
+            f"{where}: the vocabulary of {folder} is not the base's ({len(differing)} tokens differ, "
+            f"such as {differing[:1]}); experts of one base must share its tokenizer"
+        )
+    beside = adapter_folder(folder)
+    if beside is not None:
+        Adapter(beside, architecture.prefix)  # tells what is wrong with its factors
+
+
+def _adds_nothing(folder: Path, base: Checkpoint, prefix: str) -> bool:
+    """Whether all that an adapter holds for the base's weights is zero, A aside; reads no further than what is not."""
+    stored = stored_tensors(folder / ADAPTER_WEIGHTS)
+    own = {name.partition(f".{prefix}.")[2]: tensor for name, tensor in stored.items() if f".{prefix}." in name}
+    private = absent_children(base, own)
+    factors = {name: t for name, t in own.items() if not lies_in(name, private)}
+    updates = [tensor for name, tensor in factors.items() if ".lora_A." not in name and ".lora_embedding_A" not in name]
+    return bool(updates) and not any(bool(Checkpoint.read(tensor).any()) for tensor in updates)
+
+
+def _head_problems(task: Task, folder: Path, own: Architecture) -> Iterator[str]:
+    if own.outputs != task.outputs:
+        yield f"the head of {folder} has {own.outputs} outputs, but the task needs {task.outputs}"
+    names = list(own.labels.values())
+    if task.classes is not None and sorted(names) == sorted(task.classes) and names != task.classes:
+        yield f"the head of {folder} has the classes in the order {names}, the task in the order {task.classes}"
+    if own.padding is None:
+        yield f"{folder}: config.json has no pad_token_id, so batches cannot be padded; set it"
