@@ -184,7 +184,7 @@ class Chooser:
         with measured() as cost:
             merged = merge(method, source, evidence)
         if isinstance(scale, ScaleSearch):
-            found = self._searcher().best(source, merged, scale)
+            found = self._searcher().best(source, merged, scale, start=method.default_scale or 1.0)
             facts = {"scale": float(found["scale"]), "search": found["tried"], **ratio}
             return MergeChoice(method, source, evidence, facts["scale"], merged, found["average"], facts, cost)
         average = self._searcher().average(MergedCandidate(source, merged, 1.0 if scale is None else scale), None)

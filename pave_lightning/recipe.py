@@ -308,30 +308,53 @@ class Compute(Section):
     """cpu: eigenvectors of the weakest directions alone; cuda: full eigenvalue decompositions on the graphics card."""
 
 
+def _search_form(value: Any) -> str:
+    return "auto" if isinstance(value, str) else "range"
+
+
+SearchRange = Annotated[
+    Annotated[Span, Tag("range")] | Annotated[Literal["auto"], Tag("auto")],
+    Discriminator(_search_form),
+]
+# Scales of a range where a recipe does not say how many.
+DEFAULT_POINTS = 7
+
+
 class ScaleSearch(Section):
     """Choose the scale on the validation split: the one with the best average of normalised headline scores."""
 
-    search: Span
-    """Lowest and highest scale that is tried."""
-    points: int = Field(default=7, ge=2)
-    """Evenly spaced scales between the two, both included."""
+    search: SearchRange
+    """Lowest and highest scale that is tried; or auto: start at the method's default scale, go up and down by factors
+    of two until the score has fallen on both sides, and refine around the best."""
+    points: int | None = Field(default=None, ge=2)
+    """Evenly spaced scales of a range, both ends included; 7 where nothing is said. Not for auto."""
     examples: int | None = Field(default=None, ge=2)
     """Validation rows a task that the search looks at; all that the task uses where nothing is said."""
-    # Left out where it is not asked for, so that results of searches as they are stay valid.
-    widen: bool = Field(default=False, exclude_if=lambda value: not value)
-    """Go on beyond an end at which the best scale stands: by the same distance above the highest, by halves below the
-    lowest, until the best is no end any more, for at most as many scales again as ``points``."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_short_form(cls, raw: Any) -> Any:
+        if raw == "search":
+            return {"search": "auto"}
+        if isinstance(raw, dict) and raw.get("points") is None and isinstance(raw.get("search"), (list, tuple)):
+            return {**raw, "points": DEFAULT_POINTS}
+        return raw
 
     @field_validator("search")
     @classmethod
-    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if value[0] >= value[1]:
+    def _ordered(cls, value: tuple[float, float] | Literal["auto"]) -> tuple[float, float] | Literal["auto"]:
+        if value != "auto" and value[0] >= value[1]:
             raise ValueError("must be [lowest, highest]")
         return value
 
+    @model_validator(mode="after")
+    def _points_of_a_range(self) -> ScaleSearch:
+        of_auto = self.search == "auto" and self.points is not None
+        return _unless_wrong(self, ["'points' belongs to a range [lowest, highest], not to auto"] if of_auto else [])
+
 
 def _scale_form(value: Any) -> str:
-    return "search" if isinstance(value, (dict, ScaleSearch)) else "number"
+    return "search" if isinstance(value, (dict, ScaleSearch)) or value == "search" else "number"
 
 
 Scale = Annotated[
@@ -348,8 +371,9 @@ class MergeStep(Section):
     name: str = Field(default="", pattern=rf"^$|{NAME_PATTERN}")
     """Name of the result in tables and folders; the method's name where nothing is said."""
     scale: Scale | None = None
-    """What the merged task vector is multiplied with: a number, or {search: [lowest, highest]}. The method's default
-    where nothing is said; only for methods that have a scale."""
+    """What the merged task vector is multiplied with: a number, search (chosen on the validation split, starting at the
+    method's default), or {search: [lowest, highest]}. The method's default where nothing is said; only for methods that
+    have a scale."""
     vectors: list[Vectors] = Field(default=["plain", "purified"], min_length=1)
     """Which task vectors the rule is run on."""
     purify: Purify = Purify()

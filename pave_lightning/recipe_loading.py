@@ -93,6 +93,7 @@ def recipe_schema() -> dict[str, Any]:
     keys["metrics"] = _or(keys["metrics"], a_metric, {"type": "null"})
     keys["headline"] = _or(keys["headline"], {"type": "null"})
     step["properties"]["name"] = _or(step["properties"]["name"], {"type": "null"})
+    step["properties"]["scale"] = _or(step["properties"]["scale"], {"const": "search"})
     task["required"] = ["name", "data", "text"]
     used = copy.deepcopy(task)
     use = {"enum": suite_task_names(), "description": "Name of a known task; the other keys change it."}

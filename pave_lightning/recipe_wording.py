@@ -37,11 +37,13 @@ EXPECTED: dict[tuple[type[Section] | None, str], str] = {
     (Task, "use"): "the name of a known task, such as pocket/movie",
     (MergeStep, "method"): "the name of a merge method",
     (Purify, "rho"): "a number in (0, 1], or auto",
+    (MergeStep, "scale"): "a number, search, or {search: [lowest, highest]}",
+    (ScaleSearch, "search"): "two numbers [lowest, highest], or auto",
 }
 _EXPECTED_SECTION: dict[type[Section], str] = {
     Task: "the name of a task such as pocket/movie, or a mapping that describes one",
     MergeStep: "the name of a merge method, or a mapping with the key 'method'",
-    ScaleSearch: "{search: [lowest, highest]}",
+    ScaleSearch: "search or {search: [lowest, highest]}",
 }
 
 

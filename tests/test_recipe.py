@@ -97,7 +97,9 @@ def test_short_forms_of_merge_steps() -> None:
 
 def test_a_scale_is_a_number_or_a_search() -> None:
     step = MergeStep.model_validate({"method": "ties", "scale": {"search": [0.1, 1]}})
-    assert step.scale == ScaleSearch(search=(0.1, 1.0))
+    assert step.scale == ScaleSearch(search=(0.1, 1.0), points=7)
+    assert MergeStep.model_validate({"method": "ties", "scale": "search"}).scale == ScaleSearch(search="auto")
+    assert MergeStep.model_validate({"method": "ties", "scale": {"search": "auto"}}).scale == ScaleSearch(search="auto")
     assert MergeStep.model_validate({"method": "ties", "scale": 0.4}).scale == 0.4
     assert MergeStep.model_validate({"method": "ties"}).scale is None
 

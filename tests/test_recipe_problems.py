@@ -153,20 +153,28 @@ WRONG = [
     ("merge: [{method: x, name: 0}]", ["merge.0 (x).name: must be a text, found 0; put it in quotes"]),
     (
         "merge: [{method: x, scale: true}]",
-        ["merge.0 (x).scale: must be a number or {search: [lowest, highest]}, found true"],
+        ["merge.0 (x).scale: must be a number, search, or {search: [lowest, highest]}, found true"],
     ),
     (
         "merge: [{method: x, scale: [0, 1]}]",
-        ["merge.0 (x).scale: must be a number or {search: [lowest, highest]}, found [0, 1]"],
+        ["merge.0 (x).scale: must be a number, search, or {search: [lowest, highest]}, found [0, 1]"],
     ),
     (
         "merge: [{method: x, scale: '1'}]",
-        ["merge.0 (x).scale: must be a number or {search: [lowest, highest]}, found '1'"],
+        ["merge.0 (x).scale: must be a number, search, or {search: [lowest, highest]}, found '1'"],
     ),
     ("merge: [{method: x, scale: {serch: [0, 1]}}]", ["merge.0 (x).scale.serch: unknown key; did you mean 'search'?"]),
     (
         "merge: [{method: x, scale: {}}]",
-        ["merge.0 (x).scale: the key 'search' is missing (lowest and highest scale that is tried)"],
+        ["merge.0 (x).scale: the key 'search' is missing (lowest and highest scale that is tried; or auto)"],
+    ),
+    (
+        "merge: [{method: x, scale: {search: auto, points: 3}}]",
+        ["merge.0 (x).scale: 'points' belongs to a range [lowest, highest], not to auto"],
+    ),
+    (
+        "merge: [{method: x, scale: {search: atuo}}]",
+        ["merge.0 (x).scale.search: must be two numbers [lowest, highest], or auto, found 'atuo'"],
     ),
     (
         "merge: [{method: x, scale: {search: [1, 0]}}]",
@@ -174,11 +182,11 @@ WRONG = [
     ),
     (
         "merge: [{method: x, scale: {search: [1]}}]",
-        ["merge.0 (x).scale.search: must be two numbers [lowest, highest], found [1]"],
+        ["merge.0 (x).scale.search: must be two numbers [lowest, highest], or auto, found [1]"],
     ),
     (
         "merge: [{method: x, scale: {search: [1, 2, 3]}}]",
-        ["merge.0 (x).scale.search: must be two numbers [lowest, highest], found [1, 2, 3]"],
+        ["merge.0 (x).scale.search: must be two numbers [lowest, highest], or auto, found [1, 2, 3]"],
     ),
     (
         "merge: [{method: x, scale: {search: [a, true]}}]",
@@ -409,7 +417,7 @@ merge:
         "tasks.2 (isa): metric 'accuracy' does not fit a regression task; fitting are pearson, spearman",
         "tasks.2 (isa).training.batch_size: must be at least 1, found 0",
         "tasks.3 (sense).training.early_stopping.patience: must be at least 1, found 0",
-        "merge.0 (ties).scale: must be a number or {search: [lowest, highest]}, found true",
+        "merge.0 (ties).scale: must be a number, search, or {search: [lowest, highest]}, found true",
     ]
 
 
@@ -480,6 +488,7 @@ def test_methods_of_a_recipe_that_is_right_are_left_to_others(write_recipe: Writ
 OUTSIDE_THE_SCHEMA = (
     "1e3",
     "[1, 0]",
+    "auto, points",
     "movi]",
     "plain, plain",
     "my method",

@@ -15,12 +15,17 @@ from pave_lightning.evaluation.candidates import Candidate, ExpertsCandidate, Me
 from pave_lightning.evaluation.evaluator import Evaluator, SuiteData
 from pave_lightning.experts.trainers import build_trainer, quiet_lightning
 from pave_lightning.merging.running import MergedVectors
-from pave_lightning.recipe import Examples, ScaleSearch, Task
+from pave_lightning.recipe import DEFAULT_POINTS, Examples, ScaleSearch, Task
 from pave_lightning.tasks.data_module import TaskDataModule
 from pave_lightning.tasks.metrics import weak_experts
 from pave_lightning.weights import TaskVectors
 
 log = logging.getLogger("pave_lightning")
+
+# Scales that an automatic search tries before it refines.
+MOST_SCALES = 12
+# Each halves, on the logarithmic axis, the distance between the best scale and its neighbours.
+REFINEMENTS = 2
 
 
 class NoFiniteScoreError(PaveError):
@@ -28,7 +33,7 @@ class NoFiniteScoreError(PaveError):
 
 
 class ScaleSearcher:
-    """Tries evenly spaced scales, takes the one with the best average of normalised headline scores, widens if told so.
+    """Scores scales and takes the one with the best average of normalised headline scores.
 
     Only validation splits are looked at; test splits never are. Among equals the smaller scale wins.
 
@@ -61,8 +66,16 @@ class ScaleSearcher:
         self._references = references if references is not None else {}
         self._data: dict[int | None, SuiteData] = {}
 
-    def best(self, source: TaskVectors, merged: MergedVectors, search: ScaleSearch) -> dict[str, Any]:
+    def best(
+        self, source: TaskVectors, merged: MergedVectors, search: ScaleSearch, start: float = 1.0
+    ) -> dict[str, Any]:
         """The best scale for merged task vectors, and every scale that was tried with its score.
+
+        Args:
+            source: the task vectors.
+            merged: what a method made of them.
+            search: which scales are tried, and on how many rows.
+            start: where an automatic search begins, the method's default scale; above zero.
 
         Returns:
             ``{"scale": best, "average": its score, "tried": [[scale, average normalised validation score], ...]}``
@@ -77,14 +90,12 @@ class ScaleSearcher:
             log.info("  scale %.4g: %.4f of the experts on validation", scale, average)
             return average
 
-        scales = torch.linspace(*search.search, search.points, dtype=torch.float64).tolist()
-        tried = {scale: average_at(scale) for scale in scales}
-        for _ in range(search.points if search.widen else 0):
-            further = _beyond(tried, distance=scales[1] - scales[0])
-            if further is None:
-                break
-            tried[further] = average_at(further)
-        best = _best(tried)
+        if search.search == "auto":
+            tried = search_from(start, average_at)
+        else:
+            scales = torch.linspace(*search.search, search.points or DEFAULT_POINTS, dtype=torch.float64).tolist()
+            tried = {scale: average_at(scale) for scale in scales}
+        best = best_scale(tried)
         advice = _advice(tried, best, search)
         if advice is not None:
             log.warning("  %s", advice)
@@ -129,30 +140,68 @@ class ScaleSearcher:
         return task.model_copy(update={"examples": limited})
 
 
-def _best(tried: Mapping[float, float]) -> float:
+def search_from(start: float, average_at: Callable[[float], float]) -> dict[float, float]:
+    """Try scales around a first one until the best is enclosed, then between the best and its neighbours.
+
+    Scales go up and down by factors of two while the best stands at that end, for at most `MOST_SCALES` scales; a
+    plateau (the next scale does exactly as well) ends a side, and so does a score that is not finite. Then the
+    geometric means of the best and its neighbours are tried, `REFINEMENTS` times over, each time around the best so
+    far.
+
+    Args:
+        start: the first scale, above zero.
+        average_at: the score of a scale.
+
+    Returns:
+        Every scale that was tried -> its score, which may be NaN.
+    """
+    tried = {scale: average_at(scale) for scale in (start, 2 * start, start / 2)}
+    while len(tried) < MOST_SCALES and (further := _beyond(tried)) is not None:
+        tried[further] = average_at(further)
+    for _ in range(REFINEMENTS):
+        best = _best_so_far(tried)
+        for neighbour in _neighbours(tried, best):
+            if math.isfinite(tried[best]) and tried[neighbour] != tried[best]:
+                between = math.sqrt(best * neighbour)
+                tried[between] = average_at(between)
+    return tried
+
+
+def best_scale(tried: Mapping[float, float]) -> float:
     """The scale with the highest score, the smaller among equals.
 
     Raises:
         NoFiniteScoreError: no score is finite.
     """
-    usable = [scale for scale, average in tried.items() if math.isfinite(average)]
-    if not usable:
+    best = _best_so_far(tried)
+    if not math.isfinite(tried[best]):
         raise NoFiniteScoreError(
             "no scale that was tried gives finite scores on the validation splits; try smaller ones"
         )
-    return max(usable, key=lambda scale: (tried[scale], -scale))
+    return best
 
 
-def _beyond(tried: Mapping[float, float], distance: float) -> float | None:
-    """The next scale beyond the end at which the best one stands; None where there is no such end.
+def _best_so_far(tried: Mapping[float, float]) -> float:
+    """The scale with the highest score, the smaller among equals; scores that are not finite come last."""
+    return max(tried, key=lambda scale: (tried[scale] if math.isfinite(tried[scale]) else -math.inf, -scale))
+
+
+def _beyond(tried: Mapping[float, float]) -> float | None:
+    """The next scale by a factor of two beyond the end at which the best one stands; None where there is no such end.
 
     On a plateau at the lower end nothing speaks for smaller scales: every one of them would win as the smaller of
     equals, down to the base.
     """
-    best = _best(tried)
-    if best == max(tried):
-        return best + distance
-    return best / 2 if best == min(tried) and best > 0 and not _on_plateau(tried, best) else None
+    best = _best_so_far(tried)
+    if best == min(tried):
+        return None if _on_plateau(tried, best) else best / 2
+    return 2 * best if best == max(tried) else None
+
+
+def _neighbours(tried: Mapping[float, float], best: float) -> list[float]:
+    """The next smaller and the next larger scale that were tried."""
+    smaller, larger = [s for s in tried if s < best], [s for s in tried if s > best]
+    return [*([max(smaller)] if smaller else []), *([min(larger)] if larger else [])]
 
 
 def _on_plateau(tried: Mapping[float, float], best: float) -> bool:
@@ -168,7 +217,6 @@ def _advice(tried: Mapping[float, float], best: float, search: ScaleSearch) -> s
         return None
     if _on_plateau(tried, best):
         return f"the best scale is the {end} that was tried, but larger ones do as well: hardly anything depends on it"
-    # Below a negative scale nothing is widened.
-    widens = not search.widen and (end == "largest" or best > 0)
-    further = "a search with widen: true goes on" if widens else f"search around {best:.4g}"
-    return f"the best scale is the {end} that was tried; {further}"
+    if search.search == "auto":
+        return f"the best scale is the {end} of the {len(tried)} that were tried, so a better one may lie beyond it"
+    return f"the best scale is the {end} that was tried; `scale: search` continues past the end of a range"

@@ -61,9 +61,16 @@ def searcher(suite, tmp_path):
     return build
 
 
-def find(searcher, search=(0.0, 1.0), points=5, examples=None, widen=False):
-    asked = ScaleSearch(search=search, points=points, examples=examples, widen=widen)
+def find(searcher, search=(0.0, 1.0), points=5, examples=None):
+    asked = ScaleSearch(search=search, points=points, examples=examples)
     return searcher.best(One(), MergedVectors({"w": torch.ones(())}), asked)
+
+
+def find_from(searcher, start):
+    """An automatic search; with the scales in the order in which they were tried."""
+    stub, search = searcher
+    found = search.best(One(), MergedVectors({"w": torch.ones(())}), ScaleSearch(search="auto"), start=start)
+    return found, [scale for _, scale, _ in stub.asked if scale is not None]
 
 
 def test_the_best_average_of_normalised_scores_wins(searcher):
@@ -98,57 +105,90 @@ def test_a_best_scale_at_the_end_of_the_search_is_told(searcher, caplog, best, s
     assert [told] * bool(told) == [word for word in ("largest", "smallest") if f"is the {word} that was" in caplog.text]
 
 
-@pytest.mark.parametrize(
-    ("best", "beyond", "chosen"),
-    [
-        (2.0, [], 2.0),
-        (4.2, [4.0, 5.0], 4.0),
-        (9.0, [4.0, 5.0, 6.0], 6.0),  # as many again as there are points, and no more
-        (0.45, [0.5, 0.25], 0.5),
-        (0.0, [0.5, 0.25, 0.125], 0.125),
-    ],
-)
-def test_a_search_that_may_widen_goes_on_beyond_its_ends(searcher, caplog, best, beyond, chosen):
-    stub, search = searcher((1, 1, 1), lambda scale: [10 - abs(scale - best)] * 3)
-    found = find(search, search=(1.0, 3.0), points=3, widen=True)
-    assert found["scale"] == chosen
-    assert [scale for _, scale, _ in stub.asked] == [None, 1.0, 2.0, 3.0, *beyond]
-    assert [scale for scale, _ in found["tried"]] == sorted([1.0, 2.0, 3.0, *beyond])
-    at_end = bool(beyond) and chosen == beyond[-1]
-    assert (f"that was tried; search around {chosen:.4g}" in caplog.text) == at_end
-    assert "widen: true" not in caplog.text
+def peak(best):
+    """Scores that rise up to a scale and fall from there, by the distance on a logarithmic axis."""
+    return lambda scale: [10 - abs(math.log2(scale) - math.log2(best))] * 3
 
 
-@pytest.mark.parametrize("widen", [False, True])
 @pytest.mark.parametrize(
-    ("curve", "beyond", "chosen"),
+    ("best", "asked"),
     [
-        (lambda scale: 0.5, [], 1.0),
-        (lambda scale: 0.5 if scale < 2.5 else 0.1, [], 1.0),
-        (lambda scale: math.nan if scale > 1.5 else 0.5, [0.5], 0.5),  # what larger ones do says nothing
-        (lambda scale: 0.5 if scale < 0.8 else 0.4 / scale, [0.5, 0.25], 0.25),
+        (1.0, [1.0, 2.0, 0.5]),
+        (6.0, [1.0, 2.0, 0.5, 4.0, 8.0, 16.0]),
+        (0.1, [1.0, 2.0, 0.5, 0.25, 0.125, 0.0625]),
     ],
 )
-def test_a_search_does_not_walk_along_a_plateau(searcher, caplog, curve, beyond, chosen, widen):
-    stub, search = searcher((1, 1, 1), lambda scale: [curve(scale)] * 3)
-    found = find(search, search=(1.0, 3.0), points=3, widen=widen)
-    assert found["scale"] == (chosen if widen else 1.0)
-    assert [scale for _, scale, _ in stub.asked] == [None, 1.0, 2.0, 3.0, *(beyond if widen else [])]
-    plateau = widen or curve(1.0) == curve(2.0)
+def test_an_automatic_search_goes_by_factors_of_two_until_the_score_has_fallen_on_both_sides(searcher, best, asked):
+    found, tried = find_from(searcher((1, 1, 1), peak(best)), 1.0)
+    assert tried[: len(asked)] == asked
+    assert len(tried) == len(asked) + 4  # two refinements, on both sides of the best
+    assert max(found["scale"] / best, best / found["scale"]) < 2**0.25
+    assert [scale for scale, _ in found["tried"]] == pytest.approx(sorted(tried), abs=1e-6)
+
+
+def test_an_automatic_search_finds_a_best_scale_far_beyond_a_usual_range(searcher):
+    found, tried = find_from(searcher((1, 1, 1), peak(7.3)), 1.0)
+    assert found["scale"] == pytest.approx(7.3, rel=0.1)
+    assert max(tried) == 16.0
+
+
+def test_an_automatic_search_begins_at_the_default_scale(searcher):
+    _, tried = find_from(searcher((1, 1, 1), peak(0.3)), 0.3)
+    assert tried[:3] == [0.3, 0.6, 0.15]
+
+
+@pytest.mark.parametrize(("direction", "end"), [(1, "largest"), (-1, "smallest")])
+def test_an_automatic_search_ends_after_twelve_scales_and_tells_that_its_end_is_open(searcher, caplog, direction, end):
+    found, _ = find_from(searcher((1, 1, 1), lambda scale: [direction * math.log2(scale)] * 3), 1.0)
+    powers = [math.log2(scale) for scale, _ in found["tried"]]
+    assert sum(power == round(power) for power in powers) == 12
+    assert found["scale"] == 2.0 ** (10 * direction)
+    assert f"the best scale is the {end} of the {len(powers)} that were tried" in caplog.text
+
+
+def test_a_plateau_ends_an_automatic_search(searcher, caplog):
+    found, tried = find_from(searcher((1, 1, 1), lambda scale: [0.5] * 3), 1.0)
+    assert sorted(tried) == [0.5, 1.0, 2.0]
+    assert found["scale"] == 0.5
+    assert "larger ones do as well" in caplog.text
+
+
+def test_a_plateau_at_larger_scales_is_not_walked_along(searcher):
+    _, tried = find_from(searcher((1, 1, 1), lambda scale: [min(scale, 2.0)] * 3), 1.0)
+    assert max(tried) == 4.0
+
+
+def test_scales_without_finite_scores_end_a_side(searcher):
+    found, tried = find_from(searcher((1, 1, 1), lambda scale: [math.nan if scale > 3 else scale] * 3), 1.0)
+    assert max(tried) == 4.0
+    assert 2.0 <= found["scale"] <= 3.0
+
+
+def test_an_automatic_search_goes_down_while_nothing_is_finite(searcher):
+    found, _ = find_from(searcher((1, 1, 1), lambda scale: [math.nan if scale > 0.3 else scale] * 3), 1.0)
+    assert 0.25 <= found["scale"] <= 0.3
+    with pytest.raises(PaveError, match="no scale that was tried gives finite scores"):
+        find_from(searcher((1, 1, 1), lambda scale: [math.nan] * 3), 1.0)
+
+
+def test_an_end_of_a_range_is_told_with_what_goes_beyond_it(searcher, caplog):
+    _, search = searcher((1, 1, 1), lambda scale: [scale] * 3)
+    assert find(search, search=(1.0, 3.0), points=3)["scale"] == 3.0
+    assert "`scale: search` continues past the end of a range" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("curve", "plateau"),
+    [
+        (lambda scale: 0.5, True),
+        (lambda scale: 0.5 if scale < 2.5 else 0.1, True),
+        (lambda scale: math.nan if scale > 1.5 else 0.5, False),  # what larger ones do says nothing
+    ],
+)
+def test_a_plateau_at_the_end_of_a_range_is_told(searcher, caplog, curve, plateau):
+    _, search = searcher((1, 1, 1), lambda scale: [curve(scale)] * 3)
+    assert find(search, search=(1.0, 3.0), points=3)["scale"] == 1.0
     assert ("larger ones do as well" in caplog.text) == plateau
-    assert ("widen: true goes on" in caplog.text) == (not plateau)
-
-
-def test_below_a_negative_scale_nothing_is_widened_nor_said_to_be(searcher, caplog):
-    _, search = searcher((1, 1, 1), lambda scale: [-scale] * 3)
-    for widen in (False, True):
-        assert find(search, search=(-1.0, 0.0), points=2, widen=widen)["scale"] == -1.0
-    assert caplog.text.count("the smallest that was tried; search around -1") == 2
-
-
-def test_results_of_searches_that_do_not_widen_keep_their_keys():
-    assert ScaleSearch(search=(0, 1)).model_dump() == {"search": (0.0, 1.0), "points": 7, "examples": None}
-    assert ScaleSearch(search=(0, 1), widen=True).model_dump()["widen"] is True
 
 
 def test_only_validation_splits_are_looked_at(searcher):
