@@ -16,10 +16,11 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, RichProgressBar
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
 from pave_lightning.errors import Interrupted, PaveError, nearest
+from pave_lightning.experts.progress import PassingProgressBar
 
 OWNED = {
     "logger": "the recipe's tracking section decides it",
@@ -88,7 +89,7 @@ def build_trainer(
         **ours,
     }
     if settings["enable_progress_bar"]:
-        settings["callbacks"].append(RichProgressBar(leave=False))
+        settings["callbacks"].append(PassingProgressBar())
     try:
         return L.Trainer(**settings)
     except (MisconfigurationException, ValueError, TypeError, ImportError) as error:

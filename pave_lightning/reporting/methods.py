@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import unicodedata
 from collections.abc import Iterator
@@ -16,8 +17,8 @@ from pave_lightning.merging import MergeMethod, method_named, methods
 HEADINGS = ("method", "what it does", "form", "needs", "cost", "scale", "source")
 # In narrower terminals seven columns are too narrow to read, or cut words in two.
 WIDTH_OF_COLUMNS = 140
-# Where no terminal says how wide lines may be, they are not broken.
-WIDTH_OF_FILES = 1000
+# Of lines in a file or for another program, unless the variable COLUMNS says otherwise.
+WIDTH_OF_FILES = 100
 
 # Signs of formulas, besides Greek letters; what is neither keeps its name, as sin does.
 SIGNS = {
@@ -35,14 +36,14 @@ def print_methods(name: str | None = None, console: Console | None = None) -> No
 
     Args:
         name: the method; all of them where none is named.
-        console: where to print; where none is given, the terminal, or unbroken lines to a file or another program.
+        console: where to print; standard output where none is given.
 
     Raises:
         PaveError: no method has that name.
     """
     if console is None:
         console = Console()
-        if not console.is_terminal:
+        if not console.is_terminal and "COLUMNS" not in os.environ:
             console = Console(width=WIDTH_OF_FILES)
     if name is None:
         wide = console.width >= WIDTH_OF_COLUMNS

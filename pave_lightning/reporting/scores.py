@@ -22,6 +22,8 @@ Vectors = Literal["", "plain", "purified"]
 Form = Literal["base", "expert", "static", "per-task"]
 
 FORMS: tuple[Form, ...] = ("base", "expert", "static", "per-task")
+# Decimal digits that survive a round trip through float32, in which metrics are computed, rounded up.
+FLOAT32_DIGITS = 7
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ class ScoreTable:
         return pd.DataFrame(self._rows(), columns=self._columns())
 
     def write_csv(self, path: Path | str) -> None:
-        """Write the wide table with all digits; what was not measured stays empty.
+        """Write the wide table with the seven digits that scores in float32 have; what was not measured stays empty.
 
         Args:
             path: The file; its folder is made where it does not exist.
@@ -174,7 +176,7 @@ class ScoreTable:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(self._columns())
             for row in self._rows():
-                writer.writerow(["" if isinstance(cell, float) and math.isnan(cell) else cell for cell in row])
+                writer.writerow([_written(cell) for cell in row])
 
     def write_parquet(self, path: Path | str) -> None:
         """Write the long table.
@@ -243,6 +245,12 @@ def replacing(path: Path | str) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _written(cell: str | float) -> str | float:
+    if not isinstance(cell, float):
+        return cell
+    return "" if math.isnan(cell) else float(f"{cell:.{FLOAT32_DIGITS}g}")
 
 
 def _mean(values: list[float]) -> float:

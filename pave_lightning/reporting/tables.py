@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 from rich import box
 from rich.table import Table
@@ -20,11 +21,12 @@ SHORT_METRICS = {
 }
 EXTRA_MARK = "*"
 
-# Widths in characters; longer names are folded
+# Widths in characters; longer names are broken between their words, and inside of words that are longer than the last
 GAP = 2
 NUMBER_WIDTH = 6
 TASK_WIDTH = 12
 MODEL_WIDTH = 24
+WORD_WIDTH = 30
 
 
 def render(table: ScoreTable, width: int = 100) -> Table:
@@ -60,10 +62,10 @@ def render(table: ScoreTable, width: int = 100) -> Table:
 
 def _part(table: ScoreTable, tasks: list[str], *, with_averages: bool) -> Table:
     part = Table(box=box.HORIZONTALS, show_edge=False, pad_edge=False, padding=(0, GAP - 1, 0, 0))
-    part.add_column("model", overflow="fold", min_width=NUMBER_WIDTH, max_width=MODEL_WIDTH)
+    part.add_column("model", overflow="fold", width=_model_width(table))
     part.add_column("vectors", no_wrap=True)
     for task in tasks:
-        header = Text(f"{task}\n{_short(table.headlines[task])}")
+        header = Text("\n".join([*lines_of(task, TASK_WIDTH), _short(table.headlines[task])]))
         part.add_column(header, justify="right", overflow="fold", width=_width(table, task) - GAP)
     if with_averages:
         part.add_column("average", justify="right", no_wrap=True)
@@ -73,7 +75,7 @@ def _part(table: ScoreTable, tasks: list[str], *, with_averages: bool) -> Table:
     for model in table.models():
         if previous is not None and _section(model) != _section(previous):
             part.add_section()
-        cells = [Text(_label(model)), Text(model.vectors)]
+        cells = [Text("\n".join(lines_of(_label(model), MODEL_WIDTH))), Text(model.vectors)]
         cells += [Text(_number(table.value(model, task))) for task in tasks]
         if with_averages:
             normalised = table.normalised_average(model)
@@ -84,12 +86,27 @@ def _part(table: ScoreTable, tasks: list[str], *, with_averages: bool) -> Table:
     return part
 
 
+def lines_of(name: str, width: int) -> list[str]:
+    """A name in lines of at most so many characters, broken after the marks and spaces between its words.
+
+    A word that is longer has a line of its own.
+    """
+    lines = [""]
+    for word in re.findall(r"[^-_. ]+[-_. ]*|[-_. ]+", name):
+        if lines[-1] and len((lines[-1] + word).rstrip()) > width:
+            lines.append("")
+        lines[-1] += word
+    return [line.rstrip() for line in lines]
+
+
 def _model_width(table: ScoreTable) -> int:
-    return min(max([len(_label(model)) for model in table.models()] + [len("model")]), MODEL_WIDTH)
+    lines = [line for model in table.models() for line in lines_of(_label(model), MODEL_WIDTH)]
+    return min(max([NUMBER_WIDTH, *map(len, lines)]), WORD_WIDTH)
 
 
 def _width(table: ScoreTable, task: str) -> int:
-    return GAP + min(max(NUMBER_WIDTH, len(task), len(_short(table.headlines[task]))), TASK_WIDTH)
+    lines = [*lines_of(task, TASK_WIDTH), _short(table.headlines[task])]
+    return GAP + min(max([NUMBER_WIDTH, *map(len, lines)]), WORD_WIDTH)
 
 
 def _groups(tasks: list[str], widths: list[int], free: int) -> list[list[str]]:

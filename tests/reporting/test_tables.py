@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from pave_lightning.reporting.scores import Score, ScoreTable
-from pave_lightning.reporting.tables import render
+from pave_lightning.reporting.tables import lines_of, render
 
 METHODS = ("weight-average", "task-arithmetic", "ties", "iso-cts")
 
@@ -57,11 +57,35 @@ def test_every_task_is_shown_whole_at_any_width(width, count):
     assert text.count("iso-cts") % 2 == 0
 
 
-def test_long_names_are_folded():
+def test_long_names_are_broken_between_their_words():
     text = shown(scores([f"customer-support-intent-{index}" for index in range(4)]), 80)
     assert max(map(len, text.splitlines())) <= 80
-    assert "customer-sup" in text
-    assert "0.456" in text
+    words = set(text.split())
+    assert {"customer-", "support-", "intent-0", "intent-3"} <= words
+    assert "0.456" in words
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("topic", ["topic"]),
+        ("rotten_tomatoes", ["rotten_", "tomatoes"]),
+        ("a.b.c-d", ["a.b.c-d"]),
+        ("unpronounceable", ["unpronounceable"]),
+        ("very-unpronounceable_x", ["very-", "unpronounceable_", "x"]),
+        ("twelve-chars", ["twelve-chars"]),
+        ("", [""]),
+    ],
+)
+def test_lines_of_a_name(name, lines):
+    assert lines_of(name, 12) == lines
+    assert "".join(lines) == name
+
+
+def test_a_word_that_no_line_holds_is_folded():
+    text = shown(scores(["w" * 70]), 80)
+    assert max(map(len, text.splitlines())) <= 80
+    assert text.count("w") >= 70
 
 
 def test_sections_and_caption():
