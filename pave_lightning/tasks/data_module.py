@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tempfile
-import uuid
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,11 +19,20 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from pave_lightning.errors import PaveError
 from pave_lightning.recipe import Task
-from pave_lightning.tasks.data import SPLITS, Split, load_split, quiet_datasets, sample_rows, split_fingerprint
+from pave_lightning.tasks.copies import kept_copy
+from pave_lightning.tasks.data import (
+    SPLITS,
+    Split,
+    changing,
+    load_rows,
+    quiet_datasets,
+    sample_rows,
+    split_fingerprint,
+)
 from pave_lightning.tasks.samplers import ExactSampler, TrainingSampler
 
 # Raise it when the tokenised files change their form, so that older ones are not read.
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 
 STAGE_SPLITS: dict[str, tuple[Split, ...]] = {
     "fit": ("train", "validation"),
@@ -205,22 +212,14 @@ class TaskDataModule(LightningDataModule):
         return self.trainer.world_size, self.trainer.global_rank
 
     def _tokenised_file(self, split: Split) -> Path:
-        path = self.cache_dir / "tokenised" / f"{self.task.name}-{split}-{self._digest(split)[:32]}.arrow"
-        if path.exists():
-            return path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Written beside and renamed: two processes may do this at once, and whoever is last replaces equal by equal.
-        unfinished = path.with_name(f".{path.stem}-{os.getpid()}-{uuid.uuid4().hex}.arrow")
-        try:
-            self._tokenise(split, unfinished)
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
-        return path
+        fingerprint = split_fingerprint(self.task, split)
+        stem = f"{self.task.name}-{split}-{self._digest(split, fingerprint)[:32]}"
+        return kept_copy(self.cache_dir / "tokenised", stem, lambda path: self._tokenise(split, path, fingerprint))
 
-    def _tokenise(self, split: Split, path: Path) -> None:
-        rows = load_split(self.task, split, seed=self.seed, cache_dir=self.cache_dir)
-        rows = rows.select_columns(list(dict.fromkeys([*self.task.text, self.task.label])))
+    def _tokenise(self, split: Split, path: Path, fingerprint: str) -> None:
+        rows, found = load_rows(self.task, split, seed=self.seed, cache_dir=self.cache_dir)
+        if found != fingerprint:
+            raise changing(self.task, split)
         with quiet_datasets():
             rows.map(
                 self._encode,
@@ -229,7 +228,7 @@ class TaskDataModule(LightningDataModule):
                 cache_file_name=str(path),
                 load_from_cache_file=False,
                 # Given, so that datasets need not pickle and hash the tokenizer.
-                new_fingerprint=self._digest(split)[:32],
+                new_fingerprint=self._digest(split, fingerprint)[:32],
             )
 
     def _encode(self, batch: dict[str, list[Any]]) -> dict[str, Any]:
@@ -242,10 +241,10 @@ class TaskDataModule(LightningDataModule):
     def _tokenizer_fingerprint(self) -> str:
         return tokenizer_fingerprint(self.tokenizer)
 
-    def _digest(self, split: Split) -> str:
+    def _digest(self, split: Split, fingerprint: str) -> str:
         parts = {
             "format": CACHE_FORMAT,
-            "data": split_fingerprint(self.task, split),
+            "data": fingerprint,
             "text": self.task.text,
             "label": [self.task.label, self.task.kind, self.task.classes],
             "examples": getattr(self.task.examples, split),

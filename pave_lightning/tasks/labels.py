@@ -108,8 +108,10 @@ def label_reading(columns: Sequence[LabelValues], classes: Sequence[str]) -> Rea
     indices = [index for column in columns for index in column.by_index(classes)]
     if None in names:
         return None if None in indices else "indices"
-    if None in indices or names == indices:
+    if None in indices:
         return "names"
+    if names == indices:
+        return "indices"
     typed = [value for column in columns if column.form == "numbers" for value in column.values]
     if typed:
         raise PaveError(
