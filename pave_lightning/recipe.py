@@ -69,7 +69,7 @@ class Data(Section):
     them; none: they are plain characters; auto: standard for .csv; for .tsv none, unless each of them opens or closes
     a whole field on one line."""
     delimiter: str | None = None
-    """The character between the columns of .csv and .tsv files; a comma (.csv) or a tab (.tsv) where nothing is said."""
+    """The character between the columns of .csv and .tsv files; by default a comma (.csv) or a tab (.tsv)."""
 
     @model_validator(mode="after")
     def _agree(self) -> Data:
@@ -82,7 +82,9 @@ class Data(Section):
         files = [name for name in (self.train, self.validation, self.test) if name.lower().endswith((".csv", ".tsv"))]
         given = [f"'{key}'" for key in ("quoting", "delimiter") if getattr(self, key) != Data.model_fields[key].default]
         if given and (self.hub is not None or not files):
-            wrong.append(f"{' and '.join(given)} only {'concerns' if len(given) == 1 else 'concern'} .csv and .tsv files")
+            wrong.append(
+                f"{' and '.join(given)} only {'concerns' if len(given) == 1 else 'concern'} .csv and .tsv files"
+            )
         return _unless_wrong(self, wrong)
 
 

@@ -252,4 +252,3 @@ def _flags(values: pa.ChunkedArray) -> npt.NDArray[np.bool_]:
 
 def _examples(values: npt.NDArray[np.float64]) -> str:
     return ", ".join(f"{value:g}" for value in np.unique(values)[:3])
-

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
@@ -25,7 +26,7 @@ from pave_lightning.tasks.checks import label_values, row_problems, usable_rows
 from pave_lightning.tasks.copies import kept_copy
 from pave_lightning.tasks.labels import LabelValues, Reading, label_reading, readings_conflict
 from pave_lightning.tasks.reading import plain_column, read_rows, reading_options
-from pave_lightning.tasks.rows import Rows, Unreadable
+from pave_lightning.tasks.rows import Rows, UnreadableError
 
 log = logging.getLogger("pave_lightning")
 
@@ -53,14 +54,30 @@ def load_split(task: Task, split: Split, *, seed: int, cache_dir: str | Path) ->
     Raises:
         PaveError: the split cannot be read, or a text or label of it cannot be used.
     """
-    return load_rows(task, split, seed=seed, cache_dir=cache_dir)[0]
+    return load_rows(task, split, seed=seed, cache_dir=cache_dir).dataset
 
 
-def load_rows(task: Task, split: Split, *, seed: int, cache_dir: str | Path) -> tuple[datasets.Dataset, str]:
-    """What `load_split` gives, and the `split_fingerprint` of the content that it was read from."""
+@dataclass(frozen=True)
+class LoadedRows:
+    """The rows of a split that are used.
+
+    Attributes:
+        dataset: see `load_split`.
+        places: int64 of shape ``(n,)``: the number of each row among all rows of the split, counted from 0.
+        fingerprint: the `split_fingerprint` of the content that they were read from.
+    """
+
+    dataset: datasets.Dataset
+    places: npt.NDArray[np.int64]
+    fingerprint: str
+
+
+def load_rows(task: Task, split: Split, *, seed: int, cache_dir: str | Path) -> LoadedRows:
+    """As `load_split`, with where the rows come from."""
     fingerprint = split_fingerprint(task, split)
     rows = _checked(task, split, fingerprint, Path(cache_dir))
-    return _sampled(task, split, rows, seed), fingerprint
+    places = sample_rows(len(rows), getattr(task.examples, split), seed)
+    return LoadedRows(rows if len(places) == len(rows) else rows.select(places), places, fingerprint)
 
 
 def check_task(task: Task, *, seed: int, cache_dir: str | Path) -> list[str]:
@@ -88,12 +105,12 @@ def check_task(task: Task, *, seed: int, cache_dir: str | Path) -> list[str]:
             problems += [message for message in str(error).split("\n") if message not in problems]
             continue
         for remark in json.loads((rows.data.schema.metadata or {}).get(REMARKS, b"[]")):
-            log.warning("%s: %s", _where(task, split), remark)
+            log.warning("%s: %s", split_title(task, split), remark)
         if split == "test":
-            used = _sampled(task, split, rows, seed)
+            used = rows.select(sample_rows(len(rows), task.examples.test, seed))
             if len(pc.unique(_arrow_column(used, task.label))) < 2:
                 problems.append(
-                    f"{_where(task, split)}: all {len(used)} rows that are used carry the same label in column "
+                    f"{split_title(task, split)}: all {len(used)} rows that are used carry the same label in column "
                     f"'{task.label}', so no metric can tell a good model from a bad one; "
                     "expected two distinct labels or more: use more rows or another split"
                 )
@@ -116,7 +133,7 @@ def split_fingerprint(task: Task, split: Split) -> str:
 def changing(task: Task, split: Split) -> PaveError:
     """What to raise where a file is not the one any more that it was when it was hashed."""
     return PaveError(
-        f"{_where(task, split)}: the file changes while it is being read; run again when nothing writes to it any more"
+        f"{split_title(task, split)}: the file changes while it is read; run again when nothing writes to it any more"
     )
 
 
@@ -149,14 +166,8 @@ def quiet_datasets() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _sampled(task: Task, split: Split, rows: datasets.Dataset, seed: int) -> datasets.Dataset:
-    wanted: int | None = getattr(task.examples, split)
-    if wanted is None or wanted >= len(rows):
-        return rows
-    return rows.select(sample_rows(len(rows), wanted, seed))
-
-
-def _where(task: Task, split: Split) -> str:
+def split_title(task: Task, split: Split) -> str:
+    """A split in messages: task, split, and where its rows come from."""
     source = getattr(task.data, split)
     if task.data.hub is not None:
         source = f"{source} of {'/'.join(filter(None, (task.data.hub, task.data.config)))}"
@@ -231,9 +242,9 @@ def _checked(task: Task, split: Split, fingerprint: str, cache_dir: Path) -> dat
 
 def _usable(task: Task, split: Split, rows: Rows) -> pa.Table:
     if rows.count == 0:
-        raise PaveError(f"{_where(task, split)}: there are no rows; put some in or name another file or split")
+        raise PaveError(f"{split_title(task, split)}: there are no rows; put some in or name another file or split")
     reading = _reading(task)
-    problems = row_problems(task, rows, _where(task, split), reading)
+    problems = row_problems(task, rows, split_title(task, split), reading)
     if problems:
         raise PaveError("\n".join(" ".join(problem.splitlines()) for problem in problems))
     return usable_rows(task, rows, reading)
@@ -242,13 +253,13 @@ def _usable(task: Task, split: Split, rows: Rows) -> pa.Table:
 def _read_local(task: Task, split: Split, path: Path) -> tuple[Rows, str]:
     try:
         return read_rows(path, task)
-    except Unreadable as error:
-        raise PaveError(f"{_where(task, split)}: {error}") from error
+    except UnreadableError as error:
+        raise PaveError(f"{split_title(task, split)}: {error}") from error
     except OSError as error:
-        raise PaveError(f"{_where(task, split)}: {path} cannot be read: {error.strerror or error}") from error
+        raise PaveError(f"{split_title(task, split)}: {path} cannot be read: {error.strerror or error}") from error
     except MemoryError as error:
         raise PaveError(
-            f"{_where(task, split)}: the file does not fit into memory; leave out columns that are not used, "
+            f"{split_title(task, split)}: the file does not fit into memory; leave out columns that are not used, "
             "or save the rows as .parquet"
         ) from error
 
@@ -261,9 +272,9 @@ def _read_hub(task: Task, split: Split) -> datasets.Dataset:
     # Scripts end in a RuntimeError; unknown configurations and splits in a ValueError; no network in an OSError.
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
         raise PaveError(
-            f"{_where(task, split)}: the hub dataset cannot be loaded ({_reason(error)}); check its name, 'config', "
-            "'revision' and split and the network, or give local files: leave 'data.hub' out and let data.train, "
-            "data.validation and data.test be paths of csv, jsonl or parquet files"
+            f"{split_title(task, split)}: the hub dataset cannot be loaded ({_reason(error)}); check its name, "
+            "'config', 'revision' and split and the network, or give local files: leave 'data.hub' out and let "
+            "data.train, data.validation and data.test be paths of csv, jsonl or parquet files"
         ) from error
 
 

@@ -28,8 +28,10 @@ from pave_lightning.tasks.data import (
     quiet_datasets,
     sample_rows,
     split_fingerprint,
+    split_title,
 )
 from pave_lightning.tasks.samplers import ExactSampler, TrainingSampler
+from pave_lightning.tasks.token_checks import token_findings
 
 # Raise it when the tokenised files change their form, so that older ones are not read.
 CACHE_FORMAT = 2
@@ -128,6 +130,16 @@ class TaskDataModule(LightningDataModule):
             self._datasets[split] = datasets.Dataset.from_file(str(self._tokenised_file(split)))
         return self._datasets[split]
 
+    def remarks(self, split: Split) -> list[str]:
+        """What is worth saying of a split's tokens although it is no mistake, such as a vocabulary that hardly fits.
+
+        Raises:
+            PaveError: as `dataset`.
+        """
+        places = load_rows(self.task, split, seed=self.seed, cache_dir=self.cache_dir).places
+        _, remarks = token_findings(self.dataset(split), self.tokenizer, places)
+        return [f"{split_title(self.task, split)}: {remark}" for remark in remarks]
+
     def train_dataloader(self) -> DataLoader[Any]:
         """Random batches of rows of similar length.
 
@@ -217,11 +229,12 @@ class TaskDataModule(LightningDataModule):
         return kept_copy(self.cache_dir / "tokenised", stem, lambda path: self._tokenise(split, path, fingerprint))
 
     def _tokenise(self, split: Split, path: Path, fingerprint: str) -> None:
-        rows, found = load_rows(self.task, split, seed=self.seed, cache_dir=self.cache_dir)
-        if found != fingerprint:
+        loaded = load_rows(self.task, split, seed=self.seed, cache_dir=self.cache_dir)
+        if loaded.fingerprint != fingerprint:
             raise changing(self.task, split)
+        rows = loaded.dataset.select_columns(list(dict.fromkeys([*self.task.text, self.task.label])))
         with quiet_datasets():
-            rows.map(
+            tokenised = rows.map(
                 self._encode,
                 batched=True,
                 remove_columns=rows.column_names,
@@ -230,6 +243,9 @@ class TaskDataModule(LightningDataModule):
                 # Given, so that datasets need not pickle and hash the tokenizer.
                 new_fingerprint=self._digest(split, fingerprint)[:32],
             )
+        problems, _ = token_findings(tokenised, self.tokenizer, loaded.places)
+        if problems:
+            raise PaveError("\n".join(f"{split_title(self.task, split)}: {problem}" for problem in problems))
 
     def _encode(self, batch: dict[str, list[Any]]) -> dict[str, Any]:
         texts = [batch[name] for name in self.task.text]

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from pave_lightning.recipe import Data
-from pave_lightning.tasks.rows import Rows, Unreadable, find_column
+from pave_lightning.tasks.rows import Rows, UnreadableError, find_column
 from pave_lightning.tasks.text_files import check_bytes, opened, shortened
 
 SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "vertical bars", ",": "commas"}
@@ -41,7 +41,7 @@ def read_delimited(content: bytes, data: Data, ending: str, text: Sequence[str],
         The rows; no rows where the file has none.
 
     Raises:
-        Unreadable: the file is damaged, or its rows do not fit its header; the message names the line.
+        UnreadableError: the file is damaged, or its rows do not fit its header; the message names the line.
     """
     check_bytes(content)
     delimiter = delimiter_of(data, ending)
@@ -103,7 +103,7 @@ class _Reader:
             except StopIteration:
                 return
             except csv.Error as error:
-                raise Unreadable(self._broken_quotes(line, error)) from error
+                raise UnreadableError(self._broken_quotes(line, error)) from error
             if len(record) > 1 or (record and record[0].strip()):
                 if records.line_num > line:
                     self.over_lines.append(line)
@@ -126,7 +126,7 @@ class _Reader:
         elif len(record) > columns:
             hint = "" if self.plain else ", quote fields that hold the delimiter"
             over = "" if line not in self.over_lines[-1:] else PLAIN_QUOTES
-            raise Unreadable(
+            raise UnreadableError(
                 f"line {line} has {len(record)} fields, but the first line names {columns} columns; name every column "
                 f"in the first line (also one that numbers the rows){hint}, or set data.delimiter{over}"
             )
@@ -137,10 +137,10 @@ class _Reader:
         if found is not None:
             wanted = SEPARATORS.get(self.delimiter, repr(self.delimiter))
             instead = {"\t": ", or name it .tsv", ",": ", or name it .csv"}.get(found, "")
-            raise Unreadable(
-                f"expected columns separated by {wanted}, but the first line names one column, {shortened(header[0])!r}, "
-                f"with {SEPARATORS[found]} in its name; save the file with {wanted} between the columns{instead}, or "
-                f"set data.delimiter: {_in_yaml(found)}"
+            raise UnreadableError(
+                f"expected columns separated by {wanted}, but the first line names one column, "
+                f"{shortened(header[0])!r}, with {SEPARATORS[found]} in its name; save the file with {wanted} between "
+                f"the columns{instead}, or set data.delimiter: {_in_yaml(found)}"
             )
 
     def _remarks(self, rows: int) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pave_lightning.tasks.rows import Rows, Unreadable
+from pave_lightning.tasks.rows import Rows, UnreadableError
 from pave_lightning.tasks.text_files import check_bytes, opened, shortened
 
 BATCH = 8192
@@ -33,7 +33,7 @@ def read_json(content: bytes, text: Sequence[str], label: str) -> Rows:
         all are whole and fit, else float64) or booleans.
 
     Raises:
-        Unreadable: the file is damaged, or holds anything but objects; the message names the line.
+        UnreadableError: the file is damaged, or holds anything but objects; the message names the line.
     """
     check_bytes(content)
     lines: array[int] = array("q")
@@ -42,14 +42,14 @@ def read_json(content: bytes, text: Sequence[str], label: str) -> Rows:
     known: dict[str, None] = {}
     for line, row in _objects(content):
         if not isinstance(row, dict):
-            raise Unreadable(
+            raise UnreadableError(
                 f"line {line} holds {_shown(row)}, but every row must be an object such as "
                 f'{{"{text[0]}": "...", "{label}": ...}}'
             )
         if isinstance(row, _Repeated):
             for name in row.keys_twice:
                 if name in texts or name == label:
-                    raise Unreadable(f"line {line} holds the key '{name}' twice; remove one of them")
+                    raise UnreadableError(f"line {line} holds the key '{name}' twice; remove one of them")
         if len(known) < KNOWN_COLUMNS:
             known.update(dict.fromkeys(row))
         lines.append(line)
@@ -58,12 +58,14 @@ def read_json(content: bytes, text: Sequence[str], label: str) -> Rows:
         labels.add(row.get(label))
     if len(lines) == 1 and not {*text, label} & known.keys():
         _refuse_wrapped(row, lines[0])
-    columns, faults = {}, {}
-    for name, column in [*texts.items(), (label, labels)]:
-        if column.fault:
-            faults.setdefault(name, column.fault)
+    columns: dict[str, pa.ChunkedArray] = {}
+    faults: dict[str, str] = {}
+    all_columns: list[tuple[str, _Texts | _Labels]] = [*texts.items(), (label, labels)]
+    for name, values in all_columns:
+        if values.fault:
+            faults.setdefault(name, values.fault)
         elif name not in columns and (name in known or len(known) >= KNOWN_COLUMNS):
-            columns[name] = column.finished()
+            columns[name] = values.finished()
     return Rows(columns, len(lines), list(known), np.asarray(lines, dtype=np.int64), faults=faults)
 
 
@@ -168,7 +170,7 @@ def _objects(content: bytes) -> Iterator[tuple[int, Any]]:
             try:
                 yield line, _DECODER.decode(words)
             except (ValueError, RecursionError) as error:
-                raise Unreadable(_broken(content, line, words, error)) from error
+                raise UnreadableError(_broken(content, line, words, error)) from error
 
 
 def _of_list(words: str) -> Iterator[tuple[int, Any]]:
@@ -185,22 +187,25 @@ def _of_list(words: str) -> Iterator[tuple[int, Any]]:
             entry, place = _DECODER.raw_decode(words, place)
         except (ValueError, RecursionError) as error:
             at = line + _line_ends(words, counted, error.pos) if isinstance(error, json.JSONDecodeError) else line
-            raise Unreadable(f"line {at} cannot be read as JSON ({_reason(error)}); repair it") from error
+            raise UnreadableError(f"line {at} cannot be read as JSON ({_reason(error)}); repair it") from error
         yield line, entry
         place = _skip(words, place)
         closed = words[place : place + 1] == "]"
         if not closed and words[place : place + 1] != ",":
             at = line + _line_ends(words, counted, place)
             if place == len(words):
-                raise Unreadable(f"the list that the file begins with is not closed (line {at}); is the file cut off?")
-            raise Unreadable(
+                raise UnreadableError(
+                    f"the list that the file begins with is not closed (line {at}); is the file cut off?"
+                )
+            raise UnreadableError(
                 f"line {at}: expected ',' or ']' after an entry of the list, found {words[place]!r}; repair it"
             )
         place = _skip(words, place + 1)
     if place < len(words):
         at = line + _line_ends(words, counted, place)
-        raise Unreadable(f"line {at}: expected the end of the file after the list, found more; write one list, or one "
-                         "object a line")
+        raise UnreadableError(
+            f"line {at}: expected the end of the file after the list, found more; write one list, or one object a line"
+        )
 
 
 def _skip(words: str, place: int) -> int:
@@ -233,11 +238,11 @@ def _refuse_wrapped(row: dict[str, Any], line: int) -> None:
     """Refuse one object that holds all rows under a key, or whole columns."""
     for name, value in row.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
-            raise Unreadable(
+            raise UnreadableError(
                 f"the file is one object whose key '{name}' holds the rows; save that list alone, or one object a line"
             )
     if row and all(isinstance(value, list | dict) for value in row.values()):
-        raise Unreadable(
+        raise UnreadableError(
             f"the file is one object (line {line}) that holds whole columns; write one object a row and line (with "
             'pandas: to_json(PATH, orient="records", lines=True))'
         )
@@ -247,7 +252,7 @@ def _check_characters(name: str, value: str, lines: Sequence[int]) -> None:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise Unreadable(
+        raise UnreadableError(
             f"column '{name}' holds half of a character (a lone surrogate, such as \\ud83d) in {_place(lines)}; "
             "repair or remove this row"
         ) from error

@@ -77,7 +77,7 @@ class LabelValues:
         if self.form == "booleans":
             return [None] * len(self.values)
         numbers = [number_in(value) if self.form == "texts" else value for value in self.values]
-        return [int(number) if number in range(len(classes)) else None for number in numbers]
+        return [int(number) if number is not None and number in range(len(classes)) else None for number in numbers]
 
 
 def readings_conflict(classes: Sequence[str]) -> bool:

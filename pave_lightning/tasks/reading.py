@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from pave_lightning.recipe import Data, Task
 from pave_lightning.tasks.delimited import delimiter_of, read_delimited
 from pave_lightning.tasks.json_rows import read_json
-from pave_lightning.tasks.rows import Rows, Unreadable, find_column
+from pave_lightning.tasks.rows import Rows, UnreadableError, find_column
 from pave_lightning.tasks.text_files import GIT_POINTER, STARTS
 
 DELIMITED = (".csv", ".tsv")
@@ -31,22 +31,22 @@ def ending_of(path: Path) -> str:
     """The ending of a file that can be read, in lower case.
 
     Raises:
-        Unreadable: files of that kind cannot be read.
+        UnreadableError: files of that kind cannot be read.
     """
     ending = path.suffix.lower()
     if ending in FORMATS:
         return ending
     known = ", ".join(FORMATS)
     if ending in PICKLES:
-        raise Unreadable(
+        raise UnreadableError(
             f"files ending in {ending} are pickles, which can run any code when opened, and are refused; "
             f"save the rows as one of {known}"
         )
-    raise Unreadable(f"expected a file ending in one of {known}, found '{ending}'; convert it")
+    raise UnreadableError(f"expected a file ending in one of {known}, found '{ending}'; convert it")
 
 
 def reading_options(data: Data, path: Path) -> list[str]:
-    """What decides, besides a file's content, which fields its rows have; nothing for formats that say it themselves."""
+    """What decides, besides a file's content, which fields its rows have; empty for formats that say it themselves."""
     ending = path.suffix.lower()
     return [ending, delimiter_of(data, ending), data.quoting] if ending in DELIMITED else []
 
@@ -61,7 +61,7 @@ def read_rows(path: Path, task: Task) -> tuple[Rows, str]:
         task: its ``data``, ``text`` and ``label`` are used.
 
     Raises:
-        Unreadable: the file is of no known kind, damaged, or holds something else.
+        UnreadableError: the file is of no known kind, damaged, or holds something else.
         OSError: the file cannot be opened.
         MemoryError: it does not fit into memory.
     """
@@ -99,27 +99,31 @@ def _read_parquet(content: bytes, names: Sequence[str]) -> Rows:
         table = file.read(columns=list(dict.fromkeys(known[place] for place in places.values())), use_threads=False)
         table.validate(full=True)
         columns = {name: plain_column(table.column(known[place])) for name, place in places.items()}
-    except Unreadable:
+    except UnreadableError:
         raise
     # Whatever the reader says of content that no writer wrote; it has no kind of error of its own.
     except (pa.ArrowException, OSError, ValueError, TypeError, KeyError, OverflowError) as error:
-        raise Unreadable(f"the file cannot be read as parquet ({_reason(error)}); repair it or save it anew") from error
+        raise UnreadableError(
+            f"the file cannot be read as parquet ({_reason(error)}); repair it or save it anew"
+        ) from error
     if any(len(column) != count for column in columns.values()):
-        raise Unreadable(f"the file is damaged: its columns do not have the {count} rows that it speaks of; save it anew")
+        raise UnreadableError(
+            f"the file is damaged: its columns do not have the {count} rows that it speaks of; save it anew"
+        )
     return Rows(columns, count, known, own_names=_own_names(schema.metadata, names[-1]))
 
 
 def _check_parquet(content: bytes) -> None:
     if content.startswith(b"PARE") or content[-4:] == b"PARE":
-        raise Unreadable("the file is an encrypted parquet file; save it without encryption")
+        raise UnreadableError("the file is an encrypted parquet file; save it without encryption")
     if content.startswith(GIT_POINTER):
-        raise Unreadable(f"the file {STARTS[GIT_POINTER]}")
+        raise UnreadableError(f"the file {STARTS[GIT_POINTER]}")
     if not content:
-        raise Unreadable("the file is empty; save it anew")
+        raise UnreadableError("the file is empty; save it anew")
     if not content.startswith(b"PAR1"):
-        raise Unreadable("the file is no parquet file; name it after what it is, or save it anew")
+        raise UnreadableError("the file is no parquet file; name it after what it is, or save it anew")
     if len(content) < 12 or content[-4:] != b"PAR1":
-        raise Unreadable("the parquet file is cut off; copy or save it anew")
+        raise UnreadableError("the parquet file is cut off; copy or save it anew")
 
 
 def _own_names(metadata: dict[bytes, bytes] | None, column: str) -> list[str] | None:

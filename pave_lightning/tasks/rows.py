@@ -12,7 +12,7 @@ import pyarrow as pa
 from pave_lightning.errors import nearest
 
 
-class Unreadable(ValueError):
+class UnreadableError(ValueError):
     """A file that cannot be read as it should; the words are for the user and do not name the file."""
 
 
@@ -65,11 +65,11 @@ def find_column(name: str, header: Sequence[str]) -> int | None:
         Its index, or None where no column has that name.
 
     Raises:
-        Unreadable: several columns have it.
+        UnreadableError: several columns have it.
     """
     for names in (list(header), [known.strip() for known in header]):
         if names.count(name) > 1:
-            raise Unreadable(f"{names.count(name)} columns are named '{name}'; rename or remove all but one")
+            raise UnreadableError(f"{names.count(name)} columns are named '{name}'; rename or remove all but one")
         if name in names:
             return names.index(name)
     return None

@@ -6,7 +6,7 @@ import codecs
 import io
 import re
 
-from pave_lightning.tasks.rows import Unreadable
+from pave_lightning.tasks.rows import UnreadableError
 
 GIT_POINTER = b"version https://git-lfs"
 STARTS = {
@@ -28,16 +28,16 @@ def check_bytes(content: bytes) -> None:
     """Refuse content that is no UTF-8 text.
 
     Raises:
-        Unreadable: it is something else, or text in another encoding; the message names the line.
+        UnreadableError: it is something else, or text in another encoding; the message names the line.
     """
-    for start, told in STARTS.items():
-        if content.startswith(start):
-            raise Unreadable(f"the file {told}")
+    for mark, told in STARTS.items():
+        if content.startswith(mark):
+            raise UnreadableError(f"the file {told}")
     if content.startswith(WIDE):
-        raise Unreadable("the file is encoded in UTF-16 or UTF-32; save it as UTF-8")
+        raise UnreadableError("the file is encoded in UTF-16 or UTF-32; save it as UTF-8")
     zero = content.find(b"\0")
     if zero >= 0:
-        raise Unreadable(
+        raise UnreadableError(
             f"line {line_at(content, zero)} holds a NUL character, so the file is damaged or encoded in UTF-16; "
             "repair it or save it as UTF-8"
         )
@@ -57,7 +57,7 @@ def _refuse_encoding(content: bytes) -> None:
     try:
         content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise Unreadable(
+        raise UnreadableError(
             f"line {line_at(content, error.start)} is not UTF-8 (byte 0x{content[error.start]:02x}); save the file as "
             "UTF-8 (for instance: iconv -f latin1 -t utf-8 OLD > NEW)"
         ) from error
