@@ -75,7 +75,7 @@ class LoadedRows:
 def load_rows(task: Task, split: Split, *, seed: int, cache_dir: str | Path) -> LoadedRows:
     """As `load_split`, with where the rows come from."""
     fingerprint = split_fingerprint(task, split)
-    rows = _checked(task, split, fingerprint, Path(cache_dir))
+    rows, _ = _checked(task, split, fingerprint, Path(cache_dir))
     places = sample_rows(len(rows), getattr(task.examples, split), seed)
     return LoadedRows(rows if len(places) == len(rows) else rows.select(places), places, fingerprint)
 
@@ -99,12 +99,12 @@ def check_task(task: Task, *, seed: int, cache_dir: str | Path) -> list[str]:
     for split in SPLITS:
         try:
             fingerprints[split] = _source_fingerprint(task, split)
-            rows = _checked(task, split, split_fingerprint(task, split), Path(cache_dir))
+            rows, remarks = _checked(task, split, split_fingerprint(task, split), Path(cache_dir))
         except PaveError as error:
             # What concerns all splits is told by each.
             problems += [message for message in str(error).split("\n") if message not in problems]
             continue
-        for remark in json.loads((rows.data.schema.metadata or {}).get(REMARKS, b"[]")):
+        for remark in remarks:
             log.warning("%s: %s", split_title(task, split), remark)
         if split == "test":
             used = rows.select(sample_rows(len(rows), task.examples.test, seed))
@@ -211,8 +211,8 @@ def _source_fingerprint(task: Task, split: Split) -> str:
     return file_sha256(path) + (f" {json.dumps(options)}" if options else "")
 
 
-def _checked(task: Task, split: Split, fingerprint: str, cache_dir: Path) -> datasets.Dataset:
-    """The rows of a split that has a fingerprint, as the task takes them.
+def _checked(task: Task, split: Split, fingerprint: str, cache_dir: Path) -> tuple[datasets.Dataset, list[str]]:
+    """The rows of a split that has a fingerprint, as the task takes them, and what is worth saying of their file.
 
     Raises:
         PaveError: the split cannot be read, or something is wrong with its rows: one line a problem.
@@ -223,7 +223,7 @@ def _checked(task: Task, split: Split, fingerprint: str, cache_dir: Path) -> dat
         used = dataset.select_columns(list(dict.fromkeys([*task.text, task.label])))
         # Where nothing is changed, the features stay: they may name the classes.
         same = table.column(task.label).type == _arrow_column(used, task.label).type
-        return used if same else datasets.Dataset(table)
+        return used if same else datasets.Dataset(table), []
     path = _local_file(task, split)
     content = [COPY_FORMAT, fingerprint, task.text, task.label, task.kind, task.classes, task.value_range]
     stem = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
@@ -237,7 +237,10 @@ def _checked(task: Task, split: Split, fingerprint: str, cache_dir: Path) -> dat
         with pa.ipc.new_stream(copy, table.schema) as stream:
             stream.write_table(table, max_chunksize=10_000)
 
-    return datasets.Dataset.from_file(str(kept_copy(cache_dir / "raw", stem, make)))
+    copy = kept_copy(cache_dir / "raw", stem, make)
+    with copy.open("rb") as stream:
+        metadata = pa.ipc.open_stream(stream).schema.metadata
+    return datasets.Dataset.from_file(str(copy)), json.loads(metadata[REMARKS])
 
 
 def _usable(task: Task, split: Split, rows: Rows) -> pa.Table:

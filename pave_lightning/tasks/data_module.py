@@ -249,7 +249,18 @@ class TaskDataModule(LightningDataModule):
 
     def _encode(self, batch: dict[str, list[Any]]) -> dict[str, Any]:
         texts = [batch[name] for name in self.task.text]
-        tokens = dict(self.tokenizer(*texts, truncation=True, max_length=self.max_length, return_attention_mask=True))
+        try:
+            encoded = self.tokenizer(*texts, truncation=True, max_length=self.max_length, return_attention_mask=True)
+        except Exception as error:
+            # A class of its own the tokenizers library does not have.
+            if type(error) is not Exception:
+                raise
+            name = self.tokenizer.name_or_path or type(self.tokenizer).__name__
+            raise PaveError(
+                f"task '{self.task.name}': the tokenizer {name} cannot encode some of the texts ({error}); "
+                "its tokenizer.json is damaged or incomplete"
+            ) from error
+        tokens = dict(encoded)
         lengths = [len(ids) for ids in tokens["input_ids"]]
         return {**tokens, "labels": encode_labels(self.task, batch[self.task.label]), "length": lengths}
 

@@ -262,7 +262,7 @@ def _float(value: float) -> float:
     try:
         return float(value)
     except OverflowError:
-        return math.copysign(math.inf, value)
+        return math.inf if value > 0 else -math.inf
 
 
 def _shown(value: Any) -> str:
@@ -278,5 +278,5 @@ def _place(lines: Sequence[int]) -> str:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg}, at character {error.colno}"
+        return f"{error.msg.removesuffix(' at')}, at character {error.colno}"
     return "it is nested too deeply" if isinstance(error, RecursionError) else "a number has too many digits"

@@ -51,7 +51,9 @@ def token_findings(
 
 def _count(column: pa.ChunkedArray, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int, npt.NDArray[np.int64]]:
     """Known and unknown tokens of the texts, and how many tokens of text each row has (no row may be empty)."""
-    special = np.asarray(sorted(set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}), dtype=np.int64)
+    # What frames even an empty text need not be declared as special.
+    framing = {*tokenizer.all_special_ids, *tokenizer("")["input_ids"]} - {tokenizer.unk_token_id}
+    special = np.asarray(sorted(framing), dtype=np.int64)
     known = unknown = 0
     words = [np.zeros(0, dtype=np.int64)]
     for ids in column.chunks:

@@ -73,7 +73,7 @@ def test_how_labels_are_read(classes, columns, reading):
     ("classes", "values"), [(["1", "2", "3"], [1, 2]), (["1", "0"], [0, 1]), (["2", "1", "0"], [0.0, 2.0])]
 )
 def test_numbers_that_could_be_either_are_refused(classes, values):
-    with pytest.raises(PaveError, match="names of classes .* as well as indices of other classes"):
+    with pytest.raises(PaveError, match=r"names of classes .* as well as indices of other classes"):
         label_reading([LabelValues("numbers", tuple(values))], classes)
     # Nobody writes an index as a text where it is a name.
     assert label_reading([LabelValues("texts", tuple(map(str, map(int, values))))], classes) == "names"
