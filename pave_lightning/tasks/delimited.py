@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import re
 import sys
-from array import array
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from pave_lightning.recipe import Data
@@ -19,7 +20,9 @@ from pave_lightning.tasks.text_files import check_bytes, opened, shortened
 
 SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "vertical bars", ",": "commas"}
 PLAIN_QUOTES = "; if quotation marks are plain characters in this file, set data.quoting: none"
-BATCH = 8192
+# Few enough lists at a time that Python's collector of garbage does not look through all memory for them.
+BATCH = 256
+CHUNK = 16384
 
 
 def delimiter_of(data: Data, ending: str) -> str:
@@ -54,82 +57,101 @@ def read_delimited(content: bytes, data: Data, ending: str, text: Sequence[str],
 
 class _Reader:
     def __init__(self, content: bytes, delimiter: str, plain: bool) -> None:
-        quoting: dict[str, Any] = {"quoting": csv.QUOTE_NONE, "quotechar": None} if plain else {}
-        self.records = csv.reader(opened(content), delimiter=delimiter, strict=True, **quoting)
-        self.delimiter, self.plain = delimiter, plain
+        self.content, self.delimiter, self.plain = content, delimiter, plain
         self.short: list[int] = []
         self.over_lines: list[int] = []
-        self.rows = 0
 
     def read(self, text: Sequence[str], label: str) -> Rows:
-        rows = self._rows()
-        _, header = next(rows, (0, []))
-        if not header:
+        batches = self._batches()
+        first, records = next(batches, (np.zeros(0, np.int64), []))
+        if not records:
             return Rows({}, 0, [])
+        header = records[0]
         self._check_separator(header)
         places = {name: place for name in (*text, label) if (place := find_column(name, header)) is not None}
-        lines: array[int] = array("q")
+        lines: list[npt.NDArray[np.int64]] = []
         parts: dict[str, list[pa.Array]] = {name: [] for name in places}
-        batch: list[list[str | None]] = [[] for _ in places]
+        waiting: dict[str, list[str | None]] = {name: [] for name in places}
 
-        def put_away() -> None:
-            for name, values in zip(places, batch, strict=True):
-                parts[name].append(pa.array(values, pa.string()))
-                values.clear()
+        def put_away(least: int) -> None:
+            for name, values in waiting.items():
+                if len(values) >= least:
+                    parts[name].append(pa.array(values, pa.string()))
+                    values.clear()
 
-        width = len(header)
-        for line, record in rows:
-            if not lines and len(record) == width + 1 and record[-1] == "" and header[-1] != "":
-                width += 1  # every line ends with a delimiter, but the header
-            if len(record) != width or (width > len(header) and record[-1] != ""):
-                self._check_width(line, record, len(header))
-            lines.append(line)
-            for place, values in zip(places.values(), batch, strict=True):
-                values.append((record[place] or None) if place < len(record) else None)
-            if len(lines) % BATCH == 0:
-                put_away()
-        put_away()
+        width = 0
+        for begins, rows in chain([(first[1:], records[1:])], batches):
+            if rows and not width:
+                width = len(header)
+                # Every line may end with a delimiter, but the header.
+                width += len(rows[0]) == width + 1 and rows[0][-1] == "" and header[-1] != ""
+            if set(map(len, rows)) - {width} or width > len(header):
+                self._check_widths(begins, rows, width, len(header))
+            lines.append(begins)
+            for name, place in places.items():
+                waiting[name] += [row[place] or None if place < len(row) else None for row in rows]
+            put_away(CHUNK)
+        put_away(0)
         columns = {name: pa.chunked_array(arrays, pa.string()) for name, arrays in parts.items()}
-        numbers = np.asarray(lines, dtype=np.int64)
+        numbers = np.concatenate(lines)
         known = [name.strip() for name in header]
-        return Rows(columns, len(lines), known, numbers, untyped=True, remarks=self._remarks(len(lines)))
+        remarks = self._remarks(len(numbers))
+        return Rows(columns, len(numbers), known, numbers, untyped=True, remarks=remarks)
 
-    def _rows(self) -> Iterator[tuple[int, list[str]]]:
-        """The line in which each row begins, and its fields; without blank lines."""
-        records, line = self.records, 1
+    def _records(self) -> Any:
+        quoting: dict[str, Any] = {"quoting": csv.QUOTE_NONE, "quotechar": None} if self.plain else {}
+        return csv.reader(opened(self.content), delimiter=self.delimiter, strict=True, **quoting)
+
+    def _batches(self) -> Iterator[tuple[npt.NDArray[np.int64], list[list[str]]]]:
+        """The lines in which rows begin, and their fields; without blank lines."""
+        records, line = self._records(), 0
         while True:
             try:
-                record = next(records)
-            except StopIteration:
-                return
+                batch = [(records.line_num, record) for record in islice(records, BATCH)]
             except csv.Error as error:
-                raise UnreadableError(self._broken_quotes(line, error)) from error
-            if len(record) > 1 or (record and record[0].strip()):
-                if records.line_num > line:
-                    self.over_lines.append(line)
-                yield line, record
-            line = records.line_num + 1
+                raise self._broken_quotes(error) from error
+            if not batch:
+                return
+            ends = np.fromiter((end for end, _ in batch), np.int64, len(batch))
+            begins = np.concatenate([[line], ends[:-1]]) + 1
+            line = int(ends[-1])
+            rows = [record for _, record in batch]
+            if min(map(len, rows)) < 2:
+                filled = np.asarray([len(row) > 1 or bool(row and row[0].strip()) for row in rows])
+                rows = [row for row, is_one in zip(rows, filled, strict=True) if is_one]
+                begins, ends = begins[filled], ends[filled]
+            self.over_lines += begins[begins < ends].tolist()
+            if rows:
+                yield begins, rows
 
-    def _broken_quotes(self, line: int, error: csv.Error) -> str:
+    def _broken_quotes(self, error: csv.Error) -> UnreadableError:
+        """What to say where the quotation marks of a row do not fit; it is sought anew, row by row."""
+        records, line = self._records(), 1
+        with suppress(csv.Error):
+            for _ in records:
+                line = records.line_num + 1
         if "unexpected end" in str(error):
             found = f"a quotation mark in the row that begins in line {line} is never closed"
         elif "expected after" in str(error):
-            found = f"text follows a closing quotation mark in line {self.records.line_num}"
-            found += "" if self.records.line_num == line else f", in the row that begins in line {line}"
+            found = f"text follows a closing quotation mark in line {records.line_num}"
+            found += "" if records.line_num == line else f", in the row that begins in line {line}"
         else:
             found = f"line {line}: {error}"
-        return f"{found}; close quotation marks, and double those inside of quoted fields{PLAIN_QUOTES}"
+        return UnreadableError(
+            f"{found}; close quotation marks, and double those inside of quoted fields{PLAIN_QUOTES}"
+        )
 
-    def _check_width(self, line: int, record: list[str], columns: int) -> None:
-        if len(record) < columns:
-            self.short.append(line)
-        elif len(record) > columns:
-            hint = "" if self.plain else ", quote fields that hold the delimiter"
-            over = "" if line not in self.over_lines[-1:] else PLAIN_QUOTES
-            raise UnreadableError(
-                f"line {line} has {len(record)} fields, but the first line names {columns} columns; name every column "
-                f"in the first line (also one that numbers the rows){hint}, or set data.delimiter{over}"
-            )
+    def _check_widths(self, begins: npt.NDArray[np.int64], rows: list[list[str]], width: int, columns: int) -> None:
+        for line, row in zip(begins.tolist(), rows, strict=True):
+            if len(row) < columns:
+                self.short.append(line)
+            elif len(row) > width or (len(row) > columns and row[-1] != ""):
+                hint = "" if self.plain else ", quote fields that hold the delimiter"
+                over = PLAIN_QUOTES if line in self.over_lines else ""
+                raise UnreadableError(
+                    f"line {line} has {len(row)} fields, but the first line names {columns} columns; name every column "
+                    f"in the first line (also one that numbers the rows){hint}, or set data.delimiter{over}"
+                )
 
     def _check_separator(self, header: list[str]) -> None:
         """Refuse a file of one column whose name holds another separator: a task needs two columns at least."""
