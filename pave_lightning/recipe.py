@@ -64,6 +64,28 @@ class Data(Section):
     """Path or split of the rows that choose the best checkpoint and the scales."""
     test: str = "test"
     """Path or split of the rows that are reported."""
+    quoting: Literal["auto", "standard", "none"] = "auto"
+    """What quotation marks mean in .csv and .tsv files. standard: they enclose fields, and stand doubled inside of
+    them; none: they are plain characters; auto: standard for .csv; for .tsv none, unless each of them opens or closes
+    a whole field on one line."""
+    delimiter: str | None = None
+    """The character between the columns of .csv and .tsv files; by default a comma (.csv) or a tab (.tsv)."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> Data:
+        wrong: list[str] = []
+        if self.delimiter is not None and (len(self.delimiter) != 1 or self.delimiter in '"\r\n\0'):
+            wrong.append(
+                f"'delimiter' must be one character, and no quotation mark or line break, found {self.delimiter!r}; "
+                'a tab is written "\\t", in double quotes'
+            )
+        files = [name for name in (self.train, self.validation, self.test) if name.lower().endswith((".csv", ".tsv"))]
+        given = [f"'{key}'" for key in ("quoting", "delimiter") if getattr(self, key) != Data.model_fields[key].default]
+        if given and (self.hub is not None or not files):
+            wrong.append(
+                f"{' and '.join(given)} only {'concerns' if len(given) == 1 else 'concern'} .csv and .tsv files"
+            )
+        return _unless_wrong(self, wrong)
 
 
 class Lora(Section):
@@ -134,7 +156,9 @@ class Task(Section):
     kind: Literal["classification", "regression"] = "classification"
     """What is predicted; it decides the head and the loss (cross-entropy, or mean squared error)."""
     classes: list[str] | None = Field(default=None, min_length=2)
-    """Names of the classes in the order of their indices (classification)."""
+    """Names of the classes in the order of their indices (classification). Labels that are texts are compared with the
+    names first, ignoring case where no two names differ by it alone, and are indices where all of them are; labels that
+    are numbers are indices, unless the names look like numbers."""
     value_range: Span | None = None
     """Lowest and highest possible label (regression); labels outside are refused."""
     metrics: list[MetricName] = Field(min_length=1)
@@ -160,6 +184,8 @@ class Task(Section):
             raw["text"] = [raw["text"]]
         if isinstance(raw.get("classes"), int) and not isinstance(raw["classes"], bool):
             raw["classes"] = [str(index) for index in range(raw["classes"])]
+        if isinstance(raw.get("classes"), list):
+            raw["classes"] = [_class_name(name) for name in raw["classes"]]
         if isinstance(raw.get("metrics"), str):
             raw["metrics"] = [raw["metrics"]]
         if raw.get("metrics") is None:
@@ -608,6 +634,13 @@ def _filled(entry: Any, defaults: Mapping[str, Any], key: str) -> Any:
         if isinstance(own, dict):
             filled[name] = {**shared, **own}
     return filled
+
+
+def _class_name(name: Any) -> Any:
+    """A class that is called true or 1, which YAML takes for something else than a text."""
+    if isinstance(name, bool):
+        return "true" if name else "false"
+    return str(name) if isinstance(name, int | float) else name
 
 
 def _unless_wrong(section: AnySection, wrong: list[str]) -> AnySection:

@@ -88,6 +88,7 @@ def recipe_schema() -> dict[str, Any]:
             del section["properties"][key]["default"]  # it is the recipe's own section
     keys = task["properties"]
     a_metric = keys["metrics"]["items"]
+    keys["classes"]["anyOf"][0]["items"] = {"type": ["string", "boolean", "number"]}
     keys["text"] = _or(keys["text"], {"type": "string"})
     keys["classes"] = _or(keys["classes"], {"type": "integer", "minimum": 2})
     keys["metrics"] = _or(keys["metrics"], a_metric, {"type": "null"})

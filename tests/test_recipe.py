@@ -76,6 +76,11 @@ def test_short_forms_of_a_task() -> None:
     assert task.outputs == 2
 
 
+def test_classes_that_yaml_takes_for_something_else_are_texts() -> None:
+    assert build_task(classes=[False, True]).classes == ["false", "true"]
+    assert build_task(classes=[1, 2.5, "x"]).classes == ["1", "2.5", "x"]
+
+
 def test_a_regression_task() -> None:
     task = build_task(kind="regression", classes=None, value_range=[0, 5])
     assert task.metrics == ["pearson", "spearman"]

@@ -297,11 +297,34 @@ WRONG_TASKS = [
         ["tasks.0 (own).classes: must be the number of classes, or a list of their names, found 'positive'"],
     ),
     (
-        f"[{{{OWN}, classes: [0, 1]}}]",
+        f"[{{{OWN}, classes: [null, [b]]}}]",
         [
-            "tasks.0 (own).classes.0: must be a text, found 0; put it in quotes",
-            "tasks.0 (own).classes.1: must be a text, found 1; put it in quotes",
+            "tasks.0 (own).classes.0: must be a text, found nothing",
+            "tasks.0 (own).classes.1: must be a text, found ['b']",
         ],
+    ),
+    (
+        "[{name: own, data: {train: a.csv, quoting: non}, text: body, classes: 2}]",
+        ["tasks.0 (own).data.quoting: 'non' is not allowed; did you mean 'none'?"],
+    ),
+    (
+        "[{name: own, data: {train: a.csv, delimiter: 3}, text: body, classes: 2}]",
+        ["tasks.0 (own).data.delimiter: must be a text, found 3; put it in quotes"],
+    ),
+    (
+        "[{name: own, data: {train: a.csv, delimiter: '||'}, text: body, classes: 2}]",
+        [
+            "tasks.0 (own).data: 'delimiter' must be one character, and no quotation mark or line break, found '||'; "
+            'a tab is written "\\t", in double quotes'
+        ],
+    ),
+    (
+        "[{name: own, data: {train: a.jsonl, quoting: none, delimiter: ';'}, text: body, classes: 2}]",
+        ["tasks.0 (own).data: 'quoting' and 'delimiter' only concern .csv and .tsv files"],
+    ),
+    (
+        "[{name: own, data: {hub: a/b, quoting: none}, text: body, classes: 2}]",
+        ["tasks.0 (own).data: 'quoting' only concerns .csv and .tsv files"],
     ),
     (f"[{{{OWN}, classes: [a, a]}}]", ["tasks.0 (own): the names in 'classes' must differ"]),
     (

@@ -2,134 +2,252 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from functools import cached_property
 
-import datasets
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pave_lightning.errors import nearest
+from pave_lightning.errors import PaveError, nearest
 from pave_lightning.recipe import Task
+from pave_lightning.tasks.labels import (
+    LabelValues,
+    Reading,
+    as_labels,
+    label_reading,
+    match_names,
+    number_in,
+    own_reading,
+)
+from pave_lightning.tasks.reading import is_text
+from pave_lightning.tasks.rows import Rows, no_column
+
+MISSING_LABELS = ("", "NA", "N/A", "NaN", "nan", "NULL", "null", "None")
 
 
-def row_problems(task: Task, rows: datasets.Dataset, where: str) -> list[str]:
+def row_problems(task: Task, rows: Rows, where: str, reading: Reading | None = None) -> list[str]:
     """Everything that is wrong with the columns that a task uses.
 
     Args:
         task: its ``text``, ``label``, ``kind``, ``classes`` and ``value_range`` are used.
-        rows: all rows of a split; row numbers in messages count from 0 within them.
+        rows: all rows of a split; row numbers in messages count from 0 within them, lines of their file from 1.
         where: begins every message, such as ``"task 'movie', test split (test.csv)"``.
+        reading: how class labels are read, where other splits decide it too; otherwise these rows alone do.
 
     Returns:
         One message a problem; empty if all is well.
     """
     problems = []
     for name in dict.fromkeys([*task.text, task.label]):
-        if name not in rows.features:
-            problems.append(f"there is no column '{name}'; {nearest(name, rows.column_names)}")
+        if name in rows.faults:
+            problems.append(rows.faults[name])
+        elif name not in rows.columns:
+            problems.append(no_column(name, rows.known))
         elif name in task.text:
             problems += _text_problems(rows, name)
-    if task.label in rows.features:
-        problems += _label_problems(task, rows)
+    if task.label in rows.columns:
+        problems += [f"column '{task.label}' {text}" for text in _Labels(task, rows, reading).problems()]
     return [f"{where}: {problem}" for problem in problems]
 
 
-def arrow_column(rows: datasets.Dataset, name: str) -> pa.ChunkedArray:
-    """One column as Arrow data, with a selection of rows applied."""
-    return rows.select_columns([name]).with_format("arrow")[:].column(name)
+def usable_rows(task: Task, rows: Rows, reading: Reading | None = None) -> pa.Table:
+    """The columns of rows without a problem as a task takes them.
+
+    Args:
+        task: the task.
+        rows: rows of which `row_problems` tells nothing.
+        reading: as there.
+
+    Returns:
+        The texts, and the labels as numbers (regression), class indices, or class names as ``classes`` spells them.
+    """
+    labels = _Labels(task, rows, reading).usable()
+    return pa.table({**{name: rows.columns[name] for name in task.text}, task.label: labels})
 
 
-def _text_problems(rows: datasets.Dataset, name: str) -> list[str]:
-    kind = _kind(rows.features[name])
+def label_values(task: Task, rows: Rows) -> LabelValues | None:
+    """The distinct labels of a split; None where it has none that could be read in two ways."""
+    if task.label not in rows.columns or rows.own_names is not None:
+        return None
+    labels = _Labels(task, rows, None)
+    return labels.values if labels.is_plain else None
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """The column of labels of one split."""
+
+    task: Task
+    rows: Rows
+    given: Reading | None
+
+    @cached_property
+    def column(self) -> pa.ChunkedArray:
+        """The labels, null where they are missing."""
+        column = self.rows.columns[self.task.label]
+        if not self.rows.untyped:
+            return column
+        words = [word for word in MISSING_LABELS if match_names([word], self.task.classes or ()) == [None]]
+        return pc.if_else(pc.is_in(column, value_set=pa.array(words, pa.string())), None, column)
+
+    @cached_property
+    def missing(self) -> npt.NDArray[np.bool_]:
+        return _flags(pc.is_null(self.column, nan_is_null=True))
+
+    @cached_property
+    def present(self) -> pa.ChunkedArray:
+        """The labels that are not missing."""
+        return self.column.filter(pa.array(~self.missing))
+
+    @cached_property
+    def index(self) -> npt.NDArray[np.int64]:
+        """The rows of ``present``."""
+        return np.flatnonzero(~self.missing)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the column is of a type that labels may have."""
+        kind = self.column.type
+        return is_text(kind) or _is_number(kind) or pa.types.is_boolean(kind) or pa.types.is_null(kind)
+
+    @cached_property
+    def values(self) -> LabelValues:
+        kind = self.present.type
+        if is_text(kind):
+            return LabelValues("texts", tuple(self.present.unique().to_pylist()))
+        if pa.types.is_boolean(kind):
+            return LabelValues("booleans", tuple(self.present.unique().to_pylist()))
+        numbers = self.present if pa.types.is_integer(kind) else self.present.cast(pa.float64(), safe=False)
+        return LabelValues("numbers", tuple(numbers.unique().to_pylist()), tuple(self.rows.own_names or ()))
+
+    @property
+    def floats(self) -> npt.NDArray[np.float64]:
+        """The present labels as numbers; NaN where a text spells none."""
+        if is_text(self.present.type):
+            spelt = {text: number_in(text) for text in self.values.values}
+            numbers = [spelt[text] for text in self.present.to_pylist()]
+            return np.asarray([np.nan if number is None else number for number in numbers], dtype=np.float64)
+        return np.asarray(self.present.cast(pa.float64(), safe=False).to_numpy(), dtype=np.float64)
+
+    def reading(self) -> Reading | None:
+        """How class labels are read; None where some of them are neither names nor indices.
+
+        Raises:
+            PaveError: they could be read in two ways.
+        """
+        classes = self.task.classes or ()
+        if self.values.names:
+            return own_reading(self.values.names, classes)
+        return self.given or label_reading([self.values], classes)
+
+    def problems(self) -> list[str]:
+        """What is wrong with them, in words that go on after the name of the column."""
+        booleans = pa.types.is_boolean(self.column.type) and self.task.classes is None
+        if not self.is_plain or booleans:
+            wanted = "numbers" if self.task.classes is None else "class indices or class names"
+            return [f"must hold {wanted}, but holds {self.column.type}; convert it or name another column"]
+        problems = []
+        if self.missing.any():
+            places = self.rows.places(self.missing)
+            problems.append(f"has no label in {places}; fill them in or leave these rows out")
+        if self.task.classes is None:
+            return problems + self._regression_problems()
+        try:
+            reading = self.reading()
+        except PaveError as error:
+            return [*problems, str(error)]
+        return problems + self._class_problems(reading, self.task.classes)
+
+    def usable(self) -> pa.Array | pa.ChunkedArray:
+        """The labels, of which none is wrong, as the task takes them."""
+        if self.task.classes is None:
+            return pa.array(self.floats) if self.rows.untyped else self.column
+        reading = self.reading() or "indices"
+        return as_labels(self.present, self.values, reading, self.task.classes)
+
+    def _regression_problems(self) -> list[str]:
+        low, high = self.task.value_range or (-np.inf, np.inf)
+        wanted, advice = f"numbers from {low:g} to {high:g}", "correct these rows or 'value_range'"
+        if is_text(self.present.type):
+            bad = np.isnan(self.floats)
+            if bad.any():
+                example = self.present[int(bad.argmax())].as_py()
+                places = self.rows.places(bad, self.index)
+                return [f"must hold numbers, but {example!r} is none, in {places}; correct or remove these rows"]
+            if not self.rows.untyped:
+                return ["must hold numbers, but holds them as texts; write them without quotes"]
+        return self._number_problems(low, high, wanted, advice)
+
+    def _class_problems(self, reading: Reading | None, classes: list[str]) -> list[str]:
+        values = self.values
+        if reading is None:
+            # Told in the terms of whoever wrote them: as indices where they are numbers and the names are not.
+            numbers = values.form != "booleans" and not any(
+                values.form == "texts" and number_in(value) is None for value in values.values
+            )
+            reading = "indices" if numbers and all(number_in(name) is None for name in classes) else "names"
+        if reading == "indices" and values.form == "booleans":
+            return ["must hold class indices or class names, but holds true or false; convert it"]
+        if reading == "indices" or values.names:
+            high = len(values.names or classes) - 1
+            advice = "correct 'classes', or leave out rows without a known label"
+            return self._number_problems(0, high, f"class indices from 0 to {high}", advice, whole=True)
+        unknown = {value for value, index in zip(values.values, values.by_name(classes), strict=True) if index is None}
+        if not unknown:
+            return []
+        found = [value for value in values.values if value in unknown][:3]
+        shown = [repr(value) if isinstance(value, str) else f"{value:g}" for value in found]
+        if values.form == "booleans":
+            shown = ["true" if value else "false" for value in found]
+        column = self.present if pa.types.is_integer(self.present.type) or values.form != "numbers" else self.floats
+        listed = column.tolist() if isinstance(column, np.ndarray) else column.to_pylist()
+        bad = np.asarray([value in unknown for value in listed], dtype=np.bool_)
+        return [
+            f"must hold one of the classes {', '.join(classes)}, but holds {', '.join(shown)} in "
+            f"{self.rows.places(bad, self.index)}; {nearest(str(found[0]), classes)}"
+        ]
+
+    def _number_problems(self, low: float, high: float, wanted: str, advice: str, whole: bool = False) -> list[str]:
+        values, problems = self.floats, []
+        infinite, broken = np.isinf(values), np.isnan(values)
+        if broken.any():
+            example = self.present[int(broken.argmax())].as_py()
+            places = self.rows.places(broken, self.index)
+            problems.append(f"must hold {wanted}, but holds {example!r} in {places}; {advice}")
+        if infinite.any():
+            places = self.rows.places(infinite, self.index)
+            problems.append(f"must hold finite numbers, but is infinite in {places}; correct these rows")
+        finite = np.isfinite(values)
+        fractions = finite & (values != np.floor(values)) & whole
+        if fractions.any():
+            found, places = _examples(values[fractions]), self.rows.places(fractions, self.index)
+            problems.append(f"must hold whole numbers, but holds {found} in {places}; is it regression?")
+        outside = finite & ((values < low) | (values > high))
+        if outside.any():
+            found, places = _examples(values[outside]), self.rows.places(outside, self.index)
+            problems.append(f"must hold {wanted}, but holds {found} in {places}; {advice}")
+        return problems
+
+
+def _text_problems(rows: Rows, name: str) -> list[str]:
+    column = rows.columns[name]
     # null: a column without a single value, which the count of missing texts tells better.
-    if kind not in ("string", "large_string", "string_view", "null"):
-        return [f"column '{name}' must hold texts, but holds {kind}; quote the values or name another column"]
-    missing = _flags(pc.is_null(arrow_column(rows, name)))
+    if not is_text(column.type) and not pa.types.is_null(column.type):
+        return [f"column '{name}' must hold texts, but holds {column.type}; quote the values or name another column"]
+    missing = _flags(pc.is_null(column))
     if missing.any():
-        return [f"column '{name}' has no text in {_rows(missing)}; fill them in or leave these rows out"]
+        return [f"column '{name}' has no text in {rows.places(missing)}; fill them in or leave these rows out"]
     return []
 
 
-def _label_problems(task: Task, rows: datasets.Dataset) -> list[str]:
-    feature, column = rows.features[task.label], arrow_column(rows, task.label)
-    words = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
-    numbers = pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_decimal(column.type)
-    name = f"column '{task.label}'"
-    plain = isinstance(feature, (datasets.Value, datasets.ClassLabel))
-    if not plain or not (words or numbers or pa.types.is_null(column.type)):
-        wanted = "numbers" if task.classes is None else "class indices or class names"
-        return [f"{name} must hold {wanted}, but holds {_kind(feature)}; convert it or name another column"]
-    problems = []
-    names = getattr(feature, "names", None)
-    if names and task.classes and sorted(names) == sorted(task.classes) and names != task.classes:
-        problems.append(
-            f"{name} counts its classes in the order {', '.join(names)}, but 'classes' in the order "
-            f"{', '.join(task.classes)}; give 'classes' in the order of the data"
-        )
-    missing = _flags(pc.is_null(column, nan_is_null=True))
-    if missing.any():
-        problems.append(f"{name} has no label in {_rows(missing)}; fill them in or leave these rows out")
-    present, index = column.filter(pa.array(~missing)), np.flatnonzero(~missing)
-    if words:
-        return problems + [f"{name} {text}" for text in _word_problems(task, present, index)]
-    return problems + [f"{name} {text}" for text in _number_problems(task, present, index)]
-
-
-def _word_problems(task: Task, labels: pa.ChunkedArray, index: npt.NDArray[np.int64]) -> list[str]:
-    if task.classes is None:
-        bad = pd.to_numeric(labels.to_pandas(), errors="coerce").isna().to_numpy()
-        if bad.any():
-            example = labels[int(bad.argmax())].as_py()
-            return [f"must hold numbers, but '{example}' is none, in {_rows(bad, index)}; correct or remove these rows"]
-        return ["must hold numbers, but holds them as texts; write them without quotes"]
-    known = pc.is_in(labels, value_set=pa.array(task.classes, labels.type))
-    bad = ~_flags(known)
-    if not bad.any():
-        return []
-    found: list[str] = pc.unique(labels.filter(pa.array(bad)))[:3].to_pylist()
-    return [
-        f"must hold one of the classes {', '.join(task.classes)}, but holds {', '.join(map(repr, found))} in "
-        f"{_rows(bad, index)}; {nearest(found[0], task.classes)}"
-    ]
-
-
-def _number_problems(task: Task, labels: pa.ChunkedArray, index: npt.NDArray[np.int64]) -> list[str]:
-    values = np.asarray(labels.cast(pa.float64(), safe=False).to_numpy(), dtype=np.float64)
-    finite = np.isfinite(values)
-    problems = []
-    if not finite.all():
-        problems.append(f"must hold finite numbers, but is infinite in {_rows(~finite, index)}; correct these rows")
-    low, high = task.value_range or (-np.inf, np.inf)
-    wanted, advice = f"numbers from {low:g} to {high:g}", "correct these rows or 'value_range'"
-    if task.classes is not None:
-        low, high = 0, len(task.classes) - 1
-        wanted, advice = f"class indices from 0 to {high}", "correct 'classes', or leave out rows without a known label"
-        broken = finite & (values != np.floor(values))
-        if broken.any():
-            found = _examples(values[broken])
-            problems.append(f"must hold whole numbers, but holds {found} in {_rows(broken, index)}; is it regression?")
-    outside = finite & ((values < low) | (values > high))
-    if outside.any():
-        found = _examples(values[outside])
-        problems.append(f"must hold {wanted}, but holds {found} in {_rows(outside, index)}; {advice}")
-    return problems
-
-
-def _kind(feature: Any) -> str:
-    return str(feature.dtype) if isinstance(feature, datasets.Value) else type(feature).__name__
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind))
 
 
 def _flags(values: pa.ChunkedArray) -> npt.NDArray[np.bool_]:
     return np.asarray(values.to_numpy(), dtype=np.bool_)
-
-
-def _rows(bad: npt.NDArray[np.bool_], index: npt.NDArray[np.int64] | None = None) -> str:
-    first = int(bad.argmax()) if index is None else int(index[bad.argmax()])
-    count = int(bad.sum())
-    return f"row {first} (counted from 0)" if count == 1 else f"{count} rows, first in row {first} (counted from 0)"
 
 
 def _examples(values: npt.NDArray[np.float64]) -> str:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tempfile
-import uuid
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,11 +19,22 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from pave_lightning.errors import PaveError
 from pave_lightning.recipe import Task
-from pave_lightning.tasks.data import SPLITS, Split, load_split, quiet_datasets, sample_rows, split_fingerprint
+from pave_lightning.tasks.copies import kept_copy
+from pave_lightning.tasks.data import (
+    SPLITS,
+    Split,
+    changing,
+    load_rows,
+    quiet_datasets,
+    sample_rows,
+    split_fingerprint,
+    split_title,
+)
 from pave_lightning.tasks.samplers import ExactSampler, TrainingSampler
+from pave_lightning.tasks.token_checks import token_findings
 
 # Raise it when the tokenised files change their form, so that older ones are not read.
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 
 STAGE_SPLITS: dict[str, tuple[Split, ...]] = {
     "fit": ("train", "validation"),
@@ -121,6 +130,16 @@ class TaskDataModule(LightningDataModule):
             self._datasets[split] = datasets.Dataset.from_file(str(self._tokenised_file(split)))
         return self._datasets[split]
 
+    def remarks(self, split: Split) -> list[str]:
+        """What is worth saying of a split's tokens although it is no mistake, such as a vocabulary that hardly fits.
+
+        Raises:
+            PaveError: as `dataset`.
+        """
+        places = load_rows(self.task, split, seed=self.seed, cache_dir=self.cache_dir).places
+        _, remarks = token_findings(self.dataset(split), self.tokenizer, places)
+        return [f"{split_title(self.task, split)}: {remark}" for remark in remarks]
+
     def train_dataloader(self) -> DataLoader[Any]:
         """Random batches of rows of similar length.
 
@@ -205,36 +224,43 @@ class TaskDataModule(LightningDataModule):
         return self.trainer.world_size, self.trainer.global_rank
 
     def _tokenised_file(self, split: Split) -> Path:
-        path = self.cache_dir / "tokenised" / f"{self.task.name}-{split}-{self._digest(split)[:32]}.arrow"
-        if path.exists():
-            return path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Written beside and renamed: two processes may do this at once, and whoever is last replaces equal by equal.
-        unfinished = path.with_name(f".{path.stem}-{os.getpid()}-{uuid.uuid4().hex}.arrow")
-        try:
-            self._tokenise(split, unfinished)
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
-        return path
+        fingerprint = split_fingerprint(self.task, split)
+        stem = f"{self.task.name}-{split}-{self._digest(split, fingerprint)[:32]}"
+        return kept_copy(self.cache_dir / "tokenised", stem, lambda path: self._tokenise(split, path, fingerprint))
 
-    def _tokenise(self, split: Split, path: Path) -> None:
-        rows = load_split(self.task, split, seed=self.seed, cache_dir=self.cache_dir)
-        rows = rows.select_columns(list(dict.fromkeys([*self.task.text, self.task.label])))
+    def _tokenise(self, split: Split, path: Path, fingerprint: str) -> None:
+        loaded = load_rows(self.task, split, seed=self.seed, cache_dir=self.cache_dir)
+        if loaded.fingerprint != fingerprint:
+            raise changing(self.task, split)
+        rows = loaded.dataset.select_columns(list(dict.fromkeys([*self.task.text, self.task.label])))
         with quiet_datasets():
-            rows.map(
+            tokenised = rows.map(
                 self._encode,
                 batched=True,
                 remove_columns=rows.column_names,
                 cache_file_name=str(path),
                 load_from_cache_file=False,
                 # Given, so that datasets need not pickle and hash the tokenizer.
-                new_fingerprint=self._digest(split)[:32],
+                new_fingerprint=self._digest(split, fingerprint)[:32],
             )
+        problems, _ = token_findings(tokenised, self.tokenizer, loaded.places)
+        if problems:
+            raise PaveError("\n".join(f"{split_title(self.task, split)}: {problem}" for problem in problems))
 
     def _encode(self, batch: dict[str, list[Any]]) -> dict[str, Any]:
         texts = [batch[name] for name in self.task.text]
-        tokens = dict(self.tokenizer(*texts, truncation=True, max_length=self.max_length, return_attention_mask=True))
+        try:
+            encoded = self.tokenizer(*texts, truncation=True, max_length=self.max_length, return_attention_mask=True)
+        except Exception as error:
+            # A class of its own the tokenizers library does not have.
+            if type(error) is not Exception:
+                raise
+            name = self.tokenizer.name_or_path or type(self.tokenizer).__name__
+            raise PaveError(
+                f"task '{self.task.name}': the tokenizer {name} cannot encode some of the texts ({error}); "
+                "its tokenizer.json is damaged or incomplete"
+            ) from error
+        tokens = dict(encoded)
         lengths = [len(ids) for ids in tokens["input_ids"]]
         return {**tokens, "labels": encode_labels(self.task, batch[self.task.label]), "length": lengths}
 
@@ -242,10 +268,10 @@ class TaskDataModule(LightningDataModule):
     def _tokenizer_fingerprint(self) -> str:
         return tokenizer_fingerprint(self.tokenizer)
 
-    def _digest(self, split: Split) -> str:
+    def _digest(self, split: Split, fingerprint: str) -> str:
         parts = {
             "format": CACHE_FORMAT,
-            "data": split_fingerprint(self.task, split),
+            "data": fingerprint,
             "text": self.task.text,
             "label": [self.task.label, self.task.kind, self.task.classes],
             "examples": getattr(self.task.examples, split),

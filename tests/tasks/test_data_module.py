@@ -314,9 +314,9 @@ def test_two_processes_may_tokenise_at_once(make_module, make_task, tmp_path, mo
     original = slow._tokenise
     read = []
 
-    def overtaken(split, path):
-        original(split, path)
-        read.append(fast.dataset(split))
+    def overtaken(*args):
+        original(*args)
+        read.append(fast.dataset("train"))
 
     monkeypatch.setattr(slow, "_tokenise", overtaken)
     assert slow.dataset("train").to_list() == read[0].to_list()

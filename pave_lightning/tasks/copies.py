@@ -1,0 +1,53 @@
+"""Arrow files that are made once and read memory-mapped; one that is damaged is noticed, set aside and made anew."""
+
+from __future__ import annotations
+
+import logging
+import os
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from pave_lightning.errors import PaveError
+from pave_lightning.files import file_sha256
+
+log = logging.getLogger("pave_lightning")
+
+DAMAGED = ".damaged"
+DIGITS = 32
+
+
+def kept_copy(folder: Path, stem: str, make: Callable[[Path], None]) -> Path:
+    """The Arrow file of that stem, made now if it is not there.
+
+    Its name ends with the sha256 of its content, so no other content is ever taken for it.
+
+    Args:
+        folder: where such files are kept; made if it is not there.
+        stem: names everything that the content depends on; letters, digits, '_', '.' and '-'.
+        make: writes the file to the path that it is given.
+    """
+    for path in sorted(folder.glob(f"{stem}-*.arrow")):
+        if path.name.removeprefix(f"{stem}-") == f"{_digest(path)}.arrow":
+            return path
+        with suppress(FileNotFoundError):  # another process may have set it aside
+            path.replace(path.with_name(path.name + DAMAGED))
+            log.warning("%s is damaged; it is set aside as %s and made anew", path, path.name + DAMAGED)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Written beside and renamed: two processes may do this at once, and whoever is last replaces equal by equal.
+    unfinished = folder / f".{stem}-{os.getpid()}-{uuid.uuid4().hex}.arrow"
+    try:
+        make(unfinished)
+        path = folder / f"{stem}-{_digest(unfinished)}.arrow"
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return path
+
+
+def _digest(path: Path) -> str:
+    try:
+        return file_sha256(path)[:DIGITS]
+    except PaveError:
+        return ""

@@ -1,0 +1,282 @@
+"""Read the used columns of .jsonl and .json files: one object a line, or one list of objects."""
+
+from __future__ import annotations
+
+import json
+import math
+from array import array
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pave_lightning.tasks.rows import Rows, UnreadableError
+from pave_lightning.tasks.text_files import check_bytes, opened, shortened
+
+BATCH = 8192
+KNOWN_COLUMNS = 1000
+LIMITS = (-(2**63), 2**63 - 1)
+WORDS = {str: "texts", bool: "true or false", int: "numbers", float: "numbers", list: "lists", dict: "objects"}
+
+
+def read_json(content: bytes, text: Sequence[str], label: str) -> Rows:
+    """The used columns of a file of JSON objects: one a line, or all in one list.
+
+    Args:
+        content: the file.
+        text: names of the columns that hold texts.
+        label: name of the column that holds the labels.
+
+    Returns:
+        The rows; keys that an object lacks are missing values. Labels keep their type: texts, numbers (int64 where
+        all are whole and fit, else float64) or booleans.
+
+    Raises:
+        UnreadableError: the file is damaged, or holds anything but objects; the message names the line.
+    """
+    check_bytes(content)
+    lines: array[int] = array("q")
+    texts = {name: _Texts(name, lines) for name in text}
+    labels = _Labels(label, lines)
+    known: dict[str, None] = {}
+    for line, row in _objects(content):
+        if not isinstance(row, dict):
+            raise UnreadableError(
+                f"line {line} holds {_shown(row)}, but every row must be an object such as "
+                f'{{"{text[0]}": "...", "{label}": ...}}'
+            )
+        if isinstance(row, _Repeated):
+            for name in row.keys_twice:
+                if name in texts or name == label:
+                    raise UnreadableError(f"line {line} holds the key '{name}' twice; remove one of them")
+        if len(known) < KNOWN_COLUMNS:
+            known.update(dict.fromkeys(row))
+        lines.append(line)
+        for name, column in texts.items():
+            column.add(row.get(name))
+        labels.add(row.get(label))
+    if len(lines) == 1 and not {*text, label} & known.keys():
+        _refuse_wrapped(row, lines[0])
+    columns: dict[str, pa.ChunkedArray] = {}
+    faults: dict[str, str] = {}
+    all_columns: list[tuple[str, _Texts | _Labels]] = [*texts.items(), (label, labels)]
+    for name, values in all_columns:
+        if values.fault:
+            faults.setdefault(name, values.fault)
+        elif name not in columns and (name in known or len(known) >= KNOWN_COLUMNS):
+            columns[name] = values.finished()
+    return Rows(columns, len(lines), list(known), np.asarray(lines, dtype=np.int64), faults=faults)
+
+
+class _Texts:
+    """A column of texts under way."""
+
+    def __init__(self, name: str, lines: Sequence[int]) -> None:
+        self.name, self.lines = name, lines
+        self.values: list[str | None] = []
+        self.parts: list[pa.Array] = []
+        self.fault = ""
+
+    def add(self, value: Any) -> None:
+        if value is not None and not isinstance(value, str):
+            if not self.fault:
+                self.fault = (
+                    f"column '{self.name}' must hold texts, but holds {_shown(value)} in {_place(self.lines)}; "
+                    "quote the values or name another column"
+                )
+            value = None
+        elif value is not None and not value.isascii():
+            _check_characters(self.name, value, self.lines)
+        self.values.append(value)
+        if len(self.values) == BATCH:
+            self._put_away()
+
+    def _put_away(self) -> None:
+        self.parts.append(pa.array(self.values, pa.string()))
+        self.values.clear()
+
+    def finished(self) -> pa.ChunkedArray:
+        self._put_away()
+        return pa.chunked_array(self.parts, pa.string())
+
+
+class _Labels:
+    """A column of labels under way."""
+
+    def __init__(self, name: str, lines: Sequence[int]) -> None:
+        self.name, self.lines = name, lines
+        self.values: list[Any] = []
+        self.first: Any = None
+        self.fault = ""
+
+    def add(self, value: Any) -> None:
+        if value is not None and not self.fault:
+            if isinstance(value, str) and not value.isascii():
+                _check_characters(self.name, value, self.lines)
+            if self.first is None:
+                self.first = value
+            if isinstance(value, list | dict):
+                self.fault = (
+                    f"column '{self.name}' must hold texts or numbers, but holds {_shown(value)} in "
+                    f"{_place(self.lines)}; convert it or name another column"
+                )
+            elif WORDS[type(value)] != WORDS[type(self.first)]:
+                self.fault = (
+                    f"column '{self.name}' must hold labels of one kind, but holds {_shown(self.first)} and, in "
+                    f"{_place(self.lines)}, {_shown(value)}; write all of them as texts or all as numbers"
+                )
+        self.values.append(value)
+
+    def finished(self) -> pa.ChunkedArray:
+        kind = type(self.first)
+        if kind in (int, float):
+            low, high = LIMITS
+            if all(value is None or (type(value) is int and low <= value <= high) for value in self.values):
+                return pa.chunked_array([pa.array(self.values, pa.int64())])
+            numbers = [None if value is None else _float(value) for value in self.values]
+            return pa.chunked_array([pa.array(numbers, pa.float64())])
+        types = {str: pa.string(), bool: pa.bool_()}
+        return pa.chunked_array([pa.array(self.values, types.get(kind, pa.null()))])
+
+
+class _Repeated(dict[str, Any]):
+    """An object that names keys twice."""
+
+    keys_twice: frozenset[str] = frozenset()
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    names = [name for name, _ in pairs]
+    repeated = _Repeated(found)
+    repeated.keys_twice = frozenset(name for name in found if names.count(name) > 1)
+    return repeated
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
+def _objects(content: bytes) -> Iterator[tuple[int, Any]]:
+    """What stands in the file, and the line where it begins."""
+    start = content[:64].removeprefix(b"\xef\xbb\xbf").lstrip()
+    if start.startswith(b"["):
+        yield from _of_list("".join(opened(content)))
+        return
+    for line, words in enumerate(opened(content), start=1):
+        if words.strip():
+            try:
+                yield line, _DECODER.decode(words)
+            except (ValueError, RecursionError) as error:
+                raise UnreadableError(_broken(content, line, words, error)) from error
+
+
+def _of_list(words: str) -> Iterator[tuple[int, Any]]:
+    """The entries of one list, read one after the other so that they need not stand in memory together."""
+    line, counted = 1, 0
+    place = _skip(words, words.index("[") + 1)
+    closed = words[place : place + 1] == "]"
+    if closed:
+        place = _skip(words, place + 1)
+    while not closed:
+        line += _line_ends(words, counted, place)
+        counted = place
+        try:
+            entry, place = _DECODER.raw_decode(words, place)
+        except (ValueError, RecursionError) as error:
+            at = line + _line_ends(words, counted, error.pos) if isinstance(error, json.JSONDecodeError) else line
+            raise UnreadableError(f"line {at} cannot be read as JSON ({_reason(error)}); repair it") from error
+        yield line, entry
+        place = _skip(words, place)
+        closed = words[place : place + 1] == "]"
+        if not closed and words[place : place + 1] != ",":
+            at = line + _line_ends(words, counted, place)
+            if place == len(words):
+                raise UnreadableError(
+                    f"the list that the file begins with is not closed (line {at}); is the file cut off?"
+                )
+            raise UnreadableError(
+                f"line {at}: expected ',' or ']' after an entry of the list, found {words[place]!r}; repair it"
+            )
+        place = _skip(words, place + 1)
+    if place < len(words):
+        at = line + _line_ends(words, counted, place)
+        raise UnreadableError(
+            f"line {at}: expected the end of the file after the list, found more; write one list, or one object a line"
+        )
+
+
+def _skip(words: str, place: int) -> int:
+    while place < len(words) and words[place] in " \t\r\n":
+        place += 1
+    return place
+
+
+def _line_ends(words: str, start: int, end: int) -> int:
+    part = words[start:end]
+    return part.count("\n") + part.count("\r") - part.count("\r\n")
+
+
+def _broken(content: bytes, line: int, words: str, error: Exception) -> str:
+    if words.lstrip().startswith("{") and isinstance(error, json.JSONDecodeError) and line <= _FIRST_LINES:
+        try:
+            whole = _DECODER.decode("".join(opened(content)))
+        except (ValueError, RecursionError):
+            whole = None
+        if isinstance(whole, dict):
+            _refuse_wrapped(whole, line)
+            return f"the object in line {line} stands on several lines; write one object a line, or one list of objects"
+    return f"line {line} cannot be read as JSON ({_reason(error)}: {shortened(words.strip())!r}); repair it"
+
+
+_FIRST_LINES = 3
+
+
+def _refuse_wrapped(row: dict[str, Any], line: int) -> None:
+    """Refuse one object that holds all rows under a key, or whole columns."""
+    for name, value in row.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            raise UnreadableError(
+                f"the file is one object whose key '{name}' holds the rows; save that list alone, or one object a line"
+            )
+    if row and all(isinstance(value, list | dict) for value in row.values()):
+        raise UnreadableError(
+            f"the file is one object (line {line}) that holds whole columns; write one object a row and line (with "
+            'pandas: to_json(PATH, orient="records", lines=True))'
+        )
+
+
+def _check_characters(name: str, value: str, lines: Sequence[int]) -> None:
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UnreadableError(
+            f"column '{name}' holds half of a character (a lone surrogate, such as \\ud83d) in {_place(lines)}; "
+            "repair or remove this row"
+        ) from error
+
+
+def _float(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
+def _shown(value: Any) -> str:
+    kind = {str: "the text ", bool: "", int: "the number ", float: "the number "}.get(type(value))
+    if kind is None:
+        return "nothing (null)" if value is None else "a list" if isinstance(value, list) else "an object"
+    return kind + shortened(json.dumps(value, ensure_ascii=True) if not isinstance(value, str) else repr(value))
+
+
+def _place(lines: Sequence[int]) -> str:
+    return f"row {len(lines) - 1} (counted from 0), line {lines[-1]}"
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg.removesuffix(' at')}, at character {error.colno}"
+    return "it is nested too deeply" if isinstance(error, RecursionError) else "a number has too many digits"

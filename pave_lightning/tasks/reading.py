@@ -1,0 +1,142 @@
+"""Read local files: only the columns that a task uses, typed by the task, from the very bytes that are hashed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pave_lightning.recipe import Data, Task
+from pave_lightning.tasks.delimited import delimiter_of, read_delimited
+from pave_lightning.tasks.json_rows import read_json
+from pave_lightning.tasks.rows import Rows, UnreadableError, find_column
+from pave_lightning.tasks.text_files import GIT_POINTER, STARTS
+
+DELIMITED = (".csv", ".tsv")
+FORMATS = (*DELIMITED, ".json", ".jsonl", ".parquet")
+PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib")
+TEXT_TYPES: tuple[Callable[[pa.DataType], bool], ...] = (
+    pa.types.is_string,
+    pa.types.is_large_string,
+    pa.types.is_string_view,
+)
+
+
+def ending_of(path: Path) -> str:
+    """The ending of a file that can be read, in lower case.
+
+    Raises:
+        UnreadableError: files of that kind cannot be read.
+    """
+    ending = path.suffix.lower()
+    if ending in FORMATS:
+        return ending
+    known = ", ".join(FORMATS)
+    if ending in PICKLES:
+        raise UnreadableError(
+            f"files ending in {ending} are pickles, which can run any code when opened, and are refused; "
+            f"save the rows as one of {known}"
+        )
+    raise UnreadableError(f"expected a file ending in one of {known}, found '{ending}'; convert it")
+
+
+def reading_options(data: Data, path: Path) -> list[str]:
+    """What decides, besides a file's content, which fields its rows have; empty for formats that say it themselves."""
+    ending = path.suffix.lower()
+    return [ending, delimiter_of(data, ending), data.quoting] if ending in DELIMITED else []
+
+
+def read_rows(path: Path, task: Task) -> tuple[Rows, str]:
+    """The used columns of a local file, and the sha256 of the bytes that they were read from.
+
+    The file is read into memory once and both are made from there, so they belong together whatever happens to it.
+
+    Args:
+        path: the file.
+        task: its ``data``, ``text`` and ``label`` are used.
+
+    Raises:
+        UnreadableError: the file is of no known kind, damaged, or holds something else.
+        OSError: the file cannot be opened.
+        MemoryError: it does not fit into memory.
+    """
+    ending = ending_of(path)
+    content = path.read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    if ending in DELIMITED:
+        rows = read_delimited(content, task.data, ending, task.text, task.label)
+    elif ending == ".parquet":
+        rows = _read_parquet(content, [*task.text, task.label])
+    else:
+        rows = read_json(content, task.text, task.label)
+    return rows, digest
+
+
+def plain_column(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column without a dictionary (a category of pandas), and texts in a form that `datasets` knows."""
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    return column.cast(pa.large_string()) if pa.types.is_string_view(column.type) else column
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a type of Arrow holds texts."""
+    return any(is_one(kind) for is_one in TEXT_TYPES)
+
+
+def _read_parquet(content: bytes, names: Sequence[str]) -> Rows:
+    _check_parquet(content)
+    try:
+        file = pq.ParquetFile(pa.BufferReader(content))
+        schema = file.schema_arrow
+        known, count = list(schema.names), file.metadata.num_rows
+        places = {name: place for name in names if (place := find_column(name, known)) is not None}
+        table = file.read(columns=list(dict.fromkeys(known[place] for place in places.values())), use_threads=False)
+        table.validate(full=True)
+        columns = {name: plain_column(table.column(known[place])) for name, place in places.items()}
+    except UnreadableError:
+        raise
+    # Whatever the reader says of content that no writer wrote; it has no kind of error of its own.
+    except (pa.ArrowException, OSError, ValueError, TypeError, KeyError, OverflowError) as error:
+        raise UnreadableError(
+            f"the file cannot be read as parquet ({_reason(error)}); repair it or save it anew"
+        ) from error
+    if any(len(column) != count for column in columns.values()):
+        raise UnreadableError(
+            f"the file is damaged: its columns do not have the {count} rows that it speaks of; save it anew"
+        )
+    return Rows(columns, count, known, own_names=_own_names(schema.metadata, names[-1]))
+
+
+def _check_parquet(content: bytes) -> None:
+    if content.startswith(b"PARE") or content[-4:] == b"PARE":
+        raise UnreadableError("the file is an encrypted parquet file; save it without encryption")
+    if content.startswith(GIT_POINTER):
+        raise UnreadableError(f"the file {STARTS[GIT_POINTER]}")
+    if not content:
+        raise UnreadableError("the file is empty; save it anew")
+    if not content.startswith(b"PAR1"):
+        raise UnreadableError("the file is no parquet file; name it after what it is, or save it anew")
+    if len(content) < 12 or content[-4:] != b"PAR1":
+        raise UnreadableError("the parquet file is cut off; copy or save it anew")
+
+
+def _own_names(metadata: dict[bytes, bytes] | None, column: str) -> list[str] | None:
+    """The names of a column's classes where `datasets` wrote the file; nothing where that cannot be understood."""
+    try:
+        written: Any = json.loads((metadata or {})[b"huggingface"])
+        feature = written["info"]["features"][column]
+        names = feature["names"] if feature["_type"] == "ClassLabel" else None
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return None
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
+
+
+def _reason(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
