@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from pave_lightning.errors import PaveError
 from pave_lightning.files import file_sha256, local_path
+from pave_lightning.hub import hub_or_cache, unreached
 from pave_lightning.recipe import Task
 from pave_lightning.tasks.checks import arrow_column, row_problems
 
@@ -241,11 +242,12 @@ def _holds_no_rows(path: Path, kind: str) -> bool:
 def _read_hub(task: Task, split: Split) -> datasets.Dataset:
     data = task.data
     try:
-        rows = datasets.load_dataset(data.hub, data.config, split=getattr(data, split), revision=data.revision)
+        with hub_or_cache():
+            rows = datasets.load_dataset(data.hub, data.config, split=getattr(data, split), revision=data.revision)
     # Scripts end in a RuntimeError; unknown configurations and splits in a ValueError; no network in an OSError.
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
         raise PaveError(
-            f"{_where(task, split)}: the hub dataset cannot be loaded ({_reason(error)}); check its name, 'config', "
+            f"{_where(task, split)}: the hub dataset cannot be loaded ({unreached() or _reason(error)}); check its name, 'config', "
             "'revision' and split and the network, or give local files: leave 'data.hub' out and let data.train, "
             "data.validation and data.test be paths of csv, jsonl or parquet files"
         ) from error
