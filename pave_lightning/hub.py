@@ -14,8 +14,7 @@ PATIENCE_SECONDS = 5
 @lru_cache(maxsize=1)
 def hub_answers() -> bool:
     """Whether the hub answers at all; asked once in a process. False where HF_HUB_OFFLINE says not to ask."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
+    from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:
         return False

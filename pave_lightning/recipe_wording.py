@@ -15,7 +15,6 @@ from pydantic.fields import FieldInfo
 
 from pave_lightning.errors import near, nearest
 from pave_lightning.recipe import MergeStep, Purify, Recipe, ScaleSearch, Section, Task
-from pave_lightning.recipe_limits import MOST_CLASSES
 
 A_SLIP = 0.85
 """How like two keys are where one is the other with a letter too many, too few or wrong (`metric` for `metrics`)."""
@@ -37,7 +36,7 @@ _SYNONYMS = {"lr": "learning_rate", "use": "method", "columns": "text", "labels"
 
 EXPECTED: dict[tuple[type[Section] | None, str], str] = {
     (Task, "text"): "the name of a column, or a list of one or two",
-    (Task, "classes"): f"the number of classes, at most {MOST_CLASSES}, or a list of their names",
+    (Task, "classes"): "the number of classes, or a list of their names",
     (Task, "metrics"): "the name of a metric, or a list of names",
     (Task, "use"): "the name of a known task, such as pocket/movie",
     (MergeStep, "method"): "the name of a merge method",

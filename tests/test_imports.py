@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "recipe_limits": {"errors", "recipe_yaml"},
     "recipe_overrides": {"errors", "recipe_yaml"},
     "recipe_problems": {"errors", "files"} | RECIPE_FILES,
-    "recipe_wording": {"errors", "recipe", "recipe_limits", "recipe_overrides", "tasks.suites"},
+    "recipe_wording": {"errors", "recipe", "recipe_overrides", "tasks.suites"},
     "recipe_loading": {"errors", "files"} | RECIPE_FILES,
     "callbacks": {"errors", "layers", "statistics"},
     "merging": {"errors", "files", "layers", "statistics", "subspace", "weights"},

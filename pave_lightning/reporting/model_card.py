@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from ruamel.yaml import YAML
 
+from pave_lightning.errors import visible
 from pave_lightning.reporting.markdown import escaped, table
 from pave_lightning.reporting.scores import Model, ScoreTable
 from pave_lightning.reporting.untouched import untouched_lines
@@ -181,7 +182,7 @@ def _plain(value: Any) -> Any:
 
 def _code(text: str) -> str:
     """Text as code, in one line and in one table cell."""
-    text = " ".join(text.split()).replace("|", "\\|")
+    text = visible(" ".join(text.split())).replace("|", "\\|")
     fence = _longer_than_any_run(text, least=1)
     blank = " " if "`" in text else ""
     return f"{fence}{blank}{text}{blank}{fence}" if text else ""

@@ -246,8 +246,9 @@ def _read_hub(task: Task, split: Split) -> datasets.Dataset:
             rows = datasets.load_dataset(data.hub, data.config, split=getattr(data, split), revision=data.revision)
     # Scripts end in a RuntimeError; unknown configurations and splits in a ValueError; no network in an OSError.
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
+        why = unreached() or _reason(error)
         raise PaveError(
-            f"{_where(task, split)}: the hub dataset cannot be loaded ({unreached() or _reason(error)}); check its name, 'config', "
+            f"{_where(task, split)}: the hub dataset cannot be loaded ({why}); check its name, 'config', "
             "'revision' and split and the network, or give local files: leave 'data.hub' out and let data.train, "
             "data.validation and data.test be paths of csv, jsonl or parquet files"
         ) from error
