@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 SCHEME = "package:"
 UMASK = threading.Lock()
 MOST_JSON_BYTES = 16 << 20  # the index of a model of 90,000 tensors takes 9 MiB
-MOST_HEADER_BYTES = 16 << 20  # a tensor takes about 100 bytes
+MOST_HEADER_BYTES = 8 << 20  # a tensor takes about 100 bytes
+MOST_CONFIG_BYTES = 4 << 20  # the names of 22,000 classes, there and back, take 1 MiB
 MOST_TOKENIZER_BYTES = 64 << 20  # those of 260,000 tokens take 35 MB
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model")
 _JSON_KINDS = {list: "a list", str: "a text", int: "a number", float: "a number", bool: "true or false"}
@@ -80,8 +81,9 @@ def read_json(path: Path, again: str = "fetch or save it again") -> dict[str, An
     try:
         with path.open("rb") as stream:
             content = stream.read(MOST_JSON_BYTES + 1)
-        if len(content) > MOST_JSON_BYTES:
-            raise PaveError(f"{path} is too large: expected at most {MOST_JSON_BYTES >> 20} MiB of JSON; {again}")
+        most = MOST_CONFIG_BYTES if path.name == "config.json" else MOST_JSON_BYTES
+        if len(content) > most:
+            raise PaveError(f"{path} is too large: expected at most {most >> 20} MiB of JSON; {again}")
         found = json.loads(content)
     except OSError as error:
         raise PaveError(_unopened(path, error)) from error
@@ -93,15 +95,17 @@ def read_json(path: Path, again: str = "fetch or save it again") -> dict[str, An
 
 
 def check_sizes(folder: Path) -> None:
-    """Refuse files beside a model that are too large to be what their names say.
+    """Refuse files of a tokenizer that libraries would pass over without a word, or that are too large to be any.
 
     Raises:
-        PaveError: names the first one, its size and the largest that is read.
+        PaveError: names the first one, or its size and the largest that is read.
     """
     for file in sorted(folder.iterdir()):
         most = MOST_TOKENIZER_BYTES if file.name in TOKENIZER_FILES else MOST_JSON_BYTES
-        if file.suffix not in (".json", ".txt", ".model", ".jinja") or not file.is_file():
+        if file.suffix not in (".json", ".txt", ".model", ".jinja"):
             continue
+        if not file.is_file():
+            raise PaveError(f"{file} is no file: a folder, or a link to what is not there; fetch or save it again")
         if (size := file.stat().st_size) > most:
             raise PaveError(f"{file} is too large: {size >> 20} MiB, at most {most >> 20} MiB are read; is it broken?")
 

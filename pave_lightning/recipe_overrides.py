@@ -42,7 +42,7 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str], problems: Pro
     """
     if len(overrides) > MOST_OVERRIDES:
         problems.add(
-            f"there are {len(overrides)} overrides, at most {MOST_OVERRIDES} are read; change the file instead"
+            f"there are {len(overrides)} overrides, expected at most {MOST_OVERRIDES}; change the file instead"
         )
         return False
     applied = True

@@ -31,6 +31,7 @@ class _Composer(Composer):
     def __init__(self, loader: Any = None) -> None:
         super().__init__(loader)
         self.values = 0
+        self.warn_double_anchors = False  # an anchor may be given anew
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         self.values += 1
@@ -60,7 +61,7 @@ def read_yaml(text: str) -> Any:
         node = constructor.composer.get_single_node()
         if node is None:
             return None
-        if _expanded(node, {}, 0) > MOST_VALUES:
+        if _expanded(node, {})[0] > MOST_VALUES:
             raise YAMLReadError(f"{_TOO_MANY}, with all that its aliases stand for")
         return _unshared(constructor.construct_document(node))
     except YAMLReadError:
@@ -75,30 +76,29 @@ def read_yaml(text: str) -> Any:
         raise YAMLReadError(str(error) if isinstance(error, ValueError) else f"{error!r}") from error
 
 
-def _expanded(node: Node, known: dict[int, int | None], depth: int) -> int:
-    """How many nodes a node stands for when every alias is written out; stops counting where there are too many.
+def _expanded(node: Node, known: dict[int, tuple[int, int] | None]) -> tuple[int, int]:
+    """How many nodes a node stands for when every alias is written out, counted no further than the most; and how deep.
 
     Args:
         node: where to begin.
-        known: sizes by identity of the nodes that were counted, None for those around this one.
-        depth: how many collections are around it.
+        known: both for the nodes that were counted, by identity; None for those around this one.
     """
     if not isinstance(node, CollectionNode):
-        return 1
+        return 1, 0
     if id(node) in known:
-        size = known[id(node)]
-        if size is None:
+        found = known[id(node)]
+        if found is None:
             raise YAMLReadError("a YAML alias contains itself")
-        return size
-    if depth >= 2 * DEEPEST:
-        raise YAMLReadError(_TOO_DEEP)
+        return found
     known[id(node)] = None
-    children = [part for entry in node.value for part in (entry if isinstance(entry, tuple) else (entry,))]
-    size = 1
-    for child in children:
-        size = min(size + _expanded(child, known, depth + 1), MOST_VALUES + 1)
-    known[id(node)] = size
-    return size
+    size, depth = 1, 0
+    for part in (part for entry in node.value for part in (entry if isinstance(entry, tuple) else (entry,))):
+        inner, below = _expanded(part, known)
+        size, depth = min(size + inner, MOST_VALUES + 1), max(depth, below)
+    if depth >= DEEPEST:
+        raise YAMLReadError(_TOO_DEEP)
+    known[id(node)] = size, depth + 1
+    return size, depth + 1
 
 
 def _unshared(value: Any) -> Any:

@@ -225,7 +225,7 @@ _looked_at: set[tuple[str, str]] = set()
 def _load_plug_in(entry: EntryPoint) -> None:
     """Load what another package adds; where it cannot be used, say so and go on without it."""
     before = dict(_registry)
-    package = entry.dist.name if entry.dist is not None else entry.module
+    package = entry.dist.name if entry.dist is not None else entry.value
     try:
         loaded = entry.load()
     except (Exception, SystemExit) as error:  # code of others, which may fail in any way
@@ -237,7 +237,8 @@ def _load_plug_in(entry: EntryPoint) -> None:
             *(visible(text) for text in (entry.name, package, reason(error))),
         )
         return
-    its_own = [method for method in _registry.values() if method.__module__.startswith(entry.module)]
+    module = entry.value.partition(":")[0].strip()
+    its_own = [method for method in _registry.values() if method.__module__.startswith(module)]
     if not its_own and loaded not in _registry.values() and _registry == before:
         log.warning(
             "the entry point '%s' of the package %s registers no merge method and is left out",

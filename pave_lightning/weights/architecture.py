@@ -29,11 +29,12 @@ from pave_lightning.errors import PaveError, foreign, shortened
 from pave_lightning.files import read_json
 from pave_lightning.weights.parameters import Parameter, ParameterKind, kind_of
 
-MOST_LAYERS = 10_000
-MOST_PARAMETERS = 50_000
+MOST_LAYERS = 2_000
+MOST_LABELS = 100_000
+MOST_PARAMETERS = 20_000
 LARGEST_SIZE = 2**31 - 1
 # Keys that count what a model is built of, and keys of sizes that only look like them.
-_COUNTS = re.compile(r"layer|depth|block|expert|group|stage|head|num_labels")
+_COUNTS = re.compile(r"layer|depth|block|expert|group|stage|head")
 _SIZES = re.compile(r"size|dim|_ids?$|length|position")
 
 
@@ -181,7 +182,8 @@ def read_config(folder: Path) -> PretrainedConfig:
     file = folder / "config.json"
     settings = read_json(file)
     for key, value in _numbers(settings):
-        if value > (MOST_LAYERS if _COUNTS.search(key) and not _SIZES.search(key) else LARGEST_SIZE):
+        counts = _COUNTS.search(key) and not _SIZES.search(key)
+        if value > (MOST_LABELS if key == "num_labels" else MOST_LAYERS if counts else LARGEST_SIZE):
             raise PaveError(f"{file}: {shortened(key)} is {value:,}, which no model has; is it broken?")
     with foreign(f"{folder}: its config.json gives no model", _own_code(settings)):
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
