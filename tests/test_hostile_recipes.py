@@ -21,7 +21,9 @@ def numbered(pattern, count, between=", "):
 
 
 LAUGHS = "a0: &a0 [x, x]\n" + numbered("a{j}: &a{j} [*a{i}, *a{i}, *a{i}, *a{i}, *a{i}]\n", 30, "")
-MERGE_KEYS = "a0: &a0 {k: 1}\n" + numbered("a{j}: &a{j} {{<<: [*a{i}, *a{i}, *a{i}, *a{i}], k{j}: 1}}\n", 30, "")
+MERGE_KEYS = "a0: &a0 {k: 1}\n" + numbered(
+    "a{j}: &a{j} {{<<: [*a{i}, *a{i}, *a{i}, *a{i}, *a{i}, *a{i}], k{j}: 1}}\n", 15, ""
+)
 WIDE = f"[{numbered('{i}', 30)}]"
 ATTACKS = {
     "laughs": (LAUGHS, "with all that its aliases stand for"),
