@@ -164,14 +164,17 @@ def foreign(what: str, advice: str = "") -> Iterator[None]:
     except BaseException as error:
         if isinstance(error, OSError) and system_problem(error) is not None:
             raise
-        raise PaveError(f"{what} ({reason(error)}){f'; {advice}' if advice else ''}") from error
+        raise PaveError(f"{what}: {reason(error)}{f'; {advice}' if advice else ''}") from error
 
 
 # Advice to do what is refused here, and what names no fault.
 _USELESS = re.compile(
     r"https?://|weights_only|trust_remote_code|allow_pickle|add_safe_globals|^Traceback|^During handling|^The above ex"
 )
-_PLAIN_KINDS = ("Exception", "OSError", "RuntimeError", "SafetensorError", "ValueError")
+_PLAIN_KINDS = (
+    *("Exception", "ImportError", "MisconfigurationException", "ModuleNotFoundError", "OSError", "RuntimeError"),
+    *("SafetensorError", "ValueError"),
+)
 _SAY_NOTHING = re.compile(r"^(Error\(s\) in|Validation error|Class validation error)|[:,]$")
 
 

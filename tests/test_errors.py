@@ -52,7 +52,7 @@ class PanicError(BaseException):
     "error", [KeyError("a"), RecursionError("deep"), PanicError("index out of range"), MemoryError()]
 )
 def test_whatever_a_library_raises_is_a_message(error):
-    told = rf"^x\.json cannot be read \({type(error).__name__}.*\); save it again$"
+    told = rf"^x\.json cannot be read: {type(error).__name__}.*; save it again$"
     with pytest.raises(PaveError, match=told), foreign("x.json cannot be read", "save it again"):
         raise error
 

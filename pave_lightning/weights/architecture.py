@@ -185,7 +185,7 @@ def read_config(folder: Path) -> PretrainedConfig:
         counts = _COUNTS.search(key) and not _SIZES.search(key)
         if value > (MOST_LABELS if key == "num_labels" else MOST_LAYERS if counts else LARGEST_SIZE):
             raise PaveError(f"{file}: {shortened(key)} is {value:,}, which no model has; is it broken?")
-    with foreign(f"{folder}: its config.json gives no model", _own_code(settings)):
+    with foreign(f"{folder}: its config.json gives no sequence-classification model", _own_code(settings)):
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         config.to_dict()
     return config
