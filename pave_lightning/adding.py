@@ -11,13 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pave_lightning.errors import PaveError, Problems
+from pave_lightning.errors import PaveError, Problems, shortened
 from pave_lightning.experts.fitting import save_expert
 from pave_lightning.experts.loading import load_adapter_alone, load_tokenizer
 from pave_lightning.merging import Evidence, Need, SequentialMethod, make_method, method_named, methods
 from pave_lightning.merging.folders import MergeContext, load_gradients, load_kept, merged_facts, write_merged
-from pave_lightning.recipe import NAME_PATTERN
-from pave_lightning.reporting.model_card import ExpertSource, model_card
+from pave_lightning.recipe import LONGEST_NAME, NAME_PATTERN, name_problem
+from pave_lightning.reporting.model_card import ExpertSource, as_code, model_card
 from pave_lightning.weights import Architecture, Checkpoint, ExpertTaskVectors, locate_model, model_digest
 from pave_lightning.weights.adapters import ADAPTER_CONFIG
 from pave_lightning.weights.task_vectors import config_differences
@@ -26,7 +26,7 @@ ALREADY_MERGED = "(merged)"
 ADDED = """
 ## Added later
 
-{added}, one after the other, as they were fine-tuned; the last one to `{merged}`.
+{added}, one after the other, as they were fine-tuned; the last one to {merged}.
 
 ## Scores
 
@@ -146,7 +146,7 @@ def _card(merged: Path, place: Path, output: Path, task: str, expert: Path) -> s
         scale=facts.get("scale"),
         experts=[ExpertSource(task, str(expert), model_digest(expert))],
     )
-    return card + ADDED.format(merged=merged, added=", ".join(facts["added"]), task=task)
+    return card + ADDED.format(merged=as_code(str(merged)), added=", ".join(facts["added"]), task=task)
 
 
 def _unfit(
@@ -163,9 +163,12 @@ def _unfit(
 
 
 def _check_request(merged: Path, facts: dict[str, Any], task: str, output: Path) -> None:
-    if not re.match(NAME_PATTERN, task):
+    if problem := name_problem(task):
+        raise PaveError(problem)
+    if not re.fullmatch(NAME_PATTERN.rstrip("$"), task) or len(task) > LONGEST_NAME:
         raise PaveError(
-            f"'{task}' cannot name a task: expected letters, digits, '.', '_' and '-', first a letter or a digit"
+            f"'{shortened(task)}' cannot name a task: expected letters, digits, '.', '_' and '-', first a letter or a "
+            f"digit, at most {LONGEST_NAME} characters"
         )
     if facts.get("scale") == 0:
         raise PaveError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -142,6 +143,10 @@ def _execute(command: str, options: Namespace) -> None:
 
         return print_methods(options.method)
     if command == "experiment":
+        from pave_lightning import commands
+        from pave_lightning.recipe_loading import find_experiment
+
+        commands.read_recipe(find_experiment(options.name), options.set)  # what is wrong with it is told at once
         from pave_lightning.experiments import run_experiment
 
         folder = run_experiment(options.name, options.set)
@@ -221,12 +226,15 @@ def _once(options: Namespace, name: str, instead: str = "leave all but one out")
 
 def _configure_output(debug: bool) -> None:
     """Our own messages through rich; the libraries' notices stay away unless asked for."""
-    from rich.console import Console
     from rich.logging import RichHandler
 
+    from pave_lightning.terminal import terminal
+
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not every terminal has every letter
+        sys.stdout.reconfigure(errors="backslashreplace")
     handler = RichHandler(
-        console=Console(stderr=True), show_path=False, show_level=debug, log_time_format="[%H:%M:%S]", markup=False
+        console=terminal(stderr=True), show_path=False, show_level=debug, log_time_format="[%H:%M:%S]", markup=False
     )
     ours = logging.getLogger("pave_lightning")
     ours.handlers = [handler]
@@ -235,11 +243,17 @@ def _configure_output(debug: bool) -> None:
 
 
 def _out(text: str) -> None:
-    sys.stdout.write(text + "\n")
+    sys.stdout.write(_visible(text) + "\n")
 
 
 def _say(text: str) -> None:
-    sys.stderr.write(text + "\n")
+    sys.stderr.write(_visible(text) + "\n")
+
+
+def _visible(text: str) -> str:
+    from pave_lightning.errors import visible
+
+    return visible(text)
 
 
 def _version() -> str:

@@ -16,6 +16,7 @@ from pave_lightning.interrupts import stoppable
 from pave_lightning.recipe import MergeStep, Recipe
 from pave_lightning.recipe_loading import load_recipe, recipe_digest, recipe_to_yaml
 from pave_lightning.run_folder import RunFolder
+from pave_lightning.terminal import terminal
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -72,13 +73,13 @@ def run_stage(recipe: Recipe, stage: str, task: str | None = None) -> None:
         actions[stage]()
         if stage == "evaluate" and not is_launched():
             _tell([workflow.folder.path("scores")])
-            Console().print("`pave report` makes tables and pictures of them", soft_wrap=True)
+            terminal().print("`pave report` makes tables and pictures of them", soft_wrap=True)
 
 
 def _tell(folders: Sequence[Path]) -> None:
     """Say where results are."""
     for folder in folders:
-        Console().print(f"results: {folder}", soft_wrap=True)
+        terminal().print(f"results: {folder}", soft_wrap=True)
 
 
 def plan_recipe(recipe: Recipe, console: Console | None = None) -> None:
@@ -89,7 +90,7 @@ def plan_recipe(recipe: Recipe, console: Console | None = None) -> None:
     """
     from pave_lightning.planning import check_recipe, cost_table, plan_rows
 
-    console = console or Console()
+    console = console or terminal()
     with planning_folder(recipe) as folder:
         check_recipe(recipe, folder)
         table = Table()

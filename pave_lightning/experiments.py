@@ -18,20 +18,19 @@ from rich.console import Console
 from rich.table import Table
 
 from pave_lightning.commands import open_folder, planning_folder, print_under, read_recipe, working
-from pave_lightning.errors import PaveError, Problems, doing, nearest
+from pave_lightning.errors import PaveError, Problems, doing
 from pave_lightning.evaluation import Candidate
 from pave_lightning.planning import check_recipe, merge_problems
 from pave_lightning.recipe import Experiment, MergeStep, Purify, Recipe, Vectors
-from pave_lightning.recipe_loading import load_recipe
+from pave_lightning.recipe_loading import find_experiment, load_recipe
 from pave_lightning.reporting.experiment_view import CARRIED_COLUMNS
 from pave_lightning.reporting.experiments import ExperimentView, write_experiment
 from pave_lightning.run_folder import RunFolder
 from pave_lightning.stages import Stages, purifications, short_digest
+from pave_lightning.terminal import terminal
 from pave_lightning.workflow import Workflow, plain_scores
 
 log = logging.getLogger("pave_lightning")
-
-EXPERIMENTS_FOLDER = Path("recipes/experiments")
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ def plan_experiment(name: str, overrides: Sequence[str] = (), console: Console |
             undone += not all(scores)
             table.add_row(str(number), cell.label, _told(experts), _told(scores))
         table.caption, table.caption_justify = f"{len(cells)} settings, {undone} to do", "left"
-        print_under(f"experiment {recipe.name} in {folder.root}", table, console or Console())
+        print_under(f"experiment {recipe.name} in {folder.root}", table, console or terminal())
 
 
 def _told(there: Sequence[bool]) -> str:
@@ -129,20 +128,6 @@ def _grid(name: str, overrides: Sequence[str]) -> tuple[Recipe, list[Cell]]:
         overrides = [*overrides, f"shared={json.dumps(str(Path(recipe.output) / recipe.name))}"]
         recipe = read_recipe(path, overrides)
     return recipe, list(make_cells(path, overrides, experiment))
-
-
-def find_experiment(name: str) -> Path:
-    """The recipe of an experiment: a path, or a name in ``recipes/experiments``.
-
-    Raises:
-        PaveError: there is none; the names that there are, are told.
-    """
-    for path in (Path(name), EXPERIMENTS_FOLDER / f"{name}.yaml"):
-        if path.is_file():
-            return path
-    known = sorted(path.stem for path in EXPERIMENTS_FOLDER.glob("*.yaml"))
-    hint = f"{nearest(name, known)}" if known else f"there is no folder {EXPERIMENTS_FOLDER} here"
-    raise PaveError(f"there is no experiment '{name}': {hint}")
 
 
 def make_cells(path: Path, overrides: Sequence[str], experiment: Experiment) -> Iterator[Cell]:

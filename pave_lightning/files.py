@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from pave_lightning.errors import PaveError
+from pave_lightning.errors import PaveError, reason
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 SCHEME = "package:"
 UMASK = threading.Lock()
+MOST_JSON_BYTES = 16 << 20  # the index of a model of 90,000 tensors takes 9 MiB
+MOST_HEADER_BYTES = 8 << 20  # a tensor takes about 100 bytes
+MOST_CONFIG_BYTES = 4 << 20  # the names of 22,000 classes, there and back, take 1 MiB
+MOST_TOKENIZER_BYTES = 64 << 20  # those of 260,000 tokens take 35 MB
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model")
+_JSON_KINDS = {list: "a list", str: "a text", int: "a number", float: "a number", bool: "true or false"}
 
 
 def local_path(reference: str) -> Path:
@@ -59,6 +66,63 @@ def file_sha256(path: Path) -> str:
 def _sha256(path: Path, size: int, modified: int) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_json(path: Path, again: str = "fetch or save it again") -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Args:
+        path: the file.
+        again: what to do where it holds none.
+
+    Raises:
+        PaveError: it is missing, too large, no JSON, or JSON of another kind.
+    """
+    try:
+        with path.open("rb") as stream:
+            content = stream.read(MOST_JSON_BYTES + 1)
+        most = MOST_CONFIG_BYTES if path.name == "config.json" else MOST_JSON_BYTES
+        if len(content) > most:
+            raise PaveError(f"{path} is too large: expected at most {most >> 20} MiB of JSON; {again}")
+        found = json.loads(content)
+    except OSError as error:
+        raise PaveError(_unopened(path, error)) from error
+    except (ValueError, RecursionError) as error:
+        raise PaveError(f"{path} cannot be read as JSON ({reason(error)}); {again}") from error
+    if not isinstance(found, dict):
+        raise PaveError(f"{path} holds {_JSON_KINDS.get(type(found), 'something else')}, expected an object; {again}")
+    return found
+
+
+def check_sizes(folder: Path) -> None:
+    """Refuse files of a tokenizer that libraries would pass over without a word, or that are too large to be any.
+
+    Raises:
+        PaveError: names the first one, or its size and the largest that is read.
+    """
+    for file in sorted(folder.iterdir()):
+        most = MOST_TOKENIZER_BYTES if file.name in TOKENIZER_FILES else MOST_JSON_BYTES
+        if file.suffix not in (".json", ".txt", ".model", ".jinja"):
+            continue
+        if not file.is_file():
+            raise PaveError(f"{file} is no file: a folder, or a link to what is not there; fetch or save it again")
+        if (size := file.stat().st_size) > most:
+            raise PaveError(f"{file} is too large: {size >> 20} MiB, at most {most >> 20} MiB are read; is it broken?")
+
+
+def check_header(file: Path) -> None:
+    """Refuse a safetensors file whose header is larger than any number of tensors needs, before a library reads it.
+
+    Raises:
+        PaveError: names the file and the size.
+        OSError: it cannot be opened.
+    """
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+    if MOST_HEADER_BYTES < length <= file.stat().st_size:
+        raise PaveError(
+            f"{file} has a header of {length >> 20} MiB, at most {MOST_HEADER_BYTES >> 20} MiB are read; is it broken?"
+        )
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
-from pave_lightning.errors import nearest
+from pave_lightning.errors import listed, nearest
+from pave_lightning.recipe_limits import MOST_CLASSES, MOST_COMBINATIONS, MOST_POINTS
 from pave_lightning.tasks.suites import suite_task
 
 MetricName = Literal["accuracy", "f1", "macro_f1", "matthews", "pearson", "spearman"]
@@ -20,6 +23,33 @@ REGRESSION_METRICS = ("pearson", "spearman")
 Span = Annotated[tuple[float, float], Field(strict=False)]  # strict would refuse a list, which is all that YAML has
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+LONGEST_NAME = 100  # folders add to it, and most file systems end at 255
+MOST_TOLD = 20
+
+
+def name_problem(name: str) -> str | None:
+    """Why a task, merge step or recipe cannot have a name although its letters are right; None if it can."""
+    if name == "manifest.json" or ".unfinished-" in name or ".replaced-" in name:
+        return f"'{name}' cannot be a name: run folders use it for files of their own"
+    if name.endswith((".", ".lock", ".tmp")):
+        return f"'{name}' cannot be a name: it must not end with '{name[name.rindex('.') :]}'"
+    return None
+
+
+def _usable_name(name: str) -> str:
+    if problem := name_problem(name):
+        raise ValueError(problem)
+    return name
+
+
+def _path(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("must be a path of printable characters")
+    return text
+
+
+Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=LONGEST_NAME), AfterValidator(_usable_name)]
+FolderPath = Annotated[str, AfterValidator(_path)]
 
 
 class Section(BaseModel):
@@ -145,7 +175,7 @@ class Expert(Section):
 class Task(Section):
     """One task: its data, columns, head, metrics and expert."""
 
-    name: str = Field(pattern=NAME_PATTERN)
+    name: Name
     """Name of the task in tables, folders and MLflow."""
     data: Data
     """Where the rows come from."""
@@ -182,8 +212,9 @@ class Task(Section):
         raw = dict(raw)
         if isinstance(raw.get("text"), str):
             raw["text"] = [raw["text"]]
-        if isinstance(raw.get("classes"), int) and not isinstance(raw["classes"], bool):
-            raw["classes"] = [str(index) for index in range(raw["classes"])]
+        count = raw.get("classes")
+        if isinstance(count, int) and not isinstance(count, bool) and count <= MOST_CLASSES:
+            raw["classes"] = [str(index) for index in range(count)]
         if isinstance(raw.get("classes"), list):
             raw["classes"] = [_class_name(name) for name in raw["classes"]]
         if isinstance(raw.get("metrics"), str):
@@ -352,7 +383,7 @@ class ScaleSearch(Section):
     search: SearchRange
     """Lowest and highest scale that is tried; or auto: start at the method's default scale, go up and down by factors
     of two until the score has fallen on both sides, and refine around the best."""
-    points: int | None = Field(default=None, ge=2)
+    points: int | None = Field(default=None, ge=2, le=MOST_POINTS)
     """Evenly spaced scales of a range, both ends included; 7 where nothing is said. Not for auto."""
     examples: int | None = Field(default=None, ge=2)
     """Validation rows a task that the search looks at; all that the task uses where nothing is said."""
@@ -394,7 +425,9 @@ class MergeStep(Section):
 
     method: str
     """The merge rule; `pave methods` lists them."""
-    name: str = Field(default="", pattern=rf"^$|{NAME_PATTERN}")
+    name: Annotated[
+        str, Field(pattern=rf"^$|{NAME_PATTERN}", max_length=LONGEST_NAME), AfterValidator(_usable_name)
+    ] = ""
     """Name of the result in tables and folders; the method's name where nothing is said."""
     scale: Scale | None = None
     """What the merged task vector is multiplied with: a number, search (chosen on the validation split, starting at the
@@ -427,6 +460,9 @@ class MergeStep(Section):
         wrong = [f"tune.{key}: takes no value" for key, values in self.tune.items() if not values]
         wrong += [f"tune.{key}: takes the same value twice" for key, values in self.tune.items() if _repeats(values)]
         wrong += [f"tune.{key}: has a value in options as well" for key in self.tune if key in self.options]
+        combinations = math.prod(map(len, self.tune.values()))
+        if combinations > MOST_COMBINATIONS:
+            wrong.append(f"tune: asks for {combinations:,} combinations, expected at most {MOST_COMBINATIONS:,}")
         return _unless_wrong(self, wrong)
 
     @property
@@ -499,28 +535,29 @@ class Experiment(Section):
         columns = [*self.vary, *(["case"] if self.cases else []), "model", "vectors"]
         wrong += [
             f"'{name}' is no varied key; {nearest(name, columns)}"
-            for name in [*([self.x] if self.x else []), *self.lines]
+            for name in [*([self.x] if self.x else []), *self.lines][:MOST_TOLD]
             if name not in columns
         ]
         return _unless_wrong(self, wrong)
 
 
 def _repeats(values: list[Any]) -> bool:
-    return any(value in values[:index] for index, value in enumerate(values))
+    first = values[:MOST_COMBINATIONS]  # more are refused
+    return any(value in first[:index] for index, value in enumerate(first))
 
 
 class Recipe(Section):
     """One run: fine-tune experts, capture their statistics, purify, merge, evaluate, report."""
 
-    name: str = Field(pattern=NAME_PATTERN)
+    name: Name
     """Name of the run; its folder is output/name."""
     seed: int = Field(default=0, ge=0, le=2**31 - 1)
     """Seed of everything drawn at random: heads, order of examples, dropout, samples of rows."""
     base: str
     """The common base model: a folder, a hub id, or package:NAME/FOLDER for a model inside an installed package."""
-    output: str = "checkpoints"
+    output: FolderPath = "checkpoints"
     """Folder in which the run folder is made."""
-    shared: str | None = None
+    shared: FolderPath | None = None
     """Folder of experts and statistics that recipes share: what one of them made from the same inputs, the others take
     from there. Without it they lie in the run folder."""
     trainer: dict[str, Any] = {}
@@ -567,11 +604,19 @@ class Recipe(Section):
             ("task", [task.name for task in self.tasks]),
             ("merge step", [step.name for step in self.merge]),
         ):
-            repeated = sorted({name for name in names if names.count(name) > 1})
+            repeated = sorted({name for name, times in Counter(names).items() if times > 1})
             if repeated:
                 wrong.append(
-                    f"each {what} needs a name of its own, but {', '.join(repeated)} stands twice; give one a 'name'"
+                    f"each {what} needs a name of its own, but {listed(repeated)} stands twice; give one a 'name'"
                 )
+            alike: dict[str, str] = {}
+            for name in dict.fromkeys(names):
+                first = alike.setdefault(name.lower(), name)
+                if first != name:
+                    wrong.append(
+                        f"the {what}s '{first}' and '{name}' differ by case alone, and some file systems would write "
+                        "both into one folder; give one another name"
+                    )
         known = [task.name for task in self.tasks]
         lists = [("purify.tasks", self.purify.tasks)]
         for step in self.merge:
@@ -580,8 +625,7 @@ class Recipe(Section):
         for where, chosen in lists:
             wrong += [
                 f"{where}: no task is named '{name}'; {nearest(name, known)}"
-                for name in chosen or []
-                if name not in known
+                for name in [name for name in chosen or [] if name not in known][:MOST_TOLD]
             ]
         wrong += self._anchor_problems()
         for reserved in ("base", "experts"):
@@ -594,12 +638,12 @@ class Recipe(Section):
         anchors = {step.name: step.anchor for step in self.merge if step.anchor is not None}
         wrong = [
             f"merge step '{name}': anchor: no merge step is named '{anchor}'; {nearest(anchor, names)}"
-            for name, anchor in anchors.items()
-            if anchor not in names
+            for name, anchor in [pair for pair in anchors.items() if pair[1] not in names][:MOST_TOLD]
         ]
         for name in anchors:
-            path = [name]
-            while path[-1] in anchors and path[-1] not in path[:-1]:
+            path, passed = [name], set[str]()
+            while path[-1] in anchors and path[-1] not in passed:
+                passed.add(path[-1])
                 path.append(anchors[path[-1]])
             if path[-1] == name and len(path) > 1:
                 wrong.append(f"merge step '{name}': its anchors lead back to itself ({' -> '.join(path)})")

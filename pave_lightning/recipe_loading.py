@@ -11,21 +11,25 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.nodes import SequenceNode
 from ruamel.yaml.representer import SafeRepresenter
 
-from pave_lightning.errors import PaveError, Problems, nearest
+from pave_lightning.errors import PaveError, Problems, nearest, reason, shortened
 from pave_lightning.recipe import MergeStep, Recipe
+from pave_lightning.recipe_limits import count_values, limit_problems
 from pave_lightning.recipe_overrides import apply_overrides
 from pave_lightning.recipe_problems import check_recipe
 from pave_lightning.recipe_wording import show
+from pave_lightning.recipe_yaml import MOST_BYTES, MOST_VALUES, YAMLReadError, read_yaml
 from pave_lightning.tasks.suites import suite_task_names
 
-__all__ = ["load_recipe", "recipe_digest", "recipe_schema", "recipe_to_yaml"]
+__all__ = ["find_experiment", "load_recipe", "recipe_digest", "recipe_schema", "recipe_to_yaml"]
 
 RECIPE_FOLDER = Path("recipes")
 SUFFIXES = (".yaml", ".yml")
+LONGEST_QUOTED_LINE = 200
+EXPERIMENTS_FOLDER = RECIPE_FOLDER / "experiments"
 
 
 def load_recipe(
@@ -51,11 +55,33 @@ def load_recipe(
     raw = _read(path)
     problems = Problems(f"the recipe {path} cannot be used:")
     applied = apply_overrides(raw, overrides, problems)
+    excess = Problems(f"the recipe {path} asks for too much:")
+    excess.extend(limit_problems(raw))
+    excess.raise_if_any()
     recipe = check_recipe(raw, problems, complete=applied, step_problems=step_problems)
     problems.raise_if_any()
     if recipe is None:  # cannot be: a recipe is refused with words
         raise PaveError(problems.headline)
+    if count_values(recipe.model_dump(by_alias=True)) > MOST_VALUES:  # or else its resolved form could not be read
+        raise PaveError(
+            f"the recipe {path} asks for too much: with every default filled in it has more than {MOST_VALUES} keys "
+            "and values; split it into several recipes"
+        )
     return recipe
+
+
+def find_experiment(name: str) -> Path:
+    """The recipe of an experiment: a path, or a name in ``recipes/experiments``.
+
+    Raises:
+        PaveError: there is none; the names that there are, are told.
+    """
+    for path in (Path(name), EXPERIMENTS_FOLDER / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    known = sorted(path.stem for path in EXPERIMENTS_FOLDER.glob("*.yaml"))
+    hint = f"{nearest(name, known)}" if known else f"there is no folder {EXPERIMENTS_FOLDER} here"
+    raise PaveError(f"there is no experiment '{name}': {hint}")
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:
@@ -146,13 +172,13 @@ def _read(path: Path) -> Any:
     if path.is_dir():
         raise PaveError(f"{path} is a folder, not a recipe file; recipes are: {', '.join(_recipes(path)) or 'none'}")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = _text(path)
     except FileNotFoundError:
         raise PaveError(f"there is no recipe {path}; {_nearby(path)}") from None
     except UnicodeDecodeError as error:
         raise PaveError(f"the recipe {path} is not UTF-8 text: byte {error.start} cannot be read") from None
-    except OSError as error:
-        raise PaveError(f"the recipe {path} cannot be read: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # a path with a zero byte is a ValueError
+        raise PaveError(f"the recipe {path} cannot be read: {reason(error)}") from None
     document = _parse(text, path)
     if document is None:
         raise PaveError(f"the recipe {path} is empty; it needs at least the keys name, base and tasks")
@@ -160,37 +186,32 @@ def _read(path: Path) -> Any:
         raise PaveError(
             f"the recipe {path} must be a mapping of keys such as name, base and tasks, found {show(document)}"
         )
-    try:
-        return _unshared(document)
-    except RecursionError:
-        raise PaveError(f"the recipe {path} cannot be used: a YAML alias contains itself") from None
+    return document
 
 
-def _unshared(value: Any) -> Any:
-    """A copy in which no two places share a mapping or list, as they do after a YAML alias."""
-    if isinstance(value, dict):
-        return {key: _unshared(item) for key, item in value.items()}
-    return [_unshared(item) for item in value] if isinstance(value, list) else value
+def _text(path: Path) -> str:
+    """What stands in a file; no more of it is read than a recipe may have."""
+    with path.open("rb") as stream:
+        content = stream.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise PaveError(f"the recipe {path} is too large: expected at most {MOST_BYTES:,} bytes; is it a recipe?")
+    return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig").read()
 
 
 def _parse(text: str, path: Path) -> Any:
     try:
-        return YAML(typ="safe", pure=True).load(text)
-    except MarkedYAMLError as error:
-        what = " ".join(part for part in (error.context, error.problem) if part)
-        mark = error.problem_mark or error.context_mark
-        if mark is None:
-            raise PaveError(f"{path}: {what}") from None
-        if "'\\t'" in what:
-            what += "; indent with spaces, not with tabs"
-        lines = text.split("\n")
-        line = lines[mark.line].rstrip() if mark.line < len(lines) else ""
-        quoted = f"\n    {line}\n    {' ' * mark.column}^" if line else ""
-        raise PaveError(f"{path}, line {mark.line + 1}, column {mark.column + 1}: {what}{quoted}") from None
-    except (YAMLError, ValueError) as error:
-        raise PaveError(f"{path} is not valid YAML: {error}") from None
-    except RecursionError:
-        raise PaveError(f"{path} is not valid YAML: it is nested too deeply") from None
+        return read_yaml(text)
+    except YAMLReadError as error:
+        cause, what = error.__cause__, str(error)
+    mark = (cause.problem_mark or cause.context_mark) if isinstance(cause, MarkedYAMLError) else None
+    if mark is None:
+        raise PaveError(f"{path} is not valid YAML: {what}" if cause else f"the recipe {path} cannot be used: {what}")
+    if "'\\t'" in what:
+        what += "; indent with spaces, not with tabs"
+    lines = text.split("\n")
+    line = lines[mark.line].rstrip() if mark.line < len(lines) else ""
+    quoted = f"\n    {line}\n    {' ' * mark.column}^" if line and len(line) <= LONGEST_QUOTED_LINE else ""
+    raise PaveError(f"{path}, line {mark.line + 1}, column {mark.column + 1}: {shortened(what)}{quoted}")
 
 
 def _nearby(path: Path) -> str:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.error import MarkedYAMLError
 
-from pave_lightning.errors import Problems, nearest
+from pave_lightning.errors import Problems, nearest, shortened
+from pave_lightning.recipe_yaml import DEEPEST, YAMLReadError, read_yaml
 
 SHORT_FORMS = {"tasks": "use", "merge": "method"}
 """Lists whose entries have names and may be a single word, and the key that the word stands for."""
+
+MOST_OVERRIDES = 1000
 
 
 class _OverrideError(ValueError):
@@ -38,12 +40,17 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str], problems: Pro
     Returns:
         Whether all of them could be applied.
     """
+    if len(overrides) > MOST_OVERRIDES:
+        problems.add(
+            f"there are {len(overrides)} overrides, expected at most {MOST_OVERRIDES}; change the file instead"
+        )
+        return False
     applied = True
     for override in overrides:
         try:
             _apply(raw, override)
         except _OverrideError as error:
-            problems.add(f"override '{override}': {error}")
+            problems.add(f"override '{shortened(override)}': {error}")
             applied = False
     return applied
 
@@ -55,18 +62,20 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     parts = path.strip().split(".")
     if not all(parts):
         raise _OverrideError("has an empty part before the '='; write key=value or key.key=value")
+    if len(parts) > DEEPEST:
+        raise _OverrideError(f"has {len(parts)} parts before the '='; no key of a recipe is nested as deeply")
     _assign(raw, parts, _value(text))
 
 
 def _value(text: str) -> Any:
     try:
-        return YAML(typ="safe", pure=True).load(text)
-    except MarkedYAMLError as error:
-        raise _OverrideError(
-            f"the value {text!r} is not valid YAML ({error.problem}); quote it if it is a text"
-        ) from None
-    except (YAMLError, ValueError, RecursionError):
-        raise _OverrideError(f"the value {text!r} is not valid YAML; quote it if it is a text") from None
+        return read_yaml(text)
+    except YAMLReadError as error:
+        shown = repr(shortened(text))
+        if error.__cause__ is None:
+            raise _OverrideError(f"the value {shown} cannot be used: {error}") from None
+        why = f" ({error.__cause__.problem})" if isinstance(error.__cause__, MarkedYAMLError) else ""
+        raise _OverrideError(f"the value {shown} is not valid YAML{why}; quote it if it is a text") from None
 
 
 def _assign(raw: dict[str, Any], parts: Sequence[str], value: Any) -> None:
@@ -84,7 +93,7 @@ def _assign(raw: dict[str, Any], parts: Sequence[str], value: Any) -> None:
         elif isinstance(child, str) and node is raw.get(done[0]) and done[0] in SHORT_FORMS:
             child = {SHORT_FORMS[done[0]]: child}
         elif not isinstance(child, dict | list):
-            raise _OverrideError(f"{'.'.join(done)} is {child!r}, which has no keys of its own")
+            raise _OverrideError(f"{'.'.join(done)} is {shortened(repr(child))}, which has no keys of its own")
         _put(node, key, child)
         node = child
 
@@ -95,10 +104,12 @@ def _step(node: Any, parts: Sequence[str], done: Sequence[str]) -> tuple[Any, in
         return parts[0], 1
     where, size = ".".join(done), len(node)
     if parts[0].isdecimal():
-        index = int(parts[0])
+        index = int(parts[0]) if len(parts[0]) < 10 else size + 1
         if index > size:
             there = f"0 to {size - 1}" if size else "none"
-            raise _OverrideError(f"{where} has no entry {index}; there are {there}, and {size} appends one")
+            raise _OverrideError(
+                f"{where} has no entry {shortened(parts[0])}; there are {there}, and {size} appends one"
+            )
         return index, 1
     if len(done) > 1 or done[0] not in SHORT_FORMS:
         raise _OverrideError(f"{where} is a list, so '{parts[0]}' must be the number of an entry, counted from 0")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import datetime
-import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pave_lightning.errors import Problems, nearest
+from pave_lightning.errors import LISTED_PROBLEMS, Problems, near, nearest, shortened
 from pave_lightning.recipe import MergeStep, Recipe, Task
 from pave_lightning.recipe_overrides import SHORT_FORMS, entry_name
 from pave_lightning.recipe_wording import (
@@ -29,6 +28,9 @@ from pave_lightning.recipe_wording import (
 from pave_lightning.tasks.suites import suite_task_names
 
 ROUNDS = 6
+LONGEST_WORD = 100
+MOST_WORDED = 100
+"""Faults of one round that are told in full; no more than the first 20 in the file are shown."""
 HANDED_DOWN = {"tasks": ("examples", "training", "trainer"), "merge": ("purify",)}
 JUDGED_TOGETHER = {"use", "kind", "classes", "value_range", "metrics", "headline"}
 NO_TASK = "the key 'use' with the name of a known task is missing, or else the keys name, data and text"
@@ -80,7 +82,8 @@ def check_recipe(
     """
     check = _Check(raw, complete)
     recipe = check.run()
-    if step_problems is not None and check.faults:
+    # What loads the merge methods; where there are more faults than are shown, it would tell nothing.
+    if step_problems is not None and 0 < len(check.faults) < LISTED_PROBLEMS:
         check.look_at_steps(step_problems)
     for fault in sorted(check.faults, key=lambda fault: _order(check.raw, fault.keys)):
         problems.add(f"{place(fault.keys, check.raw)}: {fault.message}" if fault.keys else fault.message)
@@ -124,10 +127,10 @@ def place(keys: Keys, raw: Any) -> str:
     """A path in the user's terms; entries of ``tasks`` and ``merge`` with their names: ``tasks.1 (movie).metrics``."""
     words: list[str] = []
     for depth, key in enumerate(keys):
-        word = str(key)
+        word = shortened(str(key), LONGEST_WORD)
         if depth == 1 and keys[0] in SHORT_FORMS:
             name = entry_name(_value_at(raw, keys[:2]))
-            word += f" ({name})" if name else ""
+            word += f" ({shortened(name, LONGEST_WORD)})" if name else ""
         words.append(word)
     return ".".join(words)
 
@@ -172,6 +175,7 @@ class _Check:
 
     def __init__(self, raw: Any, complete: bool) -> None:
         self.faults: list[Fault] = []
+        self._known: set[Fault] = set()
         self.complete = complete
         self.raw = _plain(raw, self._tell)
         self.repaired = copy.deepcopy(self.raw)
@@ -200,7 +204,8 @@ class _Check:
 
     def _tell(self, keys: Keys, message: str, subject: str | int | None = None, unknown: bool = False) -> None:
         fault = Fault(keys, message, subject, unknown)
-        if fault not in self.faults:
+        if fault not in self._known:
+            self._known.add(fault)
             self.faults.append(fault)
 
     def _check_uses(self) -> None:
@@ -215,12 +220,12 @@ class _Check:
             if used in known:
                 continue
             if isinstance(used, str):
-                self._tell(keys, f"unknown task '{used}'; {nearest(used, known)}")
+                self._tell(keys, f"unknown task '{shortened(used)}'; {nearest(used, known)}")
             else:
                 self._tell(keys, f"must be {EXPECTED[Task, 'use']}, found {show(used)}")
-            close = difflib.get_close_matches(str(used), known, n=1) or known[:1]
+            close = near(str(used), known) or known[0]
             own = entry if isinstance(entry, dict) else {}
-            entries[index] = {"name": f"stand-in-{index}", **own, "use": close[0]}
+            entries[index] = {"name": f"stand-in-{index}", **own, "use": close}
 
     def _take(self, error: ValidationError) -> bool:
         """Note what one round of validation found, and repair it for the next."""
@@ -228,14 +233,15 @@ class _Check:
         own = [(details, self._own(details, spot)) for details, spot in found]
         hinted = {
             (*spot.keys[:-1], near)
-            for details, spot in own
-            if details["type"] == "extra_forbidden" and (near := near_key(spot))
+            for details, spot in [each for each in own if each[0]["type"] == "extra_forbidden"][:MOST_WORDED]
+            if (near := near_key(spot))
         }
         told = {fault.keys for fault in self.faults if fault.subject is None}
         missing = {spot.keys for details, spot in own if details["type"] == "missing"} - hinted
         before = len(self.faults)
+        outer = {spot.keys[:depth] for _, spot in own for depth in range(len(spot.keys))}
         for details, spot in own:
-            inner = any(other.keys[: len(spot.keys)] == spot.keys != other.keys for _, other in own)
+            inner = spot.keys in outer
             if self._follows(details, spot, told, hinted) or (inner and spot.branch is not spot.expected):
                 continue
             if details["type"] == "missing" and spot.field is not None and spot.keys[-1] not in self._keys_at(spot):
@@ -246,8 +252,12 @@ class _Check:
                     self._tell(entry, f"the key '{key}' is missing ({purpose(spot.field)})", subject=key)
                 continue
             together = "taken together" if details["type"] == "value_error" and is_judged_whole(spot.branch) else None
+            unknown = details["type"] == "extra_forbidden"
+            if len(self.faults) - before >= MOST_WORDED:  # to look for the nearest key takes its time
+                self._tell(spot.keys, "unknown key" if unknown else "is wrong", unknown=unknown)
+                continue
             for line in words_for(details, spot, self._found(details, spot)):
-                self._tell(spot.keys, line, together, details["type"] == "extra_forbidden")
+                self._tell(spot.keys, line, together, unknown)
         for (details, spot), (_, told_at) in zip(found, own, strict=True):
             for keys in (spot.keys, told_at.keys):
                 self._repair(keys, unknown=details["type"] == "extra_forbidden")

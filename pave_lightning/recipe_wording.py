@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import islice
 from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_origin
 
 from pydantic import Tag
 from pydantic.fields import FieldInfo
 
-from pave_lightning.errors import nearest
+from pave_lightning.errors import near, nearest
 from pave_lightning.recipe import MergeStep, Purify, Recipe, ScaleSearch, Section, Task
+
+A_SLIP = 0.85
+"""How like two keys are where one is the other with a letter too many, too few or wrong (`metric` for `metrics`)."""
 
 Keys = tuple[str | int, ...]
 """A path into the recipe as it was read: keys of mappings and indices of lists."""
@@ -75,9 +79,9 @@ def show(value: Any) -> str:
     if isinstance(value, float) and not math.isfinite(value):
         return ".nan" if math.isnan(value) else f"{'-' if value < 0 else ''}.inf"
     if isinstance(value, dict):
-        text = "{" + ", ".join(f"{key}: {show(item)}" for key, item in value.items()) + "}"
+        text = "{" + ", ".join(f"{key}: {show(item)}" for key, item in islice(value.items(), 60)) + "}"
     elif isinstance(value, list):
-        text = "[" + ", ".join(map(show, value)) + "]"
+        text = "[" + ", ".join(map(show, value[:60])) + "]"
     else:
         text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
@@ -170,34 +174,45 @@ def _homes(section: type[Section] = Recipe, path: str = "") -> Iterator[tuple[st
 
 
 def near_key(spot: Spot) -> str | None:
-    """The key that an unknown one is probably meant to be."""
-    if spot.owner is None or _belongs(spot):
+    """The key that an unknown one is probably meant to be.
+
+    One of the same section that differs by a slip comes first; one that is merely like it counts only where no other
+    section has a key of that very name.
+    """
+    if spot.owner is None:
         return None
     key, known = str(spot.keys[-1]), _known_keys(spot.owner)
-    if _SYNONYMS.get(key) in known:
+    if _SYNONYMS.get(key) in known and not _belongs(spot):
         return _SYNONYMS[key]
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return close[0] if close else None
+    return near(key, known, A_SLIP) or (None if _belongs(spot) else near(key, known))
+
+
+@lru_cache(maxsize=1)
+def _all_homes() -> dict[str, list[str]]:
+    """The paths of the sections that have a key of each name."""
+    found: dict[str, list[str]] = {}
+    for key, path in _homes():
+        found.setdefault(key, []).append(path)
+    return found
 
 
 def _belongs(spot: Spot) -> str | None:
     """The one other section that has a key of that very name."""
     key = str(spot.keys[-1])
-    homes = [path for known, path in _homes() if known == key]
+    homes = _all_homes().get(key, ())
     if len(homes) == 1 and homes[0]:
         return homes[0]
     return "trainer" if key in LIGHTNING_OPTIONS and not homes else None
 
 
 def _unknown_key(spot: Spot) -> str:
-    home = _belongs(spot)
+    key, known = str(spot.keys[-1]), _known_keys(spot.owner) if spot.owner else []
+    home = None if near(key, known, A_SLIP) else _belongs(spot)
     if home == "trainer":
         return "unknown key; it is an option of lightning.Trainer and belongs under 'trainer'"
     if home:
         return f"unknown key; it belongs under '{home}'"
-    near = near_key(spot)
-    known = _known_keys(spot.owner) if spot.owner else []
-    return f"unknown key; {nearest(near or str(spot.keys[-1]), known)}"
+    return f"unknown key; {nearest(near_key(spot) or key, known)}"
 
 
 def purpose(field: FieldInfo) -> str:
@@ -223,6 +238,8 @@ def words_for(details: Mapping[str, Any], spot: Spot, found: Any) -> list[str]:
     elif kind in ("too_short", "too_long") and get_origin(_bare(spot.branch)) is not tuple:
         limit = f"at least {context['min_length']}" if kind == "too_short" else f"at most {context['max_length']}"
         message = f"needs {limit} {'entry' if limit.endswith(' 1') else 'entries'}, found {context['actual_length']}"
+    elif kind == "string_too_long":
+        message = f"has {len(str(found)):,} characters, expected at most {context['max_length']}"
     elif kind == "string_pattern_mismatch":
         message = f"{shown} is no name: use letters, digits, '_', '.' and '-', a letter or digit first"
     elif kind == "finite_number":

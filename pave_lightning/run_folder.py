@@ -143,14 +143,18 @@ class RunFolder:
         """The manifest of a stage whose files are all there with their sizes; None otherwise."""
         folder = self.path(stage)
         try:
-            found = Manifest(**json.loads((folder / MANIFEST).read_text()))
+            found = Manifest(**json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
             sizes = {name: facts["size"] for name, facts in found.files.items()}
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            return None
-        for name, size in sizes.items():
-            file = folder / name
-            if not file.is_file() or file.stat().st_size != size:
+            whole = isinstance(found.inputs, dict) and isinstance(found.result, dict)
+            digests = [facts["sha256"] for facts in found.files.values()]
+            if not whole or not all(isinstance(digest, str) for digest in digests):
                 return None
+            for name, size in sizes.items():
+                file = folder / name
+                if not file.is_file() or file.stat().st_size != size:
+                    return None
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            return None
         return found
 
     def current(self, stage: str, inputs: Mapping[str, Any]) -> Manifest | None:

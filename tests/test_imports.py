@@ -12,26 +12,33 @@ import pytest
 PACKAGE = "pave_lightning"
 ROOT = Path(find_spec(PACKAGE).submodule_search_locations[0])
 
-RECIPE_FILES = {"recipe", "recipe_loading", "recipe_overrides", "recipe_problems", "recipe_wording", "tasks.suites"}
+RECIPE_FILES = {
+    *("recipe", "recipe_limits", "recipe_loading", "recipe_overrides", "recipe_problems", "recipe_wording"),
+    *("recipe_yaml", "tasks.suites"),
+}
 LIBRARY = {
     *("callbacks", "costs", "errors", "evaluation", "experts", "exporting", "launching", "merging", "files"),
     *("purification", "recipe", "recipe_loading", "run_folder", "statistics", "subspace", "tasks", "tracking"),
-    *("interrupts", "tracking_logger", "weights"),
+    *("hub", "interrupts", "terminal", "tracking_logger", "weights"),
 }
 
 # What each module or folder may import of the package besides itself. The longest name that fits a file counts.
 MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
+    "hub": set(),
+    "terminal": {"errors"},
     "interrupts": {"errors"},
     "layers": set(),
     "subspace": {"errors"},
     "statistics": {"errors", "files", "subspace"},
-    "weights": {"errors", "files", "layers", "subspace"},
-    "tasks": {"errors", "files", "recipe"},
+    "weights": {"errors", "files", "hub", "layers", "subspace"},
+    "tasks": {"errors", "files", "hub", "recipe"},
     "tasks.suites": {"errors", "files"},
-    "recipe": {"errors", "files", "tasks.suites"},
-    "recipe_overrides": {"errors"},
+    "recipe": {"errors", "files", "recipe_limits", "tasks.suites"},
+    "recipe_yaml": {"errors"},
+    "recipe_limits": {"errors", "recipe_yaml"},
+    "recipe_overrides": {"errors", "recipe_yaml"},
     "recipe_problems": {"errors", "files"} | RECIPE_FILES,
     "recipe_wording": {"errors", "recipe", "recipe_overrides", "tasks.suites"},
     "recipe_loading": {"errors", "files"} | RECIPE_FILES,
@@ -51,10 +58,10 @@ MAY_IMPORT = {
     "tracking": {"errors"},
     "tracking_logger": {"errors", "tracking"},
     "launching": {"errors", "recipe", "recipe_loading", "run_folder", "tracking"},
-    "reporting": {"diagnostics", "errors", "merging", "purification", "run_folder"},
+    "reporting": {"diagnostics", "errors", "merging", "purification", "run_folder", "terminal"},
     "reporting.report": {
         *("diagnostics", "errors", "merging", "purification", "recipe", "run_folder", "tracking", "reporting"),
-        "workflow",
+        *("terminal", "workflow"),
     },
     "stages": {"errors", "merging", "recipe", "run_folder", "statistics", "tasks", "weights"},
     "choosing": {"errors", "evaluation", "merging", "recipe", "stages", "weights"},
@@ -62,7 +69,7 @@ MAY_IMPORT = {
     "planning": LIBRARY | {"stages"},
     "commands": LIBRARY | {"planning", "reporting", "workflow"},
     "experiments": LIBRARY | {"commands", "planning", "reporting", "stages", "workflow"},
-    "cli": {"adding", "commands", "errors", "experiments", "interrupts", "recipe_loading"}
+    "cli": {"adding", "commands", "errors", "experiments", "interrupts", "recipe_loading", "terminal"}
     | {"reporting.methods", "__init__"},
     "__main__": {"cli"},
 }

@@ -89,7 +89,7 @@ def test_a_byte_order_mark_is_ignored(tmp_path: Path) -> None:
         ("a: !!python/object:os.x {}\n", "FILE, line 1, column 4: could not determine a constructor for the tag"),
         ("a: 2024-13-45\n", "FILE is not valid YAML: month must be in 1..12"),
         ("a: \x00\n", "FILE is not valid YAML"),
-        ("[" * 1200, "FILE is not valid YAML: it is nested too deeply"),
+        ("[" * 1200, "the recipe FILE cannot be used: it is nested too deeply"),
         ("", "the recipe FILE is empty; it needs at least the keys name, base and tasks"),
         ("# only a comment\n", "the recipe FILE is empty"),
         ("[1, 2]\n", "the recipe FILE must be a mapping of keys such as name, base and tasks, found [1, 2]"),

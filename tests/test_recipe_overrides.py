@@ -100,7 +100,10 @@ def test_an_override_can_mend_the_file(read_recipe: Read) -> None:
         ),
         ("seed.a=1", "override 'seed.a=1': seed is 3, which has no keys of its own"),
         ("base.a.b=1", "override 'base.a.b=1': base is 'package:models/mini', which has no keys of its own"),
-        ("trainer=&a {b: [*a]}", "trainer.b.0: contains itself through a YAML alias"),
+        (
+            "trainer=&a {b: [*a]}",
+            "override 'trainer=&a {b: [*a]}': the value '&a {b: [*a]}' cannot be used: a YAML alias contains itself",
+        ),
         ("seed=[1", "override 'seed=[1': the value '[1' is not valid YAML"),
         ("seed={a: 1, a: 2}", "override 'seed={a: 1, a: 2}': the value '{a: 1, a: 2}' is not valid YAML"),
         ("sed=1", "sed: unknown key; did you mean 'seed'?"),

@@ -197,7 +197,7 @@ WRONG = [
     ),
     (
         "merge: [{method: x, scale: {search: [0, 1], points: 1}}]",
-        ["merge.0 (x).scale.points: must be at least 2, found 1"],
+        ["merge.0 (x).scale.points: 1 is outside [2, 1000]"],
     ),
     (
         "merge: [{method: x, vectors: plain}]",

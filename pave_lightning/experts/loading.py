@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from pave_lightning.errors import PaveError
+from pave_lightning.errors import PaveError, foreign, reason
+from pave_lightning.files import check_sizes, read_json
 from pave_lightning.layers import is_linear
 from pave_lightning.recipe import Lora, Task
 from pave_lightning.weights.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from pave_lightning.weights.architecture import backbone_of, empty_classifier, lies_in
+from pave_lightning.weights.architecture import backbone_of, empty_classifier, lies_in, read_config
 from pave_lightning.weights.checkpoint import stored_tensors, weight_files
 
 
@@ -28,13 +27,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Raises:
         PaveError: the folder has none.
     """
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise PaveError(
-            f"{folder}: no tokenizer could be loaded ({reason}); put tokenizer.json beside the model"
-        ) from error
+    check_sizes(folder)
+    with foreign(f"{folder}: no tokenizer could be loaded", "put tokenizer.json beside the model"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer.get_vocab()
+        tokenizer(["a"], ["b"], truncation=True, max_length=8)  # which a file can be wrong for, too
     return tokenizer
 
 
@@ -128,18 +125,15 @@ def _merged_adapter(base: Path, folder: Path, task: str, labels: Callable[[], di
     problems = adapter_problems(folder)
     if problems:
         raise PaveError(f"task '{task}': {problems[0]}")
-    try:
+    with foreign(f"task '{task}': the adapter {folder} does not fit the base {base}"):
         adapted = PeftModel.from_pretrained(_with_new_head(base, labels()), folder)
         merged: nn.Module = adapted.merge_and_unload()
-    except (RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise PaveError(f"task '{task}': the adapter {folder} does not fit the base {base}: {reason}") from error
     return merged.eval()
 
 
 def _labels_of_adapter(base: Path, folder: Path) -> dict[str, Any]:
     """The part of a configuration that describes the head which an adapter holds."""
-    model, config = empty_classifier(base), AutoConfig.from_pretrained(base)
+    model, config = empty_classifier(base), read_config(base)
     stored, backbone = stored_tensors(folder / ADAPTER_WEIGHTS), [str(model.base_model_prefix)]
     # The last layer is the one that has as many outputs as the base's configuration says.
     for name, parameter in reversed(list(model.named_parameters())):
@@ -154,9 +148,9 @@ def _labels_of_adapter(base: Path, folder: Path) -> dict[str, Any]:
 def adapter_problems(folder: Path) -> list[str]:
     """What is wrong with a peft adapter as far as its configuration and file header tell."""
     try:
-        settings = json.loads((folder / ADAPTER_CONFIG).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        return [f"{folder / ADAPTER_CONFIG} cannot be read ({error}); save the adapter again"]
+        settings = read_json(folder / ADAPTER_CONFIG, "save the adapter again")
+    except PaveError as error:
+        return [str(error)]
     weights = folder / ADAPTER_WEIGHTS
     if not weights.is_file():
         return [f"{folder} has no adapter_model.safetensors; pickled adapters are refused"]
@@ -202,19 +196,21 @@ def add_adapters(model: nn.Module, lora: Lora, *, frozen: Sequence[str], private
     try:
         wrapped: nn.Module = get_peft_model(model, config)
     except (ValueError, TypeError) as error:
-        raise PaveError(f"training.lora: {str(error).strip().splitlines()[0]}") from error
+        raise PaveError(f"training.lora: {reason(error)}") from error
     return wrapped
 
 
 def _load(folder: Path, **changes: Any) -> tuple[nn.Module, dict[str, Any]]:
-    try:
-        with quiet_transformers():
-            model, info = AutoModelForSequenceClassification.from_pretrained(
-                folder, dtype=torch.float32, output_loading_info=True, use_safetensors=True, **changes
-            )
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise PaveError(f"{folder} could not be loaded as a sequence-classification model: {reason}") from error
+    read_config(folder)  # which refuses what could not even be built
+    with foreign(f"{folder} could not be loaded as a sequence-classification model"), quiet_transformers():
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            output_loading_info=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **changes,
+        )
     return model, dict(info)
 
 

@@ -19,7 +19,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
-from pave_lightning.errors import Interrupted, PaveError, nearest
+from pave_lightning.errors import Interrupted, PaveError, nearest, reason
 from pave_lightning.experts.progress import PassingProgressBar
 
 OWNED = {
@@ -50,7 +50,7 @@ def trainer_problems(options: Mapping[str, Any], where: str) -> list[str]:
             with quiet_lightning():
                 L.Trainer(**{**options, "logger": False, "enable_checkpointing": False, "enable_model_summary": False})
         except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
-            found.append(f"{where}: lightning.Trainer refuses these options: {str(error).strip().splitlines()[0]}")
+            found.append(f"{where}: lightning.Trainer refuses these options: {reason(error)}")
     return found
 
 
@@ -93,7 +93,7 @@ def build_trainer(
     try:
         return L.Trainer(**settings)
     except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
-        raise PaveError(f"trainer: {str(error).strip().splitlines()[0]}") from error
+        raise PaveError(f"trainer: {reason(error)}") from error
 
 
 def machine_options(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from pave_lightning.errors import PaveError, Problems, nearest
+from pave_lightning.errors import PaveError, Problems, nearest, reason, shortened, visible
 from pave_lightning.merging.evidence import Evidence, Need
 from pave_lightning.merging.modulators import LowRank
 from pave_lightning.weights import Parameter, TaskVectors
+
+log = logging.getLogger("pave_lightning")
 
 ENTRY_POINTS = "pave_lightning.methods"
 
@@ -189,9 +193,14 @@ def register(name: str) -> Callable[[_Method], _Method]:
 
     Raises:
         ValueError: another class has the name already.
+        TypeError: the class is no complete merge method.
     """
 
     def add(method: _Method) -> _Method:
+        if not (isinstance(method, type) and issubclass(method, MergeMethod)) or inspect.isabstract(method):
+            raise TypeError(f"'{name}' is no complete merge method: {getattr(method, '__name__', method)!r}")
+        if lacking := [told for told in ("summary", "source", "form") if not isinstance(getattr(method, told, 0), str)]:
+            raise TypeError(f"merge method '{name}' does not say its {', '.join(lacking)}")
         if name in _registry and _registry[name] is not method:
             raise ValueError(f"two merge methods are named '{name}': {_registry[name].__name__} and {method.__name__}")
         method.name = name
@@ -204,8 +213,37 @@ def register(name: str) -> Callable[[_Method], _Method]:
 def methods() -> dict[str, type[MergeMethod]]:
     """Every known rule by name: those of this package and those that installed packages register."""
     for entry in entry_points(group=ENTRY_POINTS):
-        entry.load()
+        if (key := (entry.name, entry.value)) not in _looked_at:
+            _looked_at.add(key)
+            _load_plug_in(entry)
     return dict(_registry)
+
+
+_looked_at: set[tuple[str, str]] = set()
+
+
+def _load_plug_in(entry: EntryPoint) -> None:
+    """Load what another package adds; where it cannot be used, say so and go on without it."""
+    before = dict(_registry)
+    package = entry.dist.name if entry.dist is not None else entry.value
+    try:
+        loaded = entry.load()
+    except (Exception, SystemExit) as error:  # code of others, which may fail in any way
+        for name in set(_registry) - set(before):
+            del _registry[name]
+        log.warning(
+            "the merge method '%s' of the package %s is left out, since it cannot be loaded (%s); update the package, "
+            "or tell its authors",
+            *(visible(text) for text in (entry.name, package, reason(error))),
+        )
+        return
+    module = entry.value.partition(":")[0].strip()
+    its_own = [method for method in _registry.values() if method.__module__.startswith(module)]
+    if not its_own and loaded not in _registry.values() and _registry == before:
+        log.warning(
+            "the entry point '%s' of the package %s registers no merge method and is left out",
+            *(visible(text) for text in (entry.name, package)),
+        )
 
 
 def method_named(name: str) -> type[MergeMethod]:
@@ -237,6 +275,6 @@ def make_method(name: str, options: Mapping[str, Any]) -> MergeMethod:
                 problems.add(f"{key}: unknown option; {nearest(key, list(kind.Options.model_fields))}")
             else:
                 wrong = found["msg"].removeprefix("Input ").removeprefix("Value error, ")
-                problems.add(f"{key}: {wrong}, found {found['input']!r}")
+                problems.add(f"{key}: {wrong}, found {shortened(repr(found['input']))}")
         problems.raise_if_any()
         raise

@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
-from pave_lightning.errors import PaveError, nearest
-from pave_lightning.files import read_failure, write_tensors
+from pave_lightning.errors import PaveError, foreign, nearest
+from pave_lightning.files import read_json, write_tensors
 from pave_lightning.merging.base import MergeMethod, PerTaskMethod, StaticMethod
 from pave_lightning.merging.evidence import Evidence
 from pave_lightning.merging.modulators import Modulator, ModulatorWriter
@@ -30,8 +28,8 @@ from pave_lightning.weights import (
     TaskVectors,
     locate_model,
 )
-from pave_lightning.weights.architecture import backbone_of, empty_classifier
-from pave_lightning.weights.checkpoint import model_digest
+from pave_lightning.weights.architecture import backbone_of, empty_classifier, read_config
+from pave_lightning.weights.checkpoint import model_digest, stored_tensors
 from pave_lightning.weights.memory import freed_memory_returned
 from pave_lightning.weights.task_vectors import absent_children
 
@@ -177,11 +175,13 @@ def load_gradients(place: Path, expert: Path | None = None) -> TaskGradients:
 
 def _write_surroundings(folder: Path, method: MergeMethod, context: MergeContext, scale: float | None) -> None:
     first = next(iter(context.experts.values())).folder
-    config = AutoConfig.from_pretrained(context.base.folder)
+    config = read_config(context.base.folder)
     config.architectures = [type(backbone_of(empty_classifier(first))).__name__]
     config.dtype = "float32"
     config.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(first).save_pretrained(folder)
+    with foreign(f"{first}: no tokenizer could be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(first, trust_remote_code=False)
+    tokenizer.save_pretrained(folder)
     for task, expert in context.experts.items():
         private = absent_children(context.base, expert)
         prefix = f"{context.architecture.prefix}."
@@ -190,7 +190,7 @@ def _write_surroundings(folder: Path, method: MergeMethod, context: MergeContext
         target = folder / "heads" / task
         target.mkdir(parents=True)
         write_tensors(target / HEAD_FILE, {name: tensor.contiguous() for name, tensor in head.items()})
-        AutoConfig.from_pretrained(expert.folder).save_pretrained(target)
+        read_config(expert.folder).save_pretrained(target)
     facts = {"method": method.name, "form": method.form, "base": context.base_reference, **context.facts}
     if _takes_experts_later(method, scale):
         facts |= {"sequential": method.state(scale), "base_digest": model_digest(context.base.folder)}
@@ -204,11 +204,10 @@ def merged_facts(folder: Path) -> dict[str, Any]:
         PaveError: the folder is no merged model.
     """
     try:
-        facts: dict[str, Any] = json.loads((folder / FACTS_FILE).read_text())
-        known = {"method", "form", "base"} <= set(facts)
-    except (OSError, ValueError, TypeError) as error:
-        raise PaveError(f"{folder} is no merged model: it has no readable {FACTS_FILE}") from error
-    if not known:
+        facts = read_json(folder / FACTS_FILE, "merge again")
+    except PaveError as error:
+        raise PaveError(f"{folder} is no merged model: it has no readable {FACTS_FILE} ({error})") from error
+    if not all(isinstance(facts.get(key), str) for key in ("method", "form", "base")):
         raise PaveError(f"{folder} is no merged model: its {FACTS_FILE} names no method, form and base")
     return facts
 
@@ -242,17 +241,19 @@ def load_merged(folder: str | Path, task: str, base: str | None = None) -> nn.Mo
         modulator = Modulator(folder / "modulators" / f"{task}.safetensors")
         origin = Checkpoint(locate_model(base or facts["base"], role="base"), prefix)
         for name in modulator:
+            if name not in origin.backbone or name not in state:
+                raise PaveError(f"{folder}: what is kept for '{task}' names the weight {name}, which is not there")
             start = origin.tensor(name).float()
+            if start.shape != state[name].shape:
+                raise PaveError(f"{folder}: the weight {name} has another shape than that of the base")
             state[name] = start + modulator.apply(name, state[name] - start)
-    try:
-        head = load_file(heads / task / HEAD_FILE)
-    except (OSError, SafetensorError) as error:
-        damaged = f"{heads / task} has no readable {HEAD_FILE} ({error}); merge again"
-        raise PaveError(read_failure(heads / task / HEAD_FILE, damaged)) from error
+    stored = stored_tensors(heads / task / HEAD_FILE, "merge again")
+    head = {name: Checkpoint.read(tensor) for name, tensor in stored.items()}
     names = Architecture.of_folder(heads / task).stored_names
     whole = {f"{prefix}.{names.get(name, name)}": tensor for name, tensor in state.items()}
     whole |= {names.get(name, name): tensor for name, tensor in head.items()}
-    missing, _ = model.load_state_dict(whole, strict=False)
+    with foreign(f"{folder} does not fit its own config.json", "merge again"):
+        missing, _ = model.load_state_dict(whole, strict=False)
     lacking = [name for name in missing if name in dict(model.named_parameters())]
     if lacking:
         raise PaveError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pave_lightning.errors import PaveError
-from pave_lightning.files import read_failure, write_tensors
+from pave_lightning.errors import PaveError, foreign, reason
+from pave_lightning.files import check_header, read_failure, write_tensors
 
 
 def pack_mask(mask: Tensor) -> Tensor:
@@ -91,15 +92,20 @@ class Modulator:
     """
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         try:
+            check_header(path)
             file: Any = safe_open(path, framework="pt")
             metadata: dict[str, str] = file.metadata() or {}
             self._file = file
-            self._masks = {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}
+            self._masks = {name: _shape(shape) for name, shape in json.loads(metadata["shapes"]).items()}
             self._factors = dict.fromkeys(json.loads(metadata.get("factors", "[]")))
             self.rescaler = float(metadata["rescaler"])
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
-            damaged = f"{path} is no readable file of what a task keeps ({error}); merge again"
+            lacking = {*self._masks, *(side for name in self._factors for side in _sides(name))} - set(file.keys())
+            if lacking or not math.isfinite(self.rescaler):
+                raise ValueError("its header does not agree with what it holds")
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+            damaged = f"{path} is no readable file of what a task keeps ({reason(error)}); merge again"
             raise PaveError(read_failure(path, damaged)) from error
 
     def __iter__(self) -> Iterator[str]:
@@ -107,11 +113,18 @@ class Modulator:
 
     def apply(self, name: str, unified: Tensor) -> Tensor:
         """The task's own task vector of that parameter: rescaler * (mask * unified + left @ right)."""
-        mask = unpack_mask(self._file.get_tensor(name), self._masks[name]) if name in self._masks else None
-        factors = None
-        if name in self._factors:
-            factors = LowRank(*(self._file.get_tensor(side) for side in _sides(name)))
-        return modulated(unified, mask, factors, self.rescaler)
+        with foreign(f"{self._path}: what is kept of {name} does not fit the weight", "merge again"):
+            mask = unpack_mask(self._file.get_tensor(name), self._masks[name]) if name in self._masks else None
+            factors = None
+            if name in self._factors:
+                factors = LowRank(*(self._file.get_tensor(side) for side in _sides(name)))
+            return modulated(unified, mask, factors, self.rescaler)
+
+
+def _shape(sizes: list[int]) -> tuple[int, ...]:
+    if not all(isinstance(size, int) and 0 <= size < 2**31 for size in sizes):
+        raise ValueError("a mask has no shape")
+    return tuple(sizes)
 
 
 def _sides(name: str) -> tuple[str, str]:

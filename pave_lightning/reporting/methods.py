@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pave_lightning.merging import MergeMethod, method_named, methods
+from pave_lightning.terminal import terminal
 
 HEADINGS = ("method", "what it does", "form", "needs", "cost", "scale", "source")
 # In narrower terminals seven columns are too narrow to read, or cut words in two.
@@ -42,9 +43,9 @@ def print_methods(name: str | None = None, console: Console | None = None) -> No
         PaveError: no method has that name.
     """
     if console is None:
-        console = Console()
+        console = terminal(markup=True)
         if not console.is_terminal and "COLUMNS" not in os.environ:
-            console = Console(width=WIDTH_OF_FILES)
+            console = terminal(markup=True, width=WIDTH_OF_FILES)
     if name is None:
         wide = console.width >= WIDTH_OF_COLUMNS
         console.print(_in_columns() if wide else _in_paragraphs())

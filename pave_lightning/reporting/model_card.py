@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from ruamel.yaml import YAML
 
+from pave_lightning.errors import visible
 from pave_lightning.reporting.markdown import escaped, table
 from pave_lightning.reporting.scores import Model, ScoreTable
 from pave_lightning.reporting.untouched import untouched_lines
@@ -95,8 +96,8 @@ def model_card(
     front["tags"] = ["merge", "pave-lightning"]
 
     facts = [
-        ("base", _code(base_model)),
-        ("method", _code(method)),
+        ("base", as_code(base_model)),
+        ("method", as_code(method)),
         ("task vectors", escaped(vectors)),
         ("kind", form),
         ("tasks", ", ".join(escaped(task) for task in tasks)),
@@ -121,7 +122,7 @@ def model_card(
     if scores is not None and scores.tasks():
         parts += ["## Scores", _scores(scores, Model(name, vectors, form)), _reading(form, scores.left_out_note())]
     if experts:
-        rows = [(escaped(expert.task), _code(expert.source), _code(expert.digest)) for expert in experts]
+        rows = [(escaped(expert.task), as_code(expert.source), as_code(expert.digest)) for expert in experts]
         parts += ["## Experts", table(["task", "source", "digest of the weights"], rows)]
     if versions:
         software = [(escaped(package), escaped(version)) for package, version in versions.items()]
@@ -179,9 +180,9 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
-def _code(text: str) -> str:
+def as_code(text: str) -> str:
     """Text as code, in one line and in one table cell."""
-    text = " ".join(text.split()).replace("|", "\\|")
+    text = visible(" ".join(text.split())).replace("|", "\\|")
     fence = _longer_than_any_run(text, least=1)
     blank = " " if "`" in text else ""
     return f"{fence}{blank}{text}{blank}{fence}" if text else ""

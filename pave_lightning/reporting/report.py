@@ -19,6 +19,7 @@ from pave_lightning.reporting.plots import kept_ranks, normalised_scores
 from pave_lightning.reporting.scores import Model, Score, ScoreTable
 from pave_lightning.reporting.tables import render
 from pave_lightning.reporting.untouched import untouched_lines
+from pave_lightning.terminal import terminal
 from pave_lightning.tracking import Tracker, environment_tags
 from pave_lightning.workflow import Workflow, merge_params
 
@@ -43,7 +44,7 @@ def write_report(workflow: Workflow, console: Console | None = None) -> ScoreTab
     _write_cards(workflow, table)
     if workflow.tracker is not None:
         _record(workflow, workflow.tracker, table, files)
-    console = console or Console()
+    console = console or terminal()
     console.print(render(table, console.width))
     _print_untouched(workflow, console)
     console.print(f"results: {root / 'results.csv'}", soft_wrap=True)

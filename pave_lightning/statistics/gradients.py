@@ -11,8 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pave_lightning.errors import PaveError, nearest
-from pave_lightning.files import read_failure
+from pave_lightning.errors import PaveError, nearest, reason
+from pave_lightning.files import check_header, read_failure
 from pave_lightning.statistics.files import write_whole
 
 GradientKind = Literal["fisher", "absolute"]
@@ -181,6 +181,7 @@ def _read_header(file: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]
     if not file.is_file():
         raise PaveError(f"no gradients at {file}: take them first")
     try:
+        check_header(file)
         with safe_open(file, framework="pt") as opened:
             text = (opened.metadata() or {}).get(HEADER_KEY)
             views = {name: opened.get_slice(name) for name in sorted(opened.keys())}
@@ -198,8 +199,8 @@ def _read_header(file: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]
             raise PaveError(f"{file} has gradients format {version}, known is up to {FORMAT_VERSION}: upgrade")
         well_formed = header["kind"] in get_args(GradientKind) and isinstance(header["metadata"], dict)
         well_formed = well_formed and isinstance(examples, int) and examples > 0 and formats <= {"F32"}
-    except (ValueError, KeyError, TypeError) as error:
-        raise PaveError(f"{file} has a damaged gradients header ({error!r}): take the gradients again") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise PaveError(f"{file} has a damaged gradients header ({reason(error)}): take the gradients again") from error
     if not well_formed:
         raise PaveError(f"{file} has a damaged gradients header: take the gradients again")
     return header, shapes

@@ -12,8 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pave_lightning.errors import PaveError, nearest
-from pave_lightning.files import read_failure
+from pave_lightning.errors import PaveError, nearest, reason
+from pave_lightning.files import check_header, read_failure
 from pave_lightning.statistics.files import write_whole
 from pave_lightning.statistics.norm_moment import NormMoment
 from pave_lightning.statistics.second_moment import LayerMoment
@@ -289,9 +289,12 @@ def _read_header(file: Path) -> tuple[dict[str, Any], dict[str, tuple[int, int]]
     if not file.is_file():
         raise PaveError(f"no statistics at {file}: capture them first")
     try:
+        check_header(file)
         with safe_open(file, framework="pt") as opened:
             text = (opened.metadata() or {}).get(HEADER_KEY)
-            shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+            views = {name: opened.get_slice(name) for name in sorted(opened.keys())}
+            shapes = {name: tuple(view.get_shape()) for name, view in views.items()}
+            formats = {str(view.get_dtype()) for view in views.values()}
     except (SafetensorError, OSError) as error:
         damaged = f"{file} is truncated or no safetensors file ({error}): {again(file)}"
         raise PaveError(read_failure(file, damaged)) from error
@@ -302,7 +305,9 @@ def _read_header(file: Path) -> tuple[dict[str, Any], dict[str, tuple[int, int]]
         version = header["format_version"]
         if version > FORMAT_VERSION:
             raise PaveError(f"{file} has statistics format {version}, known is up to {FORMAT_VERSION}: upgrade")
-        well_formed = isinstance(header["examples"], int) and isinstance(header["metadata"], dict)
+        well_formed = (
+            formats <= {"F32"} and isinstance(header["examples"], int) and isinstance(header["metadata"], dict)
+        )
         unreached = header.get("unreached", [])
         well_formed = well_formed and isinstance(unreached, list) and all(isinstance(name, str) for name in unreached)
         for entry in header["layers"].values():
@@ -312,8 +317,8 @@ def _read_header(file: Path) -> tuple[dict[str, Any], dict[str, tuple[int, int]]
         for name, entry in header.get("norms", {}).items():
             one_axis = len(shapes[NORM_PREFIX + name]) == 1
             well_formed = well_formed and one_axis and not _miscounted(entry["rows"], entry["seen"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PaveError(f"{file} has a damaged statistics header ({error!r}): {again(file)}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise PaveError(f"{file} has a damaged statistics header ({reason(error)}): {again(file)}") from error
     if not well_formed:
         raise PaveError(f"{file} has a damaged statistics header: {again(file)}")
     return header, cast(dict[str, tuple[int, int]], shapes)

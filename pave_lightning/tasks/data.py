@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 
 from pave_lightning.errors import PaveError
 from pave_lightning.files import file_sha256, local_path
+from pave_lightning.hub import hub_or_cache, unreached
 from pave_lightning.recipe import Task
 from pave_lightning.tasks.checks import label_values, row_problems, usable_rows
 from pave_lightning.tasks.copies import kept_copy
@@ -270,12 +271,13 @@ def _read_local(task: Task, split: Split, path: Path) -> tuple[Rows, str]:
 def _read_hub(task: Task, split: Split) -> datasets.Dataset:
     data = task.data
     try:
-        with quiet_datasets():
+        with hub_or_cache(), quiet_datasets():
             return datasets.load_dataset(data.hub, data.config, split=getattr(data, split), revision=data.revision)
     # Scripts end in a RuntimeError; unknown configurations and splits in a ValueError; no network in an OSError.
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
+        why = unreached() or _reason(error)
         raise PaveError(
-            f"{split_title(task, split)}: the hub dataset cannot be loaded ({_reason(error)}); check its name, "
+            f"{split_title(task, split)}: the hub dataset cannot be loaded ({why}); check its name, "
             "'config', 'revision' and split and the network, or give local files: leave 'data.hub' out and let "
             "data.train, data.validation and data.test be paths of csv, jsonl or parquet files"
         ) from error

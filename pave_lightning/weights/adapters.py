@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -12,7 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from pave_lightning.errors import PaveError
+from pave_lightning.errors import PaveError, shortened
+from pave_lightning.files import read_json
 from pave_lightning.subspace import is_finite
 from pave_lightning.weights.checkpoint import Checkpoint, StoredTensor, stored_tensors
 from pave_lightning.weights.parameters import Parameter
@@ -20,6 +20,10 @@ from pave_lightning.weights.parameters import Parameter
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_FOLDER = "adapter"
+
+LARGEST_RANK = 2**31 - 1
+LARGEST_ALPHA = 1e6
+LONGEST_PATTERN = 500
 
 _WRAPPED = "base_model.model."
 _FACTOR = re.compile(r"(?P<layer>.+)\.lora_(?P<side>[AB])\.weight")
@@ -107,7 +111,7 @@ class Adapter:
         """
         found = self.layers[layer]
         left, right = (Checkpoint.read(stored).double() for stored in (found.left, found.right))
-        if not (is_finite(left) and is_finite(right)):
+        if not (is_finite(left.float()) and is_finite(right.float())):
             raise PaveError(f"{self.folder}: the adapter of {layer} holds NaN or infinity")
         return left.reshape(-1, found.rank) * found.scaling, right.reshape(found.rank, -1)
 
@@ -124,6 +128,8 @@ class Adapter:
                 raise PaveError(f"{self.folder}: the adapter of {layer} has only one of its two factors; save it again")
             rank, scaling = _scaling(settings, layer)
             left, right = pair["B"], pair["A"]
+            if len(left.shape) < 2 or len(right.shape) < 2 or not (left.is_floating and right.is_floating):
+                raise PaveError(f"{self.folder}: the factors of {layer} are no matrices of numbers; save it again")
             if left.shape[1] != rank or right.shape[0] != rank:
                 raise PaveError(
                     f"{self.folder}: the factors of {layer} are {list(left.shape)} and {list(right.shape)}, but its "
@@ -143,13 +149,7 @@ def misfit(layer: AdaptedLayer, parameter: Parameter) -> str | None:
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    try:
-        settings = json.loads((folder / ADAPTER_CONFIG).read_text())
-    except (OSError, ValueError) as error:
-        raise PaveError(f"{folder / ADAPTER_CONFIG} cannot be read ({error}); save the adapter again") from error
-    if not isinstance(settings, dict):
-        raise PaveError(f"{folder / ADAPTER_CONFIG} holds no settings; save the adapter again")
-    return settings
+    return read_json(folder / ADAPTER_CONFIG, "save the adapter again")
 
 
 def _header(file: Path) -> dict[str, StoredTensor]:
@@ -183,14 +183,26 @@ def _refusal(settings: Mapping[str, Any], stored: Mapping[str, StoredTensor]) ->
 
 def _scaling(settings: Mapping[str, Any], layer: str) -> tuple[int, float]:
     """Rank and scaling of a layer, by the patterns of the configuration; the first that matches counts, as in peft."""
-    rank = int(_by_pattern(settings.get("rank_pattern"), layer, settings.get("r", 8)))
-    alpha = float(_by_pattern(settings.get("alpha_pattern"), layer, settings.get("lora_alpha", 8)))
+    rank = _by_pattern(settings.get("rank_pattern"), layer, settings.get("r", 8))
+    alpha = _by_pattern(settings.get("alpha_pattern"), layer, settings.get("lora_alpha", 8))
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= LARGEST_RANK:
+        raise PaveError(f"{ADAPTER_CONFIG} gives {layer} the rank {shortened(repr(rank))}; save the adapter again")
+    if not isinstance(alpha, int | float) or not abs(alpha) <= LARGEST_ALPHA:
+        raise PaveError(f"{ADAPTER_CONFIG} gives {layer} the alpha {shortened(repr(alpha))}; save the adapter again")
     return rank, alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 
-def _by_pattern(patterns: Mapping[str, Any] | None, layer: str, default: Any) -> Any:
-    found = (value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", layer))
-    return next(found, default)
+def _by_pattern(patterns: Any, layer: str, default: Any) -> Any:
+    if patterns and not isinstance(patterns, dict):
+        raise PaveError(f"{ADAPTER_CONFIG} holds a pattern that is no mapping of layers; save the adapter again")
+    for key in patterns or ():
+        if len(key) > LONGEST_PATTERN or re.search(r"[+*}]\)+[+*{]", key):  # which may take for ever
+            raise PaveError(f"{ADAPTER_CONFIG} holds a pattern of layers that is not tried: {shortened(key)}")
+    try:
+        found = (value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", layer))
+        return next(found, default)
+    except re.error as error:
+        raise PaveError(f"{ADAPTER_CONFIG} holds a pattern of layers that is none ({error})") from error
 
 
 def _of_backbone(layers: Mapping[str, AdaptedLayer], prefix: str) -> dict[str, AdaptedLayer]:

@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSequenceClassification
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+)
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
 )
 
-from pave_lightning.errors import PaveError
+from pave_lightning.errors import PaveError, foreign, shortened
+from pave_lightning.files import read_json
 from pave_lightning.weights.parameters import Parameter, ParameterKind, kind_of
+
+MOST_LAYERS = 2_000
+MOST_LABELS = 100_000
+MOST_PARAMETERS = 20_000
+LARGEST_SIZE = 2**31 - 1
+# Keys that count what a model is built of, and keys of sizes that only look like them.
+_COUNTS = re.compile(r"layer|depth|block|expert|group|stage|head")
+_SIZES = re.compile(r"size|dim|_ids?$|length|position")
 
 
 @dataclass(frozen=True)
@@ -66,7 +82,7 @@ class Architecture:
             prefix=str(model.base_model_prefix),
             parameters=parameters,
             head=frozenset(name for name, _ in model.named_parameters() if not name.startswith(prefix)),
-            config=AutoConfig.from_pretrained(folder).to_dict(),
+            config=read_config(folder).to_dict(),
             obsolete=tuple(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),
             stored_names={
                 stored.removeprefix(prefix): name.removeprefix(prefix)
@@ -145,20 +161,67 @@ def empty_classifier(folder: Path, device: str = "meta") -> nn.Module:
         PaveError: the configuration is missing, broken, or of an architecture that has neither form.
     """
     kind = "sequence-classification"
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        builder = AutoModelForSequenceClassification
-        if (
-            type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
-            and type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
-        ):
-            kind, builder = "image-classification", AutoModelForImageClassification
-        with torch.device(device):
-            model: nn.Module = builder.from_config(config)
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise PaveError(f"{folder}: its config.json gives no {kind} model: {reason}") from error
+    config = read_config(folder)
+    builder = AutoModelForSequenceClassification
+    if (
+        type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+        and type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    ):
+        kind, builder = "image-classification", AutoModelForImageClassification
+    with foreign(f"{folder}: its config.json gives no {kind} model"), torch.device(device), _counted_parameters(folder):
+        model: nn.Module = builder.from_config(config, trust_remote_code=False)
     return model
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """The configuration of a model folder, which runs no code of the folder.
+
+    Raises:
+        PaveError: it is missing or broken, describes a model of impossible size, or one that brings its own code.
+    """
+    file = folder / "config.json"
+    settings = read_json(file)
+    for key, value in _numbers(settings):
+        counts = _COUNTS.search(key) and not _SIZES.search(key)
+        if value > (MOST_LABELS if key == "num_labels" else MOST_LAYERS if counts else LARGEST_SIZE):
+            raise PaveError(f"{file}: {shortened(key)} is {value:,}, which no model has; is it broken?")
+    with foreign(f"{folder}: its config.json gives no sequence-classification model", _own_code(settings)):
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config.to_dict()
+    return config
+
+
+def _own_code(settings: Mapping[str, Any]) -> str:
+    return "a model that brings code of its own (auto_map) is not supported" if settings.get("auto_map") else ""
+
+
+def _numbers(settings: Any, key: str = "") -> Iterator[tuple[str, int]]:
+    """Every whole number of a configuration, and the key that it belongs to."""
+    if isinstance(settings, dict):
+        for name, value in settings.items():
+            # What belongs to a class is an index, whatever the class is called.
+            yield from () if name in ("label2id", "id2label") else _numbers(value, name)
+    elif isinstance(settings, list):
+        for value in settings:
+            yield from _numbers(value, key)
+    elif isinstance(settings, int):
+        yield key, settings
+
+
+@contextmanager
+def _counted_parameters(folder: Path) -> Iterator[None]:
+    """Break off the building of a model with more parameters than any file that is read here can hold."""
+    count = itertools.count(1)
+
+    def noted(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        if next(count) > MOST_PARAMETERS:
+            raise PaveError(f"{folder}: its config.json asks for more than {MOST_PARAMETERS:,} weights; is it broken?")
+
+    hook = register_module_parameter_registration_hook(noted)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _stored_names(model: nn.Module) -> dict[str, str]:

@@ -13,8 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pave_lightning.errors import PaveError
-from pave_lightning.files import file_sha256, read_failure
+from pave_lightning.errors import PaveError, listed, reason, shortened
+from pave_lightning.files import check_header, file_sha256, read_failure, read_json
 from pave_lightning.subspace import is_finite
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -122,12 +122,17 @@ class Checkpoint:
         return all(torch.equal(self.tensor(name), other.tensor(name)) for name in shared)
 
     def non_finite(self) -> list[str]:
-        """Names of tensors, backbone and head, that hold NaN or infinity (reads every weight once)."""
+        """Names of tensors, backbone and head, that hold NaN, infinity or more than float32 can (reads all weights)."""
         stored = [*self.backbone.items(), *self.head.items()]
-        return [name for name, found in stored if found.is_floating and not is_finite(self.read(found))]
+        return [name for name, found in stored if found.is_floating and not _is_finite_in_float32(self.read(found))]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.backbone)
+
+
+def _is_finite_in_float32(tensor: Tensor) -> bool:
+    """Whether every value is finite, and stays so in float32, in which everything is computed."""
+    return is_finite(tensor.float() if tensor.dtype == torch.float64 else tensor)
 
 
 def stored_tensors(file: Path, again: str = "fetch or save the checkpoint again") -> dict[str, StoredTensor]:
@@ -142,6 +147,7 @@ def stored_tensors(file: Path, again: str = "fetch or save the checkpoint again"
     """
     try:
         changed = file.stat().st_mtime_ns
+        check_header(file)
         with safe_open(file, framework="pt") as opened:  # which checks the whole header
             names = sorted(opened.keys())
         with file.open("rb") as stream:
@@ -153,8 +159,8 @@ def stored_tensors(file: Path, again: str = "fetch or save the checkpoint again"
             start = 8 + length + told["data_offsets"][0]
             found[name] = StoredTensor(file, name, tuple(told["shape"]), told["dtype"], start, changed)
         return found
-    except (SafetensorError, OSError) as error:
-        damaged = f"{file} is truncated or no safetensors file ({error}); {again}"
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        damaged = f"{file} is truncated or no safetensors file ({reason(error)}); {again}"
         raise PaveError(read_failure(file, damaged)) from error
 
 
@@ -191,13 +197,19 @@ def weight_files(folder: Path) -> list[Path]:
     """
     index = folder / INDEX_FILE
     if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            missing = [name for name in names if not (folder / name).is_file()]
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise PaveError(f"{index} is broken: expected JSON with a weight_map; save the checkpoint again") from error
+        placed = read_json(index, "save the checkpoint again").get("weight_map")
+        if not isinstance(placed, dict) or not all(isinstance(name, str) for name in placed.values()) or not placed:
+            raise PaveError(f"{index} is broken: expected JSON with a weight_map; save the checkpoint again")
+        names = sorted(set(placed.values()))
+        elsewhere = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
+        if elsewhere:
+            raise PaveError(
+                f"{index} names {listed([repr(shortened(name)) for name in elsewhere])}; expected names of safetensors "
+                "files in the same folder"
+            )
+        missing = [name for name in names if not (folder / name).is_file()]
         if missing:
-            raise PaveError(f"{folder}: the index names shards that are not there: {', '.join(missing)}")
+            raise PaveError(f"{folder}: the index names shards that are not there: {listed(missing)}")
         return [folder / name for name in names]
     if (folder / SINGLE_FILE).is_file():
         return [folder / SINGLE_FILE]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 
-from pave_lightning.errors import PaveError
+from pave_lightning.errors import PaveError, near, reason, shortened, system_problem, visible
 from pave_lightning.files import SCHEME, local_path
+from pave_lightning.hub import hub_or_cache, unreached
+
+MOST_LOOKED_AT = 1000
 
 
 def locate_model(reference: str, *, role: str = "model") -> Path:
@@ -19,6 +23,8 @@ def locate_model(reference: str, *, role: str = "model") -> Path:
     Raises:
         PaveError: nothing is found under that name; the message says where was looked.
     """
+    if not reference.strip() or not reference.isprintable():
+        raise PaveError(f"{role}: {reference!r} names no model; expected a folder or a hub id")
     folder = local_path(reference)
     if folder.is_dir():
         if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
@@ -29,8 +35,34 @@ def locate_model(reference: str, *, role: str = "model") -> Path:
             f"{role}: {folder} is a file; a model is named by its folder (with config.json and safetensors)"
         )
     if reference.startswith((".", "/", "~", SCHEME)) or reference.count("/") > 1:
-        raise PaveError(f"{role}: there is no folder {folder}")
+        raise PaveError(f"{role}: there is no folder {visible(str(folder))}{_beside(folder)}")
+    if "/" in reference and folder.parent.is_dir() and not _was_fetched(reference):
+        raise PaveError(
+            f"{role}: there is no folder {folder}{_beside(folder)} ({folder.parent} is a folder here, so it was not "
+            f"looked for on the hub; where it is a hub id, run: hf download {reference})"
+        )
     return _from_hub(reference, role)
+
+
+def _beside(folder: Path) -> str:
+    """The model folder beside a missing one whose name is most like it."""
+    try:
+        there = [child.name for child in islice(folder.parent.iterdir(), MOST_LOOKED_AT) if child.is_dir()]
+    except OSError:
+        return ""
+    found = near(folder.name, there, 0.6)
+    return f"; did you mean {folder.parent / found}?" if found else ""
+
+
+def _was_fetched(reference: str) -> bool:
+    """Whether the hub's cache holds a model of that name."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return isinstance(try_to_load_from_cache(reference, "config.json"), str)
+    except HFValidationError:
+        return False
 
 
 def _from_hub(reference: str, role: str) -> Path:
@@ -38,12 +70,14 @@ def _from_hub(reference: str, role: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(reference, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+        with hub_or_cache():
+            return Path(snapshot_download(reference, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
     except HFValidationError as error:
-        raise PaveError(f"{role}: '{reference}' is neither a folder here nor a valid hub id") from error
+        raise PaveError(f"{role}: '{shortened(reference)}' is neither a folder here nor a valid hub id") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if system_problem(error) is not None:
+            raise
         raise PaveError(
-            f"{role}: '{reference}' is no folder here and could not be fetched from the hub ({reason}); "
-            "check the name, the network and HF_HUB_OFFLINE"
+            f"{role}: '{reference}' is no folder here{_beside(Path(reference))} and could not be fetched from the hub "
+            f"({unreached() or reason(error)}); check the name, the network and HF_HUB_OFFLINE"
         ) from error

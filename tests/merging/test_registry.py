@@ -1,3 +1,8 @@
+import logging
+import re
+import sys
+from importlib.metadata import EntryPoint
+
 import pytest
 
 from pave_lightning.errors import PaveError
@@ -7,6 +12,8 @@ from pave_lightning.merging import Average, StaticMethod, Ties, base, make_metho
 @pytest.fixture(autouse=True)
 def _own_registry(monkeypatch):
     monkeypatch.setattr(base, "_registry", dict(base._registry))
+    monkeypatch.setattr(base, "_looked_at", set())
+    monkeypatch.setattr(logging.getLogger("pave_lightning"), "propagate", True)
 
 
 class Nothing(StaticMethod):
@@ -43,15 +50,62 @@ def test_an_unknown_rule_is_told_with_the_nearest_one():
 
 
 def test_rules_of_other_packages_are_loaded(monkeypatch):
-    class Entry:
+    class Entry(EntryPoint):
         def load(self):
             register("from_elsewhere")(Nothing)
 
     def entry_points(*, group):
-        return [Entry()] if group == "pave_lightning.methods" else []
+        return [Entry("elsewhere", "elsewhere.methods", group)] if group == "pave_lightning.methods" else []
 
     monkeypatch.setattr(base, "entry_points", entry_points)
     assert method_named("from_elsewhere") is Nothing
+
+
+GOOD = """
+from pave_lightning.merging import StaticMethod, register
+
+class Fine(StaticMethod):
+    summary, source = "fine", "a plug-in"
+    def merge(self, parameter, base, vectors):
+        return 0 * base
+
+register("{name}")(Fine)
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        ("raise RuntimeError('an \\x1b[31m old torch is needed')", r"cannot be loaded \(an \\x1b\[31m old torch"),
+        ("import no_such_package_at_all", "cannot be loaded .*no_such_package_at_all"),
+        ("import sys; sys.exit(3)", r"cannot be loaded \(SystemExit: 3\)"),
+        (GOOD.format(name="half") + GOOD.format(name="ties"), "two merge methods are named 'ties'"),
+        ("answer = 42", "registers no merge method"),
+        ("from pave_lightning.merging import register\nregister('none')(int)", "'none' is no complete merge method"),
+        (GOOD.replace("def merge", "def merg").format(name="abstract"), "'abstract' is no complete merge method"),
+        (GOOD.replace("summary, source =", "a, b =").format(name="dumb"), "'dumb' does not say its summary, source"),
+    ],
+)
+def test_a_broken_plug_in_is_named_and_left_out(monkeypatch, tmp_path, caplog, code, told):
+    (tmp_path / "broken_plug_in.py").write_text(code)
+    (tmp_path / "fine_plug_in.py").write_text(GOOD.format(name="fine"))
+    monkeypatch.syspath_prepend(tmp_path)
+    group = "pave_lightning.methods"
+    entries = [EntryPoint("broken", "broken_plug_in", group), EntryPoint("fine", "fine_plug_in", group)]
+    monkeypatch.setattr(base, "entry_points", lambda *, group: entries)
+    known = set(base._registry)
+    try:
+        with caplog.at_level("WARNING", logger="pave_lightning"):
+            found = methods()
+            methods()
+    finally:
+        for name in ("broken_plug_in", "fine_plug_in"):
+            sys.modules.pop(name, None)
+    assert set(found) - known == {"fine"}
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert re.search(told, message)
+    assert "'broken'" in message
+    assert "broken_plug_in" in message
 
 
 def test_every_rule_says_what_it_is():

@@ -362,7 +362,7 @@ def test_broken_factors(base_folder, tmp_path, change, message):
     ("file", "content", "message"),
     [
         ("adapter_config.json", b"{", "adapter_config.json cannot be read"),
-        ("adapter_config.json", b"[]", "adapter_config.json holds no settings"),
+        ("adapter_config.json", b"[]", "adapter_config.json holds a list, expected an object"),
         ("adapter_model.safetensors", b"no", "is truncated or no safetensors file"),
         ("adapter_model.safetensors", None, "has no adapter_model.safetensors; pickled adapters are refused"),
     ],

@@ -197,7 +197,7 @@ def test_a_tensor_that_the_class_does_not_know_is_other(base_folder):
 
 
 def test_no_configuration(tmp_path):
-    with pytest.raises(PaveError, match=r"config\.json gives no sequence-classification model"):
+    with pytest.raises(PaveError, match=r"config\.json cannot be read: No such file"):
         Architecture.of_folder(tmp_path)
 
 
@@ -215,7 +215,7 @@ def test_a_configuration_that_gives_no_model(tmp_path, base_folder, changes):
 
 def test_broken_json(tmp_path):
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(PaveError, match=r"config\.json gives no"):
+    with pytest.raises(PaveError, match=r"config\.json cannot be read as JSON"):
         Architecture.of_folder(tmp_path)
 
 

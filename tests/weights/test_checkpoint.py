@@ -210,7 +210,7 @@ def test_missing_shards_are_all_named(tmp_path):
 @pytest.mark.parametrize("text", ["{", "{}", "[]", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
 def test_a_broken_index_is_told(tmp_path, text):
     (tmp_path / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(PaveError, match=r"index\.json is broken"):
+    with pytest.raises(PaveError, match=r"index\.json (is broken|cannot be read as JSON|holds a list)"):
         Checkpoint(tmp_path, "bert")
 
 
