@@ -16,12 +16,13 @@ RECIPE_FILES = {"recipe", "recipe_loading", "recipe_overrides", "recipe_problems
 LIBRARY = {
     *("callbacks", "costs", "errors", "evaluation", "experts", "exporting", "launching", "merging", "files"),
     *("purification", "recipe", "recipe_loading", "run_folder", "statistics", "subspace", "tasks", "tracking"),
-    *("interrupts", "tracking_logger", "weights"),
+    *("credentials", "interrupts", "tracking_logger", "weights"),
 }
 
 # What each module or folder may import of the package besides itself. The longest name that fits a file counts.
 MAY_IMPORT = {
-    "errors": set(),
+    "credentials": set(),
+    "errors": {"credentials"},
     "files": {"errors"},
     "interrupts": {"errors"},
     "layers": set(),
@@ -33,8 +34,8 @@ MAY_IMPORT = {
     "recipe": {"errors", "files", "tasks.suites"},
     "recipe_overrides": {"errors"},
     "recipe_problems": {"errors", "files"} | RECIPE_FILES,
-    "recipe_wording": {"errors", "recipe", "recipe_overrides", "tasks.suites"},
-    "recipe_loading": {"errors", "files"} | RECIPE_FILES,
+    "recipe_wording": {"credentials", "errors", "recipe", "recipe_overrides", "tasks.suites"},
+    "recipe_loading": {"credentials", "errors", "files"} | RECIPE_FILES,
     "callbacks": {"errors", "layers", "statistics"},
     "merging": {"errors", "files", "layers", "statistics", "subspace", "weights"},
     "merging.rules": {"errors", "layers", "merging", "statistics", "subspace", "weights"},
@@ -47,8 +48,8 @@ MAY_IMPORT = {
     "evaluation": {
         *("errors", "experts.trainers", "merging.modulators", "merging.running", "recipe", "tasks", "weights"),
     },
-    "run_folder": {"errors", "files"},
-    "tracking": {"errors"},
+    "run_folder": {"errors", "files", "interrupts"},
+    "tracking": {"credentials", "errors", "interrupts"},
     "tracking_logger": {"errors", "tracking"},
     "launching": {"errors", "recipe", "recipe_loading", "run_folder", "tracking"},
     "reporting": {"diagnostics", "errors", "merging", "purification", "run_folder"},
@@ -62,7 +63,7 @@ MAY_IMPORT = {
     "planning": LIBRARY | {"stages"},
     "commands": LIBRARY | {"planning", "reporting", "workflow"},
     "experiments": LIBRARY | {"commands", "planning", "reporting", "stages", "workflow"},
-    "cli": {"adding", "commands", "errors", "experiments", "interrupts", "recipe_loading"}
+    "cli": {"adding", "commands", "credentials", "errors", "experiments", "interrupts", "recipe_loading"}
     | {"reporting.methods", "__init__"},
     "__main__": {"cli"},
 }
