@@ -6,11 +6,15 @@ import io
 import logging
 import os
 import sys
+import traceback
 from typing import TYPE_CHECKING, Any
 
+from pave_lightning.credentials import has_secrets, without_secrets
 from pave_lightning.interrupts import stoppable
 
 if TYPE_CHECKING:
+    from types import TracebackType
+
     from jsonargparse import ArgumentParser, Namespace
 
 RECIPE_COMMANDS = {
@@ -108,6 +112,11 @@ def _run(arguments: list[str] | None) -> int:
     command = str(parsed.command)
     options = parsed[command]
     _configure_output(bool(options.debug))
+    if any(has_secrets(text) for text in options.get("set") or ()):
+        _say(
+            "warning: the command line holds a password or token, which other users (ps) and the shell's history can "
+            "show. Write *** in its place and give the full URI in the environment variable PAVE_TRACKING_URI"
+        )
     try:
         with stoppable():  # what a library makes of Ctrl-C is told as being stopped, not as an error
             _execute(command, options)
@@ -128,6 +137,7 @@ def _exit_code(error: Exception, *, debug: bool) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     if debug:
+        sys.excepthook = _show_traceback
         raise error
     problem = str(error) if isinstance(error, PaveError) else system_problem(error)
     if problem is not None:
@@ -236,6 +246,7 @@ def _configure_output(debug: bool) -> None:
     handler = RichHandler(
         console=terminal(stderr=True), show_path=False, show_level=debug, log_time_format="[%H:%M:%S]", markup=False
     )
+    handler.addFilter(_WithoutSecrets())
     ours = logging.getLogger("pave_lightning")
     ours.handlers = [handler]
     ours.setLevel(logging.DEBUG if debug else logging.INFO)
@@ -247,13 +258,26 @@ def _out(text: str) -> None:
 
 
 def _say(text: str) -> None:
-    sys.stderr.write(_visible(text) + "\n")
+    sys.stderr.write(_visible(without_secrets(text)) + "\n")
 
 
 def _visible(text: str) -> str:
     from pave_lightning.errors import visible
 
     return visible(text)
+
+
+def _show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A traceback without the passwords that messages in it may quote."""
+    _say("".join(traceback.format_exception(kind, error, trace)).rstrip())
+
+
+class _WithoutSecrets(logging.Filter):
+    """Leaves the passwords out of log messages that quote a URI."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = without_secrets(record.getMessage()), ()
+        return True
 
 
 def _version() -> str:

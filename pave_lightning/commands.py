@@ -146,7 +146,7 @@ def working(recipe: Recipe, *, computes: bool = True) -> Iterator[Any]:
     with folder.locked(), stoppable():
         check_recipe(recipe, folder, computes=computes)
         resolved = folder.write_text("recipe.yaml", recipe_to_yaml(recipe))
-        tracker = Tracker.start(
+        record = Tracker.recorded(
             recipe.tracking.uri,
             recipe.tracking.experiment,
             recipe.name,
@@ -161,6 +161,6 @@ def working(recipe: Recipe, *, computes: bool = True) -> Iterator[Any]:
             },
             tags=environment_tags(),
         )
-        with tracker.recording(), stoppable():  # inside of the record, which says whether the run failed or was stopped
+        with record as tracker, stoppable():  # inside of the record, which says whether the run failed or was stopped
             tracker.log_file(tracker.parent_run_id, resolved)
             yield Workflow(recipe, folder, tracker, Launcher())

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from pave_lightning.credentials import without_secrets
+
 log = logging.getLogger("pave_lightning")
 
 LISTED_PROBLEMS = 20
@@ -28,7 +30,14 @@ BROKEN = (errno.EIO, errno.ESTALE)
 
 
 class PaveError(Exception):
-    """A mistake in what was given (recipe, data, checkpoint, folder), told in words meant for the user."""
+    """A mistake in what was given (recipe, data, checkpoint, folder), told in words meant for the user.
+
+    Args:
+        message: The words; passwords and tokens in URIs that they quote are left out.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(without_secrets(message))
 
 
 class Interrupted(BaseException):

@@ -78,7 +78,7 @@ def run_experiment(name: str, overrides: Sequence[str] = ()) -> Path:
         if tracker is not None:
             for file in files:
                 tracker.log_file(tracker.parent_run_id, file)
-            tracker.log_metrics(tracker.parent_run_id, _summary_metrics(files, list(cells[0].values)))
+            tracker.complete_parent("summary", _summary_metrics(files, list(cells[0].values)))
         root: Path = workflow.folder.root
     return root
 

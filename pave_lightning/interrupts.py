@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -15,6 +16,87 @@ from pave_lightning.errors import Interrupted
 STOPPED = 128
 AGAIN_AFTER_SECONDS = 0.1
 REPLACED_HANDLERS = (signal.SIG_DFL, signal.default_int_handler)
+# How long a signal waits for the end of a critical section before it unwinds it anyway.
+DEFERRED_SECONDS = 10.0
+# A driver and a terminal may both send the same request; only a later one is another.
+SAME_REQUEST_SECONDS = 1.0
+
+
+class _Deferral:
+    """Keeps signals back while a critical section of the main thread is open."""
+
+    def __init__(self) -> None:
+        self.depth = 0
+        self.noted: int | None = None
+        self._since = 0.0
+        self._timer: threading.Timer | None = None
+
+    def keeps(self, number: int) -> bool:
+        """Whether this signal waits for the end of the section; a later second one does not."""
+        if not self.depth:
+            return False
+        if self.noted is None:
+            self.noted, self._since = number, time.monotonic()
+            self._timer = threading.Timer(DEFERRED_SECONDS, _send_to_main_thread, [number])
+            self._timer.daemon = True
+            self._timer.start()
+            return True
+        return time.monotonic() - self._since < SAME_REQUEST_SECONDS
+
+    def leave(self) -> int | None:
+        """Close the outermost section; the signal that has waited for it, if one has."""
+        noted, timer = self.noted, self._timer
+        self.noted, self._timer = None, None
+        self.depth = 0
+        if timer is not None:
+            timer.cancel()
+        return noted
+
+
+_deferral = _Deferral()
+
+
+def _send_to_main_thread(number: int) -> None:
+    signal.pthread_kill(threading.main_thread().ident or 0, number)
+
+
+def _stop_of(number: int) -> BaseException:
+    return KeyboardInterrupt() if number == signal.SIGINT else Interrupted(STOPPED + number)
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Let a signal that comes inside the block unwind the program at the end of the block.
+
+    For what must not break off half way: a transaction, the renaming of a finished result. The wait is bounded: after
+    10 seconds, or at a second signal, the block is unwound after all. Only signals that `stoppable` handles are kept
+    back; blocks may be nested, and one outside the main thread, where no signal is handled, does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _deferral.depth += 1
+    try:
+        yield
+    except (KeyboardInterrupt, Interrupted):
+        if _deferral.depth == 1:
+            _deferral.leave()  # it has come, forced or from elsewhere
+        else:
+            _deferral.depth -= 1
+        raise
+    except BaseException as error:
+        _end_deferral(error)
+        raise
+    _end_deferral(None)
+
+
+def _end_deferral(error: BaseException | None) -> None:
+    if _deferral.depth > 1:
+        _deferral.depth -= 1
+        return
+    noted = _deferral.leave()
+    if noted is not None:
+        raise _stop_of(noted) from error
 
 
 class _Stop:
@@ -31,7 +113,8 @@ class _Stop:
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         self.asked.append(number)
-        raise KeyboardInterrupt if number == signal.SIGINT else Interrupted(STOPPED + number)
+        if not _deferral.keeps(number):
+            raise _stop_of(number)
 
     def end_if_asked(self) -> None:
         """Unwind the program now, if something has swallowed what came."""
@@ -43,7 +126,7 @@ class _Stop:
 
         def send() -> None:
             if not self.over:
-                signal.pthread_kill(threading.main_thread().ident or 0, self.asked[-1])
+                _send_to_main_thread(self.asked[-1])
 
         timer = threading.Timer(AGAIN_AFTER_SECONDS, send)
         timer.daemon = True

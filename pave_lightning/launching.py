@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from pave_lightning.errors import Interrupted, PaveError
 from pave_lightning.recipe import Recipe
@@ -36,10 +37,10 @@ class Launcher:
             PaveError: it failed; its own message has been shown.
         """
         path = folder.write_text("recipe.yaml", recipe_to_yaml(recipe))
-        command = [sys.executable, "-m", "pave_lightning", stage, str(path)]
+        command = [sys.executable, "-P", "-m", "pave_lightning", stage, str(path)]
         if task is not None:
             command += ["--task", task]
-        environment = {**os.environ, DRIVER: "1"}
+        environment = {**os.environ, **python_environment(), DRIVER: "1"}
         if tracker is not None:
             environment |= {DRIVER_URI: tracker.uri, DRIVER_RUN: tracker.parent_run_id}
         code = run_to_its_end(command, environment)
@@ -68,6 +69,19 @@ def run_to_its_end(command: Sequence[str], environment: Mapping[str, str]) -> in
                 except subprocess.TimeoutExpired:
                     next_step()
             raise
+
+
+def python_environment() -> dict[str, str]:
+    """Variables that keep code of the current folder from being imported instead of what is installed.
+
+    They hold for the further processes as well that Lightning starts with ``python -m``. The user's own PYTHONPATH
+    stays; an empty entry, which stands for the current folder and is mostly a slip, does not.
+    """
+    entries = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    package = Path(__file__).resolve().parents[1]
+    if not sys.flags.safe_path and sys.path and sys.path[0] == str(Path.cwd()) == str(package):
+        entries.append(str(package))  # a checkout that is not installed, run from its own folder
+    return {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(entries)}
 
 
 def is_launched() -> bool:

@@ -15,6 +15,7 @@ from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.nodes import SequenceNode
 from ruamel.yaml.representer import SafeRepresenter
 
+from pave_lightning.credentials import mask_values
 from pave_lightning.errors import PaveError, Problems, nearest, reason, shortened
 from pave_lightning.recipe import MergeStep, Recipe
 from pave_lightning.recipe_limits import count_values, limit_problems
@@ -85,7 +86,10 @@ def find_experiment(name: str) -> Path:
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:
-    """The recipe with everything filled in, as a YAML text that loads to an equal recipe."""
+    """The recipe with everything filled in, as a YAML text that loads to an equal recipe.
+
+    Passwords and tokens in URIs are left out: ``***`` stands for them, see `pave_lightning.credentials`.
+    """
     yaml = YAML(typ="safe", pure=True)
     yaml.Representer = _Representer
     yaml.default_flow_style = False
@@ -93,7 +97,7 @@ def recipe_to_yaml(recipe: Recipe) -> str:
     yaml.allow_unicode = True
     yaml.width = 120
     text = io.StringIO()
-    yaml.dump(_lines(recipe.model_dump(mode="json", by_alias=True)), text)
+    yaml.dump(_lines(mask_values(recipe.model_dump(mode="json", by_alias=True))), text)
     return text.getvalue()
 
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_orig
 from pydantic import Tag
 from pydantic.fields import FieldInfo
 
+from pave_lightning.credentials import without_secrets
 from pave_lightning.errors import near, nearest
 from pave_lightning.recipe import MergeStep, Purify, Recipe, ScaleSearch, Section, Task
 
@@ -83,7 +84,7 @@ def show(value: Any) -> str:
     elif isinstance(value, list):
         text = "[" + ", ".join(map(show, value[:60])) + "]"
     else:
-        text = repr(value)
+        text = without_secrets(repr(value))  # before it is cut, which hides where a password ends
     return text if len(text) <= 60 else text[:57] + "..."
 
 

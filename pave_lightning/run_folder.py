@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from pave_lightning.errors import PaveError
 from pave_lightning.files import file_sha256
+from pave_lightning.interrupts import deferred
 
 log = logging.getLogger("pave_lightning")
 
@@ -168,9 +169,9 @@ class RunFolder:
         final = self.path(stage)
         final.parent.mkdir(parents=True, exist_ok=True)
         unfinished = final.with_name(f"{final.name}{UNFINISHED}{os.getpid()}")
-        unfinished.mkdir()
         writer = StageWriter(unfinished)
         try:
+            unfinished.mkdir()
             yield writer
             files = {
                 str(file.relative_to(unfinished)): {"size": file.stat().st_size, "sha256": file_sha256(file)}
@@ -180,9 +181,10 @@ class RunFolder:
             manifest = {"stage": stage, "inputs": _plain(inputs), "files": files, "result": _plain(writer.result)}
             (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=2))
             replaced = final.with_name(f"{final.name}{REPLACED}{os.getpid()}")
-            if final.exists():
-                final.rename(replaced)
-            unfinished.rename(final)
+            with deferred():  # between the two there is neither the old result nor the new one
+                if final.exists():
+                    final.rename(replaced)
+                unfinished.rename(final)
             shutil.rmtree(replaced, ignore_errors=True)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)

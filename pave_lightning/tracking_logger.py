@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from pave_lightning.tracking import Tracker
+from pave_lightning.tracking.naming import clean_name
 
 FLUSH_EVERY = 50
 
@@ -24,6 +25,8 @@ class TrackingLogger(Logger):
         tracker: The run tree.
         run_id: The child run that gets the metrics.
         name: Name of the logger.
+        logged: Last step of each metric that the run has already from the same training, see `Tracker.continue_series`;
+            a training that goes on from a checkpoint comes by some steps again.
 
     Example::
 
@@ -31,11 +34,14 @@ class TrackingLogger(Logger):
         trainer = L.Trainer(logger=TrackingLogger(tracker, run_id))
     """
 
-    def __init__(self, tracker: Tracker, run_id: str, name: str = "mlflow") -> None:
+    def __init__(
+        self, tracker: Tracker, run_id: str, name: str = "mlflow", logged: Mapping[str, int] | None = None
+    ) -> None:
         super().__init__()
         self._tracker = tracker
         self._run_id = run_id
         self._name = name
+        self._logged = dict(logged or {})
         self._rows: list[tuple[Mapping[str, float], int | None]] = []
 
     @property
@@ -56,7 +62,9 @@ class TrackingLogger(Logger):
             metrics: Values by name.
             step: Training step.
         """
-        self._rows.append(({name: float(value) for name, value in metrics.items()}, step))
+        new = {name: float(value) for name, value in metrics.items() if self._is_new(name, step)}
+        if new:
+            self._rows.append((new, step))
         if len(self._rows) >= FLUSH_EVERY:
             self._flush()
 
@@ -70,6 +78,15 @@ class TrackingLogger(Logger):
         self._flush()
 
     @rank_zero_only
+    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
+        """Write what has gathered: a training that goes on from this checkpoint does not come by it again.
+
+        Args:
+            checkpoint_callback: Is not looked at.
+        """
+        self._flush()
+
+    @rank_zero_only
     def finalize(self, status: str) -> None:
         """Write what has gathered; the run stays open.
 
@@ -77,6 +94,9 @@ class TrackingLogger(Logger):
             status: How the trainer ended; the driver decides about the run's status.
         """
         self._flush()
+
+    def _is_new(self, name: str, step: int | None) -> bool:
+        return step is None or step > self._logged.get(clean_name(name), -1)
 
     def _flush(self) -> None:
         rows, self._rows = self._rows, []

@@ -59,7 +59,8 @@ from pave_lightning.stages import (
 from pave_lightning.statistics import TaskStatistics
 from pave_lightning.statistics.gradients import EXPERT_DIGEST, GradientKind, TaskGradients
 from pave_lightning.tasks.data_module import TaskDataModule
-from pave_lightning.tracking import Tracker
+from pave_lightning.tracking import Tracker, record_stage
+from pave_lightning.tracking.record import Kind
 from pave_lightning.tracking_logger import TrackingLogger
 from pave_lightning.weights import (
     Architecture,
@@ -127,34 +128,32 @@ class Workflow:
         """Fine-tune a task's expert, or take in the checkpoint that the recipe names."""
         stage = self.stages.expert(task).begun()
         if self.stages.current(stage) is not None:
-            return self._already(stage)
-        with self._sharing(stage) as needed:
-            if needed and task.expert is not None:
-                self._take_in(task, stage)
-            elif needed and not self._elsewhere("fit", task, stage):
-                self._fit(task, stage)
-        return None
+            self._already(stage)
+        else:
+            with self._sharing(stage) as needed:
+                if needed and task.expert is not None:
+                    self._take_in(task, stage)
+                elif needed and not self._elsewhere("fit", task, stage):
+                    self._fit(task, stage)
+        self._record("fit", f"expert:{task.name}", stage, self._fit_params(task))
 
     def _fit(self, task: Task, stage: Stage) -> None:
         training = self.folder.root / "training" / task.name
         with doing(f"fit {task.name}"):
-            run = self._child(f"expert:{task.name}", "fit", {"task": _described(task), "seed": self.recipe.seed})
-            logger = TrackingLogger(self.tracker, run) if self.tracker is not None and run else None
+            run = self._child(f"expert:{task.name}", "fit", self._fit_params(task))
             model, metrics = fit_expert(
                 task,
                 self.base_folder,
                 seed=self.recipe.seed,
                 work_folder=training / short_digest(stage.inputs()),
                 cache_folder=self._cache,
-                logger=logger,
+                logger=self._logger(run, stage),
             )
             if is_rank_zero():
                 with self._writing(stage) as writer:
                     save_expert(model, self.base_folder, writer.path)
                     writer.result.update(metrics=metrics)
                 shutil.rmtree(training, ignore_errors=True)
-                self._log(run, metrics)
-                self._end(run)
 
     def _take_in(self, task: Task, stage: Stage) -> None:
         """Check a checkpoint that exists; merge an adapter into the base; otherwise only note where it is."""
@@ -169,7 +168,17 @@ class Workflow:
                 else:
                     load_expert(folder, task)
                     writer.result["folder"] = str(folder.resolve())
-            self._end(self._child(f"expert:{task.name}", "fit", {"task": _described(task)}))
+
+    def _fit_params(self, task: Task) -> dict[str, Any]:
+        described = task.model_dump(mode="json", by_alias=True, exclude={"name"})
+        return {"task": described} if task.expert is not None else {"task": described, "seed": self.recipe.seed}
+
+    def _logger(self, run: str, stage: Stage) -> TrackingLogger | None:
+        """Takes the trainer's metrics, besides those that the run has already from a training that was broken off."""
+        if self.tracker is None or not run:
+            return None
+        logged = self.tracker.continue_series(run, short_digest(stage.inputs()))
+        return TrackingLogger(self.tracker, run, logged=logged)
 
     # ---- capture ---------------------------------------------------------------------------------------------------
 
@@ -177,11 +186,12 @@ class Workflow:
         """Show the expert examples of its own training split and keep the second moments of its layers' inputs."""
         stage = self.stages.statistics(task).begun()
         if self.stages.current(stage) is not None:
-            return self._already(stage)
-        with self._sharing(stage) as needed:
-            if needed and not self._elsewhere("capture", task, stage):
-                self._capture(task, stage)
-        return None
+            self._already(stage)
+        else:
+            with self._sharing(stage) as needed:
+                if needed and not self._elsewhere("capture", task, stage):
+                    self._capture(task, stage)
+        self._record("capture", f"expert:{task.name}", stage, self._fit_params(task))
 
     def _capture(self, task: Task, stage: Stage) -> None:
         options = self.recipe.capture
@@ -211,9 +221,6 @@ class Workflow:
                     statistics.save(writer.path / STATISTICS_FILE)
                     facts = {"examples": statistics.examples, "layers": len(statistics.layers())}
                     writer.result.update(facts, unreached=list(callback.unreached))
-                run = self._child(f"expert:{task.name}", "fit", {})
-                self._log(run, {f"capture/{name}": float(value) for name, value in facts.items()})
-                self._end(run)
 
     # ---- purify ----------------------------------------------------------------------------------------------------
 
@@ -260,9 +267,15 @@ class Workflow:
     def merge(self, step: MergeStep, vectors: Vectors) -> None:
         """Merge all experts by one rule, on plain or on purified task vectors."""
         stage = self.stages.merged(step, vectors)
-        if self.stages.current(stage) is not None:
-            return self._already(stage)
-        run = self._child(f"merge:{step.name}:{vectors}", "merge", merge_params(step, vectors))
+        run, params = f"merge:{step.name}:{vectors}", merge_params(step, vectors)
+        if self.stages.current(stage) is None:
+            self._child(run, "merge", params)
+            self._merge(step, vectors, stage)
+        else:
+            self._already(stage)
+        self._record("merge", run, stage, params)
+
+    def _merge(self, step: MergeStep, vectors: Vectors, stage: Stage) -> None:
         with doing(f"merge {step.name} ({vectors})"), self._writing(stage) as writer:
             chosen = self.choose(step, vectors)
             facts = {"vectors": vectors, "options": chosen.method.options.model_dump(), **chosen.facts}
@@ -278,12 +291,8 @@ class Workflow:
                 merged=merged,
                 evidence=chosen.evidence,
             )
-            writer.result.update(facts, form=chosen.method.form)
-        numbers = {name: facts[name] for name in ("scale", "rho") if isinstance(facts.get(name), float)}
-        numbers |= {name: value for name, value in vars(chosen.cost).items() if math.isfinite(value)}
-        self._log(run, numbers)
-        self._end(run)
-        return None
+            cost = {name: value for name, value in vars(chosen.cost).items() if math.isfinite(value)}
+            writer.result.update(facts, form=chosen.method.form, cost=cost)
 
     def choose(self, step: MergeStep, vectors: Vectors) -> MergeChoice:
         """What a merge step comes to once everything that the recipe leaves open is chosen on validation data.
@@ -530,13 +539,10 @@ class Workflow:
             return ""
         return self.tracker.child(f"{self.label}{name}", stage=stage, params=params)
 
-    def _end(self, run: str) -> None:
-        if self.tracker is not None and run:
-            self.tracker.end(run, "FINISHED")
-
-    def _log(self, run: str, metrics: dict[str, float]) -> None:
-        if self.tracker is not None and run:
-            self.tracker.log_metrics(run, metrics)
+    def _record(self, kind: Kind, run: str, stage: Stage, params: dict[str, Any]) -> None:
+        """Let MLflow have what the manifest of a finished stage says, whether it was made now or before."""
+        if self.tracker is not None:
+            record_stage(self.tracker, f"{self.label}{run}", kind, self.stages.finished(stage).result, params)
 
 
 class _CaptureData(SuiteData):
@@ -570,7 +576,3 @@ def merge_params(step: MergeStep, vectors: Vectors) -> dict[str, Any]:
     params |= {"anchor": step.anchor} if step.anchor else {}
     params |= {"tune": step.tune} if step.tune else {}
     return {**params, "purify": step.purify.model_dump()} if vectors == "purified" else params
-
-
-def _described(task: Task) -> dict[str, Any]:
-    return task.model_dump(mode="json", by_alias=True, exclude={"name"})

@@ -19,12 +19,13 @@ RECIPE_FILES = {
 LIBRARY = {
     *("callbacks", "costs", "errors", "evaluation", "experts", "exporting", "launching", "merging", "files"),
     *("purification", "recipe", "recipe_loading", "run_folder", "statistics", "subspace", "tasks", "tracking"),
-    *("hub", "interrupts", "terminal", "tracking_logger", "weights"),
+    *("credentials", "hub", "interrupts", "terminal", "tracking_logger", "weights"),
 }
 
 # What each module or folder may import of the package besides itself. The longest name that fits a file counts.
 MAY_IMPORT = {
-    "errors": set(),
+    "credentials": set(),
+    "errors": {"credentials"},
     "files": {"errors"},
     "hub": set(),
     "terminal": {"errors"},
@@ -40,8 +41,8 @@ MAY_IMPORT = {
     "recipe_limits": {"errors", "recipe_yaml"},
     "recipe_overrides": {"errors", "recipe_yaml"},
     "recipe_problems": {"errors", "files"} | RECIPE_FILES,
-    "recipe_wording": {"errors", "recipe", "recipe_overrides", "tasks.suites"},
-    "recipe_loading": {"errors", "files"} | RECIPE_FILES,
+    "recipe_wording": {"credentials", "errors", "recipe", "recipe_overrides", "tasks.suites"},
+    "recipe_loading": {"credentials", "errors", "files"} | RECIPE_FILES,
     "callbacks": {"errors", "layers", "statistics"},
     "merging": {"errors", "files", "layers", "statistics", "subspace", "weights"},
     "merging.rules": {"errors", "layers", "merging", "statistics", "subspace", "weights"},
@@ -54,8 +55,8 @@ MAY_IMPORT = {
     "evaluation": {
         *("errors", "experts.trainers", "merging.modulators", "merging.running", "recipe", "tasks", "weights"),
     },
-    "run_folder": {"errors", "files"},
-    "tracking": {"errors"},
+    "run_folder": {"errors", "files", "interrupts"},
+    "tracking": {"credentials", "errors", "interrupts"},
     "tracking_logger": {"errors", "tracking"},
     "launching": {"errors", "recipe", "recipe_loading", "run_folder", "tracking"},
     "reporting": {"diagnostics", "errors", "merging", "purification", "run_folder", "terminal"},
@@ -69,7 +70,7 @@ MAY_IMPORT = {
     "planning": LIBRARY | {"stages"},
     "commands": LIBRARY | {"planning", "reporting", "workflow"},
     "experiments": LIBRARY | {"commands", "planning", "reporting", "stages", "workflow"},
-    "cli": {"adding", "commands", "errors", "experiments", "interrupts", "recipe_loading", "terminal"}
+    "cli": {"adding", "commands", "credentials", "errors", "experiments", "interrupts", "recipe_loading", "terminal"}
     | {"reporting.methods", "__init__"},
     "__main__": {"cli"},
 }

@@ -207,20 +207,20 @@ def _record(workflow: Workflow, tracker: Tracker, table: ScoreTable, files: list
         label = model.name if not model.vectors else f"{model.name}-{model.vectors}"
         averages[f"average/{label}"] = table.average(model)
         averages[f"normalised_average/{label}"] = table.normalised_average(model)
-    tracker.log_metrics(parent, averages)
+    tracker.complete_parent("report", averages)
     for file in files:
         tracker.log_file(parent, file)
     for task in workflow.recipe.tasks:
-        run = tracker.child(f"expert:{task.name}", stage="fit")
         own = {f"test/{s.metric}": s.value for s in table.scores if s.form == "expert" and s.task == task.name}
-        tracker.log_metrics(run, own)
-        tracker.end(run, "FINISHED")
+        tracker.complete(f"expert:{task.name}", stage="fit", part="report", metrics=own)
     for step, vectors in workflow.stages.merges():
-        run = tracker.child(f"merge:{step.name}:{vectors}", stage="merge", params=merge_params(step, vectors))
-        tracker.log_metrics(run, _model_metrics(table, step.name, vectors))
+        name, params = f"merge:{step.name}:{vectors}", merge_params(step, vectors)
+        metrics = _model_metrics(table, step.name, vectors)
+        tracker.complete(name, stage="merge", part="report", metrics=metrics, params=params)
         if workflow.recipe.tracking.upload_models:
+            run = tracker.child(name, stage="merge", params=params)
             tracker.log_folder(run, workflow.folder.path(workflow.stages.merged(step, vectors).name), "model")
-        tracker.end(run, "FINISHED")
+            tracker.end(run, "FINISHED")
 
 
 def _model_metrics(table: ScoreTable, name: str, vectors: str) -> dict[str, float]:

@@ -13,14 +13,15 @@ from pathlib import Path
 import pytest
 
 from pave_lightning.errors import Interrupted, PaveError
-from pave_lightning.tracking import FALLBACK_URI, Tracker, _connect, environment_tags, resolve_uri
+from pave_lightning.tracking import FALLBACK_URI, Tracker, environment_tags, resolve_uri
+from pave_lightning.tracking.stores import connect
 
 
 @pytest.fixture(scope="session")
 def migrated(tmp_path_factory):
     """A database with all tables and no experiment of ours: making one takes seconds, copying it does not."""
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    _connect(f"sqlite:///{path}").search_experiments()
+    connect(f"sqlite:///{path}").search_experiments()
     return path
 
 
@@ -44,7 +45,7 @@ def start(uri, **changes):
 
 
 def run_of(tracker, run_id, uri=None):
-    return _connect(uri or tracker.uri).get_run(run_id)
+    return connect(uri or tracker.uri).get_run(run_id)
 
 
 def break_store(monkeypatch, *uris, methods=("log_batch",)):
@@ -102,7 +103,7 @@ def test_records_a_run_tree(store, tmp_path):
     assert child.data.tags["task"] == "a"
     assert math.isnan(child.data.metrics.pop("nan"))
     assert child.data.metrics == {"loss": 0.5, "a_b": 1.0, "eval/a/mcc": 0.25}
-    (loss,) = _connect(store).get_metric_history(run_id, "loss")
+    (loss,) = connect(store).get_metric_history(run_id, "loss")
     assert loss.step == 7
     artifacts = tmp_path / "store" / "artifacts" / "experiment" / run_id / "artifacts"
     assert child.info.artifact_uri == artifacts.as_uri()
