@@ -25,6 +25,11 @@ RECIPE_COMMANDS = {
 }
 EXPERIMENT = "run a recipe over a grid of settings and seeds; write a table, a picture and findings"
 PER_TASK = ("fit", "capture")
+VERIFYING = ("run", "plan")
+VERIFY: dict[str, Any] = {
+    "action": "store_true",
+    "help": "hash every input and every result that is there, instead of relying on size, times and inode",
+}
 
 
 def build_parser() -> ArgumentParser:
@@ -56,6 +61,8 @@ def build_parser() -> ArgumentParser:
         command.add_argument(
             "--print-config", action="store_true", help="print the resolved recipe with every default and stop"
         )
+        if name in VERIFYING:
+            command.add_argument("--verify", **VERIFY)
         if name in PER_TASK:
             command.add_argument("--task", **single, help="only this task")
         if name == "merge":
@@ -76,6 +83,7 @@ def build_parser() -> ArgumentParser:
     experiment.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the recipe"
     )
+    experiment.add_argument("--verify", **VERIFY)
     experiment.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' own messages")
     commands.add_subcommand("experiment", experiment, help=EXPERIMENT)
     methods = new(description="List the merge methods, or the options of one.")
@@ -144,7 +152,7 @@ def _execute(command: str, options: Namespace) -> None:
     if command == "experiment":
         from pave_lightning.experiments import run_experiment
 
-        folder = run_experiment(options.name, options.set)
+        folder = run_experiment(options.name, options.set, verify=bool(options.verify))
         _out((folder / "findings.md").read_text().rstrip())
         return _out(f"results: {folder}")
     if command == "schema":
@@ -169,13 +177,13 @@ def _execute_recipe(command: str, options: Namespace) -> None:
     if command == "plan" and recipe.experiment is not None:
         from pave_lightning.experiments import plan_experiment
 
-        return plan_experiment(options.recipe, options.set)
+        return plan_experiment(options.recipe, options.set, verify=bool(options.verify))
     if command == "run":
         if recipe.experiment is not None:
             _say(f"note: what the recipe's experiment varies is run by `pave experiment {options.recipe}`, not here")
-        commands.run_recipe(recipe)
+        commands.run_recipe(recipe, verify=bool(options.verify))
     elif command == "plan":
-        commands.plan_recipe(recipe)
+        commands.plan_recipe(recipe, verify=bool(options.verify))
     else:
         commands.run_stage(recipe, command, task)
     return None

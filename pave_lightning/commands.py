@@ -29,8 +29,12 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return load_recipe(path, overrides, step_problems=problems)
 
 
-def run_recipe(recipe: Recipe) -> Path:
+def run_recipe(recipe: Recipe, *, verify: bool = False) -> Path:
     """Run a recipe to its end: fit, capture, purify, merge, evaluate, report. Finished stages are not run again.
+
+    Args:
+        recipe: the recipe.
+        verify: hash every input and every result that is there, whatever their sizes and times say.
 
     Returns:
         The run folder.
@@ -40,7 +44,7 @@ def run_recipe(recipe: Recipe) -> Path:
     """
     from pave_lightning.reporting.report import write_report
 
-    with working(recipe) as workflow:
+    with working(recipe, verify=verify) as workflow:
         workflow.run()
         write_report(workflow)
     return Path(recipe.output) / recipe.name
@@ -81,8 +85,13 @@ def _tell(folders: Sequence[Path]) -> None:
         Console().print(f"results: {folder}", soft_wrap=True)
 
 
-def plan_recipe(recipe: Recipe, console: Console | None = None) -> None:
+def plan_recipe(recipe: Recipe, console: Console | None = None, *, verify: bool = False) -> None:
     """Check everything, run nothing, and print what would be done.
+
+    Args:
+        recipe: the recipe.
+        console: where to print.
+        verify: hash every input and every result that is there, whatever their sizes and times say.
 
     Raises:
         PaveError: lists everything that is wrong.
@@ -90,7 +99,7 @@ def plan_recipe(recipe: Recipe, console: Console | None = None) -> None:
     from pave_lightning.planning import check_recipe, cost_table, plan_rows
 
     console = console or Console()
-    with planning_folder(recipe) as folder:
+    with planning_folder(recipe, verify=verify) as folder:
         check_recipe(recipe, folder)
         table = Table()
         for heading in ("stage", "result", "what"):
@@ -107,24 +116,26 @@ def print_under(heading: str, table: Table, console: Console) -> None:
     console.print(table)
 
 
-def open_folder(recipe: Recipe, data: Path | None = None) -> RunFolder:
+def open_folder(recipe: Recipe, data: Path | None = None, *, verify: bool = False) -> RunFolder:
     """The recipe's run folder, which need not be there; with copies of its rows in another place where one is given."""
-    return RunFolder(Path(recipe.output) / recipe.name, None if recipe.shared is None else Path(recipe.shared), data)
+    shared = None if recipe.shared is None else Path(recipe.shared)
+    return RunFolder(Path(recipe.output) / recipe.name, shared, data, verify=verify)
 
 
 @contextmanager
-def planning_folder(recipe: Recipe) -> Iterator[RunFolder]:
+def planning_folder(recipe: Recipe, *, verify: bool = False) -> Iterator[RunFolder]:
     """The recipe's run folder, for looking at it; copies of rows that are made for that are removed in the end."""
-    folder = open_folder(recipe)
+    folder = open_folder(recipe, verify=verify)
     if folder.data.is_dir():
         yield folder
+        folder.note_hashes()
         return
     with TemporaryDirectory(prefix="pave-plan-") as copies:
-        yield open_folder(recipe, Path(copies))
+        yield open_folder(recipe, Path(copies), verify=verify)
 
 
 @contextmanager
-def working(recipe: Recipe, *, computes: bool = True) -> Iterator[Any]:
+def working(recipe: Recipe, *, computes: bool = True, verify: bool = False) -> Iterator[Any]:
     """A workflow over the recipe's run folder: checked, locked and recorded in MLflow.
 
     Inside a process that a driver started, the driver has done all this, and only rank zero records. What computes
@@ -133,7 +144,7 @@ def working(recipe: Recipe, *, computes: bool = True) -> Iterator[Any]:
     from pave_lightning.launching import attached_tracker, is_launched
     from pave_lightning.workflow import Workflow
 
-    folder = open_folder(recipe)
+    folder = open_folder(recipe, verify=verify)
     if is_launched():
         yield Workflow(recipe, folder, attached_tracker())
         return

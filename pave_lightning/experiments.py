@@ -54,12 +54,13 @@ class Cell:
         return ", ".join([f"seed={self.seed}", *(f"{key}={value}" for key, value in self.values.items())])
 
 
-def run_experiment(name: str, overrides: Sequence[str] = ()) -> Path:
+def run_experiment(name: str, overrides: Sequence[str] = (), *, verify: bool = False) -> Path:
     """Run an experiment and write its table, picture and findings. Scores that are there are not computed again.
 
     Args:
         name: path of a recipe with an experiment section, or the name of one in ``recipes/experiments``.
         overrides: ``key=value`` texts for the recipe, as in `load_recipe`; they hold in every cell.
+        verify: hash every input and every result that is there, whatever their sizes and times say.
 
     Returns:
         The run folder.
@@ -68,8 +69,8 @@ def run_experiment(name: str, overrides: Sequence[str] = ()) -> Path:
         PaveError: there is no such experiment, or something is wrong with its recipe in any of its settings.
     """
     recipe, cells = _grid(name, overrides)
-    _check(cells, view_of(recipe), open_folder(recipe))
-    with working(recipe) as workflow:
+    _check(cells, view_of(recipe), open_folder(recipe, verify=verify))
+    with working(recipe, verify=verify) as workflow:
         rows: list[dict[str, Any]] = []
         for number, cell in enumerate(cells, start=1):
             log.info("%d of %d: %s", number, len(cells), cell.label)
@@ -84,19 +85,22 @@ def run_experiment(name: str, overrides: Sequence[str] = ()) -> Path:
     return root
 
 
-def plan_experiment(name: str, overrides: Sequence[str] = (), console: Console | None = None) -> None:
+def plan_experiment(
+    name: str, overrides: Sequence[str] = (), console: Console | None = None, *, verify: bool = False
+) -> None:
     """Check an experiment in all of its settings, run nothing, and print which scores are there and which to do.
 
     Args:
         name: as in `run_experiment`.
         overrides: as in `run_experiment`.
         console: where to print.
+        verify: hash every input and every result that is there, whatever their sizes and times say.
 
     Raises:
         PaveError: lists everything that is wrong.
     """
     recipe, cells = _grid(name, overrides)
-    with planning_folder(recipe) as folder:
+    with planning_folder(recipe, verify=verify) as folder:
         _check(cells, view_of(recipe), folder)
         table = Table()
         for heading in ("", "setting", "experts", "scores"):

@@ -499,6 +499,7 @@ class Workflow:
         options = self.recipe.trainer if task is None else task.trainer
         if self.launcher is None or not is_distributed(options):
             return False
+        self.folder.note_hashes()  # which spares the processes of the stage reading all inputs again
         self.launcher.run(command, self.recipe, self.folder, task.name if task is not None else None, self.tracker)
         for stage in made:  # an exit code of 0 is no proof that the work was done
             self.stages.finished(stage)
