@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from pave_lightning.interrupts import stoppable
+from pave_lightning.processes import end_with_parent, is_launched, refuse_foreign_launchers
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -100,6 +101,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns its exit code: 0 done, 2 a mistake of the user, 130 or 143 stopped, 1 a fault of ours."""
     from pave_lightning.errors import Interrupted, PaveError
 
+    if is_launched():
+        end_with_parent()
     try:
         with stoppable():
             return _run(arguments)
@@ -150,6 +153,7 @@ def _execute(command: str, options: Namespace) -> None:
 
         return print_methods(options.method)
     if command == "experiment":
+        refuse_foreign_launchers()
         from pave_lightning.experiments import run_experiment
 
         folder = run_experiment(options.name, options.set, verify=bool(options.verify))
@@ -167,6 +171,7 @@ def _execute(command: str, options: Namespace) -> None:
 
 
 def _execute_recipe(command: str, options: Namespace) -> None:
+    refuse_foreign_launchers()
     from pave_lightning import commands
     from pave_lightning.recipe_loading import recipe_to_yaml
 

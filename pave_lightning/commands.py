@@ -13,6 +13,7 @@ from rich.table import Table
 
 from pave_lightning.errors import PaveError, nearest
 from pave_lightning.interrupts import stoppable
+from pave_lightning.processes import is_launched, refuse_foreign_launchers
 from pave_lightning.recipe import MergeStep, Recipe
 from pave_lightning.recipe_loading import load_recipe, recipe_digest, recipe_to_yaml
 from pave_lightning.run_folder import RunFolder
@@ -56,7 +57,6 @@ def run_stage(recipe: Recipe, stage: str, task: str | None = None) -> None:
     Raises:
         PaveError: what the stage builds on is missing or stale; the message names the command that makes it.
     """
-    from pave_lightning.launching import is_launched
     from pave_lightning.reporting.report import report_diagnostics, write_report
 
     names = [entry.name for entry in recipe.tasks]
@@ -125,6 +125,7 @@ def open_folder(recipe: Recipe, data: Path | None = None, *, verify: bool = Fals
 @contextmanager
 def planning_folder(recipe: Recipe, *, verify: bool = False) -> Iterator[RunFolder]:
     """The recipe's run folder, for looking at it; copies of rows that are made for that are removed in the end."""
+    refuse_foreign_launchers()
     folder = open_folder(recipe, verify=verify)
     if folder.data.is_dir():
         yield folder
@@ -141,7 +142,8 @@ def working(recipe: Recipe, *, computes: bool = True, verify: bool = False) -> I
     Inside a process that a driver started, the driver has done all this, and only rank zero records. What computes
     nothing asks nothing of the machine's devices.
     """
-    from pave_lightning.launching import attached_tracker, is_launched
+    refuse_foreign_launchers()  # before Lightning is loaded
+    from pave_lightning.launching import attached_tracker
     from pave_lightning.workflow import Workflow
 
     folder = open_folder(recipe, verify=verify)

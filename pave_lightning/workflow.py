@@ -41,10 +41,11 @@ from pave_lightning.experts.trainers import (
     quiet_lightning,
 )
 from pave_lightning.exporting import write_purified_experts
-from pave_lightning.launching import Launcher, is_launched, is_rank_zero
+from pave_lightning.launching import Launcher
 from pave_lightning.merging import Evidence, MergeMethod, Modulator, Need
 from pave_lightning.merging.folders import GRADIENTS_FILE, MergeContext, load_gradients, write_merged
 from pave_lightning.merging.passes import ForwardPasses, load_parameters
+from pave_lightning.processes import is_launched, is_rank_zero
 from pave_lightning.purification import KeptRank, PurifiedTaskVectors, StoredPurification, write_purified
 from pave_lightning.recipe import Capture, MergeStep, Purify, Recipe, Task, Vectors
 from pave_lightning.run_folder import Manifest, RunFolder, StageWriter

@@ -16,7 +16,7 @@ RECIPE_FILES = {"recipe", "recipe_loading", "recipe_overrides", "recipe_problems
 LIBRARY = {
     *("callbacks", "costs", "errors", "evaluation", "experts", "exporting", "launching", "merging", "files"),
     *("purification", "recipe", "recipe_loading", "run_folder", "statistics", "subspace", "tasks", "tracking"),
-    *("interrupts", "tracking_logger", "weights"),
+    *("interrupts", "processes", "tracking_logger", "weights"),
 }
 
 # What each module or folder may import of the package besides itself. The longest name that fits a file counts.
@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
     "interrupts": {"errors"},
+    "processes": {"errors"},
     "layers": set(),
     "subspace": {"errors"},
     "statistics": {"errors", "files", "subspace"},
@@ -50,7 +51,7 @@ MAY_IMPORT = {
     "run_folder": {"errors", "files"},
     "tracking": {"errors"},
     "tracking_logger": {"errors", "tracking"},
-    "launching": {"errors", "recipe", "recipe_loading", "run_folder", "tracking"},
+    "launching": {"errors", "processes", "recipe", "recipe_loading", "run_folder", "tracking"},
     "reporting": {"diagnostics", "errors", "merging", "purification", "run_folder"},
     "reporting.report": {
         *("diagnostics", "errors", "merging", "purification", "recipe", "run_folder", "tracking", "reporting"),
@@ -62,7 +63,7 @@ MAY_IMPORT = {
     "planning": LIBRARY | {"stages"},
     "commands": LIBRARY | {"planning", "reporting", "workflow"},
     "experiments": LIBRARY | {"commands", "planning", "reporting", "stages", "workflow"},
-    "cli": {"adding", "commands", "errors", "experiments", "interrupts", "recipe_loading"}
+    "cli": {"adding", "commands", "errors", "experiments", "interrupts", "processes", "recipe_loading"}
     | {"reporting.methods", "__init__"},
     "__main__": {"cli"},
 }
