@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from rich.table import Table
 
 from pave_lightning.commands import open_folder, planning_folder, print_under, read_recipe, working
 from pave_lightning.errors import PaveError, Problems, doing, nearest
-from pave_lightning.evaluation import Candidate
+from pave_lightning.evaluation import Candidate, TaskScore, refuse_non_finite
 from pave_lightning.planning import check_recipe, merge_problems
 from pave_lightning.recipe import Experiment, MergeStep, Purify, Recipe, Vectors
 from pave_lightning.recipe_loading import load_recipe
@@ -27,7 +27,7 @@ from pave_lightning.reporting.experiment_view import CARRIED_COLUMNS
 from pave_lightning.reporting.experiments import ExperimentView, write_experiment
 from pave_lightning.run_folder import RunFolder
 from pave_lightning.stages import Stages, purifications, short_digest
-from pave_lightning.workflow import Workflow, plain_scores
+from pave_lightning.workflow import BROKEN_OUTPUTS, Workflow, plain_scores
 
 log = logging.getLogger("pave_lightning")
 
@@ -323,6 +323,15 @@ class CellRun:
         facts = {key: value for key, value in known.items() if key in CARRIED_COLUMNS}
         return chosen.candidate(), {**facts, "form": chosen.method.form}
 
+    def _look_for_broken(self, model: ScoredModel, scores: Mapping[str, TaskScore]) -> None:
+        """Stop at a base or experts whose outputs are not finite; a merged model only loses its own scores."""
+        try:
+            refuse_non_finite(scores, model.label, BROKEN_OUTPUTS)
+        except PaveError as error:
+            if not isinstance(model.made_from, MergeStep):
+                raise
+            log.warning("%s", error)
+
     def _scored(self, model: ScoredModel) -> Iterator[dict[str, Any]]:
         """The rows of one model; scored now, unless equal inputs were scored before."""
         name, inputs = model.stage()
@@ -330,8 +339,10 @@ class CellRun:
         if found is None:
             with doing(f"{'merge' if isinstance(model.made_from, MergeStep) else 'score'} {model.label}"):
                 candidate, facts = self._candidate(model)
+                scores = self.workflow.score(candidate, alone=True)
+                self._look_for_broken(model, scores)
                 with self.folder.writing(name, inputs) as writer:
-                    writer.result.update(facts, scores=plain_scores(self.workflow.score(candidate, alone=True)))
+                    writer.result.update(facts, scores=plain_scores(scores))
             # Read back, so that rows come in the same order whether they were scored now or before.
             found = self.folder.current(name, inputs)
         result = found.result if found is not None else {}

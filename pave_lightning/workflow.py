@@ -27,8 +27,10 @@ from pave_lightning.evaluation import (
     PurifiedExpertsCandidate,
     SuiteData,
     TaskScore,
+    refuse_non_finite,
 )
 from pave_lightning.evaluation.scale_search import ScaleSearcher
+from pave_lightning.experts.checkpoints import clear_away
 from pave_lightning.experts.fitting import fit_expert, save_expert
 from pave_lightning.experts.gradients import absolute_gradients, fisher_diagonal
 from pave_lightning.experts.loading import load_adapter, load_expert, load_tokenizer
@@ -76,6 +78,7 @@ from pave_lightning.weights.architecture import backbone_of, empty_classifier
 log = logging.getLogger("pave_lightning")
 
 STATISTICS_FILE = "moments.safetensors"
+BROKEN_OUTPUTS = "look for broken weights, lower the scale of a merged model, or use a safer evaluate.precision"
 
 
 class Workflow:
@@ -153,7 +156,7 @@ class Workflow:
                 with self._writing(stage) as writer:
                     save_expert(model, self.base_folder, writer.path)
                     writer.result.update(metrics=metrics)
-                shutil.rmtree(training, ignore_errors=True)
+                clear_away(training)
                 self._log(run, metrics)
                 self._end(run)
 
@@ -395,6 +398,7 @@ class Workflow:
             name = stage.name.partition("/")[2]
             with doing(f"evaluate {name}"):
                 scores = self.score(self._candidate(name))
+                refuse_non_finite(scores, _model_in_words(name), BROKEN_OUTPUTS)
                 if is_rank_zero():
                     with self._writing(stage) as writer:
                         writer.result["scores"] = plain_scores(scores)
@@ -559,6 +563,11 @@ class _CaptureData(SuiteData):
         module.trainer = self.trainer
         make = module.capture_dataloader if self.options.source == "train" else module.random_token_dataloader
         return make(self.options.examples, self.options.batch_size, self.seed)
+
+
+def _model_in_words(name: str) -> str:
+    """What the scores of that name are of."""
+    return {"base": "the base", "experts": "its own expert"}.get(name, f"the model {name}")
 
 
 def plain_scores(scores: Mapping[str, TaskScore]) -> dict[str, Any]:

@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "exporting": {"errors", "files", "purification", "weights"},
     "costs": {"errors", "purification", "recipe", "statistics", "subspace", "weights", "merging.base"},
     "diagnostics": {"errors", "merging", "purification", "statistics", "subspace", "weights"},
-    "experts": {"errors", "files", "layers", "recipe", "tasks", "weights"},
+    "experts": {"errors", "files", "layers", "processes", "recipe", "tasks", "weights"},
     "evaluation": {
         *("errors", "experts.trainers", "merging.modulators", "merging.running", "recipe", "tasks", "weights"),
     },
@@ -54,7 +54,7 @@ MAY_IMPORT = {
     "launching": {"errors", "processes", "recipe", "recipe_loading", "run_folder", "tracking"},
     "reporting": {"diagnostics", "errors", "merging", "purification", "run_folder"},
     "reporting.report": {
-        *("diagnostics", "errors", "merging", "purification", "recipe", "run_folder", "tracking", "reporting"),
+        *("diagnostics", "errors", "merging", "purification", "recipe", "run_folder", "tasks", "tracking", "reporting"),
         "workflow",
     },
     "stages": {"errors", "merging", "recipe", "run_folder", "statistics", "tasks", "weights"},

@@ -121,6 +121,10 @@ class TaskDataModule(LightningDataModule):
             self._datasets[split] = datasets.Dataset.from_file(str(self._tokenised_file(split)))
         return self._datasets[split]
 
+    def labels(self, split: Split) -> torch.Tensor:
+        """The encoded labels of a split, shape ``(n,)``: int64 class indices, or float32 numbers."""
+        return torch.from_numpy(encode_labels(self.task, self.dataset(split)["labels"][:]))
+
     def train_dataloader(self) -> DataLoader[Any]:
         """Random batches of rows of similar length.
 
