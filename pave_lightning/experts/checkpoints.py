@@ -21,6 +21,7 @@ log = logging.getLogger("pave_lightning")
 BEST, LAST = "best.ckpt", "last.ckpt"
 # What Lightning needs to go on.
 NEEDED = ("state_dict", "epoch", "global_step", "loops", "callbacks", "optimizer_states", "lr_schedulers")
+FILLED = ("state_dict", "loops", "optimizer_states", "lr_schedulers")
 
 
 class MovableCheckpoint(ModelCheckpoint):
@@ -76,6 +77,8 @@ def damage_of(file: Path, weights: Mapping[str, Tensor]) -> str:
     except Exception as error:
         return type(error).__name__
     missing = [key for key in NEEDED if not isinstance(found, dict) or key not in found]
+    # Lightning goes on without a word where the state of the optimiser is empty.
+    missing += [key for key in FILLED if not missing and not found[key]]
     if missing:
         return f"no {missing[0]}"
     shapes = {name: getattr(value, "shape", None) for name, value in dict(found["state_dict"]).items()}

@@ -9,7 +9,7 @@ from pave_lightning.errors import PaveError
 from pave_lightning.experts.schedule import Schedule, training_schedule
 from pave_lightning.experts.trainers import process_count, trainer_problems
 from pave_lightning.recipe import Recipe, Task
-from pave_lightning.tasks.data import Split, load_split
+from pave_lightning.tasks.data import SPLITS, load_split
 
 
 def schedule_problems(recipe: Recipe, cache: Path) -> Iterator[str]:
@@ -24,11 +24,11 @@ def schedule_problems(recipe: Recipe, cache: Path) -> Iterator[str]:
             continue
         where = "trainer" if task.trainer == recipe.trainer else f"tasks.{task.name}.trainer"
         try:
-            sizes = [row_count(task, split, recipe.seed, cache) for split in ("train", "validation")]
+            rows, validation = _sizes(task, recipe.seed, cache)
         except PaveError:
             continue
         try:
-            training_schedule(task, *sizes, process_count(task.trainer))
+            training_schedule(task, rows, validation, process_count(task.trainer))
         except PaveError as error:
             yield f"task '{task.name}': {where}: {error}"
 
@@ -39,10 +39,11 @@ def planned_schedule(task: Task, seed: int, cache: Path) -> tuple[int, Schedule]
     Raises:
         PaveError: the data cannot be read, or it cannot be trained like this.
     """
-    rows, validation = (row_count(task, split, seed, cache) for split in ("train", "validation"))
+    rows, validation = _sizes(task, seed, cache)
     return rows, training_schedule(task, rows, validation, process_count(task.trainer))
 
 
-def row_count(task: Task, split: Split, seed: int, cache: Path) -> int:
-    """How many rows of a split are used."""
-    return len(load_split(task, split, seed=seed, cache_dir=cache))
+def _sizes(task: Task, seed: int, cache: Path) -> tuple[int, int]:
+    """How many training and validation rows are used."""
+    train, validation = (load_split(task, split, seed=seed, cache_dir=cache) for split in SPLITS[:2])
+    return len(train), len(validation)
