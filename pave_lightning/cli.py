@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pave_lightning.credentials import has_secrets, without_secrets
 from pave_lightning.interrupts import stoppable
+from pave_lightning.processes import end_with_parent, is_launched, refuse_foreign_launchers
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -30,6 +31,11 @@ RECIPE_COMMANDS = {
 }
 EXPERIMENT = "run a recipe over a grid of settings and seeds; write a table, a picture and findings"
 PER_TASK = ("fit", "capture")
+VERIFYING = ("run", "plan")
+VERIFY: dict[str, Any] = {
+    "action": "store_true",
+    "help": "hash every input and every result that is there, instead of relying on size, times and inode",
+}
 
 
 def build_parser() -> ArgumentParser:
@@ -61,6 +67,8 @@ def build_parser() -> ArgumentParser:
         command.add_argument(
             "--print-config", action="store_true", help="print the resolved recipe with every default and stop"
         )
+        if name in VERIFYING:
+            command.add_argument("--verify", **VERIFY)
         if name in PER_TASK:
             command.add_argument("--task", **single, help="only this task")
         if name == "merge":
@@ -81,6 +89,7 @@ def build_parser() -> ArgumentParser:
     experiment.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the recipe"
     )
+    experiment.add_argument("--verify", **VERIFY)
     experiment.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' own messages")
     commands.add_subcommand("experiment", experiment, help=EXPERIMENT)
     methods = new(description="List the merge methods, or the options of one.")
@@ -97,6 +106,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns its exit code: 0 done, 2 a mistake of the user, 130 or 143 stopped, 1 a fault of ours."""
     from pave_lightning.errors import Interrupted, PaveError
 
+    if is_launched():
+        end_with_parent()
     try:
         with stoppable():
             return _run(arguments)
@@ -153,13 +164,14 @@ def _execute(command: str, options: Namespace) -> None:
 
         return print_methods(options.method)
     if command == "experiment":
+        refuse_foreign_launchers()
         from pave_lightning import commands
         from pave_lightning.recipe_loading import find_experiment
 
         commands.read_recipe(find_experiment(options.name), options.set)  # what is wrong with it is told at once
         from pave_lightning.experiments import run_experiment
 
-        folder = run_experiment(options.name, options.set)
+        folder = run_experiment(options.name, options.set, verify=bool(options.verify))
         _out((folder / "findings.md").read_text().rstrip())
         return _out(f"results: {folder}")
     if command == "schema":
@@ -174,6 +186,7 @@ def _execute(command: str, options: Namespace) -> None:
 
 
 def _execute_recipe(command: str, options: Namespace) -> None:
+    refuse_foreign_launchers()
     from pave_lightning import commands
     from pave_lightning.recipe_loading import recipe_to_yaml
 
@@ -184,13 +197,13 @@ def _execute_recipe(command: str, options: Namespace) -> None:
     if command == "plan" and recipe.experiment is not None:
         from pave_lightning.experiments import plan_experiment
 
-        return plan_experiment(options.recipe, options.set)
+        return plan_experiment(options.recipe, options.set, verify=bool(options.verify))
     if command == "run":
         if recipe.experiment is not None:
             _say(f"note: what the recipe's experiment varies is run by `pave experiment {options.recipe}`, not here")
-        commands.run_recipe(recipe)
+        commands.run_recipe(recipe, verify=bool(options.verify))
     elif command == "plan":
-        commands.plan_recipe(recipe)
+        commands.plan_recipe(recipe, verify=bool(options.verify))
     else:
         commands.run_stage(recipe, command, task)
     return None

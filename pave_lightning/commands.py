@@ -13,6 +13,7 @@ from rich.table import Table
 
 from pave_lightning.errors import PaveError, nearest
 from pave_lightning.interrupts import stoppable
+from pave_lightning.processes import is_launched, refuse_foreign_launchers
 from pave_lightning.recipe import MergeStep, Recipe
 from pave_lightning.recipe_loading import load_recipe, recipe_digest, recipe_to_yaml
 from pave_lightning.run_folder import RunFolder
@@ -30,8 +31,12 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return load_recipe(path, overrides, step_problems=problems)
 
 
-def run_recipe(recipe: Recipe) -> Path:
+def run_recipe(recipe: Recipe, *, verify: bool = False) -> Path:
     """Run a recipe to its end: fit, capture, purify, merge, evaluate, report. Finished stages are not run again.
+
+    Args:
+        recipe: the recipe.
+        verify: hash every input and every result that is there, whatever their sizes and times say.
 
     Returns:
         The run folder.
@@ -41,7 +46,7 @@ def run_recipe(recipe: Recipe) -> Path:
     """
     from pave_lightning.reporting.report import write_report
 
-    with working(recipe) as workflow:
+    with working(recipe, verify=verify) as workflow:
         workflow.run()
         write_report(workflow)
     return Path(recipe.output) / recipe.name
@@ -53,7 +58,6 @@ def run_stage(recipe: Recipe, stage: str, task: str | None = None) -> None:
     Raises:
         PaveError: what the stage builds on is missing or stale; the message names the command that makes it.
     """
-    from pave_lightning.launching import is_launched
     from pave_lightning.reporting.report import report_diagnostics, write_report
 
     names = [entry.name for entry in recipe.tasks]
@@ -82,8 +86,13 @@ def _tell(folders: Sequence[Path]) -> None:
         terminal().print(f"results: {folder}", soft_wrap=True)
 
 
-def plan_recipe(recipe: Recipe, console: Console | None = None) -> None:
+def plan_recipe(recipe: Recipe, console: Console | None = None, *, verify: bool = False) -> None:
     """Check everything, run nothing, and print what would be done.
+
+    Args:
+        recipe: the recipe.
+        console: where to print.
+        verify: hash every input and every result that is there, whatever their sizes and times say.
 
     Raises:
         PaveError: lists everything that is wrong.
@@ -91,7 +100,7 @@ def plan_recipe(recipe: Recipe, console: Console | None = None) -> None:
     from pave_lightning.planning import check_recipe, cost_table, plan_rows
 
     console = console or terminal()
-    with planning_folder(recipe) as folder:
+    with planning_folder(recipe, verify=verify) as folder:
         check_recipe(recipe, folder)
         table = Table()
         for heading in ("stage", "result", "what"):
@@ -108,33 +117,37 @@ def print_under(heading: str, table: Table, console: Console) -> None:
     console.print(table)
 
 
-def open_folder(recipe: Recipe, data: Path | None = None) -> RunFolder:
+def open_folder(recipe: Recipe, data: Path | None = None, *, verify: bool = False) -> RunFolder:
     """The recipe's run folder, which need not be there; with copies of its rows in another place where one is given."""
-    return RunFolder(Path(recipe.output) / recipe.name, None if recipe.shared is None else Path(recipe.shared), data)
+    shared = None if recipe.shared is None else Path(recipe.shared)
+    return RunFolder(Path(recipe.output) / recipe.name, shared, data, verify=verify)
 
 
 @contextmanager
-def planning_folder(recipe: Recipe) -> Iterator[RunFolder]:
+def planning_folder(recipe: Recipe, *, verify: bool = False) -> Iterator[RunFolder]:
     """The recipe's run folder, for looking at it; copies of rows that are made for that are removed in the end."""
-    folder = open_folder(recipe)
+    refuse_foreign_launchers()
+    folder = open_folder(recipe, verify=verify)
     if folder.data.is_dir():
         yield folder
+        folder.note_hashes()
         return
     with TemporaryDirectory(prefix="pave-plan-") as copies:
-        yield open_folder(recipe, Path(copies))
+        yield open_folder(recipe, Path(copies), verify=verify)
 
 
 @contextmanager
-def working(recipe: Recipe, *, computes: bool = True) -> Iterator[Any]:
+def working(recipe: Recipe, *, computes: bool = True, verify: bool = False) -> Iterator[Any]:
     """A workflow over the recipe's run folder: checked, locked and recorded in MLflow.
 
     Inside a process that a driver started, the driver has done all this, and only rank zero records. What computes
     nothing asks nothing of the machine's devices.
     """
-    from pave_lightning.launching import attached_tracker, is_launched
+    refuse_foreign_launchers()  # before Lightning is loaded
+    from pave_lightning.launching import attached_tracker
     from pave_lightning.workflow import Workflow
 
-    folder = open_folder(recipe)
+    folder = open_folder(recipe, verify=verify)
     if is_launched():
         yield Workflow(recipe, folder, attached_tracker())
         return

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from rich.table import Table
 
 from pave_lightning.commands import open_folder, planning_folder, print_under, read_recipe, working
 from pave_lightning.errors import PaveError, Problems, doing
-from pave_lightning.evaluation import Candidate
+from pave_lightning.evaluation import Candidate, TaskScore, refuse_non_finite
 from pave_lightning.planning import check_recipe, merge_problems
 from pave_lightning.recipe import Experiment, MergeStep, Purify, Recipe, Vectors
 from pave_lightning.recipe_loading import find_experiment, load_recipe
@@ -28,7 +28,7 @@ from pave_lightning.reporting.experiments import ExperimentView, write_experimen
 from pave_lightning.run_folder import RunFolder
 from pave_lightning.stages import Stages, purifications, short_digest
 from pave_lightning.terminal import terminal
-from pave_lightning.workflow import Workflow, plain_scores
+from pave_lightning.workflow import BROKEN_OUTPUTS, Workflow, plain_scores
 
 log = logging.getLogger("pave_lightning")
 
@@ -53,12 +53,13 @@ class Cell:
         return ", ".join([f"seed={self.seed}", *(f"{key}={value}" for key, value in self.values.items())])
 
 
-def run_experiment(name: str, overrides: Sequence[str] = ()) -> Path:
+def run_experiment(name: str, overrides: Sequence[str] = (), *, verify: bool = False) -> Path:
     """Run an experiment and write its table, picture and findings. Scores that are there are not computed again.
 
     Args:
         name: path of a recipe with an experiment section, or the name of one in ``recipes/experiments``.
         overrides: ``key=value`` texts for the recipe, as in `load_recipe`; they hold in every cell.
+        verify: hash every input and every result that is there, whatever their sizes and times say.
 
     Returns:
         The run folder.
@@ -67,8 +68,8 @@ def run_experiment(name: str, overrides: Sequence[str] = ()) -> Path:
         PaveError: there is no such experiment, or something is wrong with its recipe in any of its settings.
     """
     recipe, cells = _grid(name, overrides)
-    _check(cells, view_of(recipe), open_folder(recipe))
-    with working(recipe) as workflow:
+    _check(cells, view_of(recipe), open_folder(recipe, verify=verify))
+    with working(recipe, verify=verify) as workflow:
         rows: list[dict[str, Any]] = []
         for number, cell in enumerate(cells, start=1):
             log.info("%d of %d: %s", number, len(cells), cell.label)
@@ -83,19 +84,22 @@ def run_experiment(name: str, overrides: Sequence[str] = ()) -> Path:
     return root
 
 
-def plan_experiment(name: str, overrides: Sequence[str] = (), console: Console | None = None) -> None:
+def plan_experiment(
+    name: str, overrides: Sequence[str] = (), console: Console | None = None, *, verify: bool = False
+) -> None:
     """Check an experiment in all of its settings, run nothing, and print which scores are there and which to do.
 
     Args:
         name: as in `run_experiment`.
         overrides: as in `run_experiment`.
         console: where to print.
+        verify: hash every input and every result that is there, whatever their sizes and times say.
 
     Raises:
         PaveError: lists everything that is wrong.
     """
     recipe, cells = _grid(name, overrides)
-    with planning_folder(recipe) as folder:
+    with planning_folder(recipe, verify=verify) as folder:
         _check(cells, view_of(recipe), folder)
         table = Table()
         for heading in ("", "setting", "experts", "scores"):
@@ -304,6 +308,15 @@ class CellRun:
         facts = {key: value for key, value in known.items() if key in CARRIED_COLUMNS}
         return chosen.candidate(), {**facts, "form": chosen.method.form}
 
+    def _look_for_broken(self, model: ScoredModel, scores: Mapping[str, TaskScore]) -> None:
+        """Stop at a base or experts whose outputs are not finite; a merged model only loses its own scores."""
+        try:
+            refuse_non_finite(scores, model.label, BROKEN_OUTPUTS)
+        except PaveError as error:
+            if not isinstance(model.made_from, MergeStep):
+                raise
+            log.warning("%s", error)
+
     def _scored(self, model: ScoredModel) -> Iterator[dict[str, Any]]:
         """The rows of one model; scored now, unless equal inputs were scored before."""
         name, inputs = model.stage()
@@ -311,8 +324,10 @@ class CellRun:
         if found is None:
             with doing(f"{'merge' if isinstance(model.made_from, MergeStep) else 'score'} {model.label}"):
                 candidate, facts = self._candidate(model)
+                scores = self.workflow.score(candidate, alone=True)
+                self._look_for_broken(model, scores)
                 with self.folder.writing(name, inputs) as writer:
-                    writer.result.update(facts, scores=plain_scores(self.workflow.score(candidate, alone=True)))
+                    writer.result.update(facts, scores=plain_scores(scores))
             # Read back, so that rows come in the same order whether they were scored now or before.
             found = self.folder.current(name, inputs)
         result = found.result if found is not None else {}

@@ -7,9 +7,9 @@ import importlib.util
 import json
 import os
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,16 @@ MOST_CONFIG_BYTES = 4 << 20  # the names of 22,000 classes, there and back, take
 MOST_TOKENIZER_BYTES = 64 << 20  # those of 260,000 tokens take 35 MB
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model")
 _JSON_KINDS = {list: "a list", str: "a text", int: "a number", float: "a number", bool: "true or false"}
+# What follows the name of what was found damaged and set aside.
+DAMAGED = ".damaged-"
+
+# Size, time of the last change of the content, inode, time of the last change of anything about the file.
+Facts = tuple[int, int, int, int]
+SECOND_NS = 1_000_000_000
+# The clock of most file systems moves every 10 ms at the latest; times in whole seconds come from coarser ones.
+TICK_NS, COARSE_TICK_NS = 50_000_000, 2 * SECOND_NS
+_hashes: dict[Facts, str] = {}
+_noted: dict[str, tuple[Facts, str]] = {}
 
 
 def local_path(reference: str) -> Path:
@@ -50,22 +60,97 @@ def local_path(reference: str) -> Path:
 
 
 def file_sha256(path: Path) -> str:
-    """The sha256 of a file's content, in hexadecimal; remembered as long as size and time of change stay.
+    """The sha256 of a file's content, in hexadecimal.
+
+    It is remembered for as long as size, time of change (of content and of the entry itself, to the nanosecond) and
+    inode stay; also across processes, see `load_hashes`. What was written a moment ago is hashed anew each time: within
+    one tick of the file system's clock a second change leaves the same times.
 
     Raises:
         PaveError: the file is missing, or this user may not read it.
     """
     try:
-        facts = path.stat()
-        return _sha256(path, facts.st_size, facts.st_mtime_ns)
+        facts = _facts(path)
+        place = str(path.absolute())
+        known = _hashes.get(facts) or (_noted[place][1] if _noted.get(place, (None, ""))[0] == facts else None)
+        if known is None:
+            with path.open("rb") as stream:
+                known = hashlib.file_digest(stream, "sha256").hexdigest()
+            if _is_young(facts) or _facts(path) != facts:
+                return known
     except OSError as error:
         raise PaveError(_unopened(path, error)) from error
+    _hashes[facts] = known
+    _noted[place] = (facts, known)
+    return known
 
 
-@lru_cache(maxsize=4096)
-def _sha256(path: Path, size: int, modified: int) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def _facts(path: Path) -> Facts:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ino, found.st_ctime_ns
+
+
+def _is_young(facts: Facts) -> bool:
+    """Whether a file was changed so recently that a further change may leave the same times."""
+    times = (facts[1], facts[3])
+    coarse = all(moment % SECOND_NS == 0 for moment in times)
+    return time.time_ns() - max(times) < (COARSE_TICK_NS if coarse else TICK_NS)
+
+
+def load_hashes(note: Path) -> None:
+    """Take in the hashes that an earlier process noted; each counts only while its file's size, times and inode stay.
+
+    Args:
+        note: a file that `save_hashes` wrote; one that is missing or damaged says nothing.
+    """
+    try:
+        entries = json.loads(note.read_text())
+        found = {str(place): (_as_facts(facts), str(sha256)) for place, (facts, sha256) in entries.items()}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return
+    for place, entry in found.items():
+        _noted.setdefault(place, entry)
+
+
+def save_hashes(note: Path, wanted: Callable[[Path], bool]) -> None:
+    """Note the hashes of files that are as they were when they were hashed, for later processes.
+
+    Args:
+        note: the file, replaced at once; nothing happens where it cannot be written.
+        wanted: which files it is to name, by their absolute paths.
+    """
+    entries = {}
+    for place, (facts, sha256) in sorted(_noted.items()):
+        with suppress(OSError):
+            if wanted(Path(place)) and _facts(Path(place)) == facts:
+                entries[place] = [facts, sha256]
+    temporary = note.with_name(f"{note.name}.{os.getpid()}.tmp")
+    with suppress(OSError):  # it only saves time
+        temporary.write_text(json.dumps(entries))
+        temporary.replace(note)
+
+
+def forget_hashes() -> None:
+    """Forget every hash, so that all files are read again."""
+    _hashes.clear()
+    _noted.clear()
+
+
+def _as_facts(values: Sequence[int]) -> Facts:
+    size, modified, inode, changed = map(int, values)
+    return size, modified, inode, changed
+
+
+def set_aside(path: Path) -> Path:
+    """Give a damaged file or folder another name, which says so; returns it.
+
+    The name is the old one and ``.damaged-N``, with the first N that is free.
+    """
+    number = 1
+    while (kept := path.with_name(f"{path.name}{DAMAGED}{number}")).exists():
+        number += 1
+    path.rename(kept)
+    return kept
 
 
 def read_json(path: Path, again: str = "fetch or save it again") -> dict[str, Any]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pave_lightning.errors import Interrupted, PaveError
+from pave_lightning.processes import DRIVER, is_rank_zero
 from pave_lightning.recipe import Recipe
 from pave_lightning.recipe_loading import recipe_to_yaml
 from pave_lightning.run_folder import RunFolder
@@ -16,7 +17,6 @@ from pave_lightning.tracking import Tracker
 
 DRIVER_URI = "PAVE_DRIVER_TRACKING_URI"
 DRIVER_RUN = "PAVE_DRIVER_RUN_ID"
-DRIVER = "PAVE_DRIVER"
 # How long a stage that is to end may take for it.
 PATIENCE_SECONDS = 10
 
@@ -82,18 +82,6 @@ def python_environment() -> dict[str, str]:
     if not sys.flags.safe_path and sys.path and sys.path[0] == str(Path.cwd()) == str(package):
         entries.append(str(package))  # a checkout that is not installed, run from its own folder
     return {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(entries)}
-
-
-def is_launched() -> bool:
-    """Whether this process is a stage that a driver started."""
-    return DRIVER in os.environ
-
-
-def is_rank_zero() -> bool:
-    """Whether this process is the first of those that work together; only it writes results."""
-    if "RANK" in os.environ:
-        return os.environ["RANK"] == "0"
-    return all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
 def attached_tracker() -> Tracker | None:

@@ -16,7 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from pave_lightning.errors import PaveError
-from pave_lightning.files import file_sha256
+from pave_lightning.files import file_sha256, forget_hashes, load_hashes, save_hashes, set_aside
 from pave_lightning.interrupts import deferred
 
 log = logging.getLogger("pave_lightning")
@@ -24,6 +24,8 @@ log = logging.getLogger("pave_lightning")
 MANIFEST = "manifest.json"
 UNFINISHED = ".unfinished-"
 REPLACED = ".replaced-"
+# What is known of the hashes of files, so that a file that nobody touched is not read again.
+HASHES = ".hashes.json"
 # Stages that recipes with a shared folder have in common.
 SHARED_STAGES = ("experts", "statistics", "gradients")
 
@@ -68,17 +70,24 @@ class RunFolder:
         shared: folder of experts and statistics that runs share, and of copies of their data; the run folder itself
             where nothing is said.
         data: folder of copies of the tasks' rows, where they are to be elsewhere.
+        verify: hash every file that is looked at once, instead of relying on sizes, times and inodes.
 
     Raises:
         PaveError: one of them cannot be made or written to.
     """
 
-    def __init__(self, root: Path, shared: Path | None = None, data: Path | None = None) -> None:
+    def __init__(
+        self, root: Path, shared: Path | None = None, data: Path | None = None, *, verify: bool = False
+    ) -> None:
         self.root, self.shared = Path(root), None if shared is None else Path(shared)
         self._data = data
         for folder, key in ((self.root, "output"), (self.shared, "shared")):
             if folder is not None:
                 _check_writable(folder, key)
+        if verify:
+            forget_hashes()
+        else:
+            load_hashes(self.root / HASHES)
 
     @property
     def data(self) -> Path:
@@ -104,7 +113,21 @@ class RunFolder:
             self._sweep()
             yield
         finally:
+            self.note_hashes()
             lock.release()
+
+    def note_hashes(self) -> None:
+        """Note the hashes that are known, for later processes; nothing where the folder is not there."""
+        own, parent = self.root.absolute(), self.root.absolute().parent
+
+        def is_ours(file: Path) -> bool:
+            if file.is_relative_to(own) or not file.is_relative_to(parent):
+                return True
+            beside = parent / file.relative_to(parent).parts[0]
+            return not (beside / HASHES).exists()  # or else it belongs to another run, which notes its own
+
+        if self.root.is_dir():
+            save_hashes(self.root / HASHES, is_ours)
 
     def _sweep(self) -> None:
         for replaced in self.root.rglob(f"*{REPLACED}*"):
@@ -141,22 +164,33 @@ class RunFolder:
             lock.release()
 
     def manifest(self, stage: str) -> Manifest | None:
-        """The manifest of a stage whose files are all there with their sizes; None otherwise."""
+        """The manifest of a stage whose files are all there with their content; None otherwise.
+
+        A file whose size, times and inode are those of the last time it was hashed is taken for the same; any other is
+        hashed, see `file_sha256`. Files that the manifest does not name are not looked at.
+        """
+        return self._read(stage)[0]
+
+    def damage(self, stage: str) -> str:
+        """What is wrong with a stage that was finished once; empty where nothing is, or nothing is there."""
+        return self._read(stage)[1]
+
+    def _read(self, stage: str) -> tuple[Manifest | None, str]:
+        """A stage's manifest, or what is wrong with it; neither where there is none."""
         folder = self.path(stage)
+        if not folder.is_dir():
+            return None, ""
         try:
             found = Manifest(**json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
-            sizes = {name: facts["size"] for name, facts in found.files.items()}
-            whole = isinstance(found.inputs, dict) and isinstance(found.result, dict)
-            digests = [facts["sha256"] for facts in found.files.values()]
-            if not whole or not all(isinstance(digest, str) for digest in digests):
-                return None
-            for name, size in sizes.items():
-                file = folder / name
-                if not file.is_file() or file.stat().st_size != size:
-                    return None
+            facts = {name: (noted["size"], noted["sha256"]) for name, noted in found.files.items()}
+            if not isinstance(found.inputs, dict) or not isinstance(found.result, dict):
+                raise TypeError("inputs and result are mappings")
+        except FileNotFoundError:
+            return None, f"{folder} has no {MANIFEST}"
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            return None
-        return found
+            return None, f"{folder / MANIFEST} cannot be read"
+        wrong = next(filter(None, (_difference(folder / name, *noted) for name, noted in facts.items())), "")
+        return (None, wrong) if wrong else (found, "")
 
     def current(self, stage: str, inputs: Mapping[str, Any]) -> Manifest | None:
         """The manifest of a stage that is finished and was made from these very inputs; None otherwise."""
@@ -168,6 +202,7 @@ class RunFolder:
         """Write a stage: all of it appears under its final name at once, or nothing does."""
         final = self.path(stage)
         final.parent.mkdir(parents=True, exist_ok=True)
+        self._keep_damaged(stage)
         unfinished = final.with_name(f"{final.name}{UNFINISHED}{os.getpid()}")
         writer = StageWriter(unfinished)
         try:
@@ -189,6 +224,13 @@ class RunFolder:
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
 
+    def _keep_damaged(self, stage: str) -> None:
+        """Set a damaged result aside, which may tell its owner what happened, before it is made anew."""
+        damage = self.damage(stage)
+        if damage:
+            kept = set_aside(self.path(stage))
+            log.warning("%s is damaged: %s; it is kept as %s and made anew", stage, damage, kept)
+
     def write_text(self, name: str, text: str) -> Path:
         """Write a small file at once."""
         path = self.root / name
@@ -197,6 +239,15 @@ class RunFolder:
         unfinished.write_text(text)
         unfinished.replace(path)
         return path
+
+
+def _difference(file: Path, size: int, sha256: str) -> str:
+    """What tells a file from the one that was written; empty where nothing does."""
+    if not file.is_file():
+        return f"{file} is missing"
+    if file.stat().st_size != size or file_sha256(file) != sha256:
+        return f"{file} is not what was written (its size or sha256 differs)"
+    return ""
 
 
 def _check_writable(folder: Path, key: str) -> None:

@@ -199,20 +199,23 @@ class Stages:
         """
         found = self.current(stage)
         if found is None:
+            damage = self.folder.damage(stage.name)
             known = self.folder.manifest(stage.name) is not None
-            state = "stale: its inputs have changed" if known else "not there yet"
+            state = "stale: its inputs have changed" if known else f"damaged: {damage}" if damage else "not there yet"
             raise PaveError(
                 f"{self.folder.path(stage.name)} is {state}; run `{stage.command}` with this recipe, or `pave run`"
             )
         return found
 
     def state(self, stage: Stage) -> str:
-        """Whether the stage's result is there, stale, or to do."""
+        """Whether the stage's result is there, stale, damaged, or to do."""
         try:
             if self.current(stage) is not None:
                 return "there"
         except PaveError:  # something that it builds on is not there or stale itself
             pass
+        if self.folder.damage(stage.name):
+            return "damaged"
         return "stale" if self.folder.manifest(stage.name) is not None else "to do"
 
     # ---- their inputs ----------------------------------------------------------------------------------------------

@@ -27,8 +27,10 @@ from pave_lightning.evaluation import (
     PurifiedExpertsCandidate,
     SuiteData,
     TaskScore,
+    refuse_non_finite,
 )
 from pave_lightning.evaluation.scale_search import ScaleSearcher
+from pave_lightning.experts.checkpoints import clear_away
 from pave_lightning.experts.fitting import fit_expert, save_expert
 from pave_lightning.experts.gradients import absolute_gradients, fisher_diagonal
 from pave_lightning.experts.loading import load_adapter, load_expert, load_tokenizer
@@ -41,10 +43,11 @@ from pave_lightning.experts.trainers import (
     quiet_lightning,
 )
 from pave_lightning.exporting import write_purified_experts
-from pave_lightning.launching import Launcher, is_launched, is_rank_zero
+from pave_lightning.launching import Launcher
 from pave_lightning.merging import Evidence, MergeMethod, Modulator, Need
 from pave_lightning.merging.folders import GRADIENTS_FILE, MergeContext, load_gradients, write_merged
 from pave_lightning.merging.passes import ForwardPasses, load_parameters
+from pave_lightning.processes import is_launched, is_rank_zero
 from pave_lightning.purification import KeptRank, PurifiedTaskVectors, StoredPurification, write_purified
 from pave_lightning.recipe import Capture, MergeStep, Purify, Recipe, Task, Vectors
 from pave_lightning.run_folder import Manifest, RunFolder, StageWriter
@@ -76,6 +79,7 @@ from pave_lightning.weights.architecture import backbone_of, empty_classifier
 log = logging.getLogger("pave_lightning")
 
 STATISTICS_FILE = "moments.safetensors"
+BROKEN_OUTPUTS = "look for broken weights, lower the scale of a merged model, or use a safer evaluate.precision"
 
 
 class Workflow:
@@ -153,7 +157,7 @@ class Workflow:
                 with self._writing(stage) as writer:
                     save_expert(model, self.base_folder, writer.path)
                     writer.result.update(metrics=metrics)
-                shutil.rmtree(training, ignore_errors=True)
+                clear_away(training)
 
     def _take_in(self, task: Task, stage: Stage) -> None:
         """Check a checkpoint that exists; merge an adapter into the base; otherwise only note where it is."""
@@ -403,6 +407,7 @@ class Workflow:
             name = stage.name.partition("/")[2]
             with doing(f"evaluate {name}"):
                 scores = self.score(self._candidate(name))
+                refuse_non_finite(scores, _model_in_words(name), BROKEN_OUTPUTS)
                 if is_rank_zero():
                     with self._writing(stage) as writer:
                         writer.result["scores"] = plain_scores(scores)
@@ -508,6 +513,7 @@ class Workflow:
         options = self.recipe.trainer if task is None else task.trainer
         if self.launcher is None or not is_distributed(options):
             return False
+        self.folder.note_hashes()  # which spares the processes of the stage reading all inputs again
         self.launcher.run(command, self.recipe, self.folder, task.name if task is not None else None, self.tracker)
         for stage in made:  # an exit code of 0 is no proof that the work was done
             self.stages.finished(stage)
@@ -563,6 +569,11 @@ class _CaptureData(SuiteData):
         module.trainer = self.trainer
         make = module.capture_dataloader if self.options.source == "train" else module.random_token_dataloader
         return make(self.options.examples, self.options.batch_size, self.seed)
+
+
+def _model_in_words(name: str) -> str:
+    """What the scores of that name are of."""
+    return {"base": "the base", "experts": "its own expert"}.get(name, f"the model {name}")
 
 
 def plain_scores(scores: Mapping[str, TaskScore]) -> dict[str, Any]:

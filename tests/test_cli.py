@@ -114,7 +114,7 @@ def test_a_scale_for_a_rule_without_one_is_refused(capsys, recipe_file):
 
 @pytest.mark.usefixtures("as_in_a_terminal")
 def test_a_mistake_that_ends_a_stopped_command_is_told(capsys, recipe_file, monkeypatch):
-    def swallow(*_):
+    def swallow(*_, **options):
         with contextlib.suppress(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
         raise PaveError("the data are broken")
@@ -226,7 +226,7 @@ def test_purify_and_diagnose_say_what_they_lack_and_where_their_results_are(caps
 
 
 def test_a_fault_of_ours_is_one_line_unless_debug(capsys, recipe_file, monkeypatch):
-    def explode(*args):
+    def explode(*args, **options):
         raise RuntimeError("broken inside")
 
     monkeypatch.setattr(commands, "plan_recipe", explode)
@@ -259,7 +259,7 @@ def test_a_folder_in_use_is_refused(capsys, recipe_file, recipe_settings):
     ],
 )
 def test_what_the_system_refuses_is_told_as_such(capsys, recipe_file, monkeypatch, error, told):
-    def refuse(*arguments):
+    def refuse(*arguments, **options):
         raise error
 
     monkeypatch.setattr(commands, "plan_recipe", refuse)
@@ -270,7 +270,7 @@ def test_what_the_system_refuses_is_told_as_such(capsys, recipe_file, monkeypatc
 
 @pytest.mark.parametrize("error", [OSError("no number"), OSError(errno.ENOENT, "gone"), SafetensorError("bad header")])
 def test_what_may_be_a_fault_of_ours_stays_one(capsys, recipe_file, monkeypatch, error):
-    def explode(*arguments):
+    def explode(*arguments, **options):
         raise error
 
     monkeypatch.setattr(commands, "plan_recipe", explode)
@@ -315,6 +315,6 @@ def test_run_says_that_it_runs_no_experiment(capsys, ready_settings, tmp_path, m
     path.write_text(
         json.dumps({**ready_settings, "experiment": {"question": "Which?", "vary": {"purify.rho": [0.9, 0.8]}}})
     )
-    monkeypatch.setattr(commands, "run_recipe", lambda recipe: None)
+    monkeypatch.setattr(commands, "run_recipe", lambda recipe, **options: None)
     assert main(["run", str(path)]) == 0
     assert f"`pave experiment {path}`" in capsys.readouterr().err

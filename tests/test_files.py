@@ -1,5 +1,6 @@
 """Who may read what we write, and what is said of files that cannot be read."""
 
+import hashlib
 import os
 import shutil
 import stat
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pave_lightning import files
 from pave_lightning.errors import PaveError
 from pave_lightning.experts.loading import adapter_problems
 from pave_lightning.files import file_sha256
@@ -75,3 +77,29 @@ def test_what_is_kept_from_this_user_is_not_called_damaged(written):
             Checkpoint(written, "bert")
         (problem,) = adapter_problems(written)
     assert problem.startswith(f"{written / 'adapter_model.safetensors'} cannot be read: Permission denied")
+
+
+@pytest.mark.parametrize("change", ["content", "replaced"])
+def test_a_file_with_the_old_size_and_time_is_hashed_again(tmp_path, monkeypatch, change):
+    monkeypatch.setattr(files, "TICK_NS", 0)
+    path = tmp_path / "weights"
+    path.write_bytes(b"one")
+    before = path.stat()
+    assert file_sha256(path) == hashlib.sha256(b"one").hexdigest()
+    other = path if change == "content" else tmp_path / "other"
+    other.write_bytes(b"two")
+    os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+    other.replace(path)
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert file_sha256(path) == hashlib.sha256(b"two").hexdigest()
+
+
+def test_what_was_written_a_moment_ago_is_not_remembered(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "TICK_NS", 60 * 10**9)
+    path = tmp_path / "weights"
+    path.write_bytes(b"one")
+    assert file_sha256(path) == hashlib.sha256(b"one").hexdigest()
+    frozen = files._facts(path)
+    monkeypatch.setattr(files, "_facts", lambda path: frozen)  # a second change within one tick of the clock
+    path.write_bytes(b"two")
+    assert file_sha256(path) == hashlib.sha256(b"two").hexdigest()

@@ -19,7 +19,7 @@ RECIPE_FILES = {
 LIBRARY = {
     *("callbacks", "costs", "errors", "evaluation", "experts", "exporting", "launching", "merging", "files"),
     *("purification", "recipe", "recipe_loading", "run_folder", "statistics", "subspace", "tasks", "tracking"),
-    *("credentials", "hub", "interrupts", "terminal", "tracking_logger", "weights"),
+    *("credentials", "hub", "interrupts", "processes", "terminal", "tracking_logger", "weights"),
 }
 
 # What each module or folder may import of the package besides itself. The longest name that fits a file counts.
@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "hub": set(),
     "terminal": {"errors"},
     "interrupts": {"errors"},
+    "processes": {"errors"},
     "layers": set(),
     "subspace": {"errors"},
     "statistics": {"errors", "files", "subspace"},
@@ -51,17 +52,17 @@ MAY_IMPORT = {
     "exporting": {"errors", "files", "purification", "weights"},
     "costs": {"errors", "purification", "recipe", "statistics", "subspace", "weights", "merging.base"},
     "diagnostics": {"errors", "merging", "purification", "statistics", "subspace", "weights"},
-    "experts": {"errors", "files", "layers", "recipe", "tasks", "weights"},
+    "experts": {"errors", "files", "layers", "processes", "recipe", "tasks", "weights"},
     "evaluation": {
         *("errors", "experts.trainers", "merging.modulators", "merging.running", "recipe", "tasks", "weights"),
     },
     "run_folder": {"errors", "files", "interrupts"},
     "tracking": {"credentials", "errors", "interrupts"},
     "tracking_logger": {"errors", "tracking"},
-    "launching": {"errors", "recipe", "recipe_loading", "run_folder", "tracking"},
+    "launching": {"errors", "processes", "recipe", "recipe_loading", "run_folder", "tracking"},
     "reporting": {"diagnostics", "errors", "merging", "purification", "run_folder", "terminal"},
     "reporting.report": {
-        *("diagnostics", "errors", "merging", "purification", "recipe", "run_folder", "tracking", "reporting"),
+        *("diagnostics", "errors", "merging", "purification", "recipe", "run_folder", "tasks", "tracking", "reporting"),
         *("terminal", "workflow"),
     },
     "stages": {"errors", "merging", "recipe", "run_folder", "statistics", "tasks", "weights"},
@@ -70,7 +71,8 @@ MAY_IMPORT = {
     "planning": LIBRARY | {"stages"},
     "commands": LIBRARY | {"planning", "reporting", "workflow"},
     "experiments": LIBRARY | {"commands", "planning", "reporting", "stages", "workflow"},
-    "cli": {"adding", "commands", "credentials", "errors", "experiments", "interrupts", "recipe_loading", "terminal"}
+    "cli": {"adding", "commands", "credentials", "errors", "experiments", "interrupts", "processes", "recipe_loading"}
+    | {"terminal"}
     | {"reporting.methods", "__init__"},
     "__main__": {"cli"},
 }

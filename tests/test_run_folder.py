@@ -1,14 +1,18 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 
+from pave_lightning import files
 from pave_lightning.errors import PaveError
+from pave_lightning.files import file_sha256, forget_hashes
 from pave_lightning.run_folder import RunFolder
 
+OURS = {".lock", ".hashes.json"}
 INPUTS = {"seed": 1, "rows": (3, None), "nested": {"b": 2, "a": [True]}}
 
 
@@ -163,7 +167,7 @@ def test_what_killed_processes_left_is_swept(folder):
         (left / "weights").write_text("half")
     (folder.root / "recipe.yaml.unfinished-4711").write_text("half")
     with folder.locked():
-        assert everything(folder) - {".lock"} == before
+        assert everything(folder) - OURS == before
     assert folder.current("experts/a", INPUTS) is not None
 
 
@@ -173,7 +177,12 @@ def test_a_replacement_killed_before_the_new_result_was_in_place_gives_back_the_
     (folder.root / "experts" / "a.unfinished-4711").mkdir()
     with folder.locked():
         assert folder.current("experts/a", INPUTS) is not None
-    assert everything(folder) - {".lock"} == {"experts", "experts/a", "experts/a/weights", "experts/a/manifest.json"}
+    assert everything(folder) - OURS == {
+        "experts",
+        "experts/a",
+        "experts/a/weights",
+        "experts/a/manifest.json",
+    }
 
 
 def test_a_replacement_killed_before_the_old_result_was_removed_keeps_the_new_one(folder):
@@ -182,7 +191,12 @@ def test_a_replacement_killed_before_the_old_result_was_removed_keeps_the_new_on
     write(folder, inputs={"seed": 2}, new="2")
     with folder.locked():
         assert folder.current("experts/a", {"seed": 2}) is not None
-    assert everything(folder) - {".lock"} == {"experts", "experts/a", "experts/a/new", "experts/a/manifest.json"}
+    assert everything(folder) - OURS == {
+        "experts",
+        "experts/a",
+        "experts/a/new",
+        "experts/a/manifest.json",
+    }
 
 
 def test_a_run_that_works_is_not_swept_by_readers(folder):
@@ -273,3 +287,112 @@ def test_the_manifest_is_plain_json(folder):
     raw = json.loads((write(folder) / "manifest.json").read_text())
     assert sorted(raw) == ["files", "inputs", "result", "stage"]
     assert raw["inputs"] == {"seed": 1, "rows": [3, None], "nested": {"a": [True], "b": 2}}
+
+
+def edit(path, content, *, hide=True):
+    """Change a file without changing its size; hidden, with the times of its content as they were."""
+    before = path.stat()
+    with path.open("r+") as opened:
+        opened.write(content)
+    if hide:
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.fixture
+def settled(monkeypatch):
+    """Files count as long written, and this process knows no hashes."""
+    forget_hashes()
+    monkeypatch.setattr(files, "TICK_NS", 0)
+    yield
+    forget_hashes()
+
+
+@pytest.mark.usefixtures("settled")
+def test_a_file_edited_to_the_same_size_makes_a_stage_undone(folder):
+    path = write(folder)
+    assert folder.current("experts/a", INPUTS) is not None
+    edit(path / "weights", "54321")
+    assert folder.current("experts/a", INPUTS) is None
+    assert "weights is not what was written" in folder.damage("experts/a")
+
+
+@pytest.mark.usefixtures("settled")
+def test_a_copied_run_folder_stays_valid_and_is_hashed_once(folder, tmp_path, monkeypatch):
+    write(folder)
+    with folder.locked():
+        assert folder.current("experts/a", INPUTS) is not None
+    shutil.copytree(folder.root, tmp_path / "copy")
+    read = []
+    digest = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda stream, name: read.append(stream.name) or digest(stream, name))
+    for hashed in (1, 0):
+        read.clear()
+        forget_hashes()  # as a new process
+        copy = RunFolder(tmp_path / "copy")
+        with copy.locked():
+            assert copy.current("experts/a", INPUTS) is not None
+        assert len(read) == hashed
+    forget_hashes()
+    assert RunFolder(tmp_path / "copy", verify=True).current("experts/a", INPUTS) is not None
+    assert len(read) == 1, "asked to verify, it reads what the note vouches for"
+
+
+@pytest.mark.usefixtures("settled")
+@pytest.mark.parametrize("content", ["", "[1]", '{"a": 3}', '{"a": [[1], "b"]}', "[" * 100_000])
+def test_a_damaged_note_of_hashes_says_nothing(folder, content):
+    write(folder)
+    (folder.root / ".hashes.json").write_text(content)
+    assert RunFolder(folder.root).current("experts/a", INPUTS) is not None
+
+
+@pytest.mark.usefixtures("settled")
+def test_hashes_of_inputs_elsewhere_are_noted_and_those_of_other_runs_are_not(tmp_path):
+    base = tmp_path / "out" / "base.txt"
+    base.parent.mkdir()
+    base.write_text("base")
+    first, second = (RunFolder(tmp_path / "out" / name) for name in ("first", "second"))
+    for run in (first, second):
+        with run.locked():
+            write(run)
+            assert run.current("experts/a", INPUTS) is not None
+            file_sha256(base)
+    noted = set(json.loads((second.root / ".hashes.json").read_text()))
+    assert noted == {str(base), str(second.path("experts/a") / "weights")}
+
+
+@pytest.mark.usefixtures("settled")
+@pytest.mark.parametrize("damage", ["edited", "missing", "truncated", "manifest", "no manifest"])
+def test_a_damaged_stage_is_set_aside_told_and_made_anew(folder, damage, caplog):
+    path = write(folder)
+    if damage == "edited":
+        edit(path / "weights", "54321")
+    elif damage == "missing":
+        (path / "weights").unlink()
+    elif damage == "truncated":
+        os.truncate(path / "weights", 2)
+    elif damage == "manifest":
+        (path / "manifest.json").write_bytes(bytes(100))
+    else:
+        (path / "manifest.json").unlink()
+    (path / "note.txt").write_text("kept")
+    write(folder)
+    assert folder.current("experts/a", INPUTS) is not None
+    kept = folder.root / "experts" / "a.damaged-1"
+    assert (kept / "note.txt").read_text() == "kept"
+    assert str(kept) in caplog.text
+    assert not (path / "note.txt").exists()
+    with folder.locked():
+        assert kept.is_dir()
+    (path / "manifest.json").unlink()
+    write(folder)
+    assert (folder.root / "experts" / "a.damaged-2").is_dir()
+
+
+@pytest.mark.usefixtures("settled")
+def test_further_files_do_no_harm(folder, caplog):
+    path = write(folder)
+    (path / "README.md").write_text("a card")
+    assert folder.current("experts/a", INPUTS) is not None
+    write(folder, inputs={"seed": 2})
+    assert not list(path.parent.glob("*.damaged-*"))
+    assert "damaged" not in caplog.text

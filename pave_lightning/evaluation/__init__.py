@@ -8,7 +8,7 @@ from pave_lightning.evaluation.candidates import (
     ModulatedCandidate,
     PurifiedExpertsCandidate,
 )
-from pave_lightning.evaluation.evaluator import Evaluator, Split, SuiteData, TaskScore
+from pave_lightning.evaluation.evaluator import Evaluator, Split, SuiteData, TaskScore, refuse_non_finite
 
 __all__ = [
     "Candidate",
@@ -21,4 +21,5 @@ __all__ = [
     "Split",
     "SuiteData",
     "TaskScore",
+    "refuse_non_finite",
 ]

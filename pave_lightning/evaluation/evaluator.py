@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from pave_lightning.evaluation.candidates import Candidate
 from pave_lightning.experts.trainers import honest_interrupts, quiet_lightning
 from pave_lightning.recipe import Task
 from pave_lightning.tasks.data_module import TaskDataModule
-from pave_lightning.tasks.metrics import build_metrics, predictions, scores
+from pave_lightning.tasks.metrics import build_metrics, constant_scores, non_finite_rows, predictions, scores
 from pave_lightning.weights import Architecture, Checkpoint
 from pave_lightning.weights.architecture import backbone_of, empty_classifier
 from pave_lightning.weights.task_vectors import absent_children
@@ -26,10 +27,17 @@ Split = Literal["validation", "test"]
 
 @dataclass(frozen=True)
 class TaskScore:
-    """A task's metrics on one split, and over how many examples they were computed."""
+    """A task's metrics on one split.
+
+    Attributes:
+        metrics: NaN where any output was not finite, of which a class would be chosen all the same.
+        examples: over how many examples they were computed.
+        broken: examples with NaN or infinite outputs.
+    """
 
     metrics: dict[str, float]
     examples: int
+    broken: int = 0
 
 
 class SuiteData(L.LightningDataModule):
@@ -51,6 +59,10 @@ class SuiteData(L.LightningDataModule):
         """Tokenise what is not tokenised yet."""
         for module in self.modules:
             module.dataset(self.split)
+
+    def constants(self) -> dict[str, dict[str, float]]:
+        """What a constant answer scores, by task and metric; see `constant_scores`."""
+        return {module.task.name: constant_scores(module.task, module.labels(self.split)) for module in self.modules}
 
     def test_dataloader(self) -> list[DataLoader[Any]]:
         """The tasks' loaders."""
@@ -114,6 +126,7 @@ class Evaluator(L.LightningModule):
         """Score one candidate on data that holds the same tasks in the same order. Returns each task's metrics."""
         self._candidate, self._loaded = candidate, None
         self._counts = [0] * len(self.tasks)
+        self._broken: list[int | Tensor] = [0] * len(self.tasks)
         for metrics in self._metrics:
             metrics.reset()
         with quiet_lightning(), honest_interrupts():
@@ -153,13 +166,37 @@ class Evaluator(L.LightningModule):
         task = self.tasks[dataloader_idx]
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         logits = self._models[dataloader_idx](**inputs).logits
+        self._broken[dataloader_idx] += non_finite_rows(logits)
         self._metrics[dataloader_idx].update(predictions(task, logits), batch["labels"])
         self._counts[dataloader_idx] += len(batch["labels"])
 
     def on_test_epoch_end(self) -> None:
         """Reduce over processes and keep the scores."""
-        counts = self.trainer.strategy.reduce(torch.tensor(self._counts, device=self.device), reduce_op="sum")
-        self._scores = {
-            task.name: TaskScore(scores(metrics), int(count))
-            for task, metrics, count in zip(self.tasks, self._metrics, counts.tolist(), strict=True)
-        }
+        counted = torch.tensor([self._counts, list(map(int, self._broken))], device=self.device)
+        counts, broken = self.trainer.strategy.reduce(counted, reduce_op="sum").tolist()
+        self._scores = {}
+        for task, metrics, examples, without in zip(self.tasks, self._metrics, counts, broken, strict=True):
+            found = {name: math.nan if without else value for name, value in scores(metrics).items()}
+            self._scores[task.name] = TaskScore(found, examples, without)
+
+
+def refuse_non_finite(scores: Mapping[str, TaskScore], whose: str, to_do: str) -> None:
+    """Make sure that scores are of finite outputs, and finite themselves.
+
+    Args:
+        scores: by task.
+        whose: which model they are of, for the message.
+        to_do: what to do about it.
+
+    Raises:
+        PaveError: names the tasks.
+    """
+    problems = []
+    for task, score in scores.items():
+        broken = [name for name, value in score.metrics.items() if not math.isfinite(value)]
+        if score.broken:
+            problems.append(f"task '{task}': {score.broken} of {score.examples} examples get NaN or infinite outputs")
+        elif broken:
+            problems.append(f"task '{task}': {', '.join(broken)} is not finite")
+    if problems:
+        raise PaveError(f"{'; '.join(problems)} from {whose}, so its scores would mean nothing; {to_do}")

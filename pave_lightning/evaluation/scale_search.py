@@ -12,7 +12,7 @@ import torch
 
 from pave_lightning.errors import PaveError
 from pave_lightning.evaluation.candidates import Candidate, ExpertsCandidate, MergedCandidate
-from pave_lightning.evaluation.evaluator import Evaluator, SuiteData
+from pave_lightning.evaluation.evaluator import Evaluator, SuiteData, refuse_non_finite
 from pave_lightning.experts.trainers import build_trainer, quiet_lightning
 from pave_lightning.merging.running import MergedVectors
 from pave_lightning.recipe import DEFAULT_POINTS, Examples, ScaleSearch, Task
@@ -109,15 +109,18 @@ class ScaleSearcher:
             examples: validation rows a task; all that the task uses where None.
 
         Raises:
-            PaveError: no expert has a positive score, so nothing can be normalised.
+            PaveError: no expert has a positive score, so nothing can be normalised, or an expert's outputs are not
+                finite.
         """
         if examples not in self._data:  # once: finding the tokenised rows takes longer than reading them
             modules = [self.data(self._limited(task, examples)) for task in self.tasks]
             self._data[examples] = SuiteData(modules, "validation")
         data = self._data[examples]
         if examples not in self._references:
-            self._references[examples] = self._headlines(self.experts, data)
-            if weak := weak_experts(self._references[examples]):
+            self._references[examples] = self._headlines(self.experts, data, whose="its own expert")
+            known = data.constants()
+            constants = {task.name: known[task.name][task.headline] for task in self.tasks}
+            if weak := weak_experts(self._references[examples], constants):
                 log.warning("  %s", weak)
         reference = {task: value for task, value in self._references[examples].items() if value > 0}
         if not reference:
@@ -125,10 +128,13 @@ class ScaleSearcher:
         found = self._headlines(candidate, data)
         return sum(found[task] / value for task, value in reference.items()) / len(reference)
 
-    def _headlines(self, candidate: Candidate, data: SuiteData) -> dict[str, float]:
+    def _headlines(self, candidate: Candidate, data: SuiteData, whose: str = "") -> dict[str, float]:
+        """Headline scores by task; NaN where outputs are not finite, which is refused of what ``whose`` names."""
         with quiet_lightning():
             trainer = build_trainer(self.options, root=self.root, precision=self.precision, enable_progress_bar=False)
         scores = self.evaluator.score(candidate, data, trainer)
+        if whose:
+            refuse_non_finite(scores, whose, "look for broken weights, or use a safer evaluate.precision")
         return {task.name: scores[task.name].metrics[task.headline] for task in self.tasks}
 
     @staticmethod

@@ -3,32 +3,41 @@
 from __future__ import annotations
 
 import logging
-import shutil
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from torch import nn
 
-from pave_lightning.errors import PaveError
+from pave_lightning.errors import PaveError, reason
+from pave_lightning.experts.checkpoints import (
+    BEST,
+    LAST,
+    MovableCheckpoint,
+    damage_of,
+    start_anew,
+    unusable_checkpoint,
+)
 from pave_lightning.experts.loading import add_adapters, load_tokenizer, load_with_new_head, quiet_transformers
+from pave_lightning.experts.schedule import training_settings
 from pave_lightning.experts.task_expert import TaskExpert, freeze
 from pave_lightning.experts.trainers import build_trainer, honest_interrupts, quiet_lightning
 from pave_lightning.files import let_others_read
+from pave_lightning.processes import is_launched
 from pave_lightning.recipe import Task
 from pave_lightning.tasks.data_module import TaskDataModule
-from pave_lightning.tasks.metrics import weak_experts
+from pave_lightning.tasks.metrics import constant_scores, weak_experts
 from pave_lightning.weights import Checkpoint
 from pave_lightning.weights.architecture import backbone_of
 from pave_lightning.weights.task_vectors import absent_children
 
 log = logging.getLogger("pave_lightning")
 
-DEFAULT_EPOCHS = 3
+OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
 
 
 def fit_expert(
@@ -42,7 +51,8 @@ def fit_expert(
 ) -> tuple[nn.Module, dict[str, float]]:
     """Fine-tune one expert and return it with the weights of its best checkpoint.
 
-    Training goes on from the last checkpoint in ``work_folder`` where there is one.
+    Training goes on from the last checkpoint in ``work_folder`` where there is one that can be used. Where the last
+    steps were not validated by the trainer's own rules (``max_steps`` within an epoch), they are in the end.
 
     Args:
         task: the task, with its training and trainer options.
@@ -53,12 +63,27 @@ def fit_expert(
         logger: receives the metrics while training.
 
     Returns:
-        The trained model, in eval mode (a peft model where adapters were trained), and its headline validation metric.
+        The trained model, in eval mode (a peft model where adapters were trained), and its validation metrics: the
+        primary one, and what a constant answer scores in it.
 
     Raises:
-        PaveError: training gave NaN or infinite weights.
+        PaveError: training gave NaN or infinite weights or outputs, nothing was trained or validated, or Lightning
+            refuses the options.
         Interrupted: training was stopped from outside.
     """
+    arguments: dict[str, Any] = {"seed": seed, "cache_folder": cache_folder, "logger": logger}
+    try:
+        return _fit(task, base, work_folder, **arguments)
+    except _UnusableCheckpointError as error:
+        start_anew(task.name, work_folder, f"the last checkpoint cannot be restored ({reason(error)})")
+        if is_launched():  # the other processes of this stage have to begin anew, too
+            raise PaveError(f"task '{task.name}': run the same command again, which trains anew") from error
+    return _fit(task, base, work_folder, **arguments)
+
+
+def _fit(
+    task: Task, base: Path, work_folder: Path, *, seed: int, cache_folder: Path, logger: Logger | None
+) -> tuple[nn.Module, dict[str, float]]:
     L.seed_everything(seed, workers=True, verbose=False)
     options = task.training
     model = load_with_new_head(base, task)
@@ -76,51 +101,95 @@ def fit_expert(
         max_length=options.max_length,
     )
     monitor = f"validation/{task.headline}"
-    checkpoint = ModelCheckpoint(
+    checkpoint = MovableCheckpoint(
         dirpath=work_folder, filename="best", monitor=monitor, mode="max", enable_version_counter=False
     )
     # Not save_last of the other: that one writes only in epochs that are the best so far.
-    each_epoch = ModelCheckpoint(dirpath=work_folder, filename="last", enable_version_counter=False)
-    callbacks: list[Callback] = [checkpoint, each_epoch]
+    each_epoch = MovableCheckpoint(dirpath=work_folder, filename="last", enable_version_counter=False)
+    begun = _Begun()
+    callbacks: list[Callback] = [checkpoint, each_epoch, begun]
     if options.early_stopping is not None:
-        callbacks.append(EarlyStopping(monitor, mode="max", **options.early_stopping.model_dump()))
+        # Not strict: an epoch without a validation pass has nothing to judge by, and training goes on.
+        stopping = EarlyStopping(monitor, mode="max", strict=False, **options.early_stopping.model_dump())
+        callbacks.append(stopping)
     if logger is not None:
         callbacks.append(LearningRateMonitor("step"))
-    settings: dict[str, Any] = {"max_epochs": DEFAULT_EPOCHS, "log_every_n_steps": 10, **task.trainer}
-    last = work_folder / "last.ckpt"
-    if last.is_file() and not zipfile.is_zipfile(last):
-        log.warning("%s: the last checkpoint is damaged; training starts anew", task.name)
-        shutil.rmtree(work_folder)
+    problem = unusable_checkpoint(work_folder, expert.state_dict())
+    if problem:
+        start_anew(task.name, work_folder, problem)
+    last = work_folder / LAST
+    resumed = last.is_file() and not problem
     with quiet_lightning(), honest_interrupts():
         trainer = build_trainer(
-            settings,
+            training_settings(task),
             root=work_folder,
             logger=logger,
             callbacks=callbacks,
             enable_checkpointing=True,
             reload_dataloaders_every_n_epochs=0,
         )
-        if last.is_file():
+        if resumed:
             log.info("%s: training goes on from its last checkpoint", task.name)
-        trainer.fit(expert, datamodule=data, ckpt_path=last if last.is_file() else None)
-    best = Path(checkpoint.best_model_path)
-    if not best.is_file():
-        raise PaveError(
-            f"task '{task.name}': no validation pass ended, so there is no best checkpoint; the trainer needs at least "
-            "one epoch and a validation pass in it (max_epochs, limit_val_batches, check_val_every_n_epoch)"
-        )
-    expert.load_state_dict(torch.load(best, map_location="cpu", weights_only=True)["state_dict"])
-    score = checkpoint.best_model_score
-    metrics = {monitor: float(score)} if score is not None else {}
+        try:
+            trainer.fit(expert, datamodule=data, ckpt_path=last if resumed else None)
+        except Exception as error:
+            if resumed and not begun.training and not isinstance(error, (PaveError, OSError, *OUT_OF_MEMORY)):
+                raise _UnusableCheckpointError(reason(error)) from error
+            if isinstance(error, MisconfigurationException):
+                raise PaveError(f"task '{task.name}': trainer: {reason(error)}") from error
+            raise
+    if trainer.global_step == 0:
+        raise PaveError(f"task '{task.name}': nothing was trained; the trainer needs at least one step (max_epochs)")
+    score = _take_the_best(expert, checkpoint, work_folder / BEST, trainer, data)
     broken = [name for name, value in expert.model.named_parameters() if not bool(torch.isfinite(value).all())]
     if broken:
         raise PaveError(
             f"task '{task.name}': training gave NaN or infinite weights ({len(broken)} tensors, first {broken[0]}); "
             "lower the learning rates or use a safer precision"
         )
-    if weak := weak_experts({} if score is None else {task.name: float(score)}):
+    constant = constant_scores(task, data.labels("validation"))
+    if weak := weak_experts({task.name: score}, {task.name: constant[task.headline]}):
         log.warning("%s; try other learning rates or more rows", weak)
+    metrics = {monitor: score, **{f"validation/{name}/constant": value for name, value in constant.items()}}
     return expert.model.eval(), metrics
+
+
+def _take_the_best(
+    expert: TaskExpert, checkpoint: ModelCheckpoint, best: Path, trainer: L.Trainer, data: TaskDataModule
+) -> float:
+    """Give an expert the weights with the best validation score, and return it; validates the last ones if needed."""
+    task = expert.task
+    score = float("-inf") if checkpoint.best_model_score is None else float(checkpoint.best_model_score)
+    if expert.validated_at != trainer.global_step:
+        with quiet_lightning(), honest_interrupts():
+            (found,) = trainer.validate(expert, datamodule=data, verbose=False) or ({},)
+        last = float(found.get(f"validation/{task.headline}", "nan"))
+        if last > score:
+            return last
+    if score == float("-inf"):
+        raise PaveError(
+            f"task '{task.name}': no validation pass ended, so there is no best checkpoint; the trainer needs at least "
+            "one validation batch (limit_val_batches)"
+        )
+    problem = damage_of(best, expert.state_dict())
+    if problem:
+        start_anew(task.name, best.parent, f"the best checkpoint is damaged ({problem})")
+        raise PaveError(f"task '{task.name}': the best checkpoint was damaged; run the same command again")
+    expert.load_state_dict(torch.load(best, map_location="cpu", weights_only=True)["state_dict"])
+    return score
+
+
+class _UnusableCheckpointError(Exception):
+    """Lightning could not restore a checkpoint that is whole, such as one of another version."""
+
+
+class _Begun(Callback):
+    """Notes whether training has begun, with all that was to be restored."""
+
+    training = False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.training = True
 
 
 def save_expert(model: nn.Module, base: Path, folder: Path) -> None:

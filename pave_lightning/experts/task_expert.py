@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import AdamW
@@ -15,7 +17,7 @@ from transformers import get_linear_schedule_with_warmup
 
 from pave_lightning.errors import PaveError, nearest
 from pave_lightning.recipe import Task, Training
-from pave_lightning.tasks.metrics import build_metrics, loss, predictions, scores
+from pave_lightning.tasks.metrics import build_metrics, loss, non_finite_rows, predictions, scores
 from pave_lightning.weights.architecture import backbone_of
 
 
@@ -33,6 +35,9 @@ class TaskExpert(L.LightningModule):
 
     Batches are mappings with ``input_ids``, ``attention_mask`` (B x L, int64), perhaps ``token_type_ids``, and
     ``labels`` (B; int64 class indices, or float32 values).
+
+    Attributes:
+        validated_at: after how many steps of the optimiser the weights were last validated while training.
     """
 
     def __init__(self, model: nn.Module, task: Task, training: Training | None = None, seed: int = 0) -> None:
@@ -42,6 +47,7 @@ class TaskExpert(L.LightningModule):
         self.training_options = training if training is not None else task.training
         self.seed = seed
         self.validation_metrics: MetricCollection = build_metrics(task)
+        self.validated_at: int | None = None
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Logits (B x outputs) of a batch; labels in it are not looked at."""
@@ -64,18 +70,38 @@ class TaskExpert(L.LightningModule):
         """Start counting anew."""
         self.validation_metrics.reset()
         self._labelled = False
+        self._broken = torch.zeros((), dtype=torch.int64, device=self.device)
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Add one batch to the metrics; one without labels only passes through, for capture."""
-        predicted = predictions(self.task, self(batch))
+        logits = self(batch)
+        self._broken += non_finite_rows(logits)
         if "labels" in batch:
-            self.validation_metrics.update(predicted, batch["labels"])
+            self.validation_metrics.update(predictions(self.task, logits), batch["labels"])
             self._labelled = True
 
     def on_validation_epoch_end(self) -> None:
-        """Log ``validation/METRIC`` over all processes."""
+        """Log ``validation/METRIC`` over all processes.
+
+        Raises:
+            PaveError: outputs were NaN or infinite, of which a class would be chosen all the same.
+        """
+        broken = int(self.trainer.strategy.reduce(self._broken, reduce_op="sum"))
+        if broken:
+            training = self.trainer.state.fn == TrainerFn.FITTING
+            raise PaveError(
+                f"task '{self.task.name}': {broken} examples get NaN or infinite outputs; "
+                + (
+                    f"training has diverged by step {self.trainer.global_step}: lower the learning rates or use a "
+                    "safer precision"
+                    if training
+                    else "look for broken weights of its expert, or use a safer precision"
+                )
+            )
         if not self._labelled:
             return
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            self.validated_at = self.trainer.global_step
         for name, value in scores(self.validation_metrics).items():
             self.log(f"validation/{name}", value, prog_bar=name == self.task.headline)
 
@@ -83,7 +109,10 @@ class TaskExpert(L.LightningModule):
         """AdamW over four groups: backbone and head, with and without weight decay."""
         options = self.training_options
         optimizer = AdamW(parameter_groups(self.model, options), fused=self.device.type in ("cpu", "cuda"))
-        steps = int(self.trainer.estimated_stepping_batches)
+        found = self.trainer.estimated_stepping_batches
+        if math.isinf(found):
+            raise PaveError("trainer: training would have no end; set max_epochs or max_steps")
+        steps = int(found)
         schedule = get_linear_schedule_with_warmup(optimizer, round(options.warmup_share * steps), steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -11,13 +11,16 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import lightning.pytorch as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from pave_lightning.errors import Interrupted, PaveError, nearest, reason
 from pave_lightning.experts.progress import PassingProgressBar
@@ -28,9 +31,18 @@ OWNED = {
     "default_root_dir": "everything is kept in the run folder",
     "use_distributed_sampler": "the data module's samplers are exact",
     "reload_dataloaders_every_n_epochs": "the data module decides it",
+    "plugins": "they are objects, which no recipe can hold",
     "enable_checkpointing": "resuming and the choice of the best checkpoint need it",
     "enable_model_summary": "it is off",
     "barebones": "it switches off what fine-tuning needs",
+}
+# Options that would lose the weights or wait for ever, the value that does not, and why others do.
+REFUSED: dict[str, tuple[Any, str]] = {
+    "fast_dev_run": (0, "it keeps no checkpoint, so there would be no expert; use max_steps or limit_train_batches"),
+    "num_nodes": (
+        1,
+        "pave starts its processes on this machine alone, and would wait for the others for ever; use devices",
+    ),
 }
 # What concerns the machine, not the training; only these matter for capture and evaluation.
 MACHINE_OPTIONS = ("accelerator", "devices", "strategy", "num_nodes", "enable_progress_bar")
@@ -40,18 +52,67 @@ def trainer_problems(options: Mapping[str, Any], where: str) -> list[str]:
     """What is wrong with options meant for ``lightning.Trainer``: unknown or reserved keys, impossible values."""
     known = [name for name in inspect.signature(L.Trainer.__init__).parameters if name != "self"]
     found = []
-    for key in options:
+    for key, value in options.items():
         if key not in known:
             found.append(f"{where}.{key}: lightning.Trainer has no such option; {nearest(key, known)}")
         elif key in OWNED:
             found.append(f"{where}.{key} cannot be set in a recipe: {OWNED[key]}")
+        elif key in REFUSED and value is not None and value != REFUSED[key][0]:
+            found.append(f"{where}.{key}: {REFUSED[key][1]}")
+        else:
+            found += [f"{where}.{problem}" for problem in _type_problems(key, value)]
     if not found:
+        ours = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
         try:
             with quiet_lightning():
-                L.Trainer(**{**options, "logger": False, "enable_checkpointing": False, "enable_model_summary": False})
-        except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
+                trainer = L.Trainer(**{**options, **ours})
+        except Exception as error:  # whatever a value of another type leads to there
             found.append(f"{where}: lightning.Trainer refuses these options: {reason(error)}")
+        else:
+            found += _unusable(trainer, options, where)
     return found
+
+
+def _type_problems(key: str, value: Any) -> Iterator[str]:
+    """Whether a value is of a type that the option takes, by Lightning's own annotations, which it does not check."""
+    expected = get_type_hints(L.Trainer.__init__)[key]
+    try:
+        TypeAdapter(expected, config=ConfigDict(arbitrary_types_allowed=True, strict=True)).validate_python(value)
+    except ValidationError:
+        names = [_type_name(kind) for kind in get_args(expected) or (expected,) if kind is not type(None)]
+        yield f"{key}: expected {' or '.join(filter(None, names))}, found {value!r}"
+
+
+def _type_name(kind: Any) -> str:
+    """A type in words; empty for classes that no recipe can hold."""
+    if get_origin(kind) is Literal:
+        return ", ".join(map(str, get_args(kind)))
+    plain = get_origin(kind) or kind
+    return str(plain.__name__) if plain in (int, float, str, bool, list, dict) else ""
+
+
+def _unusable(trainer: L.Trainer, options: Mapping[str, Any], where: str) -> Iterator[str]:
+    """What Lightning accepts, but would lose the trained weights or break off later."""
+    strategy = f"{where}.strategy: {options.get('strategy', 'auto')}"
+    if isinstance(getattr(trainer.strategy, "launcher", None), _MultiProcessingLauncher):
+        yield (
+            f"{strategy} trains in processes that keep what callbacks know, so the best checkpoint and the statistics "
+            "would be lost; use strategy: ddp"
+        )
+    if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
+        yield (
+            f"{strategy} shards the weights, but experts are saved, captured and evaluated from whole weights; "
+            "use strategy: ddp, or a single device"
+        )
+
+
+def process_count(options: Mapping[str, Any]) -> int:
+    """How many processes train together with these options, which `trainer_problems` has nothing against."""
+    if not is_distributed(options):
+        return 1
+    with quiet_lightning():
+        trainer = L.Trainer(**machine_options(options), logger=False, enable_checkpointing=False)
+    return int(trainer.num_devices * trainer.num_nodes)
 
 
 def is_distributed(options: Mapping[str, Any]) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pave_lightning.errors import PaveError
 from pave_lightning.layers import is_linear, is_norm
+from pave_lightning.subspace import is_finite
 from pave_lightning.weights import Parameter, TaskVectors
 
 Batch = Mapping[str, Tensor]
@@ -63,11 +64,17 @@ class ForwardPasses:
         """A task's expert with its head, in eval mode, on the device.
 
         Raises:
-            PaveError: none was given.
+            PaveError: none was given, or its weights are not finite.
         """
         if self.classifier is None:
             raise PaveError("this rule needs the experts with their heads, but none were given")
-        return self.classifier(task).to(self.device).eval()
+        model = self.classifier(task).to(self.device).eval()
+        broken = [name for name, value in model.named_parameters() if not is_finite(value)]
+        if broken:
+            raise PaveError(
+                f"the expert of task '{task}' holds NaN or infinity in {broken[0]}; train or fetch it again"
+            )
+        return model
 
     def _placed(self, batch: Batch) -> dict[str, Tensor]:
         """The batch without its labels, on the device."""

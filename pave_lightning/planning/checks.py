@@ -12,6 +12,7 @@ from pave_lightning.experts.trainers import machine_options, trainer_problems
 from pave_lightning.planning.merging import merge_problems
 from pave_lightning.planning.models import check_models
 from pave_lightning.planning.tokens import token_problems
+from pave_lightning.planning.training import schedule_problems
 from pave_lightning.recipe import Recipe
 from pave_lightning.run_folder import RunFolder
 from pave_lightning.tasks.data import check_task
@@ -41,6 +42,7 @@ def check_recipe(recipe: Recipe, folder: RunFolder, *, computes: bool = True) ->
         problems.extend(check_task(task, seed=recipe.seed, cache_dir=folder.data))
     if computes:
         problems.extend(_machine_problems(recipe))
+        problems.extend(schedule_problems(recipe, folder.data))
     attempt(partial(check_models, recipe, problems))
     attempt(lambda: problems.extend(token_problems(recipe, folder)))
     problems.extend(merge_problems(recipe))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
@@ -12,19 +11,22 @@ from rich.table import Table
 
 from pave_lightning.costs import Cost, expected_kinds, predict_cost
 from pave_lightning.errors import PaveError
-from pave_lightning.experts.fitting import DEFAULT_EPOCHS
 from pave_lightning.merging import method_named
 from pave_lightning.planning.merging import stored_parameters
+from pave_lightning.planning.training import planned_schedule
 from pave_lightning.purification.vectors import workers_of
 from pave_lightning.recipe import Purify, Recipe, Task
 from pave_lightning.run_folder import RunFolder
 from pave_lightning.stages import Stage, Stages, purifications, ratios
-from pave_lightning.tasks.data import load_split
+from pave_lightning.tasks.constants import constant_answer
 from pave_lightning.weights import Architecture, Checkpoint, locate_model
 
 
 def plan_rows(recipe: Recipe, folder: RunFolder) -> list[tuple[str, str, str]]:
-    """One row a stage: its name, whether its result is there, stale or to do, and what the stage does."""
+    """One row a stage: its name, whether its result is there, stale, damaged or to do, and what the stage does.
+
+    Of experts it says what always the same answer scores on the validation split, which they have to surpass.
+    """
     stages, about = Stages(recipe, folder), {}
     for task in recipe.tasks:
         about[stages.expert(task).name] = _fit_summary(recipe, task, folder.data)
@@ -109,16 +111,13 @@ def predicted_cost(recipe: Recipe, folder: RunFolder) -> Cost:
 
 
 def _fit_summary(recipe: Recipe, task: Task, cache: Path) -> str:
+    constant = constant_answer(task, "validation", seed=recipe.seed, cache_dir=cache)[task.headline]
+    told = f"; always the same answer: {task.headline} {constant:.3f}"
     if task.expert is not None:
-        return f"from {task.expert.from_}"
-    rows = len(load_split(task, "train", seed=recipe.seed, cache_dir=cache))
-    epochs = task.trainer.get("max_epochs", DEFAULT_EPOCHS)
-    if not isinstance(epochs, int) or epochs < 0:
-        return _counted(rows, "row")
-    steps = math.ceil(rows / task.training.batch_size) * epochs
-    return (
-        f"{_counted(rows, 'row')}, {_counted(epochs, 'epoch')}, {_counted(steps, 'step')} of {task.training.batch_size}"
-    )
+        return f"from {task.expert.from_}{told}"
+    rows, schedule = planned_schedule(task, recipe.seed, cache)
+    epochs, steps = _counted(schedule.epochs, "epoch"), _counted(schedule.steps, "step")
+    return f"{_counted(rows, 'row')}, {'at most ' * schedule.at_most}{epochs}, {steps} of {schedule.batch}{told}"
 
 
 def _counted(number: int, what: str) -> str:

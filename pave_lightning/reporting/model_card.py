@@ -120,7 +120,11 @@ def model_card(
             parts += ["These layers were left as they are:", "\n".join(lines)]
     parts += ["## Use", STATIC if form == "static" else PER_TASK, STATIC_USE if form == "static" else PER_TASK_USE]
     if scores is not None and scores.tasks():
-        parts += ["## Scores", _scores(scores, Model(name, vectors, form)), _reading(form, scores.left_out_note())]
+        parts += [
+            "## Scores",
+            _scores(scores, Model(name, vectors, form)),
+            _reading(form, scores.left_out_note(), scores.not_learned_note()),
+        ]
     if experts:
         rows = [(escaped(expert.task), as_code(expert.source), as_code(expert.digest)) for expert in experts]
         parts += ["## Experts", table(["task", "source", "digest of the weights"], rows)]
@@ -145,10 +149,10 @@ def _scores(scores: ScoreTable, merged: Model) -> str:
     return table([escaped(cell) for cell in header], rows)
 
 
-def _reading(form: str, left_out: str) -> str:
+def _reading(form: str, *notes: str) -> str:
     text = "*normalised*: a score divided by that of the task's expert, averaged over the tasks."
-    if left_out:
-        text += f" {escaped(left_out)}"
+    for note in filter(None, notes):
+        text += f" {escaped(note)}"
     if form == "per-task":
         text += " This model keeps something extra for each task; compare it with static models with care."
     return text

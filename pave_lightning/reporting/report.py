@@ -19,6 +19,7 @@ from pave_lightning.reporting.plots import kept_ranks, normalised_scores
 from pave_lightning.reporting.scores import Model, Score, ScoreTable
 from pave_lightning.reporting.tables import render
 from pave_lightning.reporting.untouched import untouched_lines
+from pave_lightning.tasks.constants import constant_answer
 from pave_lightning.terminal import terminal
 from pave_lightning.tracking import Tracker, environment_tags
 from pave_lightning.workflow import Workflow, merge_params
@@ -101,7 +102,13 @@ def collect_scores(workflow: Workflow) -> ScoreTable:
     for step, vectors in stages.merges():
         form = stages.finished(stages.merged(step, vectors)).result["form"]
         add(stages.scores_of(step, vectors).name, step.name, vectors, form)
-    return ScoreTable(rows)
+    return ScoreTable(rows, _constants(workflow))
+
+
+def _constants(workflow: Workflow) -> dict[str, dict[str, float]]:
+    """What always the same answer scores on each test split, by task and metric."""
+    recipe, cache = workflow.recipe, workflow.folder.data
+    return {task.name: constant_answer(task, "test", seed=recipe.seed, cache_dir=cache) for task in recipe.tasks}
 
 
 def _draw_ranks(workflow: Workflow) -> list[Path]:
@@ -190,9 +197,12 @@ def _write_cards(workflow: Workflow, table: ScoreTable) -> None:
             untouched=() if purify is None else _untouched(workflow, purify),
             experts=experts,
             scores=ScoreTable(
-                score
-                for score in table.scores
-                if score.form in ("base", "expert") or (score.model, score.vectors) == (step.name, vectors)
+                (
+                    score
+                    for score in table.scores
+                    if score.form in ("base", "expert") or (score.model, score.vectors) == (step.name, vectors)
+                ),
+                table.constants,
             ),
             versions=versions,
         )
@@ -211,8 +221,13 @@ def _record(workflow: Workflow, tracker: Tracker, table: ScoreTable, files: list
     for file in files:
         tracker.log_file(parent, file)
     for task in workflow.recipe.tasks:
-        own = {f"test/{s.metric}": s.value for s in table.scores if s.form == "expert" and s.task == task.name}
-        tracker.complete(f"expert:{task.name}", stage="fit", part="report", metrics=own)
+        own = [score for score in table.scores if score.form == "expert" and score.task == task.name]
+        values = {f"test/{score.metric}": score.value for score in own}
+        for score in own:
+            constant = table.constants[task.name][score.metric]
+            values[f"test/{score.metric}/constant"] = constant
+            values[f"test/{score.metric}/above_constant"] = score.value - constant
+        tracker.complete(f"expert:{task.name}", stage="fit", part="report", metrics=values)
     for step, vectors in workflow.stages.merges():
         name, params = f"merge:{step.name}:{vectors}", merge_params(step, vectors)
         metrics = _model_metrics(table, step.name, vectors)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +66,7 @@ class ScoreTable:
     Args:
         scores: In any order. The order in which tasks first come is kept; models are grouped by form (base, experts,
             static, per-task) and keep their order within.
+        constants: What always the same answer scores, by task and metric, where it is known.
 
     Raises:
         ValueError: If a score is given twice, if two experts have a score of the same task and metric, or if a task's
@@ -80,7 +81,8 @@ class ScoreTable:
         0.75
     """
 
-    def __init__(self, scores: Iterable[Score]) -> None:
+    def __init__(self, scores: Iterable[Score], constants: Mapping[str, Mapping[str, float]] | None = None) -> None:
+        self.constants = dict(constants or {})
         self.scores: tuple[Score, ...] = tuple(scores)
         self.headlines: dict[str, str] = {}
         self._values: dict[tuple[Model, str, str], Score] = {}
@@ -150,6 +152,29 @@ class ScoreTable:
             for task, value in self.left_out().items()
         ]
         return left_out_sentence(len(places), places)
+
+    def not_learned(self) -> dict[str, tuple[float, float]]:
+        """Tasks whose expert is no better than always the same answer: its headline value, and that answer's."""
+        found = {}
+        for task, metric in self.headlines.items():
+            expert = self._experts.get((task, metric), math.nan)
+            constant = self.constants.get(task, {}).get(metric, math.nan)
+            if expert <= constant:
+                found[task] = (expert, constant)
+        return found
+
+    def not_learned_note(self) -> str:
+        """Which experts are no better than always the same answer, in one sentence; empty where all are."""
+        places = [
+            f"{task} ({self.headlines[task]} {expert:.3f}, always the same answer {constant:.3f})"
+            for task, (expert, constant) in self.not_learned().items()
+        ]
+        if not places:
+            return ""
+        return (
+            f"Not learned: the expert of {', '.join(places)} is no better than always the same answer, so normalised "
+            "scores of this task and their averages say little."
+        )
 
     def to_long_frame(self) -> pd.DataFrame:
         """One row a score: the fields of `Score` and `normalised`."""

@@ -20,6 +20,7 @@ SHORT_METRICS = {
     "spearman": "rho",
 }
 EXTRA_MARK = "*"
+NOT_LEARNED_MARK = "!"
 
 # Widths in characters; longer names are broken between their words, and inside of words that are longer than the last
 GAP = 2
@@ -55,7 +56,9 @@ def render(table: ScoreTable, width: int = 100) -> Table:
         for group in _groups(tasks, [_width(table, task) for task in tasks], free):
             whole.add_row("")
             whole.add_row(_part(table, group, with_averages=False))
-    whole.caption = Text("\n" + "\n".join(filter(None, [_caption(table), table.left_out_note()])), style="dim")
+    whole.caption = Text(
+        "\n" + "\n".join(filter(None, [_caption(table), table.left_out_note(), _not_learned(table)])), style="dim"
+    )
     whole.caption_justify = "left"
     return whole
 
@@ -76,7 +79,7 @@ def _part(table: ScoreTable, tasks: list[str], *, with_averages: bool) -> Table:
         if previous is not None and _section(model) != _section(previous):
             part.add_section()
         cells = [Text("\n".join(lines_of(_label(model), MODEL_WIDTH))), Text(model.vectors)]
-        cells += [Text(_number(table.value(model, task))) for task in tasks]
+        cells += [Text(_number(table.value(model, task)) + _mark(table, model, task)) for task in tasks]
         if with_averages:
             normalised = table.normalised_average(model)
             style = "bold" if model.form == "static" and normalised == best else ""
@@ -126,6 +129,16 @@ def _caption(table: ScoreTable) -> str:
     if any(model.form == "per-task" for model in table.models()):
         text += f" {EXTRA_MARK} per-task: keeps something extra for each task, so not one model for all tasks."
     return text
+
+
+def _mark(table: ScoreTable, model: Model, task: str) -> str:
+    """What follows an expert's score that is no better than always the same answer."""
+    return NOT_LEARNED_MARK if model.form == "expert" and task in table.not_learned() else ""
+
+
+def _not_learned(table: ScoreTable) -> str:
+    note = table.not_learned_note()
+    return f"{NOT_LEARNED_MARK} {note}" if note else ""
 
 
 def _best_static(table: ScoreTable) -> float:

@@ -140,6 +140,10 @@ class TaskDataModule(LightningDataModule):
         _, remarks = token_findings(self.dataset(split), self.tokenizer, places)
         return [f"{split_title(self.task, split)}: {remark}" for remark in remarks]
 
+    def labels(self, split: Split) -> torch.Tensor:
+        """The encoded labels of a split, shape ``(n,)``: int64 class indices, or float32 numbers."""
+        return torch.from_numpy(encode_labels(self.task, self.dataset(split)["labels"][:]))
+
     def train_dataloader(self) -> DataLoader[Any]:
         """Random batches of rows of similar length.
 

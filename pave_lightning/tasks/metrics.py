@@ -20,7 +20,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 from pave_lightning.recipe import MetricName, Task
 
-# All metrics are 1 at best; correlations and Matthews are 0 by chance, accuracies above.
+# All metrics are 1 at best. An expert that comes no further from a constant answer's score to that has hardly learned.
 HARDLY_LEARNED = 0.1
 
 
@@ -109,6 +109,36 @@ def predictions(task: Task, logits: Tensor) -> Tensor:
     return logits.squeeze(-1).float()
 
 
+def non_finite_rows(logits: Tensor) -> Tensor:
+    """How many rows of logits hold NaN or infinity, int64 scalar on their device: argmax would choose a class of them.
+
+    Args:
+        logits: floating-point tensor of shape ``(n, outputs)``.
+    """
+    return (~torch.isfinite(logits)).flatten(1).any(dim=1).sum()
+
+
+def constant_scores(task: Task, labels: Tensor) -> dict[str, float]:
+    """What the best constant answer scores in each metric of a task: always the same class, or the same number.
+
+    Args:
+        task: its ``metrics``, ``kind`` and ``classes`` are used.
+        labels: encoded labels of shape ``(n,)``, int64 class indices or floating-point numbers.
+    """
+    if task.kind == "classification":
+        # The largest class is best in every metric but f1, which looks at class 1 alone.
+        answers = {int(labels.bincount().argmax()), *([1] if "f1" in task.metrics else [])}
+        constants = [torch.full_like(labels, answer) for answer in answers]
+    else:
+        constants = [torch.zeros_like(labels, dtype=torch.float32)]
+    found = []
+    for constant in constants:
+        metrics = build_metrics(task)
+        metrics.update(constant, labels)
+        found.append(scores(metrics))
+    return {name: max(one[name] for one in found) for name in found[0]}
+
+
 def loss(task: Task, logits: Tensor, labels: Tensor) -> Tensor:
     """Mean loss of a batch, computed in float32: cross-entropy, or mean squared error for regression.
 
@@ -147,16 +177,21 @@ def _metric(name: MetricName, outputs: int) -> Metric:
             return Correlation(ranked=True)
 
 
-def weak_experts(headlines: Mapping[str, float]) -> str:
+def weak_experts(headlines: Mapping[str, float], constants: Mapping[str, float]) -> str:
     """What to tell of experts that have hardly learned their task; empty where there are none.
 
-    Scores of merged models are divided by their expert's: where that is close to zero, one task decides an average
-    by chance; where it is not above zero, the task is left out.
+    Scores of merged models are divided by their expert's: where that is hardly above what a constant answer scores,
+    even the base may come close to 1, and where it is not above zero, the task is left out.
 
     Args:
         headlines: each expert's headline score on validation rows, by task.
+        constants: what a constant answer scores there, see `constant_scores`.
     """
-    weak = [f"{task} ({value:.3f})" for task, value in headlines.items() if not value >= HARDLY_LEARNED]
+    weak = [
+        f"{task} ({value:.3f}, always the same answer: {constants[task]:.3f})"
+        for task, value in headlines.items()
+        if not value - constants[task] >= HARDLY_LEARNED * (1 - constants[task])
+    ]
     if not weak:
         return ""
     return (

@@ -52,7 +52,7 @@ def searcher(suite, tmp_path):
             tasks,
             stub,
             ExpertsCandidate({}),
-            data=lambda task: SimpleNamespace(task=task),
+            data=lambda task: SimpleNamespace(task=task, labels=lambda split: torch.arange(100) % 2),
             options={"accelerator": "cpu", "devices": 1},
             precision="32-true",
             root=tmp_path,
@@ -236,8 +236,14 @@ def test_no_scale_with_finite_scores(searcher):
         find(search)
 
 
+def test_an_expert_without_finite_scores_is_named(searcher):
+    _, search = searcher((1, 1, math.nan), lambda scale: (1, 1, 1))
+    with pytest.raises(PaveError, match="task 'third': pearson is not finite from its own expert"):
+        find(search)
+
+
 def test_tasks_whose_expert_scores_nothing_do_not_count(searcher):
-    _, search = searcher((1, 0, math.nan), lambda scale: (1 - scale, scale, scale))
+    _, search = searcher((1, 0, -0.1), lambda scale: (1 - scale, scale, scale))
     found = find(search)
     assert found["scale"] == 0.0
     assert found["tried"][0][1] == pytest.approx(1.0)
@@ -247,11 +253,11 @@ def test_an_expert_that_scores_next_to_nothing_is_told_once(searcher, caplog):
     _, search = searcher((1, 0.05, 0.1), lambda scale: (1, 1, 1))
     find(search)
     (told,) = [record.getMessage() for record in caplog.records if "hardly learned" in record.getMessage()]
-    assert f"expert of {search.tasks[1].name} (0.050) has" in told
+    assert f"expert of {search.tasks[1].name} (0.050, always the same answer: 0.333) has" in told
 
 
 def test_no_expert_scores_anything(searcher):
-    _, search = searcher((0, -0.5, math.nan), lambda scale: (1, 1, 1))
+    _, search = searcher((0, -0.5, -0.1), lambda scale: (1, 1, 1))
     with pytest.raises(PaveError, match="no expert scores above zero"):
         find(search)
 

@@ -13,6 +13,7 @@ from transformers import (
 )
 
 from pave_lightning.errors import PaveError
+from pave_lightning.experts import task_expert
 from pave_lightning.experts.fitting import fit_expert, save_expert
 from pave_lightning.experts.loading import load_adapter, load_with_new_head
 from pave_lightning.experts.task_expert import TaskExpert, parameter_groups
@@ -151,30 +152,67 @@ def test_other_families(family, lora, tiny_tokenizer, make_task, fit, tmp_path):
     assert model.config.pad_token_id == 0
 
 
-def test_a_damaged_last_checkpoint_does_not_block_the_task(base_folder, make_task, fit, tmp_path):
-    (tmp_path / "work").mkdir()
-    path = tmp_path / "work" / "last.ckpt"
-    torch.save({"state_dict": {"weight": torch.zeros(1000)}}, path)
-    path.write_bytes(path.read_bytes()[:2000])
-    fit(make_task(), base_folder)
-
-
-@pytest.mark.parametrize("trainer", [{"limit_val_batches": 0}, {"check_val_every_n_epoch": 3}, {"max_epochs": 0}])
-def test_training_without_validation_is_refused(base_folder, make_task, fit, trainer):
-    with pytest.raises(PaveError, match="no best checkpoint"):
+@pytest.mark.parametrize(
+    ("trainer", "told"),
+    [({"limit_val_batches": 0}, "no validation pass ended"), ({"max_epochs": 0}, "nothing was trained")],
+    ids=str,
+)
+def test_training_without_validation_is_refused(base_folder, make_task, fit, trainer, told):
+    with pytest.raises(PaveError, match=told):
         fit(make_task(trainer=trainer), base_folder)
 
 
+def test_what_lightning_refuses_when_fitting_begins_is_a_mistake_of_the_user(base_folder, make_task, fit):
+    with pytest.raises(PaveError, match="limit_val_batches"):
+        fit(make_task(trainer={"limit_val_batches": 0.01}), base_folder)
+
+
 def test_diverged_training_is_told(base_folder, make_task, fit):
-    with pytest.raises(PaveError, match="NaN or infinite weights"):
+    with pytest.raises(PaveError, match="NaN or infinite outputs; training has diverged by step 3: lower"):
         fit(make_task(learning_rate=1e30, head_learning_rate=1e30, warmup_share=0.0), base_folder)
 
 
 def test_an_expert_that_has_hardly_learned_is_told(base_folder, make_task, fit, caplog):
     still = {"learning_rate": 1e-12, "head_learning_rate": 1e-12}
     fit(make_task(metrics=["matthews"], **still), base_folder)  # one answer for all rows: Matthews is zero
-    assert "the expert of words (0.000) has hardly learned its task" in caplog.text
+    assert "the expert of words (0.000, always the same answer: 0.000) has hardly learned its task" in caplog.text
     assert "try other learning rates or more rows" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "trainer",
+    [
+        {"max_steps": 2},
+        {"max_steps": 5, "max_epochs": 4},
+        {"check_val_every_n_epoch": 3},
+        {"max_steps": 2, "min_epochs": 2},
+    ],
+    ids=str,
+)
+def test_the_last_steps_are_validated_once_more(base_folder, make_task, tmp_path, trainer, monkeypatch):
+    """Learning goes up here with each step, so the weights after the last one are the best."""
+    steps = []
+    step = TaskExpert.training_step
+    monkeypatch.setattr(TaskExpert, "training_step", lambda self, *given: steps.append(1) or step(self, *given))
+    validate, heads = TaskExpert.on_validation_epoch_end, []
+
+    def noting(self):
+        heads.append(self.model.classifier.weight.detach().clone())
+        validate(self)
+
+    monkeypatch.setattr(TaskExpert, "on_validation_epoch_end", noting)
+    scored = iter(range(100))
+    monkeypatch.setattr(task_expert, "scores", lambda metrics: {"accuracy": 0.001 * next(scored)})
+    model, metrics = fit_expert(
+        make_task(trainer=trainer), base_folder, seed=0, work_folder=tmp_path / "w", cache_folder=tmp_path / "d"
+    )
+    assert len(steps) == trainer.get("max_steps", 3)
+    assert metrics["validation/accuracy"] == pytest.approx(0.001 * (next(scored) - 1))
+    torch.testing.assert_close(model.classifier.weight, heads[-1], rtol=0, atol=0)
+
+
+def test_early_stopping_does_without_a_validation_pass_in_the_epoch(base_folder, make_task, fit):
+    fit(make_task(trainer={"max_steps": 2}, early_stopping={"patience": 2}), base_folder)
 
 
 def test_early_stopping_stops(base_folder, make_task, fit, tmp_path):

@@ -167,3 +167,14 @@ def test_replacing_leaves_the_old_file_when_writing_fails(tmp_path):
         write_half()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(("constant", "told"), [(0.5, False), (0.8, True), (0.9, True)])
+def test_an_expert_no_better_than_always_the_same_answer_is_told(constant, told):
+    entries = [score("experts", "sst2", 0.8, form="expert"), score("ties", "sst2", 0.8, vectors="plain")]
+    table = ScoreTable(entries, {"sst2": {"accuracy": constant}})
+    assert table.not_learned() == ({"sst2": (0.8, constant)} if told else {})
+    note = table.not_learned_note()
+    assert (f"sst2 (accuracy 0.800, always the same answer {constant:.3f})" in note) is told
+    assert bool(note) is told
+    assert not ScoreTable(entries).not_learned(), "nothing is said where no constant answer is known"

@@ -127,3 +127,11 @@ def test_tasks_that_are_left_out_are_told_below():
     table = ScoreTable([*table.scores, Score("experts", "", "expert", "c", "pearson", True, -0.25, 10)])
     told = " ".join(shown(table).split())
     assert told.endswith("where the expert has no score above zero: c (pearson -0.25).")
+
+
+def test_an_expert_that_learned_nothing_is_marked_and_told():
+    text = shown(ScoreTable(scores(["good", "bad"]).scores, {"good": {"accuracy": 0.5}, "bad": {"accuracy": 0.8}}))
+    (row,) = [line for line in text.splitlines() if line.startswith("experts")]
+    assert row.split() == ["experts", "0.800", "0.800!", "0.800", "1.000"]
+    assert "! Not learned: the expert of bad (accuracy 0.800, always the same answer 0.800)" in " ".join(text.split())
+    assert "Not learned" not in shown(scores(["good", "bad"]))

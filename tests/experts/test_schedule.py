@@ -1,0 +1,134 @@
+"""How long training will take is what it takes; what Lightning would refuse is refused before."""
+
+import pytest
+import torch
+
+from pave_lightning.errors import PaveError
+from pave_lightning.experts.schedule import Schedule, training_schedule
+from pave_lightning.experts.trainers import process_count, trainer_problems
+from pave_lightning.recipe import Task
+
+
+def make_task(trainer=None, **training):
+    data = dict.fromkeys(("train", "validation", "test"), "rows.csv")
+    return Task.model_validate(
+        {
+            "name": "words",
+            "data": data,
+            "text": "text",
+            "classes": ["low", "high"],
+            "training": {"batch_size": 16, **training},
+            "trainer": {"accelerator": "cpu", **(trainer or {})},
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("trainer", "expected"),
+    [
+        # 70 rows in batches of 16 are 5 batches an epoch; 3 epochs where nothing is said.
+        ({}, (3, 15, 16)),
+        ({"max_epochs": 2}, (2, 10, 16)),
+        ({"max_steps": 3}, (1, 3, 16)),
+        ({"max_steps": 7}, (2, 7, 16)),
+        ({"max_steps": 100}, (3, 15, 16)),
+        ({"max_epochs": -1, "max_steps": 12}, (3, 12, 16)),
+        ({"max_epochs": 1, "accumulate_grad_batches": 2}, (1, 3, 32)),
+        ({"max_epochs": 2, "limit_train_batches": 2}, (2, 4, 16)),
+        ({"max_epochs": 2, "limit_train_batches": 0.4}, (2, 4, 16)),
+        ({"max_epochs": 1, "overfit_batches": 2}, (1, 2, 16)),
+        ({"max_epochs": 1, "min_epochs": 5}, (1, 5, 16)),
+        ({"max_epochs": 1, "check_val_every_n_epoch": 3}, (1, 5, 16)),
+        ({"max_epochs": 1, "val_check_interval": 2}, (1, 5, 16)),
+        ({"max_epochs": 1, "num_sanity_val_steps": 2}, (1, 5, 16)),
+    ],
+    ids=str,
+)
+def test_the_schedule_is_what_lightning_makes_of_the_options(trainer, expected):
+    assert training_schedule(make_task(trainer), 70, 40) == Schedule(*expected, at_most=False)
+
+
+def test_processes_share_the_rows():
+    assert training_schedule(make_task({"max_epochs": 1}), 70, 40, 2) == Schedule(1, 3, 32, at_most=False)
+    assert process_count({"accelerator": "cpu", "devices": 2, "strategy": "ddp"}) == 2
+    assert process_count({"accelerator": "cpu"}) == 1
+
+
+@pytest.mark.parametrize(
+    "task", [make_task({"max_time": "00:01:00:00"}), make_task(early_stopping={"patience": 2})], ids=["time", "early"]
+)
+def test_what_may_end_sooner_is_said(task):
+    assert training_schedule(task, 70, 40).at_most
+
+
+@pytest.mark.parametrize(
+    ("trainer", "told"),
+    [
+        ({"max_epochs": 0}, "nothing would be trained.*max_epochs: 0"),
+        ({"max_steps": 0}, "nothing would be trained.*max_steps: 0"),
+        ({"limit_train_batches": 0}, "nothing would be trained.*limit_train_batches: 0"),
+        ({"limit_val_batches": 0}, "nothing would be validated.*limit_val_batches: 0"),
+        ({"limit_val_batches": 0.01}, "limit_val_batches=0.33"),
+        ({"limit_train_batches": 0.01}, "limit_train_batches=0.2"),
+        ({"max_epochs": -1}, "no end"),
+        ({"max_epochs": -1, "max_time": "00:01:00:00"}, "no end"),
+        ({"val_check_interval": 6}, "val_check_interval"),
+        ({"val_check_interval": 0}, "val_check_interval: 0"),
+        ({"check_val_every_n_epoch": 0}, "check_val_every_n_epoch: 0"),
+        ({"accumulate_grad_batches": 0}, "accumulate_grad_batches: 0"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_trained_is_refused(trainer, told):
+    with pytest.raises(PaveError, match=told):
+        training_schedule(make_task(trainer), 70, 40)
+
+
+def test_asking_changes_nothing():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    training_schedule(make_task(), 70, 40)
+    torch.testing.assert_close(torch.rand(3), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"strategy": "ddp_spawn", "devices": 2}, "ddp_spawn.*use strategy: ddp"),
+        ({"strategy": "ddp_notebook", "devices": 2}, "use strategy: ddp"),
+        ({"strategy": "fsdp"}, "requires a GPU"),
+        ({"strategy": "no_such"}, "no_such"),
+        ({"strategy": {"class_path": "x"}}, "trainer.strategy: expected str, found"),
+        ({"num_nodes": 2}, "trainer.num_nodes: pave starts its processes on this machine alone"),
+        ({"fast_dev_run": True}, "trainer.fast_dev_run: it keeps no checkpoint"),
+        ({"fast_dev_run": 3}, "trainer.fast_dev_run: it keeps no checkpoint"),
+        ({"profiler": {"class_path": "x"}}, "trainer.profiler: expected str"),
+        ({"plugins": ["x"]}, "trainer.plugins cannot be set in a recipe"),
+        ({"max_epochs": "3"}, "trainer.max_epochs: expected int, found '3'"),
+        ({"max_epochs": 1.5}, "trainer.max_epochs: expected int, found 1.5"),
+        ({"max_time": 5}, "trainer.max_time: expected str or dict, found 5"),
+        ({"limit_train_batches": 1.5}, r"1.5 for limit_train_batches, it has to be in \[0.0, 1.0\] or an int"),
+        ({"accelerator": "tpu"}, "torch_xla"),
+    ],
+    ids=str,
+)
+def test_options_that_would_fail_later_are_refused(options, told):
+    (problem,) = trainer_problems({"accelerator": "cpu", **options}, "trainer")
+    with pytest.raises(AssertionError, match=told):
+        raise AssertionError(problem)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"fast_dev_run": False},
+        {"num_nodes": 1},
+        {"precision": 16},
+        {"profiler": "simple"},
+        {"max_time": {"minutes": 1}},
+    ],
+    ids=str,
+)
+def test_harmless_options_pass(options):
+    assert trainer_problems({"accelerator": "cpu", **options}, "trainer") == []
