@@ -38,7 +38,8 @@ class PaveCallback(L.Callback):
     What is captured for each layer is its input covariance ``C = X^T X / n``, or, where that is smaller, the cross
     moment ``A = W C = Y^T X / n`` with the outputs ``Y`` less their bias; where a layer has counted fewer rows than it
     is wide, the rows themselves (see `LayerMoment`). Layers that are given the same tensor object (query, key and
-    value) share one covariance. Products are float32, sums float64, whatever the Trainer's precision. Memory is that of
+    value) share one covariance for as long as they are given the same: one that is later called with another tensor,
+    more often or less often goes on with a copy of the sums. Products are float32, sums float64, whatever the Trainer's precision. Memory is that of
     the moments and does not grow with the data.
 
     Rows are tokens. Where the batch holds a mask of shape ``(B, L)``, rows of padded positions are dropped from inputs
@@ -83,8 +84,7 @@ class PaveCallback(L.Callback):
         mask_key: key of the padding mask in batches that are mappings: true or non-zero where a token is real, as the
             ``attention_mask`` of tokenizers, not as the ``key_padding_mask`` of ``torch.nn.MultiheadAttention``.
         metadata: strings to be kept with the statistics.
-        share_inputs: whether layers with the same input share one covariance. Only needed as False for models that call
-            such layers unequally often.
+        share_inputs: whether layers with the same input share one covariance; False gives each layer its own.
         rows: how many rows a layer counts at most over the whole pass and all processes; None counts all.
         seed: what the sample of rows depends on.
         convolutions: whether to capture convolutions whose patches do not overlap (patch embeddings, and 1 x 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -139,6 +140,10 @@ class Calls:
             self._batch, self._calls = batch, 0
         self._calls += 1
         return self._calls - 1
+
+    def copy(self) -> Calls:
+        """The same count, going on by itself."""
+        return copy(self)
 
 
 def _generator(*key: int) -> torch.Generator:

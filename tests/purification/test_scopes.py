@@ -48,10 +48,13 @@ def greedy_by_layer(spectra, rho):
 
 
 def averaged(spectra, ranks):
-    shares = {}
-    for key, rank in ranks.items():
-        shares.setdefault(key[0], []).append(rank / len(spectra[key][1]))
-    return {key: max(1, round(np.mean(shares[key[0]]) * len(spectra[key][1]))) for key in ranks}
+    full = {key: len(spectra[key][1]) for key in ranks}
+    share = {
+        task: sum(rank for key, rank in ranks.items() if key[0] == task)
+        / sum(n for key, n in full.items() if key[0] == task)
+        for task in {key[0] for key in ranks}
+    }
+    return {key: max(1, round(share[key[0]] * full[key])) for key in ranks}
 
 
 def read_all(vectors):
