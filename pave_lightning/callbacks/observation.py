@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from pave_lightning.callbacks.padding import PartOf, whole
 from pave_lightning.callbacks.sampling import RowSampler
 from pave_lightning.callbacks.sharing import Given, InputGroup, InputGroups
 from pave_lightning.errors import PaveError
@@ -76,6 +77,7 @@ class LinearObserver:
         moments: ``"smallest"`` takes the cross moment for layers with ``d_in > d_out``, ``"output"`` the output moment;
             ``"input"`` takes the input covariance for all.
         sampler: which rows to count; None counts all.
+        part_of: gives the part of the model whose padding mask an input of a module has.
         share_inputs: whether layers that are given the same tensor object share one covariance.
         keep_rows: whether layers that have counted fewer rows than they are wide keep the rows.
     """
@@ -86,10 +88,11 @@ class LinearObserver:
         moments: Moments,
         *,
         sampler: RowSampler | None = None,
+        part_of: PartOf = whole,
         share_inputs: bool = True,
         keep_rows: bool = True,
     ) -> None:
-        self._sampler = sampler or RowSampler(None)
+        self._sampler, self._part_of = sampler or RowSampler(None), part_of
         self._batch = 0
         self._layers = {name: _ObservedLayer(name, group[0], moments, keep_rows) for name, group in layers.items()}
         self._groups = InputGroups(
@@ -174,6 +177,7 @@ class LinearObserver:
             self._sampler.allowance(group.calls.counted),
             call,
             group.calls.expected,
+            self._part_of(module, inputs),
         )
         if layer.kind == "input":
             return moment.update(selected(tensor, axes, index), seen=seen)
