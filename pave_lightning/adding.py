@@ -82,13 +82,14 @@ def add_expert(
     with _whole_expert(named, base, task, fisher) as folder:
         evidence = Evidence() if fisher is None else Evidence(fisher={task: load_gradients(Path(fisher), folder)})
         architecture = Architecture.of_folder(folder)
-        base_weights, new = (Checkpoint(place, architecture.prefix) for place in (base, folder))
+        base_weights, new = map(architecture.checkpoint, (base, folder))
         problems = Problems(f"the expert {named} cannot be added to {merged}:")
         problems.extend(config_differences(task, Architecture.of_folder(base), architecture))
         problems.extend(_unfit(merged, facts, base_weights, new, architecture))
         problems.raise_if_any()
         before = Checkpoint(merged, architecture.prefix)
-        source = ExpertTaskVectors(base_weights, {ALREADY_MERGED: before, task: new}, architecture)
+        counts = {ALREADY_MERGED: sum(head.is_dir() for head in heads.iterdir())}
+        source = ExpertTaskVectors(base_weights, {ALREADY_MERGED: before, task: new}, architecture, counts)
         method = make_method(str(facts["method"]), facts.get("options", {}))
         if not isinstance(method, SequentialMethod):
             raise PaveError(_not_sequential(merged, facts))

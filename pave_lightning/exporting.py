@@ -77,6 +77,9 @@ def write_purified_expert(
     if missing:
         raise PaveError(f"{expert.folder} has no weight {missing[0]}: it is not the expert of '{task}'")
     purified = {expert.backbone[name].name: parameter for name, parameter in matrices.items()}
+    for copy, name in expert.tied.items():
+        if copy in expert.copies and name in matrices:
+            purified[expert.copies[copy].name] = matrices[name]
     writer = ShardWriter(folder)
     for name, stored in expert.stored():
         tensor = expert.read(stored)

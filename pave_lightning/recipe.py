@@ -305,8 +305,8 @@ class Purify(Section):
     0.97, 0.984, 0.992 and 1, whose merged model scores best on the validation split. 1 is no purification, so on that
     data auto is never below plain."""
     scope: Literal["layer", "model", "global"] = "layer"
-    """What shares one budget of ranks. layer: the tasks of one layer (the paper); model: the ratios of all layers are
-    averaged to one for each task (the published scripts); global: all layers and tasks."""
+    """What shares one budget of ranks. layer: the tasks of one layer (the paper); model: as layer, then one ratio for
+    each task, all the ranks that it keeps over all full ranks (the published scripts); global: all layers and tasks."""
     metric: Literal["covariance", "root", "identity"] = "covariance"
     """What ranks the directions: W C (the paper), W C^(1/2) (the output error), or W alone."""
     statistics: Literal["own", "other_task", "random", "task_vector"] = "own"

@@ -374,6 +374,8 @@ class Workflow:
         with torch.random.fork_rng():
             backbone = backbone_of(empty_classifier(self._expert_folder(self.recipe.tasks[0].name), device="cpu"))
         load_parameters(backbone, {p.name: self.plain.base(p) for p in self.plain.parameters})
+        kept = [name for name in self._base if self._architecture.averages(name)]
+        load_parameters(backbone, {name: self._base.tensor(name) for name in kept})
         return backbone.float().eval()
 
     def _classifier(self, name: str) -> nn.Module:
@@ -453,12 +455,12 @@ class Workflow:
 
     @cached_property
     def _base(self) -> Checkpoint:
-        return Checkpoint(self.base_folder, self._architecture.prefix)
+        return self._architecture.checkpoint(self.base_folder)
 
     @cached_property
     def _experts(self) -> dict[str, Checkpoint]:
-        prefix = self._architecture.prefix
-        return {task.name: Checkpoint(self._expert_folder(task.name), prefix) for task in self.recipe.tasks}
+        checkpoint = self._architecture.checkpoint
+        return {task.name: checkpoint(self._expert_folder(task.name)) for task in self.recipe.tasks}
 
     @cached_property
     def statistics(self) -> dict[str, TaskStatistics]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from pave_lightning.callbacks.observation import selected, weight_owners
+from pave_lightning.callbacks.padding import PartOf, whole
 from pave_lightning.callbacks.sampling import Calls, RowSampler
 from pave_lightning.errors import PaveError
 from pave_lightning.layers import is_norm, is_scaled, normalised
@@ -35,10 +36,11 @@ class NormObserver:
     Args:
         layers: name -> the modules that hold its scale, from `norm_layers`.
         sampler: which rows to count; it is told of batches by somebody else.
+        part_of: gives the part of the model whose padding mask an input of a module has.
     """
 
-    def __init__(self, layers: Mapping[str, Sequence[nn.Module]], sampler: RowSampler) -> None:
-        self._sampler = sampler
+    def __init__(self, layers: Mapping[str, Sequence[nn.Module]], sampler: RowSampler, part_of: PartOf = whole) -> None:
+        self._sampler, self._part_of = sampler, part_of
         self._batch = 0
         self._layers = {name: _ObservedNorm(group[0].get_parameter("weight").numel()) for name, group in layers.items()}
         self._handles: list[RemovableHandle] = [
@@ -95,14 +97,19 @@ class NormObserver:
     def _observe(
         self, layer: _ObservedNorm, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:  # anything else returned by a forward hook would replace the norm's output
-        inputs: Tensor = (args[0] if args else next(iter(kwargs.values()))).detach()
+        given: Tensor = args[0] if args else next(iter(kwargs.values()))
+        inputs = given.detach()
         if layer.is_unlike or inputs.shape[-1:] != (layer.width,) or not isinstance(output, Tensor):
             layer.is_unlike = True
             return
         squares = layer.ensure_squares(inputs.device)
         call = layer.calls.begin(self._batch, squares.rows)
         index, seen = self._sampler.choose(
-            tuple(inputs.shape[:-1]), self._sampler.allowance(layer.calls.counted), call, layer.calls.expected
+            tuple(inputs.shape[:-1]),
+            self._sampler.allowance(layer.calls.counted),
+            call,
+            layer.calls.expected,
+            self._part_of(module, given),
         )
         rows = normalised(module, selected(inputs, inputs.ndim - 1, index).float())
         if not layer.is_checked and len(rows) and bool(torch.isfinite(rows).all()):

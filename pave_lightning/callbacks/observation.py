@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from pave_lightning.callbacks.sampling import Calls, RowSampler
+from pave_lightning.callbacks.padding import PartOf, whole
+from pave_lightning.callbacks.sampling import RowSampler
+from pave_lightning.callbacks.sharing import Given, InputGroup, InputGroups
 from pave_lightning.errors import PaveError
 from pave_lightning.layers import CONVOLUTIONS, matrix_weight
 from pave_lightning.statistics import LayerMoment, Moments, SecondMoment, captured_kind
@@ -77,6 +77,7 @@ class LinearObserver:
         moments: ``"smallest"`` takes the cross moment for layers with ``d_in > d_out``, ``"output"`` the output moment;
             ``"input"`` takes the input covariance for all.
         sampler: which rows to count; None counts all.
+        part_of: gives the part of the model whose padding mask an input of a module has.
         share_inputs: whether layers that are given the same tensor object share one covariance.
         keep_rows: whether layers that have counted fewer rows than they are wide keep the rows.
     """
@@ -87,15 +88,18 @@ class LinearObserver:
         moments: Moments,
         *,
         sampler: RowSampler | None = None,
+        part_of: PartOf = whole,
         share_inputs: bool = True,
         keep_rows: bool = True,
     ) -> None:
-        self._share_inputs = share_inputs
-        self._sampler = sampler or RowSampler(None)
+        self._sampler, self._part_of = sampler or RowSampler(None), part_of
         self._batch = 0
         self._layers = {name: _ObservedLayer(name, group[0], moments, keep_rows) for name, group in layers.items()}
-        # id of an input, and how it is cut into rows -> the input, and who has already added it on which of its calls
-        self._added: dict[tuple[int, object], tuple[weakref.ref[Tensor], list[tuple[_ObservedLayer, int]]]] = {}
+        self._groups = InputGroups(
+            {name: layer.empty_moment for name, layer in self._layers.items()},
+            alone=[name for name, layer in self._layers.items() if layer.kind != "input"],
+            share=share_inputs,
+        )
         self._handles: list[RemovableHandle] = [
             module.register_forward_hook(partial(self._observe, self._layers[name]), with_kwargs=True)
             for name, group in layers.items()
@@ -110,13 +114,13 @@ class LinearObserver:
             batch: number of the batch in its dataloader.
             loader: number of the dataloader.
         """
-        self._added.clear()
+        self._groups.end_batch()
         self._batch += 1
         self._sampler.begin_batch(mask, batch, loader)
 
     def end_batch(self) -> None:
         """Let go of the batch."""
-        self._added.clear()
+        self._groups.end_batch()  # while the sampler still knows the batch
         self._sampler.end_batch()
 
     def remove(self) -> None:
@@ -131,24 +135,8 @@ class LinearObserver:
 
         Args:
             device: where a process holds the sums of layers that only other processes have reached.
-
-        Raises:
-            PaveError: layers that shared an input do so no longer, on this process or compared with another.
         """
-        owners = {name: layer.owner.name for name, layer in self._layers.items() if layer.owner is not None}
-        problem = next((text for layer in self._layers.values() if (text := layer.out_of_step())), None)
-        for others, trouble in _gather((owners, problem)):
-            problem = problem or trouble
-            for name, owner in others.items():
-                if owners.setdefault(name, owner) != owner:
-                    problem = problem or _unequal_inputs(name, owner)
-        if problem:
-            raise PaveError(problem)
-        for name in sorted(owners):
-            layer = self._layers[name]
-            layer.owner = self._layers[owners[name]]
-            if layer.owner is layer:
-                layer.ensure_moment(device).all_reduce()
+        self._groups.reduce(device)
 
     def moments(self) -> dict[str, LayerMoment]:
         """Means of all layers that have seen a row, on the CPU, in the order of the layers.
@@ -156,58 +144,40 @@ class LinearObserver:
         Raises:
             PaveError: a layer has seen NaN or infinite values.
         """
-        means = {
-            name: layer.moment.moment()
-            for name, layer in self._layers.items()
-            if layer.moment is not None and layer.moment.rows
-        }
-        for name, mean in means.items():
+        means: dict[str, LayerMoment] = {}
+        for members, moment in self._groups.moments():
+            mean = moment.moment()
             if not torch.isfinite(mean.matrix).all():
                 raise PaveError(
-                    f"layer '{name}' has seen NaN or infinite values in the {mean.rows} rows of this pass: "
+                    f"layer '{members[0]}' has seen NaN or infinite values in the {mean.rows} rows of this pass: "
                     "check the expert's weights and the precision of the Trainer"
                 )
-        return {
-            name: means[layer.owner.name]
-            for name, layer in self._layers.items()
-            if layer.owner is not None and layer.owner.name in means
-        }
+            means.update(dict.fromkeys(members, mean))
+        return {name: means[name] for name in self._layers if name in means}
 
     @torch.no_grad()
     def _observe(
         self, layer: _ObservedLayer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:  # anything else returned by a forward hook would replace the layer's output
         inputs = _input_of(module, args, kwargs)
-        if inputs is None:
-            return None
-        call, layer.calls = layer.calls, layer.calls + 1
-        if layer.kind != "input":
-            return self._add(layer, module, inputs, output)
-        # An input cannot have changed in between: trainable linear layers forbid it, they need it for their gradient.
-        key = (id(inputs), _cut(module))
-        reference, added = self._added.get(key, (None, []))
-        if reference is None or reference() is not inputs:
-            added = []
-            self._added[key] = (weakref.ref(inputs), added)
-        if layer.owner is None and self._share_inputs:
-            layer.owner = next((owner for owner, number in added if number == call == 0), None)
-        if layer.owner is None or layer.owner is layer:
-            self._add(layer, module, inputs, output)
-            added.append((layer, call))
-        elif (layer.owner, call) not in added:
-            raise PaveError(_unequal_inputs(layer.name, layer.owner.name))
-        return None
+        if inputs is not None:
+            # An input cannot have changed in between: trainable linear layers forbid it, they need it for their
+            # gradient.
+            self._groups.take(
+                layer.name, Given(inputs, _cut(module), partial(self._add, layer, module, inputs, output))
+            )
 
-    def _add(self, layer: _ObservedLayer, module: nn.Module, inputs: Tensor, output: Any) -> None:
+    def _add(self, layer: _ObservedLayer, module: nn.Module, inputs: Tensor, output: Any, group: InputGroup) -> None:
         """Count the rows of one call."""
-        moment = layer.ensure_moment(inputs.device)
-        call = layer.calls_in_batch.begin(self._batch, moment.rows)
+        moment = group.ensure_moment(inputs.device)
+        call = group.calls.begin(self._batch, moment.rows)
         tensor, axes = _as_rows(module, inputs.detach())
         index, seen = self._sampler.choose(
             tuple(tensor.shape[:axes]),
-            self._sampler.allowance(layer.calls_in_batch.counted),
+            self._sampler.allowance(group.calls.counted),
             call,
-            layer.calls_in_batch.expected,
+            group.calls.expected,
+            self._part_of(module, inputs),
         )
         if layer.kind == "input":
             return moment.update(selected(tensor, axes, index), seen=seen)
@@ -224,17 +194,13 @@ class LinearObserver:
 
 
 class _ObservedLayer:
-    """One weight matrix, what it has seen, and whose input it shares."""
+    """One weight matrix, and what is captured of it."""
 
     def __init__(self, name: str, module: nn.Module, moments: Moments, keep_rows: bool) -> None:
         self.name = name
         self.out_features, self.in_features = self.matrix(module).shape
         self.kind = captured_kind(moments, self.out_features, self.in_features)
         self.keep_rows = keep_rows
-        self.calls = 0
-        self.owner: _ObservedLayer | None = None
-        self.moment: SecondMoment | None = None
-        self.calls_in_batch = Calls()
 
     @staticmethod
     def matrix(module: nn.Module) -> Tensor:
@@ -246,14 +212,10 @@ class _ObservedLayer:
         weight = cast(Tensor, getattr(module, found[0]))
         return weight.T if found[1] == 0 else weight.reshape(len(weight), -1)
 
-    def ensure_moment(self, device: torch.device) -> SecondMoment:
-        if self.moment is None:
-            out_features = None if self.kind == "input" else self.out_features
-            self.moment = SecondMoment(
-                self.in_features, out_features, kind=self.kind, keep_rows=self.keep_rows, device=device
-            )
-            self.owner = self
-        return self.moment
+    def empty_moment(self, device: torch.device) -> SecondMoment:
+        """Sums of what is captured of it that have seen nothing yet."""
+        out_features = None if self.kind == "input" else self.out_features
+        return SecondMoment(self.in_features, out_features, kind=self.kind, keep_rows=self.keep_rows, device=device)
 
     @staticmethod
     def outputs_are_exact(module: nn.Module, output: Any) -> bool:
@@ -261,19 +223,6 @@ class _ObservedLayer:
         is_linear = not isinstance(module, CONVOLUTIONS)
         wide = isinstance(output, Tensor) and output.dtype.itemsize >= torch.float32.itemsize
         return is_linear and wide and float32_products_are_exact()
-
-    def out_of_step(self) -> str | None:
-        """What is wrong when this layer has not been called as often as the one whose input it shares."""
-        if self.owner is None or self.owner.calls == self.calls:
-            return None
-        return _unequal_inputs(self.name, self.owner.name)
-
-
-def _unequal_inputs(name: str, owner: str) -> str:
-    return (
-        f"layers '{name}' and '{owner}' were given the same input at first, but not all through the pass or not in "
-        "every process, so that they cannot share one covariance: use PaveCallback(share_inputs=False)"
-    )
 
 
 def _input_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -286,7 +235,7 @@ def _input_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return query if query is given["key"] and query is given["value"] else None
 
 
-def _cut(module: nn.Module) -> object:
+def _cut(module: nn.Module) -> Hashable:
     """How a module cuts its input into rows: layers with the same input share a moment only if they agree in it."""
     if isinstance(module, CONVOLUTIONS):
         return module.kernel_size, module.stride
@@ -327,12 +276,3 @@ def selected(tensor: Tensor, axes: int, index: Tensor | None) -> Tensor:
     if tensor.is_contiguous():
         return tensor.reshape(-1, width).index_select(0, index)
     return tensor[torch.unravel_index(index, tensor.shape[:axes])].reshape(-1, width)
-
-
-def _gather(value: tuple[dict[str, str], str | None]) -> list[tuple[dict[str, str], str | None]]:
-    """The value of every process, in order of rank."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return [value]
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
-    return gathered

@@ -18,6 +18,7 @@ from torch.utils.data import DistributedSampler
 
 from pave_lightning.callbacks.norms import NormObserver, norm_layers
 from pave_lightning.callbacks.observation import LinearObserver, matrix_layers
+from pave_lightning.callbacks.padding import DecoderPadding
 from pave_lightning.callbacks.sampling import RowSampler
 from pave_lightning.errors import PaveError, nearest
 from pave_lightning.statistics import Moments, TaskStatistics
@@ -38,12 +39,18 @@ class PaveCallback(L.Callback):
     What is captured for each layer is its input covariance ``C = X^T X / n``, or, where that is smaller, the cross
     moment ``A = W C = Y^T X / n`` with the outputs ``Y`` less their bias; where a layer has counted fewer rows than it
     is wide, the rows themselves (see `LayerMoment`). Layers that are given the same tensor object (query, key and
-    value) share one covariance. Products are float32, sums float64, whatever the Trainer's precision. Memory is that of
-    the moments and does not grow with the data.
+    value) share one covariance for as long as that holds: one that is later given another tensor, or is called more or
+    less often, goes on with a copy of the sums. Products are float32, sums float64, whatever the Trainer's precision.
+    Memory is that of the moments and does not grow with the data.
 
     Rows are tokens. Where the batch holds a mask of shape ``(B, L)``, rows of padded positions are dropped from inputs
     of shape ``(B, L, d_in)``, ``(L, B, d_in)`` and ``(B * L, d_in)``. Inputs of any other leading shape, such as
     ``(B, d_in)`` after pooling, count in full, and so does everything when there is no mask.
+
+    A decoder beside an encoder, told by a forward pass that takes ``encoder_hidden_states`` and ``input_ids``, has a
+    mask of its own: the ``attention_mask`` that it is given. Where it is given none, its words are masked as the
+    batch's ``input_ids`` are that they were shifted from, or else by ``labels`` of -100, or by the padding token. Its
+    projections of the encoder's states have the encoder's mask. What follows a decoder is told by its shape.
 
     Of these rows each layer counts ``rows`` at most, a uniform sample of every batch: what is left to count is spread
     evenly over the batches ahead, of all dataloaders, and over the processes. When the number of batches is unknown,
@@ -64,8 +71,8 @@ class PaveCallback(L.Callback):
     Limits:
         * Over several processes the sampler must not repeat examples to pad: pass ``use_distributed_sampler=False`` to
           the Trainer and give each process its own part of the data.
-        * The mask is the batch's own: a module that reorders the batch, cuts it up or adds tokens, and a decoder beside
-          an encoder of the same length, are not told apart. In models whose tensors are ``(L, B, d_in)`` the mask is
+        * The mask is the batch's own, or that of a decoder: a module that reorders the batch, cuts it up or adds tokens
+          is not told apart. In models whose tensors are ``(L, B, d_in)`` the mask is
           read the wrong way round in batches with ``L == B``, except for `torch.nn.MultiheadAttention`.
         * Weights sharded by FSDP or tensor parallelism are not supported. Merge adapters into the weights first.
         * A layer whose weight is used without calling its module, such as ``out_proj`` of
@@ -83,8 +90,7 @@ class PaveCallback(L.Callback):
         mask_key: key of the padding mask in batches that are mappings: true or non-zero where a token is real, as the
             ``attention_mask`` of tokenizers, not as the ``key_padding_mask`` of ``torch.nn.MultiheadAttention``.
         metadata: strings to be kept with the statistics.
-        share_inputs: whether layers with the same input share one covariance. Only needed as False for models that call
-            such layers unequally often.
+        share_inputs: whether layers with the same input share one covariance; False gives each layer its own.
         rows: how many rows a layer counts at most over the whole pass and all processes; None counts all.
         seed: what the sample of rows depends on.
         convolutions: whether to capture convolutions whose patches do not overlap (patch embeddings, and 1 x 1
@@ -140,6 +146,7 @@ class PaveCallback(L.Callback):
         self._statistics: TaskStatistics | None = None
         self._observer: LinearObserver | None = None
         self._norm_observer: NormObserver | None = None
+        self._padding: DecoderPadding | None = None
         self._layers: list[str] = []
         self._norms: list[str] = []
         self._examples = 0
@@ -188,12 +195,19 @@ class PaveCallback(L.Callback):
             rank=trainer.global_rank,
             processes=trainer.world_size,
         )
+        self._padding = DecoderPadding(backbone, sampler)
+        self._switches.callback(self._padding.remove)
         self._observer = LinearObserver(
-            layers, self.moments, sampler=sampler, share_inputs=self.share_inputs, keep_rows=self.keep_rows
+            layers,
+            self.moments,
+            sampler=sampler,
+            part_of=self._padding.part,
+            share_inputs=self.share_inputs,
+            keep_rows=self.keep_rows,
         )
         norms = norm_layers(backbone) if self.norms else {}
         self._norms = list(norms)
-        self._norm_observer = NormObserver(norms, sampler)
+        self._norm_observer = NormObserver(norms, sampler, self._padding.part)
 
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -203,6 +217,8 @@ class PaveCallback(L.Callback):
             return
         mask = self._mask(batch)
         self._observer.begin_batch(mask, batch_idx, dataloader_idx)
+        if self._padding is not None:
+            self._padding.begin_batch(batch, mask)
         if self._norm_observer is not None:
             self._norm_observer.begin_batch()
         self._examples += _count_examples(batch) if mask is None else int(mask.any(dim=1).sum())
@@ -211,6 +227,8 @@ class PaveCallback(L.Callback):
         """Let go of the batch."""
         if self._observer is not None:
             self._observer.end_batch()
+        if self._padding is not None:
+            self._padding.end_batch()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Reduce over processes, divide, save."""
@@ -248,6 +266,7 @@ class PaveCallback(L.Callback):
             self._norm_observer.remove()
             self._norm_observer = None
         self._switches.close()
+        self._padding = None
 
     def _find_backbone(self, pl_module: L.LightningModule) -> nn.Module:
         if self.backbone is None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+from copy import copy
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -35,8 +37,7 @@ class RowSampler:
         self._origin = (seed, rank)
         self._begun = 0
         self._place: tuple[int, ...] = ()
-        self._real: Tensor | None = None
-        self._masked: dict[tuple[int, ...], bool] = {}
+        self._masks: dict[str, _Mask] = {}
         self._chosen: dict[tuple[object, ...], tuple[Tensor | None, int]] = {}
 
     def begin_batch(self, mask: Tensor | None, batch: int = 0, loader: int = 0) -> None:
@@ -51,17 +52,21 @@ class RowSampler:
         self._begun += 1
         self._place = (*self._origin, loader, batch)
         if mask is not None:
-            real = mask.reshape(-1).nonzero().squeeze(1)
-            if len(real) < mask.numel():
-                size, length = mask.shape
-                # A leading shape that has the mask, and whether it has it transposed.
-                self._masked = {(length, size): True, (size, length): False, (size * length,): False}
-                self._real, self._length = real, length
+            self._masks[""] = _Mask.of(mask)
+
+    def add_mask(self, part: str, mask: Tensor) -> None:
+        """Take the padding mask of a part of the model that sees other tokens than the rest, for this batch.
+
+        Args:
+            part: name of the part.
+            mask: shape ``(B, L)``, true or non-zero where a token is real.
+        """
+        self._masks[part] = _Mask.of(mask)
+        self._chosen.clear()
 
     def end_batch(self) -> None:
         """Forget the batch."""
-        self._real = None
-        self._masked = {}
+        self._masks.clear()
         self._chosen.clear()
 
     def allowance(self, counted: int) -> int | None:
@@ -75,7 +80,7 @@ class RowSampler:
         return math.ceil(max(0, self._budget - counted) / ahead)
 
     def choose(
-        self, leading: tuple[int, ...], allowance: int | None = None, call: int = 0, calls: int = 1
+        self, leading: tuple[int, ...], allowance: int | None = None, call: int = 0, calls: int = 1, part: str = ""
     ) -> tuple[Tensor | None, int]:
         """Which rows of an input to count.
 
@@ -84,22 +89,26 @@ class RowSampler:
             allowance: how many rows the layer may count in this batch; None for all.
             call: how many calls the layer has had before in this batch.
             calls: how many calls to expect in this batch; each gets its part of the allowance.
+            part: the part of the model that it belongs to; an input whose shape is not that of the part's mask is
+                taken to be of the batch's own tokens, or else of another part whose mask it fits.
 
         Returns:
             Indices into the flattened rows, or None for all rows; and how many real rows there are.
         """
-        key = (leading, allowance, call, calls)
+        known = (self._masks[name] for name in (part, "", *self._masks) if name in self._masks)
+        mask = next((mask for mask in known if leading in mask.leading), None)
+        key = (leading, allowance, call, calls, id(mask))
         if key not in self._chosen:
-            self._chosen[key] = self._choose(leading, allowance, call, calls)
+            self._chosen[key] = self._choose(leading, allowance, call, calls, mask)
         return self._chosen[key]
 
     def _choose(
-        self, leading: tuple[int, ...], allowance: int | None, call: int, calls: int
+        self, leading: tuple[int, ...], allowance: int | None, call: int, calls: int, mask: _Mask | None
     ) -> tuple[Tensor | None, int]:
-        real = self._real if leading in self._masked else None
-        if real is not None and self._masked[leading]:
-            size = math.prod(leading) // self._length
-            real = real % self._length * size + real // self._length
+        real = None if mask is None else mask.real
+        if mask is not None and real is not None and mask.leading[leading]:
+            size = math.prod(leading) // mask.length
+            real = real % mask.length * size + real // mask.length
         count = math.prod(leading) if real is None else len(real)
         if allowance is None or (calls == 1 and allowance >= count):
             return real, count
@@ -108,6 +117,29 @@ class RowSampler:
         order = torch.randperm(count, generator=_generator(*self._place, count))
         sample = order[(start + torch.arange(share)) % max(1, count)].sort().values
         return (sample if real is None else real[sample.to(real.device)]), count
+
+
+@dataclass(frozen=True)
+class _Mask:
+    """A padding mask.
+
+    Attributes:
+        real: indices of the real tokens among all of them; None where all are real.
+        length: number of places of an example.
+        leading: each leading shape of an input that has the mask, and whether it has it transposed.
+    """
+
+    real: Tensor | None
+    length: int
+    leading: dict[tuple[int, ...], bool]
+
+    @classmethod
+    def of(cls, mask: Tensor) -> _Mask:
+        """A mask of shape ``(B, L)``."""
+        size, length = mask.shape
+        real = mask.reshape(-1).nonzero().squeeze(1)
+        shapes = {(length, size): True, (size, length): False, (size * length,): False}
+        return cls(real if len(real) < mask.numel() else None, length, shapes)
 
 
 class Calls:
@@ -139,6 +171,10 @@ class Calls:
             self._batch, self._calls = batch, 0
         self._calls += 1
         return self._calls - 1
+
+    def copy(self) -> Calls:
+        """The same count, going on by itself."""
+        return copy(self)
 
 
 def _generator(*key: int) -> torch.Generator:

@@ -89,6 +89,7 @@ class MergedCandidate(Candidate):
         """The tensors for a task: base + scale * the task's own vector."""
         for parameter in self._source.parameters:
             yield parameter.name, self._source.base(parameter) + self._scale * self._merged.own(task, parameter.name)
+        yield from self._source.running_statistics()
 
 
 class ModulatedCandidate(Candidate):

@@ -152,7 +152,7 @@ class Evaluator(L.LightningModule):
     @torch.no_grad()
     def _load(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Copy weights into the backbone; the names, inside the model, of those that were there."""
-        own = dict(self.backbone.named_parameters()) | dict(self.backbone.named_buffers())
+        own = self.backbone.state_dict(keep_vars=True)  # without what the model makes by itself
         given = set()
         for stored, tensor in weights:
             name = self._names.get(stored, stored)

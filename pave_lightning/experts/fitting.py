@@ -34,6 +34,7 @@ from pave_lightning.tasks.metrics import constant_scores, weak_experts
 from pave_lightning.weights import Checkpoint
 from pave_lightning.weights.architecture import backbone_of
 from pave_lightning.weights.task_vectors import absent_children
+from pave_lightning.weights.ties import tied_names
 
 log = logging.getLogger("pave_lightning")
 
@@ -89,7 +90,9 @@ def _fit(
     model = load_with_new_head(base, task)
     freeze(model, options.freeze)
     if options.lora is not None:
-        private = absent_children(Checkpoint(base, str(model.base_model_prefix)), backbone_of(model).state_dict())
+        backbone = backbone_of(model)
+        stored = Checkpoint(base, str(model.base_model_prefix), tied_names(backbone))
+        private = absent_children(stored, dict(backbone.named_parameters()))
         model = add_adapters(model, options.lora, frozen=options.freeze, private=private)
     expert = TaskExpert(model, task, seed=seed)
     data = TaskDataModule(

@@ -107,6 +107,9 @@ def write_merged(
         for parameter, vector in pairs:
             writer.add(parameter.name, _added(source, parameter, vector, factor))
             written.add(parameter.name)
+    for name, average in source.running_statistics():
+        writer.add(name, average)
+        written.add(name)
     for name in context.base:
         if name not in written:
             writer.add(name, context.base.tensor(name))
@@ -239,7 +242,7 @@ def load_merged(folder: str | Path, task: str, base: str | None = None) -> nn.Mo
     state = {name: checkpoint.tensor(name).float() for name in checkpoint if checkpoint.backbone[name].is_floating}
     if per_task:
         modulator = Modulator(folder / "modulators" / f"{task}.safetensors")
-        origin = Checkpoint(locate_model(base or facts["base"], role="base"), prefix)
+        origin = Architecture.of_folder(heads / task).checkpoint(locate_model(base or facts["base"], role="base"))
         for name in modulator:
             if name not in origin.backbone or name not in state:
                 raise PaveError(f"{folder}: what is kept for '{task}' names the weight {name}, which is not there")

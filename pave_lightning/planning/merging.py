@@ -31,7 +31,7 @@ def merge_problems(recipe: Recipe) -> Iterator[str]:
     try:
         folder = locate_model(recipe.base, role="base")
         architecture = Architecture.of_folder(folder)
-        parameters = list(stored_parameters(Checkpoint(folder, architecture.prefix), architecture))
+        parameters = list(stored_parameters(architecture.checkpoint(folder), architecture))
     except PaveError:  # told elsewhere; what can be said without is said
         pass
     vectors = _planned_vectors(recipe, parameters, architecture)

@@ -18,6 +18,7 @@ from pave_lightning.weights.task_vectors import (
     config_differences,
     differences,
 )
+from pave_lightning.weights.ties import tie_problems
 
 
 def adapter_of(folder: Path) -> Path | None:
@@ -49,9 +50,12 @@ def check_models(recipe: Recipe, problems: Problems) -> None:
     """
     base_folder = locate_model(recipe.base, role="base")
     architecture = Architecture.of_folder(base_folder)
-    base = Checkpoint(base_folder, architecture.prefix)
+    base = architecture.checkpoint(base_folder)
     tokenizer = load_tokenizer(base_folder)
-    stored = {architecture.stored_names.get(name, name) for name, weight in base.backbone.items() if weight.is_floating}
+    weights = [
+        name for name, stored in base.backbone.items() if stored.is_floating and name not in architecture.buffers
+    ]
+    stored = {architecture.stored_names.get(name, name) for name in weights}
     foreign = sorted(name for name in stored if name not in architecture.parameters and not architecture.ignores(name))
     unset = [name for name in architecture.parameters if name not in stored]
     if foreign and unset:
@@ -59,6 +63,7 @@ def check_models(recipe: Recipe, problems: Problems) -> None:
             f"base: {architecture.config.get('model_type')} stores weights in other pieces than the model has "
             f"({foreign[0]}, for {unset[0]} and the like); such architectures are not supported yet"
         )
+    problems.extend(f"base: {problem}" for problem in tie_problems(base))
     for name in base.non_finite():
         problems.add(f"base: the weight {name} holds NaN or infinity")
     if architecture.vocabulary is not None and len(tokenizer) > architecture.vocabulary:
@@ -130,7 +135,7 @@ def _expert_problems(
             Adapter(folder, architecture.prefix)  # tells what is wrong with its factors
         return
     own = Architecture.of_folder(folder)
-    expert = Checkpoint(folder, own.prefix)
+    expert = own.checkpoint(folder)
     yield from config_differences(task.name, architecture, own)
     yield from differences(task.name, base, expert, architecture)
     if expert.has_backbone_of(base):

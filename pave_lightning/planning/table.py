@@ -19,7 +19,7 @@ from pave_lightning.recipe import Purify, Recipe, Task
 from pave_lightning.run_folder import RunFolder
 from pave_lightning.stages import Stage, Stages, purifications, ratios
 from pave_lightning.tasks.constants import constant_answer
-from pave_lightning.weights import Architecture, Checkpoint, locate_model
+from pave_lightning.weights import Architecture, locate_model
 
 
 def plan_rows(recipe: Recipe, folder: RunFolder) -> list[tuple[str, str, str]]:
@@ -95,7 +95,7 @@ def predicted_cost(recipe: Recipe, folder: RunFolder) -> Cost:
     stages = Stages(recipe, folder)
     base_folder = locate_model(recipe.base, role="base")
     architecture = Architecture.of_folder(base_folder)
-    parameters = list(stored_parameters(Checkpoint(base_folder, architecture.prefix), architecture))
+    parameters = list(stored_parameters(architecture.checkpoint(base_folder), architecture))
     capture, planned = recipe.capture, _planned_purifications(stages)
     kinds = expected_kinds(parameters, capture.moments, convolutions=capture.convolutions)
     exported = 0 if _purifies_in_a_run(recipe) else sum(len(one.tasks or recipe.tasks) for one in planned)

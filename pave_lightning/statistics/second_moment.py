@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from dataclasses import dataclass
 from typing import Literal
 
@@ -168,6 +169,16 @@ class SecondMoment:
         self._device = right.device
         with torch.no_grad():
             self._take((right,) if left is right else (left, right))
+
+    def copy(self) -> SecondMoment:
+        """An accumulator that has seen the same and goes on by itself."""
+        other = copy(self)
+        with torch.inference_mode(False):  # what is begun in an inference pass can be added to after it
+            other._partial = None if self._partial is None else self._partial.clone()
+            other._total = None if self._total is None else self._total.clone()
+            if self._waiting is not None:
+                other._waiting = tuple(factor.clone() for factor in self._waiting)
+        return other
 
     def merge(self, other: SecondMoment) -> None:
         """Add what another accumulator of the same layer has seen.

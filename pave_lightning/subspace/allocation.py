@@ -136,9 +136,10 @@ def even_ranks(spectra: Mapping[Key, Tensor], rho: float) -> dict[Key, int]:
 def averaged_ranks(
     ranks: Mapping[tuple[str, str], int], lengths: Mapping[tuple[str, str], int]
 ) -> dict[tuple[str, str], int]:
-    """Give every layer of a task the same share of its rank: the mean of the shares it keeps over all layers.
+    """Give every layer of a task the same share of its rank: all ranks it keeps over all ranks that there are.
 
-    The published scripts do this with the ranks that they found layer by layer (arXiv 2510.14697).
+    The published scripts do this with the ranks that they found layer by layer (arXiv 2510.14697): the sum of the kept
+    ranks over the sum of the full ranks, so that a wide layer counts for more than a narrow one.
 
     Args:
         ranks: (task, layer) -> components kept.
@@ -147,11 +148,12 @@ def averaged_ranks(
     Returns:
         (task, layer) -> components to keep, in the order of ``ranks``.
     """
-    shares: dict[str, list[float]] = {}
+    kept: dict[str, int] = {}
+    full: dict[str, int] = {}
     for (task, layer), rank in ranks.items():
-        shares.setdefault(task, []).append(rank / lengths[task, layer])
-    mean = {task: math.fsum(values) / len(values) for task, values in shares.items()}
-    return {(task, layer): round(mean[task] * lengths[task, layer]) for task, layer in ranks}
+        kept[task] = kept.get(task, 0) + rank
+        full[task] = full.get(task, 0) + lengths[task, layer]
+    return {(task, layer): round(kept[task] / full[task] * lengths[task, layer]) for task, layer in ranks}
 
 
 def _lengths(spectra: Mapping[Key, Tensor], rho: float) -> dict[Key, int]:

@@ -27,7 +27,10 @@ from transformers.models.auto.modeling_auto import (
 
 from pave_lightning.errors import PaveError, foreign, shortened
 from pave_lightning.files import read_json
+from pave_lightning.weights.buffers import BufferKind, buffer_kinds
+from pave_lightning.weights.checkpoint import Checkpoint
 from pave_lightning.weights.parameters import Parameter, ParameterKind, kind_of
+from pave_lightning.weights.ties import tied_names
 
 MOST_LAYERS = 2_000
 MOST_LABELS = 100_000
@@ -50,6 +53,8 @@ class Architecture:
         head: names of the parameters outside the backbone.
         config: the configuration, as plain values and with its defaults.
         obsolete: patterns of tensors that older releases of transformers stored and the model no longer has.
+        tied: other names under which checkpoints may store a backbone tensor -> the name that it goes by here.
+        buffers: kinds of the backbone's buffers, by the names under which checkpoints store them.
     """
 
     prefix: str
@@ -58,6 +63,8 @@ class Architecture:
     config: dict[str, Any] = field(repr=False)
     obsolete: tuple[str, ...] = ()
     stored_names: Mapping[str, str] = field(default_factory=dict, repr=False)
+    tied: Mapping[str, str] = field(default_factory=dict, repr=False)
+    buffers: Mapping[str, BufferKind] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of_folder(cls, folder: Path) -> Architecture:
@@ -78,17 +85,21 @@ class Architecture:
             name: Parameter(name, kinds[name][0], tuple(tensor.shape), kinds[name][1])
             for name, tensor in backbone.named_parameters()
         }
+        stored_names = {
+            stored.removeprefix(prefix): name.removeprefix(prefix)
+            for stored, name in _stored_names(model).items()
+            if name.startswith(prefix)
+        }
+        files_call = {name: stored for stored, name in stored_names.items()}
         return cls(
             prefix=str(model.base_model_prefix),
             parameters=parameters,
             head=frozenset(name for name, _ in model.named_parameters() if not name.startswith(prefix)),
             config=read_config(folder).to_dict(),
             obsolete=tuple(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),
-            stored_names={
-                stored.removeprefix(prefix): name.removeprefix(prefix)
-                for stored, name in _stored_names(model).items()
-                if name.startswith(prefix)
-            },
+            stored_names=stored_names,
+            tied={files_call.get(name, name): files_call.get(own, own) for name, own in tied_names(backbone).items()},
+            buffers={files_call.get(name, name): kind for name, kind in buffer_kinds(backbone).items()},
         )
 
     @property
@@ -144,6 +155,22 @@ class Architecture:
     def ignores(self, name: str) -> bool:
         """Whether a stored tensor of that name means nothing to the model (the causal masks of old GPT-2 files)."""
         return name not in self.parameters and any(re.search(pattern, name) for pattern in self.obsolete)
+
+    def averages(self, name: str) -> bool:
+        """Whether a stored tensor of that name is a running statistic."""
+        return self.buffers.get(name) is BufferKind.STATISTICS
+
+    def merges(self, name: str) -> bool:
+        """Whether a stored floating-point tensor of that name is a weight, and no buffer."""
+        return name not in self.buffers and not self.ignores(name)
+
+    def compares(self, name: str) -> bool:
+        """Whether base and experts must both store a floating-point tensor of that name, in one shape."""
+        return self.merges(name) or self.averages(name)
+
+    def checkpoint(self, folder: Path) -> Checkpoint:
+        """The weights of a model folder of this architecture, in which tied tensors count once."""
+        return Checkpoint(folder, self.prefix, self.tied)
 
 
 def lies_in(name: str, modules: Iterable[str]) -> bool:
@@ -225,8 +252,9 @@ def _counted_parameters(folder: Path) -> Iterator[None]:
 
 
 def _stored_names(model: nn.Module) -> dict[str, str]:
-    """Name in a checkpoint -> name in the model, for parameters that transformers renames when it loads and saves."""
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    """Name in a checkpoint -> name in the model, for tensors that transformers renames when it loads and saves."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    weights = {name: tensor.detach() for name, tensor in tensors}
     names = {id(tensor): name for name, tensor in weights.items()}
     # Tensors that are merged or split on the way are other tensors afterwards, and have no single name.
     stored = {name: names.get(id(tensor)) for name, tensor in revert_weight_conversion(model, dict(weights)).items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,13 +60,20 @@ class Checkpoint:
     Args:
         folder: folder with ``model.safetensors``, or with shards and their index.
         prefix: the architecture's backbone prefix, without the dot.
+        tied: other names of backbone tensors that the architecture ties to each other -> the one that they go by.
+
+    Attributes:
+        backbone: the backbone's tensors by name; of tied ones one, whatever the file calls it.
+        head: all other tensors by their stored names.
+        copies: further copies of tied tensors, by name.
 
     Raises:
         PaveError: weights are missing, pickled, truncated or no safetensors; shards are missing.
     """
 
-    def __init__(self, folder: Path, prefix: str) -> None:
+    def __init__(self, folder: Path, prefix: str, tied: Mapping[str, str] | None = None) -> None:
         self.folder = Path(folder)
+        self.tied = dict(tied or {})
         self.files = weight_files(self.folder)
         stored = {name: tensor for file in self.files for name, tensor in stored_tensors(file).items()}
         start = f"{prefix}."
@@ -82,6 +89,12 @@ class Checkpoint:
             for old, new in legacy.items():
                 if name.endswith(f"LayerNorm{old}"):
                     self.backbone[name.removesuffix(old) + new] = self.backbone.pop(name)
+        self.copies: dict[str, StoredTensor] = {}
+        for name, own in self.tied.items():
+            if name in self.backbone and own in self.backbone:
+                self.copies[name] = self.backbone.pop(name)
+            elif name in self.backbone:
+                self.backbone[own] = self.backbone.pop(name)
 
     def tensor(self, name: str, rows: slice | None = None) -> Tensor:
         """A backbone tensor in its stored dtype; with ``rows``, only these rows of its first axis are read."""
@@ -89,7 +102,8 @@ class Checkpoint:
 
     def stored(self) -> Iterator[tuple[str, StoredTensor]]:
         """Every tensor of the files by the name under which it is stored, sorted, backbone and head alike."""
-        found = {stored.name: stored for stored in [*self.backbone.values(), *self.head.values()]}
+        everything = [*self.backbone.values(), *self.copies.values(), *self.head.values()]
+        found = {stored.name: stored for stored in everything}
         yield from sorted(found.items())
 
     def head_tensors(self) -> dict[str, Tensor]:

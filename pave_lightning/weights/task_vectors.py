@@ -12,9 +12,11 @@ from pave_lightning.errors import PaveError, Problems
 from pave_lightning.subspace import is_finite
 from pave_lightning.weights.adapters import ADAPTER_CONFIG, ADAPTER_FOLDER, Adapter, adapter_folder, misfit
 from pave_lightning.weights.architecture import Architecture
+from pave_lightning.weights.buffers import averaged, buffer_problems
 from pave_lightning.weights.checkpoint import FLOATING, Checkpoint
 from pave_lightning.weights.locate import locate_model
 from pave_lightning.weights.parameters import Parameter
+from pave_lightning.weights.ties import tie_problems
 
 # 0.8 MB in float32: below 1 MB the C library reuses memory, above it the system clears all pages of every block anew.
 BLOCK_ELEMENTS = 200_000
@@ -94,6 +96,13 @@ class TaskVectors(ABC):
         """What an expert was read from; None where there is no such thing."""
         return None
 
+    def running_statistics(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and merged value (float32) of each running statistic, such as the variances of batch norms.
+
+        They are no parameters and have no task vectors: whatever the method and its scale, they are averaged.
+        """
+        yield from ()
+
     def blocks(self, parameter: Parameter, elements: int = BLOCK_ELEMENTS) -> Iterator[slice | None]:
         """Slices of rows of at most about ``elements`` values each, so that elementwise rules need little memory."""
         if not parameter.shape or parameter.elements <= elements:
@@ -122,6 +131,10 @@ class DerivedTaskVectors(TaskVectors):
     def checkpoint(self, task: str) -> Checkpoint | None:
         """What the expert was read from that this one is made of."""
         return self.source.checkpoint(task)
+
+    def running_statistics(self) -> Iterator[tuple[str, Tensor]]:
+        """The averages, as they are."""
+        return self.source.running_statistics()
 
 
 class PlannedTaskVectors(TaskVectors):
@@ -172,14 +185,22 @@ class ExpertTaskVectors(TaskVectors):
         base: the base's checkpoint.
         experts: each task's checkpoint.
         architecture: the experts' architecture, which says what kind each parameter is.
+        counts: how many experts a checkpoint stands for, where it is a merged model; else one.
 
     Raises:
         PaveError: base and experts differ in layer names or shapes, or an adapter is not that of its expert; all
             differences are listed, up to 20.
     """
 
-    def __init__(self, base: Checkpoint, experts: Mapping[str, Checkpoint], architecture: Architecture) -> None:
+    def __init__(
+        self,
+        base: Checkpoint,
+        experts: Mapping[str, Checkpoint],
+        architecture: Architecture,
+        counts: Mapping[str, int] | None = None,
+    ) -> None:
         problems = Problems("the experts do not fit the base:")
+        problems.extend(f"base: {problem}" for problem in tie_problems(base))
         for task, expert in experts.items():
             problems.extend(differences(task, base, expert, architecture))
         problems.raise_if_any()
@@ -189,8 +210,14 @@ class ExpertTaskVectors(TaskVectors):
         self.parameters = tuple(
             architecture.describe(name, stored.shape)
             for name, stored in sorted(base.backbone.items())
-            if name in shared and stored.is_floating and not architecture.ignores(name)
+            if name in shared and stored.is_floating and architecture.merges(name)
         )
+        self._statistics = tuple(
+            name
+            for name, stored in sorted(base.backbone.items())
+            if name in shared and stored.is_floating and architecture.averages(name)
+        )
+        self._counts = dict(counts or {})
         self._adapters: dict[str, Adapter] = {}
         self._held: dict[str, tuple[str, tuple[Tensor, Tensor]]] = {}
         for task, expert in experts.items():
@@ -223,6 +250,12 @@ class ExpertTaskVectors(TaskVectors):
     def checkpoint(self, task: str) -> Checkpoint | None:
         """The expert's checkpoint."""
         return self._experts[task]
+
+    def running_statistics(self) -> Iterator[tuple[str, Tensor]]:
+        """The average over the experts of each running statistic (float32)."""
+        experts = [(expert, self._counts.get(task, 1)) for task, expert in self._experts.items()]
+        for name in self._statistics:
+            yield name, averaged(experts, name)
 
     def factors(self, task: str, parameter: Parameter) -> tuple[Tensor, Tensor] | None:
         """B and A of an adapted layer (float64), None for all other parameters."""
@@ -310,13 +343,14 @@ def differences(task: str, base: Checkpoint, expert: Checkpoint, architecture: A
     """What keeps an expert from being merged with others of that base: names and shapes, from the headers alone.
 
     Index buffers and other tensors that the architecture ignores may differ: not every release of transformers stores
-    them.
+    them. Values are read of two kinds only: buffers that must be the base's, and tied tensors that are stored twice.
     """
-    found = []
+    found = [f"task '{task}': {problem}" for problem in tie_problems(expert)]
+    found += [f"task '{task}': {problem}" for problem in buffer_problems(base, expert, architecture.buffers)]
     private = absent_children(base, expert)
     of_expert = {name.partition(".")[0] for name in expert.backbone}
     for name, stored in expert.backbone.items():
-        if name.partition(".")[0] in private or not stored.is_floating or architecture.ignores(name):
+        if name.partition(".")[0] in private or not stored.is_floating or not architecture.compares(name):
             continue
         if name not in base.backbone:
             found.append(f"task '{task}': {name} {list(stored.shape)} is in the expert, but not in the base")
@@ -327,7 +361,7 @@ def differences(task: str, base: Checkpoint, expert: Checkpoint, architecture: A
             )
     for name, stored in base.backbone.items():
         # A child that the expert lacks altogether (a pooler its architecture drops) stays as it is in the base.
-        matters = stored.is_floating and not architecture.ignores(name) and name.partition(".")[0] in of_expert
+        matters = stored.is_floating and architecture.compares(name) and name.partition(".")[0] in of_expert
         if name not in expert.backbone and matters:
             found.append(f"task '{task}': {name} {list(stored.shape)} is in the base, but not in the expert")
     return found
@@ -364,6 +398,6 @@ def task_vectors(base: str, experts: Mapping[str, str]) -> ExpertTaskVectors:
                 f"weights in a folder '{ADAPTER_FOLDER}'"
             )
     architecture = Architecture.of_folder(next(iter(folders.values())))
-    base_checkpoint = Checkpoint(locate_model(base, role="base"), architecture.prefix)
-    checkpoints = {task: Checkpoint(folder, architecture.prefix) for task, folder in folders.items()}
+    base_checkpoint = architecture.checkpoint(locate_model(base, role="base"))
+    checkpoints = {task: architecture.checkpoint(folder) for task, folder in folders.items()}
     return ExpertTaskVectors(base_checkpoint, checkpoints, architecture)

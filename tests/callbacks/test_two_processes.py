@@ -60,12 +60,14 @@ class NormsDisagree(Expert):
         self.switched(batch)
 
 
-class SharesOnRankZero(Expert):
-    """Its processes disagree about which inputs are the same."""
+class SharesUnevenly(Expert):
+    """Its processes disagree about which inputs are the same, and when they cease to be."""
 
-    def validation_step(self, batch: Tensor, _: int) -> None:
+    def validation_step(self, batch: Tensor, index: int) -> None:
         self.query(batch)
-        self.key(batch.clone() if self.global_rank else batch)
+        self.key(batch + 1 if index >= 2 - self.global_rank else batch)
+        self.rare(batch)
+        self.rare_twin(batch)
 
 
 def examples() -> Tensor:
@@ -177,10 +179,17 @@ def test_processes_share_the_cap(tmp_path: Path) -> None:
     assert min(float((found - one).abs().max()) for one in possible) < 1e-5
 
 
-def test_all_processes_hear_of_a_disagreement(tmp_path: Path) -> None:
-    run(SharesOnRankZero, tmp_path)
-    for rank in range(WORLD_SIZE):
-        assert "share_inputs=False" in (tmp_path / f"error{rank}").read_text()
+def test_processes_that_cease_to_share_in_different_batches_agree(tmp_path: Path) -> None:
+    run(SharesUnevenly, tmp_path)
+    assert (tmp_path / "rank0").read_bytes() == (tmp_path / "rank1").read_bytes()
+    together = TaskStatistics.load(tmp_path / "statistics")
+    assert together.owner("rare_twin") == "rare"
+    assert together.owner("query") == "query"
+    parts = [examples()[rank::WORLD_SIZE].double() for rank in range(WORLD_SIZE)]
+    shifted = [rows + (torch.arange(len(rows)) >= 2 - rank)[:, None] for rank, rows in enumerate(parts)]
+    for name, rows in {"query": torch.cat(parts), "key": torch.cat(shifted), "rare": torch.cat(parts)}.items():
+        assert together.rows(name) == 5
+        torch.testing.assert_close(together[name].matrix.double(), rows.T @ rows / 5, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(("length", "warned"), [(5, True), (6, False)])

@@ -113,13 +113,20 @@ def test_one_budget_over_layers_of_different_widths() -> None:
 def test_averaged_ranks_give_a_task_one_share() -> None:
     ranks = {("a", "wide"): 8, ("a", "narrow"): 2, ("b", "wide"): 10, ("b", "narrow"): 4}
     lengths = {("a", "wide"): 10, ("a", "narrow"): 4, ("b", "wide"): 10, ("b", "narrow"): 4}
-    # task a keeps 0.8 and 0.5, on average 0.65
+    # task a keeps 10 of 14 in all
     assert averaged_ranks(ranks, lengths) == {
-        ("a", "wide"): 6,
+        ("a", "wide"): 7,
         ("a", "narrow"): 3,
         ("b", "wide"): 10,
         ("b", "narrow"): 4,
     }
+
+
+def test_averaged_ranks_weigh_layers_by_their_width() -> None:
+    # The published scripts: (8 + 1000) / (16 + 1000) of each, not the mean of 1/2 and 1.
+    ranks, lengths = {("a", "key"): 8, ("a", "up"): 1000}, {("a", "key"): 16, ("a", "up"): 1000}
+    assert averaged_ranks(ranks, lengths) == {("a", "key"): 16, ("a", "up"): 992}
+    assert averaged_ranks(lengths, lengths) == lengths
 
 
 def test_even_ranks() -> None:
