@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from pave_lightning.errors import PaveError
+from pave_lightning.weights.embeddings import token_embeddings
 from pave_lightning.weights.parameters import Parameter, ParameterKind, kind_of
 
 
@@ -31,6 +32,8 @@ class Architecture:
         parameters: the backbone's parameters by name, in the order of the modules.
         stored_names: names under which checkpoints store parameters of the backbone -> names of these parameters, where
             the two differ (transformers renames the weights of ViT when it loads and saves them).
+        token_embeddings: names of the weight that has one row a token; several where it is shared, none where there is
+            no such table.
         head: names of the parameters outside the backbone.
         config: the configuration, as plain values and with its defaults.
         obsolete: patterns of tensors that older releases of transformers stored and the model no longer has.
@@ -42,6 +45,7 @@ class Architecture:
     config: dict[str, Any] = field(repr=False)
     obsolete: tuple[str, ...] = ()
     stored_names: Mapping[str, str] = field(default_factory=dict, repr=False)
+    token_embeddings: tuple[str, ...] = ()
 
     @classmethod
     def of_folder(cls, folder: Path) -> Architecture:
@@ -73,6 +77,7 @@ class Architecture:
                 for stored, name in _stored_names(model).items()
                 if name.startswith(prefix)
             },
+            token_embeddings=tuple(token_embeddings(backbone)),
         )
 
     @property
@@ -95,7 +100,8 @@ class Architecture:
     @property
     def vocabulary(self) -> int | None:
         """Rows of the token embedding; None where the model reads no tokens."""
-        rows = self.config.get("vocab_size")
+        found = [self.parameters[name] for name in self.token_embeddings if name in self.parameters]
+        rows = found[0].shape[0] if found else self.config.get("vocab_size")
         return rows if isinstance(rows, int) else None
 
     @property
