@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "recipe_wording": {"errors", "recipe", "recipe_overrides", "tasks.suites"},
     "recipe_loading": {"errors", "files"} | RECIPE_FILES,
     "callbacks": {"errors", "layers", "statistics"},
-    "merging": {"errors", "files", "layers", "statistics", "subspace", "weights"},
+    "merging": {"errors", "experts.tokenizers", "files", "layers", "statistics", "subspace", "weights"},
     "merging.rules": {"errors", "layers", "merging", "statistics", "subspace", "weights"},
     "purification": {"errors", "recipe", "statistics", "subspace", "weights"},
     "adding": {"errors", "experts", "merging", "recipe", "reporting.model_card", "weights"},
@@ -45,7 +45,8 @@ MAY_IMPORT = {
     "diagnostics": {"errors", "merging", "purification", "statistics", "subspace", "weights"},
     "experts": {"errors", "files", "layers", "recipe", "tasks", "weights"},
     "evaluation": {
-        *("errors", "experts.trainers", "merging.modulators", "merging.running", "recipe", "tasks", "weights"),
+        *("errors", "experts.tokenizers", "experts.trainers", "merging.modulators", "merging.running", "recipe"),
+        *("tasks", "weights"),
     },
     "run_folder": {"errors", "files"},
     "tracking": {"errors"},

@@ -15,8 +15,9 @@ from lightning.pytorch.loggers import Logger
 from torch import nn
 
 from pave_lightning.errors import PaveError
-from pave_lightning.experts.loading import add_adapters, load_tokenizer, load_with_new_head, quiet_transformers
+from pave_lightning.experts.loading import add_adapters, load_with_new_head, quiet_transformers
 from pave_lightning.experts.task_expert import TaskExpert, freeze
+from pave_lightning.experts.tokenizers import load_tokenizer, padding_id, padding_note
 from pave_lightning.experts.trainers import build_trainer, honest_interrupts, quiet_lightning
 from pave_lightning.files import let_others_read
 from pave_lightning.recipe import Task
@@ -67,13 +68,17 @@ def fit_expert(
         private = absent_children(Checkpoint(base, str(model.base_model_prefix)), backbone_of(model).state_dict())
         model = add_adapters(model, options.lora, frozen=options.freeze, private=private)
     expert = TaskExpert(model, task, seed=seed)
+    tokenizer = load_tokenizer(base)
+    if note := padding_note(tokenizer):
+        log.info("%s: %s", task.name, note)
     data = TaskDataModule(
         task,
-        load_tokenizer(base),
+        tokenizer,
         seed=seed,
         cache_dir=cache_folder,
         batch_size=options.batch_size,
         max_length=options.max_length,
+        padding=padding_id(model.config, tokenizer),
     )
     monitor = f"validation/{task.headline}"
     checkpoint = ModelCheckpoint(
@@ -123,19 +128,20 @@ def fit_expert(
     return expert.model.eval(), metrics
 
 
-def save_expert(model: nn.Module, base: Path, folder: Path) -> None:
+def save_expert(model: nn.Module, base: Path, folder: Path, tokenizer_of: Path | None = None) -> None:
     """Write an expert as a Hugging Face folder with its tokenizer; adapters stand beside the weights they merge into.
 
     Args:
         model: a sequence-classification model, or a peft model around one.
         base: folder of the base model, whose tokenizer it is.
         folder: an existing folder.
+        tokenizer_of: folder whose tokenizer it is instead, where it has one of its own.
     """
     if hasattr(model, "merge_and_unload"):
         model.save_pretrained(folder / "adapter")  # type: ignore[operator]
         model = model.merge_and_unload()  # type: ignore[operator]
     with quiet_transformers():
         model.save_pretrained(folder)  # type: ignore[operator]
-    load_tokenizer(base).save_pretrained(folder)
+    load_tokenizer(tokenizer_of or base, base).save_pretrained(folder)
     for file in folder.rglob("*.safetensors"):  # transformers and peft leave them to their owner alone
         let_others_read(file)

@@ -11,31 +11,17 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification
 from transformers.utils import logging as transformers_logging
 
 from pave_lightning.errors import PaveError
+from pave_lightning.experts.tokenizers import read_config, set_padding
 from pave_lightning.layers import is_linear
 from pave_lightning.recipe import Lora, Task
 from pave_lightning.weights.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from pave_lightning.weights.architecture import backbone_of, empty_classifier, lies_in
 from pave_lightning.weights.checkpoint import stored_tensors, weight_files
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder.
-
-    Raises:
-        PaveError: the folder has none.
-    """
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise PaveError(
-            f"{folder}: no tokenizer could be loaded ({reason}); put tokenizer.json beside the model"
-        ) from error
-    return tokenizer
+from pave_lightning.weights.embeddings import resize_rows, token_embeddings
 
 
 def label_names(task: Task) -> dict[str, Any]:
@@ -68,16 +54,20 @@ def _with_new_head(base: Path, labels: dict[str, Any]) -> nn.Module:
     wrong = sorted(str(entry[0]) for entry in info["mismatched_keys"] if str(entry[0]).startswith(prefix))
     if wrong:
         raise PaveError(f"{base}: {len(wrong)} weights have other shapes than config.json says, first {wrong[0]}")
+    set_padding(loaded, base)
     config: Any = loaded.config
-    if config.pad_token_id is None:
-        config.pad_token_id = load_tokenizer(base).pad_token_id
     model: nn.Module = AutoModelForSequenceClassification.from_config(config).float()
     setattr(model, str(model.base_model_prefix), backbone_of(loaded))
     return model
 
 
-def load_expert(folder: Path, task: Task) -> nn.Module:
-    """A fine-tuned model in float32, with its own head, in eval mode.
+def load_expert(folder: Path, task: Task, base: Path | None = None) -> nn.Module:
+    """A fine-tuned model in float32, with its own head, in eval mode; its configuration names the padding token.
+
+    Args:
+        folder: folder of the expert.
+        task: its task.
+        base: folder of the base model, whose tokenizer an expert without tokenizer files has.
 
     Raises:
         PaveError: the checkpoint lacks weights of the head or the backbone, or its head is of another size.
@@ -96,6 +86,7 @@ def load_expert(folder: Path, task: Task) -> nn.Module:
             f"task '{task.name}': the head of {folder} has {outputs} outputs, but the task needs {task.outputs}; "
             "check the task's classes"
         )
+    set_padding(model, folder, base)
     return model.eval()
 
 
@@ -129,7 +120,11 @@ def _merged_adapter(base: Path, folder: Path, task: str, labels: Callable[[], di
     if problems:
         raise PaveError(f"task '{task}': {problems[0]}")
     try:
-        adapted = PeftModel.from_pretrained(_with_new_head(base, labels()), folder)
+        model = _with_new_head(base, labels())
+        rows = embedding_rows(folder, token_embeddings(backbone_of(model)))
+        if rows is not None:
+            resize_rows(backbone_of(model), rows)
+        adapted = PeftModel.from_pretrained(model, folder)
         merged: nn.Module = adapted.merge_and_unload()
     except (RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -137,9 +132,23 @@ def _merged_adapter(base: Path, folder: Path, task: str, labels: Callable[[], di
     return merged.eval()
 
 
+def embedding_rows(adapter: Path, names: Collection[str]) -> int | None:
+    """How many tokens the embedding has that an adapter brings along whole; None where it brings none.
+
+    Args:
+        adapter: folder of the adapter.
+        names: names of the weight that has one row a token, inside the backbone.
+    """
+    for stored, tensor in stored_tensors(adapter / ADAPTER_WEIGHTS).items():
+        plain = stored.replace(".base_layer.", ".").replace(".modules_to_save.", ".").replace(".default.", ".")
+        if any(plain.endswith(f".{name}") for name in names):
+            return tensor.shape[0]
+    return None
+
+
 def _labels_of_adapter(base: Path, folder: Path) -> dict[str, Any]:
     """The part of a configuration that describes the head which an adapter holds."""
-    model, config = empty_classifier(base), AutoConfig.from_pretrained(base)
+    model, config = empty_classifier(base), read_config(base)
     stored, backbone = stored_tensors(folder / ADAPTER_WEIGHTS), [str(model.base_model_prefix)]
     # The last layer is the one that has as many outputs as the base's configuration says.
     for name, parameter in reversed(list(model.named_parameters())):
@@ -210,7 +219,12 @@ def _load(folder: Path, **changes: Any) -> tuple[nn.Module, dict[str, Any]]:
     try:
         with quiet_transformers():
             model, info = AutoModelForSequenceClassification.from_pretrained(
-                folder, dtype=torch.float32, output_loading_info=True, use_safetensors=True, **changes
+                folder,
+                dtype=torch.float32,
+                output_loading_info=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                **changes,
             )
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
