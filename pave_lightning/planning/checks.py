@@ -11,6 +11,7 @@ from pave_lightning.errors import PaveError, Problems
 from pave_lightning.experts.trainers import machine_options, trainer_problems
 from pave_lightning.planning.merging import merge_problems
 from pave_lightning.planning.models import check_models
+from pave_lightning.planning.tokens import token_problems
 from pave_lightning.recipe import Recipe
 from pave_lightning.run_folder import RunFolder
 from pave_lightning.tasks.data import check_task
@@ -41,6 +42,7 @@ def check_recipe(recipe: Recipe, folder: RunFolder, *, computes: bool = True) ->
     if computes:
         problems.extend(_machine_problems(recipe))
     attempt(partial(check_models, recipe, problems))
+    problems.extend(token_problems(recipe, folder.data))
     problems.extend(merge_problems(recipe))
     if recipe.merge and len(recipe.tasks) < 2:
         problems.add("merging needs at least two tasks; the recipe has one")
