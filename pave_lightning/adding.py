@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -13,7 +14,9 @@ from typing import Any
 
 from pave_lightning.errors import PaveError, Problems, shortened
 from pave_lightning.experts.fitting import save_expert
-from pave_lightning.experts.loading import load_adapter_alone, load_tokenizer
+from pave_lightning.experts.loading import load_adapter_alone
+from pave_lightning.experts.tokenizers import load_tokenizer
+from pave_lightning.experts.vocabulary import differing_tokens, expert_notes, row_problems, token_rows
 from pave_lightning.merging import Evidence, Need, SequentialMethod, make_method, method_named, methods
 from pave_lightning.merging.folders import MergeContext, load_gradients, load_kept, merged_facts, write_merged
 from pave_lightning.recipe import LONGEST_NAME, NAME_PATTERN, name_problem
@@ -21,6 +24,8 @@ from pave_lightning.reporting.model_card import ExpertSource, as_code, model_car
 from pave_lightning.weights import Architecture, Checkpoint, ExpertTaskVectors, locate_model, model_digest
 from pave_lightning.weights.adapters import ADAPTER_CONFIG
 from pave_lightning.weights.task_vectors import config_differences
+
+log = logging.getLogger("pave_lightning")
 
 ALREADY_MERGED = "(merged)"
 ADDED = """
@@ -38,6 +43,8 @@ name its folder as the task's `expert: {{from: scored/{task}}}`, leave the recip
 model.save_pretrained("scored/{task}")
 AutoTokenizer.from_pretrained("FOLDER").save_pretrained("scored/{task}")  # from transformers
 ```
+
+A task whose expert has other tokens than the base has a tokenizer of its own, in `FOLDER/heads/TASK`; take that one.
 """
 
 
@@ -87,6 +94,8 @@ def add_expert(
         problems.extend(config_differences(task, Architecture.of_folder(base), architecture))
         problems.extend(_unfit(merged, facts, base_weights, new, architecture))
         problems.raise_if_any()
+        for note in expert_notes(task, named, base_weights, architecture):
+            log.info("%s", note)
         before = Checkpoint(merged, architecture.prefix)
         counts = {ALREADY_MERGED: sum(head.is_dir() for head in heads.iterdir())}
         source = ExpertTaskVectors(base_weights, {ALREADY_MERGED: before, task: new}, architecture, counts)
@@ -117,7 +126,7 @@ def _whole_expert(expert: Path, base: Path, task: str, fisher: str | Path | None
             "taken of (experts/TASK in the run folder of its recipe)"
         )
     with tempfile.TemporaryDirectory(prefix="pave-expert-") as name:
-        save_expert(load_adapter_alone(base, expert, task), base, Path(name))
+        save_expert(load_adapter_alone(base, expert, task), base, Path(name), tokenizer_of=expert)
         yield Path(name)
 
 
@@ -159,8 +168,9 @@ def _unfit(
     if expert.has_backbone_of(base):
         yield "its backbone is the base's, so there is nothing to merge; was it fine-tuned?"
     yield from architecture.head_problems("it", expert.head)
-    if load_tokenizer(expert.folder).get_vocab() != load_tokenizer(merged).get_vocab():
-        yield "its vocabulary is another one; experts of one base must share its tokenizer"
+    own, rows = load_tokenizer(expert.folder, base.folder), token_rows(expert.folder, architecture)
+    yield from row_problems("the expert", rows, architecture.vocabulary, own)
+    yield from differing_tokens("the expert", own.get_vocab(), load_tokenizer(base.folder).get_vocab())
 
 
 def _check_request(merged: Path, facts: dict[str, Any], task: str, output: Path) -> None:

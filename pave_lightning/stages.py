@@ -17,6 +17,7 @@ from pave_lightning.run_folder import Manifest, RunFolder
 from pave_lightning.statistics.gradients import GradientKind
 from pave_lightning.tasks.data import Split, split_fingerprint
 from pave_lightning.weights import locate_model, model_digest
+from pave_lightning.weights.locate import has_tokenizer
 
 # Raised when a stage's results change meaning, so that older results are made anew.
 FORMATS = {"fit": 1, "capture": 2, "purify": 2, "merge": 1, "evaluate": 1, "diagnose": 1, "gradients": 1}
@@ -224,7 +225,10 @@ class Stages:
         inputs: dict[str, Any] = {"format": FORMATS["fit"], "base": self._base_digest}
         if task.expert is not None:
             folder = existing_folder(task)
-            return {**inputs, "from": str(folder), "weights": model_digest(folder), "outputs": task.outputs}
+            weights = model_digest(folder)
+            # An expert without tokenizer reads with the base's, which so becomes a part of it.
+            weights = weights if has_tokenizer(folder) else f"{weights}+{self._base_digest}"
+            return {**inputs, "from": str(folder), "weights": weights, "outputs": task.outputs}
         return {
             **inputs,
             "seed": self.recipe.seed,

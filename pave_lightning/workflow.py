@@ -33,8 +33,9 @@ from pave_lightning.evaluation.scale_search import ScaleSearcher
 from pave_lightning.experts.checkpoints import clear_away
 from pave_lightning.experts.fitting import fit_expert, save_expert
 from pave_lightning.experts.gradients import absolute_gradients, fisher_diagonal
-from pave_lightning.experts.loading import load_adapter, load_expert, load_tokenizer
+from pave_lightning.experts.loading import load_adapter, load_expert
 from pave_lightning.experts.task_expert import TaskExpert
+from pave_lightning.experts.tokenizers import load_tokenizer, padding_id
 from pave_lightning.experts.trainers import (
     build_trainer,
     honest_interrupts,
@@ -42,6 +43,7 @@ from pave_lightning.experts.trainers import (
     machine_options,
     quiet_lightning,
 )
+from pave_lightning.experts.vocabulary import expert_notes
 from pave_lightning.exporting import write_purified_experts
 from pave_lightning.launching import Launcher
 from pave_lightning.merging import Evidence, MergeMethod, Modulator, Need
@@ -74,7 +76,10 @@ from pave_lightning.weights import (
     model_digest,
 )
 from pave_lightning.weights.adapters import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS
-from pave_lightning.weights.architecture import backbone_of, empty_classifier
+from pave_lightning.weights.architecture import backbone_of, empty_classifier, read_config
+from pave_lightning.weights.embeddings import OwnTokens, resize_rows, share_rows, tokens_beyond
+from pave_lightning.weights.locate import has_tokenizer
+from pave_lightning.weights.task_vectors import own_token_rows
 
 log = logging.getLogger("pave_lightning")
 
@@ -163,14 +168,20 @@ class Workflow:
         """Check a checkpoint that exists; merge an adapter into the base; otherwise only note where it is."""
         with doing(f"take in the expert of {task.name}"):
             folder = existing_folder(task)
+            architecture = Architecture.of_folder(self.base_folder)
+            for note in expert_notes(
+                task.name, folder, Checkpoint(self.base_folder, architecture.prefix), architecture
+            ):
+                log.info("  %s", note)
             with self._writing(stage) as writer:
                 if (folder / ADAPTER_CONFIG).is_file():
-                    save_expert(load_adapter(self.base_folder, folder, task), self.base_folder, writer.path)
+                    adapted = load_adapter(self.base_folder, folder, task)
+                    save_expert(adapted, self.base_folder, writer.path, tokenizer_of=folder)
                     (writer.path / ADAPTER_FOLDER).mkdir()
                     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
                         shutil.copyfile(folder / name, writer.path / ADAPTER_FOLDER / name)
                 else:
-                    load_expert(folder, task)
+                    load_expert(folder, task, self.base_folder)
                     writer.result["folder"] = str(folder.resolve())
 
     def _fit_params(self, task: Task) -> dict[str, Any]:
@@ -200,7 +211,7 @@ class Workflow:
     def _capture(self, task: Task, stage: Stage) -> None:
         options = self.recipe.capture
         with doing(f"capture {task.name}"):
-            module = TaskExpert(load_expert(self._expert_folder(task.name), task), task)
+            module = TaskExpert(load_expert(self._expert_folder(task.name), task, self.base_folder), task)
             callback = PaveCallback(
                 backbone=f"model.{module.model.base_model_prefix}",
                 moments=options.moments,
@@ -264,6 +275,10 @@ class Workflow:
                 write_purified_experts(
                     writer.path, self.purified(options), self._experts, options.model_dump(mode="json"), ranks
                 )
+                for task in self.recipe.tasks:
+                    written = writer.path / task.name
+                    if written.is_dir() and not has_tokenizer(written):
+                        load_tokenizer(self.base_folder).save_pretrained(written)
         return self.folder.path(stage.name)
 
     # ---- merge -----------------------------------------------------------------------------------------------------
@@ -340,7 +355,7 @@ class Workflow:
 
     def _take_gradients(self, kind: GradientKind, task: Task, stage: Stage) -> None:
         with doing(f"gradients of {task.name} ({kind})"), self._writing(stage) as writer:
-            model = load_expert(self._expert_folder(task.name), task)
+            model = self._classifier(task.name)
             batches = self._shown(task, self.recipe.capture.gradient_examples)
             if kind == "fisher":
                 values = fisher_diagonal(model, task, batches)
@@ -360,7 +375,10 @@ class Workflow:
         batches = {}
         for task in self.recipe.tasks:
             batches[task.name] = self._shown(task, examples)
-        passes = ForwardPasses(self._backbone, self.plain, batches, self.recipe.compute.device, self._classifier)
+        own_tokens = {task.name: self._own_tokens(task.name) for task in self.recipe.tasks}
+        passes = ForwardPasses(
+            self._backbone, self.plain, batches, self.recipe.compute.device, self._classifier, own_tokens
+        )
         self._last_passes = (examples, passes)
         return passes
 
@@ -373,14 +391,30 @@ class Workflow:
         """The base's backbone, in memory."""
         with torch.random.fork_rng():
             backbone = backbone_of(empty_classifier(self._expert_folder(self.recipe.tasks[0].name), device="cpu"))
+        resize_rows(backbone, self._token_rows)
         load_parameters(backbone, {p.name: self.plain.base(p) for p in self.plain.parameters})
         kept = [name for name in self._base if self._architecture.averages(name)]
         load_parameters(backbone, {name: self._base.tensor(name) for name in kept})
         return backbone.float().eval()
 
     def _classifier(self, name: str) -> nn.Module:
-        """A task's expert with its head, in memory."""
-        return load_expert(self._expert_folder(name), self.recipe.task(name))
+        """A task's expert with its head, in memory; its token embedding has the base's rows, see `share_rows`."""
+        model = load_expert(self._expert_folder(name), self.recipe.task(name), self.base_folder)
+        share_rows(backbone_of(model), self._token_rows)
+        return model
+
+    def _own_tokens(self, name: str) -> OwnTokens | None:
+        """The tokens of a task's expert that the base has no row of; None where there are none."""
+        if not own_token_rows(self._base, self._experts[name], self._architecture):
+            return None
+        model = load_expert(self._expert_folder(name), self.recipe.task(name), self.base_folder)
+        return tokens_beyond(backbone_of(model), self._token_rows)
+
+    @property
+    def _token_rows(self) -> int:
+        """Rows of the base's token embedding."""
+        stored = [self._base.backbone.get(name) for name in self._architecture.token_embeddings]
+        return next((found.shape[0] for found in stored if found is not None), 0)
 
     @cached_property
     def _scale_searcher(self) -> ScaleSearcher:
@@ -495,13 +529,16 @@ class Workflow:
         return self.folder.data
 
     def _data(self, task: Task, batch_size: int) -> TaskDataModule:
+        folder = self._expert_folder(task.name)
+        tokenizer = load_tokenizer(folder, self.base_folder)
         return TaskDataModule(
             task,
-            load_tokenizer(self._expert_folder(task.name)),
+            tokenizer,
             seed=self.recipe.seed,
             cache_dir=self._cache,
             batch_size=batch_size,
             max_length=task.training.max_length,
+            padding=padding_id(read_config(folder), tokenizer),
         )
 
     def _expert_folder(self, name: str) -> Path:

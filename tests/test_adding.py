@@ -106,7 +106,7 @@ def test_mistakes_are_told_and_nothing_is_left_behind(merge_all, three, tmp_path
         add_expert(folders["opcm"], "third", str(headless), output)
     with pytest.raises(PaveError, match="its backbone is the base's, so there is nothing to merge"):
         add_expert(folders["opcm"], "third", str(still), output)
-    with pytest.raises(PaveError, match="its vocabulary is another one"):
+    with pytest.raises(PaveError, match="its vocabulary is not the base's: 2 tokens differ"):
         add_expert(folders["opcm"], "third", str(other), output)
     facts["sequential"]["divisor"], facts["base_digest"] = 1.0, "0" * 64
     (broken / "pave.json").write_text(json.dumps(facts))

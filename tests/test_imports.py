@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "recipe_wording": {"credentials", "errors", "recipe", "recipe_overrides", "tasks.suites"},
     "recipe_loading": {"credentials", "errors", "files"} | RECIPE_FILES,
     "callbacks": {"errors", "layers", "statistics"},
-    "merging": {"errors", "files", "layers", "statistics", "subspace", "weights"},
+    "merging": {"errors", "experts.tokenizers", "files", "layers", "statistics", "subspace", "weights"},
     "merging.rules": {"errors", "layers", "merging", "statistics", "subspace", "weights"},
     "purification": {"errors", "recipe", "statistics", "subspace", "weights"},
     "adding": {"errors", "experts", "merging", "recipe", "reporting.model_card", "weights"},
@@ -54,7 +54,8 @@ MAY_IMPORT = {
     "diagnostics": {"errors", "merging", "purification", "statistics", "subspace", "weights"},
     "experts": {"errors", "files", "layers", "processes", "recipe", "tasks", "weights"},
     "evaluation": {
-        *("errors", "experts.trainers", "merging.modulators", "merging.running", "recipe", "tasks", "weights"),
+        *("errors", "experts.tokenizers", "experts.trainers", "merging.modulators", "merging.running", "recipe"),
+        *("tasks", "weights"),
     },
     "run_folder": {"errors", "files", "interrupts"},
     "tracking": {"credentials", "errors", "interrupts"},

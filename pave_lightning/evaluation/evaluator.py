@@ -14,13 +14,15 @@ from torch.utils.data import DataLoader
 
 from pave_lightning.errors import PaveError
 from pave_lightning.evaluation.candidates import Candidate
+from pave_lightning.experts.tokenizers import set_padding
 from pave_lightning.experts.trainers import honest_interrupts, quiet_lightning
 from pave_lightning.recipe import Task
 from pave_lightning.tasks.data_module import TaskDataModule
 from pave_lightning.tasks.metrics import build_metrics, constant_scores, non_finite_rows, predictions, scores
 from pave_lightning.weights import Architecture, Checkpoint
 from pave_lightning.weights.architecture import backbone_of, empty_classifier
-from pave_lightning.weights.task_vectors import absent_children
+from pave_lightning.weights.embeddings import resize_rows
+from pave_lightning.weights.task_vectors import absent_children, own_token_rows
 
 Split = Literal["validation", "test"]
 
@@ -92,12 +94,19 @@ class Evaluator(L.LightningModule):
         self.metrics = nn.ModuleList(self._metrics)
         self._counts = [0] * len(self.tasks)
         self._private: dict[str, dict[str, Tensor]] = {}
+        self._own_rows: dict[str, dict[str, Tensor]] = {}
+        self._token_embeddings: tuple[str, ...] = ()
+        self._base = base
         models = [self._headed(task, experts[task.name], base) for task in tasks]
         prefix = str(models[0].base_model_prefix)
         # Built on the CPU, not on the meta device: position ids and other buffers stand in no checkpoint.
         first = experts[tasks[0].name].folder
         self.backbone: nn.Module = backbone_of(empty_classifier(first, device="cpu")).float()
-        self._names = Architecture.of_folder(first).stored_names
+        architecture = Architecture.of_folder(first)
+        self._names = architecture.stored_names
+        self._make_room(architecture, [base, *(experts[task.name] for task in tasks)])
+        for task in tasks:
+            self._own_rows[task.name] = own_token_rows(base, experts[task.name], architecture)
         for model in models:
             setattr(model, prefix, self.backbone)
         self._models = models
@@ -110,6 +119,7 @@ class Evaluator(L.LightningModule):
 
     def _headed(self, task: Task, expert: Checkpoint, base: Checkpoint) -> nn.Module:
         model = empty_classifier(expert.folder)
+        set_padding(model, expert.folder, base.folder)  # by which heads find the last token
         head = expert.head_tensors()
         model.load_state_dict({name: value.float() for name, value in head.items()}, strict=False, assign=True)
         prefix = f"{model.base_model_prefix}."
@@ -121,6 +131,14 @@ class Evaluator(L.LightningModule):
             name: expert.tensor(name).float() for name in expert if name.partition(".")[0] in private
         }
         return model
+
+    def _make_room(self, architecture: Architecture, checkpoints: Iterable[Checkpoint]) -> None:
+        """Let the backbone have a row for every token of every checkpoint."""
+        self._token_embeddings = architecture.token_embeddings
+        stored = [held.backbone.get(name) for held in checkpoints for name in self._token_embeddings]
+        rows = [found.shape[0] for found in stored if found is not None]
+        if rows:
+            resize_rows(self.backbone, max(rows))
 
     def score(self, candidate: Candidate, data: SuiteData, trainer: L.Trainer) -> dict[str, TaskScore]:
         """Score one candidate on data that holds the same tasks in the same order. Returns each task's metrics."""
@@ -141,6 +159,7 @@ class Evaluator(L.LightningModule):
         if self._loaded is None or not self._candidate.shared:
             self._given = self._load(self._candidate.weights(task))
         given = self._given | self._load(self._private[task].items())
+        self._load(self._own_rows[task].items(), beyond=self._base)
         lacking = [name for name, _ in self.backbone.named_parameters() if name not in given]
         if lacking:
             raise PaveError(
@@ -150,15 +169,25 @@ class Evaluator(L.LightningModule):
         self._loaded = task
 
     @torch.no_grad()
-    def _load(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Copy weights into the backbone; the names, inside the model, of those that were there."""
+    def _load(self, weights: Iterable[tuple[str, Tensor]], beyond: Checkpoint | None = None) -> set[str]:
+        """Copy weights into the backbone; the names, inside the model, of those that were there.
+
+        Args:
+            weights: names as they are stored, and values; of the token embedding the first rows, or all.
+            beyond: a checkpoint behind whose rows these rows of the token embedding come.
+        """
         own = self.backbone.state_dict(keep_vars=True)  # without what the model makes by itself
         given = set()
         for stored, tensor in weights:
             name = self._names.get(stored, stored)
-            if name in own:
-                own[name].copy_(tensor)
-                given.add(name)
+            if name not in own:
+                continue
+            target = own[name]
+            if name in self._token_embeddings:
+                first = 0 if beyond is None else beyond.backbone[name].shape[0]
+                target = target[first : first + len(tensor)]
+            target.copy_(tensor)
+            given.add(name)
         return given
 
     def test_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:

@@ -22,9 +22,10 @@ from pave_lightning.experts.checkpoints import (
     start_anew,
     unusable_checkpoint,
 )
-from pave_lightning.experts.loading import add_adapters, load_tokenizer, load_with_new_head, quiet_transformers
+from pave_lightning.experts.loading import add_adapters, load_with_new_head, quiet_transformers
 from pave_lightning.experts.schedule import training_settings
 from pave_lightning.experts.task_expert import TaskExpert, freeze
+from pave_lightning.experts.tokenizers import load_tokenizer, padding_id, padding_note
 from pave_lightning.experts.trainers import build_trainer, honest_interrupts, quiet_lightning
 from pave_lightning.files import let_others_read
 from pave_lightning.processes import is_launched
@@ -95,14 +96,7 @@ def _fit(
         private = absent_children(stored, dict(backbone.named_parameters()))
         model = add_adapters(model, options.lora, frozen=options.freeze, private=private)
     expert = TaskExpert(model, task, seed=seed)
-    data = TaskDataModule(
-        task,
-        load_tokenizer(base),
-        seed=seed,
-        cache_dir=cache_folder,
-        batch_size=options.batch_size,
-        max_length=options.max_length,
-    )
+    data = _data(task, base, model, seed, cache_folder)
     monitor = f"validation/{task.headline}"
     checkpoint = MovableCheckpoint(
         dirpath=work_folder, filename="best", monitor=monitor, mode="max", enable_version_counter=False
@@ -157,6 +151,22 @@ def _fit(
     return expert.model.eval(), metrics
 
 
+def _data(task: Task, base: Path, model: nn.Module, seed: int, cache_folder: Path) -> TaskDataModule:
+    """The rows of a task as the base's tokenizer reads them, padded with the token that the model knows."""
+    tokenizer = load_tokenizer(base)
+    if note := padding_note(tokenizer):
+        log.info("%s: %s", task.name, note)
+    return TaskDataModule(
+        task,
+        tokenizer,
+        seed=seed,
+        cache_dir=cache_folder,
+        batch_size=task.training.batch_size,
+        max_length=task.training.max_length,
+        padding=padding_id(model.config, tokenizer),
+    )
+
+
 def _take_the_best(
     expert: TaskExpert, checkpoint: ModelCheckpoint, best: Path, trainer: L.Trainer, data: TaskDataModule
 ) -> float:
@@ -195,19 +205,20 @@ class _Begun(Callback):
         self.training = True
 
 
-def save_expert(model: nn.Module, base: Path, folder: Path) -> None:
+def save_expert(model: nn.Module, base: Path, folder: Path, tokenizer_of: Path | None = None) -> None:
     """Write an expert as a Hugging Face folder with its tokenizer; adapters stand beside the weights they merge into.
 
     Args:
         model: a sequence-classification model, or a peft model around one.
         base: folder of the base model, whose tokenizer it is.
         folder: an existing folder.
+        tokenizer_of: folder whose tokenizer it is instead, where it has one of its own.
     """
     if hasattr(model, "merge_and_unload"):
         model.save_pretrained(folder / "adapter")  # type: ignore[operator]
         model = model.merge_and_unload()  # type: ignore[operator]
     with quiet_transformers():
         model.save_pretrained(folder)  # type: ignore[operator]
-    load_tokenizer(base).save_pretrained(folder)
+    load_tokenizer(tokenizer_of or base, base).save_pretrained(folder)
     for file in folder.rglob("*.safetensors"):  # transformers and peft leave them to their owner alone
         let_others_read(file)

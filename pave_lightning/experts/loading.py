@@ -9,30 +9,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification
 from transformers.utils import logging as transformers_logging
 
 from pave_lightning.errors import PaveError, foreign, reason
-from pave_lightning.files import check_sizes, read_json
+from pave_lightning.experts.tokenizers import set_padding
+from pave_lightning.files import read_json
 from pave_lightning.layers import is_linear
 from pave_lightning.recipe import Lora, Task
 from pave_lightning.weights.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from pave_lightning.weights.architecture import backbone_of, empty_classifier, lies_in, read_config
 from pave_lightning.weights.checkpoint import stored_tensors, weight_files
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder.
-
-    Raises:
-        PaveError: the folder has none.
-    """
-    check_sizes(folder)
-    with foreign(f"{folder}: no tokenizer could be loaded", "put tokenizer.json beside the model"):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        tokenizer.get_vocab()
-        tokenizer(["a"], ["b"], truncation=True, max_length=8)  # which a file can be wrong for, too
-    return tokenizer
+from pave_lightning.weights.embeddings import resize_rows, token_embeddings
 
 
 def label_names(task: Task) -> dict[str, Any]:
@@ -65,16 +53,20 @@ def _with_new_head(base: Path, labels: dict[str, Any]) -> nn.Module:
     wrong = sorted(str(entry[0]) for entry in info["mismatched_keys"] if str(entry[0]).startswith(prefix))
     if wrong:
         raise PaveError(f"{base}: {len(wrong)} weights have other shapes than config.json says, first {wrong[0]}")
+    set_padding(loaded, base)
     config: Any = loaded.config
-    if config.pad_token_id is None:
-        config.pad_token_id = load_tokenizer(base).pad_token_id
     model: nn.Module = AutoModelForSequenceClassification.from_config(config).float()
     setattr(model, str(model.base_model_prefix), backbone_of(loaded))
     return model
 
 
-def load_expert(folder: Path, task: Task) -> nn.Module:
-    """A fine-tuned model in float32, with its own head, in eval mode.
+def load_expert(folder: Path, task: Task, base: Path | None = None) -> nn.Module:
+    """A fine-tuned model in float32, with its own head, in eval mode; its configuration names the padding token.
+
+    Args:
+        folder: folder of the expert.
+        task: its task.
+        base: folder of the base model, whose tokenizer an expert without tokenizer files has.
 
     Raises:
         PaveError: the checkpoint lacks weights of the head or the backbone, or its head is of another size.
@@ -93,6 +85,7 @@ def load_expert(folder: Path, task: Task) -> nn.Module:
             f"task '{task.name}': the head of {folder} has {outputs} outputs, but the task needs {task.outputs}; "
             "check the task's classes"
         )
+    set_padding(model, folder, base)
     return model.eval()
 
 
@@ -126,9 +119,27 @@ def _merged_adapter(base: Path, folder: Path, task: str, labels: Callable[[], di
     if problems:
         raise PaveError(f"task '{task}': {problems[0]}")
     with foreign(f"task '{task}': the adapter {folder} does not fit the base {base}"):
-        adapted = PeftModel.from_pretrained(_with_new_head(base, labels()), folder)
+        model = _with_new_head(base, labels())
+        rows = embedding_rows(folder, token_embeddings(backbone_of(model)))
+        if rows is not None:
+            resize_rows(backbone_of(model), rows)
+        adapted = PeftModel.from_pretrained(model, folder)
         merged: nn.Module = adapted.merge_and_unload()
     return merged.eval()
+
+
+def embedding_rows(adapter: Path, names: Collection[str]) -> int | None:
+    """How many tokens the embedding has that an adapter brings along whole; None where it brings none.
+
+    Args:
+        adapter: folder of the adapter.
+        names: names of the weight that has one row a token, inside the backbone.
+    """
+    for stored, tensor in stored_tensors(adapter / ADAPTER_WEIGHTS).items():
+        plain = stored.replace(".base_layer.", ".").replace(".modules_to_save.", ".").replace(".default.", ".")
+        if any(plain.endswith(f".{name}") for name in names):
+            return tensor.shape[0]
+    return None
 
 
 def _labels_of_adapter(base: Path, folder: Path) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
 from pave_lightning.errors import PaveError, foreign, nearest
 from pave_lightning.files import read_json, write_tensors
@@ -31,10 +30,12 @@ from pave_lightning.weights import (
 from pave_lightning.weights.architecture import backbone_of, empty_classifier, read_config
 from pave_lightning.weights.checkpoint import model_digest, stored_tensors
 from pave_lightning.weights.memory import freed_memory_returned
-from pave_lightning.weights.task_vectors import absent_children
+from pave_lightning.weights.task_vectors import absent_children, own_token_rows
 
 FACTS_FILE = "pave.json"
 HEAD_FILE = "head.safetensors"
+# Beside the head of a task whose expert has more tokens than the base: their rows of the token embedding.
+TOKENS_FILE = "tokens.safetensors"
 # What a sequential rule keeps for adding experts: a folder for each of its tensors, with names as in the model.
 KEPT_FOLDER = "sequential"
 # In the folder of a recipe's stage `gradients/...`.
@@ -74,7 +75,8 @@ def write_merged(
     """Merge by one rule and write the result as a Hugging Face folder, one parameter at a time.
 
     The folder holds the backbone (float32; ``AutoModel.from_pretrained`` loads it), the tokenizer, ``heads/TASK`` with
-    each task's head and configuration, for per-task rules ``modulators/TASK.safetensors``, for sequential rules that
+    each task's head and configuration, where its expert has other tokens than the base its tokenizer and the rows of
+    the embedding that the base lacks, for per-task rules ``modulators/TASK.safetensors``, for sequential rules that
     keep tensors ``sequential/NAME``, and ``pave.json``.
 
     Args:
@@ -177,13 +179,16 @@ def load_gradients(place: Path, expert: Path | None = None) -> TaskGradients:
 
 
 def _write_surroundings(folder: Path, method: MergeMethod, context: MergeContext, scale: float | None) -> None:
+    # Here, so that who only loads a merged model need not load Lightning.
+    from pave_lightning.experts.tokenizers import load_tokenizer, padding_id, text_config
+
     first = next(iter(context.experts.values())).folder
-    config = read_config(context.base.folder)
+    base = context.base.folder
+    config = read_config(base)
     config.architectures = [type(backbone_of(empty_classifier(first))).__name__]
     config.dtype = "float32"
     config.save_pretrained(folder)
-    with foreign(f"{first}: no tokenizer could be loaded"):
-        tokenizer = AutoTokenizer.from_pretrained(first, trust_remote_code=False)
+    tokenizer = load_tokenizer(base)
     tokenizer.save_pretrained(folder)
     for task, expert in context.experts.items():
         private = absent_children(context.base, expert)
@@ -193,7 +198,14 @@ def _write_surroundings(folder: Path, method: MergeMethod, context: MergeContext
         target = folder / "heads" / task
         target.mkdir(parents=True)
         write_tensors(target / HEAD_FILE, {name: tensor.contiguous() for name, tensor in head.items()})
-        read_config(expert.folder).save_pretrained(target)
+        own_rows = own_token_rows(context.base, expert, context.architecture)
+        if own_rows:
+            write_tensors(target / TOKENS_FILE, {name: tensor.contiguous() for name, tensor in own_rows.items()})
+        own_config, own_tokenizer = read_config(expert.folder), load_tokenizer(expert.folder, base)
+        text_config(own_config).pad_token_id = own_config.pad_token_id = padding_id(own_config, own_tokenizer)
+        own_config.save_pretrained(target)
+        if own_tokenizer.get_vocab() != tokenizer.get_vocab():
+            own_tokenizer.save_pretrained(target)
     facts = {"method": method.name, "form": method.form, "base": context.base_reference, **context.facts}
     if _takes_experts_later(method, scale):
         facts |= {"sequential": method.state(scale), "base_digest": model_digest(context.base.folder)}
@@ -215,6 +227,11 @@ def merged_facts(folder: Path) -> dict[str, Any]:
     return facts
 
 
+def _kept(file: Path) -> dict[str, Tensor]:
+    """What a merged folder keeps for one task."""
+    return {name: Checkpoint.read(tensor) for name, tensor in stored_tensors(file, "merge again").items()}
+
+
 def load_merged(folder: str | Path, task: str, base: str | None = None) -> nn.Module:
     """A merged model with one task's head, ready to use, in eval mode.
 
@@ -224,7 +241,8 @@ def load_merged(folder: str | Path, task: str, base: str | None = None) -> nn.Mo
         base: the base model, for per-task models only; the one named in the folder where nothing is given.
 
     Returns:
-        A Hugging Face sequence-classification model, float32.
+        A Hugging Face sequence-classification model, float32. It reads the tokens of the tokenizer in
+        ``heads/TASK``, where the task has one of its own, or else of that in the folder.
 
     Raises:
         PaveError: the folder is no merged model, or has no such task.
@@ -250,9 +268,13 @@ def load_merged(folder: str | Path, task: str, base: str | None = None) -> nn.Mo
             if start.shape != state[name].shape:
                 raise PaveError(f"{folder}: the weight {name} has another shape than that of the base")
             state[name] = start + modulator.apply(name, state[name] - start)
-    stored = stored_tensors(heads / task / HEAD_FILE, "merge again")
-    head = {name: Checkpoint.read(tensor) for name, tensor in stored.items()}
-    names = Architecture.of_folder(heads / task).stored_names
+    head, architecture = _kept(heads / task / HEAD_FILE), Architecture.of_folder(heads / task)
+    own_rows = _kept(heads / task / TOKENS_FILE) if (heads / task / TOKENS_FILE).exists() else {}
+    for name in architecture.token_embeddings:
+        if name in state:  # the merged rows, and what the task has beyond them; fewer where its expert had fewer
+            rows = torch.cat([state[name], own_rows[name].float()]) if name in own_rows else state[name]
+            state[name] = rows[: architecture.vocabulary]
+    names = architecture.stored_names
     whole = {f"{prefix}.{names.get(name, name)}": tensor for name, tensor in state.items()}
     whole |= {names.get(name, name): tensor for name, tensor in head.items()}
     with foreign(f"{folder} does not fit its own config.json", "merge again"):

@@ -14,6 +14,7 @@ from pave_lightning.errors import PaveError
 from pave_lightning.layers import is_linear, is_norm
 from pave_lightning.subspace import is_finite
 from pave_lightning.weights import Parameter, TaskVectors
+from pave_lightning.weights.embeddings import OwnTokens, reading
 
 Batch = Mapping[str, Tensor]
 # What a walk through the blocks may differ from the model's own pass by, relative to the largest value.
@@ -30,6 +31,7 @@ class ForwardPasses:
         batches: each task's examples, as the backbone takes them.
         device: where the passes are run.
         classifier: makes a task's expert with its head, float32: a Hugging Face classifier. None where there are none.
+        own_tokens: for tasks whose experts have tokens that the base has no row of, these.
     """
 
     backbone: Callable[[], nn.Module]
@@ -37,6 +39,7 @@ class ForwardPasses:
     batches: Mapping[str, Sequence[Batch]]
     device: str = "cpu"
     classifier: Callable[[str], nn.Module] | None = None
+    own_tokens: Mapping[str, OwnTokens | None] = field(default_factory=dict)
 
     def stack(self) -> BlockStack:
         """The blocks of a new backbone with the base's weights.
@@ -49,12 +52,15 @@ class ForwardPasses:
         return stack
 
     def first(self) -> dict[str, Tensor]:
-        """One batch."""
-        return self._placed(next(iter(self.batches.values()))[0])
+        """One batch, of tokens that the base has a row of."""
+        task, batches = next(iter(self.batches.items()))
+        batch, own = self._placed(batches[0]), self.own_tokens.get(task)
+        return batch if own is None else {**batch, "input_ids": own.shared(batch["input_ids"])}
 
     def entries(self, stack: BlockStack, task: str) -> list[Entry]:
         """A task's examples before the first block, with the weights that the backbone has now."""
-        return [stack.enter(batch) for batch in self.placed(task)]
+        with reading(stack.backbone, self.own_tokens.get(task)):
+            return [stack.enter(batch) for batch in self.placed(task)]
 
     def placed(self, task: str) -> list[dict[str, Tensor]]:
         """A task's examples without their labels, on the device."""

@@ -3,5 +3,14 @@
 from pave_lightning.planning.checks import check_recipe
 from pave_lightning.planning.merging import merge_problems, option_problems
 from pave_lightning.planning.table import cost_table, plan_rows, predicted_cost
+from pave_lightning.planning.tokens import token_notes
 
-__all__ = ["check_recipe", "cost_table", "merge_problems", "option_problems", "plan_rows", "predicted_cost"]
+__all__ = [
+    "check_recipe",
+    "cost_table",
+    "merge_problems",
+    "option_problems",
+    "plan_rows",
+    "predicted_cost",
+    "token_notes",
+]

@@ -11,6 +11,7 @@ from pave_lightning.errors import PaveError, Problems
 from pave_lightning.experts.trainers import machine_options, trainer_problems
 from pave_lightning.planning.merging import merge_problems
 from pave_lightning.planning.models import check_models
+from pave_lightning.planning.tokenised import tokenised_problems
 from pave_lightning.planning.tokens import token_problems
 from pave_lightning.planning.training import schedule_problems
 from pave_lightning.recipe import Recipe
@@ -44,7 +45,8 @@ def check_recipe(recipe: Recipe, folder: RunFolder, *, computes: bool = True) ->
         problems.extend(_machine_problems(recipe))
         problems.extend(schedule_problems(recipe, folder.data))
     attempt(partial(check_models, recipe, problems))
-    attempt(lambda: problems.extend(token_problems(recipe, folder)))
+    attempt(lambda: problems.extend(tokenised_problems(recipe, folder)))
+    problems.extend(token_problems(recipe))
     problems.extend(merge_problems(recipe))
     if recipe.merge and len(recipe.tasks) < 2:
         problems.add("merging needs at least two tasks; the recipe has one")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 from pave_lightning.errors import PaveError, Problems, nearest
-from pave_lightning.experts.loading import adapter_problems, load_tokenizer
+from pave_lightning.experts.loading import adapter_problems
 from pave_lightning.recipe import Lora, Recipe, Task
 from pave_lightning.stages import existing_folder
 from pave_lightning.weights import Adapter, Architecture, Checkpoint, Parameter, ParameterKind, locate_model
@@ -51,7 +51,6 @@ def check_models(recipe: Recipe, problems: Problems) -> None:
     base_folder = locate_model(recipe.base, role="base")
     architecture = Architecture.of_folder(base_folder)
     base = architecture.checkpoint(base_folder)
-    tokenizer = load_tokenizer(base_folder)
     weights = [
         name for name, stored in base.backbone.items() if stored.is_floating and name not in architecture.buffers
     ]
@@ -66,10 +65,6 @@ def check_models(recipe: Recipe, problems: Problems) -> None:
     problems.extend(f"base: {problem}" for problem in tie_problems(base))
     for name in base.non_finite():
         problems.add(f"base: the weight {name} holds NaN or infinity")
-    if architecture.vocabulary is not None and len(tokenizer) > architecture.vocabulary:
-        problems.add(
-            f"base: its tokenizer has {len(tokenizer)} tokens, but its embedding {architecture.vocabulary} rows"
-        )
     for task in recipe.tasks:
         limit = architecture.positions
         if limit is not None and task.training.max_length > limit:
@@ -79,7 +74,7 @@ def check_models(recipe: Recipe, problems: Problems) -> None:
             )
         try:
             if task.expert is not None:
-                problems.extend(_expert_problems(task, base, architecture, tokenizer.get_vocab()))
+                problems.extend(_expert_problems(task, base, architecture))
             else:
                 problems.extend(_training_problems(task, architecture))
         except PaveError as error:
@@ -116,9 +111,7 @@ def _ancestors(name: str) -> Iterator[str]:
         yield ".".join(parts[:end])
 
 
-def _expert_problems(
-    task: Task, base: Checkpoint, architecture: Architecture, vocabulary: Mapping[str, int]
-) -> Iterator[str]:
+def _expert_problems(task: Task, base: Checkpoint, architecture: Architecture) -> Iterator[str]:
     """What is wrong with a checkpoint that a recipe names instead of training.
 
     Raises:
@@ -144,13 +137,6 @@ def _expert_problems(
     yield from (f"{where}: {problem}" for problem in _head_problems(task, folder, own))
     for name in expert.non_finite():
         yield f"{where}: the weight {name} of {folder} holds NaN or infinity"
-    others = load_tokenizer(folder).get_vocab()
-    differing = [token for token, index in others.items() if vocabulary.get(token) != index]
-    if differing or len(others) != len(vocabulary):
-        yield (
-            f"{where}: the vocabulary of {folder} is not the base's ({len(differing)} tokens differ, "
-            f"such as {differing[:1]}); experts of one base must share its tokenizer"
-        )
     beside = adapter_folder(folder)
     if beside is not None:
         Adapter(beside, architecture.prefix)  # tells what is wrong with its factors
@@ -172,5 +158,3 @@ def _head_problems(task: Task, folder: Path, own: Architecture) -> Iterator[str]
     names = list(own.labels.values())
     if task.classes is not None and sorted(names) == sorted(task.classes) and names != task.classes:
         yield f"the head of {folder} has the classes in the order {names}, the task in the order {task.classes}"
-    if own.padding is None:
-        yield f"{folder}: config.json has no pad_token_id, so batches cannot be padded; set it"

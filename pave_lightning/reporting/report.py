@@ -168,7 +168,9 @@ def _write_cards(workflow: Workflow, table: ScoreTable) -> None:
     """A README.md in each merged folder. It stands outside the manifest, because scores come after merging."""
     recipe = workflow.recipe
     experts = [
-        ExpertSource(task.name, task.expert.from_ if task.expert else "fine-tuned in this run", digest)
+        ExpertSource(
+            task.name, task.expert.from_ if task.expert else "fine-tuned in this run", digest.partition("+")[0]
+        )
         for task, digest in zip(recipe.tasks, workflow.stages.expert_digests().values(), strict=True)
     ]
     versions = {name.removeprefix("version."): text for name, text in environment_tags().items()}

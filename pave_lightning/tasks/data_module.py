@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader, Sampler
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from pave_lightning.errors import PaveError
 from pave_lightning.recipe import Task
@@ -30,6 +30,7 @@ from pave_lightning.tasks.data import (
     split_fingerprint,
     split_title,
 )
+from pave_lightning.tasks.padding import PaddedBatches
 from pave_lightning.tasks.samplers import ExactSampler, TrainingSampler
 from pave_lightning.tasks.token_checks import token_findings
 
@@ -73,6 +74,7 @@ class TaskDataModule(LightningDataModule):
         batch_size: rows a batch and process.
         max_length: longest sequence in tokens; longer texts are cut, of a pair the longer text first.
         num_workers: worker processes a loader.
+        padding: the token that fills up batches, where that is another than the tokenizer's.
 
     Raises:
         PaveError: the tokenizer has no padding token; later, when a split is read, all that is wrong with its data.
@@ -91,9 +93,10 @@ class TaskDataModule(LightningDataModule):
         batch_size: int,
         max_length: int,
         num_workers: int = 0,
+        padding: int | None = None,
     ) -> None:
         super().__init__()
-        if tokenizer.pad_token is None:
+        if tokenizer.special_tokens_map.get("pad_token") is None:
             raise PaveError(
                 f"task '{task.name}': the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__} has no "
                 "padding token, but rows of one batch must be padded to one length; set 'pad_token' in its "
@@ -106,7 +109,7 @@ class TaskDataModule(LightningDataModule):
         self.batch_size = batch_size
         self.max_length = max_length
         self.num_workers = num_workers
-        self.collate = DataCollatorWithPadding(tokenizer)
+        self.collate = PaddedBatches(tokenizer, padding)
         self._datasets: dict[Split, datasets.Dataset] = {}
 
     def prepare_data(self) -> None:

@@ -29,6 +29,7 @@ from pave_lightning.errors import PaveError, foreign, shortened
 from pave_lightning.files import read_json
 from pave_lightning.weights.buffers import BufferKind, buffer_kinds
 from pave_lightning.weights.checkpoint import Checkpoint
+from pave_lightning.weights.embeddings import token_embeddings
 from pave_lightning.weights.parameters import Parameter, ParameterKind, kind_of
 from pave_lightning.weights.ties import tied_names
 
@@ -50,6 +51,8 @@ class Architecture:
         parameters: the backbone's parameters by name, in the order of the modules.
         stored_names: names under which checkpoints store parameters of the backbone -> names of these parameters, where
             the two differ (transformers renames the weights of ViT when it loads and saves them).
+        token_embeddings: names of the weight that has one row a token; several where it is shared, none where there is
+            no such table.
         head: names of the parameters outside the backbone.
         config: the configuration, as plain values and with its defaults.
         obsolete: patterns of tensors that older releases of transformers stored and the model no longer has.
@@ -65,6 +68,7 @@ class Architecture:
     stored_names: Mapping[str, str] = field(default_factory=dict, repr=False)
     tied: Mapping[str, str] = field(default_factory=dict, repr=False)
     buffers: Mapping[str, BufferKind] = field(default_factory=dict, repr=False)
+    token_embeddings: tuple[str, ...] = ()
 
     @classmethod
     def of_folder(cls, folder: Path) -> Architecture:
@@ -100,6 +104,7 @@ class Architecture:
             stored_names=stored_names,
             tied={files_call.get(name, name): files_call.get(own, own) for name, own in tied_names(backbone).items()},
             buffers={files_call.get(name, name): kind for name, kind in buffer_kinds(backbone).items()},
+            token_embeddings=tuple(token_embeddings(backbone)),
         )
 
     @property
@@ -122,7 +127,8 @@ class Architecture:
     @property
     def vocabulary(self) -> int | None:
         """Rows of the token embedding; None where the model reads no tokens."""
-        rows = self.config.get("vocab_size")
+        found = [self.parameters[name] for name in self.token_embeddings if name in self.parameters]
+        rows = found[0].shape[0] if found else self.config.get("vocab_size")
         return rows if isinstance(rows, int) else None
 
     @property

@@ -20,7 +20,7 @@ from pave_lightning.subspace import is_finite
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 PICKLED_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
-IDENTIFYING = (".safetensors", ".json", ".txt", ".model")
+IDENTIFYING = (".safetensors", ".json", ".txt", ".model", ".spm", ".tiktoken", ".tokenizer", ".codes")
 FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -131,9 +131,12 @@ class Checkpoint:
             ) from error
 
     def has_backbone_of(self, other: Checkpoint) -> bool:
-        """Whether every backbone tensor that both hold is the same; reads no further than the first difference."""
+        """Whether every backbone tensor that both hold is the same; reads no further than the first difference.
+
+        Of a table with more rows in one of the two, the rows are compared that both have: tokens may have been added.
+        """
         shared = [name for name in self.backbone if name in other.backbone]
-        return all(torch.equal(self.tensor(name), other.tensor(name)) for name in shared)
+        return all(torch.equal(*_common_rows(self, other, name)) for name in shared)
 
     def non_finite(self) -> list[str]:
         """Names of tensors, backbone and head, that hold NaN, infinity or more than float32 can (reads all weights)."""
@@ -147,6 +150,13 @@ class Checkpoint:
 def _is_finite_in_float32(tensor: Tensor) -> bool:
     """Whether every value is finite, and stays so in float32, in which everything is computed."""
     return is_finite(tensor.float() if tensor.dtype == torch.float64 else tensor)
+
+
+def _common_rows(first: Checkpoint, second: Checkpoint, name: str) -> tuple[Tensor, Tensor]:
+    shapes = first.backbone[name].shape, second.backbone[name].shape
+    alike = len(shapes[0]) > 1 and shapes[0][1:] == shapes[1][1:] and shapes[0] != shapes[1]
+    rows = slice(0, min(shapes[0][0], shapes[1][0])) if alike else None
+    return first.tensor(name, rows), second.tensor(name, rows)
 
 
 def stored_tensors(file: Path, again: str = "fetch or save the checkpoint again") -> dict[str, StoredTensor]:

@@ -11,6 +11,18 @@ from pave_lightning.hub import hub_or_cache, unreached
 
 MOST_LOOKED_AT = 1000
 
+# What tokenizers keep their vocabulary and settings in; `*.json` and `*.txt` files that may be others' are named.
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab*.json"),
+    *("vocab*.txt", "merges.txt", "dict.txt", "bpe.codes", "tekken.json", "byte_maps.json", "entity_vocab.json"),
+    *("*.model", "*.spm", "*.tiktoken", "*.tokenizer"),
+)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model folder holds files of a tokenizer; ``model.save_pretrained`` alone leaves none."""
+    return any(next(folder.glob(pattern), None) is not None for pattern in TOKENIZER_FILES)
+
 
 def locate_model(reference: str, *, role: str = "model") -> Path:
     """The local folder of a model, downloading it from the hub when it is named by its hub id.
@@ -70,8 +82,9 @@ def _from_hub(reference: str, role: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
+        wanted = ["*.json", "*.safetensors", "*.txt", *TOKENIZER_FILES]
         with hub_or_cache():
-            return Path(snapshot_download(reference, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+            return Path(snapshot_download(reference, allow_patterns=wanted))
     except HFValidationError as error:
         raise PaveError(f"{role}: '{shortened(reference)}' is neither a folder here nor a valid hub id") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

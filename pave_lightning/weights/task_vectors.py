@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from pave_lightning.weights.ties import tie_problems
 # 0.8 MB in float32: below 1 MB the C library reuses memory, above it the system clears all pages of every block anew.
 BLOCK_ELEMENTS = 200_000
 # Values in config.json that must agree between a base and its experts for their weights to be comparable.
-COMPARED_CONFIG = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "hidden_act")
+COMPARED_CONFIG = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "hidden_act")
 
 
 class TaskVectors(ABC):
@@ -208,7 +209,7 @@ class ExpertTaskVectors(TaskVectors):
         self._base, self._experts = base, dict(experts)
         self.tasks = tuple(experts)
         self.parameters = tuple(
-            architecture.describe(name, stored.shape)
+            replace(architecture.describe(name, stored.shape), shape=stored.shape)
             for name, stored in sorted(base.backbone.items())
             if name in shared and stored.is_floating and architecture.merges(name)
         )
@@ -232,8 +233,17 @@ class ExpertTaskVectors(TaskVectors):
         return self._finite(self._base, parameter, rows)
 
     def expert(self, task: str, parameter: Parameter, rows: slice | None = None) -> Tensor:
-        """The fine-tuned tensor as it is stored (float32)."""
-        return self._finite(self._experts[task], parameter, rows)
+        """The fine-tuned tensor as it is stored (float32), with the base's rows where the numbers of tokens differ."""
+        expert = self._experts[task]
+        stored = expert.backbone[parameter.name].shape
+        if stored == parameter.shape:
+            return self._finite(expert, parameter, rows)
+        start, stop, _ = (rows or slice(None)).indices(parameter.shape[0])
+        own = self._finite(expert, parameter, slice(min(start, stored[0]), min(stop, stored[0])))
+        # About tokens that an expert has not it says nothing new.
+        return (
+            own if len(own) == stop - start else torch.cat([own, self.base(parameter, slice(start + len(own), stop))])
+        )
 
     def vector(self, task: str, parameter: Parameter, rows: slice | None = None, base: Tensor | None = None) -> Tensor:
         """The task vector (float32): the product of the adapter's factors, or fine-tuned minus base."""
@@ -339,11 +349,26 @@ def absent_children(base: Checkpoint, expert: Iterable[str]) -> set[str]:
     return {name.partition(".")[0] for name in expert} - of_base
 
 
+def own_token_rows(base: Checkpoint, expert: Checkpoint, architecture: Architecture) -> dict[str, Tensor]:
+    """The rows of the token embedding that an expert has beyond the base's, by the names of its weight.
+
+    They belong to the expert alone, as its head does; shape ``(k, d)``, as they are stored.
+    """
+    found = {}
+    for name in architecture.token_embeddings:
+        if name in base.backbone and name in expert.backbone:
+            rows, own = base.backbone[name].shape[0], expert.backbone[name].shape[0]
+            if own > rows:
+                found[name] = expert.tensor(name, slice(rows, own))
+    return found
+
+
 def differences(task: str, base: Checkpoint, expert: Checkpoint, architecture: Architecture) -> list[str]:
     """What keeps an expert from being merged with others of that base: names and shapes, from the headers alone.
 
     Index buffers and other tensors that the architecture ignores may differ: not every release of transformers stores
     them. Values are read of two kinds only: buffers that must be the base's, and tied tensors that are stored twice.
+    The token embedding may have more rows or fewer, see `own_token_rows`.
     """
     found = [f"task '{task}': {problem}" for problem in tie_problems(expert)]
     found += [f"task '{task}': {problem}" for problem in buffer_problems(base, expert, architecture.buffers)]
@@ -354,7 +379,9 @@ def differences(task: str, base: Checkpoint, expert: Checkpoint, architecture: A
             continue
         if name not in base.backbone:
             found.append(f"task '{task}': {name} {list(stored.shape)} is in the expert, but not in the base")
-        elif stored.shape != base.backbone[name].shape:
+        elif stored.shape != base.backbone[name].shape and not (
+            name in architecture.token_embeddings and stored.shape[1:] == base.backbone[name].shape[1:]
+        ):
             found.append(
                 f"task '{task}': {name} is {list(stored.shape)} in the expert, "
                 f"{list(base.backbone[name].shape)} in the base"

@@ -107,7 +107,7 @@ def test_all_differences_of_all_experts_are_told_at_once(base_folder, expert_fol
         tensors["bert.encoder.layer.0.renamed.weight"] = tensors.pop("bert.encoder.layer.0.output.dense.weight")
 
     def widen(tensors):
-        tensors["bert.embeddings.word_embeddings.weight"] = torch.zeros(101, 32)
+        tensors["bert.embeddings.position_embeddings.weight"] = torch.zeros(33, 32)
 
     renamed = changed(expert_folders["first"], tmp_path / "renamed", rename)
     widened = changed(expert_folders["second"], tmp_path / "widened", widen)
@@ -117,7 +117,7 @@ def test_all_differences_of_all_experts_are_told_at_once(base_folder, expert_fol
         "the experts do not fit the base:",
         "  - task 'renamed': encoder.layer.0.renamed.weight [32, 64] is in the expert, but not in the base",
         "  - task 'renamed': encoder.layer.0.output.dense.weight [32, 64] is in the base, but not in the expert",
-        "  - task 'widened': embeddings.word_embeddings.weight is [101, 32] in the expert, [100, 32] in the base",
+        "  - task 'widened': embeddings.position_embeddings.weight is [33, 32] in the expert, [32, 32] in the base",
     ]
 
 

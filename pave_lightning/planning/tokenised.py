@@ -1,0 +1,49 @@
+"""What becomes of the rows once they are tokenised, by the code that a run tokenises them with."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+from pave_lightning.errors import PaveError
+from pave_lightning.experts.tokenizers import load_tokenizer
+from pave_lightning.recipe import Recipe
+from pave_lightning.run_folder import RunFolder
+from pave_lightning.stages import existing_folder
+from pave_lightning.tasks.data import SPLITS
+from pave_lightning.tasks.data_module import TaskDataModule
+from pave_lightning.weights import locate_model
+
+log = logging.getLogger("pave_lightning")
+
+
+def tokenised_problems(recipe: Recipe, folder: RunFolder) -> Iterator[str]:
+    """Tokenise all rows that are used, and tell those that leave nothing to learn from; others are warned of.
+
+    Args:
+        recipe: What is checked.
+        folder: Its run folder, where the tokens are kept for the run.
+
+    Raises:
+        PaveError: There is no base.
+    """
+    base = locate_model(recipe.base, role="base")
+    for task in recipe.tasks:
+        try:
+            tokenizer = load_tokenizer(base if task.expert is None else existing_folder(task), base)
+        except PaveError:  # told with what is wrong with tokenizers
+            continue
+        data = TaskDataModule(
+            task,
+            tokenizer,
+            seed=recipe.seed,
+            cache_dir=folder.data,
+            batch_size=task.training.batch_size,
+            max_length=task.training.max_length,
+        )
+        for split in SPLITS:
+            try:
+                for remark in data.remarks(split):
+                    log.warning("%s", remark)
+            except PaveError as error:
+                yield from str(error).split("\n")
