@@ -6,21 +6,23 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pave_lightning.errors import PaveError, Problems
+from pave_lightning.experts.adapter_base import other_base
+from pave_lightning.experts.adapters import adapter_problems, load_adapter_alone
 from pave_lightning.experts.fitting import save_expert
-from pave_lightning.experts.loading import load_adapter_alone, load_tokenizer
+from pave_lightning.experts.loading import expert_problem, load_tokenizer
 from pave_lightning.merging import Evidence, Need, SequentialMethod, make_method, method_named, methods
 from pave_lightning.merging.folders import MergeContext, load_gradients, load_kept, merged_facts, write_merged
 from pave_lightning.recipe import NAME_PATTERN
 from pave_lightning.reporting.model_card import ExpertSource, model_card
 from pave_lightning.weights import Architecture, Checkpoint, ExpertTaskVectors, locate_model, model_digest
 from pave_lightning.weights.adapters import ADAPTER_CONFIG
-from pave_lightning.weights.task_vectors import config_differences
+from pave_lightning.weights.configuration import config_differences
 
 ALREADY_MERGED = "(merged)"
 ADDED = """
@@ -42,7 +44,13 @@ AutoTokenizer.from_pretrained("FOLDER").save_pretrained("scored/{task}")  # from
 
 
 def add_expert(
-    merged: str | Path, task: str, expert: str, output: str | Path, fisher: str | Path | None = None
+    merged: str | Path,
+    task: str,
+    expert: str,
+    output: str | Path,
+    fisher: str | Path | None = None,
+    *,
+    accept: Sequence[str] = (),
 ) -> Path:
     """Merge one more expert into a model that a sequential rule has merged (see `SequentialMethod`).
 
@@ -64,6 +72,7 @@ def add_expert(
         output: folder of the result; it must not exist.
         fisher: for rules that need it, the new expert's Fisher information: a file of `TaskGradients`, or the folder
             ``gradients/fisher-TASK`` that a recipe left.
+        accept: what may differ although it is refused otherwise, as a recipe's key ``expert.accept``.
 
     Returns:
         The folder of the result, with the heads of all tasks and a README.md.
@@ -79,13 +88,17 @@ def add_expert(
     _check_fisher(str(facts["method"]), fisher)
     named = locate_model(expert, role=f"expert of '{task}'")
     base = locate_model(str(facts["base"]), role="base")
+    if (named / ADAPTER_CONFIG).is_file() and not adapter_problems(named) and "base" not in accept:
+        other = other_base(named, str(facts["base"]), base)
+        if other is not None:
+            raise PaveError(f"{other}; its update belongs to other weights (--accept base if this is meant)")
     with _whole_expert(named, base, task, fisher) as folder:
         evidence = Evidence() if fisher is None else Evidence(fisher={task: load_gradients(Path(fisher), folder)})
         architecture = Architecture.of_folder(folder)
         base_weights, new = (Checkpoint(place, architecture.prefix) for place in (base, folder))
         problems = Problems(f"the expert {named} cannot be added to {merged}:")
-        problems.extend(config_differences(task, Architecture.of_folder(base), architecture))
-        problems.extend(_unfit(merged, facts, base_weights, new, architecture))
+        problems.extend(config_differences(task, base, folder, accept))
+        problems.extend(_unfit(merged, facts, base_weights, new))
         problems.raise_if_any()
         before = Checkpoint(merged, architecture.prefix)
         source = ExpertTaskVectors(base_weights, {ALREADY_MERGED: before, task: new}, architecture)
@@ -149,15 +162,15 @@ def _card(merged: Path, place: Path, output: Path, task: str, expert: Path) -> s
     return card + ADDED.format(merged=merged, added=", ".join(facts["added"]), task=task)
 
 
-def _unfit(
-    merged: Path, facts: dict[str, Any], base: Checkpoint, expert: Checkpoint, architecture: Architecture
-) -> Iterator[str]:
+def _unfit(merged: Path, facts: dict[str, Any], base: Checkpoint, expert: Checkpoint) -> Iterator[str]:
     """What keeps an expert from being added, besides its configuration and its shapes."""
     if facts.get("base_digest") not in (None, model_digest(base.folder)):
         yield f"the base {base.folder} is no longer what it was when {merged} was made; merge all experts again"
     if expert.has_backbone_of(base):
         yield "its backbone is the base's, so there is nothing to merge; was it fine-tuned?"
-    yield from architecture.head_problems("it", expert.head)
+    incomplete = expert_problem(expert.folder)
+    if incomplete is not None:
+        yield f"it {incomplete}"
     if load_tokenizer(expert.folder).get_vocab() != load_tokenizer(merged).get_vocab():
         yield "its vocabulary is another one; experts of one base must share its tokenizer"
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pave_lightning.callbacks import PaveCallback
 from pave_lightning.choosing import Chooser, MergeChoice
-from pave_lightning.errors import doing
+from pave_lightning.errors import PaveError, doing, listed
 from pave_lightning.evaluation import (
     Candidate,
     CheckpointCandidate,
@@ -29,9 +29,10 @@ from pave_lightning.evaluation import (
     TaskScore,
 )
 from pave_lightning.evaluation.scale_search import ScaleSearcher
+from pave_lightning.experts.adapters import load_adapter
 from pave_lightning.experts.fitting import fit_expert, save_expert
 from pave_lightning.experts.gradients import absolute_gradients, fisher_diagonal
-from pave_lightning.experts.loading import load_adapter, load_expert, load_tokenizer
+from pave_lightning.experts.loading import load_expert, load_tokenizer
 from pave_lightning.experts.task_expert import TaskExpert
 from pave_lightning.experts.trainers import (
     build_trainer,
@@ -116,7 +117,8 @@ class Workflow:
 
     def fit_and_capture(self) -> None:
         """Make every task's expert and, where anything needs it, what its layers see."""
-        for task in self.recipe.tasks:
+        # What exists is read first: what is wrong with its values is told before anything is trained.
+        for task in sorted(self.recipe.tasks, key=lambda task: task.expert is None):
             self.fit(task)
         for task in self.recipe.tasks if self.stages.need_statistics() else ():
             self.capture(task)
@@ -160,6 +162,7 @@ class Workflow:
         """Check a checkpoint that exists; merge an adapter into the base; otherwise only note where it is."""
         with doing(f"take in the expert of {task.name}"):
             folder = existing_folder(task)
+            self._check_base()
             with self._writing(stage) as writer:
                 if (folder / ADAPTER_CONFIG).is_file():
                     save_expert(load_adapter(self.base_folder, folder, task), self.base_folder, writer.path)
@@ -170,6 +173,17 @@ class Workflow:
                     load_expert(folder, task)
                     writer.result["folder"] = str(folder.resolve())
             self._end(self._child(f"expert:{task.name}", "fit", {"task": _described(task)}))
+
+    def _check_base(self) -> None:
+        if self._broken_in_base:
+            raise PaveError(
+                f"the base {self.base_folder}: {listed(self._broken_in_base, 3)} hold NaN, infinity, or values too "
+                "large for float32; fetch it again"
+            )
+
+    @cached_property
+    def _broken_in_base(self) -> list[str]:
+        return self._base.non_finite()
 
     # ---- capture ---------------------------------------------------------------------------------------------------
 
@@ -359,7 +373,7 @@ class Workflow:
     def _backbone(self) -> nn.Module:
         """The base's backbone, in memory."""
         with torch.random.fork_rng():
-            backbone = backbone_of(empty_classifier(self._expert_folder(self.recipe.tasks[0].name), device="cpu"))
+            backbone = backbone_of(empty_classifier(self.base_folder, device="cpu"))
         load_parameters(backbone, {p.name: self.plain.base(p) for p in self.plain.parameters})
         return backbone.float().eval()
 
@@ -435,7 +449,7 @@ class Workflow:
 
     @cached_property
     def _architecture(self) -> Architecture:
-        return Architecture.of_folder(self._expert_folder(self.recipe.tasks[0].name))
+        return Architecture.of_folder(self.base_folder)
 
     @cached_property
     def _base(self) -> Checkpoint:

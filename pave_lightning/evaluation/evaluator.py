@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as L
@@ -19,6 +20,7 @@ from pave_lightning.tasks.data_module import TaskDataModule
 from pave_lightning.tasks.metrics import build_metrics, predictions, scores
 from pave_lightning.weights import Architecture, Checkpoint
 from pave_lightning.weights.architecture import backbone_of, empty_classifier
+from pave_lightning.weights.configuration import differences_in_function, model_configuration
 from pave_lightning.weights.task_vectors import absent_children
 
 Split = Literal["validation", "test"]
@@ -70,7 +72,8 @@ class Evaluator(L.LightningModule):
     Args:
         tasks: the tasks, in the order of the data.
         experts: each task's expert checkpoint, which holds the head.
-        base: the base's checkpoint; what of the backbone it lacks altogether belongs to the heads.
+        base: the base's checkpoint; what of the backbone it lacks altogether belongs to the heads. Its configuration
+            says how the backbone computes; an expert with another one is scored with its own.
     """
 
     def __init__(self, tasks: Sequence[Task], experts: Mapping[str, Checkpoint], base: Checkpoint) -> None:
@@ -83,9 +86,12 @@ class Evaluator(L.LightningModule):
         models = [self._headed(task, experts[task.name], base) for task in tasks]
         prefix = str(models[0].base_model_prefix)
         # Built on the CPU, not on the meta device: position ids and other buffers stand in no checkpoint.
-        first = experts[tasks[0].name].folder
-        self.backbone: nn.Module = backbone_of(empty_classifier(first, device="cpu")).float()
-        self._names = Architecture.of_folder(first).stored_names
+        self.backbone: nn.Module = backbone_of(empty_classifier(base.folder, device="cpu")).float()
+        self._names = Architecture.of_folder(base.folder).stored_names
+        self._prefix = prefix
+        own = [self._with_own_configuration(experts[task.name].folder, base.folder) for task in tasks]
+        self.own_backbones = nn.ModuleList(found for found in own if found is not self.backbone)
+        self._own = own
         for model in models:
             setattr(model, prefix, self.backbone)
         self._models = models
@@ -110,6 +116,17 @@ class Evaluator(L.LightningModule):
         }
         return model
 
+    def _with_own_configuration(self, expert: Path, base: Path) -> nn.Module:
+        """The backbone as an expert's configuration builds it, with the same parameters; the base's where it agrees."""
+        if not differences_in_function(model_configuration(base), model_configuration(expert)):
+            return self.backbone
+        own = backbone_of(empty_classifier(expert, device="cpu")).float()
+        parameters = dict(self.backbone.named_parameters(remove_duplicate=False))
+        for name, module in own.named_modules():
+            for attribute, _ in list(module.named_parameters(recurse=False)):
+                setattr(module, attribute, parameters[f"{name}.{attribute}" if name else attribute])
+        return own
+
     def score(self, candidate: Candidate, data: SuiteData, trainer: L.Trainer) -> dict[str, TaskScore]:
         """Score one candidate on data that holds the same tasks in the same order. Returns each task's metrics."""
         self._candidate, self._loaded = candidate, None
@@ -125,9 +142,11 @@ class Evaluator(L.LightningModule):
         task = self.tasks[dataloader_idx].name
         if task == self._loaded or self._candidate is None:
             return
+        backbone = self._own[dataloader_idx] if self._candidate.own_configuration else self.backbone
+        setattr(self._models[dataloader_idx], self._prefix, backbone)
         if self._loaded is None or not self._candidate.shared:
-            self._given = self._load(self._candidate.weights(task))
-        given = self._given | self._load(self._private[task].items())
+            self._given = self._load(backbone, self._candidate.weights(task))
+        given = self._given | self._load(backbone, self._private[task].items())
         lacking = [name for name, _ in self.backbone.named_parameters() if name not in given]
         if lacking:
             raise PaveError(
@@ -137,9 +156,9 @@ class Evaluator(L.LightningModule):
         self._loaded = task
 
     @torch.no_grad()
-    def _load(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Copy weights into the backbone; the names, inside the model, of those that were there."""
-        own = dict(self.backbone.named_parameters()) | dict(self.backbone.named_buffers())
+    def _load(self, backbone: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Copy weights into a backbone; the names, inside the model, of those that were there."""
+        own = dict(backbone.named_parameters()) | dict(backbone.named_buffers())
         given = set()
         for stored, tensor in weights:
             name = self._names.get(stored, stored)

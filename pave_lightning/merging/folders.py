@@ -32,6 +32,7 @@ from pave_lightning.weights import (
 )
 from pave_lightning.weights.architecture import backbone_of, empty_classifier
 from pave_lightning.weights.checkpoint import model_digest
+from pave_lightning.weights.configuration import merged_configuration
 from pave_lightning.weights.memory import freed_memory_returned
 from pave_lightning.weights.task_vectors import absent_children
 
@@ -183,6 +184,7 @@ def _write_surroundings(folder: Path, method: MergeMethod, context: MergeContext
     config.save_pretrained(folder)
     AutoTokenizer.from_pretrained(first).save_pretrained(folder)
     for task, expert in context.experts.items():
+        own = merged_configuration(context.base.folder, expert.folder)
         private = absent_children(context.base, expert)
         prefix = f"{context.architecture.prefix}."
         head = expert.head_tensors()
@@ -190,7 +192,7 @@ def _write_surroundings(folder: Path, method: MergeMethod, context: MergeContext
         target = folder / "heads" / task
         target.mkdir(parents=True)
         write_tensors(target / HEAD_FILE, {name: tensor.contiguous() for name, tensor in head.items()})
-        AutoConfig.from_pretrained(expert.folder).save_pretrained(target)
+        own.save_pretrained(target)
     facts = {"method": method.name, "form": method.form, "base": context.base_reference, **context.facts}
     if _takes_experts_later(method, scale):
         facts |= {"sequential": method.state(scale), "base_digest": model_digest(context.base.folder)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ class Architecture:
             obsolete=tuple(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),
             stored_names={
                 stored.removeprefix(prefix): name.removeprefix(prefix)
-                for stored, name in _stored_names(model).items()
+                for stored, name in stored_names(model).items()
                 if name.startswith(prefix)
             },
         )
@@ -119,12 +119,6 @@ class Architecture:
             return replace(renamed, name=name, module=renamed.layer)
         return Parameter(name, ParameterKind.OTHER, shape)
 
-    def head_problems(self, what: str, stored: Iterable[str]) -> Iterator[str]:
-        """What a checkpoint with these weights outside of the backbone lacks of a head; ``what`` names it."""
-        lacking = sorted(self.head - set(stored))
-        if lacking:
-            yield f"{what} has no classification head (no {lacking[0]}); expected a fine-tuned classifier"
-
     def ignores(self, name: str) -> bool:
         """Whether a stored tensor of that name means nothing to the model (the causal masks of old GPT-2 files)."""
         return name not in self.parameters and any(re.search(pattern, name) for pattern in self.obsolete)
@@ -135,8 +129,10 @@ def lies_in(name: str, modules: Iterable[str]) -> bool:
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
-def empty_classifier(folder: Path, device: str = "meta") -> nn.Module:
+def empty_classifier(folder: Path, device: str = "meta", **changes: Any) -> nn.Module:
     """A classification model of the folder's configuration, untrained; the meta device needs no memory.
+
+    Other values of the configuration, such as ``num_labels``, may be given instead of the folder's own.
 
     Configurations of text models, and of models that read several things, give a sequence classifier; those of models
     that classify images only, such as ViT, an image classifier.
@@ -146,7 +142,7 @@ def empty_classifier(folder: Path, device: str = "meta") -> nn.Module:
     """
     kind = "sequence-classification"
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, **changes)
         builder = AutoModelForSequenceClassification
         if (
             type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
@@ -161,7 +157,7 @@ def empty_classifier(folder: Path, device: str = "meta") -> nn.Module:
     return model
 
 
-def _stored_names(model: nn.Module) -> dict[str, str]:
+def stored_names(model: nn.Module) -> dict[str, str]:
     """Name in a checkpoint -> name in the model, for parameters that transformers renames when it loads and saves."""
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     names = {id(tensor): name for name, tensor in weights.items()}
