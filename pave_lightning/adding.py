@@ -7,14 +7,16 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pave_lightning.errors import PaveError, Problems, shortened
+from pave_lightning.experts.adapter_base import other_base
+from pave_lightning.experts.adapters import adapter_problems, load_adapter_alone
 from pave_lightning.experts.fitting import save_expert
-from pave_lightning.experts.loading import load_adapter_alone
+from pave_lightning.experts.loading import expert_problem
 from pave_lightning.experts.tokenizers import load_tokenizer
 from pave_lightning.experts.vocabulary import differing_tokens, expert_notes, row_problems, token_rows
 from pave_lightning.merging import Evidence, Need, SequentialMethod, make_method, method_named, methods
@@ -23,7 +25,7 @@ from pave_lightning.recipe import LONGEST_NAME, NAME_PATTERN, name_problem
 from pave_lightning.reporting.model_card import ExpertSource, as_code, model_card
 from pave_lightning.weights import Architecture, Checkpoint, ExpertTaskVectors, locate_model, model_digest
 from pave_lightning.weights.adapters import ADAPTER_CONFIG
-from pave_lightning.weights.task_vectors import config_differences
+from pave_lightning.weights.configuration import config_differences
 
 log = logging.getLogger("pave_lightning")
 
@@ -49,7 +51,13 @@ A task whose expert has other tokens than the base has a tokenizer of its own, i
 
 
 def add_expert(
-    merged: str | Path, task: str, expert: str, output: str | Path, fisher: str | Path | None = None
+    merged: str | Path,
+    task: str,
+    expert: str,
+    output: str | Path,
+    fisher: str | Path | None = None,
+    *,
+    accept: Sequence[str] = (),
 ) -> Path:
     """Merge one more expert into a model that a sequential rule has merged (see `SequentialMethod`).
 
@@ -71,6 +79,7 @@ def add_expert(
         output: folder of the result; it must not exist.
         fisher: for rules that need it, the new expert's Fisher information: a file of `TaskGradients`, or the folder
             ``gradients/fisher-TASK`` that a recipe left.
+        accept: what may differ although it is refused otherwise, as a recipe's key ``expert.accept``.
 
     Returns:
         The folder of the result, with the heads of all tasks and a README.md.
@@ -86,12 +95,16 @@ def add_expert(
     _check_fisher(str(facts["method"]), fisher)
     named = locate_model(expert, role=f"expert of '{task}'")
     base = locate_model(str(facts["base"]), role="base")
+    if (named / ADAPTER_CONFIG).is_file() and not adapter_problems(named) and "base" not in accept:
+        other = other_base(named, str(facts["base"]), base)
+        if other is not None:
+            raise PaveError(f"{other}; its update belongs to other weights (--accept base if this is meant)")
     with _whole_expert(named, base, task, fisher) as folder:
         evidence = Evidence() if fisher is None else Evidence(fisher={task: load_gradients(Path(fisher), folder)})
         architecture = Architecture.of_folder(folder)
         base_weights, new = map(architecture.checkpoint, (base, folder))
         problems = Problems(f"the expert {named} cannot be added to {merged}:")
-        problems.extend(config_differences(task, Architecture.of_folder(base), architecture))
+        problems.extend(config_differences(task, base, folder, accept))
         problems.extend(_unfit(merged, facts, base_weights, new, architecture))
         problems.raise_if_any()
         for note in expert_notes(task, named, base_weights, architecture):
@@ -167,7 +180,9 @@ def _unfit(
         yield f"the base {base.folder} is no longer what it was when {merged} was made; merge all experts again"
     if expert.has_backbone_of(base):
         yield "its backbone is the base's, so there is nothing to merge; was it fine-tuned?"
-    yield from architecture.head_problems("it", expert.head)
+    incomplete = expert_problem(expert.folder)
+    if incomplete is not None:
+        yield f"it {incomplete}"
     own, rows = load_tokenizer(expert.folder, base.folder), token_rows(expert.folder, architecture)
     yield from row_problems("the expert", rows, architecture.vocabulary, own)
     yield from differing_tokens("the expert", own.get_vocab(), load_tokenizer(base.folder).get_vocab())

@@ -80,6 +80,9 @@ def build_parser() -> ArgumentParser:
             command.add_argument(
                 "--fisher", **single, metavar="FILE", help="the expert's Fisher information, if needed"
             )
+            command.add_argument(
+                "--accept", **single, metavar="KEY", help="what may differ in the expert, as expert.accept of a recipe"
+            )
         command.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' own messages")
         commands.add_subcommand(name, command, help=summary)
     experiment = new(description=f"{EXPERIMENT[0].upper()}{EXPERIMENT[1:]}.")
@@ -210,7 +213,9 @@ def _execute_recipe(command: str, options: Namespace) -> None:
 
 
 def _adds_expert(options: Namespace) -> bool:
-    return options.recipe is None or bool(options.into or options.add or options.output or options.fisher)
+    return options.recipe is None or bool(
+        options.into or options.add or options.output or options.fisher or options.accept
+    )
 
 
 def _add_expert(options: Namespace) -> str:
@@ -234,7 +239,7 @@ def _add_expert(options: Namespace) -> str:
     fisher = _once(options, "fisher")
     from pave_lightning.adding import add_expert
 
-    return str(add_expert(into, task, expert, output, fisher))
+    return str(add_expert(into, task, expert, output, fisher, accept=options.accept))
 
 
 def _once(options: Namespace, name: str, instead: str = "leave all but one out") -> str | None:

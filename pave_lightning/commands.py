@@ -66,7 +66,7 @@ def run_stage(recipe: Recipe, stage: str, task: str | None = None) -> None:
     chosen = [entry for entry in recipe.tasks if task in (None, entry.name)]
     with working(recipe, computes=stage != "report") as workflow:
         actions: dict[str, Callable[[], object]] = {
-            "fit": lambda: [workflow.fit(entry) for entry in chosen],
+            "fit": lambda: [workflow.fit(entry) for entry in sorted(chosen, key=lambda entry: entry.expert is None)],
             "capture": lambda: [workflow.capture(entry) for entry in chosen],
             "purify": lambda: _tell([workflow.export(options) for options in workflow.stages.purifications()]),
             "diagnose": lambda: _tell(report_diagnostics(workflow)),

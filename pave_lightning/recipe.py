@@ -170,6 +170,10 @@ class Expert(Section):
 
     from_: str = Field(alias="from")
     """Folder or hub id of a fine-tuned sequence-classification checkpoint (or of a peft adapter of the base)."""
+    accept: list[str] = []
+    """What may differ although it is refused otherwise; the message names it. Keys of config.json, such as rope_theta:
+    merged models use the base's value, the expert is scored with its own. Or architectures, problem_type, id2label,
+    label2id, unused_weights; for adapters base (trained on another base) and task_type."""
 
 
 class Task(Section):

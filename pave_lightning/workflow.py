@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pave_lightning.callbacks import PaveCallback
 from pave_lightning.choosing import Chooser, MergeChoice
-from pave_lightning.errors import doing
+from pave_lightning.errors import PaveError, doing, listed
 from pave_lightning.evaluation import (
     Candidate,
     CheckpointCandidate,
@@ -30,10 +30,11 @@ from pave_lightning.evaluation import (
     refuse_non_finite,
 )
 from pave_lightning.evaluation.scale_search import ScaleSearcher
+from pave_lightning.experts.adapters import load_adapter
 from pave_lightning.experts.checkpoints import clear_away
 from pave_lightning.experts.fitting import fit_expert, save_expert
 from pave_lightning.experts.gradients import absolute_gradients, fisher_diagonal
-from pave_lightning.experts.loading import load_adapter, load_expert
+from pave_lightning.experts.loading import load_expert
 from pave_lightning.experts.task_expert import TaskExpert
 from pave_lightning.experts.tokenizers import load_tokenizer, padding_id
 from pave_lightning.experts.trainers import (
@@ -126,7 +127,8 @@ class Workflow:
 
     def fit_and_capture(self) -> None:
         """Make every task's expert and, where anything needs it, what its layers see."""
-        for task in self.recipe.tasks:
+        # What exists is read first: what is wrong with its values is told before anything is trained.
+        for task in sorted(self.recipe.tasks, key=lambda task: task.expert is None):
             self.fit(task)
         for task in self.recipe.tasks if self.stages.need_statistics() else ():
             self.capture(task)
@@ -168,10 +170,8 @@ class Workflow:
         """Check a checkpoint that exists; merge an adapter into the base; otherwise only note where it is."""
         with doing(f"take in the expert of {task.name}"):
             folder = existing_folder(task)
-            architecture = Architecture.of_folder(self.base_folder)
-            for note in expert_notes(
-                task.name, folder, Checkpoint(self.base_folder, architecture.prefix), architecture
-            ):
+            self._check_base()
+            for note in expert_notes(task.name, folder, self._base, self._architecture):
                 log.info("  %s", note)
             with self._writing(stage) as writer:
                 if (folder / ADAPTER_CONFIG).is_file():
@@ -194,6 +194,17 @@ class Workflow:
             return None
         logged = self.tracker.continue_series(run, short_digest(stage.inputs()))
         return TrackingLogger(self.tracker, run, logged=logged)
+
+    def _check_base(self) -> None:
+        if self._broken_in_base:
+            raise PaveError(
+                f"the base {self.base_folder}: {listed(self._broken_in_base, 3)} hold NaN, infinity, or values too "
+                "large for float32; fetch it again"
+            )
+
+    @cached_property
+    def _broken_in_base(self) -> list[str]:
+        return self._base.non_finite()
 
     # ---- capture ---------------------------------------------------------------------------------------------------
 
@@ -390,7 +401,7 @@ class Workflow:
     def _backbone(self) -> nn.Module:
         """The base's backbone, in memory."""
         with torch.random.fork_rng():
-            backbone = backbone_of(empty_classifier(self._expert_folder(self.recipe.tasks[0].name), device="cpu"))
+            backbone = backbone_of(empty_classifier(self.base_folder, device="cpu"))
         resize_rows(backbone, self._token_rows)
         load_parameters(backbone, {p.name: self.plain.base(p) for p in self.plain.parameters})
         kept = [name for name in self._base if self._architecture.averages(name)]
@@ -485,7 +496,7 @@ class Workflow:
 
     @cached_property
     def _architecture(self) -> Architecture:
-        return Architecture.of_folder(self._expert_folder(self.recipe.tasks[0].name))
+        return Architecture.of_folder(self.base_folder)
 
     @cached_property
     def _base(self) -> Checkpoint:

@@ -13,7 +13,7 @@ import torch
 
 from pave_lightning import files
 from pave_lightning.errors import PaveError
-from pave_lightning.experts.loading import adapter_problems
+from pave_lightning.experts.adapters import adapter_problems
 from pave_lightning.files import file_sha256
 from pave_lightning.merging.modulators import Modulator
 from pave_lightning.statistics import LayerMoment, TaskStatistics

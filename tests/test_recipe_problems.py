@@ -361,7 +361,7 @@ WRONG_TASKS = [
     ),
     (
         f"[{{{OWN}, classes: 2, expert: a/b}}]",
-        ["tasks.0 (own).expert: must be a mapping with keys such as from, found 'a/b'"],
+        ["tasks.0 (own).expert: must be a mapping with keys such as from, accept, found 'a/b'"],
     ),
     (
         f"[{{{OWN}, classes: 2, expert: {{form: a/b}}}}]",

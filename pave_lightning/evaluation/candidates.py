@@ -17,9 +17,12 @@ class Candidate(ABC):
 
     Attributes:
         shared: whether all tasks use the same backbone weights.
+        own_configuration: whether a task's weights are used with its expert's configuration, where that computes
+            something else than the base's.
     """
 
     shared: bool = True
+    own_configuration: bool = False
 
     @abstractmethod
     def weights(self, task: str) -> Iterator[tuple[str, Tensor]]:
@@ -42,6 +45,7 @@ class ExpertsCandidate(Candidate):
     """Each task's own expert."""
 
     shared = False
+    own_configuration = True
 
     def __init__(self, experts: Mapping[str, Checkpoint]) -> None:
         self._experts = dict(experts)

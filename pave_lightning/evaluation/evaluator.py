@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as L
@@ -20,7 +21,8 @@ from pave_lightning.recipe import Task
 from pave_lightning.tasks.data_module import TaskDataModule
 from pave_lightning.tasks.metrics import build_metrics, constant_scores, non_finite_rows, predictions, scores
 from pave_lightning.weights import Architecture, Checkpoint
-from pave_lightning.weights.architecture import backbone_of, empty_classifier
+from pave_lightning.weights.architecture import backbone_of, empty_classifier, read_config
+from pave_lightning.weights.configuration import differences_in_function
 from pave_lightning.weights.embeddings import resize_rows
 from pave_lightning.weights.task_vectors import absent_children, own_token_rows
 
@@ -84,7 +86,8 @@ class Evaluator(L.LightningModule):
     Args:
         tasks: the tasks, in the order of the data.
         experts: each task's expert checkpoint, which holds the head.
-        base: the base's checkpoint; what of the backbone it lacks altogether belongs to the heads.
+        base: the base's checkpoint; what of the backbone it lacks altogether belongs to the heads. Its configuration
+            says how the backbone computes; an expert with another one is scored with its own.
     """
 
     def __init__(self, tasks: Sequence[Task], experts: Mapping[str, Checkpoint], base: Checkpoint) -> None:
@@ -100,13 +103,16 @@ class Evaluator(L.LightningModule):
         models = [self._headed(task, experts[task.name], base) for task in tasks]
         prefix = str(models[0].base_model_prefix)
         # Built on the CPU, not on the meta device: position ids and other buffers stand in no checkpoint.
-        first = experts[tasks[0].name].folder
-        self.backbone: nn.Module = backbone_of(empty_classifier(first, device="cpu")).float()
-        architecture = Architecture.of_folder(first)
+        self.backbone: nn.Module = backbone_of(empty_classifier(base.folder, device="cpu")).float()
+        architecture = Architecture.of_folder(base.folder)
         self._names = architecture.stored_names
         self._make_room(architecture, [base, *(experts[task.name] for task in tasks)])
         for task in tasks:
             self._own_rows[task.name] = own_token_rows(base, experts[task.name], architecture)
+        self._prefix = prefix
+        own = [self._with_own_configuration(experts[task.name].folder, base.folder) for task in tasks]
+        self.own_backbones = nn.ModuleList(found for found in own if found is not self.backbone)
+        self._own = own
         for model in models:
             setattr(model, prefix, self.backbone)
         self._models = models
@@ -140,6 +146,17 @@ class Evaluator(L.LightningModule):
         if rows:
             resize_rows(self.backbone, max(rows))
 
+    def _with_own_configuration(self, expert: Path, base: Path) -> nn.Module:
+        """The backbone as an expert's configuration builds it, with the same parameters; the base's where it agrees."""
+        if not differences_in_function(read_config(base), read_config(expert)):
+            return self.backbone
+        own = backbone_of(empty_classifier(expert, device="cpu")).float()
+        parameters = dict(self.backbone.named_parameters(remove_duplicate=False))
+        for name, module in own.named_modules():
+            for attribute, _ in list(module.named_parameters(recurse=False)):
+                setattr(module, attribute, parameters[f"{name}.{attribute}" if name else attribute])
+        return own
+
     def score(self, candidate: Candidate, data: SuiteData, trainer: L.Trainer) -> dict[str, TaskScore]:
         """Score one candidate on data that holds the same tasks in the same order. Returns each task's metrics."""
         self._candidate, self._loaded = candidate, None
@@ -156,10 +173,12 @@ class Evaluator(L.LightningModule):
         task = self.tasks[dataloader_idx].name
         if task == self._loaded or self._candidate is None:
             return
+        backbone = self._own[dataloader_idx] if self._candidate.own_configuration else self.backbone
+        setattr(self._models[dataloader_idx], self._prefix, backbone)
         if self._loaded is None or not self._candidate.shared:
-            self._given = self._load(self._candidate.weights(task))
-        given = self._given | self._load(self._private[task].items())
-        self._load(self._own_rows[task].items(), beyond=self._base)
+            self._given = self._load(backbone, self._candidate.weights(task))
+        given = self._given | self._load(backbone, self._private[task].items())
+        self._load(backbone, self._own_rows[task].items(), beyond=self._base)
         lacking = [name for name, _ in self.backbone.named_parameters() if name not in given]
         if lacking:
             raise PaveError(
@@ -169,14 +188,17 @@ class Evaluator(L.LightningModule):
         self._loaded = task
 
     @torch.no_grad()
-    def _load(self, weights: Iterable[tuple[str, Tensor]], beyond: Checkpoint | None = None) -> set[str]:
-        """Copy weights into the backbone; the names, inside the model, of those that were there.
+    def _load(
+        self, backbone: nn.Module, weights: Iterable[tuple[str, Tensor]], beyond: Checkpoint | None = None
+    ) -> set[str]:
+        """Copy weights into a backbone; the names, inside the model, of those that were there.
 
         Args:
+            backbone: the backbone.
             weights: names as they are stored, and values; of the token embedding the first rows, or all.
             beyond: a checkpoint behind whose rows these rows of the token embedding come.
         """
-        own = self.backbone.state_dict(keep_vars=True)  # without what the model makes by itself
+        own = backbone.state_dict(keep_vars=True)  # without what the model makes by itself
         given = set()
         for stored, tensor in weights:
             name = self._names.get(stored, stored)

@@ -1,26 +1,26 @@
-"""From folders to models: base models that get a new head, experts that have one, peft adapters of a base."""
+"""From folders to models: base models that get a new head, experts that have one, new adapters."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 from transformers.utils import logging as transformers_logging
 
-from pave_lightning.errors import PaveError, foreign, reason
+from pave_lightning.errors import PaveError, foreign, listed, reason
 from pave_lightning.experts.tokenizers import set_padding
-from pave_lightning.files import read_json
 from pave_lightning.layers import is_linear
 from pave_lightning.recipe import Lora, Task
-from pave_lightning.weights.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from pave_lightning.weights import Checkpoint, is_finite
 from pave_lightning.weights.architecture import backbone_of, empty_classifier, lies_in, read_config
-from pave_lightning.weights.checkpoint import stored_tensors, weight_files
-from pave_lightning.weights.embeddings import resize_rows, token_embeddings
+from pave_lightning.weights.checkpoint import StoredTensor, weight_files
+from pave_lightning.weights.completeness import lacking_of_base, lacking_weights, naming_problem
+from pave_lightning.weights.ties import tied_names
 
 
 def label_names(task: Task) -> dict[str, Any]:
@@ -41,23 +41,71 @@ def load_with_new_head(base: Path, task: Task) -> nn.Module:
     A head that the base may have already is not kept.
 
     Raises:
-        PaveError: the base cannot be loaded, or weights of its backbone have other shapes than its configuration says.
+        PaveError: the base cannot be loaded, lacks weights of its backbone or has them in other shapes than its
+            configuration says, or holds NaN or infinity.
     """
-    return _with_new_head(base, label_names(task))
+    return load_base(base, label_names(task))
 
 
-def _with_new_head(base: Path, labels: dict[str, Any]) -> nn.Module:
+def load_base(base: Path, labels: Mapping[str, Any], head: Mapping[str, StoredTensor] | None = None) -> nn.Module:
+    """The base model in float32 with a new head.
+
+    Args:
+        base: folder of the base.
+        labels: the part of the configuration that describes the head.
+        head: what of the head is not drawn, but read; by the names of the parameters.
+
+    Raises:
+        PaveError: as `load_with_new_head` says.
+    """
     weight_files(base)
     loaded, info = _load(base, ignore_mismatched_sizes=True, **labels)
     prefix = f"{loaded.base_model_prefix}."
     wrong = sorted(str(entry[0]) for entry in info["mismatched_keys"] if str(entry[0]).startswith(prefix))
     if wrong:
         raise PaveError(f"{base}: {len(wrong)} weights have other shapes than config.json says, first {wrong[0]}")
+    problem = base_problem(base, loaded)
+    if problem is not None:
+        raise PaveError(f"{base}: {problem}")
+    missing = set(info["missing_keys"])
+    read = ((name, value) for name, value in backbone_of(loaded).named_parameters() if f"{prefix}{name}" not in missing)
+    _check_finite(read, base)
     set_padding(loaded, base)
     config: Any = loaded.config
     model: nn.Module = AutoModelForSequenceClassification.from_config(config).float()
     setattr(model, str(model.base_model_prefix), backbone_of(loaded))
+    for name, stored in (head or {}).items():
+        model.get_parameter(name).data = Checkpoint.read(stored).float()
     return model
+
+
+def checkpoint_of(model: nn.Module, folder: Path) -> Checkpoint:
+    """The files of a model folder, with the names and ties of a model of its configuration."""
+    return Checkpoint(folder, str(model.base_model_prefix), tied_names(backbone_of(model)))
+
+
+def base_problem(base: Path, model: nn.Module) -> str | None:
+    """What a base's files lack of its backbone, or hold under names of their own; None where it is whole.
+
+    Args:
+        base: folder of the base.
+        model: a classifier of its configuration; it may be on the meta device.
+    """
+    checkpoint = checkpoint_of(model, base)
+    problem = naming_problem(model, checkpoint)
+    lacking = lacking_of_base(model, checkpoint)
+    if problem is None and lacking:
+        problem = f"{len(lacking)} weights of the model do not fit its files ({listed(lacking, 3)}); fetch it again"
+    return problem
+
+
+def _check_finite(weights: Iterable[tuple[str, Tensor]], folder: Path) -> None:
+    broken = [name for name, value in weights if value.is_floating_point() and not is_finite(value.detach())]
+    if broken:
+        raise PaveError(
+            f"{folder}: {len(broken)} weights hold NaN, infinity, or values too large for float32 "
+            f"({listed(broken, 3)}); fetch or save the checkpoint again"
+        )
 
 
 def load_expert(folder: Path, task: Task, base: Path | None = None) -> nn.Module:
@@ -69,9 +117,13 @@ def load_expert(folder: Path, task: Task, base: Path | None = None) -> nn.Module
         base: folder of the base model, whose tokenizer an expert without tokenizer files has.
 
     Raises:
-        PaveError: the checkpoint lacks weights of the head or the backbone, or its head is of another size.
+        PaveError: the checkpoint lacks weights of the head or the backbone, its head is of another size, or a weight
+            holds NaN or infinity.
     """
     weight_files(folder)
+    problem = expert_problem(folder)
+    if problem is not None:
+        raise PaveError(f"task '{task.name}': {folder}: {problem}")
     model, info = _load(folder)
     missing = sorted(info["missing_keys"])
     if missing:
@@ -85,93 +137,31 @@ def load_expert(folder: Path, task: Task, base: Path | None = None) -> nn.Module
             f"task '{task.name}': the head of {folder} has {outputs} outputs, but the task needs {task.outputs}; "
             "check the task's classes"
         )
+    _check_finite(model.state_dict().items(), folder)
     set_padding(model, folder, base)
     return model.eval()
 
 
-def load_adapter(base: Path, folder: Path, task: Task) -> nn.Module:
-    """A peft adapter merged into the base: the same kind of model as full fine-tuning gives.
-
-    Raises:
-        PaveError: the adapter does not fit the base, or has no head.
-    """
-    return _merged_adapter(base, folder, task.name, lambda: label_names(task))
-
-
-def load_adapter_alone(base: Path, folder: Path, task: str) -> nn.Module:
-    """A peft adapter merged into the base, with a head as large as the adapter says; it does not name the outputs.
-
-    Args:
-        base: folder of the base model.
-        folder: folder of the adapter.
-        task: name of its task, for messages.
-
-    Raises:
-        PaveError: the adapter does not fit the base, or has no head.
-    """
-    return _merged_adapter(base, folder, task, lambda: _labels_of_adapter(base, folder))
-
-
-def _merged_adapter(base: Path, folder: Path, task: str, labels: Callable[[], dict[str, Any]]) -> nn.Module:
-    from peft import PeftModel
-
-    problems = adapter_problems(folder)
-    if problems:
-        raise PaveError(f"task '{task}': {problems[0]}")
-    with foreign(f"task '{task}': the adapter {folder} does not fit the base {base}"):
-        model = _with_new_head(base, labels())
-        rows = embedding_rows(folder, token_embeddings(backbone_of(model)))
-        if rows is not None:
-            resize_rows(backbone_of(model), rows)
-        adapted = PeftModel.from_pretrained(model, folder)
-        merged: nn.Module = adapted.merge_and_unload()
-    return merged.eval()
-
-
-def embedding_rows(adapter: Path, names: Collection[str]) -> int | None:
-    """How many tokens the embedding has that an adapter brings along whole; None where it brings none.
-
-    Args:
-        adapter: folder of the adapter.
-        names: names of the weight that has one row a token, inside the backbone.
-    """
-    for stored, tensor in stored_tensors(adapter / ADAPTER_WEIGHTS).items():
-        plain = stored.replace(".base_layer.", ".").replace(".modules_to_save.", ".").replace(".default.", ".")
-        if any(plain.endswith(f".{name}") for name in names):
-            return tensor.shape[0]
-    return None
-
-
-def _labels_of_adapter(base: Path, folder: Path) -> dict[str, Any]:
-    """The part of a configuration that describes the head which an adapter holds."""
-    model, config = empty_classifier(base), read_config(base)
-    stored, backbone = stored_tensors(folder / ADAPTER_WEIGHTS), [str(model.base_model_prefix)]
-    # The last layer is the one that has as many outputs as the base's configuration says.
-    for name, parameter in reversed(list(model.named_parameters())):
-        found = stored.get(f"base_model.model.{name}")
-        if found is not None and not lies_in(name, backbone) and parameter.shape[0] == config.num_labels:
-            outputs = found.shape[0]
-            kind = "regression" if outputs == 1 else "single_label_classification"
-            return {"num_labels": outputs, "problem_type": kind}
-    raise ValueError(f"it has no head of a {type(model).__name__}")
-
-
-def adapter_problems(folder: Path) -> list[str]:
-    """What is wrong with a peft adapter as far as its configuration and file header tell."""
-    try:
-        settings = read_json(folder / ADAPTER_CONFIG, "save the adapter again")
-    except PaveError as error:
-        return [str(error)]
-    weights = folder / ADAPTER_WEIGHTS
-    if not weights.is_file():
-        return [f"{folder} has no adapter_model.safetensors; pickled adapters are refused"]
-    try:
-        stored_tensors(weights, "save the adapter again")
-    except PaveError as error:
-        return [str(error)]
-    if not settings.get("modules_to_save"):
-        return [f"the adapter {folder} holds no head (modules_to_save is empty); train it with task_type SEQ_CLS"]
-    return []
+def expert_problem(folder: Path) -> str | None:
+    """What the files of a fine-tuned model lack, or hold under names of their own; None where they are whole."""
+    model = empty_classifier(folder)
+    checkpoint = checkpoint_of(model, folder)
+    problem = naming_problem(model, checkpoint)
+    if problem is not None:
+        return problem
+    lacking = lacking_weights(folder, checkpoint)
+    if not lacking:
+        return None
+    prefix = f"{model.base_model_prefix}."
+    head = [found for found in lacking if not found.startswith(prefix)]
+    every = sum(not name.startswith(prefix) for name, _ in model.named_parameters())
+    if head and len(head) == every and all(found.endswith("is not there") for found in head):
+        first = head[0].partition(" ")[0]
+        return f"has no classification head (no {first}); expected a fine-tuned classifier"
+    return (
+        f"lacks {len(lacking)} weights of a {type(model).__name__}, or has them in another shape: "
+        f"{listed(lacking, 3)}; they would be drawn at random; expected a whole fine-tuned classifier"
+    )
 
 
 def add_adapters(model: nn.Module, lora: Lora, *, frozen: Sequence[str], private: Collection[str]) -> nn.Module:

@@ -29,6 +29,7 @@ from pave_lightning.weights import (
 )
 from pave_lightning.weights.architecture import backbone_of, empty_classifier, read_config
 from pave_lightning.weights.checkpoint import model_digest, stored_tensors
+from pave_lightning.weights.configuration import merged_configuration
 from pave_lightning.weights.memory import freed_memory_returned
 from pave_lightning.weights.task_vectors import absent_children, own_token_rows
 
@@ -201,7 +202,7 @@ def _write_surroundings(folder: Path, method: MergeMethod, context: MergeContext
         own_rows = own_token_rows(context.base, expert, context.architecture)
         if own_rows:
             write_tensors(target / TOKENS_FILE, {name: tensor.contiguous() for name, tensor in own_rows.items()})
-        own_config, own_tokenizer = read_config(expert.folder), load_tokenizer(expert.folder, base)
+        own_config, own_tokenizer = merged_configuration(base, expert.folder), load_tokenizer(expert.folder, base)
         text_config(own_config).pad_token_id = own_config.pad_token_id = padding_id(own_config, own_tokenizer)
         own_config.save_pretrained(target)
         if own_tokenizer.get_vocab() != tokenizer.get_vocab():

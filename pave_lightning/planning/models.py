@@ -6,18 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pave_lightning.errors import PaveError, Problems, nearest
-from pave_lightning.experts.loading import adapter_problems
+from pave_lightning.experts.loading import base_problem
+from pave_lightning.planning.experts import adapter_facts, expert_facts, is_unreadable
 from pave_lightning.recipe import Lora, Recipe, Task
 from pave_lightning.stages import existing_folder
 from pave_lightning.weights import Adapter, Architecture, Checkpoint, Parameter, ParameterKind, locate_model
-from pave_lightning.weights.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_folder
-from pave_lightning.weights.architecture import lies_in
-from pave_lightning.weights.checkpoint import stored_tensors
-from pave_lightning.weights.task_vectors import (
-    absent_children,
-    config_differences,
-    differences,
-)
+from pave_lightning.weights.adapters import ADAPTER_CONFIG, adapter_folder
+from pave_lightning.weights.architecture import empty_classifier
+from pave_lightning.weights.completeness import naming_problem
+from pave_lightning.weights.task_vectors import absent_children, differences
 from pave_lightning.weights.ties import tie_problems
 
 
@@ -51,6 +48,9 @@ def check_models(recipe: Recipe, problems: Problems) -> None:
     base_folder = locate_model(recipe.base, role="base")
     architecture = Architecture.of_folder(base_folder)
     base = architecture.checkpoint(base_folder)
+    unnamed = naming_problem(empty_classifier(base_folder), base)
+    if unnamed is not None:
+        raise PaveError(f"base: {unnamed}")
     weights = [
         name for name, stored in base.backbone.items() if stored.is_floating and name not in architecture.buffers
     ]
@@ -62,9 +62,9 @@ def check_models(recipe: Recipe, problems: Problems) -> None:
             f"base: {architecture.config.get('model_type')} stores weights in other pieces than the model has "
             f"({foreign[0]}, for {unset[0]} and the like); such architectures are not supported yet"
         )
+    elif (incomplete := base_problem(base_folder, empty_classifier(base_folder))) is not None:
+        problems.add(f"base: {incomplete}")
     problems.extend(f"base: {problem}" for problem in tie_problems(base))
-    for name in base.non_finite():
-        problems.add(f"base: the weight {name} holds NaN or infinity")
     for task in recipe.tasks:
         limit = architecture.positions
         if limit is not None and task.training.max_length > limit:
@@ -74,7 +74,7 @@ def check_models(recipe: Recipe, problems: Problems) -> None:
             )
         try:
             if task.expert is not None:
-                problems.extend(_expert_problems(task, base, architecture))
+                problems.extend(_expert_problems(task, recipe.base, base, architecture))
             else:
                 problems.extend(_training_problems(task, architecture))
         except PaveError as error:
@@ -111,7 +111,7 @@ def _ancestors(name: str) -> Iterator[str]:
         yield ".".join(parts[:end])
 
 
-def _expert_problems(task: Task, base: Checkpoint, architecture: Architecture) -> Iterator[str]:
+def _expert_problems(task: Task, reference: str, base: Checkpoint, architecture: Architecture) -> Iterator[str]:
     """What is wrong with a checkpoint that a recipe names instead of training.
 
     Raises:
@@ -120,41 +120,21 @@ def _expert_problems(task: Task, base: Checkpoint, architecture: Architecture) -
     folder = existing_folder(task)
     where = f"task '{task.name}'"
     if (folder / ADAPTER_CONFIG).is_file():
-        problems = adapter_problems(folder)
+        problems = adapter_facts(task, folder, reference, base.folder)
         yield from (f"{where}: {problem}" for problem in problems)
-        if not problems and _adds_nothing(folder, base, architecture.prefix):
-            yield f"{where}: the adapter {folder} adds nothing to the base: nothing to merge; was it fine-tuned?"
         if not problems:
             Adapter(folder, architecture.prefix)  # tells what is wrong with its factors
         return
     own = Architecture.of_folder(folder)
     expert = own.checkpoint(folder)
-    yield from config_differences(task.name, architecture, own)
+    yield from expert_facts(task, folder, base.folder)
+    if is_unreadable(folder):
+        return
     yield from differences(task.name, base, expert, architecture)
     if expert.has_backbone_of(base):
         yield f"{where}: the backbone of {folder} is the base's, so there is nothing to merge; was it fine-tuned?"
-    yield from own.head_problems(f"{where}: {folder}", expert.head)
-    yield from (f"{where}: {problem}" for problem in _head_problems(task, folder, own))
-    for name in expert.non_finite():
-        yield f"{where}: the weight {name} of {folder} holds NaN or infinity"
+    for name in expert.non_finite(absent_children(base, expert)):
+        yield f"{where}: the weight {name} of {folder} holds NaN, infinity, or values too large for float32"
     beside = adapter_folder(folder)
     if beside is not None:
         Adapter(beside, architecture.prefix)  # tells what is wrong with its factors
-
-
-def _adds_nothing(folder: Path, base: Checkpoint, prefix: str) -> bool:
-    """Whether all that an adapter holds for the base's weights is zero, A aside; reads no further than what is not."""
-    stored = stored_tensors(folder / ADAPTER_WEIGHTS)
-    own = {name.partition(f".{prefix}.")[2]: tensor for name, tensor in stored.items() if f".{prefix}." in name}
-    private = absent_children(base, own)
-    factors = {name: t for name, t in own.items() if not lies_in(name, private)}
-    updates = [tensor for name, tensor in factors.items() if ".lora_A." not in name and ".lora_embedding_A" not in name]
-    return bool(updates) and not any(bool(Checkpoint.read(tensor).any()) for tensor in updates)
-
-
-def _head_problems(task: Task, folder: Path, own: Architecture) -> Iterator[str]:
-    if own.outputs != task.outputs:
-        yield f"the head of {folder} has {own.outputs} outputs, but the task needs {task.outputs}"
-    names = list(own.labels.values())
-    if task.classes is not None and sorted(names) == sorted(task.classes) and names != task.classes:
-        yield f"the head of {folder} has the classes in the order {names}, the task in the order {task.classes}"

@@ -89,19 +89,19 @@ class Architecture:
             name: Parameter(name, kinds[name][0], tuple(tensor.shape), kinds[name][1])
             for name, tensor in backbone.named_parameters()
         }
-        stored_names = {
+        renamed = {
             stored.removeprefix(prefix): name.removeprefix(prefix)
-            for stored, name in _stored_names(model).items()
+            for stored, name in stored_names(model).items()
             if name.startswith(prefix)
         }
-        files_call = {name: stored for stored, name in stored_names.items()}
+        files_call = {name: stored for stored, name in renamed.items()}
         return cls(
             prefix=str(model.base_model_prefix),
             parameters=parameters,
             head=frozenset(name for name, _ in model.named_parameters() if not name.startswith(prefix)),
             config=read_config(folder).to_dict(),
             obsolete=tuple(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),
-            stored_names=stored_names,
+            stored_names=renamed,
             tied={files_call.get(name, name): files_call.get(own, own) for name, own in tied_names(backbone).items()},
             buffers={files_call.get(name, name): kind for name, kind in buffer_kinds(backbone).items()},
             token_embeddings=tuple(token_embeddings(backbone)),
@@ -152,12 +152,6 @@ class Architecture:
             return replace(renamed, name=name, module=renamed.layer)
         return Parameter(name, ParameterKind.OTHER, shape)
 
-    def head_problems(self, what: str, stored: Iterable[str]) -> Iterator[str]:
-        """What a checkpoint with these weights outside of the backbone lacks of a head; ``what`` names it."""
-        lacking = sorted(self.head - set(stored))
-        if lacking:
-            yield f"{what} has no classification head (no {lacking[0]}); expected a fine-tuned classifier"
-
     def ignores(self, name: str) -> bool:
         """Whether a stored tensor of that name means nothing to the model (the causal masks of old GPT-2 files)."""
         return name not in self.parameters and any(re.search(pattern, name) for pattern in self.obsolete)
@@ -184,8 +178,10 @@ def lies_in(name: str, modules: Iterable[str]) -> bool:
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
-def empty_classifier(folder: Path, device: str = "meta") -> nn.Module:
+def empty_classifier(folder: Path, device: str = "meta", **changes: Any) -> nn.Module:
     """A classification model of the folder's configuration, untrained; the meta device needs no memory.
+
+    Other values of the configuration, such as ``num_labels``, may be given instead of the folder's own.
 
     Configurations of text models, and of models that read several things, give a sequence classifier; those of models
     that classify images only, such as ViT, an image classifier.
@@ -194,7 +190,7 @@ def empty_classifier(folder: Path, device: str = "meta") -> nn.Module:
         PaveError: the configuration is missing, broken, or of an architecture that has neither form.
     """
     kind = "sequence-classification"
-    config = read_config(folder)
+    config = read_config(folder, **changes)
     builder = AutoModelForSequenceClassification
     if (
         type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
@@ -206,8 +202,12 @@ def empty_classifier(folder: Path, device: str = "meta") -> nn.Module:
     return model
 
 
-def read_config(folder: Path) -> PretrainedConfig:
+def read_config(folder: Path, **changes: Any) -> PretrainedConfig:
     """The configuration of a model folder, which runs no code of the folder.
+
+    Args:
+        folder: the folder.
+        changes: values to use in place of those of the file.
 
     Raises:
         PaveError: it is missing or broken, describes a model of impossible size, or one that brings its own code.
@@ -219,7 +219,7 @@ def read_config(folder: Path) -> PretrainedConfig:
         if value > (MOST_LABELS if key == "num_labels" else MOST_LAYERS if counts else LARGEST_SIZE):
             raise PaveError(f"{file}: {shortened(key)} is {value:,}, which no model has; is it broken?")
     with foreign(f"{folder}: its config.json gives no sequence-classification model", _own_code(settings)):
-        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False, **changes)
         config.to_dict()
     return config
 
@@ -257,7 +257,7 @@ def _counted_parameters(folder: Path) -> Iterator[None]:
         hook.remove()
 
 
-def _stored_names(model: nn.Module) -> dict[str, str]:
+def stored_names(model: nn.Module) -> dict[str, str]:
     """Name in a checkpoint -> name in the model, for tensors that transformers renames when it loads and saves."""
     tensors = [*model.named_parameters(), *model.named_buffers()]
     weights = {name: tensor.detach() for name, tensor in tensors}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +48,11 @@ class StoredTensor:
     def is_floating(self) -> bool:
         """Whether it holds floating-point numbers (index buffers do not)."""
         return self.dtype in FLOATING
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
 
 
 class Checkpoint:
@@ -136,11 +141,19 @@ class Checkpoint:
         Of a table with more rows in one of the two, the rows are compared that both have: tokens may have been added.
         """
         shared = [name for name in self.backbone if name in other.backbone]
-        return all(torch.equal(*_common_rows(self, other, name)) for name in shared)
+        # The smallest first, so that little is read where two models differ.
+        shared.sort(key=lambda name: self.backbone[name].size)
+        return bool(shared) and all(torch.equal(*_common_rows(self, other, name)) for name in shared)
 
-    def non_finite(self) -> list[str]:
-        """Names of tensors, backbone and head, that hold NaN, infinity or more than float32 can (reads all weights)."""
-        stored = [*self.backbone.items(), *self.head.items()]
+    def non_finite(self, children: Collection[str] | None = None) -> list[str]:
+        """Names of tensors that hold NaN, infinity, or values that are too large for float32.
+
+        Args:
+            children: direct submodules of the backbone that are looked at besides the head; the whole backbone where
+                nothing is given, so that every weight is read once.
+        """
+        looked_at = {n: t for n, t in self.backbone.items() if children is None or n.partition(".")[0] in children}
+        stored = [*looked_at.items(), *self.head.items()]
         return [name for name, found in stored if found.is_floating and not _is_finite_in_float32(self.read(found))]
 
     def __iter__(self) -> Iterator[str]:

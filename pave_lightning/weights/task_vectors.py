@@ -21,8 +21,6 @@ from pave_lightning.weights.ties import tie_problems
 
 # 0.8 MB in float32: below 1 MB the C library reuses memory, above it the system clears all pages of every block anew.
 BLOCK_ELEMENTS = 200_000
-# Values in config.json that must agree between a base and its experts for their weights to be comparable.
-COMPARED_CONFIG = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "hidden_act")
 
 
 class TaskVectors(ABC):
@@ -392,16 +390,6 @@ def differences(task: str, base: Checkpoint, expert: Checkpoint, architecture: A
         if name not in expert.backbone and matters:
             found.append(f"task '{task}': {name} {list(stored.shape)} is in the base, but not in the expert")
     return found
-
-
-def config_differences(task: str, base: Architecture, expert: Architecture) -> list[str]:
-    """Values of ``config.json`` in which an expert differs from the base although merging needs them equal."""
-    return [
-        f"task '{task}': {key} is {expert.config.get(key)!r} in the expert's config.json, "
-        f"{base.config.get(key)!r} in the base's"
-        for key in COMPARED_CONFIG
-        if base.config.get(key) != expert.config.get(key)
-    ]
 
 
 def task_vectors(base: str, experts: Mapping[str, str]) -> ExpertTaskVectors:

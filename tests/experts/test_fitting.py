@@ -14,8 +14,10 @@ from transformers import (
 
 from pave_lightning.errors import PaveError
 from pave_lightning.experts import task_expert
+from pave_lightning.experts.adapter_base import other_base
+from pave_lightning.experts.adapters import load_adapter
 from pave_lightning.experts.fitting import fit_expert, save_expert
-from pave_lightning.experts.loading import load_adapter, load_with_new_head
+from pave_lightning.experts.loading import load_with_new_head
 from pave_lightning.experts.task_expert import TaskExpert, parameter_groups
 from pave_lightning.recipe import Task
 
@@ -110,6 +112,7 @@ def test_an_adapter_is_the_whole_expert_also_where_the_base_has_no_pooler(make_b
     save_expert(fit(task, base), base, tmp_path)
     expert = AutoModelForSequenceClassification.from_pretrained(tmp_path).state_dict()
     torch.manual_seed(99)
+    assert other_base(tmp_path / "adapter", str(base), base) is None
     taken = load_adapter(base, tmp_path / "adapter", task).state_dict()
     torch.testing.assert_close(taken, expert, rtol=0, atol=1e-6)
 

@@ -15,7 +15,7 @@ from pave_lightning.weights import (
     ParameterKind,
     task_vectors,
 )
-from pave_lightning.weights.task_vectors import PlannedTaskVectors, absent_children, config_differences, differences
+from pave_lightning.weights.task_vectors import PlannedTaskVectors, absent_children, differences
 
 
 def changed(folder, target, change):
@@ -199,16 +199,6 @@ def test_causal_masks_in_old_gpt2_files_do_not_matter(tmp_path, in_base):
     names = {parameter.name for parameter in source.parameters}
     assert "h.0.attn.c_attn.bias" in names
     assert "h.0.attn.bias" not in names
-
-
-def test_configurations_are_compared(base_folder, expert_folders, make_base):
-    base = Architecture.of_folder(base_folder)
-    assert config_differences("a", base, Architecture.of_folder(expert_folders["first"])) == []
-    other = Architecture.of_folder(make_base(num_hidden_layers=1, hidden_act="relu"))
-    found = config_differences("a", base, other)
-    assert len(found) == 2
-    assert "num_hidden_layers is 1 in the expert's config" in found[0]
-    assert "hidden_act is 'relu' in the expert's config" in found[1]
 
 
 def test_planned_vectors_have_shapes_but_no_values():

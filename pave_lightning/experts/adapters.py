@@ -1,0 +1,292 @@
+"""Peft adapters of a base: what they hold, what they lack, and the model that they give with the base."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pave_lightning.errors import PaveError, foreign, listed
+from pave_lightning.experts.loading import checkpoint_of, label_names, load_base
+from pave_lightning.files import read_json
+from pave_lightning.recipe import Task
+from pave_lightning.weights import Checkpoint, is_finite
+from pave_lightning.weights.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from pave_lightning.weights.architecture import backbone_of, empty_classifier, lies_in, stored_names
+from pave_lightning.weights.checkpoint import StoredTensor, stored_tensors
+from pave_lightning.weights.embeddings import resize_rows, token_embeddings
+from pave_lightning.weights.task_vectors import absent_children
+
+TASK_TYPE = "SEQ_CLS"
+WRAPPED = "base_model.model."
+
+
+def load_adapter(base: Path, folder: Path, task: Task) -> nn.Module:
+    """A peft adapter merged into the base: the same kind of model as full fine-tuning gives.
+
+    Raises:
+        PaveError: the adapter does not fit the base, or something of the head is neither in it nor in the base.
+    """
+    return _merged(base, folder, task.name, lambda: label_names(task))
+
+
+def load_adapter_alone(base: Path, folder: Path, task: str) -> nn.Module:
+    """A peft adapter merged into the base, with a head as large as the adapter says; it does not name the outputs.
+
+    Args:
+        base: folder of the base model.
+        folder: folder of the adapter.
+        task: name of its task, for messages.
+
+    Raises:
+        PaveError: the adapter does not fit the base, or something of the head is neither in it nor in the base.
+    """
+    return _merged(base, folder, task, lambda: _labels_of(base, folder))
+
+
+def _merged(base: Path, folder: Path, task: str, describe: Callable[[], dict[str, Any]]) -> nn.Module:
+    from peft import PeftModel
+
+    problems = adapter_problems(folder)
+    labels = {} if problems else describe()
+    problems = problems or fit_problems(base, folder, labels)
+    if problems:
+        raise PaveError(f"task '{task}': " + "; ".join(problems))
+    with foreign(f"task '{task}': the adapter {folder} does not fit the base {base}"), warnings.catch_warnings():
+        model = _with_its_rows(load_base(base, labels, head_of_base(base, labels)), folder)
+        warnings.simplefilter("ignore")  # of what is missing, which was asked for
+        adapted = PeftModel.from_pretrained(model, folder)
+        merged: nn.Module = adapted.merge_and_unload()
+    broken = [name for name, value in merged.named_parameters() if not is_finite(value.detach())]
+    if broken:
+        raise PaveError(
+            f"task '{task}': with the adapter {folder} the weights {listed(broken, 3)} hold NaN or infinity; "
+            "save the adapter again"
+        )
+    return merged.eval()
+
+
+def adapter_problems(folder: Path) -> list[str]:
+    """What is wrong with a peft adapter by itself; its tensors are read whole.
+
+    Raises:
+        PaveError: its file changed while it was read.
+    """
+    try:
+        _settings(folder)
+    except PaveError as error:
+        return [str(error)]
+    weights = folder / ADAPTER_WEIGHTS
+    if not weights.is_file():
+        return [f"{folder} has no adapter_model.safetensors; pickled adapters are refused"]
+    try:
+        stored = stored_tensors(weights, "save the adapter again")
+    except PaveError as error:
+        return [str(error)]
+    broken = [name for name, found in stored.items() if found.is_floating and not _is_sound(found)]
+    if broken:
+        return [
+            f"the adapter {folder} holds NaN, infinity, or values too large for float32 in {listed(broken, 3)}; "
+            "save the adapter again"
+        ]
+    return []
+
+
+def task_type(folder: Path) -> str | None:
+    """What peft was told that the adapter is for; None where that is sequence classification, or nothing."""
+    kind = _settings(folder).get("task_type")
+    return None if kind in (None, "", TASK_TYPE) else str(kind)
+
+
+def fit_problems(base: Path, folder: Path, labels: Mapping[str, Any]) -> list[str]:
+    """What keeps an adapter from giving a whole model with the base, by configurations and file headers alone.
+
+    Its tensors are put by peft itself into a model without values, so every kind of adapter is asked for all that it
+    needs. What is neither in the adapter nor in the base's files would be drawn at random, and is a problem.
+
+    Args:
+        base: folder of the base.
+        folder: folder of the adapter, in which `adapter_problems` finds nothing.
+        labels: the part of the configuration that describes the head.
+    """
+    model = _with_its_rows(empty_classifier(base, **labels), folder)
+    kind, prefix = type(model).__name__, str(model.base_model_prefix)
+    try:
+        with foreign(f"the adapter {folder} does not fit the base {base}"):
+            given, missing, misfits = _placed(model, folder)
+    except PaveError as error:
+        return [str(error)]
+    required, output = required_weights(base, labels), output_layer(base)
+    from_base = head_of_base(base, labels)
+    lacking = [name for name in required if name not in given and name not in from_base]
+    lacking += [name for name in missing if name in required and name not in lacking]
+    tops = sorted({_module_to_save(name, prefix) for name in required})
+    if output and all(name in lacking for name in output):
+        return [
+            f"the adapter {folder} holds no head: {listed(output)} of a {kind} is not in it; train it with task_type "
+            f"{TASK_TYPE} and modules_to_save: [{', '.join(tops)}]"
+        ]
+    if lacking:
+        return [
+            f"the adapter {folder} holds only a part of what was trained: {listed(lacking, 6)} of a {kind} "
+            f"{'is' if len(lacking) == 1 else 'are'} neither in it nor in the base {base}, and would be drawn at "
+            f"random; train it again with modules_to_save: [{', '.join(tops)}]"
+        ]
+    if missing:
+        return [
+            f"the adapter {folder} lacks {listed(missing, 3)}, which its {ADAPTER_CONFIG} asks for, so that would be "
+            "drawn at random; save it again"
+        ]
+    return [f"the adapter {folder} does not fit the base {base}: {misfit}" for misfit in misfits]
+
+
+def adds_nothing(base: Path, folder: Path) -> bool:
+    """Whether an adapter changes no weight of the backbone that the base has; reads no further than what does."""
+    model = empty_classifier(base)
+    start = f"{WRAPPED}{model.base_model_prefix}."
+    stored = {
+        name.removeprefix(start): found
+        for name, found in stored_tensors(folder / ADAPTER_WEIGHTS).items()
+        if name.startswith(start)
+    }
+    private = absent_children(checkpoint_of(model, base), stored)
+    updates = [
+        found
+        for name, found in stored.items()
+        if not lies_in(name, private) and ".lora_A." not in name and ".lora_embedding_A" not in name
+    ]
+    return not any(bool(Checkpoint.read(found).any()) for found in updates)
+
+
+def required_weights(base: Path, labels: Mapping[str, Any]) -> list[str]:
+    """Parameters that a base's backbone does not give: the head, and submodules of the backbone that the base lacks."""
+    model = empty_classifier(base, **labels)
+    prefix = f"{model.base_model_prefix}."
+    backbone = [name.removeprefix(prefix) for name, _ in model.named_parameters() if name.startswith(prefix)]
+    private = absent_children(checkpoint_of(model, base), backbone)
+    return [
+        name
+        for name, _ in model.named_parameters()
+        if not name.startswith(prefix) or lies_in(name.removeprefix(prefix), private)
+    ]
+
+
+def head_of_base(base: Path, labels: Mapping[str, Any]) -> dict[str, StoredTensor]:
+    """What an adapter's head has from the base's files: all but its last layer, which is of the adapter's own task.
+
+    That is what transformers loads before an adapter is put on the model, and what peft leaves as it is (the ``head``
+    of ModernBERT, whose base holds one).
+    """
+    model = empty_classifier(base, **labels)
+    checkpoint, last = checkpoint_of(model, base), output_layer(base)
+    renamed = stored_names(model)
+    stored = {renamed.get(name, name): found for name, found in checkpoint.head.items() if found.is_floating}
+    return {
+        name: stored[name]
+        for name, parameter in model.named_parameters()
+        if name in stored and name not in last and stored[name].shape == tuple(parameter.shape)
+    }
+
+
+def output_layer(base: Path) -> list[str]:
+    """Names of the parameters whose size is the number of outputs."""
+    two, three = (dict(empty_classifier(base, num_labels=outputs).named_parameters()) for outputs in (2, 3))
+    return [name for name, parameter in two.items() if parameter.shape != three[name].shape]
+
+
+def _labels_of(base: Path, folder: Path) -> dict[str, Any]:
+    """The part of a configuration that describes the head which an adapter holds."""
+    stored = stored_tensors(folder / ADAPTER_WEIGHTS)
+    found = next((stored[WRAPPED + name] for name in output_layer(base) if WRAPPED + name in stored), None)
+    if found is None:
+        kind = type(empty_classifier(base)).__name__
+        raise PaveError(f"the adapter {folder} does not fit the base {base}: it has no head of a {kind}")
+    outputs = found.shape[0]
+    return {"num_labels": outputs, "problem_type": "regression" if outputs == 1 else "single_label_classification"}
+
+
+def _placed(model: nn.Module, folder: Path) -> tuple[set[str], list[str], list[str]]:
+    """Which weights an adapter gives, which it lacks, and what of it has no place; all by names of the bare model."""
+    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+    config: Any = PeftConfig.from_pretrained(folder)
+    config.inference_mode = True
+    if hasattr(config, "init_lora_weights"):
+        config.init_lora_weights = True  # other ways to start look at the base's values
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = get_peft_model(model, config, low_cpu_mem_usage=True)
+        if not hasattr(wrapped.base_model, "merge_and_unload"):
+            raise ValueError(f"adapters of kind {config.peft_type.value} change no weights, so they cannot be merged")
+        asked = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+        stored = {
+            name: torch.empty(found.shape, device="meta")
+            for name, found in stored_tensors(folder / ADAPTER_WEIGHTS).items()
+        }
+        wrong = [
+            f"{_bare(name)} is {list(found.shape)} in the adapter, but {list(asked[name].shape)} in this base"
+            for name, found in stored.items()
+            if name in asked and found.shape != asked[name].shape
+        ]
+        if wrong:
+            return {_bare(name) for name in stored}, [], _few(wrong)
+        placed = set_peft_model_state_dict(wrapped, {**asked, **stored})
+    surplus = set(placed.unexpected_keys)
+    unplaced = [_bare(name) for name in stored if name not in asked and _inserted(name) & surplus]
+    given = {_bare(name) for name in stored} - set(unplaced)
+    return given, [_bare(name) for name in asked if name not in stored], _few([f"it has no {n}" for n in unplaced])
+
+
+def _few(problems: list[str], most: int = 3) -> list[str]:
+    rest = len(problems) - most
+    return problems[:most] + ([f"... and {rest} more like these"] if rest > 0 else [])
+
+
+def _inserted(name: str) -> set[str]:
+    """The names that a tensor of an adapter may have once peft has put the adapter's own name into it."""
+    parts = name.split(".")
+    return {name, *(".".join([*parts[:place], "default", *parts[place:]]) for place in range(1, len(parts) + 1))}
+
+
+def _bare(name: str) -> str:
+    return name.removeprefix(WRAPPED)
+
+
+def _module_to_save(name: str, prefix: str) -> str:
+    """The module to name for peft so that a parameter is saved: a direct child of the model or of its backbone."""
+    parts = name.split(".")
+    return ".".join(parts[: 2 if parts[0] == prefix else 1])
+
+
+def _is_sound(stored: StoredTensor) -> bool:
+    return is_finite(Checkpoint.read(stored).float())
+
+
+def embedding_rows(adapter: Path, names: Collection[str]) -> int | None:
+    """How many tokens the embedding has that an adapter brings along whole; None where it brings none.
+
+    Args:
+        adapter: folder of the adapter.
+        names: names of the weight that has one row a token, inside the backbone.
+    """
+    for stored, tensor in stored_tensors(adapter / ADAPTER_WEIGHTS).items():
+        plain = stored.replace(".base_layer.", ".").replace(".modules_to_save.", ".").replace(".default.", ".")
+        if any(plain.endswith(f".{name}") for name in names):
+            return tensor.shape[0]
+    return None
+
+
+def _with_its_rows(model: nn.Module, folder: Path) -> nn.Module:
+    """The model with as many rows of its token embedding as an adapter brings along, where it brings any."""
+    rows = embedding_rows(folder, token_embeddings(backbone_of(model)))
+    if rows is not None:
+        resize_rows(backbone_of(model), rows)
+    return model
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    return read_json(folder / ADAPTER_CONFIG, "save the adapter again")

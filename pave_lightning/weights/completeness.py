@@ -1,0 +1,145 @@
+"""Whether the files of a checkpoint hold what the model has, from the headers alone."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+
+from torch import nn
+
+from pave_lightning.weights.architecture import backbone_of, empty_classifier, lies_in, stored_names
+from pave_lightning.weights.checkpoint import Checkpoint
+
+# What wraps a model, or layers of it, and goes into the names of its weights.
+_WRAPPERS = {
+    "_orig_mod": "torch.compile",
+    "module": "DistributedDataParallel",
+    "_fsdp_wrapped_module": "FSDP",
+    "_checkpoint_wrapped_module": "activation checkpointing",
+    "_forward_module": "a Lightning strategy",
+    "model": "a LightningModule",
+    "base_model": "peft",
+    "base_layer": "peft, with adapters that are not merged",
+    "original_module": "peft, with a copy of the module",
+}
+# Where they may stand inside of a name: those that no model uses as names of its own layers.
+_INNER = frozenset(_WRAPPERS) - {"model", "base_model"}
+
+
+def naming_problem(model: nn.Module, checkpoint: Checkpoint) -> str | None:
+    """Why the weights of a checkpoint have other names than the model's, where a wrapper or a prefix is the reason.
+
+    Args:
+        model: the model that the checkpoint's configuration gives; it may be on the meta device.
+        checkpoint: its files.
+    """
+    prefix = f"{model.base_model_prefix}."
+    expected = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    expected |= set(stored_names(model))
+    expected |= {name.removeprefix(prefix) for name in expected}
+    names = [re.sub(r"LayerNorm\.(gamma|beta)$", _modern, name) for name, _ in checkpoint.stored()]
+    own = sum(name in expected for name in names)
+    found = Counter(filter(None, (_surplus(name, expected) for name in names if name not in expected)))
+    if not found:
+        return None
+    surplus, count = found.most_common(1)[0]
+    if count <= own and not _INNER & set(surplus.strip(".").split(".")):
+        return None
+    known = next((f" ({_WRAPPERS[part]})" for part in surplus.strip(".").split(".") if part in _WRAPPERS), "")
+    example = next(name for name in names if name not in expected and _surplus(name, expected) == surplus)
+    return (
+        f"the names of {count} of its weights have '{surplus}' in them{known}, as {example}, which a "
+        f"{type(model).__name__} does not have; save the inner model itself with save_pretrained"
+    )
+
+
+def lacking_weights(folder: Path, checkpoint: Checkpoint) -> list[str]:
+    """Parameters of a fine-tuned model, backbone and head, that its files lack or hold in another shape.
+
+    Args:
+        folder: its folder, for the configuration.
+        checkpoint: its files.
+
+    Returns:
+        One text each, which begins with the parameter's name.
+    """
+    model = empty_classifier(folder)
+    return list(_lacking(model, _shapes(model, checkpoint)))
+
+
+def unused_weights(folder: Path, checkpoint: Checkpoint) -> list[str]:
+    """Floating-point tensors outside of the backbone that the model has no place for."""
+    model = empty_classifier(folder)
+    own = {*model.state_dict(), *(name for name, _ in model.named_parameters(remove_duplicate=False))}
+    own |= set(stored_names(model))
+    obsolete = tuple(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+    return [
+        name
+        for name, stored in checkpoint.head.items()
+        if stored.is_floating and name not in own and not any(re.search(pattern, name) for pattern in obsolete)
+    ]
+
+
+def lacking_of_base(model: nn.Module, base: Checkpoint) -> list[str]:
+    """Weights of the backbone that a base lacks and that cannot start at random.
+
+    Whole submodules that it lacks, such as a pooler, are of each expert's own, as its head is. Submodules that hold
+    embeddings or a stack of blocks never are.
+
+    Args:
+        model: a classifier of the base's configuration; it may be on the meta device.
+        base: the base's files.
+    """
+    prefix, backbone = f"{model.base_model_prefix}.", backbone_of(model)
+    children = dict(backbone.named_children())
+    lacking = [
+        found.removeprefix(prefix) for found in _lacking(model, _shapes(model, base)) if found.startswith(prefix)
+    ]
+    absent = set(children) - {name.partition(".")[0] for name in base.backbone}
+    private = {
+        name
+        for name in absent
+        if not any(isinstance(module, nn.Embedding | nn.ModuleList) for module in children[name].modules())
+    }
+    return [found for found in lacking if not lies_in(found.partition(" ")[0], private)]
+
+
+def _shapes(model: nn.Module, checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Shapes of all stored tensors by the names that the model has for them."""
+    renamed, prefix = stored_names(model), f"{model.base_model_prefix}."
+    whole = {f"{prefix}{name}": tensor for name, tensor in checkpoint.backbone.items()} | checkpoint.head
+    return {renamed.get(name, name): tensor.shape for name, tensor in whole.items()}
+
+
+def _lacking(model: nn.Module, stored: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+    """A tied parameter has several names, and one of them is enough."""
+    names: dict[int, list[str]] = {}
+    shapes: dict[int, tuple[int, ...]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+        shapes[id(parameter)] = tuple(parameter.shape)
+    for key, aliases in names.items():
+        found = next((stored[name] for name in aliases if name in stored), None)
+        if found is None:
+            yield f"{aliases[0]} is not there"
+        elif found != shapes[key]:
+            yield f"{aliases[0]} is {list(found)} in the file, but {list(shapes[key])} by config.json"
+
+
+def _surplus(name: str, expected: Collection[str]) -> str | None:
+    """What a name has that an expected one has not: in front, or as the name of a wrapper inside of it."""
+    parts = name.split(".")
+    for start in range(1, len(parts)):
+        if ".".join(parts[start:]) in expected:
+            return ".".join(parts[:start]) + "."
+    inner = [part for part in parts if part in _INNER]
+    kept = [part for part in parts if part not in _INNER]
+    if inner and any(".".join(kept[start:]) in expected for start in range(len(kept))):
+        return f".{inner[0]}."
+    return None
+
+
+def _modern(found: re.Match[str]) -> str:
+    return "LayerNorm." + {"gamma": "weight", "beta": "bias"}[found[1]]
