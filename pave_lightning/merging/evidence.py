@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -166,6 +166,10 @@ class Evidence:
         if Need.GRADIENTS in needs:
             yield from _lacking_gradients(self.gradients, Need.GRADIENTS, "absolute", vectors)
 
+    def block_problems(self) -> Iterator[str]:
+        """Why the backbone cannot be walked through block by block; here nothing, as `ForwardPasses.stack` tells it."""
+        return iter(())
+
     def _lacking_moments(self, vectors: TaskVectors) -> Iterator[str]:
         matrices = [parameter for parameter in vectors.parameters if parameter.is_matrix]
         for task in vectors.tasks:
@@ -192,12 +196,25 @@ class Evidence:
                 )
 
 
+@dataclass(frozen=True)
 class PlannedEvidence(Evidence):
-    """Evidence that is yet to be taken: nothing counts as lacking, so that only the request itself can be wrong."""
+    """Evidence that is yet to be taken: nothing counts as lacking, so that only the request itself can be wrong.
+
+    Attributes:
+        block_problem: tells why the backbone cannot be walked through block by block; None where it can.
+    """
+
+    block_problem: Callable[[], str | None] = lambda: None
 
     def lacking(self, needs: Collection[Need], vectors: TaskVectors) -> Iterator[str]:
         """Nothing."""
         return iter(())
+
+    def block_problems(self) -> Iterator[str]:
+        """Why the backbone cannot be walked through."""
+        problem = self.block_problem()
+        if problem is not None:
+            yield problem
 
 
 def _whole(statistics: TaskStatistics, layer: str) -> bool:

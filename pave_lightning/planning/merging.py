@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import cache, partial
 
 from pave_lightning.errors import PaveError
 from pave_lightning.merging import MergeMethod, Need, make_method, method_named
 from pave_lightning.merging.evidence import PlannedEvidence
 from pave_lightning.merging.low_rank import LowRankMethod, quoted
+from pave_lightning.planning.blocks import block_problem, naming_problems
 from pave_lightning.planning.models import adapter_of, is_wrapped
 from pave_lightning.purification.vectors import budget_problems
 from pave_lightning.recipe import MergeStep, Recipe, Task
@@ -35,9 +37,14 @@ def merge_problems(recipe: Recipe) -> Iterator[str]:
     except PaveError:  # told elsewhere; what can be said without is said
         pass
     vectors = _planned_vectors(recipe, parameters, architecture)
+    evidence = PlannedEvidence()
+    if parameters:
+        evidence = PlannedEvidence(block_problem=cache(partial(block_problem, folder)))
+        names = [parameter.name for parameter in parameters]
+        yield from naming_problems(recipe, folder, names)
     for step in recipe.merge:
         try:
-            yield from _step_problems(step, recipe, vectors)
+            yield from _step_problems(step, recipe, vectors, evidence)
         except PaveError as error:
             yield str(error)
     layers = None if architecture is None else list(architecture.parameters.values())
@@ -84,7 +91,9 @@ def _ranks(task: Task, parameters: Sequence[Parameter], prefix: str) -> Mapping[
     return adapter.refusal or {layer: found.rank for layer, found in adapter.layers.items()}
 
 
-def _step_problems(step: MergeStep, recipe: Recipe, vectors: PlannedTaskVectors) -> Iterator[str]:
+def _step_problems(
+    step: MergeStep, recipe: Recipe, vectors: PlannedTaskVectors, evidence: PlannedEvidence
+) -> Iterator[str]:
     where = f"merge step '{step.name}'"
     kind = method_named(step.method)
     methods, refusals = _made(step)
@@ -102,7 +111,7 @@ def _step_problems(step: MergeStep, recipe: Recipe, vectors: PlannedTaskVectors)
     if Need.NORM_MOMENTS in wanted and not recipe.capture.norms:
         yield f"{where}: {step.method} needs what the scales of norms multiply; set capture.norms: true"
     if methods and len(recipe.tasks) > 1:
-        yield from (f"{where}: {problem}" for problem in _request_problems(methods, wanted, vectors))
+        yield from (f"{where}: {problem}" for problem in _request_problems(methods, wanted, vectors, evidence))
     sizes = {method.options.batch_size for method in methods} if kind.batched else ()
     for size in sorted(found for found in sizes if found > recipe.capture.batch_size):
         yield (
@@ -131,7 +140,7 @@ def _made(step: MergeStep) -> tuple[list[MergeMethod], list[str]]:
 
 
 def _request_problems(
-    methods: Sequence[MergeMethod], wanted: Collection[Need], vectors: PlannedTaskVectors
+    methods: Sequence[MergeMethod], wanted: Collection[Need], vectors: PlannedTaskVectors, evidence: PlannedEvidence
 ) -> Iterator[str]:
     """What one rule, with each of the options that are tried, has against these tasks, layers and adapters."""
     lacking = list(_missing_adapters(methods[0], wanted, vectors))
@@ -141,7 +150,7 @@ def _request_problems(
     told: dict[str, None] = {}
     for method in methods:
         try:
-            told.update(dict.fromkeys(method.problems(vectors, PlannedEvidence())))
+            told.update(dict.fromkeys(method.problems(vectors, evidence)))
         except RuntimeError:  # it looks at values, as a rule of another package may do: it tells when it is run
             continue
     yield from list(told)[:SHOWN_OF_A_RULE]

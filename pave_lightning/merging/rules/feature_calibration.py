@@ -12,9 +12,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pave_lightning.layers import is_linear, is_scaled, normalised
-from pave_lightning.merging.base import Cost, MethodOptions, StaticMethod, register
+from pave_lightning.merging.base import MethodOptions, register
+from pave_lightning.merging.blocks import BlockStack, Entry, Watched, watched
+from pave_lightning.merging.blockwise import BlockwiseMethod
 from pave_lightning.merging.evidence import Need
-from pave_lightning.merging.passes import BlockStack, Entry, load_parameters, watched
+from pave_lightning.merging.passes import load_parameters
 from pave_lightning.subspace.ridge import AnchoredRidge
 from pave_lightning.weights import Parameter, TaskVectors
 
@@ -110,10 +112,27 @@ class _Seen:
 
     linear: dict[str, _Inputs] = field(default_factory=dict)
     norms: dict[str, _Squares] = field(default_factory=dict)
+    unpaired: set[str] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class _Weighing:
+    """How much the rows of a layer count in one batch: less for tokens that no head reads, behind the attention."""
+
+    hidden: Tensor
+    seen: Watched
+    read: Tensor
+    unread: float
+
+    def of(self, inputs: Tensor, rows: Tensor) -> Tensor:
+        """Weight of each row of a layer's input, shape ``(n, 1)``."""
+        if self.seen.is_given(inputs, self.hidden) or len(rows) != len(self.read):
+            return rows.new_ones(len(rows), 1)
+        return torch.where(self.read, 1.0, self.unread)
 
 
 @register("featcal")
-class FeatureCalibration(StaticMethod):
+class FeatureCalibration(BlockwiseMethod):
     r"""Calibrate a merged model, the anchor: solve every layer anew on the features that the merged model really has.
 
     Block after block in forward order. Student features :math:`x_s` come from the calibrated blocks before, teacher
@@ -139,9 +158,7 @@ class FeatureCalibration(StaticMethod):
 
     summary = "re-solve a merged model's layers, block by block, for what the experts' layers put out"
     source = "FeatCal 2026, arXiv 2605.13030"
-    cost = Cost.FORWARD_PASSES
     held_models = 4  # the anchor, the backbone, weights to be loaded into it, and what was solved
-    whole_model_pass = True
     needs = frozenset({Need.ANCHOR, Need.UNLABELLED_EXAMPLES})
     Options: ClassVar[type[FeatureCalibrationOptions]] = FeatureCalibrationOptions
 
@@ -200,14 +217,17 @@ class FeatureCalibration(StaticMethod):
         """What one block is solved to; with ``move`` the teachers' hidden states move on behind it."""
         normal: dict[str, _Normal] = {}
         norms: dict[str, Tensor] = {}
+        unpaired: set[str] = set()
         for task in self._source.tasks:
             load_parameters(teacher, {name: self._expert(task, parameter) for name, parameter in own.items()})
             seen = self._show(block, teacher, student[task], teachers[task], move=move, unread=unread)
+            unpaired |= seen.unpaired
             for name, inputs in seen.linear.items():
                 _add_linear(normal, name, inputs, teacher.get_submodule(name), affine=self._is_affine)
             for name, squares in seen.norms.items():
                 _add_norm(norms, name, squares, teacher.get_submodule(name))
-        return dict(self._linear(normal, own)) | dict(self._norms(norms, own))
+        paired = {name: sums for name, sums in normal.items() if name not in unpaired}
+        return dict(self._linear(paired, own)) | dict(self._norms(norms, own))
 
     def _show(
         self,
@@ -226,27 +246,32 @@ class FeatureCalibration(StaticMethod):
                 BlockStack.run(block, mine)
             with watched(teacher) as aimed:
                 behind = BlockStack.run(teacher, theirs)
-            read = mine.read_rows(last=self._reads_last)[:, None]
-            done: dict[int, str] = {}
-            for name, inputs in own.inputs.items():
-                module = block.get_submodule(name)
-                rows = mine.rows(inputs)
-                counts_in_full = own.is_given(inputs, mine.hidden) or len(rows) != len(read)
-                weights = rows.new_ones(len(rows), 1) if counts_in_full else torch.where(read, 1.0, unread)
+            weighing = _Weighing(mine.hidden, own, mine.read_rows(last=self._reads_last)[:, None], unread)
+            done: dict[tuple[int, ...], str] = {}
+            for name, calls in own.inputs.items():
+                module, theirs_too = block.get_submodule(name), aimed.inputs.get(name, [])
                 if not is_linear(module):
-                    inner = _inner(module, rows, mine.rows(own.outputs[name])) if self.options.norms else None
-                    if inner is not None:
-                        _add_rows(seen.norms, name, inner, weights)
+                    for inputs, output in zip(calls, own.outputs[name], strict=True):
+                        rows = mine.rows(inputs)
+                        inner = _inner(module, rows, mine.rows(output)) if self.options.norms else None
+                        if inner is not None:
+                            _add_rows(seen.norms, name, inner, weighing.of(inputs, rows))
+                    continue
+                if [inputs.shape for inputs in calls] != [inputs.shape for inputs in theirs_too]:
+                    seen.unpaired.add(name)  # tokens that are sent to other experts of a mixture, say
                     continue
                 # Query, key and value look at one tensor, and share its moments.
-                owner = done.setdefault(id(inputs), name)
+                owner = done.setdefault(tuple(map(id, calls)), name)
                 if owner != name:
                     seen.linear[name] = seen.linear[owner]
                     continue
-                moments = seen.linear.setdefault(name, _Inputs.zeros(rows.shape[1]))
-                moments.add(rows, share * mine.rows(aimed.inputs[name]) + (1 - share) * rows, weights)
+                for inputs, theirs_now in zip(calls, theirs_too, strict=True):
+                    rows = mine.rows(inputs)
+                    moments = seen.linear.setdefault(name, _Inputs.zeros(rows.shape[1]))
+                    aim = share * mine.rows(theirs_now) + (1 - share) * rows
+                    moments.add(rows, aim, weighing.of(inputs, rows))
             if move:
-                theirs.hidden = behind
+                theirs.move(behind)
         return seen
 
     @property

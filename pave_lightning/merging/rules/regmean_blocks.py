@@ -11,9 +11,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pave_lightning.layers import is_linear
-from pave_lightning.merging.base import Cost, MethodOptions, StaticMethod, register
+from pave_lightning.merging.base import MethodOptions, register
+from pave_lightning.merging.blocks import BlockStack, Entry, watched
+from pave_lightning.merging.blockwise import BlockwiseMethod
 from pave_lightning.merging.evidence import Need
-from pave_lightning.merging.passes import BlockStack, Entry, load_parameters, watched
+from pave_lightning.merging.passes import load_parameters
 from pave_lightning.subspace.ridge import AnchoredRidge
 from pave_lightning.weights import Parameter, TaskVectors
 
@@ -31,7 +33,7 @@ class RegMeanBlocksOptions(MethodOptions):
 
 
 @register("regmean_plus_plus")
-class RegMeanBlocks(StaticMethod):
+class RegMeanBlocks(BlockwiseMethod):
     r"""RegMean, block by block in forward order, on what the merged blocks before hand on.
 
     For block :math:`l` each task's examples, which have come through the merged blocks before it, are run through the
@@ -51,9 +53,7 @@ class RegMeanBlocks(StaticMethod):
 
     summary = "least squares for each layer's outputs, on inputs that the merged blocks before hand on"
     source = "RegMean++ 2025, arXiv 2508.03121"
-    cost = Cost.FORWARD_PASSES
     held_models = 3  # the backbone, weights to be loaded into it, and what was solved
-    whole_model_pass = True
     needs = frozenset({Need.UNLABELLED_EXAMPLES})
     default_scale = 1.0
     Options: ClassVar[type[RegMeanBlocksOptions]] = RegMeanBlocksOptions
@@ -106,22 +106,23 @@ class RegMeanBlocks(StaticMethod):
     def _moments(self, expert: nn.Module, entries: list[Entry]) -> dict[str, Tensor]:
         """Second moments of the inputs of an expert block's linear layers, shrunk beside the diagonal."""
         sums: dict[str, Tensor] = {}
-        count = 0
+        counts: dict[str, int] = {}
         for entry in entries:
             with watched(expert) as seen:
                 BlockStack.run(expert, entry)
-            done: dict[int, Tensor] = {}
-            for name, inputs in seen.inputs.items():
+            done: dict[int, tuple[Tensor, int]] = {}
+            for name, calls in seen.inputs.items():
                 if not is_linear(expert.get_submodule(name)):
                     continue
-                if id(inputs) not in done:  # query, key and value look at one tensor
-                    rows = entry.rows(inputs)
-                    done[id(inputs)] = (rows.T @ rows).double().cpu()
-                sums[name] = sums.get(name, 0) + done[id(inputs)]
-            count += len(entry.rows(entry.hidden))
+                for inputs in calls:
+                    if id(inputs) not in done:  # query, key and value look at one tensor
+                        rows = entry.rows(inputs)
+                        done[id(inputs)] = (rows.T @ rows).double().cpu(), len(rows)
+                    product, count = done[id(inputs)]
+                    sums[name], counts[name] = sums.get(name, 0) + product, counts.get(name, 0) + count
         shrunk = {}
         for name, total in sums.items():
-            moment = self.options.nondiagonal * total / count
-            moment.diagonal().copy_(total.diagonal() / count)
+            moment = self.options.nondiagonal * total / counts[name]
+            moment.diagonal().copy_(total.diagonal() / counts[name])
             shrunk[name] = moment
         return shrunk
