@@ -26,7 +26,7 @@ from pave_lightning.recipe import Task
 from pave_lightning.tasks.checks import label_values, row_problems, usable_rows
 from pave_lightning.tasks.copies import kept_copy
 from pave_lightning.tasks.labels import LabelValues, Reading, label_reading, readings_conflict
-from pave_lightning.tasks.reading import plain_column, read_rows, reading_options
+from pave_lightning.tasks.reading import is_text, plain_column, read_rows, reading_options
 from pave_lightning.tasks.rows import Rows, UnreadableError
 
 log = logging.getLogger("pave_lightning")
@@ -222,8 +222,9 @@ def _checked(task: Task, split: Split, fingerprint: str, cache_dir: Path) -> tup
         dataset = _read_hub(task, split)
         table = _usable(task, split, _hub_rows(task, dataset))
         used = dataset.select_columns(list(dict.fromkeys([*task.text, task.label])))
-        # Where nothing is changed, the features stay: they may name the classes.
-        same = table.column(task.label).type == _arrow_column(used, task.label).type
+        # Numbers that are left as they are keep their feature, which may name the classes.
+        labels = table.column(task.label)
+        same = not is_text(labels.type) and labels.type == _arrow_column(used, task.label).type
         return used if same else datasets.Dataset(table), []
     path = _local_file(task, split)
     content = [COPY_FORMAT, fingerprint, task.text, task.label, task.kind, task.classes, task.value_range]

@@ -221,6 +221,27 @@ def test_labels_that_are_refused(classes, ending, labels, told, labelled, check)
     assert all(told in message for message in messages)
 
 
+@pytest.mark.parametrize(
+    ("feature", "labels", "classes", "indices"),
+    [
+        (datasets.Value("string"), ["POS", "neg"], ["neg", "pos"], [1, 0]),
+        (datasets.ClassLabel(names=["pos", "neg"]), [0, 1], ["neg", "pos"], [1, 0]),
+        (datasets.ClassLabel(names=["Neg", "Pos"]), [0, 1], ["neg", "pos"], [0, 1]),
+        (datasets.Value("bool"), [True, False], ["false", "true"], [1, 0]),
+    ],
+)
+def test_labels_of_hub_datasets_mean_what_they_are_called(
+    feature, labels, classes, indices, make_task, load, check, monkeypatch
+):
+    features = datasets.Features({"text": datasets.Value("string"), "label": feature})
+    rows = datasets.Dataset.from_dict({"text": ["a", "b"], "label": labels}, features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, split, **options: rows)
+    data = {"hub": "o/n", "train": "train", "validation": "validation", "test": "test"}
+    task = make_task(data=data, classes=classes)
+    assert check(task) == []
+    assert encoded(task, load) == indices
+
+
 def test_an_unused_column_may_hold_anything(make_task, load, tmp_path):
     path = tmp_path / "x.csv"
     path.write_text(
