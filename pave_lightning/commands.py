@@ -97,7 +97,7 @@ def plan_recipe(recipe: Recipe, console: Console | None = None, *, verify: bool 
     Raises:
         PaveError: lists everything that is wrong.
     """
-    from pave_lightning.planning import check_recipe, cost_table, plan_rows, token_notes
+    from pave_lightning.planning import check_recipe, cost_table, coverage_lines, plan_rows, token_notes
 
     console = console or terminal()
     with planning_folder(recipe, verify=verify) as folder:
@@ -111,6 +111,8 @@ def plan_recipe(recipe: Recipe, console: Console | None = None, *, verify: bool 
         console.print(cost_table(recipe, folder))
         for note in token_notes(recipe):
             console.print(f"note: {note}", soft_wrap=True, markup=False, highlight=False)
+        for line in coverage_lines(recipe, folder):
+            console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 def print_under(heading: str, table: Table, console: Console) -> None:

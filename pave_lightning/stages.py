@@ -20,7 +20,7 @@ from pave_lightning.weights import locate_model, model_digest
 from pave_lightning.weights.locate import has_tokenizer
 
 # Raised when a stage's results change meaning, so that older results are made anew.
-FORMATS = {"fit": 1, "capture": 2, "purify": 2, "merge": 1, "evaluate": 1, "diagnose": 1, "gradients": 1}
+FORMATS = {"fit": 1, "capture": 3, "purify": 3, "merge": 2, "evaluate": 1, "diagnose": 1, "gradients": 1}
 
 # What a capture pass gives merge rules.
 NEED_STATISTICS = frozenset({Need.INPUT_MOMENTS, Need.NORM_MOMENTS})

@@ -78,6 +78,7 @@ from pave_lightning.weights import (
 )
 from pave_lightning.weights.adapters import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS
 from pave_lightning.weights.architecture import backbone_of, empty_classifier, read_config
+from pave_lightning.weights.coverage import Coverage
 from pave_lightning.weights.embeddings import OwnTokens, resize_rows, share_rows, tokens_beyond
 from pave_lightning.weights.locate import has_tokenizer
 from pave_lightning.weights.task_vectors import own_token_rows
@@ -506,6 +507,11 @@ class Workflow:
     def _experts(self) -> dict[str, Checkpoint]:
         checkpoint = self._architecture.checkpoint
         return {task.name: checkpoint(self._expert_folder(task.name)) for task in self.recipe.tasks}
+
+    @cached_property
+    def coverage(self) -> Coverage:
+        """What merging and purification leave out of the model."""
+        return Coverage.of(self._base, self._architecture, convolutions=self.recipe.capture.convolutions)
 
     @cached_property
     def statistics(self) -> dict[str, TaskStatistics]:

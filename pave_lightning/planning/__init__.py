@@ -1,6 +1,7 @@
 """What `pave plan` asks, and every other command before it begins: what is wrong, what would be done, what it takes."""
 
 from pave_lightning.planning.checks import check_recipe
+from pave_lightning.planning.coverage import coverage_lines
 from pave_lightning.planning.merging import merge_problems, option_problems
 from pave_lightning.planning.table import cost_table, plan_rows, predicted_cost
 from pave_lightning.planning.tokens import token_notes
@@ -8,6 +9,7 @@ from pave_lightning.planning.tokens import token_notes
 __all__ = [
     "check_recipe",
     "cost_table",
+    "coverage_lines",
     "merge_problems",
     "option_problems",
     "plan_rows",

@@ -14,6 +14,7 @@ from pave_lightning.weights import Adapter, Architecture, Checkpoint, Parameter,
 from pave_lightning.weights.adapters import ADAPTER_CONFIG, adapter_folder
 from pave_lightning.weights.architecture import empty_classifier
 from pave_lightning.weights.completeness import naming_problem
+from pave_lightning.weights.coverage import unmergeable
 from pave_lightning.weights.task_vectors import absent_children, differences
 from pave_lightning.weights.ties import tie_problems
 
@@ -64,7 +65,7 @@ def check_models(recipe: Recipe, problems: Problems) -> None:
         )
     elif (incomplete := base_problem(base_folder, empty_classifier(base_folder))) is not None:
         problems.add(f"base: {incomplete}")
-    problems.extend(f"base: {problem}" for problem in tie_problems(base))
+    problems.extend(f"base: {problem}" for problem in (*tie_problems(base), *unmergeable(base, architecture)))
     for task in recipe.tasks:
         limit = architecture.positions
         if limit is not None and task.training.max_length > limit:

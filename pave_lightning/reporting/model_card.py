@@ -64,6 +64,7 @@ def model_card(
     scale_origin: str = "",
     purification: Mapping[str, Any] | None = None,
     untouched: Sequence[Sequence[str]] = (),
+    left_out: Mapping[str, Sequence[str]] | None = None,
     experts: Sequence[ExpertSource] = (),
     scores: ScoreTable | None = None,
     versions: Mapping[str, str] | None = None,
@@ -83,6 +84,7 @@ def model_card(
         scale_origin: How the scale was found, such as "best of 7 on the validation split".
         purification: Options of the purification, for purified vectors.
         untouched: Task, layer and reason of each layer that purification left as it is, for purified vectors.
+        left_out: Lines on what was not merged or purified whatever the task, by heading.
         experts: Where the experts came from.
         scores: Scores of base, experts and this model (others are left out), once they are known.
         versions: Versions of the software by name.
@@ -118,6 +120,11 @@ def model_card(
         if untouched:
             lines = [f"- {escaped(line)}" for line in untouched_lines(untouched)]
             parts += ["These layers were left as they are:", "\n".join(lines)]
+    if left_out:
+        parts += ["## Left out"]
+        for heading, reasons in left_out.items():
+            listed = "\n".join(f"- {escaped(reason)}" for reason in reasons)
+            parts += [f"{escaped(heading.capitalize())}:", listed]
     parts += ["## Use", STATIC if form == "static" else PER_TASK, STATIC_USE if form == "static" else PER_TASK_USE]
     if scores is not None and scores.tasks():
         parts += [

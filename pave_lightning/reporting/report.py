@@ -154,8 +154,10 @@ def _unreached(workflow: Workflow) -> Iterator[tuple[str, str, str]]:
 
 
 def _print_untouched(workflow: Workflow, console: Console) -> None:
-    """What the statistics lack, and what each purification of the merged models left as it is."""
-    sections = {"capture: layers without statistics": untouched_lines(_unreached(workflow))}
+    """What is not merged or captured, what the statistics lack, and what each purification left as it is."""
+    merges, captures = bool(workflow.recipe.merge), workflow.stages.need_statistics()
+    sections = workflow.coverage.sections(merges=merges, captures=captures)
+    sections["capture: layers without statistics"] = untouched_lines(_unreached(workflow))
     for options in _purifications(workflow).values():
         heading = f"purification ({options.summary}): layers left as they are"
         sections[heading] = untouched_lines(_untouched(workflow, options))
@@ -197,6 +199,7 @@ def _write_cards(workflow: Workflow, table: ScoreTable) -> None:
             scale_origin=found,
             purification=purification,
             untouched=() if purify is None else _untouched(workflow, purify),
+            left_out=workflow.coverage.sections(captures=purify is not None),
             experts=experts,
             scores=ScoreTable(
                 (

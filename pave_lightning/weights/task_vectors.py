@@ -15,6 +15,7 @@ from pave_lightning.weights.adapters import ADAPTER_CONFIG, ADAPTER_FOLDER, Adap
 from pave_lightning.weights.architecture import Architecture
 from pave_lightning.weights.buffers import averaged, buffer_problems
 from pave_lightning.weights.checkpoint import FLOATING, Checkpoint
+from pave_lightning.weights.coverage import unmergeable
 from pave_lightning.weights.locate import locate_model
 from pave_lightning.weights.parameters import Parameter
 from pave_lightning.weights.ties import tie_problems
@@ -199,7 +200,7 @@ class ExpertTaskVectors(TaskVectors):
         counts: Mapping[str, int] | None = None,
     ) -> None:
         problems = Problems("the experts do not fit the base:")
-        problems.extend(f"base: {problem}" for problem in tie_problems(base))
+        problems.extend(f"base: {problem}" for problem in (*tie_problems(base), *unmergeable(base, architecture)))
         for task, expert in experts.items():
             problems.extend(differences(task, base, expert, architecture))
         problems.raise_if_any()
@@ -368,7 +369,7 @@ def differences(task: str, base: Checkpoint, expert: Checkpoint, architecture: A
     them. Values are read of two kinds only: buffers that must be the base's, and tied tensors that are stored twice.
     The token embedding may have more rows or fewer, see `own_token_rows`.
     """
-    found = [f"task '{task}': {problem}" for problem in tie_problems(expert)]
+    found = [f"task '{task}': {problem}" for problem in (*tie_problems(expert), *unmergeable(expert, architecture))]
     found += [f"task '{task}': {problem}" for problem in buffer_problems(base, expert, architecture.buffers)]
     private = absent_children(base, expert)
     of_expert = {name.partition(".")[0] for name in expert.backbone}

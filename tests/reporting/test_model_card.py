@@ -91,6 +91,14 @@ def test_tasks_left_out_and_untouched_layers_are_told():
     assert "left as they are:\n\n- no example reached it: 1 layer of sst2 (pooler.dense)\n" in text
 
 
+def test_what_was_left_out_is_listed_under_its_heading():
+    text = card(left_out={"weights that are not merged": ["buffers: layer.*.mask (2)", "stored as I64: ids"]})
+    assert (
+        "## Left out\n\nWeights that are not merged:\n\n- buffers: layer.\\*.mask (2)\n- stored as I64: ids\n" in text
+    )
+    assert "## Left out" not in card(left_out={})
+
+
 def test_scales_have_four_digits():
     assert "| scale | 0.4333 |" in card(scale=0.43333333333333335)
 

@@ -36,6 +36,9 @@ def test_cards_and_terminal_tell_scores_and_untouched_layers(settings):
     file = io.StringIO()
     with working(recipe) as workflow:
         table = write_report(workflow, Console(file=file, width=100))
+    printed = file.getvalue()
+    tables = "embedding tables: embeddings.word_embeddings.weight, embeddings.position_embeddings.weight, "
+    assert f"weights that are not captured and purified\n  {tables}" in printed
     left = "its weight has no effect on the data: 1 layer of words (encoder.layer.1.attention.self.query)"
     assert file.getvalue().splitlines()[-5:-1] == [
         "capture: layers without statistics",
@@ -53,3 +56,6 @@ def test_cards_and_terminal_tell_scores_and_untouched_layers(settings):
         values += [table.average(model), table.normalised_average(model)]
         assert f"| {model.name} | {' | '.join(f'{value:.3f}' for value in values)} |\n" in card
         assert (f"- {left}" in card) == (model.vectors == "purified")
+        assert ("Weights that are not captured and purified:\n\n- embedding tables: " in card) == (
+            model.vectors == "purified"
+        )

@@ -1,0 +1,110 @@
+"""What merging and purification leave out is listed by name and reason."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, BertConfig, ResNetConfig, T5Config, XLNetConfig
+
+from pave_lightning.errors import PaveError
+from pave_lightning.weights import Architecture, task_vectors
+from pave_lightning.weights.coverage import Coverage, reason_lines
+
+T5 = T5Config(vocab_size=30, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2)
+XLNET = XLNetConfig(vocab_size=30, d_model=16, n_layer=2, n_head=2, d_inner=24)
+RESNET = ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic")
+BERT = BertConfig(vocab_size=30, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
+
+
+def coverage_of(config, folder, change=None, **options):
+    AutoModel.from_config(config).save_pretrained(folder)
+    if change is not None:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors")
+    architecture = Architecture.of_folder(folder)
+    return Coverage.of(architecture.checkpoint(folder), architecture, **options)
+
+
+def test_attention_that_is_no_linear_layer_is_listed(tmp_path):
+    found = coverage_of(XLNET, tmp_path)
+    lines = reason_lines(found.not_purified)
+    (line,) = (line for line in lines if line.startswith("no linear layer multiplies with them as one matrix: "))
+    for name in "qkvor":
+        assert f"layer.*.rel_attn.{name} (2)" in line
+    assert "embedding tables: word_embedding.weight" in lines
+    assert not any(".ff." in name for name in found.not_purified)
+
+
+def test_convolutions_are_listed_unless_they_are_captured(tmp_path):
+    found = coverage_of(RESNET, tmp_path).not_purified
+    overlapping, left_out = (
+        {name for name, reason in found.items() if reason.startswith(start)}
+        for start in ("convolutions of overlapping", "convolutions, which capture.convolutions")
+    )
+    assert "embedder.embedder.convolution.weight" in overlapping
+    assert left_out
+    assert overlapping | left_out == set(found)
+    assert set(coverage_of(RESNET, tmp_path / "captured", convolutions=True).not_purified) == overlapping
+
+
+def test_what_is_not_merged_is_listed(tmp_path):
+    def change(tensors):
+        tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"].clone()
+        tensors["lm_head.weight"] = torch.zeros(3, 3)
+
+    assert coverage_of(T5, tmp_path, change).not_merged == {
+        "encoder.embed_tokens.weight": "tied to shared.weight, with which it is merged",
+        "lm_head.weight": "stored, but the model has no such weight",
+    }
+
+
+def test_statistics_and_weights_that_the_base_lacks_are_listed(tmp_path):
+    lines = reason_lines(coverage_of(RESNET, tmp_path / "resnet").not_merged)
+    assert all(line.startswith("running statistics, averaged over the experts: ") for line in lines)
+    assert "embedder.embedder.normalization.running_var" in lines[0]
+
+    def drop(tensors):
+        for name in [name for name in tensors if name.startswith("pooler.")]:
+            del tensors[name]
+
+    found = coverage_of(BERT, tmp_path / "bert", drop).not_merged
+    assert found == dict.fromkeys(
+        ["pooler.dense.weight", "pooler.dense.bias"], "not in the base, so that each task keeps its own"
+    )
+
+
+def test_a_common_model_lists_its_embeddings_alone(tmp_path):
+    found = coverage_of(BERT, tmp_path)
+    assert found.sections() == {
+        "weights that are not captured and purified": [
+            "embedding tables: embeddings.word_embeddings.weight, embeddings.position_embeddings.weight, "
+            "embeddings.token_type_embeddings.weight"
+        ]
+    }
+    assert found.sections(captures=False) == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_formats_that_cannot_be_merged_are_refused(base_folder, expert_folders, tmp_path, dtype):
+    names = ["encoder.layer.0.output.dense.weight", "encoder.layer.1.output.dense.weight"]
+    folders = {}
+    for role, folder, prefix in (("base", base_folder, ""), ("expert", expert_folders["first"], "bert.")):
+        tensors = load_file(folder / "model.safetensors")
+        tensors.update({prefix + name: tensors[prefix + name].to(dtype) for name in names})
+        folders[role] = tmp_path / role
+        folders[role].mkdir()
+        save_file(tensors, folders[role] / "model.safetensors")
+        (folders[role] / "config.json").write_text((folder / "config.json").read_text())
+    with pytest.raises(PaveError) as caught:
+        task_vectors(str(folders["base"]), {"a": str(folders["expert"])})
+    lines = str(caught.value).splitlines()[1:]
+    stored = {torch.float8_e4m3fn: "F8_E4M3", torch.int8: "I8"}[dtype]
+    for line, where, folder in zip(lines, ("base", "task 'a'"), folders.values(), strict=True):
+        assert line.startswith(f"  - {where}: {folder}: 2 weights are stored as {stored}, such as {names[0]}; only ")
+
+
+def test_names_are_grouped_by_number_and_many_are_counted():
+    reasons = {f"layer.{block}.expert.{part}.w": "a" for block in range(3) for part in range(2)} | {"w2.3d": "a"}
+    assert reason_lines(reasons) == ["a: layer.*.expert.*.w (6), w2.3d"]
+    (line,) = reason_lines({f"name{letter}": "b" for letter in "abcdefghijklmno"})
+    assert line.endswith("namel, and 3 more")
