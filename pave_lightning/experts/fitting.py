@@ -28,7 +28,7 @@ from pave_lightning.experts.task_expert import TaskExpert, freeze
 from pave_lightning.experts.tokenizers import load_tokenizer, padding_id, padding_note
 from pave_lightning.experts.trainers import build_trainer, honest_interrupts, quiet_lightning
 from pave_lightning.files import let_others_read
-from pave_lightning.processes import is_launched
+from pave_lightning.processes import is_launched, is_rank_zero
 from pave_lightning.recipe import Task
 from pave_lightning.tasks.data_module import TaskDataModule
 from pave_lightning.tasks.metrics import constant_scores, weak_experts
@@ -145,7 +145,8 @@ def _fit(
             "lower the learning rates or use a safer precision"
         )
     constant = constant_scores(task, data.labels("validation"))
-    if weak := weak_experts({task.name: score}, {task.name: constant[task.headline]}):
+    weak = weak_experts({task.name: score}, {task.name: constant[task.headline]})
+    if weak and is_rank_zero():  # or else every process says it
         log.warning("%s; try other learning rates or more rows", weak)
     metrics = {monitor: score, **{f"validation/{name}/constant": value for name, value in constant.items()}}
     return expert.model.eval(), metrics

@@ -3,6 +3,7 @@
 import json
 import shutil
 from io import StringIO
+from pathlib import Path
 
 import pytest
 import torch
@@ -170,7 +171,7 @@ def test_training_that_does_not_fit_the_base(problems, training, told):
         ({"max_epochs": 1, "logger": True}, "cannot be set"),
         ({"max_epochs": 1, "barebones": True}, "cannot be set"),
         ({"max_epochs": 1, "accelerator": "tpuu"}, "refuses these options"),
-        ({"max_epochs": 1, "precision": "7-bit"}, "refuses these options"),
+        ({"max_epochs": 1, "precision": "7-bit"}, "trainer.precision: expected 64, 32, 16 or"),
     ],
 )
 def test_trainer_options(problems, trainer, told):
@@ -310,7 +311,7 @@ def test_one_is_no_plural(recipe_settings):
     settings["training"] = {"batch_size": 48, "max_length": 16}
     recipe = Recipe.model_validate(settings)
     about = {stage: what for stage, _, what in plan_rows(recipe, open_folder(recipe))}
-    assert about["experts/words"] == "48 rows, 1 epoch, 1 step of 48"
+    assert about["experts/words"].partition(";")[0] == "48 rows, 1 epoch, 1 step of 48"
     assert about["statistics/words"] == "1 training example"
 
 
@@ -329,10 +330,42 @@ def test_states_of_stages(recipe_settings):
     assert set(shown.values()) == {"stale"}
 
 
-def test_steps_are_not_told_where_they_are_not_known(recipe_settings):
+def test_a_limit_of_steps_is_told(recipe_settings):
     settings = {**recipe_settings, "trainer": {"max_epochs": None, "max_steps": 5}}
-    rows = plan_rows(Recipe.model_validate(settings), RunFolder(settings["output"]))
-    assert rows[0] == ("experts/words", "to do", "48 rows")
+    (name, state, what), *_ = plan_rows(Recipe.model_validate(settings), RunFolder(settings["output"]))
+    assert (name, state, what.partition(";")[0]) == ("experts/words", "to do", "48 rows, 2 epochs, 5 steps of 16")
+
+
+def test_what_always_the_same_answer_scores_is_told(recipe_settings):
+    recipe = Recipe.model_validate(recipe_settings)
+    about = {stage: what for stage, _, what in plan_rows(recipe, open_folder(recipe))}
+    lines = Path(recipe_settings["tasks"][0]["data"]["validation"]).read_text().splitlines()
+    ones = sum(json.loads(line)["label"] for line in lines)
+    share = max(ones, len(lines) - ones) / len(lines)
+    assert about["experts/words"].endswith(f"; always the same answer: accuracy {share:.3f}")
+    assert about["experts/numbers"].endswith(" 0.000")
+
+
+@pytest.mark.parametrize(
+    ("trainer", "told"),
+    [
+        ({"limit_val_batches": 0.01}, "task 'words': trainer: lightning.Trainer refuses"),
+        ({"max_epochs": 0}, "task 'words': trainer: nothing would be trained"),
+        ({"max_epochs": -1}, "task 'words': trainer: training would have no end"),
+        ({"strategy": "ddp_spawn", "devices": 2}, "trainer.strategy: ddp_spawn trains in processes that keep"),
+        ({"num_nodes": 2}, "trainer.num_nodes"),
+        ({"fast_dev_run": True}, "trainer.fast_dev_run"),
+    ],
+    ids=str,
+)
+def test_training_that_lightning_would_refuse_or_lose(problems, trainer, told):
+    assert told in problems(trainer={"accelerator": "cpu", **trainer})
+
+
+def test_trainer_sections_of_tasks_are_asked_too(recipe_settings, problems):
+    first, second = recipe_settings["tasks"]
+    text = problems(tasks=[first, {**second, "trainer": {"limit_train_batches": 0}}])
+    assert "task 'numbers': tasks.numbers.trainer: nothing would be trained" in text
 
 
 def in_step(step, problem):
