@@ -11,7 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pave_lightning.errors import PaveError
-from pave_lightning.experts.loading import adapter_problems, load_adapter_alone, load_expert, load_tokenizer
+from pave_lightning.experts.adapters import adapter_problems, load_adapter_alone
+from pave_lightning.experts.loading import load_expert
+from pave_lightning.experts.tokenizers import load_tokenizer
 from pave_lightning.merging.folders import load_merged, merged_facts
 from pave_lightning.merging.modulators import LowRank, Modulator
 from pave_lightning.recipe import Task

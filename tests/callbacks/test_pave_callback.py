@@ -582,7 +582,7 @@ def test_memory_does_not_grow_with_the_data() -> None:
         class Weigh(L.Callback):
             def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
                 observer: Any = callback._observer
-                moments = [layer.moment for layer in observer._layers.values() if layer.moment is not None]
+                moments = [moment for _, moment in observer._groups.moments()]
                 kept = [x for m in moments for x in (m._partial, m._total, *(m._waiting or ())) if x is not None]
                 held.append(sum(tensor.nbytes for tensor in kept))
 

@@ -156,7 +156,7 @@ def test_names_that_the_model_does_not_know_are_told_of_steps_that_run_it(recipe
     ids=lambda config: config.model_type,
 )
 def test_methods_that_run_models_work_on_the_family(config, settings_of, tiny_tokenizer):
-    config.vocab_size = max(64, len(tiny_tokenizer))
+    config.vocab_size, config.eos_token_id = max(64, len(tiny_tokenizer)), tiny_tokenizer.sep_token_id
     walking = [WALKING[0], WALKING[3]] if config.model_type == "t5" else WALKING
     settings = settings_of(
         config,

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from pave_lightning import files
 from pave_lightning.errors import PaveError
-from pave_lightning.experts.loading import load_tokenizer
+from pave_lightning.experts.tokenizers import load_tokenizer
 from pave_lightning.weights import Adapter, Architecture, Checkpoint
 
 
