@@ -12,6 +12,7 @@ from rich.table import Table
 from pave_lightning.costs import Cost, expected_kinds, predict_cost
 from pave_lightning.errors import PaveError
 from pave_lightning.merging import method_named
+from pave_lightning.planning.memory import fit_bytes, search_bytes
 from pave_lightning.planning.merging import stored_parameters
 from pave_lightning.planning.training import planned_schedule
 from pave_lightning.purification.vectors import workers_of
@@ -81,13 +82,27 @@ def cost_table(recipe: Recipe, folder: RunFolder) -> Table:
             sizes = (f"{layer.seconds:.1f} s", filesize.decimal(layer.peak_bytes))
             table.add_row("" if place else options.summary, shape, moment, *counts, *sizes)
         table.add_section()
-    program, peak, disk = map(filesize.decimal, (cost.baseline_bytes, cost.peak_bytes, cost.disk_bytes))
+    program, merging, disk = map(filesize.decimal, (cost.baseline_bytes, cost.peak_bytes, cost.disk_bytes))
+    needs = [
+        f"{what} {filesize.decimal(cost.baseline_bytes + size)}" for what, size in added_memory(recipe).items() if size
+    ]
+    memory = ", ".join([*needs[:1], f"purifying and merging {merging}", *needs[1:]])
     table.caption = (
-        f"purification {cost.seconds:.1f} s; highest memory of purifying and merging {peak} "
-        f"(the program itself {program}); disk {disk}"
+        f"purification {cost.seconds:.1f} s; highest memory of {memory} (the program itself {program}); disk {disk}"
     )
     table.caption_justify = "left"
     return table
+
+
+def added_memory(recipe: Recipe) -> dict[str, int]:
+    """Bytes that training and scoring merged models take besides the program, at most; 0 for what is not done."""
+    base_folder = locate_model(recipe.base, role="base")
+    parameters = list(Architecture.of_folder(base_folder).parameters.values())
+    trained = [fit_bytes(parameters, task) for task in recipe.tasks if task.expert is None]
+    return {
+        "training": max(trained, default=0),
+        "scale search": search_bytes(parameters, recipe.merge, recipe.tasks, recipe.evaluate.batch_size),
+    }
 
 
 def predicted_cost(recipe: Recipe, folder: RunFolder) -> Cost:
