@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import lightning.pytorch as L
@@ -65,7 +67,15 @@ def training_schedule(task: Task, rows: int, validation_rows: int, processes: in
             training would have no end.
     """
     settings = {name: value for name, value in training_settings(task).items() if name in LOOP_OPTIONS}
+    sooner = task.training.early_stopping is not None or settings.get("max_time") is not None
     size = task.training.batch_size
+    return replace(_rehearsed(json.dumps(settings), size, rows, validation_rows, processes), at_most=sooner)
+
+
+@lru_cache(maxsize=256)
+def _rehearsed(options: str, size: int, rows: int, validation_rows: int, processes: int) -> Schedule:
+    """What Lightning makes of loop options, given as JSON; remembered, as tasks of a recipe are mostly alike."""
+    settings = json.loads(options)
     train = _loader(TrainingSampler(np.ones(rows), batch_size=size, seed=0, world=processes), size)
     validation = _loader(ExactSampler(np.ones(validation_rows), world=processes), size)
     rehearsal = _Rehearsal()
@@ -110,8 +120,7 @@ def training_schedule(task: Task, rows: int, validation_rows: int, processes: in
     steps = int(rehearsal.steps)
     accumulated = settings.get("accumulate_grad_batches", 1)
     epochs = math.ceil(steps / max(1, math.ceil(rehearsal.batches / accumulated)))
-    sooner = task.training.early_stopping is not None or settings.get("max_time") is not None
-    return Schedule(epochs, steps, size * accumulated * processes, sooner)
+    return Schedule(epochs, steps, size * accumulated * processes, at_most=False)
 
 
 TRAINING_LIMITS = ("max_epochs", "max_steps", "limit_train_batches")

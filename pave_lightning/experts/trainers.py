@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import signal
 import sys
@@ -10,6 +11,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -62,15 +64,21 @@ def trainer_problems(options: Mapping[str, Any], where: str) -> list[str]:
         else:
             found += [f"{where}.{problem}" for problem in _type_problems(key, value)]
     if not found:
-        ours = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-        try:
-            with quiet_lightning():
-                trainer = L.Trainer(**{**options, **ours})
-        except Exception as error:  # whatever a value of another type leads to there
-            found.append(f"{where}: lightning.Trainer refuses these options: {reason(error)}")
-        else:
-            found += _unusable(trainer, options, where)
+        found += [f"{where}{problem}" for problem in _lightning_problems(json.dumps(options, sort_keys=True))]
     return found
+
+
+@lru_cache(maxsize=64)
+def _lightning_problems(options: str) -> tuple[str, ...]:
+    """What Lightning has against options, given as JSON; remembered, as it takes a tenth of a second to ask."""
+    given = json.loads(options)
+    ours = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+    try:
+        with quiet_lightning():
+            trainer = L.Trainer(**{**given, **ours})
+    except Exception as error:  # whatever a value of another type leads to there
+        return (f": lightning.Trainer refuses these options: {reason(error)}",)
+    return tuple(_unusable(trainer, given))
 
 
 def _type_problems(key: str, value: Any) -> Iterator[str]:
@@ -91,9 +99,9 @@ def _type_name(kind: Any) -> str:
     return str(plain.__name__) if plain in (int, float, str, bool, list, dict) else ""
 
 
-def _unusable(trainer: L.Trainer, options: Mapping[str, Any], where: str) -> Iterator[str]:
+def _unusable(trainer: L.Trainer, options: Mapping[str, Any]) -> Iterator[str]:
     """What Lightning accepts, but would lose the trained weights or break off later."""
-    strategy = f"{where}.strategy: {options.get('strategy', 'auto')}"
+    strategy = f".strategy: {options.get('strategy', 'auto')}"
     if isinstance(getattr(trainer.strategy, "launcher", None), _MultiProcessingLauncher):
         yield (
             f"{strategy} trains in processes that keep what callbacks know, so the best checkpoint and the statistics "
@@ -108,10 +116,13 @@ def _unusable(trainer: L.Trainer, options: Mapping[str, Any], where: str) -> Ite
 
 def process_count(options: Mapping[str, Any]) -> int:
     """How many processes train together with these options, which `trainer_problems` has nothing against."""
-    if not is_distributed(options):
-        return 1
+    return _processes(json.dumps(machine_options(options), sort_keys=True)) if is_distributed(options) else 1
+
+
+@lru_cache(maxsize=64)
+def _processes(options: str) -> int:
     with quiet_lightning():
-        trainer = L.Trainer(**machine_options(options), logger=False, enable_checkpointing=False)
+        trainer = L.Trainer(**json.loads(options), logger=False, enable_checkpointing=False)
     return int(trainer.num_devices * trainer.num_nodes)
 
 
