@@ -54,7 +54,7 @@ def tokenizer_folder(folder: Path, base: Path | None = None) -> Path:
 
 def named_padding(config: PretrainedConfig) -> int | None:
     """The padding token that a configuration names; None where it names none of its vocabulary."""
-    named, rows = text_config(config).pad_token_id, getattr(text_config(config), "vocab_size", None)
+    named, rows = getattr(text_config(config), "pad_token_id", None), getattr(text_config(config), "vocab_size", None)
     inside = isinstance(named, int) and named >= 0 and (not isinstance(rows, int) or named < rows)
     return named if inside else None
 
@@ -148,7 +148,7 @@ def _choose_padding(folder: Path, tokenizer: PreTrainedTokenizerBase, config: Pr
     known = tokenizer.special_tokens_map
     if known.get("pad_token") is not None:
         return
-    named = text_config(config).pad_token_id
+    named = getattr(text_config(config), "pad_token_id", None)
     special = set(tokenizer.all_special_ids)
     if isinstance(named, int) and named in special:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(named)

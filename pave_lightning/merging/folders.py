@@ -189,8 +189,9 @@ def _write_surroundings(folder: Path, method: MergeMethod, context: MergeContext
     config.architectures = [type(backbone_of(empty_classifier(first))).__name__]
     config.dtype = "float32"
     config.save_pretrained(folder)
-    tokenizer = load_tokenizer(base)
-    tokenizer.save_pretrained(folder)
+    tokenizer = load_tokenizer(base) if context.architecture.token_embeddings else None
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
     for task, expert in context.experts.items():
         private = absent_children(context.base, expert)
         prefix = f"{context.architecture.prefix}."
@@ -202,11 +203,13 @@ def _write_surroundings(folder: Path, method: MergeMethod, context: MergeContext
         own_rows = own_token_rows(context.base, expert, context.architecture)
         if own_rows:
             write_tensors(target / TOKENS_FILE, {name: tensor.contiguous() for name, tensor in own_rows.items()})
-        own_config, own_tokenizer = merged_configuration(base, expert.folder), load_tokenizer(expert.folder, base)
-        text_config(own_config).pad_token_id = own_config.pad_token_id = padding_id(own_config, own_tokenizer)
+        own_config = merged_configuration(base, expert.folder)
+        if tokenizer is not None:
+            own_tokenizer = load_tokenizer(expert.folder, base)
+            text_config(own_config).pad_token_id = own_config.pad_token_id = padding_id(own_config, own_tokenizer)
+            if own_tokenizer.get_vocab() != tokenizer.get_vocab():
+                own_tokenizer.save_pretrained(target)
         own_config.save_pretrained(target)
-        if own_tokenizer.get_vocab() != tokenizer.get_vocab():
-            own_tokenizer.save_pretrained(target)
     facts = {"method": method.name, "form": method.form, "base": context.base_reference, **context.facts}
     if _takes_experts_later(method, scale):
         facts |= {"sequential": method.state(scale), "base_digest": model_digest(context.base.folder)}

@@ -78,7 +78,7 @@ def block_problem(folder: Path) -> str | None:
 
 def naming_problems(recipe: Recipe, folder: Path, names: Collection[str]) -> Iterator[str]:
     """Why methods that run a model cannot put weights of these names, as checkpoints store them, into its backbone."""
-    running = [step.name for step in recipe.merge if method_named(step.method).needs & RUN_THE_MODEL]
+    running = [step.name for step in recipe.merge if _runs_the_model(step.method)]
     problem = misnamed(backbone_of(empty_classifier(folder)), names) if running else None
     if problem is not None:
         yield f"merge step '{running[0]}': {problem}"
@@ -197,3 +197,10 @@ def _added_by_classifier(classifier: nn.Module, batch: dict[str, Tensor]) -> set
         handle.remove()
     own = {id(tensor) for tensor in batch.values()}
     return {name for name, value in given.items() if isinstance(value, Tensor) and id(value) not in own}
+
+
+def _runs_the_model(method: str) -> bool:
+    try:
+        return bool(method_named(method).needs & RUN_THE_MODEL)
+    except PaveError:  # there is no such method, which is told elsewhere
+        return False

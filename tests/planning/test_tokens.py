@@ -1,6 +1,7 @@
 """What the plan asks of tokenizers and token embeddings."""
 
 import json
+import re
 import shutil
 from io import StringIO
 
@@ -140,7 +141,7 @@ def test_a_tokenizer_that_knows_no_word_of_the_texts(problems, base):
     edit(base / "tokenizer.json", rename)
     text = problems(base=str(base))
     for task in ("words", "numbers"):
-        assert f"task '{task}': the tokenizer knows no word of the first 48 training texts" in text
+        assert re.search(rf"task '{task}', train split .*: the tokenizer .* knows none of the \d+ tokens", text)
 
 
 def test_tokens_in_common_must_have_the_same_numbers(problems, expert):

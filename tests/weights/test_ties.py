@@ -58,6 +58,7 @@ def originals(request, tmp_path_factory, vocabulary):
     root, config = tmp_path_factory.mktemp(request.param), KINDS[request.param]
     torch.manual_seed(0)
     AutoModel.from_config(config).save_pretrained(root / "base")
+    vocabulary.save_pretrained(root / "base")
     for seed, name in enumerate(("a", "b"), 1):
         torch.manual_seed(seed)
         model = AutoModelForSequenceClassification.from_pretrained(root / "base", num_labels=3)
