@@ -3,14 +3,15 @@
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
-from pave_lightning import Recipe
+from pave_lightning import Recipe, interrupts
 from pave_lightning.errors import Interrupted
 from pave_lightning.experts.trainers import honest_interrupts
-from pave_lightning.interrupts import stoppable
+from pave_lightning.interrupts import deferred, stoppable
 from pave_lightning.recipe_loading import recipe_to_yaml
 
 pytestmark = pytest.mark.usefixtures("as_in_a_terminal")
@@ -133,6 +134,85 @@ def test_ctrl_c_works_again_where_lightning_has_switched_it_off():
     with pytest.raises(ValueError, match="tidying"), honest_interrupts():
         body()
     assert signal.getsignal(signal.SIGINT) is handler
+
+
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Interrupted)])
+def test_a_critical_section_ends_before_a_signal_unwinds_it(number, expected):
+    done = []
+
+    def body():
+        with deferred():
+            with deferred():
+                signal.raise_signal(number)
+                done.append("inner")
+            done.append("outer")
+        pytest.fail("went on")
+
+    with pytest.raises(expected), stoppable():
+        body()
+    assert done == ["inner", "outer"]
+    with stoppable(), deferred():  # nothing is left behind
+        pass
+
+
+def test_an_error_in_a_critical_section_is_told_as_being_stopped():
+    def body():
+        with deferred():
+            signal.raise_signal(signal.SIGTERM)
+            raise ValueError("in the section")
+
+    with pytest.raises(Interrupted) as caught, stoppable():
+        body()
+    assert isinstance(caught.value.__cause__, ValueError)
+
+
+def test_a_request_that_comes_twice_at_once_is_one_and_a_later_one_forces(monkeypatch):
+    done = []
+
+    def body():
+        with deferred():
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+            done.append("same")
+            monkeypatch.setattr(interrupts, "SAME_REQUEST_SECONDS", 0.0)
+            signal.raise_signal(signal.SIGTERM)
+            done.append("another")
+
+    with pytest.raises(Interrupted), stoppable():
+        body()
+    assert done == ["same"]
+
+
+def test_a_critical_section_that_hangs_is_unwound_after_all(monkeypatch):
+    monkeypatch.setattr(interrupts, "DEFERRED_SECONDS", 0.3)
+    monkeypatch.setattr(interrupts, "SAME_REQUEST_SECONDS", 0.1)
+
+    def body():
+        with deferred():
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(20)
+
+    begun = time.monotonic()
+    with pytest.raises(Interrupted), stoppable():
+        body()
+    assert time.monotonic() - begun < 10
+
+
+def test_a_section_outside_the_main_thread_keeps_nothing_back():
+    def wait():
+        with deferred():
+            entered.set()
+            left.wait(10)
+
+    entered, left = threading.Event(), threading.Event()
+    thread = threading.Thread(target=wait)
+    thread.start()
+    entered.wait(10)
+    with pytest.raises(Interrupted), stoppable():
+        signal.raise_signal(signal.SIGTERM)
+    assert thread.is_alive()
+    left.set()
+    thread.join()
 
 
 @pytest.mark.parametrize("delay", [0.2, 0.5, 1.0])

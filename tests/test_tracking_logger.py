@@ -45,6 +45,28 @@ def test_only_rank_zero_logs(tracker, monkeypatch):
     assert tracker.calls == []
 
 
+def test_steps_that_the_run_has_are_left_out(tracker):
+    logger = TrackingLogger(tracker, "run-1", logged={"loss": 20, "a_b": 10})
+    for step in (10, 20, 30):
+        logger.log_metrics({"loss": float(step), "a@b": 1.0, "new": 2.0}, step)
+    logger.log_metrics({"loss": 0.0}, None)
+    logger.save()
+    rows = [row for _, rows in tracker.calls for row in rows]
+    assert rows == [
+        ({"new": 2.0}, 10),
+        ({"a@b": 1.0, "new": 2.0}, 20),
+        ({"loss": 30.0, "a@b": 1.0, "new": 2.0}, 30),
+        ({"loss": 0.0}, None),
+    ]
+
+
+def test_a_checkpoint_leaves_nothing_unwritten(tracker):
+    logger = TrackingLogger(tracker, "run-1")
+    logger.log_metrics({"loss": 1.0}, 1)
+    logger.after_save_checkpoint(None)
+    assert tracker.calls == [("run-1", [({"loss": 1.0}, 1)])]
+
+
 class Model(BoringModel):
     def __init__(self):
         super().__init__()

@@ -14,12 +14,13 @@ from typing import Any, TypeVar
 
 from pave_lightning.interrupts import deferred
 from pave_lightning.tracking import sqlite
-from pave_lightning.tracking.sqlite import PATIENCE_SECONDS, SETTLED_SECONDS
+from pave_lightning.tracking.sqlite import SETTLED_SECONDS
 from pave_lightning.tracking.uris import is_database, sqlite_path
 
 T = TypeVar("T")
 
 PROBE_SECONDS = 5.0
+RETRY_SECONDS = 1.0
 
 
 def connect(uri: str) -> Any:
@@ -45,7 +46,7 @@ def patiently(action: Callable[[Any], T], client: Any, uri: str) -> T:
 
     A signal that comes in the meantime unwinds the program when the call is over, not inside of its transaction.
     """
-    deadline = time.monotonic() + PATIENCE_SECONDS
+    deadline = time.monotonic() + sqlite.PATIENCE_SECONDS
     with sqlite.telling(sqlite_path(uri)):
         while True:
             try:
@@ -114,7 +115,7 @@ def _client_of_database(uri: str) -> Any:
                 seen, since = tables, time.monotonic()
             if time.monotonic() - since > SETTLED_SECONDS:
                 raise
-        time.sleep(1.0)
+        time.sleep(RETRY_SECONDS)
 
 
 def _tables(uri: str) -> tuple[str, ...]:

@@ -1,42 +1,17 @@
 import logging
 import math
-import os
 import pickle
 import socket
-import sqlite3
 import subprocess
 import sys
 import time
-from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from pave_lightning.errors import Interrupted, PaveError
-from pave_lightning.tracking import FALLBACK_URI, Tracker, environment_tags, resolve_uri
+from pave_lightning.errors import Interrupted
+from pave_lightning.tracking import FALLBACK_URI, Tracker, resolve_uri
 from pave_lightning.tracking.stores import connect
-
-
-@pytest.fixture(scope="session")
-def migrated(tmp_path_factory):
-    """A database with all tables and no experiment of ours: making one takes seconds, copying it does not."""
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    connect(f"sqlite:///{path}").search_experiments()
-    return path
-
-
-@pytest.fixture
-def store(migrated, tmp_path, monkeypatch):
-    """URI of a fresh store; a second one stands where the local fallback is looked for."""
-    monkeypatch.chdir(tmp_path)
-    for place in ("store", "mlruns"):
-        (tmp_path / place).mkdir()
-        with (
-            closing(sqlite3.connect(migrated)) as source,
-            closing(sqlite3.connect(tmp_path / place / "mlflow.db")) as copy,
-        ):
-            source.backup(copy)
-    return f"sqlite:///{tmp_path}/store/mlflow.db"
 
 
 def start(uri, **changes):
@@ -326,47 +301,6 @@ def test_a_missing_file_is_no_failure_of_the_store(store, caplog):
     tracker.log_file(tracker.parent_run_id, "nowhere.csv")
     assert tracker.uri == store
     assert "nowhere.csv" in warnings_of(caplog)[0]
-
-
-@pytest.mark.parametrize("uri", ["mlruns", "./mlruns", "file:./mlruns", "file:///data/mlruns", "/data/mlruns"])
-def test_folders_are_refused(uri):
-    with pytest.raises(PaveError, match=r"no longer opens folders(.|\n)*sqlite:///.*mlruns/mlflow\.db"):
-        start(uri)
-
-
-@pytest.mark.parametrize("uri", ["sqlite://", "sqlite:///", "sqlite:///:memory:", "sqlite://mlflow.db"])
-def test_sqlite_without_a_file_is_refused(uri):
-    with pytest.raises(PaveError, match="names no database file"):
-        start(uri)
-
-
-def test_resolve_uri(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert resolve_uri("sqlite:///a/b.db?timeout=9") == f"sqlite:///{tmp_path}/a/b.db?timeout=9"
-    assert resolve_uri("sqlite:////a/b.db") == "sqlite:////a/b.db"
-    assert resolve_uri("https://host/path") == "https://host/path"
-    assert resolve_uri("postgresql+psycopg2://host/db") == "postgresql+psycopg2://host/db"
-
-
-def test_environment_tags(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    tags = environment_tags()
-    assert {"version.python", "version.torch", "version.mlflow", "version.lightning"} <= set(tags)
-    assert "git.commit" not in tags
-
-    identity = {
-        "GIT_AUTHOR_NAME": "a",
-        "GIT_AUTHOR_EMAIL": "a@b",
-        "GIT_COMMITTER_NAME": "a",
-        "GIT_COMMITTER_EMAIL": "a@b",
-    }
-    (tmp_path / "file").write_text("1")
-    for command in (["init", "-q"], ["add", "file"], ["commit", "-q", "-m", "x"]):
-        subprocess.run(["git", *command], check=True, env={**os.environ, **identity})
-    commit = environment_tags()["git.commit"]
-    assert len(commit) == 40
-    (tmp_path / "file").write_text("2")
-    assert environment_tags()["git.commit"] == f"{commit}-dirty"
 
 
 def test_importing_is_cheap():
