@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from pave_lightning.credentials import has_secrets, without_secrets
@@ -31,6 +32,14 @@ RECIPE_COMMANDS = {
 }
 EXPERIMENT = "run a recipe over a grid of settings and seeds; write a table, a picture and findings"
 PER_TASK = ("fit", "capture")
+# How libraries are asked to keep their warnings to themselves.
+QUIET = {
+    "PYTHONWARNINGS": "ignore",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DATASETS_VERBOSITY": "error",
+    "HF_HUB_VERBOSITY": "error",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+}
 VERIFYING = ("run", "plan")
 VERIFY: dict[str, Any] = {
     "action": "store_true",
@@ -253,22 +262,44 @@ def _once(options: Namespace, name: str, instead: str = "leave all but one out")
 
 
 def _configure_output(debug: bool) -> None:
-    """Our own messages through rich; the libraries' notices stay away unless asked for."""
-    from rich.logging import RichHandler
-
-    from pave_lightning.terminal import terminal
-
+    """Show our own messages; the libraries' notices and warnings stay away unless asked for."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if isinstance(sys.stdout, io.TextIOWrapper):  # not every terminal has every letter
         sys.stdout.reconfigure(errors="backslashreplace")
-    handler = RichHandler(
-        console=terminal(stderr=True), show_path=False, show_level=debug, log_time_format="[%H:%M:%S]", markup=False
-    )
-    handler.addFilter(_WithoutSecrets())
+    if not debug:
+        for name, value in QUIET.items():  # for further processes as well
+            os.environ.setdefault(name, value)
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore")
     ours = logging.getLogger("pave_lightning")
-    ours.handlers = [handler]
+    ours.handlers = [_handler(debug)]
     ours.setLevel(logging.DEBUG if debug else logging.INFO)
     ours.propagate = False
+
+
+def _handler(debug: bool) -> logging.Handler:
+    """Messages as rich shows them in a terminal; in a file, or for another program, one unbroken line each."""
+    handler: logging.Handler
+    if sys.stderr.isatty():
+        from rich.logging import RichHandler
+
+        from pave_lightning.terminal import terminal
+
+        handler = RichHandler(
+            console=terminal(stderr=True), show_path=False, show_level=debug, log_time_format="[%H:%M:%S]", markup=False
+        )
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(_Visible("[%(asctime)s] %(message)s", "%H:%M:%S"))
+    handler.addFilter(_WithoutSecrets())
+    return handler
+
+
+class _Visible(logging.Formatter):
+    """Spells out what would act on a terminal: a message may quote a file."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return _visible(super().format(record))
 
 
 def _out(text: str) -> None:

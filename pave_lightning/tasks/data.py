@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pave_lightning.errors import PaveError
+from pave_lightning.errors import PaveError, reason
 from pave_lightning.files import file_sha256, local_path
 from pave_lightning.hub import hub_or_cache, unreached
 from pave_lightning.recipe import Task
@@ -276,7 +276,7 @@ def _read_hub(task: Task, split: Split) -> datasets.Dataset:
             return datasets.load_dataset(data.hub, data.config, split=getattr(data, split), revision=data.revision)
     # Scripts end in a RuntimeError; unknown configurations and splits in a ValueError; no network in an OSError.
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
-        why = unreached() or _reason(error)
+        why = unreached() or reason(error.__cause__ or error)
         raise PaveError(
             f"{split_title(task, split)}: the hub dataset cannot be loaded ({why}); check its name, "
             "'config', 'revision' and split and the network, or give local files: leave 'data.hub' out and let "
@@ -325,9 +325,3 @@ def _label_values(task: str, split: Split, fingerprint: str) -> LabelValues | No
     if not fingerprint.startswith(digest):
         raise changing(parsed, split)
     return label_values(parsed, rows)
-
-
-def _reason(error: BaseException) -> str:
-    cause = error.__cause__ or error
-    lines = str(cause).strip().splitlines()
-    return f"{type(cause).__name__}: {lines[0]}" if lines else type(cause).__name__

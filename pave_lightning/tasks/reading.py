@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pave_lightning.errors import reason
 from pave_lightning.recipe import Data, Task
 from pave_lightning.tasks.delimited import delimiter_of, read_delimited
 from pave_lightning.tasks.json_rows import read_json
@@ -104,7 +105,7 @@ def _read_parquet(content: bytes, names: Sequence[str]) -> Rows:
     # Whatever the reader says of content that no writer wrote; it has no kind of error of its own.
     except (pa.ArrowException, OSError, ValueError, TypeError, KeyError, OverflowError) as error:
         raise UnreadableError(
-            f"the file cannot be read as parquet ({_reason(error)}); repair it or save it anew"
+            f"the file cannot be read as parquet ({reason(error)}); repair it or save it anew"
         ) from error
     if any(len(column) != count for column in columns.values()):
         raise UnreadableError(
@@ -135,8 +136,3 @@ def _own_names(metadata: dict[bytes, bytes] | None, column: str) -> list[str] | 
     except (KeyError, TypeError, ValueError, RecursionError):
         return None
     return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
-
-
-def _reason(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
