@@ -20,6 +20,7 @@ from rich.table import Table
 from pave_lightning.commands import open_folder, planning_folder, print_under, read_recipe, working
 from pave_lightning.errors import PaveError, Problems, doing
 from pave_lightning.evaluation import Candidate, TaskScore, refuse_non_finite
+from pave_lightning.files import DAMAGED
 from pave_lightning.planning import check_recipe, merge_problems
 from pave_lightning.recipe import Experiment, MergeStep, Purify, Recipe, Vectors
 from pave_lightning.recipe_loading import find_experiment, load_recipe
@@ -293,7 +294,8 @@ class CellRun:
         return rows
 
     def _purified_folders(self) -> set[str]:
-        return {f"purified/{folder.name}" for folder in self.folder.path("purified").glob("*")}
+        found = self.folder.path("purified").glob("*")
+        return {f"purified/{folder.name}" for folder in found if DAMAGED not in folder.name}
 
     def _candidate(self, model: ScoredModel) -> tuple[Candidate, dict[str, Any]]:
         """A model to be scored, and what stands beside its scores."""

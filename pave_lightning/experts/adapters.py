@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pave_lightning.errors import PaveError, foreign, listed
+from pave_lightning.errors import PaveError, foreign, listed, naming
 from pave_lightning.experts.loading import checkpoint_of, label_names, load_base
 from pave_lightning.files import read_json
 from pave_lightning.recipe import Task
@@ -51,11 +51,12 @@ def load_adapter_alone(base: Path, folder: Path, task: str) -> nn.Module:
 def _merged(base: Path, folder: Path, task: str, describe: Callable[[], dict[str, Any]]) -> nn.Module:
     from peft import PeftModel
 
-    problems = adapter_problems(folder)
-    labels = {} if problems else describe()
-    problems = problems or fit_problems(base, folder, labels)
-    if problems:
-        raise PaveError(f"task '{task}': " + "; ".join(problems))
+    with naming(f"task '{task}'"):
+        problems = adapter_problems(folder)
+        labels = {} if problems else describe()
+        problems = problems or fit_problems(base, folder, labels)
+        if problems:
+            raise PaveError("; ".join(problems))
     with foreign(f"task '{task}': the adapter {folder} does not fit the base {base}"), warnings.catch_warnings():
         model = _with_its_rows(load_base(base, labels, head_of_base(base, labels)), folder)
         warnings.simplefilter("ignore")  # of what is missing, which was asked for
@@ -204,7 +205,7 @@ def _labels_of(base: Path, folder: Path) -> dict[str, Any]:
     found = next((stored[WRAPPED + name] for name in output_layer(base) if WRAPPED + name in stored), None)
     if found is None:
         kind = type(empty_classifier(base)).__name__
-        raise PaveError(f"the adapter {folder} does not fit the base {base}: it has no head of a {kind}")
+        raise PaveError(f"the adapter {folder} holds no head of a {kind}; train it with task_type {TASK_TYPE}")
     outputs = found.shape[0]
     return {"num_labels": outputs, "problem_type": "regression" if outputs == 1 else "single_label_classification"}
 
