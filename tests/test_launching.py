@@ -5,10 +5,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from pave_lightning.launching import run_to_its_end
+import pave_lightning
+from pave_lightning.launching import python_environment, run_to_its_end
 
 pytestmark = pytest.mark.usefixtures("as_in_a_terminal")
 
@@ -53,3 +55,50 @@ def test_a_stage_is_given_time_to_end_when_the_driver_is_stopped(number, tmp_pat
         assert driver.wait(timeout=30) != 0
     assert note.read_text() == number.name
     assert time.monotonic() - begun < 9
+
+
+HOSTILE = "import pathlib; pathlib.Path('ran').touch(); raise SystemExit(9)"
+
+
+@pytest.fixture
+def hostile_folder(tmp_path, monkeypatch):
+    """A current folder that holds modules by the names of those that are imported."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("jsonargparse", "rich", "ruamel", "torch", "lightning", "pave_lightning_trap"):
+        (tmp_path / f"{name}.py").write_text(HOSTILE)
+    return tmp_path
+
+
+def installed(monkeypatch):
+    """As where the package is installed: found, but not by an entry that leads to the current folder."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(pave_lightning.__file__).parents[1]))
+
+
+def test_the_command_as_a_module_imports_nothing_from_the_current_folder(hostile_folder, monkeypatch):
+    installed(monkeypatch)
+    done = subprocess.run(
+        [sys.executable, "-m", "pave_lightning", "methods", "average"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert not (hostile_folder / "ran").exists()
+
+
+def test_what_lightning_starts_imports_nothing_from_the_current_folder(hostile_folder, monkeypatch):
+    installed(monkeypatch)
+    # Lightning starts further processes with -m, but without the options of Python itself
+    command = [sys.executable, "-m", "pave_lightning", "methods", "average"]
+    assert run_to_its_end(command, {**os.environ, **python_environment()}) == 0
+    trap = [sys.executable, "-c", "import pave_lightning_trap"]
+    assert (
+        subprocess.run(
+            trap, env={**os.environ, **python_environment()}, stderr=subprocess.DEVNULL, check=False
+        ).returncode
+        == 1
+    )
+    assert not (hostile_folder / "ran").exists()
+    assert subprocess.run(trap, check=False).returncode == 9, "it is run without"
+
+
+def test_the_users_own_path_stays_without_empty_entries(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", "/own", "", "./other"]))
+    assert python_environment() == {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(["/own", "./other"])}
