@@ -89,12 +89,8 @@ def test_what_lightning_starts_imports_nothing_from_the_current_folder(hostile_f
     command = [sys.executable, "-m", "pave_lightning", "methods", "average"]
     assert run_to_its_end(command, {**os.environ, **python_environment()}) == 0
     trap = [sys.executable, "-c", "import pave_lightning_trap"]
-    assert (
-        subprocess.run(
-            trap, env={**os.environ, **python_environment()}, stderr=subprocess.DEVNULL, check=False
-        ).returncode
-        == 1
-    )
+    guarded = {**os.environ, **python_environment()}
+    assert subprocess.run(trap, env=guarded, stderr=subprocess.DEVNULL, check=False).returncode == 1
     assert not (hostile_folder / "ran").exists()
     assert subprocess.run(trap, check=False).returncode == 9, "it is run without"
 
