@@ -139,7 +139,7 @@ def test_the_last_layer_of_the_base_is_not_that_of_the_adapter(expert_folders, t
     folder, _ = train(base, LoraConfig(r=2, target_modules=["query"]))
     (problem,) = fit_problems(base, folder, label_names(task))
     assert "holds no head: classifier.weight, classifier.bias" in problem
-    with pytest.raises(PaveError, match="has no head of a BertForSequenceClassification"):
+    with pytest.raises(PaveError, match="holds no head of a BertForSequenceClassification"):
         load_adapter_alone(base, folder, "words")
 
 
