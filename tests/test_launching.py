@@ -97,4 +97,5 @@ def test_what_lightning_starts_imports_nothing_from_the_current_folder(hostile_f
 
 def test_the_users_own_path_stays_without_empty_entries(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", "/own", "", "./other"]))
+    monkeypatch.setattr(sys, "path", sys.path[1:])  # as where the package is installed and not run from its checkout
     assert python_environment() == {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(["/own", "./other"])}
