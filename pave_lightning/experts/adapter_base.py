@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
-import torch
-
 from pave_lightning.errors import PaveError
-from pave_lightning.files import SCHEME, file_sha256, local_path
+from pave_lightning.files import SCHEME, file_sha256, local_path, read_json
 from pave_lightning.weights import Architecture, Checkpoint
-from pave_lightning.weights.adapters import ADAPTER_CONFIG
+from pave_lightning.weights.adapters import adapter_settings
 from pave_lightning.weights.checkpoint import weight_files
 
 # Where the hub's cache keeps a model: models--ORGANISATION--NAME/snapshots/COMMIT.
@@ -29,7 +26,7 @@ def other_base(folder: Path, reference: str, base: Path) -> str | None:
         reference: how the recipe names the base.
         base: folder of the base.
     """
-    settings = json.loads((folder / ADAPTER_CONFIG).read_text())
+    settings = adapter_settings(folder)
     noted, revision = str(settings.get("base_model_name_or_path") or ""), settings.get("revision")
     revision = None if revision in (None, "", "main") else str(revision)
     if not noted:
@@ -79,22 +76,15 @@ def _same_weights(noted: Path, base: Path) -> bool:
         first, second = (Checkpoint(folder, Architecture.of_folder(folder).prefix) for folder in (noted, base))
     except PaveError:
         return False
-    shared = [name for name in first.backbone if name in second.backbone]
-    # The smallest first: where two models differ, little is read.
-    shared.sort(key=lambda name: first.backbone[name].size)
-    return len(shared) == max(len(first.backbone), len(second.backbone)) and all(
-        first.backbone[name].shape == second.backbone[name].shape
-        and first.backbone[name].dtype == second.backbone[name].dtype
-        and torch.equal(first.tensor(name), second.tensor(name))
-        for name in shared
-    )
+    told = [{name: (found.shape, found.dtype) for name, found in one.backbone.items()} for one in (first, second)]
+    return told[0] == told[1] and first.has_backbone_of(second)
 
 
 def _named_in(base: Path) -> str:
     """The name that a base's own configuration gives it."""
     try:
-        name = json.loads((base / "config.json").read_text()).get("_name_or_path")
-    except (OSError, ValueError, AttributeError):
+        name = read_json(base / "config.json").get("_name_or_path")
+    except PaveError:
         return ""
     return name if isinstance(name, str) else ""
 

@@ -12,12 +12,11 @@ from torch import nn
 
 from pave_lightning.errors import PaveError, foreign, listed, naming
 from pave_lightning.experts.loading import checkpoint_of, label_names, load_base
-from pave_lightning.files import read_json
 from pave_lightning.recipe import Task
 from pave_lightning.weights import Checkpoint, is_finite
-from pave_lightning.weights.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from pave_lightning.weights.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_settings
 from pave_lightning.weights.architecture import backbone_of, empty_classifier, lies_in, stored_names
-from pave_lightning.weights.checkpoint import StoredTensor, stored_tensors
+from pave_lightning.weights.checkpoint import StoredTensor, is_finite_in_float32, stored_tensors
 from pave_lightning.weights.embeddings import resize_rows, token_embeddings
 from pave_lightning.weights.task_vectors import absent_children
 
@@ -58,7 +57,8 @@ def _merged(base: Path, folder: Path, task: str, describe: Callable[[], dict[str
         if problems:
             raise PaveError("; ".join(problems))
     with foreign(f"task '{task}': the adapter {folder} does not fit the base {base}"), warnings.catch_warnings():
-        model = _with_its_rows(load_base(base, labels, head_of_base(base, labels)), folder)
+        head = head_of_base(empty_classifier(base, **labels), base, output_layer(base))
+        model = _with_its_rows(load_base(base, labels, head), folder)
         warnings.simplefilter("ignore")  # of what is missing, which was asked for
         adapted = PeftModel.from_pretrained(model, folder)
         merged: nn.Module = adapted.merge_and_unload()
@@ -78,7 +78,7 @@ def adapter_problems(folder: Path) -> list[str]:
         PaveError: its file changed while it was read.
     """
     try:
-        _settings(folder)
+        adapter_settings(folder)
     except PaveError as error:
         return [str(error)]
     weights = folder / ADAPTER_WEIGHTS
@@ -88,7 +88,9 @@ def adapter_problems(folder: Path) -> list[str]:
         stored = stored_tensors(weights, "save the adapter again")
     except PaveError as error:
         return [str(error)]
-    broken = [name for name, found in stored.items() if found.is_floating and not _is_sound(found)]
+    broken = [
+        name for name, found in stored.items() if found.is_floating and not is_finite_in_float32(Checkpoint.read(found))
+    ]
     if broken:
         return [
             f"the adapter {folder} holds NaN, infinity, or values too large for float32 in {listed(broken, 3)}; "
@@ -99,7 +101,7 @@ def adapter_problems(folder: Path) -> list[str]:
 
 def task_type(folder: Path) -> str | None:
     """What peft was told that the adapter is for; None where that is sequence classification, or nothing."""
-    kind = _settings(folder).get("task_type")
+    kind = adapter_settings(folder).get("task_type")
     return None if kind in (None, "", TASK_TYPE) else str(kind)
 
 
@@ -114,15 +116,16 @@ def fit_problems(base: Path, folder: Path, labels: Mapping[str, Any]) -> list[st
         folder: folder of the adapter, in which `adapter_problems` finds nothing.
         labels: the part of the configuration that describes the head.
     """
-    model = _with_its_rows(empty_classifier(base, **labels), folder)
+    model, output = empty_classifier(base, **labels), output_layer(base)
+    # Before the adapter is put on the model, which gives its modules other names.
+    required, from_base = required_weights(model, base), head_of_base(model, base, output)
     kind, prefix = type(model).__name__, str(model.base_model_prefix)
+    model = _with_its_rows(model, folder)
     try:
         with foreign(f"the adapter {folder} does not fit the base {base}"):
             given, missing, misfits = _placed(model, folder)
     except PaveError as error:
         return [str(error)]
-    required, output = required_weights(base, labels), output_layer(base)
-    from_base = head_of_base(base, labels)
     lacking = [name for name in required if name not in given and name not in from_base]
     lacking += [name for name in missing if name in required and name not in lacking]
     tops = sorted({_module_to_save(name, prefix) for name in required})
@@ -163,9 +166,13 @@ def adds_nothing(base: Path, folder: Path) -> bool:
     return not any(bool(Checkpoint.read(found).any()) for found in updates)
 
 
-def required_weights(base: Path, labels: Mapping[str, Any]) -> list[str]:
-    """Parameters that a base's backbone does not give: the head, and submodules of the backbone that the base lacks."""
-    model = empty_classifier(base, **labels)
+def required_weights(model: nn.Module, base: Path) -> list[str]:
+    """Parameters that a base's backbone does not give: the head, and submodules of the backbone that the base lacks.
+
+    Args:
+        model: a classifier of the base's configuration; it may be on the meta device.
+        base: folder of the base.
+    """
     prefix = f"{model.base_model_prefix}."
     backbone = [name.removeprefix(prefix) for name, _ in model.named_parameters() if name.startswith(prefix)]
     private = absent_children(checkpoint_of(model, base), backbone)
@@ -176,14 +183,18 @@ def required_weights(base: Path, labels: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def head_of_base(base: Path, labels: Mapping[str, Any]) -> dict[str, StoredTensor]:
+def head_of_base(model: nn.Module, base: Path, last: Collection[str]) -> dict[str, StoredTensor]:
     """What an adapter's head has from the base's files: all but its last layer, which is of the adapter's own task.
 
     That is what transformers loads before an adapter is put on the model, and what peft leaves as it is (the ``head``
     of ModernBERT, whose base holds one).
+
+    Args:
+        model: a classifier of the base's configuration, with the head's size; it may be on the meta device.
+        base: folder of the base.
+        last: names of the parameters of the last layer, see `output_layer`.
     """
-    model = empty_classifier(base, **labels)
-    checkpoint, last = checkpoint_of(model, base), output_layer(base)
+    checkpoint = checkpoint_of(model, base)
     renamed = stored_names(model)
     stored = {renamed.get(name, name): found for name, found in checkpoint.head.items() if found.is_floating}
     return {
@@ -263,10 +274,6 @@ def _module_to_save(name: str, prefix: str) -> str:
     return ".".join(parts[: 2 if parts[0] == prefix else 1])
 
 
-def _is_sound(stored: StoredTensor) -> bool:
-    return is_finite(Checkpoint.read(stored).float())
-
-
 def embedding_rows(adapter: Path, names: Collection[str]) -> int | None:
     """How many tokens the embedding has that an adapter brings along whole; None where it brings none.
 
@@ -287,7 +294,3 @@ def _with_its_rows(model: nn.Module, folder: Path) -> nn.Module:
     if rows is not None:
         resize_rows(backbone_of(model), rows)
     return model
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    return read_json(folder / ADAPTER_CONFIG, "save the adapter again")

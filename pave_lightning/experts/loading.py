@@ -149,7 +149,7 @@ def expert_problem(folder: Path) -> str | None:
     problem = naming_problem(model, checkpoint)
     if problem is not None:
         return problem
-    lacking = lacking_weights(folder, checkpoint)
+    lacking = lacking_weights(model, checkpoint)
     if not lacking:
         return None
     prefix = f"{model.base_model_prefix}."

@@ -26,8 +26,13 @@ def token_rows(folder: Path, architecture: Architecture, base: Checkpoint | None
         PaveError: the weights cannot be read.
     """
     if (folder / ADAPTER_CONFIG).is_file() and base is not None:
-        return embedding_rows(folder, architecture.token_embeddings) or token_rows(base.folder, architecture)
-    stored = Checkpoint(folder, architecture.prefix).backbone
+        return embedding_rows(folder, architecture.token_embeddings) or table_rows(base, architecture)
+    return table_rows(architecture.checkpoint(folder), architecture)
+
+
+def table_rows(checkpoint: Checkpoint, architecture: Architecture) -> int | None:
+    """Rows of the token embedding of a checkpoint; None where it has no such table."""
+    stored = checkpoint.backbone
     return next((stored[name].shape[0] for name in architecture.token_embeddings if name in stored), None)
 
 
@@ -89,7 +94,7 @@ def expert_notes(task: str, folder: Path, base: Checkpoint, architecture: Archit
         yield f"{where}: {folder} holds no tokenizer files; the base's tokenizer is used"
     elif note := padding_note(load_tokenizer(folder, base.folder)):
         yield f"{where}: {note}"
-    own, rows = token_rows(folder, architecture, base), token_rows(base.folder, architecture)
+    own, rows = token_rows(folder, architecture, base), table_rows(base, architecture)
     if own is None or rows is None or own == rows:
         return
     if own > rows:

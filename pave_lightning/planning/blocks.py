@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from pave_lightning.errors import PaveError
 from pave_lightning.experts.loading import quiet_transformers
@@ -24,7 +24,7 @@ from pave_lightning.merging import Need, method_named
 from pave_lightning.merging.blocks import MODEL_FAILURES, BlockStack
 from pave_lightning.merging.passes import misnamed
 from pave_lightning.recipe import Recipe
-from pave_lightning.weights.architecture import backbone_of, empty_classifier
+from pave_lightning.weights.architecture import backbone_of, empty_classifier, read_config
 
 # What is found out by models that are given the weights of checkpoints.
 RUN_THE_MODEL = frozenset({Need.UNLABELLED_EXAMPLES, Need.GRADIENTS})
@@ -53,7 +53,7 @@ def block_problem(folder: Path) -> str | None:
     except PaveError as refusal:
         return str(refusal)
     problem = stack.refusal("it is too large to be tried before training, however few layers it is given")
-    for values in smaller(AutoConfig.from_pretrained(folder)):
+    for values in smaller(read_config(folder)):
         try:
             copied = _copy(values)
             if copied is None:

@@ -37,26 +37,23 @@ def adapter_facts(task: Task, folder: Path, reference: str, base: Path) -> list[
     problems = adapter_problems(folder)
     if problems:
         return problems
-    accept, differing = _accepted(task), set()
+    accept, found = _accepted(task), {}
     other, kind = other_base(folder, reference, base), task_type(folder)
     if other is not None:
-        differing.add("base")
-        if "base" not in accept:
-            problems.append(
-                f"{other}; its update belongs to other weights. Name the adapter's own base, or set "
-                "expert.accept: [base] if this is meant"
-            )
+        found["base"] = (
+            f"{other}; its update belongs to other weights. Name the adapter's own base, or set "
+            "expert.accept: [base] if this is meant"
+        )
     if kind is not None:
-        differing.add("task_type")
-        if "task_type" not in accept:
-            problems.append(
-                f"the adapter {folder} was trained with task_type {kind}, and the task needs SEQ_CLS; set "
-                "expert.accept: [task_type] if its head is that of a sequence classifier"
-            )
+        found["task_type"] = (
+            f"the adapter {folder} was trained with task_type {kind}, and the task needs SEQ_CLS; set "
+            "expert.accept: [task_type] if its head is that of a sequence classifier"
+        )
+    problems = [problem for key, problem in found.items() if key not in accept]
     problems += fit_problems(base, folder, label_names(task))
     if not problems and adds_nothing(base, folder):
         problems.append(f"the adapter {folder} adds nothing to the base: nothing to merge; was it fine-tuned?")
-    _tell_idle(task, accept, differing)
+    _tell_idle(task, accept, found)
     return problems
 
 
@@ -114,7 +111,7 @@ def _unlike(task: Task, folder: Path) -> dict[str, str]:
     asked = label_names(task)["problem_type"]
     if config.problem_type not in (None, asked):
         found["problem_type"] = f"config.json has the problem_type {config.problem_type}, and the task is {asked}"
-    unused = unused_weights(folder, checkpoint_of(model, folder))
+    unused = unused_weights(model, checkpoint_of(model, folder))
     if unused:
         found["unused_weights"] = (
             f"it holds weights that a {type(model).__name__} has no place for ({listed(unused, 3)}), so it is "

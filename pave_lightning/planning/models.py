@@ -49,7 +49,8 @@ def check_models(recipe: Recipe, problems: Problems) -> None:
     base_folder = locate_model(recipe.base, role="base")
     architecture = Architecture.of_folder(base_folder)
     base = architecture.checkpoint(base_folder)
-    unnamed = naming_problem(empty_classifier(base_folder), base)
+    model = empty_classifier(base_folder)
+    unnamed = naming_problem(model, base)
     if unnamed is not None:
         raise PaveError(f"base: {unnamed}")
     weights = [
@@ -63,7 +64,7 @@ def check_models(recipe: Recipe, problems: Problems) -> None:
             f"base: {architecture.config.get('model_type')} stores weights in other pieces than the model has "
             f"({foreign[0]}, for {unset[0]} and the like); such architectures are not supported yet"
         )
-    elif (incomplete := base_problem(base_folder, empty_classifier(base_folder))) is not None:
+    elif (incomplete := base_problem(base_folder, model)) is not None:
         problems.add(f"base: {incomplete}")
     problems.extend(f"base: {problem}" for problem in (*tie_problems(base), *unmergeable(base, architecture)))
     for task in recipe.tasks:

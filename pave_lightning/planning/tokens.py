@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pave_lightning.errors import PaveError
 from pave_lightning.experts.tokenizers import load_tokenizer, padding_note
-from pave_lightning.experts.vocabulary import differing_tokens, expert_notes, row_problems, token_rows
+from pave_lightning.experts.vocabulary import differing_tokens, expert_notes, row_problems, table_rows, token_rows
 from pave_lightning.recipe import Recipe, Task
 from pave_lightning.stages import existing_folder
 from pave_lightning.weights import Architecture, Checkpoint, locate_model
@@ -24,7 +24,7 @@ def token_problems(recipe: Recipe) -> Iterator[str]:
     try:
         folder = locate_model(recipe.base, role="base")
         architecture = Architecture.of_folder(folder)
-        base = Checkpoint(folder, architecture.prefix)
+        base = architecture.checkpoint(folder)
     except PaveError:  # told elsewhere
         return
     try:
@@ -32,7 +32,7 @@ def token_problems(recipe: Recipe) -> Iterator[str]:
     except PaveError as error:
         yield f"base: {error}"
         return
-    rows = token_rows(folder, architecture)
+    rows = table_rows(base, architecture)
     yield from row_problems("base", rows, architecture.vocabulary, tokenizer)
     yield from _head_problems("base", architecture, tokenizer)
     tokenizers = {}
@@ -51,12 +51,12 @@ def token_notes(recipe: Recipe) -> Iterator[str]:
     """What a run does about tokens that nobody asked it to do, for a recipe in which nothing is wrong."""
     folder = locate_model(recipe.base, role="base")
     architecture = Architecture.of_folder(folder)
+    base = architecture.checkpoint(folder)
     note = padding_note(load_tokenizer(folder))
     if note is not None:
         yield f"base: {note}"
     for task in recipe.tasks:
         if task.expert is not None:
-            base = Checkpoint(folder, architecture.prefix)
             yield from expert_notes(task.name, existing_folder(task), base, architecture)
 
 

@@ -90,8 +90,7 @@ class Tracker:
         Raises:
             PaveError: If `uri` is a folder, or an sqlite URI without a file.
         """
-        entry = Entry(run_name, dict(params), dict(tags))
-        tracker = cls(resolve_uri(uri), experiment, entry, key, resolve_uri(fallback_uri))
+        tracker = cls._unopened(uri, experiment, run_name, key=key, params=params, tags=tags, fallback_uri=fallback_uri)
         tracker._start()
         return tracker
 
@@ -106,12 +105,25 @@ class Tracker:
             run_name: Name of the parent run.
             details: What else `start` takes.
         """
-        entry = Entry(run_name, dict(details["params"]), dict(details["tags"]))
-        fallback = resolve_uri(details.get("fallback_uri", FALLBACK_URI))
-        tracker = cls(resolve_uri(uri), experiment, entry, details["key"], fallback)
+        tracker = cls._unopened(uri, experiment, run_name, **details)
         with tracker.recording():
             tracker._start()
             yield tracker
+
+    @classmethod
+    def _unopened(
+        cls,
+        uri: str,
+        experiment: str,
+        run_name: str,
+        *,
+        key: str,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+        fallback_uri: str = FALLBACK_URI,
+    ) -> Tracker:
+        entry = Entry(run_name, dict(params), dict(tags))
+        return cls(resolve_uri(uri), experiment, entry, key, resolve_uri(fallback_uri))
 
     def _start(self) -> None:
         try:
@@ -270,9 +282,7 @@ class Tracker:
             path: The file; when it is missing, a warning says so.
             folder: Folder of the artifact.
         """
-        if self._is_there(Path(path)):
-            target = clean_path(folder) or None
-            self._record(lambda client: client.log_artifact(self._here(client, run_id), str(path), target), None)
+        self._store("log_artifact", run_id, Path(path), folder)
 
     def log_folder(self, run_id: str, path: Path | str, folder: str = "") -> None:
         """Store the content of a folder as artifacts of a run.
@@ -282,9 +292,7 @@ class Tracker:
             path: The folder; when it is missing, a warning says so.
             folder: Folder of the artifacts.
         """
-        if self._is_there(Path(path)):
-            target = clean_path(folder) or None
-            self._record(lambda client: client.log_artifacts(self._here(client, run_id), str(path), target), None)
+        self._store("log_artifacts", run_id, Path(path), folder)
 
     def log_text(self, run_id: str, text: str, name: str) -> None:
         """Store a text as an artifact of a run.
@@ -467,11 +475,13 @@ class Tracker:
                 client.set_terminated(run.info.run_id, status)
                 self._seen.pop(run.info.run_name, None)
 
-    def _is_there(self, path: Path) -> bool:
+    def _store(self, call: Literal["log_artifact", "log_artifacts"], run_id: str, path: Path, folder: str) -> None:
+        """Store a file, or the content of a folder, with that method of the client."""
         if not path.exists():
             _log.warning("%s is not stored in MLflow because it does not exist", path)
-            return False
-        return True
+            return
+        target = clean_path(folder) or None
+        self._record(lambda client: getattr(client, call)(self._here(client, run_id), str(path), target), None)
 
     def _shown(self, uri: str) -> str:
         return without_secrets(uri, uri)

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from pave_lightning.errors import PaveError, shortened
 from pave_lightning.files import read_json
-from pave_lightning.subspace import is_finite
-from pave_lightning.weights.checkpoint import Checkpoint, StoredTensor, stored_tensors
+from pave_lightning.weights.checkpoint import Checkpoint, StoredTensor, is_finite_in_float32, stored_tensors
 from pave_lightning.weights.parameters import Parameter
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -98,7 +97,7 @@ class Adapter:
 
     def __init__(self, folder: Path, prefix: str) -> None:
         self.folder = folder
-        settings = _settings(folder)
+        settings = adapter_settings(folder)
         stored = _header(folder / ADAPTER_WEIGHTS)
         self.refusal = _refusal(settings, stored)
         self.layers = {} if self.refusal else _of_backbone(dict(self._read_layers(settings, stored)), prefix)
@@ -111,7 +110,7 @@ class Adapter:
         """
         found = self.layers[layer]
         left, right = (Checkpoint.read(stored).double() for stored in (found.left, found.right))
-        if not (is_finite(left.float()) and is_finite(right.float())):
+        if not (is_finite_in_float32(left) and is_finite_in_float32(right)):
             raise PaveError(f"{self.folder}: the adapter of {layer} holds NaN or infinity")
         return left.reshape(-1, found.rank) * found.scaling, right.reshape(found.rank, -1)
 
@@ -148,7 +147,12 @@ def misfit(layer: AdaptedLayer, parameter: Parameter) -> str | None:
     )
 
 
-def _settings(folder: Path) -> dict[str, Any]:
+def adapter_settings(folder: Path) -> dict[str, Any]:
+    """What peft has written down of an adapter.
+
+    Raises:
+        PaveError: ``adapter_config.json`` is missing or broken.
+    """
     return read_json(folder / ADAPTER_CONFIG, "save the adapter again")
 
 

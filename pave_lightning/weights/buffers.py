@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pave_lightning.errors import PaveError
-from pave_lightning.subspace import is_finite
-from pave_lightning.weights.checkpoint import FLOATING, Checkpoint
+from pave_lightning.weights.checkpoint import FLOATING, Checkpoint, is_finite_in_float32
 
 # How far two roundings of one number lie apart at most, in units of the coarser format's precision.
 ROUNDINGS = 2.0
@@ -84,7 +83,7 @@ def averaged(checkpoints: Sequence[tuple[Checkpoint, int]], name: str) -> Tensor
     total, count = torch.zeros((), dtype=torch.float64), 0
     for checkpoint, experts in checkpoints:
         tensor = checkpoint.tensor(name)
-        if not is_finite(tensor.float()):
+        if not is_finite_in_float32(tensor):
             raise PaveError(f"{checkpoint.folder}: the buffer {name} holds NaN or infinity")
         total = total + experts * tensor.double()
         count += experts

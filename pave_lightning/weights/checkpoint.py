@@ -154,14 +154,14 @@ class Checkpoint:
         """
         looked_at = {n: t for n, t in self.backbone.items() if children is None or n.partition(".")[0] in children}
         stored = [*looked_at.items(), *self.head.items()]
-        return [name for name, found in stored if found.is_floating and not _is_finite_in_float32(self.read(found))]
+        return [name for name, found in stored if found.is_floating and not is_finite_in_float32(self.read(found))]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.backbone)
 
 
-def _is_finite_in_float32(tensor: Tensor) -> bool:
-    """Whether every value is finite, and stays so in float32, in which everything is computed."""
+def is_finite_in_float32(tensor: Tensor) -> bool:
+    """Whether every value of a floating-point tensor is finite, and stays so in float32, in which all is computed."""
     return is_finite(tensor.float() if tensor.dtype == torch.float64 else tensor)
 
 

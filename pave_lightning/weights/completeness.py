@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from pathlib import Path
 
 from torch import nn
 
-from pave_lightning.weights.architecture import backbone_of, empty_classifier, lies_in, stored_names
+from pave_lightning.weights.architecture import backbone_of, lies_in, stored_names
 from pave_lightning.weights.checkpoint import Checkpoint
 
 # What wraps a model, or layers of it, and goes into the names of its weights.
@@ -55,23 +54,26 @@ def naming_problem(model: nn.Module, checkpoint: Checkpoint) -> str | None:
     )
 
 
-def lacking_weights(folder: Path, checkpoint: Checkpoint) -> list[str]:
+def lacking_weights(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
     """Parameters of a fine-tuned model, backbone and head, that its files lack or hold in another shape.
 
     Args:
-        folder: its folder, for the configuration.
+        model: a classifier of its configuration; it may be on the meta device.
         checkpoint: its files.
 
     Returns:
         One text each, which begins with the parameter's name.
     """
-    model = empty_classifier(folder)
     return list(_lacking(model, _shapes(model, checkpoint)))
 
 
-def unused_weights(folder: Path, checkpoint: Checkpoint) -> list[str]:
-    """Floating-point tensors outside of the backbone that the model has no place for."""
-    model = empty_classifier(folder)
+def unused_weights(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
+    """Floating-point tensors outside of the backbone that the model has no place for.
+
+    Args:
+        model: a classifier of its configuration; it may be on the meta device.
+        checkpoint: its files.
+    """
     own = {*model.state_dict(), *(name for name, _ in model.named_parameters(remove_duplicate=False))}
     own |= set(stored_names(model))
     obsolete = tuple(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())

@@ -31,8 +31,8 @@ def changed(expert_folders, tmp_path):
 
 def test_a_whole_expert_lacks_nothing(changed):
     folder, checkpoint = changed(lambda tensors: None)
-    assert lacking_weights(folder, checkpoint) == []
-    assert unused_weights(folder, checkpoint) == []
+    assert lacking_weights(empty_classifier(folder), checkpoint) == []
+    assert unused_weights(empty_classifier(folder), checkpoint) == []
     assert naming_problem(empty_classifier(folder), checkpoint) is None
 
 
@@ -45,7 +45,7 @@ def test_names_of_old_releases_are_known(changed):
         }
 
     folder, checkpoint = changed(old)
-    assert lacking_weights(folder, checkpoint) == []
+    assert lacking_weights(empty_classifier(folder), checkpoint) == []
     assert naming_problem(empty_classifier(folder), checkpoint) is None
 
 
@@ -62,12 +62,12 @@ def test_names_of_old_releases_are_known(changed):
 )
 def test_what_is_lacking_is_named(changed, edit, found):
     folder, checkpoint = changed(edit)
-    assert lacking_weights(folder, checkpoint) == found
+    assert lacking_weights(empty_classifier(folder), checkpoint) == found
 
 
 def test_weights_that_the_model_has_no_place_for(changed):
     folder, checkpoint = changed(lambda tensors: tensors.update({"dense.weight": torch.zeros(2, 2)}))
-    assert unused_weights(folder, checkpoint) == ["dense.weight"]
+    assert unused_weights(empty_classifier(folder), checkpoint) == ["dense.weight"]
 
 
 @pytest.mark.parametrize(
