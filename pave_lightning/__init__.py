@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "PaveCallback": "callbacks",
-    "TaskExpert": "experts",
+    "TaskExpert": "experts.task_expert",
     "TaskStatistics": "statistics",
     "TaskDataModule": "tasks.data_module",
     "Evaluator": "evaluation",
@@ -78,7 +78,7 @@ if TYPE_CHECKING:
     from pave_lightning.commands import run_recipe as run_recipe
     from pave_lightning.errors import PaveError as PaveError
     from pave_lightning.evaluation import Evaluator as Evaluator
-    from pave_lightning.experts import TaskExpert as TaskExpert
+    from pave_lightning.experts.task_expert import TaskExpert as TaskExpert
     from pave_lightning.merging import Average as Average
     from pave_lightning.merging import Emr as Emr
     from pave_lightning.merging import MethodOptions as MethodOptions

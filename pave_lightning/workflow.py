@@ -37,13 +37,8 @@ from pave_lightning.experts.gradients import absolute_gradients, fisher_diagonal
 from pave_lightning.experts.loading import load_expert
 from pave_lightning.experts.task_expert import TaskExpert
 from pave_lightning.experts.tokenizers import load_tokenizer, padding_id
-from pave_lightning.experts.trainers import (
-    build_trainer,
-    honest_interrupts,
-    is_distributed,
-    machine_options,
-    quiet_lightning,
-)
+from pave_lightning.experts.trainer_options import is_distributed, machine_options
+from pave_lightning.experts.trainers import build_trainer, honest_interrupts, quiet_lightning
 from pave_lightning.experts.vocabulary import expert_notes
 from pave_lightning.exporting import write_purified_experts
 from pave_lightning.launching import Launcher

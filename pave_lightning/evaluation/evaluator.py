@@ -18,8 +18,9 @@ from pave_lightning.evaluation.candidates import Candidate
 from pave_lightning.experts.tokenizers import set_padding
 from pave_lightning.experts.trainers import honest_interrupts, quiet_lightning
 from pave_lightning.recipe import Task
+from pave_lightning.tasks.constants import constant_scores
 from pave_lightning.tasks.data_module import TaskDataModule
-from pave_lightning.tasks.metrics import build_metrics, constant_scores, non_finite_rows, predictions, scores
+from pave_lightning.tasks.metrics import build_metrics, non_finite_rows, predictions, scores
 from pave_lightning.weights import Architecture, Checkpoint
 from pave_lightning.weights.architecture import backbone_of, empty_classifier, read_config
 from pave_lightning.weights.configuration import differences_in_function

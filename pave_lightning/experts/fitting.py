@@ -30,8 +30,9 @@ from pave_lightning.experts.trainers import build_trainer, honest_interrupts, qu
 from pave_lightning.files import let_others_read
 from pave_lightning.processes import is_launched, is_rank_zero
 from pave_lightning.recipe import Task
+from pave_lightning.tasks.constants import constant_scores
 from pave_lightning.tasks.data_module import TaskDataModule
-from pave_lightning.tasks.metrics import constant_scores, weak_experts
+from pave_lightning.tasks.metrics import weak_experts
 from pave_lightning.weights import Checkpoint
 from pave_lightning.weights.architecture import backbone_of
 from pave_lightning.weights.task_vectors import absent_children

@@ -1,25 +1,14 @@
-"""How long an expert is trained, asked of Lightning before anything is trained."""
+"""How long an expert is trained, known before anything is trained; Lightning is asked about all but plain epochs."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sized
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass
 from typing import Any
 
-import lightning.pytorch as L
-import numpy as np
-import torch
-from lightning.pytorch.callbacks import Callback
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
-
-from pave_lightning.errors import PaveError, reason
-from pave_lightning.experts.trainers import honest_interrupts, quiet_lightning
+from pave_lightning.experts.trainer_options import is_plain
 from pave_lightning.recipe import Task
-from pave_lightning.tasks.samplers import ExactSampler, TrainingSampler
 
 DEFAULT_EPOCHS = 3
 
@@ -54,7 +43,7 @@ def training_settings(task: Task) -> dict[str, Any]:
 
 
 def training_schedule(task: Task, rows: int, validation_rows: int, processes: int = 1) -> Schedule:
-    """How long a task's expert will be trained; Lightning itself is asked, with a model of one weight.
+    """How long a task's expert will be trained, exactly as Lightning counts it.
 
     Args:
         task: the task, with its training and trainer options.
@@ -69,125 +58,11 @@ def training_schedule(task: Task, rows: int, validation_rows: int, processes: in
     settings = {name: value for name, value in training_settings(task).items() if name in LOOP_OPTIONS}
     sooner = task.training.early_stopping is not None or settings.get("max_time") is not None
     size = task.training.batch_size
-    return replace(_rehearsed(json.dumps(settings), size, rows, validation_rows, processes), at_most=sooner)
+    if set(settings) == {"max_epochs"} and is_plain(settings) and processes == 1 and rows and validation_rows:
+        epochs = settings["max_epochs"]
+        steps = epochs * math.ceil(rows / size)
+    else:
+        from pave_lightning.experts.rehearsal import rehearsed
 
-
-@lru_cache(maxsize=256)
-def _rehearsed(options: str, size: int, rows: int, validation_rows: int, processes: int) -> Schedule:
-    """What Lightning makes of loop options, given as JSON; remembered, as tasks of a recipe are mostly alike."""
-    settings = json.loads(options)
-    train = _loader(TrainingSampler(np.ones(rows), batch_size=size, seed=0, world=processes), size)
-    validation = _loader(ExactSampler(np.ones(validation_rows), world=processes), size)
-    rehearsal = _Rehearsal()
-    for what in ("fit", "validate"):
-        with quiet_lightning(), honest_interrupts():
-            try:
-                trainer = L.Trainer(
-                    **settings,
-                    accelerator="cpu",
-                    devices=1,
-                    strategy="auto",
-                    logger=False,
-                    enable_checkpointing=False,
-                    enable_progress_bar=False,
-                    enable_model_summary=False,
-                    use_distributed_sampler=False,
-                    callbacks=[rehearsal],
-                )
-                if what == "fit":
-                    trainer.fit(_OneWeight(), train, validation)
-                else:
-                    trainer.validate(_OneWeight(), validation, verbose=False)
-            except _EnoughError:
-                pass
-            except Exception as error:
-                given = _found(settings, tuple(settings))
-                raise PaveError(f"lightning.Trainer refuses {given}: {reason(error)}") from error
-    if rehearsal.steps is None or not rehearsal.steps:
-        raise PaveError(
-            f"nothing would be trained: expected at least one step, found {_found(settings, TRAINING_LIMITS)}"
-        )
-    if math.isinf(rehearsal.steps):
-        raise PaveError(
-            "training would have no end, and the learning rate, which falls to zero at the last step, no schedule; "
-            "set max_epochs or max_steps"
-        )
-    if not rehearsal.validates:
-        raise PaveError(
-            "nothing would be validated, but the best checkpoint is chosen on validation rows: expected at least one "
-            f"batch, found {_found(settings, VALIDATION_LIMITS)}"
-        )
-    steps = int(rehearsal.steps)
-    accumulated = settings.get("accumulate_grad_batches", 1)
-    epochs = math.ceil(steps / max(1, math.ceil(rehearsal.batches / accumulated)))
-    return Schedule(epochs, steps, size * accumulated * processes, at_most=False)
-
-
-TRAINING_LIMITS = ("max_epochs", "max_steps", "limit_train_batches")
-VALIDATION_LIMITS = ("limit_val_batches", "overfit_batches")
-
-
-def _found(settings: Mapping[str, Any], names: tuple[str, ...]) -> str:
-    return ", ".join(f"{name}: {settings[name]}" for name in names if name in settings) or "no rows"
-
-
-def _loader(sampler: Sized, size: int) -> DataLoader[Any]:
-    """As many batches as the sampler's process gets; with a generator of its own, so that no other draws change."""
-    rows: Any = torch.zeros(len(sampler), 1)
-    return DataLoader(rows, batch_size=size, generator=torch.Generator())
-
-
-class _EnoughError(Exception):
-    """All is known."""
-
-
-class _Rehearsal(Callback):
-    """Notes what Lightning makes of the options, and ends training in its first steps.
-
-    Attributes:
-        steps: steps of the optimiser in all; infinity where nothing ends training, None where it never begins.
-        batches: batches an epoch.
-        validates: whether there is a validation batch.
-    """
-
-    def __init__(self) -> None:
-        self.steps: float | None = None
-        self.batches: float = 0
-        self.validates = False
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.steps = trainer.estimated_stepping_batches
-        self.batches = trainer.num_training_batches
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        if batch_idx > 0:
-            raise _EnoughError
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        raise _EnoughError
-
-    def on_validation_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        if not trainer.sanity_checking:
-            self.validates = True
-            raise _EnoughError
-
-
-class _OneWeight(L.LightningModule):
-    """The smallest model that can be trained."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(()))
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        return self.weight * batch.sum()
-
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        pass
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.0)
+        epochs, steps = rehearsed(json.dumps(settings), size, rows, validation_rows, processes)
+    return Schedule(epochs, steps, size * settings.get("accumulate_grad_batches", 1) * processes, at_most=sooner)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import lightning.pytorch as L
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
@@ -46,12 +45,15 @@ REFUSED: dict[str, tuple[Any, str]] = {
         "pave starts its processes on this machine alone, and would wait for the others for ever; use devices",
     ),
 }
-# What concerns the machine, not the training; only these matter for capture and evaluation.
-MACHINE_OPTIONS = ("accelerator", "devices", "strategy", "num_nodes", "enable_progress_bar")
 
 
-def trainer_problems(options: Mapping[str, Any], where: str) -> list[str]:
-    """What is wrong with options meant for ``lightning.Trainer``: unknown or reserved keys, impossible values."""
+def refused_options(options: Mapping[str, Any], where: str) -> list[str]:
+    """What Lightning has against options that are meant for its trainer, or would lose with them.
+
+    Args:
+        options: the options.
+        where: what to call their place.
+    """
     known = [name for name in inspect.signature(L.Trainer.__init__).parameters if name != "self"]
     found = []
     for key, value in options.items():
@@ -114,25 +116,11 @@ def _unusable(trainer: L.Trainer, options: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def process_count(options: Mapping[str, Any]) -> int:
-    """How many processes train together with these options, which `trainer_problems` has nothing against."""
-    return _processes(json.dumps(machine_options(options), sort_keys=True)) if is_distributed(options) else 1
-
-
-@lru_cache(maxsize=64)
-def _processes(options: str) -> int:
+def processes_started(options: Mapping[str, Any]) -> int:
+    """How many processes Lightning makes of options of the machine."""
     with quiet_lightning():
-        trainer = L.Trainer(**json.loads(options), logger=False, enable_checkpointing=False)
+        trainer = L.Trainer(**options, logger=False, enable_checkpointing=False)
     return int(trainer.num_devices * trainer.num_nodes)
-
-
-def is_distributed(options: Mapping[str, Any]) -> bool:
-    """Whether a trainer with these options starts, or is one of, several processes."""
-    devices = options.get("devices", "auto")
-    several = devices not in (1, "1", "auto", [0], "0")
-    if devices == "auto" and options.get("accelerator", "auto") in ("auto", "gpu", "cuda"):
-        several = torch.cuda.device_count() > 1
-    return several or options.get("num_nodes", 1) != 1
 
 
 def build_trainer(
@@ -166,11 +154,6 @@ def build_trainer(
         return L.Trainer(**settings)
     except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
         raise PaveError(f"trainer: {reason(error)}") from error
-
-
-def machine_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The trainer options that say where to run, without those that say how to train."""
-    return {key: value for key, value in options.items() if key in MACHINE_OPTIONS}
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from pave_lightning.errors import PaveError, Problems
-from pave_lightning.experts.trainers import machine_options, trainer_problems
+from pave_lightning.experts.trainer_options import machine_options, trainer_problems
 from pave_lightning.planning.merging import merge_problems
 from pave_lightning.planning.models import check_models
 from pave_lightning.planning.tokenised import tokenised_problems

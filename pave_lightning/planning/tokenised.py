@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from functools import lru_cache
 
 from pave_lightning.errors import PaveError
 from pave_lightning.experts.tokenizers import load_tokenizer
@@ -11,7 +12,7 @@ from pave_lightning.recipe import Recipe
 from pave_lightning.run_folder import RunFolder
 from pave_lightning.stages import existing_folder
 from pave_lightning.tasks.data import SPLITS
-from pave_lightning.tasks.data_module import TaskDataModule
+from pave_lightning.tasks.tokenised import TokenisedRows
 from pave_lightning.weights import locate_model
 
 log = logging.getLogger("pave_lightning")
@@ -28,22 +29,18 @@ def tokenised_problems(recipe: Recipe, folder: RunFolder) -> Iterator[str]:
         PaveError: There is no base.
     """
     base = locate_model(recipe.base, role="base")
+    load = lru_cache(maxsize=1)(load_tokenizer)  # most tasks have the base's
     for task in recipe.tasks:
         try:
-            tokenizer = load_tokenizer(base if task.expert is None else existing_folder(task), base)
+            tokenizer = load(base if task.expert is None else existing_folder(task), base)
         except PaveError:  # told with what is wrong with tokenizers
             continue
-        data = TaskDataModule(
-            task,
-            tokenizer,
-            seed=recipe.seed,
-            cache_dir=folder.data,
-            batch_size=task.training.batch_size,
-            max_length=task.training.max_length,
+        rows = TokenisedRows(
+            task, tokenizer, seed=recipe.seed, cache_dir=folder.data, max_length=task.training.max_length
         )
         for split in SPLITS:
             try:
-                for remark in data.remarks(split):
+                for remark in rows.remarks(split):
                     log.warning("%s", remark)
             except PaveError as error:
                 yield from str(error).split("\n")

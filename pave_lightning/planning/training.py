@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pave_lightning.errors import PaveError
 from pave_lightning.experts.schedule import Schedule, training_schedule
-from pave_lightning.experts.trainers import process_count, trainer_problems
+from pave_lightning.experts.trainer_options import process_count, trainer_problems
 from pave_lightning.recipe import Recipe, Task
 from pave_lightning.tasks.data import SPLITS, load_split
 

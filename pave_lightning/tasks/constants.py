@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from pave_lightning.recipe import Task
+from pave_lightning.recipe import MetricName, Task
 from pave_lightning.tasks.data import Split, load_split
-from pave_lightning.tasks.data_module import encode_labels
-from pave_lightning.tasks.metrics import constant_scores
+from pave_lightning.tasks.labels import encode_labels
 
 
 def constant_answer(task: Task, split: Split, *, seed: int, cache_dir: Path) -> dict[str, float]:
@@ -26,3 +26,33 @@ def constant_answer(task: Task, split: Split, *, seed: int, cache_dir: Path) -> 
     """
     rows = load_split(task, split, seed=seed, cache_dir=cache_dir)
     return constant_scores(task, torch.from_numpy(encode_labels(task, rows[task.label][:])))
+
+
+def constant_scores(task: Task, labels: Tensor) -> dict[str, float]:
+    """What the best constant answer scores in each metric of a task: always the same class, or the same number.
+
+    It follows from the counts of the classes, so a plan need not load the metrics themselves.
+
+    Args:
+        task: its ``metrics`` are used.
+        labels: encoded labels of shape ``(n,)``, int64 class indices or floating-point numbers; at least one.
+    """
+    return {name: _constant_score(name, labels) for name in task.metrics}
+
+
+def _constant_score(name: MetricName, labels: Tensor) -> float:
+    match name:
+        case "accuracy":
+            return int(labels.bincount().max()) / len(labels)
+        case "macro_f1":
+            counts = labels.bincount()
+            return _f1(int(counts.max()), len(labels)) / int((counts > 0).sum())
+        case "f1":
+            return _f1(int((labels == 1).sum()), len(labels))
+        case "matthews" | "pearson" | "spearman":
+            return 0.0
+
+
+def _f1(right: int, rows: int) -> float:
+    """F1 of a class that is answered in every row, and right in some."""
+    return 2 * right / (rows + right)

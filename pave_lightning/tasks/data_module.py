@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import tempfile
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +13,12 @@ from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerBase
 
-from pave_lightning.errors import PaveError
 from pave_lightning.recipe import Task
-from pave_lightning.tasks.copies import kept_copy
-from pave_lightning.tasks.data import (
-    SPLITS,
-    Split,
-    changing,
-    load_rows,
-    quiet_datasets,
-    sample_rows,
-    split_fingerprint,
-    split_title,
-)
+from pave_lightning.tasks.data import SPLITS, Split, sample_rows
+from pave_lightning.tasks.labels import encode_labels
 from pave_lightning.tasks.padding import PaddedBatches
 from pave_lightning.tasks.samplers import ExactSampler, TrainingSampler
-from pave_lightning.tasks.token_checks import token_findings
-
-# Raise it when the tokenised files change their form, so that older ones are not read.
-CACHE_FORMAT = 2
+from pave_lightning.tasks.tokenised import TokenisedRows
 
 STAGE_SPLITS: dict[str, tuple[Split, ...]] = {
     "fit": ("train", "validation"),
@@ -58,8 +41,8 @@ class ResumableLoader(DataLoader[Any]):
 class TaskDataModule(LightningDataModule):
     """Tokenised rows of one task.
 
-    Each split is tokenised once, in `prepare_data`, and kept as an Arrow file named after everything it depends on; it
-    is read memory-mapped, so processes share it. Give ``use_distributed_sampler=False`` to the trainer: the samplers
+    Each split is tokenised once, in `prepare_data`, and kept as an Arrow file (see `TokenisedRows`); it is read
+    memory-mapped, so processes share it. Give ``use_distributed_sampler=False`` to the trainer: the samplers
     here divide the rows themselves, by the world size and rank of the attached trainer (one process where there is
     none, so set ``trainer`` before making loaders by hand).
 
@@ -96,27 +79,20 @@ class TaskDataModule(LightningDataModule):
         padding: int | None = None,
     ) -> None:
         super().__init__()
-        if tokenizer.special_tokens_map.get("pad_token") is None:
-            raise PaveError(
-                f"task '{task.name}': the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__} has no "
-                "padding token, but rows of one batch must be padded to one length; set 'pad_token' in its "
-                "tokenizer_config.json, for instance to its end-of-text token"
-            )
+        self.tokenised = TokenisedRows(task, tokenizer, seed=seed, cache_dir=cache_dir, max_length=max_length)
         self.task = task
         self.tokenizer = tokenizer
         self.seed = seed
-        self.cache_dir = Path(cache_dir)
         self.batch_size = batch_size
         self.max_length = max_length
         self.num_workers = num_workers
         self.collate = PaddedBatches(tokenizer, padding)
-        self._datasets: dict[Split, datasets.Dataset] = {}
 
     def prepare_data(self) -> None:
         """Tokenise what the trainer's stage needs (all splits without a trainer) unless the files are there already."""
         stage = self.trainer.state.fn if self.trainer is not None else None
         for split in STAGE_SPLITS.get(stage or "", SPLITS):
-            self._tokenised_file(split)
+            self.tokenised.file(split)
 
     def setup(self, stage: str) -> None:
         """Open the files that a stage needs."""
@@ -124,24 +100,12 @@ class TaskDataModule(LightningDataModule):
             self.dataset(split)
 
     def dataset(self, split: Split) -> datasets.Dataset:
-        """The tokenised rows of a split with their labels and ``length`` in tokens; made now if they are not there.
+        """The tokenised rows of a split, see `TokenisedRows.dataset`.
 
         Raises:
             PaveError: the split cannot be read, or a text or label of it cannot be used.
         """
-        if split not in self._datasets:
-            self._datasets[split] = datasets.Dataset.from_file(str(self._tokenised_file(split)))
-        return self._datasets[split]
-
-    def remarks(self, split: Split) -> list[str]:
-        """What is worth saying of a split's tokens although it is no mistake, such as a vocabulary that hardly fits.
-
-        Raises:
-            PaveError: as `dataset`.
-        """
-        places = load_rows(self.task, split, seed=self.seed, cache_dir=self.cache_dir).places
-        _, remarks = token_findings(self.dataset(split), self.tokenizer, places)
-        return [f"{split_title(self.task, split)}: {remark}" for remark in remarks]
+        return self.tokenised.dataset(split)
 
     def labels(self, split: Split) -> torch.Tensor:
         """The encoded labels of a split, shape ``(n,)``: int64 class indices, or float32 numbers."""
@@ -229,96 +193,6 @@ class TaskDataModule(LightningDataModule):
         if self.trainer is None:
             return 1, 0
         return self.trainer.world_size, self.trainer.global_rank
-
-    def _tokenised_file(self, split: Split) -> Path:
-        fingerprint = split_fingerprint(self.task, split)
-        stem = f"{self.task.name}-{split}-{self._digest(split, fingerprint)[:32]}"
-        return kept_copy(self.cache_dir / "tokenised", stem, lambda path: self._tokenise(split, path, fingerprint))
-
-    def _tokenise(self, split: Split, path: Path, fingerprint: str) -> None:
-        loaded = load_rows(self.task, split, seed=self.seed, cache_dir=self.cache_dir)
-        if loaded.fingerprint != fingerprint:
-            raise changing(self.task, split)
-        rows = loaded.dataset.select_columns(list(dict.fromkeys([*self.task.text, self.task.label])))
-        with quiet_datasets():
-            tokenised = rows.map(
-                self._encode,
-                batched=True,
-                remove_columns=rows.column_names,
-                cache_file_name=str(path),
-                load_from_cache_file=False,
-                # Given, so that datasets need not pickle and hash the tokenizer.
-                new_fingerprint=self._digest(split, fingerprint)[:32],
-            )
-        problems, _ = token_findings(tokenised, self.tokenizer, loaded.places)
-        if problems:
-            raise PaveError("\n".join(f"{split_title(self.task, split)}: {problem}" for problem in problems))
-
-    def _encode(self, batch: dict[str, list[Any]]) -> dict[str, Any]:
-        texts = [batch[name] for name in self.task.text]
-        try:
-            encoded = self.tokenizer(*texts, truncation=True, max_length=self.max_length, return_attention_mask=True)
-        except Exception as error:
-            # A class of its own the tokenizers library does not have.
-            if type(error) is not Exception:
-                raise
-            name = self.tokenizer.name_or_path or type(self.tokenizer).__name__
-            raise PaveError(
-                f"task '{self.task.name}': the tokenizer {name} cannot encode some of the texts ({error}); "
-                "its tokenizer.json is damaged or incomplete"
-            ) from error
-        tokens = dict(encoded)
-        lengths = [len(ids) for ids in tokens["input_ids"]]
-        return {**tokens, "labels": encode_labels(self.task, batch[self.task.label]), "length": lengths}
-
-    @cached_property
-    def _tokenizer_fingerprint(self) -> str:
-        return tokenizer_fingerprint(self.tokenizer)
-
-    def _digest(self, split: Split, fingerprint: str) -> str:
-        parts = {
-            "format": CACHE_FORMAT,
-            "data": fingerprint,
-            "text": self.task.text,
-            "label": [self.task.label, self.task.kind, self.task.classes],
-            "examples": getattr(self.task.examples, split),
-            "seed": self.seed,
-            "tokenizer": self._tokenizer_fingerprint,
-            "max_length": self.max_length,
-        }
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def encode_labels(task: Task, labels: list[Any]) -> npt.NDArray[np.int64] | npt.NDArray[np.float32]:
-    """Checked labels as a model takes them.
-
-    Args:
-        task: its ``kind`` and ``classes`` are used.
-        labels: class names, class indices, or numbers for regression.
-
-    Returns:
-        Array of shape ``(n,)``: int64 class indices, or float32 for regression.
-    """
-    if task.classes is None:
-        return np.asarray(labels, dtype=np.float32)
-    indices = {name: index for index, name in enumerate(task.classes)}
-    return np.asarray([indices[label] if isinstance(label, str) else label for label in labels], dtype=np.int64)
-
-
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of all that decides how a tokenizer encodes; the same in every process and before and after use."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        content = json.loads(backend.to_str())
-        # State that each call leaves behind, no property of the tokenizer.
-        content.update(truncation=None, padding=None)
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            tokenizer.save_pretrained(folder)
-            files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-            content = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-    sides = [tokenizer.truncation_side, tokenizer.model_input_names]
-    return hashlib.sha256(json.dumps([content, sides], sort_keys=True).encode()).hexdigest()
 
 
 def _progress(trainer: Trainer) -> tuple[int, int]:

@@ -7,9 +7,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from pave_lightning.errors import PaveError, listed
+from pave_lightning.recipe import Task
 
 Reading = Literal["names", "indices"]
 Form = Literal["texts", "numbers", "booleans"]
@@ -169,6 +172,22 @@ def as_labels(column: pa.ChunkedArray, values: LabelValues, reading: Reading, cl
     meaning = dict(zip(values.values, own, strict=True))
     mapped = pa.array([meaning[value] for value in coded.dictionary.to_pylist()])
     return mapped.take(coded.indices)
+
+
+def encode_labels(task: Task, labels: list[Any]) -> npt.NDArray[np.int64] | npt.NDArray[np.float32]:
+    """Checked labels as a model takes them.
+
+    Args:
+        task: its ``kind`` and ``classes`` are used.
+        labels: class names, class indices, or numbers for regression.
+
+    Returns:
+        Array of shape ``(n,)``: int64 class indices, or float32 for regression.
+    """
+    if task.classes is None:
+        return np.asarray(labels, dtype=np.float32)
+    indices = {name: index for index, name in enumerate(task.classes)}
+    return np.asarray([indices[label] if isinstance(label, str) else label for label in labels], dtype=np.int64)
 
 
 def _folded(name: str) -> str:

@@ -118,27 +118,6 @@ def non_finite_rows(logits: Tensor) -> Tensor:
     return (~torch.isfinite(logits)).flatten(1).any(dim=1).sum()
 
 
-def constant_scores(task: Task, labels: Tensor) -> dict[str, float]:
-    """What the best constant answer scores in each metric of a task: always the same class, or the same number.
-
-    Args:
-        task: its ``metrics``, ``kind`` and ``classes`` are used.
-        labels: encoded labels of shape ``(n,)``, int64 class indices or floating-point numbers.
-    """
-    if task.kind == "classification":
-        # The largest class is best in every metric but f1, which looks at class 1 alone.
-        answers = {int(labels.bincount().argmax()), *([1] if "f1" in task.metrics else [])}
-        constants = [torch.full_like(labels, answer) for answer in answers]
-    else:
-        constants = [torch.zeros_like(labels, dtype=torch.float32)]
-    found = []
-    for constant in constants:
-        metrics = build_metrics(task)
-        metrics.update(constant, labels)
-        found.append(scores(metrics))
-    return {name: max(one[name] for one in found) for name in found[0]}
-
-
 def loss(task: Task, logits: Tensor, labels: Tensor) -> Tensor:
     """Mean loss of a batch, computed in float32: cross-entropy, or mean squared error for regression.
 
@@ -185,7 +164,7 @@ def weak_experts(headlines: Mapping[str, float], constants: Mapping[str, float])
 
     Args:
         headlines: each expert's headline score on validation rows, by task.
-        constants: what a constant answer scores there, see `constant_scores`.
+        constants: what a constant answer scores there, see `pave_lightning.tasks.constants`.
     """
     weak = [
         f"{task} ({value:.3f}, always the same answer: {constants[task]:.3f})"

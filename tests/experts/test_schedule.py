@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from pave_lightning.errors import PaveError
+from pave_lightning.experts.rehearsal import rehearsed
 from pave_lightning.experts.schedule import Schedule, training_schedule
-from pave_lightning.experts.trainers import process_count, trainer_problems
+from pave_lightning.experts.trainer_options import is_plain, process_count, trainer_problems
+from pave_lightning.experts.trainers import refused_options
 from pave_lightning.recipe import Task
 
 
@@ -46,6 +48,56 @@ def make_task(trainer=None, **training):
 )
 def test_the_schedule_is_what_lightning_makes_of_the_options(trainer, expected):
     assert training_schedule(make_task(trainer), 70, 40) == Schedule(*expected, at_most=False)
+
+
+PLAIN = [
+    {},
+    *({"accelerator": value} for value in ("auto", "cpu")),
+    *({"devices": value} for value in (1, "auto")),
+    {"strategy": "auto"},
+    *({"precision": value} for value in ("32", "32-true", "bf16-mixed", "bf16-true")),
+    *({"enable_progress_bar": value} for value in (True, False)),
+    *({"max_epochs": value} for value in (1, 1000)),
+    {"log_every_n_steps": 1},
+    *({"gradient_clip_val": value} for value in (1, 0.5)),
+    {"accelerator": "cpu", "devices": 1, "strategy": "auto", "precision": "bf16-mixed", "max_epochs": 2},
+]
+
+
+@pytest.mark.parametrize("options", PLAIN, ids=str)
+def test_what_is_known_without_asking_is_what_lightning_says(options):
+    assert is_plain(options)
+    assert refused_options(options, "trainer") == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"max_epochs": value} for value in (0, -1, True, "3", 1.0, None)),
+        *({"devices": value} for value in (2, "1", True, [0], -1)),
+        *({"precision": value} for value in ("16-mixed", 16, "half")),
+        *({"gradient_clip_val": value} for value in (-1, float("inf"), float("nan"), "1")),
+        {"max_steps": 3},
+        {"epochs": 3},
+        {"accelerator": "gpu"},
+        {"enable_progress_bar": "no"},
+    ],
+    ids=str,
+)
+def test_lightning_is_asked_about_everything_else(options):
+    assert not is_plain(options)
+
+
+def test_a_cluster_has_a_say_in_plain_options(monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    assert not is_plain({"max_epochs": 2})
+
+
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 70])
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_plain_epochs_are_counted_as_lightning_counts_them(rows, epochs):
+    schedule = training_schedule(make_task({"max_epochs": epochs}), rows, 1)
+    assert (schedule.epochs, schedule.steps) == rehearsed(f'{{"max_epochs": {epochs}}}', 16, rows, 1, 1)
 
 
 def test_processes_share_the_rows():

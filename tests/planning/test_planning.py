@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from io import StringIO
 from pathlib import Path
 
@@ -662,3 +664,17 @@ def test_captured_convolutions_are_counted(planned, tiny_tokenizer, tmp_path):
 
     assert count() == 1  # the pooler
     assert count(convolutions=True) == 7
+
+
+def test_the_plan_of_a_plain_recipe_loads_nothing_that_only_work_needs(recipe_settings, tmp_path):
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps({**recipe_settings, "trainer": {"max_epochs": 2, "precision": "bf16-mixed"}}))
+    code = (
+        "import sys; from pathlib import Path; import pave_lightning as p; "
+        f"p.plan_recipe(p.load_recipe(Path({str(recipe)!r}))); "
+        "sys.exit(', '.join(sorted({'lightning', 'torchmetrics', 'peft', 'mlflow', 'matplotlib'} & set(sys.modules))) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "3 epochs" not in done.stdout
+    assert "2 epochs" in done.stdout

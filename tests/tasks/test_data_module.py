@@ -13,8 +13,9 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from pave_lightning.errors import PaveError
-from pave_lightning.tasks.data_module import TaskDataModule, tokenizer_fingerprint
+from pave_lightning.tasks.data_module import TaskDataModule
 from pave_lightning.tasks.samplers import ExactSampler, TrainingSampler
+from pave_lightning.tasks.tokenised import tokenizer_fingerprint
 
 
 @pytest.fixture
@@ -302,7 +303,7 @@ def test_tokenizer_fingerprint(tokenizer, make_other_tokenizer):
 
 def test_a_failed_write_leaves_nothing(make_module, make_task, tmp_path, monkeypatch):
     module = make_module(make_task())
-    monkeypatch.setattr(module, "_encode", lambda batch: 1 / 0)
+    monkeypatch.setattr(module.tokenised, "_encode", lambda batch: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         module.dataset("train")
     assert list((tmp_path / "cache" / "tokenised").iterdir()) == []
@@ -311,14 +312,14 @@ def test_a_failed_write_leaves_nothing(make_module, make_task, tmp_path, monkeyp
 def test_two_processes_may_tokenise_at_once(make_module, make_task, tmp_path, monkeypatch):
     task = make_task()
     slow, fast = make_module(task), make_module(task)
-    original = slow._tokenise
+    original = slow.tokenised._tokenise
     read = []
 
     def overtaken(*args):
         original(*args)
         read.append(fast.dataset("train"))
 
-    monkeypatch.setattr(slow, "_tokenise", overtaken)
+    monkeypatch.setattr(slow.tokenised, "_tokenise", overtaken)
     assert slow.dataset("train").to_list() == read[0].to_list()
     assert len(list((tmp_path / "cache" / "tokenised").iterdir())) == 1
 

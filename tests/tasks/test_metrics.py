@@ -17,7 +17,6 @@ import pave_lightning.recipe
 from pave_lightning.recipe import Task
 from pave_lightning.tasks.metrics import (
     build_metrics,
-    constant_scores,
     loss,
     non_finite_rows,
     predictions,
@@ -235,23 +234,6 @@ def test_what_counts_as_hardly_learned(value, told):
 @pytest.mark.parametrize(("value", "told"), [(0.4, True), (0.5, True), (0.549, True), (0.56, False)])
 def test_an_expert_is_measured_against_always_the_same_answer(value, told):
     assert bool(weak_experts({"words": value}, {"words": 0.5})) is told
-
-
-def test_what_always_the_same_answer_scores():
-    labels = torch.tensor([0] * 6 + [1] * 3 + [2])
-    task = make_constant_task(["accuracy", "macro_f1", "matthews"], classes=["a", "b", "c"])
-    # Always class 0: 6 of 10 right; its F1 is 12 / 16, those of the others 0.
-    assert constant_scores(task, labels) == pytest.approx({"accuracy": 0.6, "macro_f1": 0.25, "matthews": 0})
-    two = make_constant_task(["f1", "accuracy"], classes=["no", "yes"])
-    # Always class 1, though it is the smaller one: 3 right, 7 wrong, F1 = 6 / 13.
-    assert constant_scores(two, torch.tensor([0] * 7 + [1] * 3)) == pytest.approx({"f1": 6 / 13, "accuracy": 0.7})
-    number = make_constant_task(["pearson", "spearman"], kind="regression")
-    assert constant_scores(number, torch.tensor([0.1, 0.7, 3.0])) == {"pearson": 0, "spearman": 0}
-
-
-def make_constant_task(metrics, **head):
-    data = dict.fromkeys(("train", "validation", "test"), "rows.csv")
-    return Task.model_validate({"name": "words", "data": data, "text": "text", "metrics": metrics, **head})
 
 
 def test_rows_without_finite_outputs_are_counted():

@@ -80,6 +80,6 @@ def test_a_data_module_tells_what_is_odd(tokenizer, make_task, tmp_path):
     options = {"seed": 0, "cache_dir": tmp_path / "cache", "batch_size": 4, "max_length": 16}
     rows = [{"text": "good what ever this", "label": 0}, {"text": "is", "label": 1}]
     module = TaskDataModule(make_task(train=rows), tokenizer, **options)
-    (remark,) = module.remarks("train")
+    (remark,) = module.tokenised.remarks("train")
     assert remark.startswith("task 'toy', train split (")
     assert "80% of the tokens" in remark

@@ -9,7 +9,8 @@ import pytest
 from pave_lightning.errors import PaveError
 from pave_lightning.tasks import data
 from pave_lightning.tasks.data import SPLITS, check_task, load_split, split_fingerprint
-from pave_lightning.tasks.data_module import TaskDataModule, encode_labels
+from pave_lightning.tasks.data_module import TaskDataModule
+from pave_lightning.tasks.labels import encode_labels
 
 
 @pytest.fixture
