@@ -25,6 +25,7 @@ from pave_lightning.weights import (
     Parameter,
     ShardWriter,
     TaskVectors,
+    is_finite,
     locate_model,
 )
 from pave_lightning.weights.architecture import backbone_of, empty_classifier, read_config
@@ -88,6 +89,9 @@ def write_merged(
         context: what else goes into the folder.
         merged: the merged task vectors of a static rule where they are known already.
         evidence: what is known of the tasks' data, for rules that need it.
+
+    Raises:
+        PaveError: there is nothing to merge, the rule cannot merge it, or what comes out is not finite.
     """
     writer = ShardWriter(folder)
     written = set()
@@ -95,20 +99,23 @@ def write_merged(
     if isinstance(method, PerTaskMethod):
         kept = {task: ModulatorWriter() for task in source.tasks}
         for parameter, modulated in merge_per_task(method, source, evidence):
-            writer.add(parameter.name, _added(source, parameter, modulated.shared))
+            writer.add(parameter.name, _finite(method, parameter.name, _added(source, parameter, modulated.shared)))
             written.add(parameter.name)
             for task, mask in modulated.masks.items():
                 kept[task].add_mask(parameter.name, mask)
             for task, factors in modulated.factors.items():
+                for side in (factors.left, factors.right):
+                    _finite(method, f"{parameter.name} for task '{task}'", side)
                 kept[task].add_factors(parameter.name, factors)
         (folder / "modulators").mkdir()
         for task, rescaler in method.rescalers().items():
+            _finite(method, f"the factor of task '{task}'", torch.tensor(rescaler))
             kept[task].save(folder / "modulators" / f"{task}.safetensors", factor * rescaler)
     elif isinstance(method, StaticMethod):
         known = None if merged is None else ((p, merged[p.name]) for p in source.parameters)
         pairs: Iterable[tuple[Parameter, Tensor]] = merge_static(method, source, evidence) if known is None else known
         for parameter, vector in pairs:
-            writer.add(parameter.name, _added(source, parameter, vector, factor))
+            writer.add(parameter.name, _finite(method, parameter.name, _added(source, parameter, vector, factor)))
             written.add(parameter.name)
     for name, average in source.running_statistics():
         writer.add(name, average)
@@ -128,6 +135,20 @@ def _added(source: TaskVectors, parameter: Parameter, vector: Tensor, factor: fl
     for rows in source.blocks(parameter):
         result[within(rows)] = source.base(parameter, rows) + factor * vector[within(rows)]
     return result
+
+
+def _finite(method: MergeMethod, what: str, tensor: Tensor) -> Tensor:
+    """The tensor itself.
+
+    Raises:
+        PaveError: it holds NaN or infinity.
+    """
+    if not is_finite(tensor):
+        raise PaveError(
+            f"merge method '{method.name}' makes NaN or infinity of {what}, from weights that are all finite; "
+            "try a smaller scale, other options, or another method"
+        )
+    return tensor
 
 
 def _takes_experts_later(method: MergeMethod, scale: float | None) -> TypeGuard[SequentialMethod]:

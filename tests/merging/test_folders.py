@@ -219,6 +219,30 @@ def test_a_pooler_that_the_base_lacks_stays_with_each_task(write, make_base, mak
         assert torch.equal(pooler.bias, stored["bert.pooler.dense.bias"])
 
 
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_merge_that_is_not_finite_is_refused_by_name(write, broken, monkeypatch):
+    def merge(self, parameter, base, vectors):
+        made = torch.zeros_like(base)
+        if parameter.name == "pooler.dense.weight":
+            made[0, 0] = broken
+        return made
+
+    monkeypatch.setattr(TaskArithmetic, "merge", merge)
+    with pytest.raises(PaveError, match=r"'task_arithmetic' makes NaN or infinity of pooler.dense.weight"):
+        write(TaskArithmetic(), 0.3)
+
+
+def test_a_scale_that_overflows_is_refused(write):
+    with pytest.raises(PaveError, match="try a smaller scale"):
+        write(TaskArithmetic(), 1e300)
+
+
+def test_what_a_task_keeps_must_be_finite(write, monkeypatch):
+    monkeypatch.setattr(Emr, "rescalers", lambda self: {"first": 1.0, "second": float("nan")})
+    with pytest.raises(PaveError, match="'emr' makes NaN or infinity of the factor of task 'second'"):
+        write(Emr())
+
+
 def test_what_no_expert_shares_is_taken_from_the_base(write, base_folder, expert_folders, tmp_path):
     bare = {}
     for task, folder in expert_folders.items():
