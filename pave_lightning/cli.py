@@ -30,7 +30,7 @@ RECIPE_COMMANDS = {
     "evaluate": "score base, experts and merged models on the test splits",
     "report": "write tables and pictures from the scores that are there",
 }
-EXPERIMENT = "run a recipe over a grid of settings and seeds; write a table, a picture and findings"
+SWEEP = "run a recipe over a grid of settings and seeds; write a table, a picture and findings"
 PER_TASK = ("fit", "capture")
 # How libraries are asked to keep their warnings to themselves.
 QUIET = {
@@ -94,16 +94,12 @@ def build_parser() -> ArgumentParser:
             )
         command.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' own messages")
         commands.add_subcommand(name, command, help=summary)
-    experiment = new(description=f"{EXPERIMENT[0].upper()}{EXPERIMENT[1:]}.")
-    experiment.add_argument(
-        "name", type=str, help="name of an experiment in recipes/experiments, or path of its recipe"
-    )
-    experiment.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the recipe"
-    )
-    experiment.add_argument("--verify", **VERIFY)
-    experiment.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' own messages")
-    commands.add_subcommand("experiment", experiment, help=EXPERIMENT)
+    sweep = new(description=f"{SWEEP[0].upper()}{SWEEP[1:]}.")
+    sweep.add_argument("name", type=str, help="name of a sweep in recipes/sweeps, or path of its recipe")
+    sweep.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the recipe")
+    sweep.add_argument("--verify", **VERIFY)
+    sweep.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' own messages")
+    commands.add_subcommand("sweep", sweep, help=SWEEP)
     methods = new(description="List the merge methods, or the options of one.")
     methods.add_argument("method", type=str, nargs="?", default=None, help="a method, to see its options")
     methods.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -175,15 +171,15 @@ def _execute(command: str, options: Namespace) -> None:
         from pave_lightning.reporting.methods import print_methods
 
         return print_methods(options.method)
-    if command == "experiment":
+    if command == "sweep":
         refuse_foreign_launchers()
         from pave_lightning import commands
-        from pave_lightning.recipe_loading import find_experiment
+        from pave_lightning.recipe_loading import find_sweep
 
-        commands.read_recipe(find_experiment(options.name), options.set)  # what is wrong with it is told at once
-        from pave_lightning.experiments import run_experiment
+        commands.read_recipe(find_sweep(options.name), options.set)  # what is wrong with it is told at once
+        from pave_lightning.sweeps.running import run_sweep
 
-        folder = run_experiment(options.name, options.set, verify=bool(options.verify))
+        folder = run_sweep(options.name, options.set, verify=bool(options.verify))
         _out((folder / "findings.md").read_text().rstrip())
         return _out(f"results: {folder}")
     if command == "schema":
@@ -206,13 +202,13 @@ def _execute_recipe(command: str, options: Namespace) -> None:
     recipe = commands.read_recipe(options.recipe, options.set)
     if options.print_config:
         return _out(recipe_to_yaml(recipe).rstrip())
-    if command == "plan" and recipe.experiment is not None:
-        from pave_lightning.experiments import plan_experiment
+    if command == "plan" and recipe.sweep is not None:
+        from pave_lightning.sweeps.running import plan_sweep
 
-        return plan_experiment(options.recipe, options.set, verify=bool(options.verify))
+        return plan_sweep(options.recipe, options.set, verify=bool(options.verify))
     if command == "run":
-        if recipe.experiment is not None:
-            _say(f"note: what the recipe's experiment varies is run by `pave experiment {options.recipe}`, not here")
+        if recipe.sweep is not None:
+            _say(f"note: what the recipe's sweep varies is run by `pave sweep {options.recipe}`, not here")
         commands.run_recipe(recipe, verify=bool(options.verify))
     elif command == "plan":
         commands.plan_recipe(recipe, verify=bool(options.verify))

@@ -132,7 +132,7 @@ class Lora(Section):
 
 
 class EarlyStopping(Section):
-    """Stop fine-tuning when the headline metric no longer rises."""
+    """Stop fine-tuning when the primary metric no longer rises."""
 
     patience: int = Field(default=2, ge=1)
     """Validation passes without a rise before training stops."""
@@ -158,7 +158,7 @@ class Training(Section):
     freeze: list[str] = []
     """Submodules of the backbone that are not trained, such as embeddings."""
     early_stopping: EarlyStopping | None = None
-    """Stop early on the headline metric; without it all epochs run."""
+    """Stop early on the primary metric; without it all epochs run."""
     lora: Lora | None = None
     """Train adapters instead of all weights."""
 
@@ -187,7 +187,7 @@ class Task(Section):
     """The column that holds the text, or the two columns of a text pair."""
     label: str = "label"
     """The column that holds the label: class indices or names, or numbers for regression."""
-    kind: Literal["classification", "regression"] = "classification"
+    kind: Literal["text_classification", "regression"] = "text_classification"
     """What is predicted; it decides the head and the loss (cross-entropy, or mean squared error)."""
     classes: list[str] | None = Field(default=None, min_length=2)
     """Names of the classes in the order of their indices (classification). Labels that are texts are compared with the
@@ -196,8 +196,8 @@ class Task(Section):
     value_range: Span | None = None
     """Lowest and highest possible label (regression); labels outside are refused."""
     metrics: list[MetricName] = Field(min_length=1)
-    """What is measured; the first is the headline unless another is named."""
-    headline: MetricName
+    """What is measured; the first is the primary one unless another is named."""
+    primary_metric: MetricName
     """The metric that chooses the best checkpoint and stands in the tables."""
     examples: Examples = Examples()
     """How many rows of each split are used."""
@@ -225,13 +225,13 @@ class Task(Section):
             raw["metrics"] = [raw["metrics"]]
         if raw.get("metrics") is None:
             raw["metrics"] = ["pearson", "spearman"] if raw.get("kind") == "regression" else ["accuracy"]
-        if raw.get("headline") is None and isinstance(raw["metrics"], list) and raw["metrics"]:
-            raw["headline"] = raw["metrics"][0]
+        if raw.get("primary_metric") is None and isinstance(raw["metrics"], list) and raw["metrics"]:
+            raw["primary_metric"] = raw["metrics"][0]
         return raw
 
     @model_validator(mode="after")
     def _agree(self) -> Task:
-        classification = self.kind == "classification"
+        classification = self.kind == "text_classification"
         wrong: list[str] = []
         if classification and self.classes is None:
             wrong.append("a classification task needs 'classes': their number, or their names in index order")
@@ -242,13 +242,15 @@ class Task(Section):
         fitting = CLASSIFICATION_METRICS if classification else REGRESSION_METRICS
         wrong += [
             f"metric '{metric}' does not fit a {self.kind} task; fitting are {', '.join(fitting)}"
-            for metric in dict.fromkeys([*self.metrics, self.headline])
+            for metric in dict.fromkeys([*self.metrics, self.primary_metric])
             if metric not in fitting
         ]
         if "f1" in self.metrics and len(self.classes or ()) > 2:
             wrong.append("'f1' is for two classes; for more use 'macro_f1'")
-        if self.headline not in self.metrics:
-            wrong.append(f"the headline '{self.headline}' is not among the metrics {', '.join(self.metrics)}")
+        if self.primary_metric not in self.metrics:
+            wrong.append(
+                f"the primary metric '{self.primary_metric}' is not among the metrics {', '.join(self.metrics)}"
+            )
         if len(set(self.metrics)) != len(self.metrics):
             wrong.append("the names in 'metrics' must differ")
         if self.classes is not None and len(set(self.classes)) != len(self.classes):
@@ -382,7 +384,7 @@ DEFAULT_POINTS = 7
 
 
 class ScaleSearch(Section):
-    """Choose the scale on the validation split: the one with the best average of normalised headline scores."""
+    """Choose the scale on the validation split: the one with the best average of normalised scores in the primary metric."""
 
     search: SearchRange
     """Lowest and highest scale that is tried; or auto: start at the method's default scale, go up and down by factors
@@ -507,8 +509,8 @@ class Tracking(Section):
     """Also store the merged models' weights as MLflow artifacts."""
 
 
-class Experiment(Section):
-    """A recipe run many times with some keys varied; `pave experiment` compares the results."""
+class Sweep(Section):
+    """A recipe run many times with some keys varied; `pave sweep` compares the results."""
 
     question: str
     """What is to be found out, in one sentence."""
@@ -529,12 +531,12 @@ class Experiment(Section):
     """Whether the horizontal axis is logarithmic."""
 
     @model_validator(mode="after")
-    def _agree(self) -> Experiment:
+    def _agree(self) -> Sweep:
         wrong = [f"'{key}' takes no value" for key, values in self.vary.items() if not values]
         wrong += [f"'{key}' takes the same value twice" for key, values in self.vary.items() if _repeats(values)]
         if len(set(self.seeds)) != len(self.seeds):
             wrong.append("the seeds must differ")
-        fixed = {"name", "output", "shared", "tracking", "experiment"}
+        fixed = {"name", "output", "shared", "tracking", "sweep"}
         keys = dict.fromkeys([*self.vary, *(key for changes in self.cases.values() for key in changes)])
         wrong += [f"'{key}' cannot be varied" for key in keys if key.partition(".")[0] in fixed]
         wrong += ["'seed' is varied by the key 'seeds'"] if "seed" in keys else []
@@ -586,8 +588,8 @@ class Recipe(Section):
     """How models are scored."""
     tracking: Tracking = Tracking()
     """Where MLflow keeps the record."""
-    experiment: Experiment | None = None
-    """What `pave experiment` varies; other commands run the recipe as it stands."""
+    sweep: Sweep | None = None
+    """What `pave sweep` varies; other commands run the recipe as it stands."""
 
     @model_validator(mode="before")
     @classmethod

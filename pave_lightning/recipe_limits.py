@@ -17,7 +17,7 @@ MOST_ENTRIES = 500
 MOST_CLASSES = 22_000
 """Most classes of one task; ImageNet-21k has 21,841."""
 MOST_COMBINATIONS = 1000
-"""Most combinations that ``tune``, or an experiment with all of its seeds, may ask for."""
+"""Most combinations that ``tune``, or a sweep with all of its seeds, may ask for."""
 MOST_POINTS = 1000
 """Most scales of one search."""
 LONGEST_TEXT = 5000
@@ -60,11 +60,11 @@ def limit_problems(raw: dict[str, Any]) -> Iterator[str]:
         points = scale.get("points") if isinstance(scale, dict) else None
         if isinstance(points, int) and points > MOST_POINTS:
             yield f"merge.{index}.scale.points: there are {points:,}, expected at most {MOST_POINTS}"
-    experiment = raw.get("experiment")
-    if isinstance(experiment, dict):
-        several = [len(part) for key in ("seeds", "cases") if isinstance(part := experiment.get(key), list | dict)]
-        lengths = [*several, *_lengths(experiment.get("vary"))]
-        yield from _product_problem("experiment", lengths, " of seeds, cases and varied values")
+    sweep = raw.get("sweep")
+    if isinstance(sweep, dict):
+        several = [len(part) for key in ("seeds", "cases") if isinstance(part := sweep.get(key), list | dict)]
+        lengths = [*several, *_lengths(sweep.get("vary"))]
+        yield from _product_problem("sweep", lengths, " of seeds, cases and varied values")
 
 
 def _mappings(entries: Any) -> Iterator[dict[Any, Any]]:

@@ -25,12 +25,12 @@ from pave_lightning.recipe_wording import show
 from pave_lightning.recipe_yaml import MOST_BYTES, MOST_VALUES, YAMLReadError, read_yaml
 from pave_lightning.tasks.suites import suite_task_names
 
-__all__ = ["find_experiment", "load_recipe", "recipe_digest", "recipe_schema", "recipe_to_yaml"]
+__all__ = ["find_sweep", "load_recipe", "recipe_digest", "recipe_schema", "recipe_to_yaml"]
 
 RECIPE_FOLDER = Path("recipes")
 SUFFIXES = (".yaml", ".yml")
 LONGEST_QUOTED_LINE = 200
-EXPERIMENTS_FOLDER = RECIPE_FOLDER / "experiments"
+SWEEPS_FOLDER = RECIPE_FOLDER / "sweeps"
 
 
 def load_recipe(
@@ -71,18 +71,18 @@ def load_recipe(
     return recipe
 
 
-def find_experiment(name: str) -> Path:
-    """The recipe of an experiment: a path, or a name in ``recipes/experiments``.
+def find_sweep(name: str) -> Path:
+    """The recipe of a sweep: a path, or a name in ``recipes/sweeps``.
 
     Raises:
         PaveError: there is none; the names that there are, are told.
     """
-    for path in (Path(name), EXPERIMENTS_FOLDER / f"{name}.yaml"):
+    for path in (Path(name), SWEEPS_FOLDER / f"{name}.yaml"):
         if path.is_file():
             return path
-    known = sorted(path.stem for path in EXPERIMENTS_FOLDER.glob("*.yaml"))
-    hint = f"{nearest(name, known)}" if known else f"there is no folder {EXPERIMENTS_FOLDER} here"
-    raise PaveError(f"there is no experiment '{name}': {hint}")
+    known = sorted(path.stem for path in SWEEPS_FOLDER.glob("*.yaml"))
+    hint = f"{nearest(name, known)}" if known else f"there is no folder {SWEEPS_FOLDER} here"
+    raise PaveError(f"there is no sweep '{name}': {hint}")
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:
@@ -122,7 +122,7 @@ def recipe_schema() -> dict[str, Any]:
     keys["text"] = _or(keys["text"], {"type": "string"})
     keys["classes"] = _or(keys["classes"], {"type": "integer", "minimum": 2})
     keys["metrics"] = _or(keys["metrics"], a_metric, {"type": "null"})
-    keys["headline"] = _or(keys["headline"], {"type": "null"})
+    keys["primary_metric"] = _or(keys["primary_metric"], {"type": "null"})
     step["properties"]["name"] = _or(step["properties"]["name"], {"type": "null"})
     step["properties"]["scale"] = _or(step["properties"]["scale"], {"const": "search"})
     task["required"] = ["name", "data", "text"]

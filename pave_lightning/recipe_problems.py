@@ -32,7 +32,7 @@ LONGEST_WORD = 100
 MOST_WORDED = 100
 """Faults of one round that are told in full; no more than the first 20 in the file are shown."""
 HANDED_DOWN = {"tasks": ("examples", "training", "trainer"), "merge": ("purify",)}
-JUDGED_TOGETHER = {"use", "kind", "classes", "value_range", "metrics", "headline"}
+JUDGED_TOGETHER = {"use", "kind", "classes", "value_range", "metrics", "primary_metric"}
 NO_TASK = "the key 'use' with the name of a known task is missing, or else the keys name, data and text"
 
 
@@ -304,7 +304,7 @@ class _Check:
             )
         if details["type"] == "missing" and (keys in hinted or not self.complete):
             return True
-        if len(keys) == 3 and keys[2] == "headline" and _value_at(self.raw, keys) is _ABSENT:
+        if len(keys) == 3 and keys[2] == "primary_metric" and _value_at(self.raw, keys) is _ABSENT:
             return True  # it was taken from the metrics, which are told
         return any(keys[:depth] in told for depth in range(1, len(keys) + 1))
 

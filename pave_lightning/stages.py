@@ -236,7 +236,7 @@ class Stages:
             "examples": [task.examples.train, task.examples.validation],
             "columns": [task.text, task.label],
             "kind": [task.kind, task.classes],
-            "headline": task.headline,
+            "primary_metric": task.primary_metric,
             "training": task.training.model_dump(),
             "trainer": {key: value for key, value in task.trainer.items() if key not in HARMLESS_OPTIONS},
         }
@@ -325,7 +325,7 @@ class Stages:
                     "examples": [getattr(task.examples, split), self.recipe.seed],
                     "columns": [task.text, task.label],
                     "kind": [task.kind, task.classes],
-                    "metrics": [task.metrics, task.headline],
+                    "metrics": [task.metrics, task.primary_metric],
                     "max_length": task.training.max_length,
                 }
                 for task in self.recipe.tasks

@@ -139,7 +139,7 @@ def task_files(tmp_path_factory):
         path.write_text("\n".join(lines) + "\n")
         return str(path)
 
-    def build(kind="classification"):
+    def build(kind="text_classification"):
         regression = kind == "regression"
         return {
             split: write(f"{kind}-{split}", rows, regression=regression)

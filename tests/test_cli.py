@@ -59,7 +59,7 @@ def test_help_is_fast_and_loads_nothing_heavy():
     assert min(took) < 1.0
 
 
-@pytest.mark.parametrize("command", [*RECIPE_COMMANDS, "experiment", "methods", "schema"])
+@pytest.mark.parametrize("command", [*RECIPE_COMMANDS, "sweep", "methods", "schema"])
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
@@ -175,12 +175,12 @@ def test_schema_is_json(capsys):
     assert json.loads(capsys.readouterr().out)["type"] == "object"
 
 
-def test_experiments_that_are_none(capsys, recipe_file, tmp_path, monkeypatch):
+def test_sweeps_that_are_none(capsys, recipe_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert "name" in fails(["experiment"], capsys)
-    assert "there is no experiment 'nonsense'" in fails(["experiment", "nonsense"], capsys)
-    assert "no section 'experiment'" in fails(["experiment", recipe_file], capsys)
-    assert "did you mean 'vary'" in fails(["experiment", recipe_file, "--set", "experiment.varry={}"], capsys)
+    assert "name" in fails(["sweep"], capsys)
+    assert "there is no sweep 'nonsense'" in fails(["sweep", "nonsense"], capsys)
+    assert "no section 'sweep'" in fails(["sweep", recipe_file], capsys)
+    assert "did you mean 'vary'" in fails(["sweep", recipe_file, "--set", "sweep.varry={}"], capsys)
 
 
 def test_purify_and_diagnose_say_what_they_lack_and_where_their_results_are(capsys, ready_settings, tmp_path):
@@ -310,11 +310,9 @@ def test_evaluate_says_where_the_scores_are(capsys, ready_settings, tmp_path):
     assert f"results: {Path(ready_settings['output']) / 'tiny' / 'scores'}" in capsys.readouterr().out
 
 
-def test_run_says_that_it_runs_no_experiment(capsys, ready_settings, tmp_path, monkeypatch):
+def test_run_says_that_it_runs_no_sweep(capsys, ready_settings, tmp_path, monkeypatch):
     path = tmp_path / "varied.yaml"
-    path.write_text(
-        json.dumps({**ready_settings, "experiment": {"question": "Which?", "vary": {"purify.rho": [0.9, 0.8]}}})
-    )
+    path.write_text(json.dumps({**ready_settings, "sweep": {"question": "Which?", "vary": {"purify.rho": [0.9, 0.8]}}}))
     monkeypatch.setattr(commands, "run_recipe", lambda recipe, **options: None)
     assert main(["run", str(path)]) == 0
-    assert f"`pave experiment {path}`" in capsys.readouterr().err
+    assert f"`pave sweep {path}`" in capsys.readouterr().err

@@ -63,10 +63,10 @@ ATTACKS = {
         START + TASKS + f"merge: [{{method: ties, tune: {{k: [{numbered('{i}', 12_000)}]}}}}]\n",
         "merge.0.tune: asks for 12,000 combinations",
     ),
-    "vary": (MERGE + f"experiment: {{question: q, vary: {{{numbered('k{i}: ' + WIDE, 30)}}}}}\n", "asks for more than"),
+    "vary": (MERGE + f"sweep: {{question: q, vary: {{{numbered('k{i}: ' + WIDE, 30)}}}}}\n", "asks for more than"),
     "seeds and cases": (
-        MERGE + f"experiment: {{question: q, seeds: [{numbered('{i}', 50)}], cases: {{{numbered('c{i}: {{}}', 50)}}}}}",
-        "experiment: asks for 2,500 combinations of seeds, cases and varied values",
+        MERGE + f"sweep: {{question: q, seeds: [{numbered('{i}', 50)}], cases: {{{numbered('c{i}: {{}}', 50)}}}}}",
+        "sweep: asks for 2,500 combinations of seeds, cases and varied values",
     ),
     "scales": (
         START + TASKS + "merge: [{method: ties, scale: {search: [0, 1], points: 1000000000}}]\n",
@@ -112,7 +112,7 @@ def measured(folder: Path, *arguments: str) -> tuple[int, bool, int, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["plan", "experiment"])
+@pytest.mark.parametrize("command", ["plan", "sweep"])
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_attacks_cost_little(tmp_path, attack, command):
     (tmp_path / "recipe.yaml").write_text(ATTACKS[attack][0])

@@ -71,8 +71,8 @@ MAY_IMPORT = {
     "workflow": LIBRARY | {"choosing", "stages"},
     "planning": LIBRARY | {"stages"},
     "commands": LIBRARY | {"planning", "reporting", "workflow"},
-    "experiments": LIBRARY | {"commands", "planning", "reporting", "stages", "workflow"},
-    "cli": {"adding", "commands", "credentials", "errors", "experiments", "interrupts", "processes", "recipe_loading"}
+    "sweeps": LIBRARY | {"commands", "planning", "reporting", "stages", "workflow"},
+    "cli": {"adding", "commands", "credentials", "errors", "sweeps", "interrupts", "processes", "recipe_loading"}
     | {"terminal"}
     | {"reporting.methods", "__init__"},
     "__main__": {"cli"},
@@ -148,7 +148,7 @@ def test_every_import_is_seen():
 
 @pytest.mark.parametrize("name", ["workflow", "cli"])
 def test_who_may_import_the_top(name):
-    allowed = {"workflow": {"commands", "experiments", "planning", "reporting.report"}, "cli": {"__main__"}}[name]
+    allowed = {"workflow": {"commands", "sweeps.running", "planning", "reporting.report"}, "cli": {"__main__"}}[name]
     assert {module_of(path) for path in FILES if name in set(imported(path))} <= allowed
 
 

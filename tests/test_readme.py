@@ -47,16 +47,16 @@ def stand_in(base_folder, task_files, tracking_uri, tmp_path_factory):
             "tracking": {"uri": tracking_uri},
         }
     )
-    (folder / "recipes" / "experiments").mkdir(parents=True)
+    (folder / "recipes" / "sweeps").mkdir(parents=True)
     (folder / "recipes" / "quickstart.yaml").write_text(recipe_to_yaml(recipe))
     done = run_recipe(recipe)
-    experiment = recipe.model_dump(mode="json", by_alias=True)
-    for task in experiment["tasks"]:
+    sweep = recipe.model_dump(mode="json", by_alias=True)
+    for task in sweep["tasks"]:
         task["expert"] = {"from": str(done / "experts" / task["name"])}
     varied = {"question": "Which ratio?", "seeds": [0], "vary": {"purify.rho": [0.9]}}
-    for path in (ROOT / "recipes" / "experiments").glob("*.yaml"):
-        changed = {**experiment, "name": path.stem, "merge": ["emr"], "experiment": varied}
-        (folder / "recipes" / "experiments" / path.name).write_text(recipe_to_yaml(Recipe.model_validate(changed)))
+    for path in (ROOT / "recipes" / "sweeps").glob("*.yaml"):
+        changed = {**sweep, "name": path.stem, "merge": ["emr"], "sweep": varied}
+        (folder / "recipes" / "sweeps" / path.name).write_text(recipe_to_yaml(Recipe.model_validate(changed)))
     return folder
 
 

@@ -59,7 +59,7 @@ def test_defaults() -> None:
 def test_every_suite_task_is_valid(name: str) -> None:
     (task,) = build(tasks=[name]).tasks
     assert task.name == name.partition("/")[2]
-    assert task.headline == task.metrics[0]
+    assert task.primary_metric == task.metrics[0]
 
 
 def test_suite_names_that_do_not_exist() -> None:
@@ -72,7 +72,7 @@ def test_short_forms_of_a_task() -> None:
     assert task.text == ["body"]
     assert task.classes == ["0", "1"]
     assert task.metrics == ["accuracy"]
-    assert task.headline == "accuracy"
+    assert task.primary_metric == "accuracy"
     assert task.outputs == 2
 
 
@@ -84,13 +84,13 @@ def test_classes_that_yaml_takes_for_something_else_are_texts() -> None:
 def test_a_regression_task() -> None:
     task = build_task(kind="regression", classes=None, value_range=[0, 5])
     assert task.metrics == ["pearson", "spearman"]
-    assert task.headline == "pearson"
+    assert task.primary_metric == "pearson"
     assert task.outputs == 1
     assert task.value_range == (0.0, 5.0)
 
 
-def test_another_headline() -> None:
-    assert build_task(metrics=["matthews", "accuracy"], headline="accuracy").headline == "accuracy"
+def test_another_primary_metric() -> None:
+    assert build_task(metrics=["matthews", "accuracy"], primary_metric="accuracy").primary_metric == "accuracy"
 
 
 def test_short_forms_of_merge_steps() -> None:
@@ -172,10 +172,13 @@ def test_keys_of_a_suite_task_can_be_changed_one_by_one() -> None:
         ({"classes": None}, "a classification task needs 'classes'"),
         ({"value_range": [0, 1]}, "'value_range' belongs to regression tasks"),
         ({"kind": "regression"}, "'classes' belongs to classification tasks"),
-        ({"metrics": ["pearson"]}, "metric 'pearson' does not fit a classification task; fitting are accuracy, f1"),
+        (
+            {"metrics": ["pearson"]},
+            "metric 'pearson' does not fit a text_classification task; fitting are accuracy, f1",
+        ),
         ({"kind": "regression", "classes": None, "metrics": "f1"}, "metric 'f1' does not fit a regression task"),
         ({"classes": 3, "metrics": ["f1"]}, "'f1' is for two classes; for more use 'macro_f1'"),
-        ({"headline": "matthews"}, "the headline 'matthews' is not among the metrics accuracy"),
+        ({"primary_metric": "matthews"}, "the primary metric 'matthews' is not among the metrics accuracy"),
         ({"classes": ["a", "a"]}, "the names in 'classes' must differ"),
         ({"metrics": ["f1", "f1"]}, "the names in 'metrics' must differ"),
         ({"kind": "regression", "classes": None, "value_range": [1, 1]}, r"'value_range' must be \[lowest, highest\]"),
@@ -188,12 +191,12 @@ def test_keys_of_a_task_that_disagree(keys: dict[str, Any], message: str) -> Non
 
 def test_everything_that_disagrees_in_a_task_is_told() -> None:
     with pytest.raises(ValidationError) as caught:
-        build_task(kind="regression", metrics=["accuracy"], headline="f1")
+        build_task(kind="regression", metrics=["accuracy"], primary_metric="f1")
     assert str(caught.value.errors()[0]["ctx"]["error"]).splitlines() == [
         "'classes' belongs to classification tasks",
         "metric 'accuracy' does not fit a regression task; fitting are pearson, spearman",
         "metric 'f1' does not fit a regression task; fitting are pearson, spearman",
-        "the headline 'f1' is not among the metrics accuracy",
+        "the primary metric 'f1' is not among the metrics accuracy",
     ]
 
 

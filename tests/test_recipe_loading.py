@@ -216,7 +216,7 @@ def test_the_schema_accepts_what_the_loader_accepts(schema_errors: SchemaErrors,
 @pytest.mark.parametrize(
     "tasks",
     [
-        f"[{{{OWN}, classes: 2, metrics: null, headline: null}}]",
+        f"[{{{OWN}, classes: 2, metrics: null, primary_metric: null}}]",
         f"[{{{OWN}, classes: [false, 1, 2.5, text]}}]",
         f"[{{{OWN}, classes: [a, b], metrics: accuracy, training: {{batch_size: 4}}, trainer: {{max_epochs: 1}}}}]",
         "[{use: glue/sst2, data: {revision: abc}, text: sentence, examples: {train: 5}}]",

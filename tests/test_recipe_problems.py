@@ -107,7 +107,7 @@ WRONG = [
     ),
     ("purify: {tasks: []}", ["purify.tasks: needs at least 1 entry, found 0"]),
     ("purify: {tasks: [movi]}", ["purify.tasks: no task is named 'movi'; did you mean 'movie'?"]),
-    # options to choose, and what experiments vary
+    # options to choose, and what sweeps vary
     (
         "merge: [{method: x, tune: {density: 0.1}}]",
         ["merge.0 (x).tune.density: must be a list of values, found 0.1; write [0.1]"],
@@ -117,16 +117,16 @@ WRONG = [
         ["merge.0 (x).tune.density: must be a list of values, found {low: 0.1}"],
     ),
     (
-        "experiment: {question: q, vary: {seed: true}}",
-        ["experiment.vary.seed: must be a list of values, found true; write [true]"],
+        "sweep: {question: q, vary: {seed: true}}",
+        ["sweep.vary.seed: must be a list of values, found true; write [true]"],
     ),
     (
-        "experiment: {question: q, seeds: 0}",
-        ["experiment.seeds: must be a list of whole numbers, found 0; write [0]"],
+        "sweep: {question: q, seeds: 0}",
+        ["sweep.seeds: must be a list of whole numbers, found 0; write [0]"],
     ),
     (
-        "experiment: {question: q, seeds: all}",
-        ["experiment.seeds: must be a list of whole numbers, found 'all'"],
+        "sweep: {question: q, seeds: all}",
+        ["sweep.seeds: must be a list of whole numbers, found 'all'"],
     ),
     # merge steps
     ("merge: average", ["merge: must be a list of merge steps, found 'average'; write [average]"]),
@@ -341,13 +341,16 @@ WRONG_TASKS = [
     ),
     (f"[{{{OWN}, classes: 2, metrics: []}}]", ["tasks.0 (own).metrics: needs at least 1 entry, found 0"]),
     (
-        f"[{{{OWN}, classes: 2, headline: zzz}}]",
+        f"[{{{OWN}, classes: 2, primary_metric: zzz}}]",
         [
-            "tasks.0 (own).headline: 'zzz' is not allowed; "
+            "tasks.0 (own).primary_metric: 'zzz' is not allowed; "
             "known are: accuracy, f1, macro_f1, matthews, pearson, spearman"
         ],
     ),
-    (f"[{{{OWN}, classes: 2, headline: f1}}]", ["tasks.0 (own): the headline 'f1' is not among the metrics accuracy"]),
+    (
+        f"[{{{OWN}, classes: 2, primary_metric: f1}}]",
+        ["tasks.0 (own): the primary metric 'f1' is not among the metrics accuracy"],
+    ),
     (f"[{{{OWN}, classes: 3, metrics: f1}}]", ["tasks.0 (own): 'f1' is for two classes; for more use 'macro_f1'"]),
     (f"[{{{OWN}, kind: regresion}}]", ["tasks.0 (own).kind: 'regresion' is not allowed; did you mean 'regression'?"]),
     (f"[{{{OWN}, kind: regression, value_range: [5, 0]}}]", ["tasks.0 (own): 'value_range' must be [lowest, highest]"]),
@@ -482,11 +485,11 @@ def lines_with_steps(path: Path) -> list[str]:
     return [line.removeprefix("  - ") for line in str(caught.value).splitlines()[1:]]
 
 
-def test_keys_of_an_experiment_that_do_not_agree_are_told_without_the_whole_section(recipe_problems: Problems) -> None:
-    text = SMALL + "experiment: {question: What happens?, x: purify.rho, vary: {output: [a]}}\n"
+def test_keys_of_an_sweep_that_do_not_agree_are_told_without_the_whole_section(recipe_problems: Problems) -> None:
+    text = SMALL + "sweep: {question: What happens?, x: purify.rho, vary: {output: [a]}}\n"
     assert recipe_problems(text) == [
-        "experiment: 'output' cannot be varied",
-        "experiment: 'purify.rho' is no varied key; known are: output, model, vectors",
+        "sweep: 'output' cannot be varied",
+        "sweep: 'purify.rho' is no varied key; known are: output, model, vectors",
     ]
 
 

@@ -33,7 +33,7 @@ class NoFiniteScoreError(PaveError):
 
 
 class ScaleSearcher:
-    """Scores scales and takes the one with the best average of normalised headline scores.
+    """Scores scales and takes the one with the best average of normalised scores in the primary metric.
 
     Only validation splits are looked at; test splits never are. Among equals the smaller scale wins.
 
@@ -102,7 +102,7 @@ class ScaleSearcher:
         return {"scale": best, "average": tried[best], "tried": [[scale, tried[scale]] for scale in sorted(tried)]}
 
     def average(self, candidate: Candidate, examples: int | None) -> float:
-        """A candidate's headline scores on the validation splits, divided by the experts', on average over the tasks.
+        """A candidate's scores in the primary metric on the validation splits, divided by the experts', on average over the tasks.
 
         Args:
             candidate: what is scored.
@@ -117,25 +117,25 @@ class ScaleSearcher:
             self._data[examples] = SuiteData(modules, "validation")
         data = self._data[examples]
         if examples not in self._references:
-            self._references[examples] = self._headlines(self.experts, data, whose="its own expert")
+            self._references[examples] = self._primary_scores(self.experts, data, whose="its own expert")
             known = data.constants()
-            constants = {task.name: known[task.name][task.headline] for task in self.tasks}
+            constants = {task.name: known[task.name][task.primary_metric] for task in self.tasks}
             if weak := weak_experts(self._references[examples], constants):
                 log.warning("  %s", weak)
         reference = {task: value for task, value in self._references[examples].items() if value > 0}
         if not reference:
             raise PaveError("no expert scores above zero on its validation split, so no scale can be chosen")
-        found = self._headlines(candidate, data)
+        found = self._primary_scores(candidate, data)
         return sum(found[task] / value for task, value in reference.items()) / len(reference)
 
-    def _headlines(self, candidate: Candidate, data: SuiteData, whose: str = "") -> dict[str, float]:
+    def _primary_scores(self, candidate: Candidate, data: SuiteData, whose: str = "") -> dict[str, float]:
         """Headline scores by task; NaN where outputs are not finite, which is refused of what ``whose`` names."""
         with quiet_lightning():
             trainer = build_trainer(self.options, root=self.root, precision=self.precision, enable_progress_bar=False)
         scores = self.evaluator.score(candidate, data, trainer)
         if whose:
             refuse_non_finite(scores, whose, "look for broken weights, or use a safer evaluate.precision")
-        return {task.name: scores[task.name].metrics[task.headline] for task in self.tasks}
+        return {task.name: scores[task.name].metrics[task.primary_metric] for task in self.tasks}
 
     @staticmethod
     def _limited(task: Task, examples: int | None) -> Task:

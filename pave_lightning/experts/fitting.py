@@ -98,7 +98,7 @@ def _fit(
         model = add_adapters(model, options.lora, frozen=options.freeze, private=private)
     expert = TaskExpert(model, task, seed=seed)
     data = _data(task, base, model, seed, cache_folder)
-    monitor = f"validation/{task.headline}"
+    monitor = f"validation/{task.primary_metric}"
     checkpoint = MovableCheckpoint(
         dirpath=work_folder, filename="best", monitor=monitor, mode="max", enable_version_counter=False
     )
@@ -146,7 +146,7 @@ def _fit(
             "lower the learning rates or use a safer precision"
         )
     constant = constant_scores(task, data.labels("validation"))
-    weak = weak_experts({task.name: score}, {task.name: constant[task.headline]})
+    weak = weak_experts({task.name: score}, {task.name: constant[task.primary_metric]})
     if weak and is_rank_zero():  # or else every process says it
         log.warning("%s; try other learning rates or more rows", weak)
     metrics = {monitor: score, **{f"validation/{name}/constant": value for name, value in constant.items()}}
@@ -178,7 +178,7 @@ def _take_the_best(
     if expert.validated_at != trainer.global_step:
         with quiet_lightning(), honest_interrupts():
             (found,) = trainer.validate(expert, datamodule=data, verbose=False) or ({},)
-        last = float(found.get(f"validation/{task.headline}", "nan"))
+        last = float(found.get(f"validation/{task.primary_metric}", "nan"))
         if last > score:
             return last
     if score == float("-inf"):

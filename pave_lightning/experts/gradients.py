@@ -51,7 +51,7 @@ def fisher_diagonal(model: nn.Module, task: Task, batches: Iterable[Batch]) -> d
     """
 
     def directions(logits: Tensor, label: Tensor | None) -> Tensor:
-        return covariance_factor(logits) if task.kind == "classification" else torch.ones_like(logits)[None]
+        return covariance_factor(logits) if task.kind == "text_classification" else torch.ones_like(logits)[None]
 
     return _mean(model, task, batches, directions, lambda total, gradient: total.addcmul_(gradient, gradient))
 

@@ -103,7 +103,7 @@ class TaskExpert(L.LightningModule):
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
             self.validated_at = self.trainer.global_step
         for name, value in scores(self.validation_metrics).items():
-            self.log(f"validation/{name}", value, prog_bar=name == self.task.headline)
+            self.log(f"validation/{name}", value, prog_bar=name == self.task.primary_metric)
 
     def configure_optimizers(self) -> Any:
         """AdamW over four groups: backbone and head, with and without weight decay."""

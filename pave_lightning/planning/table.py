@@ -126,8 +126,8 @@ def predicted_cost(recipe: Recipe, folder: RunFolder) -> Cost:
 
 
 def _fit_summary(recipe: Recipe, task: Task, cache: Path) -> str:
-    constant = constant_answer(task, "validation", seed=recipe.seed, cache_dir=cache)[task.headline]
-    told = f"; always the same answer: {task.headline} {constant:.3f}"
+    constant = constant_answer(task, "validation", seed=recipe.seed, cache_dir=cache)[task.primary_metric]
+    told = f"; always the same answer: {task.primary_metric} {constant:.3f}"
     if task.expert is not None:
         return f"from {task.expert.from_}{told}"
     rows, schedule = planned_schedule(task, recipe.seed, cache)

@@ -143,7 +143,12 @@ def model_card(
 
 def _scores(scores: ScoreTable, merged: Model) -> str:
     models = [model for model in scores.models() if model.form in ("base", "expert") or model == merged]
-    header = ["model", *(f"{task} ({metric})" for task, metric in scores.headlines.items()), "average", "normalised"]
+    header = [
+        "model",
+        *(f"{task} ({metric})" for task, metric in scores.primary_metrics.items()),
+        "average",
+        "normalised",
+    ]
     rows = [
         (
             escaped(model.name),

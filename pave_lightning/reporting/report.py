@@ -89,9 +89,9 @@ def collect_scores(workflow: Workflow) -> ScoreTable:
 
     def add(stage: str, model: str, vectors: Any, form: Any) -> None:
         for name, found in scored[stage].result["scores"].items():
-            headline = workflow.recipe.task(name).headline
+            primary = workflow.recipe.task(name).primary_metric
             for metric, value in found["metrics"].items():
-                rows.append(Score(model, vectors, form, name, metric, metric == headline, value, found["examples"]))
+                rows.append(Score(model, vectors, form, name, metric, metric == primary, value, found["examples"]))
 
     add("scores/base", "base", "", "base")
     add("scores/experts", "experts", "", "expert")
@@ -249,6 +249,6 @@ def _model_metrics(table: ScoreTable, name: str, vectors: str) -> dict[str, floa
     for score in table.scores:
         if Model(score.model, score.vectors, score.form) == model:
             metrics[f"test/{score.task}/{score.metric}"] = score.value
-            if score.headline:
+            if score.is_primary:
                 metrics[f"normalised/{score.task}"] = table.normalised(score)
     return metrics

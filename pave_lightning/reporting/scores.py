@@ -36,7 +36,7 @@ class Score:
         form: base, expert, static (one set of weights for all tasks), or per-task (keeps something extra for a task).
         task: Name of the task.
         metric: Name of the metric.
-        headline: Whether this metric stands for the task in tables and averages.
+        is_primary: Whether this metric stands for the task in tables and averages.
         value: The value, higher is better.
         examples: How many examples it was measured on.
     """
@@ -46,7 +46,7 @@ class Score:
     form: Form
     task: str
     metric: str
-    headline: bool
+    is_primary: bool
     value: float
     examples: int
 
@@ -70,7 +70,7 @@ class ScoreTable:
 
     Raises:
         ValueError: If a score is given twice, if two experts have a score of the same task and metric, or if a task's
-            headline metric is not the same one for all models.
+            primary metric is not the same one for all models.
 
     Example:
         >>> table = ScoreTable([
@@ -84,7 +84,7 @@ class ScoreTable:
     def __init__(self, scores: Iterable[Score], constants: Mapping[str, Mapping[str, float]] | None = None) -> None:
         self.constants = dict(constants or {})
         self.scores: tuple[Score, ...] = tuple(scores)
-        self.headlines: dict[str, str] = {}
+        self.primary_metrics: dict[str, str] = {}
         self._values: dict[tuple[Model, str, str], Score] = {}
         self._experts: dict[tuple[str, str], float] = {}
         for score in self.scores:
@@ -96,8 +96,10 @@ class ScoreTable:
         if key in self._values:
             raise ValueError(f"model '{score.model}' ({score.vectors or score.form}) has {where} twice")
         self._values[key] = score
-        if score.headline and self.headlines.setdefault(score.task, score.metric) != score.metric:
-            raise ValueError(f"the headline of task '{score.task}' is '{self.headlines[score.task]}', not {where}")
+        if score.is_primary and self.primary_metrics.setdefault(score.task, score.metric) != score.metric:
+            raise ValueError(
+                f"the primary metric of task '{score.task}' is '{self.primary_metrics[score.task]}', not {where}"
+            )
         if score.form == "expert":
             if (score.task, score.metric) in self._experts:
                 raise ValueError(f"two experts have {where}; normalised values need one expert a task")
@@ -108,12 +110,12 @@ class ScoreTable:
         return sorted(dict.fromkeys(model for model, _, _ in self._values), key=lambda model: FORMS.index(model.form))
 
     def tasks(self) -> list[str]:
-        """The tasks that have a headline score, in order."""
-        return list(self.headlines)
+        """The tasks that have a score in the primary metric, in order."""
+        return list(self.primary_metrics)
 
     def value(self, model: Model, task: str) -> float:
-        """The headline value of a model on a task; NaN where it was not measured."""
-        score = self._headline(model, task)
+        """The value of the primary metric of a model on a task; NaN where it was not measured."""
+        score = self._primary(model, task)
         return math.nan if score is None else score.value
 
     def normalised(self, score: Score) -> float:
@@ -122,16 +124,16 @@ class ScoreTable:
         return score.value / expert if expert > 0 else math.nan
 
     def normalised_value(self, model: Model, task: str) -> float:
-        """The normalised headline value of a model on a task; NaN where there is none."""
-        score = self._headline(model, task)
+        """The normalised value of the primary metric of a model on a task; NaN where there is none."""
+        score = self._primary(model, task)
         return math.nan if score is None else self.normalised(score)
 
     def average(self, model: Model) -> float:
-        """Mean of a model's headline values over all tasks; NaN when one is missing."""
+        """Mean of a model's values of the primary metric over all tasks; NaN when one is missing."""
         return _mean([self.value(model, task) for task in self.tasks()])
 
     def normalised_average(self, model: Model) -> float:
-        """Mean of a model's normalised headline values.
+        """Mean of a model's normalised values of the primary metric.
 
         Tasks whose expert has no positive value are left out, for every model alike; NaN when another value is missing.
         """
@@ -139,8 +141,8 @@ class ScoreTable:
         return _mean([self.normalised_value(model, task) for task in self.tasks() if task not in left_out])
 
     def left_out(self) -> dict[str, float]:
-        """Tasks that no normalised average counts, with their expert's headline value: not positive, or NaN."""
-        experts = {task: self._experts.get((task, metric), math.nan) for task, metric in self.headlines.items()}
+        """Tasks that no normalised average counts, with their expert's value of the primary metric: not positive, or NaN."""
+        experts = {task: self._experts.get((task, metric), math.nan) for task, metric in self.primary_metrics.items()}
         return {task: value for task, value in experts.items() if not value > 0}
 
     def left_out_note(self) -> str:
@@ -148,15 +150,15 @@ class ScoreTable:
         if not self._experts:
             return ""
         places = [
-            f"{task} ({'no score' if math.isnan(value) else f'{self.headlines[task]} {value:.3g}'})"
+            f"{task} ({'no score' if math.isnan(value) else f'{self.primary_metrics[task]} {value:.3g}'})"
             for task, value in self.left_out().items()
         ]
         return left_out_sentence(len(places), places)
 
     def not_learned(self) -> dict[str, tuple[float, float]]:
-        """Tasks whose expert is no better than always the same answer: its headline value, and that answer's."""
+        """Tasks whose expert is no better than always the same answer: its value of the primary metric, and that answer's."""
         found = {}
-        for task, metric in self.headlines.items():
+        for task, metric in self.primary_metrics.items():
             expert = self._experts.get((task, metric), math.nan)
             constant = self.constants.get(task, {}).get(metric, math.nan)
             if expert <= constant:
@@ -166,7 +168,7 @@ class ScoreTable:
     def not_learned_note(self) -> str:
         """Which experts are no better than always the same answer, in one sentence; empty where all are."""
         places = [
-            f"{task} ({self.headlines[task]} {expert:.3f}, always the same answer {constant:.3f})"
+            f"{task} ({self.primary_metrics[task]} {expert:.3f}, always the same answer {constant:.3f})"
             for task, (expert, constant) in self.not_learned().items()
         ]
         if not places:
@@ -181,12 +183,12 @@ class ScoreTable:
         import pandas as pd
 
         columns = ["model", "vectors", "form", "task", "metric", "headline", "value", "examples"]
-        frame = pd.DataFrame([vars(score) for score in self.scores], columns=columns)
+        frame = pd.DataFrame([{**vars(score), "headline": score.is_primary} for score in self.scores], columns=columns)
         frame.insert(columns.index("value") + 1, "normalised", [self.normalised(score) for score in self.scores])
         return frame
 
     def to_wide_frame(self) -> pd.DataFrame:
-        """One row a model: headline values, their average, normalised values, their average."""
+        """One row a model: values of the primary metric, their average, normalised values, their average."""
         import pandas as pd
 
         return pd.DataFrame(self._rows(), columns=self._columns())
@@ -212,12 +214,12 @@ class ScoreTable:
         with replacing(path) as temporary:
             self.to_long_frame().to_parquet(temporary, index=False)
 
-    def _headline(self, model: Model, task: str) -> Score | None:
-        return self._values.get((model, task, self.headlines.get(task, "")))
+    def _primary(self, model: Model, task: str) -> Score | None:
+        return self._values.get((model, task, self.primary_metrics.get(task, "")))
 
     def _columns(self) -> list[str]:
-        values = [f"{task}/{metric}" for task, metric in self.headlines.items()]
-        normalised = [f"{task}/normalised" for task in self.headlines]
+        values = [f"{task}/{metric}" for task, metric in self.primary_metrics.items()]
+        normalised = [f"{task}/normalised" for task in self.primary_metrics]
         return ["model", "vectors", "form", *values, "average", *normalised, "normalised_average"]
 
     def _rows(self) -> list[list[str | float]]:

@@ -31,7 +31,7 @@ WORD_WIDTH = 30
 
 
 def render(table: ScoreTable, width: int = 100) -> Table:
-    """Show the headline scores, one row a model.
+    """Show the scores in the primary metric, one row a model.
 
     Base and experts, static models, and per-task models are kept apart by lines, because a model that keeps something
     extra for each task is not comparable with one that does not. The best normalised average of the static models is
@@ -68,7 +68,7 @@ def _part(table: ScoreTable, tasks: list[str], *, with_averages: bool) -> Table:
     part.add_column("model", overflow="fold", width=_model_width(table))
     part.add_column("vectors", no_wrap=True)
     for task in tasks:
-        header = Text("\n".join([*lines_of(task, TASK_WIDTH), _short(table.headlines[task])]))
+        header = Text("\n".join([*lines_of(task, TASK_WIDTH), _short(table.primary_metrics[task])]))
         part.add_column(header, justify="right", overflow="fold", width=_width(table, task) - GAP)
     if with_averages:
         part.add_column("average", justify="right", no_wrap=True)
@@ -108,7 +108,7 @@ def _model_width(table: ScoreTable) -> int:
 
 
 def _width(table: ScoreTable, task: str) -> int:
-    lines = [*lines_of(task, TASK_WIDTH), _short(table.headlines[task])]
+    lines = [*lines_of(task, TASK_WIDTH), _short(table.primary_metrics[task])]
     return GAP + min(max([NUMBER_WIDTH, *map(len, lines)]), WORD_WIDTH)
 
 

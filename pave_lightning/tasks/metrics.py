@@ -104,7 +104,7 @@ def predictions(task: Task, logits: Tensor) -> Tensor:
     Returns:
         Class indices, int64 of shape ``(n,)``, or for regression the predicted numbers, float32 of shape ``(n,)``.
     """
-    if task.kind == "classification":
+    if task.kind == "text_classification":
         return logits.argmax(dim=-1)
     return logits.squeeze(-1).float()
 
@@ -129,7 +129,7 @@ def loss(task: Task, logits: Tensor, labels: Tensor) -> Tensor:
     Returns:
         Scalar float32 tensor.
     """
-    if task.kind == "classification":
+    if task.kind == "text_classification":
         return functional.cross_entropy(logits.float(), labels)
     return functional.mse_loss(logits.squeeze(-1).float(), labels.float())
 
@@ -156,19 +156,19 @@ def _metric(name: MetricName, outputs: int) -> Metric:
             return Correlation(ranked=True)
 
 
-def weak_experts(headlines: Mapping[str, float], constants: Mapping[str, float]) -> str:
+def weak_experts(primary_scores: Mapping[str, float], constants: Mapping[str, float]) -> str:
     """What to tell of experts that have hardly learned their task; empty where there are none.
 
     Scores of merged models are divided by their expert's: where that is hardly above what a constant answer scores,
     even the base may come close to 1, and where it is not above zero, the task is left out.
 
     Args:
-        headlines: each expert's headline score on validation rows, by task.
+        primary_scores: each expert's score in the primary metric on validation rows, by task.
         constants: what a constant answer scores there, see `pave_lightning.tasks.constants`.
     """
     weak = [
         f"{task} ({value:.3f}, always the same answer: {constants[task]:.3f})"
-        for task, value in headlines.items()
+        for task, value in primary_scores.items()
         if not value - constants[task] >= HARDLY_LEARNED * (1 - constants[task])
     ]
     if not weak:

@@ -40,7 +40,10 @@ class Stub:
         scale = None if expert else round(float(dict(candidate.weights("first"))["w"]), 6)
         self.asked.append((data.split, scale, [module.task.examples.validation for module in data.modules]))
         values = self.experts if expert else self.curve(scale)
-        return {task.name: TaskScore({task.headline: value}, 1) for task, value in zip(self.tasks, values, strict=True)}
+        return {
+            task.name: TaskScore({task.primary_metric: value}, 1)
+            for task, value in zip(self.tasks, values, strict=True)
+        }
 
 
 @pytest.fixture

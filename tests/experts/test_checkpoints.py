@@ -20,7 +20,7 @@ def task(task_files):
     return Task.model_validate(
         {
             "name": "words",
-            "data": task_files("classification"),
+            "data": task_files("text_classification"),
             "text": "text",
             "classes": ["low", "high"],
             "training": {"learning_rate": 1e-3, "batch_size": 16, "max_length": 16},

@@ -24,8 +24,8 @@ from pave_lightning.recipe import Task
 
 @pytest.fixture
 def make_task(task_files):
-    def build(kind="classification", trainer=None, metrics=None, **training):
-        head = {"classes": ["low", "high"]} if kind == "classification" else {"kind": kind}
+    def build(kind="text_classification", trainer=None, metrics=None, **training):
+        head = {"classes": ["low", "high"]} if kind == "text_classification" else {"kind": kind}
         return Task.model_validate(
             {
                 "name": "words",

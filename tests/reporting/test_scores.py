@@ -8,8 +8,8 @@ import pytest
 from pave_lightning.reporting.scores import Model, Score, ScoreTable, model_of, replacing
 
 
-def score(model, task, value, *, form="static", vectors="", metric="accuracy", headline=True):
-    return Score(model, vectors, form, task, metric, headline, value, 100)
+def score(model, task, value, *, form="static", vectors="", metric="accuracy", is_primary=True):
+    return Score(model, vectors, form, task, metric, is_primary, value, 100)
 
 
 @pytest.fixture
@@ -19,10 +19,10 @@ def table():
             score("emr", "sst2", 0.9, form="per-task", vectors="plain"),
             score("emr", "cola", 0.3, form="per-task", vectors="plain", metric="matthews"),
             score("ties", "sst2", 0.6, vectors="purified"),
-            score("ties", "sst2", 0.5, vectors="purified", metric="f1", headline=False),
+            score("ties", "sst2", 0.5, vectors="purified", metric="f1", is_primary=False),
             score("ties", "cola", 0.1, vectors="purified", metric="matthews"),
             score("experts", "sst2", 0.8, form="expert"),
-            score("experts", "sst2", 0.5, form="expert", metric="f1", headline=False),
+            score("experts", "sst2", 0.5, form="expert", metric="f1", is_primary=False),
             score("experts", "cola", 0.4, form="expert", metric="matthews"),
             score("base", "sst2", 0.5, form="base"),
         ]
@@ -36,7 +36,7 @@ TIES, EMR = Model("ties", "purified", "static"), Model("emr", "plain", "per-task
 def test_models_and_tasks_in_order(table):
     assert table.models() == [BASE, EXPERTS, TIES, EMR]
     assert table.tasks() == ["sst2", "cola"]
-    assert table.headlines == {"sst2": "accuracy", "cola": "matthews"}
+    assert table.primary_metrics == {"sst2": "accuracy", "cola": "matthews"}
 
 
 def test_normalised_values_and_averages_by_hand(table):
@@ -146,7 +146,7 @@ def test_contradictions_are_refused():
         ScoreTable([ties, ties])
     with pytest.raises(ValueError, match="two experts"):
         ScoreTable([score("one", "a", 0.3, form="expert"), score("two", "a", 0.3, form="expert")])
-    with pytest.raises(ValueError, match="headline of task 'a' is 'accuracy'"):
+    with pytest.raises(ValueError, match="primary metric of task 'a' is 'accuracy'"):
         ScoreTable([ties, score("emr", "a", 0.3, metric="f1")])
 
 

@@ -8,7 +8,7 @@ from pave_lightning.tasks.suites import suite_task, suite_task_names
 def test_every_named_task_is_a_valid_task(name):
     task = Task.model_validate(suite_task(name))
     assert task.name == name.split("/")[1]
-    assert task.headline == task.metrics[0]
+    assert task.primary_metric == task.metrics[0]
 
 
 def test_names_are_unique_and_cover_both_suites():

@@ -1,0 +1,1 @@
+"""Sweeps: recipes run over a grid of settings and seeds."""

@@ -1,0 +1,364 @@
+"""Sweeps: a recipe run over a grid of settings and seeds, its scores in one table, with a picture and findings."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+from pave_lightning.commands import open_folder, planning_folder, print_under, read_recipe, working
+from pave_lightning.errors import PaveError, Problems, doing
+from pave_lightning.evaluation import Candidate, TaskScore, refuse_non_finite
+from pave_lightning.files import DAMAGED
+from pave_lightning.planning import check_recipe, merge_problems
+from pave_lightning.recipe import MergeStep, Purify, Recipe, Sweep, Vectors
+from pave_lightning.recipe_loading import find_sweep, load_recipe
+from pave_lightning.reporting.sweep_view import CARRIED_COLUMNS
+from pave_lightning.reporting.sweeps import SweepView, write_sweep
+from pave_lightning.run_folder import RunFolder
+from pave_lightning.stages import Stages, purifications, short_digest
+from pave_lightning.terminal import terminal
+from pave_lightning.workflow import BROKEN_OUTPUTS, Workflow, plain_scores
+
+log = logging.getLogger("pave_lightning")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One setting of a sweep with one seed.
+
+    Attributes:
+        values: the varied keys (and the case) with their values.
+        seed: the recipe's seed.
+        recipe: the recipe with all of that in it.
+    """
+
+    values: dict[str, Any]
+    seed: int
+    recipe: Recipe
+
+    @property
+    def label(self) -> str:
+        """The setting in words."""
+        return ", ".join([f"seed={self.seed}", *(f"{key}={value}" for key, value in self.values.items())])
+
+
+def run_sweep(name: str, overrides: Sequence[str] = (), *, verify: bool = False) -> Path:
+    """Run a sweep and write its table, picture and findings. Scores that are there are not computed again.
+
+    Args:
+        name: path of a recipe with a sweep section, or the name of one in ``recipes/sweeps``.
+        overrides: ``key=value`` texts for the recipe, as in `load_recipe`; they hold in every cell.
+        verify: hash every input and every result that is there, whatever their sizes and times say.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        PaveError: there is no such sweep, or something is wrong with its recipe in any of its settings.
+    """
+    recipe, cells = _grid(name, overrides)
+    _check(cells, view_of(recipe), open_folder(recipe, verify=verify))
+    with working(recipe, verify=verify) as workflow:
+        rows: list[dict[str, Any]] = []
+        for number, cell in enumerate(cells, start=1):
+            log.info("%d of %d: %s", number, len(cells), cell.label)
+            rows += CellRun(cell, workflow).rows()
+        files = write_sweep(pd.DataFrame(rows), view_of(recipe), workflow.folder.root)
+        tracker = workflow.tracker
+        if tracker is not None:
+            for file in files:
+                tracker.log_file(tracker.parent_run_id, file)
+            tracker.complete_parent("summary", _summary_metrics(files, list(cells[0].values)))
+        root: Path = workflow.folder.root
+    return root
+
+
+def plan_sweep(
+    name: str, overrides: Sequence[str] = (), console: Console | None = None, *, verify: bool = False
+) -> None:
+    """Check a sweep in all of its settings, run nothing, and print which scores are there and which to do.
+
+    Args:
+        name: as in `run_sweep`.
+        overrides: as in `run_sweep`.
+        console: where to print.
+        verify: hash every input and every result that is there, whatever their sizes and times say.
+
+    Raises:
+        PaveError: lists everything that is wrong.
+    """
+    recipe, cells = _grid(name, overrides)
+    with planning_folder(recipe, verify=verify) as folder:
+        _check(cells, view_of(recipe), folder)
+        table = Table()
+        for heading in ("", "setting", "experts", "scores"):
+            table.add_column(heading)
+        undone = 0
+        for number, cell in enumerate(cells, start=1):
+            stages = Stages(cell.recipe, folder)
+            experts = [stages.state(stages.expert(task)) == "there" for task in cell.recipe.tasks]
+            scores = [_is_scored(model, folder) for model in scored_models(stages)]
+            undone += not all(scores)
+            table.add_row(str(number), cell.label, _told(experts), _told(scores))
+        table.caption, table.caption_justify = f"{len(cells)} settings, {undone} to do", "left"
+        print_under(f"sweep {recipe.name} in {folder.root}", table, console or terminal())
+
+
+def _told(there: Sequence[bool]) -> str:
+    return "there" if all(there) else f"{sum(there)} of {len(there)} there" if any(there) else f"{len(there)} to do"
+
+
+def _grid(name: str, overrides: Sequence[str]) -> tuple[Recipe, list[Cell]]:
+    """The recipe of a sweep, with a shared folder, and all of its cells."""
+    path = find_sweep(name)
+    recipe = read_recipe(path, overrides)
+    sweep = recipe.sweep
+    if sweep is None:
+        raise PaveError(f"{path} has no section 'sweep'; run it with `pave run`, or say what is to be varied")
+    _refuse_overruled(overrides, sweep)
+    if recipe.shared is None:
+        # Every seed and setting keeps its own experts, under names that tell them apart.
+        overrides = [*overrides, f"shared={json.dumps(str(Path(recipe.output) / recipe.name))}"]
+        recipe = read_recipe(path, overrides)
+    return recipe, list(make_cells(path, overrides, sweep))
+
+
+def make_cells(path: Path, overrides: Sequence[str], sweep: Sweep) -> Iterator[Cell]:
+    """Every setting with every seed, each recipe checked."""
+    cases: list[tuple[str, dict[str, Any]]] = list(sweep.cases.items()) or [("", {})]
+    for seed in sweep.seeds:
+        for case, changes in cases:
+            for combination in itertools.product(*sweep.vary.values()):
+                varied = dict(zip(sweep.vary, combination, strict=True))
+                settings = {"seed": seed, **changes, **varied}
+                texts = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+                values = {**({"case": case} if case else {}), **varied}
+                yield Cell(values, seed, load_recipe(path, [*overrides, *texts]))
+
+
+def _refuse_overruled(overrides: Sequence[str], sweep: Sweep) -> None:
+    varied = {"seed", *sweep.vary, *(key for changes in sweep.cases.values() for key in changes)}
+    problems = Problems("what the sweep varies cannot be set for all of its settings:")
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if key in varied:
+            where = "sweep.seeds" if key == "seed" else "sweep.vary or sweep.cases"
+            problems.add(f"--set {key}: change {where} instead")
+    problems.raise_if_any()
+
+
+def _check(cells: Sequence[Cell], view: SweepView, folder: RunFolder) -> None:
+    """Find out before anything runs what is wrong with the view or with any setting.
+
+    Data, models and trainer are looked at once for all settings that have them in common; seeds change nothing here.
+    """
+    problems = Problems(f"the sweep {cells[0].recipe.name} cannot be run:")
+    problems.extend(f"sweep.{problem}" for problem in view.problems(list(cells[0].values)))
+    problems.extend(_idle_settings(cells))
+    for cell in cells:
+        if cell.recipe.evaluate.purified_experts and len(purifications(cell.recipe)) > 1:
+            problems.add("evaluate.purified_experts: a sweep scores the experts of one purification, found several")
+            break
+    looked_at: set[str] = set()
+    for cell in (cell for cell in cells if cell.seed == cells[0].seed):
+        others = cell.recipe.model_dump_json(exclude={"purify", "merge"})
+        setting = ", ".join(f"{key}={value}" for key, value in cell.values.items())
+        where = f"{setting}: " if setting else ""
+        if others in looked_at:
+            problems.extend(f"{where}{problem}" for problem in merge_problems(cell.recipe))
+            continue
+        looked_at.add(others)
+        try:
+            check_recipe(cell.recipe, folder)
+        except PaveError as error:
+            problems.add(f"{where}{error}")
+    problems.raise_if_any()
+
+
+def _idle_settings(cells: Sequence[Cell]) -> Iterator[str]:
+    """Settings that do the same as one before: their keys are overruled, as the recipe's purify is by a step's own."""
+    seen: dict[str, Cell] = {}
+    for cell in (cell for cell in cells if cell.seed == cells[0].seed):
+        handed_down = {"name", "sweep", "trainer", "training", "examples"}
+        if cell.recipe.merge:
+            handed_down.add("purify")
+        done = cell.recipe.model_dump_json(exclude=handed_down)
+        if done in seen:
+            yield f"{cell.label} does the very same as {seen[done].label}: its keys are overruled by others"
+        seen.setdefault(done, cell)
+
+
+def view_of(recipe: Recipe) -> SweepView:
+    """What the picture and the findings look at."""
+    sweep = recipe.sweep
+    if sweep is None:
+        raise PaveError(f"the recipe {recipe.name} has no section 'sweep'")
+    keys = [*sweep.vary, *(["case"] if sweep.cases else [])]
+    return SweepView(
+        question=sweep.question,
+        x=sweep.x or (keys[0] if keys else "model"),
+        lines=tuple(sweep.lines) or None,
+        score=sweep.score,
+        log_x=sweep.log_x,
+    )
+
+
+@dataclass(frozen=True)
+class ScoredModel:
+    """One model that a cell scores.
+
+    Attributes:
+        model: its name in the table.
+        vectors: plain, purified, or empty where that is no question.
+        inputs: gives what its scores depend on; raises `PaveError` where experts are missing.
+        made_from: the purification of experts, the merge step, or None for base and experts as they are.
+    """
+
+    model: str
+    vectors: Literal["", "plain", "purified"]
+    inputs: Callable[[], dict[str, Any]]
+    made_from: Purify | MergeStep | None = None
+
+    @property
+    def label(self) -> str:
+        """The model in words."""
+        return f"{self.model} ({self.vectors})" if self.vectors else self.model
+
+    def stage(self) -> tuple[str, dict[str, Any]]:
+        """The name of its scores and their inputs."""
+        inputs = self.inputs()
+        return f"scores/{'-'.join(filter(None, [self.model, self.vectors, short_digest(inputs)]))}", inputs
+
+
+def scored_models(stages: Stages) -> Iterator[ScoredModel]:
+    """Every model that a cell scores, in the order of work."""
+
+    def untouched(of: str) -> dict[str, Any]:
+        return {**stages.score_inputs("test"), "models": stages.expert_digests(), "of": of}
+
+    def merged(step: MergeStep, vectors: Vectors) -> dict[str, Any]:
+        return {**stages.score_inputs("test"), "merge": stages.merge_inputs(step, vectors)}
+
+    yield from (ScoredModel(of, "", partial(untouched, of)) for of in ("base", "experts"))
+    for options in stages.purified_expert_scores().values():
+        yield ScoredModel("experts", "purified", partial(stages.purified_score_inputs, options), options)
+    for step, vectors in stages.merges():
+        yield ScoredModel(step.name, vectors, partial(merged, step, vectors), step)
+
+
+def _is_scored(model: ScoredModel, folder: RunFolder) -> bool:
+    try:
+        return folder.current(*model.stage()) is not None
+    except PaveError:  # its experts are not there yet
+        return False
+
+
+class CellRun:
+    """The scores of one cell.
+
+    Args:
+        cell: the setting.
+        driver: the sweep's own workflow, whose folder and record are used.
+    """
+
+    def __init__(self, cell: Cell, driver: Workflow) -> None:
+        self.cell, self.folder = cell, driver.folder
+        trained = cell.recipe.model_dump(mode="json", by_alias=True, include={"base", "trainer", "tasks"})
+        label = f"seed {cell.seed} {short_digest(trained)}/"
+        self.workflow = Workflow(cell.recipe, driver.folder, driver.tracker, driver.launcher, label=label)
+        self.workflow.references = driver.references
+        self.stages = self.workflow.stages
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row for every model, task and metric."""
+        there = self._purified_folders()
+        self.workflow.fit_and_capture()
+        rows = [row for model in scored_models(self.stages) for row in self._scored(model)]
+        # Large, and made anew from the same statistics in seconds. What a run of this recipe left before stays.
+        for name in self._purified_folders() - there:
+            shutil.rmtree(self.folder.path(name), ignore_errors=True)
+        return rows
+
+    def _purified_folders(self) -> set[str]:
+        found = self.folder.path("purified").glob("*")
+        return {f"purified/{folder.name}" for folder in found if DAMAGED not in folder.name}
+
+    def _candidate(self, model: ScoredModel) -> tuple[Candidate, dict[str, Any]]:
+        """A model to be scored, and what stands beside its scores."""
+        if isinstance(model.made_from, Purify):
+            return self.workflow.purified_experts(model.made_from), {"rho": model.made_from.rho}
+        if model.made_from is None:
+            return self.workflow.untouched()[("base", "experts").index(model.model)], {}
+        chosen = self.workflow.choose(
+            model.made_from, "purified" if model.vectors == "purified" else "plain"
+        ).completed()
+        known = {**chosen.facts, **vars(chosen.cost)}
+        facts = {key: value for key, value in known.items() if key in CARRIED_COLUMNS}
+        return chosen.candidate(), {**facts, "form": chosen.method.form}
+
+    def _look_for_broken(self, model: ScoredModel, scores: Mapping[str, TaskScore]) -> None:
+        """Stop at a base or experts whose outputs are not finite; a merged model only loses its own scores."""
+        try:
+            refuse_non_finite(scores, model.label, BROKEN_OUTPUTS)
+        except PaveError as error:
+            if not isinstance(model.made_from, MergeStep):
+                raise
+            log.warning("%s", error)
+
+    def _scored(self, model: ScoredModel) -> Iterator[dict[str, Any]]:
+        """The rows of one model; scored now, unless equal inputs were scored before."""
+        name, inputs = model.stage()
+        found = self.folder.current(name, inputs)
+        if found is None:
+            with doing(f"{'merge' if isinstance(model.made_from, MergeStep) else 'score'} {model.label}"):
+                candidate, facts = self._candidate(model)
+                scores = self.workflow.score(candidate, alone=True)
+                self._look_for_broken(model, scores)
+                with self.folder.writing(name, inputs) as writer:
+                    writer.result.update(facts, scores=plain_scores(scores))
+            # Read back, so that rows come in the same order whether they were scored now or before.
+            found = self.folder.current(name, inputs)
+        result = found.result if found is not None else {}
+        untouched = {"base": "base", "experts": "expert"}
+        for task, scores in result["scores"].items():
+            primary = self.cell.recipe.task(task).primary_metric
+            for metric, value in scores["metrics"].items():
+                yield {
+                    **self.cell.values,
+                    "seed": self.cell.seed,
+                    "model": model.model,
+                    "vectors": model.vectors,
+                    "form": result["form"] if isinstance(model.made_from, MergeStep) else untouched[model.model],
+                    "task": task,
+                    "metric": metric,
+                    "is_headline": metric == primary,
+                    "value": value,
+                    "examples": scores["examples"],
+                    **{column: _number(result.get(column)) for column in CARRIED_COLUMNS},
+                }
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, (int, float)) else math.nan
+
+
+def _summary_metrics(files: Sequence[Path], keys: Sequence[str]) -> dict[str, float]:
+    """The mean of every line of the summary, for the record; named after model, vectors and varied keys."""
+    summary = pd.read_csv(next(file for file in files if file.name == "summary.csv"), dtype=str, keep_default_na=False)
+    metrics = {}
+    for _, row in summary.iterrows():
+        label = [row["model"], row["vectors"], *(f"{key}={row[key]}" for key in keys if row[key])]
+        metrics["/".join(filter(None, label))] = float(row["mean"] or "nan")
+    return metrics
