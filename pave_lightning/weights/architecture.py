@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,18 @@ from pave_lightning.weights.embeddings import token_embeddings
 from pave_lightning.weights.parameters import Parameter, ParameterKind, kind_of
 from pave_lightning.weights.ties import tied_names
 
-MOST_LAYERS = 2_000
+MOST_LAYERS = 500
+MOST_PARTS = 2_000
 MOST_LABELS = 100_000
 MOST_PARAMETERS = 20_000
 LARGEST_SIZE = 2**31 - 1
 # Keys that count what a model is built of, and keys of sizes that only look like them.
-_COUNTS = re.compile(r"layer|depth|block|expert|group|stage|head")
+_LAYERS = re.compile(r"layer|depth|block|stage")
+_PARTS = re.compile(r"expert|group|head")
 _SIZES = re.compile(r"size|dim|_ids?$|length|position")
+
+
+_TOO_LARGE: set[tuple[Path, tuple[int, ...]]] = set()
 
 
 @dataclass(frozen=True)
@@ -72,11 +78,15 @@ class Architecture:
 
     @classmethod
     def of_folder(cls, folder: Path) -> Architecture:
-        """Read ``config.json`` of a model folder.
+        """Read ``config.json`` of a model folder; remembered until the file changes.
 
         Raises:
             PaveError: the configuration is missing, broken, or of an architecture that has no classification form.
         """
+        return _architecture(folder, _stamp(folder))
+
+    @classmethod
+    def _of_folder(cls, folder: Path) -> Architecture:
         model = empty_classifier(folder)
         backbone = backbone_of(model)
         prefix = f"{model.base_model_prefix}."
@@ -173,6 +183,20 @@ class Architecture:
         return Checkpoint(folder, self.prefix, self.tied)
 
 
+@lru_cache(maxsize=16)
+def _architecture(folder: Path, stamp: tuple[int, ...]) -> Architecture:
+    return Architecture._of_folder(folder)
+
+
+def _stamp(folder: Path) -> tuple[int, ...]:
+    """What changes when the configuration of a folder does; empty where there is none."""
+    try:
+        found = (folder / "config.json").stat()
+    except OSError:
+        return ()
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
 def lies_in(name: str, modules: Iterable[str]) -> bool:
     """Whether a module, by its dotted name, is one of these modules or lies inside of one."""
     return any(name == module or name.startswith(f"{module}.") for module in modules)
@@ -215,13 +239,21 @@ def read_config(folder: Path, **changes: Any) -> PretrainedConfig:
     file = folder / "config.json"
     settings = read_json(file)
     for key, value in _numbers(settings):
-        counts = _COUNTS.search(key) and not _SIZES.search(key)
-        if value > (MOST_LABELS if key == "num_labels" else MOST_LAYERS if counts else LARGEST_SIZE):
+        if value > _most(key):
             raise PaveError(f"{file}: {shortened(key)} is {value:,}, which no model has; is it broken?")
     with foreign(f"{folder}: its config.json gives no sequence-classification model", _own_code(settings)):
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False, **changes)
         config.to_dict()
     return config
+
+
+def _most(key: str) -> int:
+    """The largest number that a key of a configuration may hold."""
+    if key == "num_labels":
+        return MOST_LABELS
+    if _SIZES.search(key):
+        return LARGEST_SIZE
+    return MOST_LAYERS if _LAYERS.search(key) else MOST_PARTS if _PARTS.search(key) else LARGEST_SIZE
 
 
 def _own_code(settings: Mapping[str, Any]) -> str:
@@ -244,11 +276,15 @@ def _numbers(settings: Any, key: str = "") -> Iterator[tuple[str, int]]:
 @contextmanager
 def _counted_parameters(folder: Path) -> Iterator[None]:
     """Break off the building of a model with more parameters than any file that is read here can hold."""
+    refusal = f"{folder}: its config.json asks for more than {MOST_PARAMETERS:,} weights; is it broken?"
+    if (folder, _stamp(folder)) in _TOO_LARGE:  # to count them again takes seconds
+        raise PaveError(refusal)
     count = itertools.count(1)
 
     def noted(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
         if next(count) > MOST_PARAMETERS:
-            raise PaveError(f"{folder}: its config.json asks for more than {MOST_PARAMETERS:,} weights; is it broken?")
+            _TOO_LARGE.add((folder, _stamp(folder)))
+            raise PaveError(refusal)
 
     hook = register_module_parameter_registration_hook(noted)
     try:
