@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import time
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,6 +93,8 @@ def nearest(name: str, known: Sequence[str]) -> str:
     """A hint for a mistyped name: the nearest known one, or the list of all when none is near."""
     close = near(name, known)
     if close:
+        if len({unicodedata.normalize("NFC", one).strip("\ufeff") for one in (close, name)}) == 1:
+            return f"did you mean {close!a}, which only looks the same?"
         return f"did you mean '{close}'?"
     return "known are: " + listed([shortened(one) for one in known], MOST_KNOWN) if known else "none is known"
 

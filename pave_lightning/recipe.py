@@ -249,6 +249,12 @@ class Task(Section):
             wrong.append("'f1' is for two classes; for more use 'macro_f1'")
         if self.headline not in self.metrics:
             wrong.append(f"the headline '{self.headline}' is not among the metrics {', '.join(self.metrics)}")
+        if self.label in self.text:
+            wrong.append(
+                f"'text' and 'label' both name the column '{self.label}', so the answer would be read with the text"
+            )
+        if len(set(self.text)) != len(self.text):
+            wrong.append(f"'text' names the column '{self.text[0]}' twice")
         if len(set(self.metrics)) != len(self.metrics):
             wrong.append("the names in 'metrics' must differ")
         if self.classes is not None and len(set(self.classes)) != len(self.classes):

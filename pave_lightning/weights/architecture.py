@@ -32,6 +32,7 @@ from pave_lightning.weights.buffers import BufferKind, buffer_kinds
 from pave_lightning.weights.checkpoint import Checkpoint
 from pave_lightning.weights.embeddings import token_embeddings
 from pave_lightning.weights.parameters import Parameter, ParameterKind, kind_of
+from pave_lightning.weights.positions import longest_sequence
 from pave_lightning.weights.ties import tied_names
 
 MOST_LAYERS = 500
@@ -64,6 +65,7 @@ class Architecture:
         obsolete: patterns of tensors that older releases of transformers stored and the model no longer has.
         tied: other names under which checkpoints may store a backbone tensor -> the name that it goes by here.
         buffers: kinds of the backbone's buffers, by the names under which checkpoints store them.
+        positions: longest sequence in tokens; None where no table of positions limits it.
     """
 
     prefix: str
@@ -75,6 +77,7 @@ class Architecture:
     tied: Mapping[str, str] = field(default_factory=dict, repr=False)
     buffers: Mapping[str, BufferKind] = field(default_factory=dict, repr=False)
     token_embeddings: tuple[str, ...] = ()
+    positions: int | None = None
 
     @classmethod
     def of_folder(cls, folder: Path) -> Architecture:
@@ -105,16 +108,18 @@ class Architecture:
             if name.startswith(prefix)
         }
         files_call = {name: stored for stored, name in renamed.items()}
+        config = read_config(folder).to_dict()
         return cls(
             prefix=str(model.base_model_prefix),
             parameters=parameters,
             head=frozenset(name for name, _ in model.named_parameters() if not name.startswith(prefix)),
-            config=read_config(folder).to_dict(),
+            config=config,
             obsolete=tuple(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),
             stored_names=renamed,
             tied={files_call.get(name, name): files_call.get(own, own) for name, own in tied_names(backbone).items()},
             buffers={files_call.get(name, name): kind for name, kind in buffer_kinds(backbone).items()},
             token_embeddings=tuple(token_embeddings(backbone)),
+            positions=longest_sequence(backbone, config),
         )
 
     @property
@@ -129,12 +134,6 @@ class Architecture:
         return len(self.labels)
 
     @property
-    def padding(self) -> int | None:
-        """Index of the padding token; None where the configuration names none."""
-        index = self.config.get("pad_token_id")
-        return index if isinstance(index, int) else None
-
-    @property
     def vocabulary(self) -> int | None:
         """Rows of the token embedding; None where the model reads no tokens."""
         found = [self.parameters[name] for name in self.token_embeddings if name in self.parameters]
@@ -142,15 +141,13 @@ class Architecture:
         return rows if isinstance(rows, int) else None
 
     @property
-    def positions(self) -> int | None:
-        """Longest sequence in tokens; None where it is not limited by a table of positions."""
-        table = self.parameters.get("embeddings.position_embeddings.weight")
-        if table is None:
-            known = self.config.get("max_position_embeddings") or self.config.get("n_positions")
-            return int(known) if isinstance(known, int) else None
-        # RoBERTa and its kin count positions from behind the padding index.
-        offset = (self.padding or 0) + 1 if "roberta" in str(self.config.get("model_type", "")) else 0
-        return table.shape[0] - offset
+    def intended_positions(self) -> int | None:
+        """The longest sequence that the configuration speaks of; None where it names none.
+
+        Only worth a remark: models without a table of positions read longer ones as well.
+        """
+        known = self.config.get("max_position_embeddings")
+        return known if isinstance(known, int) and known > 0 else None
 
     def describe(self, name: str, shape: tuple[int, ...]) -> Parameter:
         """The parameter of that name; a stored tensor that the model class does not know is of kind other."""
