@@ -60,7 +60,7 @@ MAY_IMPORT = {
     "run_folder": {"errors", "files", "interrupts"},
     "tracking": {"credentials", "errors", "interrupts"},
     "tracking_logger": {"errors", "tracking"},
-    "launching": {"errors", "processes", "recipe", "recipe_loading", "run_folder", "tracking"},
+    "launching": {"errors", "interrupts", "processes", "recipe", "recipe_loading", "run_folder", "tracking"},
     "reporting": {"diagnostics", "errors", "merging", "purification", "run_folder", "terminal"},
     "reporting.report": {
         *("diagnostics", "errors", "merging", "purification", "recipe", "run_folder", "tasks", "tracking", "reporting"),
