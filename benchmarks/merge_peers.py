@@ -42,7 +42,7 @@ from synthetic import roberta, write_tokenizer
 
 TORCH = "2.13.0"
 MERGEKIT = "0.1.5"
-# Rule -> lambda.
+# Method -> lambda.
 RULES = {"task_arithmetic": 0.3, "ties": 1.0}
 DENSITY = 0.2
 SIDES = ("mergekit", "ours")
@@ -83,7 +83,7 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="each side and rule once a round; medians count")
+    parser.add_argument("--rounds", type=int, default=3, help="each side and method once a round; medians count")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="for both sides")
     parser.add_argument("--rules", nargs="+", choices=list(RULES), default=list(RULES), help="(default: all)")
     parser.add_argument("--tasks", type=int, default=8)
@@ -152,7 +152,7 @@ def summary(runs: dict[tuple[str, str], list[Run]], arguments: argparse.Namespac
         return round(middle(rule, "mergekit", what) / middle(rule, "ours", what), 2)
 
     def memory(what: str) -> float:
-        """Ours over mergekit's, the worse of both rules."""
+        """Ours over mergekit's, the worse of both methods."""
         highest = {key: max(getattr(run, what) for run in found) for key, found in runs.items()}
         return round(max(highest[rule, "ours"] / highest[rule, "mergekit"] for rule in arguments.rules), 2)
 

@@ -7,6 +7,6 @@ from pathlib import Path
 if not sys.flags.safe_path and sys.path[0] == str(Path.cwd()) != str(Path(__file__).resolve().parents[1]):
     del sys.path[0]
 
-from pave_lightning.cli import main
+from pave_lightning.cli import program
 
-sys.exit(main())
+program()

@@ -59,7 +59,7 @@ def add_expert(
     *,
     accept: Sequence[str] = (),
 ) -> Path:
-    """Merge one more expert into a model that a sequential rule has merged (see `SequentialMethod`).
+    """Merge one more expert into a model that a sequential method has merged (see `SequentialMethod`).
 
     The result is written whole or not at all. It is no stage of a recipe, so `pave evaluate` does not know it; with a
     task's head it is an ordinary checkpoint, which a recipe that merges nothing scores as that task's expert:
@@ -77,7 +77,7 @@ def add_expert(
         expert: folder or hub id of the new expert, a sequence-classification checkpoint of the same base, or a peft
             adapter with its head, which is merged into the base first; its outputs have no names then.
         output: folder of the result; it must not exist.
-        fisher: for rules that need it, the new expert's Fisher information: a file of `TaskGradients`, or the folder
+        fisher: for methods that need it, the new expert's Fisher information: a file of `TaskGradients`, or the folder
             ``gradients/fisher-TASK`` that a recipe left.
         accept: what may differ although it is refused otherwise, as a recipe's key ``expert.accept``.
 
@@ -85,7 +85,7 @@ def add_expert(
         The folder of the result, with the heads of all tasks and a README.md.
 
     Raises:
-        PaveError: the folder is no merged model, or of a rule that cannot take in experts later; the task is in it
+        PaveError: the folder is no merged model, or of a method that cannot take in experts later; the task is in it
             already; the expert or its Fisher information does not fit the base; ``output`` exists.
     """
     merged, output = Path(merged), Path(output)
@@ -225,6 +225,6 @@ def _not_sequential(merged: Path, facts: dict[str, Any]) -> str:
     if facts["method"] in able:
         return f"{merged} was merged before '{facts['method']}' could take in experts later; merge all experts again"
     return (
-        f"{merged} was merged by '{facts['method']}', which cannot take in experts later; rules that can: "
+        f"{merged} was merged by '{facts['method']}', which cannot take in experts later; methods that can: "
         f"{', '.join(able)}"
     )

@@ -27,10 +27,10 @@ class MergeChoice:
     """A merge step with everything chosen.
 
     Attributes:
-        method: the rule.
+        method: the method.
         source: the task vectors it is run on.
-        evidence: what the rule knows besides the weights.
-        scale: what the merged task vector is multiplied with; None for rules without a scale.
+        evidence: what the method knows besides the weights.
+        scale: what the merged task vector is multiplied with; None for methods without a scale.
         merged: the merge result, where it was computed in choosing.
         average: its normalised average on validation data; NaN where it was not scored.
         facts: what was chosen and what was tried, as plain JSON values.
@@ -82,7 +82,7 @@ class Chooser:
     Args:
         recipe: the recipe.
         source: gives the task vectors of a purification; the plain ones for None.
-        evidence: gives what a rule needs to know of the tasks' data, but for its anchor.
+        evidence: gives what a method needs to know of the tasks' data, but for its anchor.
         searcher: gives what scores candidates on the validation splits.
         merged_before: gives the facts of a step's finished merge, where there is one of the same inputs.
     """
@@ -169,7 +169,7 @@ class Chooser:
         Args:
             step: the merge step.
             rho: rank ratio of the purification; None for plain task vectors.
-            options: the rule's options.
+            options: the method's options.
             scored: whether the validation score is wanted in any case.
         """
         source = self._source(None if rho is None else step.purify.model_copy(update={"rho": rho}))

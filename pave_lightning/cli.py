@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
 import io
 import logging
 import os
 import sys
 import traceback
 import warnings
-from typing import TYPE_CHECKING, Any
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pave_lightning.credentials import has_secrets, without_secrets
 from pave_lightning.interrupts import stoppable
-from pave_lightning.processes import end_with_parent, is_launched, refuse_foreign_launchers
+from pave_lightning.processes import end_with_parent, is_launched, is_rank_zero, refuse_foreign_launchers
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -111,7 +113,7 @@ def build_parser() -> ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns its exit code: 0 done, 2 a mistake of the user, 130 or 143 stopped, 1 a fault of ours."""
+    """Run a command; returns its exit code: 0 done, 2 a mistake of the user, 129, 130 or 143 stopped, 1 our fault."""
     from pave_lightning.errors import Interrupted, PaveError
 
     if is_launched():
@@ -122,8 +124,23 @@ def main(arguments: list[str] | None = None) -> int:
     except (Interrupted, KeyboardInterrupt) as stop:
         if isinstance(stop.__cause__, PaveError):  # it may have come of being stopped, or else is worth knowing
             _say(f"error: {stop.__cause__}")
-        _say("stopped; run the same command again to go on from here")
+        if not is_launched():  # or else the driver says it, once
+            _say("stopped; run the same command again to go on from here")
         return stop.exit_code if isinstance(stop, Interrupted) else 130
+
+
+def program() -> NoReturn:
+    """The command as a program of its own: runs it and ends at once.
+
+    To take the libraries apart again takes Python seconds in which nothing is done and Ctrl-C shows a traceback.
+    """
+    code = main()
+    logging.shutdown()
+    atexit._run_exitfuncs()  # temporary folders
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # who reads our output has gone, or it is closed
+            stream.flush()
+    os._exit(code)
 
 
 def _run(arguments: list[str] | None) -> int:
@@ -269,7 +286,7 @@ def _configure_output(debug: bool) -> None:
             warnings.simplefilter("ignore")
     ours = logging.getLogger("pave_lightning")
     ours.handlers = [_handler(debug)]
-    ours.setLevel(logging.DEBUG if debug else logging.INFO)
+    ours.setLevel(logging.DEBUG if debug else logging.INFO if is_rank_zero() else logging.WARNING)
     ours.propagate = False
 
 

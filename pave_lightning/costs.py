@@ -28,7 +28,7 @@ Shape = tuple[int, int]
 
 # Packing buffers and stack that BLAS and LAPACK keep for a thread once it has multiplied matrices.
 THREAD_BYTES = 16_000_000
-# Tensors of a block that a rule has at a time for each task: task vector, stack, and what it makes of them.
+# Tensors of a block that a method has at a time for each task: task vector, stack, and what it makes of them.
 RULE_TENSORS = 4
 # Synthetic solves take no more multiplications than this, so that all shapes of a model are timed in about a second.
 # The full decompositions of ``exact`` take many more than are counted.
@@ -107,7 +107,7 @@ def predict_cost(
         kinds: which second moment each matrix layer has or will have, by layer name; what reads statistics purifies no
             other layers. Empty where nothing is captured. See `expected_kinds`.
         options: the purification, or all that are made one after the other; None where nothing is purified.
-        methods: the rule of each merged model that is made, from plain or purified task vectors.
+        methods: the method of each merged model that is made, from plain or purified task vectors.
         new_experts: checkpoints that are still to be written, as experts are that are trained; others are read where
             they are.
         timed: whether to time small solves of each shape, which takes about a second.
@@ -354,32 +354,32 @@ def _sample_moment(weight: Tensor, kind: MomentKind, generator: torch.Generator)
 
 
 def merging_bytes(parameters: Sequence[Parameter], tasks: int, methods: Iterable[type[MergeMethod]]) -> int:
-    """The most that merging by any of these rules holds in memory.
+    """The most that merging by any of these methods holds in memory.
 
     A parameter stands there as merged task vector and as merged weight, beside what waits to be written of the ones
-    before it; rules see blocks of rows of all tasks, or the whole parameter where they cannot work on blocks. Per-task
-    rules also gather what each task keeps, masks with one byte an element of the parameter. Some rules hold whole
-    models.
+    before it; methods see blocks of rows of all tasks, or the whole parameter where they cannot work on blocks.
+    Per-task methods also gather what each task keeps, masks with one byte an element of the parameter. Some methods
+    hold whole models.
     """
     total = sum(parameter.elements for parameter in parameters)
     waiting = waiting_bytes(parameters, SHARD_BYTES)
     highest = 0
     for method in methods:
-        rule = method()
-        held = 4 * total * method.held_models + _kept_bytes(rule, parameters, tasks)
+        instance = method()
+        held = 4 * total * method.held_models + _kept_bytes(instance, parameters, tasks)
         for parameter, before in zip(parameters, [0, *waiting], strict=False):
             size = parameter.elements
-            seen = min(size, BLOCK_ELEMENTS) if rule.in_blocks(parameter) else size
+            seen = min(size, BLOCK_ELEMENTS) if instance.in_blocks(parameter) else size
             masks = tasks * size if method.form == "per-task" else 0
             highest = max(highest, held + before + 4 * (2 * size + seen * RULE_TENSORS * tasks) + masks)
     return highest
 
 
-def _kept_bytes(rule: MergeMethod, parameters: Iterable[Parameter], tasks: int) -> int:
-    """What a per-task rule keeps for all tasks together."""
-    if not isinstance(rule, PerTaskMethod):
+def _kept_bytes(method: MergeMethod, parameters: Iterable[Parameter], tasks: int) -> int:
+    """What a per-task method keeps for all tasks together."""
+    if not isinstance(method, PerTaskMethod):
         return 0
-    return tasks * sum(rule.kept_bytes(parameter, tasks) for parameter in parameters)
+    return tasks * sum(method.kept_bytes(parameter, tasks) for parameter in parameters)
 
 
 def waiting_bytes(parameters: Iterable[Parameter], shard_bytes: int) -> list[int]:

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import time
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,7 +47,7 @@ class Interrupted(BaseException):
     No error, so that nobody who deals with every ``Exception`` goes on in spite of it.
 
     Args:
-        exit_code: 130 after Ctrl-C, 143 after SIGTERM.
+        exit_code: 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
     """
 
     def __init__(self, exit_code: int) -> None:
@@ -92,6 +93,9 @@ def nearest(name: str, known: Sequence[str]) -> str:
     """A hint for a mistyped name: the nearest known one, or the list of all when none is near."""
     close = near(name, known)
     if close:
+        alike = {unicodedata.normalize("NFC", one).strip("\ufeff") for one in (close, name)}
+        if close != name and len(alike) == 1:
+            return f"did you mean {close!a}, which only looks the same?"
         return f"did you mean '{close}'?"
     return "known are: " + listed([shortened(one) for one in known], MOST_KNOWN) if known else "none is known"
 

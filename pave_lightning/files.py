@@ -6,10 +6,11 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,8 @@ MOST_CONFIG_BYTES = 4 << 20  # the names of 22,000 classes, there and back, take
 MOST_TOKENIZER_BYTES = 64 << 20  # those of 260,000 tokens take 35 MB
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model")
 _JSON_KINDS = {list: "a list", str: "a text", int: "a number", float: "a number", bool: "true or false"}
+# What stands in the names of files and folders that are not finished.
+UNFINISHED = ".unfinished-"
 # What follows the name of what was found damaged and set aside.
 DAMAGED = ".damaged-"
 
@@ -126,8 +129,11 @@ def save_hashes(note: Path, wanted: Callable[[Path], bool]) -> None:
                 entries[place] = [facts, sha256]
     temporary = note.with_name(f"{note.name}.{os.getpid()}.tmp")
     with suppress(OSError):  # it only saves time
-        temporary.write_text(json.dumps(entries))
-        temporary.replace(note)
+        try:
+            temporary.write_text(json.dumps(entries))
+            temporary.replace(note)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def forget_hashes() -> None:
@@ -218,9 +224,16 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         tensors: contiguous, by name.
         metadata: entries of the header, where there are any; safetensors writes several in random order.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
+    try:
+        save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
+    except SafetensorError as error:  # which names no file
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
     let_others_read(path)
 
 
@@ -232,6 +245,17 @@ def let_others_read(path: Path) -> None:
         os.umask(umask)
     with suppress(PermissionError):  # some file systems have no modes
         path.chmod(0o666 & ~umask)
+
+
+@contextmanager
+def naming_file(path: Path) -> Iterator[None]:
+    """Let what the system refuses inside the block name a file or folder, where it names none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def read_failure(path: Path, damaged: str) -> str:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end the program, whatever the libraries that they hit make of them. Nothing heavy is imported."""
+"""Ctrl-C, SIGTERM and SIGHUP end the program, whatever libraries make of them. Nothing heavy is imported."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from pave_lightning.errors import Interrupted
 # Exit codes of stopped programs are this and the signal's number.
 STOPPED = 128
 AGAIN_AFTER_SECONDS = 0.1
+# What a terminal, a scheduler and a closed connection send; under nohup the last is ignored, and stays so.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 REPLACED_HANDLERS = (signal.SIG_DFL, signal.default_int_handler)
 # How long a signal waits for the end of a critical section before it unwinds it anyway.
 DEFERRED_SECONDS = 10.0
@@ -135,7 +137,7 @@ class _Stop:
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Let Ctrl-C (as `KeyboardInterrupt`) and SIGTERM (as `Interrupted`) unwind the block.
+    """Let Ctrl-C (as `KeyboardInterrupt`), SIGTERM and SIGHUP (as `Interrupted`) unwind the block.
 
     A signal can hit any line of a library, which then swallows it or fails with an error of its own. What is swallowed
     where Python cannot raise anything, such as a ``__del__``, is sent again; what a library catches ends the program
@@ -157,7 +159,7 @@ def stoppable() -> Iterator[None]:
         else:
             told(found)
 
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     ours = {number: old for number, old in handlers.items() if old in REPLACED_HANDLERS or isinstance(old, _Stop)}
     try:
         for outer in ours.values():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pave_lightning.errors import Interrupted, PaveError
+from pave_lightning.interrupts import SIGNALS, STOPPED
 from pave_lightning.processes import DRIVER, is_rank_zero
 from pave_lightning.recipe import Recipe
 from pave_lightning.recipe_loading import recipe_to_yaml
@@ -44,12 +46,17 @@ class Launcher:
         if tracker is not None:
             environment |= {DRIVER_URI: tracker.uri, DRIVER_RUN: tracker.parent_run_id}
         code = run_to_its_end(command, environment)
-        if code in (130, 143, -2, -15):
-            raise Interrupted(143 if code in (143, -15) else 130)
+        number = -code if code < 0 else code - STOPPED
+        if number in SIGNALS:
+            raise Interrupted(STOPPED + number)
         if code:
-            raise PaveError(
-                f"the stage '{stage}'{f' of task {task}' if task else ''} failed (exit code {code}); see above"
-            )
+            what = f"the stage '{stage}'{f' of task {task}' if task else ''}"
+            if code == -signal.SIGKILL:
+                raise PaveError(
+                    f"{what} was killed from outside (SIGKILL), which is how a system ends programs when memory runs "
+                    "out; free memory, or use fewer devices or smaller batches, and run the same command again"
+                )
+            raise PaveError(f"{what} failed (exit code {code}); see above")
 
 
 def run_to_its_end(command: Sequence[str], environment: Mapping[str, str]) -> int:

@@ -251,6 +251,12 @@ class Task(Section):
             wrong.append(
                 f"the primary metric '{self.primary_metric}' is not among the metrics {', '.join(self.metrics)}"
             )
+        if self.label in self.text:
+            wrong.append(
+                f"'text' and 'label' both name the column '{self.label}', so the answer would be read with the text"
+            )
+        if len(set(self.text)) != len(self.text):
+            wrong.append(f"'text' names the column '{self.text[0]}' twice")
         if len(set(self.metrics)) != len(self.metrics):
             wrong.append("the names in 'metrics' must differ")
         if self.classes is not None and len(set(self.classes)) != len(self.classes):
@@ -384,7 +390,7 @@ DEFAULT_POINTS = 7
 
 
 class ScaleSearch(Section):
-    """Choose the scale on the validation split: the one with the best average of normalised scores in the primary metric."""
+    """Choose the scale on the validation split: the one with the best average of normalised scores."""
 
     search: SearchRange
     """Lowest and highest scale that is tried; or auto: start at the method's default scale, go up and down by factors
@@ -427,10 +433,10 @@ Scale = Annotated[
 
 
 class MergeStep(Section):
-    """One merge rule, run on plain task vectors, on purified ones, or on both."""
+    """One merge method, run on plain task vectors, on purified ones, or on both."""
 
     method: str
-    """The merge rule; `pave methods` lists them."""
+    """The merge method; `pave methods` lists them."""
     name: Annotated[
         str, Field(pattern=rf"^$|{NAME_PATTERN}", max_length=LONGEST_NAME), AfterValidator(_usable_name)
     ] = ""
@@ -440,7 +446,7 @@ class MergeStep(Section):
     method's default), or {search: [lowest, highest]}. The method's default where nothing is said; only for methods that
     have a scale."""
     vectors: list[Vectors] = Field(default=["plain", "purified"], min_length=1)
-    """Which task vectors the rule is run on."""
+    """Which task vectors the method is run on."""
     purify: Purify = Purify()
     """Purification for this step; keys that are not given come from the recipe's purify section."""
     options: dict[str, Any] = {}
@@ -583,7 +589,7 @@ class Recipe(Section):
     compute: Compute = Compute()
     """How purification uses the machine."""
     merge: list[MergeStep] = []
-    """The merge rules to run."""
+    """The merge methods to run."""
     evaluate: Evaluate = Evaluate()
     """How models are scored."""
     tracking: Tracking = Tracking()

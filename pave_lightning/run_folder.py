@@ -16,13 +16,22 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from pave_lightning.errors import PaveError
-from pave_lightning.files import file_sha256, forget_hashes, load_hashes, save_hashes, set_aside
+from pave_lightning.files import (
+    UNFINISHED,
+    file_sha256,
+    forget_hashes,
+    load_hashes,
+    naming_file,
+    save_hashes,
+    set_aside,
+)
 from pave_lightning.interrupts import deferred
 
 log = logging.getLogger("pave_lightning")
 
 MANIFEST = "manifest.json"
-UNFINISHED = ".unfinished-"
+# The key under which a manifest holds the sha256 of all that it says besides.
+SEAL = "sha256"
 REPLACED = ".replaced-"
 # What is known of the hashes of files, so that a file that nobody touched is not read again.
 HASHES = ".hashes.json"
@@ -181,10 +190,14 @@ class RunFolder:
         if not folder.is_dir():
             return None, ""
         try:
-            found = Manifest(**json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
-            facts = {name: (noted["size"], noted["sha256"]) for name, noted in found.files.items()}
+            noted = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            seal = noted.pop(SEAL)
+            found = Manifest(**noted)
+            facts = {name: (file["size"], file["sha256"]) for name, file in found.files.items()}
             if not isinstance(found.inputs, dict) or not isinstance(found.result, dict):
                 raise TypeError("inputs and result are mappings")
+            if seal != _sealed(noted):
+                return None, f"{folder / MANIFEST} is not what was written (its own sha256 differs)"
         except FileNotFoundError:
             return None, f"{folder} has no {MANIFEST}"
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
@@ -207,14 +220,15 @@ class RunFolder:
         writer = StageWriter(unfinished)
         try:
             unfinished.mkdir()
-            yield writer
+            with naming_file(final):
+                yield writer
             files = {
                 str(file.relative_to(unfinished)): {"size": file.stat().st_size, "sha256": file_sha256(file)}
                 for file in sorted(unfinished.rglob("*"))
                 if file.is_file()
             }
             manifest = {"stage": stage, "inputs": _plain(inputs), "files": files, "result": _plain(writer.result)}
-            (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=2))
+            (unfinished / MANIFEST).write_text(json.dumps({**manifest, SEAL: _sealed(manifest)}, indent=2))
             replaced = final.with_name(f"{final.name}{REPLACED}{os.getpid()}")
             with deferred():  # between the two there is neither the old result nor the new one
                 if final.exists():
@@ -271,6 +285,11 @@ def _restore(replaced: Path) -> None:
         shutil.rmtree(replaced)
     else:
         replaced.rename(final)
+
+
+def _sealed(manifest: Mapping[str, Any]) -> str:
+    """The sha256 over all that a manifest says."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from pave_lightning.weights.locate import has_tokenizer
 # Raised when a stage's results change meaning, so that older results are made anew.
 FORMATS = {"fit": 1, "capture": 3, "purify": 3, "merge": 2, "evaluate": 1, "diagnose": 1, "gradients": 1}
 
-# What a capture pass gives merge rules.
+# What a capture pass gives merge methods.
 NEED_STATISTICS = frozenset({Need.INPUT_MOMENTS, Need.NORM_MOMENTS})
 
 GRADIENT_KINDS: dict[Need, GradientKind] = {Need.FISHER: "fisher", Need.GRADIENTS: "absolute"}
@@ -365,7 +365,7 @@ def purifications(recipe: Recipe) -> list[Purify]:
 
 
 def with_seed(method: str, options: dict[str, Any], seed: int) -> dict[str, Any]:
-    """The options of a merge rule, with the recipe's seed where the rule draws at random and no seed is given."""
+    """The options of a merge method, with the recipe's seed where the method draws at random and no seed is given."""
     draws = "seed" in method_named(method).Options.model_fields
     return {**options, "seed": seed} if draws and options.get("seed") is None else options
 

@@ -291,7 +291,7 @@ class Workflow:
     # ---- merge -----------------------------------------------------------------------------------------------------
 
     def merge(self, step: MergeStep, vectors: Vectors) -> None:
-        """Merge all experts by one rule, on plain or on purified task vectors."""
+        """Merge all experts by one method, on plain or on purified task vectors."""
         stage = self.stages.merged(step, vectors)
         run, params = f"merge:{step.name}:{vectors}", merge_params(step, vectors)
         if self.stages.current(stage) is None:
@@ -340,7 +340,7 @@ class Workflow:
         return self.plain if purify is None else self.purified(purify)
 
     def evidence(self, method: MergeMethod) -> Evidence:
-        """What a rule needs to know of the tasks' data."""
+        """What a method needs to know of the tasks' data."""
         return Evidence(
             statistics=self.statistics if NEED_STATISTICS & method.needs else {},
             fisher=self.gradients("fisher") if Need.FISHER in method.needs else {},

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 os.environ.update(
     HF_HUB_OFFLINE="1",
@@ -157,7 +159,7 @@ def tracking_uri(tmp_path_factory):
 
 @pytest.fixture
 def recipe_settings(base_folder, task_files, tracking_uri, tmp_path):
-    """A recipe, as plain values, that runs in seconds: two tasks, two merge rules."""
+    """A recipe, as plain values, that runs in seconds: two tasks, two merge methods."""
     words = {"data": task_files(), "text": "text", "classes": ["low", "high"]}
     numbers = {"data": task_files("regression"), "text": "text", "kind": "regression", "value_range": [0.0, 1.0]}
     return {
@@ -266,3 +268,28 @@ def schema_errors():
     jsonschema = pytest.importorskip("jsonschema")
     validator = jsonschema.Draft202012Validator(recipe_schema())
     return lambda text: [error.message for error in validator.iter_errors(YAML(typ="safe", pure=True).load(text))]
+
+
+MEASURED = """
+import resource, sys
+from pave_lightning.cli import main
+code = main(sys.argv[1:])
+usage = resource.getrusage(resource.RUSAGE_SELF)
+# Not the maximum that the system keeps for the process, which counts what started it, too.
+peak = int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0]) >> 10
+print(code, "torch" in sys.modules, peak, usage.ru_utime + usage.ru_stime)
+"""
+
+
+@pytest.fixture(scope="session")
+def measured():
+    """Runs a command in a folder: exit code, whether torch was loaded, peak in MiB, seconds of the processor."""
+
+    def run(folder, *arguments):
+        command = [sys.executable, "-c", MEASURED, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=dict(os.environ), timeout=120)
+        assert "Traceback" not in done.stderr
+        code, torch, peak, seconds = done.stdout.split()[-4:]
+        return int(code), torch == "True", int(peak), float(seconds)
+
+    return run

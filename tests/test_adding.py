@@ -21,7 +21,7 @@ from pave_lightning.weights import Checkpoint
 
 @pytest.fixture
 def merge_all(ready_settings):
-    """Merge some experts by sequential rules and ties; gives the folder of each."""
+    """Merge some experts by sequential methods and ties; gives the folder of each."""
 
     def run(tasks, name, rules=("opcm", "average", "task_arithmetic", "perturb_and_merge", "ties")):
         scales = {"task_arithmetic": {"scale": 0.5}}
@@ -72,7 +72,9 @@ def test_mistakes_are_told_and_nothing_is_left_behind(merge_all, three, tmp_path
     folders = merge_all(three[:2], "two")
     expert = three[2]["expert"]["from"]
     output = tmp_path / "out" / "result"
-    with pytest.raises(PaveError, match=r"was merged by 'ties', which cannot .* later; rules that can: average, opcm,"):
+    with pytest.raises(
+        PaveError, match=r"was merged by 'ties', which cannot .* later; methods that can: average, opcm,"
+    ):
         add_expert(folders["ties"], "third", expert, output)
     with pytest.raises(PaveError, match="has a task 'words' already"):
         add_expert(folders["opcm"], "words", expert, output)

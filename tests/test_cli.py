@@ -316,3 +316,12 @@ def test_run_says_that_it_runs_no_sweep(capsys, ready_settings, tmp_path, monkey
     monkeypatch.setattr(commands, "run_recipe", lambda recipe, **options: None)
     assert main(["run", str(path)]) == 0
     assert f"`pave sweep {path}`" in capsys.readouterr().err
+
+
+def test_a_program_says_all_and_ends_with_its_exit_code(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "pave_lightning", "methods"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "ties" in done.stdout
+    wrong = subprocess.run([sys.executable, "-m", "pave_lightning", "methods", "tise"], capture_output=True, text=True)
+    assert wrong.returncode == 2
+    assert "did you mean 'ties'" in wrong.stderr

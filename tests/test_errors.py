@@ -122,3 +122,11 @@ def test_errors_of_torch_distributed_are_known_by_their_kind():
 
     assert "cannot reach the others" in system_problem(dist.DistNetworkError("The client socket has timed out"))
     assert os.environ.get("RANK") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [("cafe\N{COMBINING ACUTE ACCENT}", "caf\N{LATIN SMALL LETTER E WITH ACUTE}"), ("text", "\ufefftext")],
+)
+def test_names_that_only_look_the_same_are_shown_by_their_letters(name, known):
+    assert nearest(name, [known]) == f"did you mean {known!a}, which only looks the same?"

@@ -1,5 +1,6 @@
 """Who may read what we write, and what is said of files that cannot be read."""
 
+import errno
 import hashlib
 import os
 import shutil
@@ -10,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from pave_lightning import files
 from pave_lightning.errors import PaveError
 from pave_lightning.experts.adapters import adapter_problems
-from pave_lightning.files import file_sha256
+from pave_lightning.files import file_sha256, save_hashes, write_tensors
 from pave_lightning.merging.modulators import Modulator
 from pave_lightning.statistics import LayerMoment, TaskStatistics
 from pave_lightning.statistics.gradients import TaskGradients
@@ -103,3 +105,24 @@ def test_what_was_written_a_moment_ago_is_not_remembered(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_facts", lambda path: frozen)  # a second change within one tick of the clock
     path.write_bytes(b"two")
     assert file_sha256(path) == hashlib.sha256(b"two").hexdigest()
+
+
+def test_a_note_of_hashes_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    def full(self, text):
+        self.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    save_hashes(tmp_path / ".hashes.json", lambda path: True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensors_that_find_no_room_say_where(tmp_path, monkeypatch):
+    def full(*given, **more):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    path = tmp_path / "model.safetensors"
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        write_tensors(path, {"a": torch.ones(3)})
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(path))

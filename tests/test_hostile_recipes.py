@@ -1,10 +1,5 @@
 """Recipes that ask for more than any machine has: refused at once, in little memory, before torch is loaded."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from pave_lightning.errors import PaveError
@@ -91,30 +86,10 @@ def test_attacks_are_refused(write_recipe, attack):
     assert len(str(caught.value)) < 10_000
 
 
-MEASURED = """
-import resource, sys
-from pave_lightning.cli import main
-code = main(sys.argv[1:])
-usage = resource.getrusage(resource.RUSAGE_SELF)
-# Not the maximum that the system keeps for the process, which counts what started it, too.
-peak = int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0]) >> 10
-print(code, "torch" in sys.modules, peak, usage.ru_utime + usage.ru_stime)
-"""
-
-
-def measured(folder: Path, *arguments: str) -> tuple[int, bool, int, float]:
-    """Exit code, whether torch was loaded, the peak in MiB and the seconds of the processor that a command took."""
-    command = [sys.executable, "-c", MEASURED, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=dict(os.environ), timeout=120)
-    assert "Traceback" not in done.stderr
-    code, torch, peak, seconds = done.stdout.split()[-4:]
-    return int(code), torch == "True", int(peak), float(seconds)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["plan", "sweep"])
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_attacks_cost_little(tmp_path, attack, command):
+def test_attacks_cost_little(tmp_path, measured, attack, command):
     (tmp_path / "recipe.yaml").write_text(ATTACKS[attack][0])
     code, torch, peak, seconds = measured(tmp_path, command, "recipe.yaml")
     assert (code, torch) == (2, False)
@@ -122,7 +97,7 @@ def test_attacks_cost_little(tmp_path, attack, command):
     assert seconds < 5
 
 
-def test_an_attack_on_the_command_line_costs_little(tmp_path):
+def test_an_attack_on_the_command_line_costs_little(tmp_path, measured):
     (tmp_path / "recipe.yaml").write_text(MERGE)
     laughs = LAUGHS.replace("\n", ", ").strip(", ")
     code, torch, peak, seconds = measured(tmp_path, "run", "recipe.yaml", "--set", f"trainer={{{laughs}}}")

@@ -46,7 +46,7 @@ MAY_IMPORT = {
     "recipe_loading": {"credentials", "errors", "files"} | RECIPE_FILES,
     "callbacks": {"errors", "layers", "statistics"},
     "merging": {"errors", "experts.tokenizers", "files", "layers", "statistics", "subspace", "weights"},
-    "merging.rules": {"errors", "layers", "merging", "statistics", "subspace", "weights"},
+    "merging.methods": {"errors", "layers", "merging", "statistics", "subspace", "weights"},
     "purification": {"errors", "recipe", "statistics", "subspace", "weights"},
     "adding": {"errors", "experts", "merging", "recipe", "reporting.model_card", "weights"},
     "exporting": {"errors", "files", "purification", "weights"},
@@ -60,7 +60,7 @@ MAY_IMPORT = {
     "run_folder": {"errors", "files", "interrupts"},
     "tracking": {"credentials", "errors", "interrupts"},
     "tracking_logger": {"errors", "tracking"},
-    "launching": {"errors", "processes", "recipe", "recipe_loading", "run_folder", "tracking"},
+    "launching": {"errors", "interrupts", "processes", "recipe", "recipe_loading", "run_folder", "tracking"},
     "reporting": {"diagnostics", "errors", "merging", "purification", "run_folder", "terminal"},
     "reporting.report": {
         *("diagnostics", "errors", "merging", "purification", "recipe", "run_folder", "tasks", "tracking", "reporting"),
@@ -136,8 +136,8 @@ def test_no_modules_import_each_other():
 
 
 def test_merging_knows_no_rule_but_to_gather_them():
-    knowing = {module_of(path) for path in FILES if any(inside(name, "merging.rules") for name in imported(path))}
-    assert {name for name in knowing if inside(name, "merging") and not inside(name, "merging.rules")} == {"merging"}
+    knowing = {module_of(path) for path in FILES if any(inside(name, "merging.methods") for name in imported(path))}
+    assert {name for name in knowing if inside(name, "merging") and not inside(name, "merging.methods")} == {"merging"}
 
 
 def test_every_import_is_seen():

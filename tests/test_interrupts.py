@@ -48,7 +48,7 @@ def test_signals_unwind_a_block_and_the_handlers_are_put_back():
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_what_a_library_makes_of_a_signal_is_told_as_being_stopped(number, code):
     with pytest.raises(Interrupted) as caught, stoppable():
         converting(number)

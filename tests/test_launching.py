@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 import pave_lightning
-from pave_lightning.launching import python_environment, run_to_its_end
+from pave_lightning.errors import Interrupted, PaveError
+from pave_lightning.launching import Launcher, python_environment, run_to_its_end
+from pave_lightning.recipe import Recipe
+from pave_lightning.run_folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("as_in_a_terminal")
 
@@ -36,6 +39,11 @@ from pave_lightning.launching import run_to_its_end
 with stoppable():
     run_to_its_end([sys.executable, "-c", sys.argv[1], sys.argv[2]], os.environ)
 """
+
+
+@pytest.fixture
+def small_recipe(recipe_settings):
+    return Recipe.model_validate(recipe_settings)
 
 
 def test_the_exit_code_is_that_of_the_stage():
@@ -99,3 +107,22 @@ def test_the_users_own_path_stays_without_empty_entries(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", "/own", "", "./other"]))
     monkeypatch.setattr(sys, "path", sys.path[1:])  # as where the package is installed and not run from its checkout
     assert python_environment() == {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(["/own", "./other"])}
+
+
+@pytest.mark.parametrize(
+    ("code", "stopped"), [(129, 129), (-1, 129), (130, 130), (-2, 130), (143, 143), (-15, 143)], ids=str
+)
+def test_a_stage_that_was_stopped_stops_the_driver(code, stopped, monkeypatch, small_recipe, tmp_path):
+    monkeypatch.setattr("pave_lightning.launching.run_to_its_end", lambda *given: code)
+    with pytest.raises(Interrupted) as caught:
+        Launcher().run("fit", small_recipe, RunFolder(tmp_path / "run"), None, None)
+    assert caught.value.exit_code == stopped
+
+
+@pytest.mark.parametrize(
+    ("code", "told"), [(1, "failed .exit code 1.; see above"), (-9, "was killed from outside .SIGKILL., which is how")]
+)
+def test_a_stage_that_failed_says_how(code, told, monkeypatch, small_recipe, tmp_path):
+    monkeypatch.setattr("pave_lightning.launching.run_to_its_end", lambda *given: code)
+    with pytest.raises(PaveError, match=f"the stage 'fit' {told}"):
+        Launcher().run("fit", small_recipe, RunFolder(tmp_path / "run"), None, None)

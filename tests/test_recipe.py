@@ -169,6 +169,8 @@ def test_keys_of_a_suite_task_can_be_changed_one_by_one() -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
+        ({"text": "label"}, "'text' and 'label' both name the column 'label'"),
+        ({"text": ["text", "text"]}, "'text' names the column 'text' twice"),
         ({"classes": None}, "a classification task needs 'classes'"),
         ({"value_range": [0, 1]}, "'value_range' belongs to regression tasks"),
         ({"kind": "regression"}, "'classes' belongs to classification tasks"),

@@ -137,7 +137,7 @@ WRONG = [
         ["merge.0: must be the name of a merge method, or a mapping with the key 'method', found nothing"],
     ),
     ("merge: [{methd: ties}]", ["merge.0.methd: unknown key; did you mean 'method'?"]),
-    ("merge: [{scale: 1}]", ["merge.0: the key 'method' is missing (the merge rule; `pave methods` lists them)"]),
+    ("merge: [{scale: 1}]", ["merge.0: the key 'method' is missing (the merge method; `pave methods` lists them)"]),
     ("merge: [{method: 5}]", ["merge.0.method: must be the name of a merge method, found 5; put it in quotes"]),
     (
         "merge: [my method]",

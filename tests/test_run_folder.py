@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import json
 import os
@@ -8,7 +9,7 @@ import sys
 import pytest
 
 from pave_lightning import files
-from pave_lightning.errors import PaveError
+from pave_lightning.errors import PaveError, system_problem
 from pave_lightning.files import file_sha256, forget_hashes
 from pave_lightning.run_folder import RunFolder
 
@@ -285,7 +286,7 @@ def test_small_files_are_written_at_once(folder):
 
 def test_the_manifest_is_plain_json(folder):
     raw = json.loads((write(folder) / "manifest.json").read_text())
-    assert sorted(raw) == ["files", "inputs", "result", "stage"]
+    assert sorted(raw) == ["files", "inputs", "result", "sha256", "stage"]
     assert raw["inputs"] == {"seed": 1, "rows": [3, None], "nested": {"a": [True], "b": 2}}
 
 
@@ -396,3 +397,22 @@ def test_further_files_do_no_harm(folder, caplog):
     write(folder, inputs={"seed": 2})
     assert not list(path.parent.glob("*.damaged-*"))
     assert "damaged" not in caplog.text
+
+
+@pytest.mark.parametrize("part", ["inputs", "files", "result", "sha256"])
+def test_a_manifest_that_was_edited_by_hand_is_damage(folder, part):
+    path = write(folder) / "manifest.json"
+    noted = json.loads(path.read_text())
+    if part == "sha256":
+        del noted[part]
+    else:
+        noted[part] = {**noted[part], "score": 1.0} if part != "files" else {}
+    path.write_text(json.dumps(noted))
+    assert folder.manifest("experts/a") is None
+    assert "manifest.json" in folder.damage("experts/a")
+
+
+def test_what_the_system_refuses_in_a_stage_names_its_folder(folder):
+    with pytest.raises(OSError) as caught, folder.writing("experts/a", {}):  # noqa: PT011
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert system_problem(caught.value).startswith(f"{folder.path('experts/a')}: No space left on device; make room")

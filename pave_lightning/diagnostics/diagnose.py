@@ -18,7 +18,7 @@ from pave_lightning.diagnostics.spectra import (
     errors_of_layer,
     spectra_by_metric,
 )
-from pave_lightning.merging.rules.dare import DareOptions, drop_and_rescale
+from pave_lightning.merging.methods.dare import DareOptions, drop_and_rescale
 from pave_lightning.purification import KeptRank, PurifiedTaskVectors
 from pave_lightning.statistics import LayerMoment, TaskStatistics
 from pave_lightning.subspace import knowledge_spectrum, one_blas_thread

@@ -81,7 +81,7 @@ class MergedCandidate(Candidate):
 
     Args:
         source: gives the base's tensors.
-        merged: merged task vectors, and what per-task rules keep for each task.
+        merged: merged task vectors, and what per-task methods keep for each task.
         scale: what the merged task vector is multiplied with.
     """
 

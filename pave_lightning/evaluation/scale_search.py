@@ -102,7 +102,7 @@ class ScaleSearcher:
         return {"scale": best, "average": tried[best], "tried": [[scale, tried[scale]] for scale in sorted(tried)]}
 
     def average(self, candidate: Candidate, examples: int | None) -> float:
-        """A candidate's scores in the primary metric on the validation splits, divided by the experts', on average over the tasks.
+        """A candidate's scores on the validation splits, divided by the experts', on average over the tasks.
 
         Args:
             candidate: what is scored.

@@ -22,6 +22,12 @@ from pave_lightning.weights.task_vectors import absent_children
 
 TASK_TYPE = "SEQ_CLS"
 WRAPPED = "base_model.model."
+# Settings of adapters that weights of the base's shape cannot hold.
+NOT_IN_WEIGHTS = {
+    "layer_replication": "layers of the base are repeated",
+    "alora_invocation_tokens": "it works on some tokens only",
+    "arrow_config": "it chooses among adapters for each token",
+}
 
 
 def load_adapter(base: Path, folder: Path, task: Task) -> nn.Module:
@@ -78,9 +84,13 @@ def adapter_problems(folder: Path) -> list[str]:
         PaveError: its file changed while it was read.
     """
     try:
-        adapter_settings(folder)
+        settings = adapter_settings(folder)
     except PaveError as error:
         return [str(error)]
+    unmerged = [f"{key}: {why}" for key, why in NOT_IN_WEIGHTS.items() if settings.get(key)]
+    if unmerged:
+        why = "; ".join(unmerged)
+        return [f"the adapter {folder} is no change of the base's weights ({why}), so it cannot be merged"]
     weights = folder / ADAPTER_WEIGHTS
     if not weights.is_file():
         return [f"{folder} has no adapter_model.safetensors; pickled adapters are refused"]

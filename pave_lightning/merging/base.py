@@ -1,4 +1,4 @@
-"""What every merge rule looks like, and the registry that knows them by name."""
+"""What every merge method looks like, and the registry that knows them by name."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ENTRY_POINTS = "pave_lightning.methods"
 
 
 class Cost(StrEnum):
-    """What dominates the time of a rule."""
+    """What dominates the time of a method."""
 
     ELEMENTWISE = "elementwise"
     DECOMPOSITION = "decompositions"
@@ -35,16 +35,16 @@ class Cost(StrEnum):
 
 
 class MethodOptions(BaseModel):
-    """Options of a merge rule: typed, frozen, with the source's defaults; unknown keys are refused."""
+    """Options of a merge method: typed, frozen, with the source's defaults; unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class MergeMethod(ABC):
-    """A merge rule.
+    """A merge method.
 
-    A rule is fed one parameter at a time, and elementwise rules one block of rows at a time. It may look at all task
-    vectors beforehand, in :meth:`prepare`, and at what is known of the tasks' data, in :attr:`evidence`.
+    A method is fed one parameter at a time, and elementwise methods one block of rows at a time. It may look at all
+    task vectors beforehand, in :meth:`prepare`, and at what is known of the tasks' data, in :attr:`evidence`.
 
     Attributes:
         name: how recipes call it; set by :func:`register`.
@@ -59,9 +59,9 @@ class MergeMethod(ABC):
         held_models: how many models' worth of weights it holds in memory while it works, besides one parameter of all
             tasks.
         whole_model_pass: whether :meth:`prepare` reads every task vector.
-        default_scale: what its merged task vector is multiplied with unless a recipe says otherwise; None for a rule
+        default_scale: what its merged task vector is multiplied with unless a recipe says otherwise; None for a method
             that has no such scale.
-        evidence: what is known of the tasks' data; nothing until the rule is run.
+        evidence: what is known of the tasks' data; nothing until the method is run.
     """
 
     name: ClassVar[str] = ""
@@ -86,7 +86,7 @@ class MergeMethod(ABC):
         """Check the request, take in the evidence, and prepare.
 
         Raises:
-            PaveError: lists everything that keeps this rule from merging these task vectors.
+            PaveError: lists everything that keeps this method from merging these task vectors.
         """
         problems = Problems(f"merge method '{self.name}' cannot merge these experts:")
         problems.extend(self.problems(vectors, evidence))
@@ -96,18 +96,18 @@ class MergeMethod(ABC):
 
     @property
     def wanted(self) -> frozenset[Need]:
-        """What the rule needs with its options; at most what it says in ``needs``."""
+        """What the method needs with its options; at most what it says in ``needs``."""
         return self.needs
 
     def problems(self, vectors: TaskVectors, evidence: Evidence) -> Iterator[str]:
-        """What keeps the rule from merging these task vectors, from shapes and headers alone.
+        """What keeps the method from merging these task vectors, from shapes and headers alone.
 
         Plans ask it too, with task vectors that have no values and evidence of which nothing counts as lacking.
         """
         yield from evidence.lacking(self.wanted, vectors)
 
     def prepare(self, vectors: TaskVectors) -> None:
-        """Look at the task vectors before the first merge; most rules need not."""
+        """Look at the task vectors before the first merge; most methods need not."""
         return
 
     def in_blocks(self, parameter: Parameter) -> bool:
@@ -116,7 +116,7 @@ class MergeMethod(ABC):
 
 
 class StaticMethod(MergeMethod):
-    """A rule whose result is one set of weights for all tasks.
+    """A method whose result is one set of weights for all tasks.
 
     Attributes:
         rescales: whether :meth:`factor` is known only once every parameter has been merged; the merged task vectors
@@ -151,7 +151,7 @@ class Modulated:
     Attributes:
         shared: the unified task vector, float32.
         masks: for a task a bool tensor of the same shape: which elements it uses; all of them where it has none.
-        factors: for a task what it adds to that, as a product of low rank; only from rules that see whole parameters.
+        factors: for a task what it adds to that, as a product of low rank; only from methods that see whole parameters.
     """
 
     shared: Tensor
@@ -160,10 +160,10 @@ class Modulated:
 
 
 class PerTaskMethod(MergeMethod):
-    """A rule that shares one unified task vector, and keeps for each task what makes it the task's own.
+    """A method that shares one unified task vector, and keeps for each task what makes it the task's own.
 
     The weights of task t are ``base + rescale_t * (mask_t * unified + left_t @ right_t)``: a mask over what is shared,
-    an addition of low rank, one factor; a rule may do without masks or without additions.
+    an addition of low rank, one factor; a method may do without masks or without additions.
     """
 
     form = "per-task"
@@ -186,7 +186,7 @@ _Method = TypeVar("_Method", bound=type[MergeMethod])
 
 
 def register(name: str) -> Callable[[_Method], _Method]:
-    """Class decorator that makes a rule known by a name; a name can be given once.
+    """Class decorator that makes a method known by a name; a name can be given once.
 
     Third parties name the module that holds their decorated class under the entry point group
     ``pave_lightning.methods``.
@@ -211,7 +211,7 @@ def register(name: str) -> Callable[[_Method], _Method]:
 
 
 def methods() -> dict[str, type[MergeMethod]]:
-    """Every known rule by name: those of this package and those that installed packages register."""
+    """Every known method by name: those of this package and those that installed packages register."""
     for entry in entry_points(group=ENTRY_POINTS):
         if (key := (entry.name, entry.value)) not in _looked_at:
             _looked_at.add(key)
@@ -247,10 +247,10 @@ def _load_plug_in(entry: EntryPoint) -> None:
 
 
 def method_named(name: str) -> type[MergeMethod]:
-    """The rule of that name.
+    """The method of that name.
 
     Raises:
-        PaveError: no rule has the name; the nearest one is told.
+        PaveError: no method has the name; the nearest one is told.
     """
     known = methods()
     if name not in known:
@@ -259,10 +259,10 @@ def method_named(name: str) -> type[MergeMethod]:
 
 
 def make_method(name: str, options: Mapping[str, Any]) -> MergeMethod:
-    """The rule of that name with the given options.
+    """The method of that name with the given options.
 
     Raises:
-        PaveError: the rule or an option is unknown, or an option's value is not possible; all is told at once.
+        PaveError: the method or an option is unknown, or an option's value is not possible; all is told at once.
     """
     kind = method_named(name)
     try:

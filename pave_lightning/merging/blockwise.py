@@ -1,4 +1,4 @@
-"""What rules share that walk through a model block by block."""
+"""What methods share that walk through a model block by block."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pave_lightning.weights import TaskVectors
 
 
 class BlockwiseMethod(StaticMethod):
-    """A rule that runs the blocks of the backbone one after the other, each with weights of its own making.
+    """A method that runs the blocks of the backbone one after the other, each with weights of its own making.
 
     It works on every model whose blocks follow each other, and refuses the others; see `BlockStack`.
     """

@@ -1,4 +1,4 @@
-"""What a merge rule may know of the tasks besides the weights."""
+"""What a merge method may know of the tasks besides the weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pave_lightning.weights import Parameter, ParameterKind, TaskVectors
 
 
 class Need(StrEnum):
-    """What a rule needs besides the weights."""
+    """What a method needs besides the weights."""
 
     INPUT_MOMENTS = "input moments"
     LOW_RANK = "low-rank adapters"
@@ -27,13 +27,13 @@ class Need(StrEnum):
     GRADIENTS = "labelled gradients"
 
 
-# What each kind of gradients is to rules.
+# What each kind of gradients is to methods.
 KINDS: dict[GradientKind, Need] = {"fisher": Need.FISHER, "absolute": Need.GRADIENTS}
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known of the tasks' data; empty for rules that look at weights alone.
+    """What is known of the tasks' data; empty for methods that look at weights alone.
 
     Attributes:
         statistics: what each task's expert saw, from `PaveCallback`; layers by their names inside the backbone.
@@ -57,7 +57,7 @@ class Evidence:
             PaveError: nothing was given.
         """
         if self.passes is None:
-            raise PaveError("this rule runs the models on unlabelled examples, but none were given")
+            raise PaveError("this method runs the models on unlabelled examples, but none were given")
         return self.passes
 
     def anchor_vector(self, parameter: Parameter) -> Tensor:
@@ -158,8 +158,9 @@ class Evidence:
                     yield f"task '{task}': unlabelled examples are needed, but none were given"
         if Need.ANCHOR in needs and self.anchor is None:
             yield (
-                "it starts from a model that another rule has merged, its anchor, but none was given; in a recipe name "
-                "that rule's merge step with the key 'anchor', from Python give the vectors as Evidence(anchor=...)"
+                "it starts from a model that another method has merged, its anchor, but none was given; in a recipe "
+                "name that method's merge step with the key 'anchor', from Python give the vectors as "
+                "Evidence(anchor=...)"
             )
         if Need.FISHER in needs:
             yield from _lacking_gradients(self.fisher, Need.FISHER, "fisher", vectors)

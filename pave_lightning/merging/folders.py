@@ -38,7 +38,7 @@ FACTS_FILE = "pave.json"
 HEAD_FILE = "head.safetensors"
 # Beside the head of a task whose expert has more tokens than the base: their rows of the token embedding.
 TOKENS_FILE = "tokens.safetensors"
-# What a sequential rule keeps for adding experts: a folder for each of its tensors, with names as in the model.
+# What a sequential method keeps for adding experts: a folder for each of its tensors, with names as in the model.
 KEPT_FOLDER = "sequential"
 # In the folder of a recipe's stage `gradients/...`.
 GRADIENTS_FILE = "gradients.safetensors"
@@ -74,24 +74,24 @@ def write_merged(
     merged: Mapping[str, Tensor] | None = None,
     evidence: Evidence | None = None,
 ) -> None:
-    """Merge by one rule and write the result as a Hugging Face folder, one parameter at a time.
+    """Merge by one method and write the result as a Hugging Face folder, one parameter at a time.
 
     The folder holds the backbone (float32; ``AutoModel.from_pretrained`` loads it), the tokenizer, ``heads/TASK`` with
     each task's head and configuration, where its expert has other tokens than the base its tokenizer and the rows of
-    the embedding that the base lacks, for per-task rules ``modulators/TASK.safetensors``, for sequential rules that
+    the embedding that the base lacks, for per-task methods ``modulators/TASK.safetensors``, for sequential methods that
     keep tensors ``sequential/NAME``, and ``pave.json``.
 
     Args:
         folder: an existing, empty folder.
-        method: the rule.
+        method: the method.
         source: plain or purified task vectors.
-        scale: what the merged task vector is multiplied with; None for rules without a scale.
+        scale: what the merged task vector is multiplied with; None for methods without a scale.
         context: what else goes into the folder.
-        merged: the merged task vectors of a static rule where they are known already.
-        evidence: what is known of the tasks' data, for rules that need it.
+        merged: the merged task vectors of a static method where they are known already.
+        evidence: what is known of the tasks' data, for methods that need it.
 
     Raises:
-        PaveError: there is nothing to merge, the rule cannot merge it, or what comes out is not finite.
+        PaveError: there is nothing to merge, the method cannot merge it, or what comes out is not finite.
     """
     writer = ShardWriter(folder)
     written = set()
@@ -168,11 +168,11 @@ def _write_kept(folder: Path, method: SequentialMethod, source: TaskVectors) -> 
 
 
 def load_kept(folder: Path, names: Iterable[str], prefix: str) -> dict[str, Checkpoint]:
-    """What a sequential rule has kept beside a merged model, read lazily.
+    """What a sequential method has kept beside a merged model, read lazily.
 
     Args:
         folder: a merged folder as `write_merged` left it.
-        names: what the rule keeps.
+        names: what the method keeps.
         prefix: the architecture's backbone prefix.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What rules share that merge the factors of low-rank adapters."""
+"""What methods share that merge the factors of low-rank adapters."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def adapted_tasks(vectors: TaskVectors) -> dict[str, tuple[str, ...]]:
 
 
 class LowRankMethod(MatrixMethod):
-    """A rule for the layers that adapters adapt; all other parameters are averaged, summed or left.
+    """A method for the layers that adapters adapt; all other parameters are averaged, summed or left.
 
     A layer may be adapted by some of the tasks only, if the others leave it as it is.
     """
@@ -49,7 +49,7 @@ class LowRankMethod(MatrixMethod):
             if whole:
                 problems.add(
                     f"{parameter.name} has an adapter in {quoted(adapted)}, but was trained whole in {quoted(whole)}; "
-                    "train adapters of the same layers, or choose a rule that needs none"
+                    "train adapters of the same layers, or choose a method that needs none"
                 )
         problems.raise_if_any()
 

@@ -1,4 +1,4 @@
-"""What rules share that treat matrix weights, and for which all other parameters are beside the point."""
+"""What methods share that treat matrix weights, and for which all other parameters are beside the point."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pave_lightning.weights import Parameter, TaskVectors
 
 
 class MatrixOptions(MethodOptions):
-    """Options of every rule that treats matrix weights only."""
+    """Options of every method that treats matrix weights only."""
 
     others: Literal["mean", "sum", "base"] = Field(default="mean")
     """What becomes of parameters that are no matrix weights (embeddings, norms, biases): the mean or the sum of their
@@ -23,7 +23,7 @@ class MatrixOptions(MethodOptions):
 
 
 class MatrixMethod(StaticMethod):
-    """A rule for the weights that a layer multiplies its input with; all others are averaged, summed or left.
+    """A method for the weights that a layer multiplies its input with; all others are averaged, summed or left.
 
     Matrix weights are those of linear layers (GPT-2's transposed ones included) and of convolutions that are matrix
     products. Embeddings are looked up, not multiplied, so they are among the others.
@@ -48,15 +48,15 @@ class MatrixMethod(StaticMethod):
         """
 
     def covers(self, parameter: Parameter) -> bool:
-        """Whether the rule treats this parameter."""
+        """Whether the method treats this parameter."""
         return parameter.is_matrix
 
     def in_blocks(self, parameter: Parameter) -> bool:
-        """Only what the rule does not treat."""
+        """Only what the method does not treat."""
         return not self.covers(parameter)
 
     def merge(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
-        """The rule for matrix weights; mean, sum or nothing for the others."""
+        """The method for matrix weights; mean, sum or nothing for the others."""
         if not self.covers(parameter):
             return self.merge_other(parameter, base, vectors)
         matrices = {task: parameter.as_matrix(vector) for task, vector in vectors.items()}

@@ -17,6 +17,8 @@ from torch import Tensor
 from pave_lightning.errors import PaveError, foreign, reason
 from pave_lightning.files import check_header, read_failure, write_tensors
 
+METADATA = "modulator"
+
 
 def pack_mask(mask: Tensor) -> Tensor:
     """Eight elements of a bool tensor to a byte (uint8, ``ceil(elements / 8)`` long), highest bit first."""
@@ -76,9 +78,9 @@ class ModulatorWriter:
 
     def save(self, path: Path, rescaler: float) -> None:
         """Write everything and the task's rescaling factor as safetensors."""
-        metadata = {"shapes": self._masks, "factors": self._factors}
-        text = {key: json.dumps(value) for key, value in metadata.items()}
-        write_tensors(path, self._tensors, text | {"rescaler": repr(rescaler)})
+        facts = {"shapes": self._masks, "factors": self._factors, "rescaler": rescaler}
+        # One entry: safetensors writes several in random order, and equal results are to be equal files.
+        write_tensors(path, self._tensors, {METADATA: json.dumps(facts, sort_keys=True)})
 
 
 class Modulator:
@@ -98,9 +100,10 @@ class Modulator:
             file: Any = safe_open(path, framework="pt")
             metadata: dict[str, str] = file.metadata() or {}
             self._file = file
-            self._masks = {name: _shape(shape) for name, shape in json.loads(metadata["shapes"]).items()}
-            self._factors = dict.fromkeys(json.loads(metadata.get("factors", "[]")))
-            self.rescaler = float(metadata["rescaler"])
+            facts = json.loads(metadata[METADATA])
+            self._masks = {name: _shape(shape) for name, shape in facts["shapes"].items()}
+            self._factors = dict.fromkeys(facts["factors"])
+            self.rescaler = float(facts["rescaler"])
             lacking = {*self._masks, *(side for name in self._factors for side in _sides(name))} - set(file.keys())
             if lacking or not math.isfinite(self.rescaler):
                 raise ValueError("its header does not agree with what it holds")

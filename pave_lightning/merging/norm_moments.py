@@ -1,4 +1,4 @@
-"""What rules share that look at what the scales of norms multiply, unless an option says otherwise."""
+"""What methods share that look at what the scales of norms multiply, unless an option says otherwise."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pave_lightning.weights import TaskVectors
 
 
 class NormMomentMethod(MatrixMethod):
-    """A rule with an option ``norms`` that is ``moments`` or a value with which moments of norms are not needed.
+    """A method with an option ``norms`` that is ``moments`` or a value with which moments of norms are not needed.
 
     Attributes:
         without_moments: that other value.

@@ -17,7 +17,7 @@ from pave_lightning.weights.embeddings import OwnTokens, reading
 
 @dataclass(frozen=True)
 class ForwardPasses:
-    """What a rule needs to run models on unlabelled examples.
+    """What a method needs to run models on unlabelled examples.
 
     Attributes:
         backbone: makes the backbone with the base's weights, float32.
@@ -67,7 +67,7 @@ class ForwardPasses:
             PaveError: none was given, or its weights are not finite.
         """
         if self.classifier is None:
-            raise PaveError("this rule needs the experts with their heads, but none were given")
+            raise PaveError("this method needs the experts with their heads, but none were given")
         model = self.classifier(task).to(self.device).eval()
         broken = [name for name, value in model.named_parameters() if not is_finite(value)]
         if broken:

@@ -1,4 +1,4 @@
-"""Running a merge rule over all parameters of a source of task vectors."""
+"""Running a merge method over all parameters of a source of task vectors."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from pave_lightning.weights import Parameter, TaskVectors
 
 @dataclass
 class MergedVectors:
-    """The result of a rule: one merged task vector, and for per-task rules what every task keeps.
+    """The result of a method: one merged task vector, and for per-task methods what every task keeps.
 
     Attributes:
         vectors: merged (or unified) task vector of each parameter, float32.
-        masks: for each task a bool tensor of each parameter that it masks; empty for static rules.
-        factors: for each task its low-rank addition to each parameter that has one; empty for static rules.
-        rescalers: the factor of each task; empty for static rules.
+        masks: for each task a bool tensor of each parameter that it masks; empty for static methods.
+        factors: for each task its low-rank addition to each parameter that has one; empty for static methods.
+        rescalers: the factor of each task; empty for static methods.
     """
 
     vectors: dict[str, Tensor] = field(default_factory=dict)
@@ -49,12 +49,12 @@ def merge_static(
     """Yield the merged task vector of one parameter after the other, before scaling.
 
     Args:
-        method: the rule.
+        method: the method.
         source: plain or purified task vectors.
-        evidence: what is known of the tasks' data, for rules that need it.
+        evidence: what is known of the tasks' data, for methods that need it.
 
     Raises:
-        PaveError: there is nothing to merge, or the rule cannot merge it.
+        PaveError: there is nothing to merge, or the method cannot merge it.
     """
     _begin(method, source, evidence)
     if not method.rescales:
@@ -78,7 +78,7 @@ def merge_per_task(
     """Yield what is shared and what each task keeps of one parameter after the other; arguments as in `merge_static`.
 
     Raises:
-        PaveError: there is nothing to merge, or the rule cannot merge it.
+        PaveError: there is nothing to merge, or the method cannot merge it.
     """
     _begin(method, source, evidence)
     for parameter in source.parameters:
@@ -98,13 +98,13 @@ def merge(method: MergeMethod | str, source: TaskVectors, evidence: Evidence | N
     """Merge all parameters in memory; for models that fit there.
 
     Args:
-        method: the rule, or its name for the rule with its default options.
+        method: the method, or its name for the method with its default options.
         source: plain or purified task vectors.
-        evidence: what is known of the tasks' data, for rules that need it.
+        evidence: what is known of the tasks' data, for methods that need it.
 
     Raises:
-        PaveError: no rule has that name; there is nothing to merge, or the rule cannot merge it.
-        TypeError: ``method`` is neither a rule nor a name.
+        PaveError: no method has that name; there is nothing to merge, or the method cannot merge it.
+        TypeError: ``method`` is neither a method nor a name.
 
     Example::
 
@@ -126,7 +126,7 @@ def merge(method: MergeMethod | str, source: TaskVectors, evidence: Evidence | N
     elif isinstance(method, StaticMethod):
         result.vectors = {parameter.name: merged for parameter, merged in merge_static(method, source, evidence)}
     else:
-        raise TypeError(f"expected a merge rule such as Ties(), or the name of one, found {method!r}")
+        raise TypeError(f"expected a merge method such as Ties(), or the name of one, found {method!r}")
     return result
 
 

@@ -1,4 +1,4 @@
-"""Rules that can take in one more expert later on, from the merged model instead of from all experts again."""
+"""Methods that can take in one more expert later on, from the merged model instead of from all experts again."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ class SequentialState(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     method: str
-    """Name of the rule that merged it."""
+    """Name of the method that merged it."""
     merged: int = Field(ge=1)
     """How many experts have been merged."""
     divisor: float
-    """What the rule's running total was divided by to give the difference of the merged model to the base (lambda in
+    """What the method's running total was divided by to give the difference of the merged model to the base (lambda in
     OPCM); the scale counts in."""
     norms: float = Field(default=0.0, ge=0)
-    """Sum of the norms of the merged experts' task vectors; 0 for rules that do not look at them."""
+    """Sum of the norms of the merged experts' task vectors; 0 for methods that do not look at them."""
 
 
 class SequentialMethod(StaticMethod):
-    """A rule whose result follows from a running total over the tasks, which the merged model holds up to a factor.
+    """A method whose result follows from a running total over the tasks, which the merged model holds up to a factor.
 
-    After a merge, :meth:`state` tells what is to be kept beside the merged model. To add experts to it, make the rule
+    After a merge, :meth:`state` tells what is to be kept beside the merged model. To add experts to it, make the method
     anew with the same options, hand that over with :meth:`start_from`, and merge a source whose base is the original
     base, whose first task is the merged model, and whose other tasks are the new experts. The result is what merging
     all experts in that order gives, to the rounding with which the merged model is stored.
@@ -50,9 +50,9 @@ class SequentialMethod(StaticMethod):
 
     Example::
 
-        rule = Opcm()
-        result = merge(rule, task_vectors(base, {"movie": "experts/movie", "news": "experts/news"}))
-        facts = rule.state()
+        method = Opcm()
+        result = merge(method, task_vectors(base, {"movie": "experts/movie", "news": "experts/news"}))
+        facts = method.state()
         later = Opcm()
         later.start_from(facts)
         result = merge(later, task_vectors(base, {"merged": "merged/opcm", "tweets": "experts/tweets"}))
@@ -71,7 +71,7 @@ class SequentialMethod(StaticMethod):
         """What the running total is divided by to give the merged task vector, once all parameters are merged."""
 
     def norms(self) -> float:
-        """Sum of the norms of all merged experts' task vectors, for rules that need it."""
+        """Sum of the norms of all merged experts' task vectors, for methods that need it."""
         return 0.0
 
     def kept(self, parameter: Parameter, vectors: TaskVectors) -> dict[str, Tensor]:
@@ -92,7 +92,7 @@ class SequentialMethod(StaticMethod):
         return found
 
     def problems(self, vectors: TaskVectors, evidence: Evidence) -> Iterator[str]:
-        """What keeps the rule from merging these; of a merged model nothing is asked but what was kept of it."""
+        """What keeps the method from merging these; of a merged model nothing is asked but what was kept of it."""
         new = vectors
         if self._start is not None:
             new = copy.copy(vectors)
@@ -139,7 +139,7 @@ class SequentialMethod(StaticMethod):
             kept: for each name in ``keeps`` a checkpoint of what :meth:`kept` gave, by names of parameters.
 
         Raises:
-            PaveError: that is no such state, or another rule's, or something that the rule needs was not kept.
+            PaveError: that is no such state, or another method's, or something that the method needs was not kept.
         """
         self._start = _checked(state, self.name)
         given = kept or {}
@@ -155,7 +155,7 @@ class SequentialMethod(StaticMethod):
         """What must be kept beside the merged model; ask for it once every parameter has been merged.
 
         Args:
-            scale: what the merged task vector is multiplied with; None for rules without a scale.
+            scale: what the merged task vector is multiplied with; None for methods without a scale.
 
         Raises:
             PaveError: the scale is 0, so that the merged model holds nothing of the experts.
@@ -167,7 +167,7 @@ class SequentialMethod(StaticMethod):
                 "can be added to it later; expected another scale"
             )
         if not self._tasks:
-            raise RuntimeError("the state of a rule is known only after it has merged")
+            raise RuntimeError("the state of a method is known only after it has merged")
         kept = SequentialState(
             method=self.name, merged=self.merged(), divisor=self.divisor() / factor, norms=self.norms()
         )

@@ -81,7 +81,8 @@ def naming_problems(recipe: Recipe, folder: Path, names: Collection[str]) -> Ite
     running = [step.name for step in recipe.merge if _runs_the_model(step.method)]
     problem = misnamed(backbone_of(empty_classifier(folder)), names) if running else None
     if problem is not None:
-        yield f"merge step '{running[0]}': {problem}"
+        steps = ", ".join(f"'{name}'" for name in running)
+        yield f"merge step{'s' if len(running) > 1 else ''} {steps}: {problem}"
 
 
 def smaller(config: PreTrainedConfig) -> Iterator[dict[str, Any]]:

@@ -21,7 +21,7 @@ from pave_lightning.weights.task_vectors import (
     PlannedTaskVectors,
 )
 
-# Of what a rule says of every matrix of a model, a few lines show as much as all of them.
+# Of what a method says of every matrix of a model, a few lines show as much as all of them.
 SHOWN_OF_A_RULE = 4
 TRAINED_WHOLE = "they are trained whole; set training.lora"
 
@@ -128,7 +128,7 @@ def option_problems(step: MergeStep) -> list[str]:
 
 
 def _made(step: MergeStep) -> tuple[list[MergeMethod], list[str]]:
-    """A step's rule with each of the options that are tried, and what is wrong with the others."""
+    """A step's method with each of the options that are tried, and what is wrong with the others."""
     methods: list[MergeMethod] = []
     refusals: dict[str, None] = {}
     for options in step.tuned_options:
@@ -142,7 +142,7 @@ def _made(step: MergeStep) -> tuple[list[MergeMethod], list[str]]:
 def _request_problems(
     methods: Sequence[MergeMethod], wanted: Collection[Need], vectors: PlannedTaskVectors, evidence: PlannedEvidence
 ) -> Iterator[str]:
-    """What one rule, with each of the options that are tried, has against these tasks, layers and adapters."""
+    """What one method, with each of the options that are tried, has against these tasks, layers and adapters."""
     lacking = list(_missing_adapters(methods[0], wanted, vectors))
     yield from lacking
     if lacking:  # or else it would be told again for each layer
@@ -151,7 +151,7 @@ def _request_problems(
     for method in methods:
         try:
             told.update(dict.fromkeys(method.problems(vectors, evidence)))
-        except RuntimeError:  # it looks at values, as a rule of another package may do: it tells when it is run
+        except RuntimeError:  # it looks at values, as a method of another package may do: it tells when it is run
             continue
     yield from list(told)[:SHOWN_OF_A_RULE]
     if len(told) > SHOWN_OF_A_RULE:
@@ -159,7 +159,7 @@ def _request_problems(
 
 
 def _missing_adapters(method: MergeMethod, wanted: Collection[Need], vectors: PlannedTaskVectors) -> Iterator[str]:
-    """Tasks whose experts have no adapters although the rule merges adapters, one line a reason."""
+    """Tasks whose experts have no adapters although the method merges adapters, one line a reason."""
     lacking: dict[str, list[str]] = {}
     for task in vectors.tasks:
         reason = vectors.without_factors(task)
@@ -167,7 +167,7 @@ def _missing_adapters(method: MergeMethod, wanted: Collection[Need], vectors: Pl
             lacking.setdefault(reason, []).append(task)
     if Need.LOW_RANK not in wanted:
         # Others find factors of their own in checkpoints of low rank; training whole weights leaves no low rank. Where
-        # only some tasks have adapters, the rule itself tells it.
+        # only some tasks have adapters, the method itself tells it.
         without = sum(map(len, lacking.values())) == len(vectors.tasks)
         known = isinstance(method, LowRankMethod) and without
         lacking = {reason: tasks for reason, tasks in lacking.items() if known and reason == TRAINED_WHOLE}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +19,8 @@ from pave_lightning.weights.completeness import naming_problem
 from pave_lightning.weights.coverage import unmergeable
 from pave_lightning.weights.task_vectors import absent_children, differences
 from pave_lightning.weights.ties import tie_problems
+
+log = logging.getLogger("pave_lightning")
 
 
 def adapter_of(folder: Path) -> Path | None:
@@ -53,6 +57,11 @@ def check_models(recipe: Recipe, problems: Problems) -> None:
     unnamed = naming_problem(model, base)
     if unnamed is not None:
         raise PaveError(f"base: {unnamed}")
+    if model.main_input_name == "input_ids" and "attention_mask" not in inspect.signature(model.forward).parameters:
+        problems.add(
+            f"base: {type(model).__name__} takes no attention mask, so it would read padding as text and its scores "
+            "would depend on the batch; such architectures are not supported yet"
+        )
     weights = [
         name for name, stored in base.backbone.items() if stored.is_floating and name not in architecture.buffers
     ]
@@ -73,6 +82,13 @@ def check_models(recipe: Recipe, problems: Problems) -> None:
             problems.add(
                 f"task '{task.name}': training.max_length is {task.training.max_length}, "
                 f"but the base reads at most {limit} tokens"
+            )
+        meant = architecture.intended_positions
+        if limit is None and meant is not None and task.training.max_length > meant:
+            log.warning(
+                "task '%s': training.max_length is %d, but the base was made for at most %d tokens "
+                "(max_position_embeddings); it may read longer texts badly",
+                *(task.name, task.training.max_length, meant),
             )
         try:
             if task.expert is not None:

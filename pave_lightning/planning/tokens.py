@@ -81,6 +81,11 @@ def _head_problems(what: str, architecture: Architecture, tokenizer: PreTrainedT
     """Why the head of an encoder-decoder would find no place to read: it reads where a text ends."""
     if not architecture.config.get("is_encoder_decoder"):
         return
+    if architecture.config.get("decoder_start_token_id") is None:
+        yield (
+            f"{what}: its decoder begins with the token decoder_start_token_id, but config.json names none; set it "
+            "(for T5 it is the padding token)"
+        )
     end = architecture.config.get("eos_token_id")
     found = list(tokenizer("a")["input_ids"]).count(end)
     if found != 1:

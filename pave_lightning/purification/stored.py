@@ -1,4 +1,4 @@
-"""Purified weights on disk, so that many merge rules can share them."""
+"""Purified weights on disk, so that many merge methods can share them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class StoredPurification(DerivedTaskVectors):
 
 @freed_memory_returned()
 def write_purified(vectors: PurifiedTaskVectors, folder: Path) -> None:
-    """Compute every purified weight once and write it to ``folder/TASK``, so that many rules can merge it.
+    """Compute every purified weight once and write it to ``folder/TASK``, so that many methods can merge it.
 
     Raises:
         PaveError: no layer of any task could be purified.

@@ -75,7 +75,7 @@ def model_card(
         name: Name of the model, as in the tables.
         title: What the card is headed with; the name where nothing is said.
         base_model: Hub id or folder of the base. Only a hub id is put into the front matter.
-        method: The merge rule.
+        method: The merge method.
         form: static, or per-task when something extra is kept for each task.
         vectors: Which task vectors were merged.
         tasks: Names of the tasks.

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from pave_lightning.diagnostics import DiagnosticOptions, diagnose
-from pave_lightning.merging.rules.dare import DareOptions
+from pave_lightning.merging.methods.dare import DareOptions
 from pave_lightning.purification import KeptRank, PurifiedTaskVectors
 from pave_lightning.recipe import MergeStep, Purify
 from pave_lightning.reporting.diagnostic_plots import natural, write_diagnostics

@@ -141,7 +141,7 @@ class ScoreTable:
         return _mean([self.normalised_value(model, task) for task in self.tasks() if task not in left_out])
 
     def left_out(self) -> dict[str, float]:
-        """Tasks that no normalised average counts, with their expert's value of the primary metric: not positive, or NaN."""
+        """Tasks that no normalised average counts, with their expert's score: not positive, or NaN."""
         experts = {task: self._experts.get((task, metric), math.nan) for task, metric in self.primary_metrics.items()}
         return {task: value for task, value in experts.items() if not value > 0}
 
@@ -156,7 +156,7 @@ class ScoreTable:
         return left_out_sentence(len(places), places)
 
     def not_learned(self) -> dict[str, tuple[float, float]]:
-        """Tasks whose expert is no better than always the same answer: its value of the primary metric, and that answer's."""
+        """Tasks whose expert is no better than always the same answer: its score, and that answer's."""
         found = {}
         for task, metric in self.primary_metrics.items():
             expert = self._experts.get((task, metric), math.nan)

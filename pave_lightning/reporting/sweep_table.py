@@ -290,8 +290,8 @@ def _primary_rows(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
         row = twice.iloc[0]
         cell = ", ".join(f"{key} {plainly(row[key])}" for key in [*keys, "seed"])
         raise PaveError(
-            f"model '{row['model']}' ({row['vectors'] or row['form']}) has two scores in the primary metric of task '{row['task']}'"
-            f" in one cell ({cell})"
+            f"model '{row['model']}' ({row['vectors'] or row['form']}) has two scores in the primary metric of task "
+            f"'{row['task']}' in one cell ({cell})"
         )
     return rows
 

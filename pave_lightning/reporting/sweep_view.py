@@ -28,8 +28,8 @@ class SweepView:
         x: What stands on the horizontal axis: a varied key, model or vectors.
         lines: Columns (varied keys, model, vectors) whose combinations make the lines or bars. Scores are averaged over
             varied keys that are neither here nor on the axis. None: model, vectors and every other varied key.
-        score: normalised: a value of the primary metric divided by the value of the same seed's expert, averaged over the tasks, as
-            `ScoreTable.normalised_average` does; raw: the average of the values of the primary metric.
+        score: normalised: a value of the primary metric divided by the value of the same seed's expert, averaged over
+            the tasks, as `ScoreTable.normalised_average` does; raw: the average of the values of the primary metric.
         log_x: A logarithmic axis, where the values are numbers. Ratios near 1 are spread out on their own.
     """
 

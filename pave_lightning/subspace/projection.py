@@ -20,7 +20,7 @@ MomentKind = Literal["input", "cross", "rows", "output"]
 class KnowledgeSpectrum:
     """How strongly a layer's own data excite each direction of its output, strongest first.
 
-    All values are known at once. Directions are solved when they are asked for, as a rule only the few that are
+    All values are known at once. Directions are solved when they are asked for, as a method only the few that are
     removed; those that were solved are kept. For ``d_out > d_in`` forming them uses the weight again, so it must not be
     changed in place before that.
 

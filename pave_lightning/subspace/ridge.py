@@ -1,4 +1,4 @@
-"""One least-squares problem that many rules share: agree with every task on its own inputs, or stay at an anchor."""
+"""One least-squares problem that many methods share: agree with every task on its own inputs, or stay at an anchor."""
 
 from __future__ import annotations
 

@@ -211,14 +211,15 @@ class _Labels:
 
     def _number_problems(self, low: float, high: float, wanted: str, advice: str, whole: bool = False) -> list[str]:
         values, problems = self.floats, []
-        infinite, broken = np.isinf(values), np.isnan(values)
+        broken = np.isnan(values)
+        infinite = np.abs(values) > np.finfo(np.float32).max  # models compute in float32
         if broken.any():
             example = self.present[int(broken.argmax())].as_py()
             places = self.rows.places(broken, self.index)
             problems.append(f"must hold {wanted}, but holds {example!r} in {places}; {advice}")
         if infinite.any():
             places = self.rows.places(infinite, self.index)
-            problems.append(f"must hold finite numbers, but is infinite in {places}; correct these rows")
+            problems.append(f"must hold finite numbers of float32, but is infinite in {places}; correct these rows")
         finite = np.isfinite(values)
         fractions = finite & (values != np.floor(values)) & whole
         if fractions.any():

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from pave_lightning.errors import PaveError
-from pave_lightning.files import file_sha256
+from pave_lightning.files import UNFINISHED, file_sha256, naming_file
 
 log = logging.getLogger("pave_lightning")
 
@@ -36,13 +37,17 @@ def kept_copy(folder: Path, stem: str, make: Callable[[Path], None]) -> Path:
             log.warning("%s is damaged; it is set aside as %s and made anew", path, path.name + DAMAGED)
     folder.mkdir(parents=True, exist_ok=True)
     # Written beside and renamed: two processes may do this at once, and whoever is last replaces equal by equal.
-    unfinished = folder / f".{stem}-{os.getpid()}-{uuid.uuid4().hex}.arrow"
+    # In a folder of its own, since `datasets` writes to further names beside the one that it is given.
+    place = folder / f".{stem}{UNFINISHED}{os.getpid()}-{uuid.uuid4().hex}"
     try:
-        make(unfinished)
-        path = folder / f"{stem}-{_digest(unfinished)}.arrow"
-        unfinished.replace(path)
+        with naming_file(folder):
+            place.mkdir()
+            unfinished = place / "rows.arrow"
+            make(unfinished)
+            path = folder / f"{stem}-{_digest(unfinished)}.arrow"
+            unfinished.replace(path)
     finally:
-        unfinished.unlink(missing_ok=True)
+        shutil.rmtree(place, ignore_errors=True)
     return path
 
 

@@ -194,6 +194,10 @@ def _local_file(task: Task, split: Split) -> Path:
     path = local_path(getattr(task.data, split))
     if path.is_dir():
         raise PaveError(f"{where}: expected a file, but {path} is a folder; name the csv, jsonl or parquet file in it")
+    if "://" in getattr(task.data, split):
+        raise PaveError(
+            f"{where}: expected the path of a local file, found {getattr(task.data, split)}; fetch it and give its path"
+        )
     if not path.is_file():
         raise PaveError(
             f"{where}: there is no file {path}; correct 'data.{split}', "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -24,8 +25,8 @@ INFINITE = re.compile(r"[+-]?inf(inity)?", re.IGNORECASE)
 def match_names(names: Iterable[str], classes: Sequence[str]) -> list[int | None]:
     """The index of the class that each name means.
 
-    A name that is written exactly like a class means that class. Otherwise case and surrounding whitespace are
-    ignored, unless two classes differ by these alone.
+    A name that is written exactly like a class means that class. Otherwise case, surrounding whitespace and the form of
+    Unicode (one character or several for an accented letter) are ignored, unless two classes differ by these alone.
 
     Args:
         names: names as somebody wrote them, such as the labels of a file or the ``id2label`` of a head.
@@ -69,11 +70,20 @@ class LabelValues:
             own = match_names(self.names, classes)
             return [own[int(value)] if value in range(len(own)) else None for value in self.values]
         if self.form == "texts":
-            return match_names(self.values, classes)
+            found = match_names(self.values, classes)
+            return [
+                self._by_value(text, classes) if index is None else index
+                for text, index in zip(self.values, found, strict=True)
+            ]
         if self.form == "booleans":
             return match_names(["true" if value else "false" for value in self.values], classes)
-        numbers = [number_in(name) for name in classes]
-        return [numbers.index(value) if numbers.count(value) == 1 else None for value in self.values]
+        return [_of_value(value, classes) for value in self.values]
+
+    @staticmethod
+    def _by_value(text: str, classes: Sequence[str]) -> int | None:
+        """The class whose name spells the same number as a text does, such as 1 for 1.0 or 01."""
+        number = number_in(text)
+        return None if number is None else _of_value(number, classes)
 
     def by_index(self, classes: Sequence[str]) -> list[int | None]:
         """The class index of each value read as an index; None where it is none."""
@@ -190,5 +200,11 @@ def encode_labels(task: Task, labels: list[Any]) -> npt.NDArray[np.int64] | npt.
     return np.asarray([indices[label] if isinstance(label, str) else label for label in labels], dtype=np.int64)
 
 
+def _of_value(value: float, classes: Sequence[str]) -> int | None:
+    """The one class whose name spells a number; None where none does, or several do."""
+    numbers = [number_in(name) for name in classes]
+    return numbers.index(value) if numbers.count(value) == 1 else None
+
+
 def _folded(name: str) -> str:
-    return name.strip().casefold()
+    return unicodedata.normalize("NFC", name).strip().casefold()

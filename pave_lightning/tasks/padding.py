@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 
 class PaddedBatches:
@@ -22,12 +22,13 @@ class PaddedBatches:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, padding: int | None = None) -> None:
-        self._collate = DataCollatorWithPadding(tokenizer)
+        self._tokenizer = tokenizer
         self.padding = None if padding == tokenizer.pad_token_id else padding
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Tensor]:
         """The batch; ``input_ids`` and ``attention_mask`` of shape ``(n, longest row)``."""
-        batch: Any = self._collate([dict(row) for row in rows])
+        # The mask is asked for, since not every tokenizer counts it among its model's inputs.
+        batch: Any = self._tokenizer.pad([dict(row) for row in rows], return_attention_mask=True, return_tensors="pt")
         if self.padding is not None:
             batch["input_ids"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, self.padding)
         found: Mapping[str, Tensor] = batch

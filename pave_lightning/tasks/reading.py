@@ -20,6 +20,7 @@ from pave_lightning.tasks.text_files import GIT_POINTER, STARTS
 
 DELIMITED = (".csv", ".tsv")
 FORMATS = (*DELIMITED, ".json", ".jsonl", ".parquet")
+PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib")
 TEXT_TYPES: tuple[Callable[[pa.DataType], bool], ...] = (
     pa.types.is_string,
@@ -35,8 +36,12 @@ def ending_of(path: Path) -> str:
         UnreadableError: files of that kind cannot be read.
     """
     ending = path.suffix.lower()
+    if ending == ".ndjson":
+        return ".jsonl"
     if ending in FORMATS:
         return ending
+    if ending in PACKED:
+        raise UnreadableError(f"files ending in {ending} are packed; unpack it first")
     known = ", ".join(FORMATS)
     if ending in PICKLES:
         raise UnreadableError(

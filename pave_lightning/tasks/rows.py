@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -59,7 +60,9 @@ class Rows:
 
 
 def find_column(name: str, header: Sequence[str]) -> int | None:
-    """The place of a column in a header; whitespace around names is ignored where no name is exactly the same.
+    """The place of a column in a header.
+
+    Whitespace around names and their form of Unicode are ignored where no name is exactly the same.
 
     Returns:
         Its index, or None where no column has that name.
@@ -67,11 +70,13 @@ def find_column(name: str, header: Sequence[str]) -> int | None:
     Raises:
         UnreadableError: several columns have it.
     """
-    for names in (list(header), [known.strip() for known in header]):
-        if names.count(name) > 1:
-            raise UnreadableError(f"{names.count(name)} columns are named '{name}'; rename or remove all but one")
-        if name in names:
-            return names.index(name)
+    plain = unicodedata.normalize("NFC", name)
+    alike = [unicodedata.normalize("NFC", known).strip() for known in header]
+    for names, wanted in ((list(header), name), (alike, plain)):
+        if names.count(wanted) > 1:
+            raise UnreadableError(f"{names.count(wanted)} columns are named '{name}'; rename or remove all but one")
+        if wanted in names:
+            return names.index(wanted)
     return None
 
 

@@ -36,6 +36,7 @@ def connect(uri: str) -> Any:
     path = sqlite_path(uri)
     if path is not None:
         sqlite.ready(path, uri)
+        sqlite.shorten_waits(path)
     else:
         _probe(uri)
     return _client(uri) if path is not None or not is_database(uri) else _client_of_database(uri)

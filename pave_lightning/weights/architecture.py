@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +32,21 @@ from pave_lightning.weights.buffers import BufferKind, buffer_kinds
 from pave_lightning.weights.checkpoint import Checkpoint
 from pave_lightning.weights.embeddings import token_embeddings
 from pave_lightning.weights.parameters import Parameter, ParameterKind, kind_of
+from pave_lightning.weights.positions import longest_sequence
 from pave_lightning.weights.ties import tied_names
 
-MOST_LAYERS = 2_000
+MOST_LAYERS = 500
+MOST_PARTS = 2_000
 MOST_LABELS = 100_000
 MOST_PARAMETERS = 20_000
 LARGEST_SIZE = 2**31 - 1
 # Keys that count what a model is built of, and keys of sizes that only look like them.
-_COUNTS = re.compile(r"layer|depth|block|expert|group|stage|head")
+_LAYERS = re.compile(r"layer|depth|block|stage")
+_PARTS = re.compile(r"expert|group|head")
 _SIZES = re.compile(r"size|dim|_ids?$|length|position")
+
+
+_TOO_LARGE: set[tuple[Path, tuple[int, ...]]] = set()
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,7 @@ class Architecture:
         obsolete: patterns of tensors that older releases of transformers stored and the model no longer has.
         tied: other names under which checkpoints may store a backbone tensor -> the name that it goes by here.
         buffers: kinds of the backbone's buffers, by the names under which checkpoints store them.
+        positions: longest sequence in tokens; None where no table of positions limits it.
     """
 
     prefix: str
@@ -69,14 +77,19 @@ class Architecture:
     tied: Mapping[str, str] = field(default_factory=dict, repr=False)
     buffers: Mapping[str, BufferKind] = field(default_factory=dict, repr=False)
     token_embeddings: tuple[str, ...] = ()
+    positions: int | None = None
 
     @classmethod
     def of_folder(cls, folder: Path) -> Architecture:
-        """Read ``config.json`` of a model folder.
+        """Read ``config.json`` of a model folder; remembered until the file changes.
 
         Raises:
             PaveError: the configuration is missing, broken, or of an architecture that has no classification form.
         """
+        return _architecture(folder, _stamp(folder))
+
+    @classmethod
+    def _of_folder(cls, folder: Path) -> Architecture:
         model = empty_classifier(folder)
         backbone = backbone_of(model)
         prefix = f"{model.base_model_prefix}."
@@ -95,16 +108,18 @@ class Architecture:
             if name.startswith(prefix)
         }
         files_call = {name: stored for stored, name in renamed.items()}
+        config = read_config(folder).to_dict()
         return cls(
             prefix=str(model.base_model_prefix),
             parameters=parameters,
             head=frozenset(name for name, _ in model.named_parameters() if not name.startswith(prefix)),
-            config=read_config(folder).to_dict(),
+            config=config,
             obsolete=tuple(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),
             stored_names=renamed,
             tied={files_call.get(name, name): files_call.get(own, own) for name, own in tied_names(backbone).items()},
             buffers={files_call.get(name, name): kind for name, kind in buffer_kinds(backbone).items()},
             token_embeddings=tuple(token_embeddings(backbone)),
+            positions=longest_sequence(backbone, config),
         )
 
     @property
@@ -119,12 +134,6 @@ class Architecture:
         return len(self.labels)
 
     @property
-    def padding(self) -> int | None:
-        """Index of the padding token; None where the configuration names none."""
-        index = self.config.get("pad_token_id")
-        return index if isinstance(index, int) else None
-
-    @property
     def vocabulary(self) -> int | None:
         """Rows of the token embedding; None where the model reads no tokens."""
         found = [self.parameters[name] for name in self.token_embeddings if name in self.parameters]
@@ -132,15 +141,13 @@ class Architecture:
         return rows if isinstance(rows, int) else None
 
     @property
-    def positions(self) -> int | None:
-        """Longest sequence in tokens; None where it is not limited by a table of positions."""
-        table = self.parameters.get("embeddings.position_embeddings.weight")
-        if table is None:
-            known = self.config.get("max_position_embeddings") or self.config.get("n_positions")
-            return int(known) if isinstance(known, int) else None
-        # RoBERTa and its kin count positions from behind the padding index.
-        offset = (self.padding or 0) + 1 if "roberta" in str(self.config.get("model_type", "")) else 0
-        return table.shape[0] - offset
+    def intended_positions(self) -> int | None:
+        """The longest sequence that the configuration speaks of; None where it names none.
+
+        Only worth a remark: models without a table of positions read longer ones as well.
+        """
+        known = self.config.get("max_position_embeddings")
+        return known if isinstance(known, int) and known > 0 else None
 
     def describe(self, name: str, shape: tuple[int, ...]) -> Parameter:
         """The parameter of that name; a stored tensor that the model class does not know is of kind other."""
@@ -171,6 +178,20 @@ class Architecture:
     def checkpoint(self, folder: Path) -> Checkpoint:
         """The weights of a model folder of this architecture, in which tied tensors count once."""
         return Checkpoint(folder, self.prefix, self.tied)
+
+
+@lru_cache(maxsize=16)
+def _architecture(folder: Path, stamp: tuple[int, ...]) -> Architecture:
+    return Architecture._of_folder(folder)
+
+
+def _stamp(folder: Path) -> tuple[int, ...]:
+    """What changes when the configuration of a folder does; empty where there is none."""
+    try:
+        found = (folder / "config.json").stat()
+    except OSError:
+        return ()
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def lies_in(name: str, modules: Iterable[str]) -> bool:
@@ -215,13 +236,21 @@ def read_config(folder: Path, **changes: Any) -> PretrainedConfig:
     file = folder / "config.json"
     settings = read_json(file)
     for key, value in _numbers(settings):
-        counts = _COUNTS.search(key) and not _SIZES.search(key)
-        if value > (MOST_LABELS if key == "num_labels" else MOST_LAYERS if counts else LARGEST_SIZE):
+        if value > _most(key):
             raise PaveError(f"{file}: {shortened(key)} is {value:,}, which no model has; is it broken?")
     with foreign(f"{folder}: its config.json gives no sequence-classification model", _own_code(settings)):
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False, **changes)
         config.to_dict()
     return config
+
+
+def _most(key: str) -> int:
+    """The largest number that a key of a configuration may hold."""
+    if key == "num_labels":
+        return MOST_LABELS
+    if _SIZES.search(key):
+        return LARGEST_SIZE
+    return MOST_LAYERS if _LAYERS.search(key) else MOST_PARTS if _PARTS.search(key) else LARGEST_SIZE
 
 
 def _own_code(settings: Mapping[str, Any]) -> str:
@@ -244,11 +273,15 @@ def _numbers(settings: Any, key: str = "") -> Iterator[tuple[str, int]]:
 @contextmanager
 def _counted_parameters(folder: Path) -> Iterator[None]:
     """Break off the building of a model with more parameters than any file that is read here can hold."""
+    refusal = f"{folder}: its config.json asks for more than {MOST_PARAMETERS:,} weights; is it broken?"
+    if (folder, _stamp(folder)) in _TOO_LARGE:  # to count them again takes seconds
+        raise PaveError(refusal)
     count = itertools.count(1)
 
     def noted(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
         if next(count) > MOST_PARAMETERS:
-            raise PaveError(f"{folder}: its config.json asks for more than {MOST_PARAMETERS:,} weights; is it broken?")
+            _TOO_LARGE.add((folder, _stamp(folder)))
+            raise PaveError(refusal)
 
     hook = register_module_parameter_registration_hook(noted)
     try:

@@ -227,11 +227,15 @@ def model_digest(folder: Path) -> str:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, by its index where it is sharded.
+    """The safetensors files of a model folder: the single one, or else the shards that its index names.
+
+    Where both are there the single file counts, as it does for transformers, which leaves an old index behind.
 
     Raises:
         PaveError: there are none, only pickled ones, or shards of the index are missing.
     """
+    if (folder / SINGLE_FILE).is_file():
+        return [folder / SINGLE_FILE]
     index = folder / INDEX_FILE
     if index.is_file():
         placed = read_json(index, "save the checkpoint again").get("weight_map")
@@ -248,8 +252,6 @@ def weight_files(folder: Path) -> list[Path]:
         if missing:
             raise PaveError(f"{folder}: the index names shards that are not there: {listed(missing)}")
         return [folder / name for name in names]
-    if (folder / SINGLE_FILE).is_file():
-        return [folder / SINGLE_FILE]
     if not folder.is_dir():
         raise PaveError(f"there is no folder {folder}")
     pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLED_ENDINGS)

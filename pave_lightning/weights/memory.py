@@ -16,7 +16,7 @@ from typing import Any
 # Arguments of glibc's mallopt, from malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _LARGE = 1 << 20
-# Free memory at the heap's end that is kept: enough for the blocks in use of an elementwise rule, which come and go.
+# Free memory at the heap's end that is kept: enough for the blocks in use of an elementwise method, which come and go.
 _KEPT = 16 << 20
 STATUS = Path("/proc/self/status")
 # What glibc's own adjustment arrives at in a process that uses large tensors.

@@ -104,7 +104,7 @@ class TaskVectors(ABC):
         yield from ()
 
     def blocks(self, parameter: Parameter, elements: int = BLOCK_ELEMENTS) -> Iterator[slice | None]:
-        """Slices of rows of at most about ``elements`` values each, so that elementwise rules need little memory."""
+        """Slices of rows of at most about ``elements`` values each, so that elementwise methods need little memory."""
         if not parameter.shape or parameter.elements <= elements:
             yield None
             return

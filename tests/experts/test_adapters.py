@@ -182,6 +182,22 @@ def test_adapters_that_change_no_weights(base_folder, train, task):
     assert "cannot be merged" in problem
 
 
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"layer_replication": [[0, 1], [0, 2]]}, "layers of the base are repeated"),
+        ({"alora_invocation_tokens": [5]}, "it works on some tokens only"),
+    ],
+)
+def test_adapters_that_weights_cannot_hold(settings, told, base_folder, train, task):
+    folder, _ = train(base_folder, lora(target_modules=["query"]))
+    note(folder, **settings)
+    (problem,) = adapter_problems(folder)
+    assert told in problem
+    with pytest.raises(PaveError, match="so it cannot be merged"):
+        load_adapter(base_folder, folder, task)
+
+
 def test_shapes_and_names_are_asked_before_anything_is_read(base_folder, make_base, train, task):
     folder, _ = train(make_base(hidden_size=48), lora(target_modules=["query"]))
     (*told, more) = fit_problems(base_folder, folder, label_names(task))

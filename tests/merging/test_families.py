@@ -14,9 +14,9 @@ from pave_lightning.merging import (
     merge,
 )
 from pave_lightning.merging.blocks import BlockStack
+from pave_lightning.merging.methods.distillation import DistillationOptions
+from pave_lightning.merging.methods.feature_calibration import FeatureCalibrationOptions
 from pave_lightning.merging.passes import ForwardPasses
-from pave_lightning.merging.rules.distillation import DistillationOptions
-from pave_lightning.merging.rules.feature_calibration import FeatureCalibrationOptions
 from pave_lightning.planning.blocks import block_problem
 from pave_lightning.weights import Parameter, TaskVectors
 from pave_lightning.weights.architecture import backbone_of
@@ -154,7 +154,7 @@ class Changed(TaskVectors):
 
 
 def request_of(name, side="right", *, shared=False):
-    """Two experts of a family and what rules need to know of them; the anchor is the mean of the experts."""
+    """Two experts of a family and what methods need to know of them; the anchor is the mean of the experts."""
     model = classifier_of(WALKED[name]())
     source = Changed(backbone_of(model), shared)
 

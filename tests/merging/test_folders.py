@@ -10,7 +10,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 from pave_lightning.errors import PaveError
 from pave_lightning.merging import Average, Emr, TaskArithmetic, Ties, merge
 from pave_lightning.merging.folders import load_merged, write_merged
-from pave_lightning.merging.rules.tsv import TsvCompress
+from pave_lightning.merging.methods.tsv import TsvCompress
 from pave_lightning.weights import Checkpoint, ExpertTaskVectors, ShardWriter
 
 INPUTS = {
@@ -37,7 +37,7 @@ def state(folder, prefix=""):
 
 
 def by_hand(base_folder, expert_folders, rule):
-    """Each task's merged backbone in float64: ``rule`` maps a list of task vectors to the list of tasks' vectors."""
+    """Each task's merged backbone in float64: ``method`` maps a list of task vectors to the list of tasks' vectors."""
     base = state(base_folder)
     experts = {task: state(folder, "bert.") for task, folder in expert_folders.items()}
     vectors = {task: {name: own[name] - base[name] for name in base} for task, own in experts.items()}

@@ -1,4 +1,4 @@
-"""Which layers a rule for adapters treats, and which experts it refuses."""
+"""Which layers a method for adapters treats, and which experts it refuses."""
 
 import re
 

@@ -79,10 +79,13 @@ def test_what_no_mask_and_no_factors_change():
     assert modulated(shared, mask, factors, 2.0).tolist() == [[8, -6]]
 
 
-def test_files_of_masks_alone_from_before_there_were_factors(tmp_path):
-    path = tmp_path / "task.safetensors"
-    save_file({"a": pack_mask(torch.tensor([True, False]))}, path, metadata={"shapes": '{"a": [2]}', "rescaler": "2.0"})
-    assert Modulator(path).apply("a", torch.tensor([3.0, 4.0])).tolist() == [6, 0]
+def test_equal_results_are_equal_files(tmp_path, packed):
+    masks = {name: torch.ones(8, dtype=torch.bool) for name in "abcd"}
+    contents = set()
+    for number in range(8):
+        packed(tmp_path / f"{number}.safetensors", masks, 1.5)
+        contents.add((tmp_path / f"{number}.safetensors").read_bytes())
+    assert len(contents) == 1
 
 
 def test_masks_take_a_bit_an_element(tmp_path, packed):
@@ -102,6 +105,6 @@ def test_files_that_are_no_masks(tmp_path, packed):
     save_file({"a": torch.ones(2)}, path)
     with pytest.raises(PaveError, match="no readable file of what a task keeps"):
         Modulator(path)
-    save_file({"a": torch.ones(2)}, path, metadata={"shapes": "{", "rescaler": "1.0"})
+    save_file({"a": torch.ones(2)}, path, metadata={"modulator": '{"shapes": {'})
     with pytest.raises(PaveError, match="no readable file of what a task keeps"):
         Modulator(path)

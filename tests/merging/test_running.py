@@ -1,4 +1,4 @@
-"""What holds for every rule."""
+"""What holds for every method."""
 
 from dataclasses import replace
 
@@ -38,7 +38,7 @@ SMALL = {
     "devec": {"overlap": 0.5},
     "iso_cts": {"common_share": 0.4},
 }
-# Options with which a rule gives back what experts agree on, and how many times it does.
+# Options with which a method gives back what experts agree on, and how many times it does.
 HARMLESS = {
     "ace": ({"prior": False, "gate": "never"}, 1),
     "average": ({}, 1),
@@ -70,13 +70,13 @@ HARMLESS = {
     "robust_merge": ({"density": 1.0, "factor_weight": 1.0, "others": "sum"}, 3),
     "tsv_c": ({"rank_share": 1.0}, 1),
 }
-# Rules that run models or calibrate merged ones, on a model that can be run.
+# Methods that run models or calibrate merged ones, on a model that can be run.
 CALIBRATING = [name for name, kind in OURS.items() if {Need.UNLABELLED_EXAMPLES, Need.ANCHOR} & kind.needs]
 RUN_HERE = [name for name in OURS if name not in CALIBRATING]
 each_rule = pytest.mark.parametrize("rule", RUN_HERE)
 each_calibrating_rule = pytest.mark.parametrize("rule", CALIBRATING)
 MATRIX = "a"
-# Rules that merge two experts and no more.
+# Methods that merge two experts and no more.
 PAIRS = ("slerp",)
 
 
@@ -112,7 +112,7 @@ def source_of(make_source):
 
 
 def chosen(rule, vectors):
-    """The tasks that a rule can merge."""
+    """The tasks that a method can merge."""
     return dict(list(vectors.items())[:2]) if rule in PAIRS else vectors
 
 
@@ -208,7 +208,7 @@ def test_experts_that_equal_the_base_give_the_base(rule, source_of, random_vecto
 
 @pytest.fixture
 def calibrated(walkable, make_evidence):
-    """The toy model with everything that any rule needs to calibrate a merged one."""
+    """The toy model with everything that any method needs to calibrate a merged one."""
     source, evidence = walkable
     random = np.random.default_rng(3)
     matrices = [parameter for parameter in source.parameters if parameter.is_matrix]
@@ -343,5 +343,5 @@ def test_a_rule_may_be_called_by_its_name(source_of, random_vectors):
         assert found.rescalers == expected.rescalers
     with pytest.raises(PaveError, match="unknown merge method 'tiess': did you mean 'ties'"):
         merge("tiess", source)
-    with pytest.raises(TypeError, match=r"expected a merge rule such as Ties\(\), or the name of one, found <class"):
+    with pytest.raises(TypeError, match=r"expected a merge method such as Ties\(\), or the name of one, found <class"):
         merge(OURS["ties"], source)

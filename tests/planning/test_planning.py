@@ -16,8 +16,12 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     BertForMaskedLM,
+    FNetConfig,
+    FNetForSequenceClassification,
     GteConfig,
     GteModel,
+    LlamaConfig,
+    LlamaForSequenceClassification,
     SqueezeBertConfig,
     SqueezeBertModel,
 )
@@ -65,6 +69,24 @@ def edit(path, **changes):
 def test_the_tiny_recipe_is_fine(problems, expert):
     assert problems() == ""
     assert problems(tasks=expert[1]) == ""
+
+
+def test_a_length_that_a_base_without_table_was_not_made_for_is_told(problems, recipe_settings, caplog, tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    config = LlamaConfig(**sizes, vocab_size=100, max_position_embeddings=12, pad_token_id=0)
+    base = tmp_path / "base"
+    shutil.copytree(recipe_settings["base"], base)
+    LlamaForSequenceClassification(config).save_pretrained(base)
+    assert problems(base=str(base), merge=["average"]) == ""
+    assert "training.max_length is 16, but the base was made for at most 12 tokens" in caplog.text
+
+
+def test_a_base_that_takes_no_attention_mask_is_refused(problems, recipe_settings, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(recipe_settings["base"], base)
+    config = FNetConfig(hidden_size=16, num_hidden_layers=1, intermediate_size=24, vocab_size=100)
+    FNetForSequenceClassification(config).save_pretrained(base)
+    assert "takes no attention mask, so it would read padding as text" in problems(base=str(base))
 
 
 def test_many_mistakes_are_told_at_once(problems, recipe_settings):
@@ -566,7 +588,7 @@ def test_a_head_and_a_pooler_that_the_base_lacks_are_nothing_to_merge(problems, 
 
 
 def test_no_rule_looks_at_values_while_planning():
-    """Plans pass over rules that do, so that this must be seen here."""
+    """Plans pass over methods that do, so that this must be seen here."""
     parameters = [Parameter(name, ParameterKind.LINEAR, (24, 24), 1) for name in ("a.weight", "b.weight")]
     parameters.append(Parameter("b.bias", ParameterKind.BIAS, (24,)))
     for ranks in ({"a": 2, "b": 3}, "they have none"):

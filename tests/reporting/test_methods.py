@@ -81,9 +81,9 @@ def test_scales():
 
 def test_one_method_with_its_options():
     text = printed(1000, "core_space")
-    assert text.startswith("core_space: merge adapters by another rule")
-    assert "options.inner (default tsv_m): The rule by which" in text
-    assert "options.inner_options (default {}): Options of that rule" in text
+    assert text.startswith("core_space: merge adapters by another method")
+    assert "options.inner (default tsv_m): The method by which" in text
+    assert "options.inner_options (default {}): Options of that method" in text
 
 
 def test_an_unknown_method():

@@ -82,7 +82,7 @@ def test_a_grid_over_ratios_and_seeds(ready_settings, tracking_uri, tmp_path, ca
     folder = run_sweep(path)
     # The experts are scored on validation rows once a seed, however many settings search their scales there.
     assert len(normalisers) == len(SEEDS)
-    # For each seed the base, the experts, and two rules, each once on plain task vectors and once for each ratio.
+    # For each seed the base, the experts, and two methods, each once on plain task vectors and once for each ratio.
     assert calls["score"] == len(SEEDS) * (2 + 2 * (1 + len(RATIOS)))
     assert calls["_capture"] == len(SEEDS) * 2
     frame = pd.read_parquet(folder / "scores.parquet")

@@ -45,3 +45,14 @@ def test_nothing_is_left_of_a_copy_that_fails(tmp_path):
     with pytest.raises(OSError, match="no space"):
         kept_copy(tmp_path, "stem", fail)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_left_of_what_is_written_beside_a_copy(tmp_path):
+    def stopped(path):
+        (path.parent / "tmp123").write_text("half")
+        path.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        kept_copy(tmp_path / "copies", "stem", stopped)
+    assert list((tmp_path / "copies").iterdir()) == []

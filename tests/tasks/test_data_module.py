@@ -418,3 +418,9 @@ def test_resuming_from_any_checkpoint_goes_on_with_the_next_batch(when, workers,
         make_trainer().fit(rest, datamodule=make_toy(num_workers=workers), ckpt_path=path)
         done = int(path.stem.removeprefix("step="))
         assert [ids for _, ids in rest.seen["train"]] == [ids for _, ids in whole.seen["train"]][done:]
+
+
+def test_batches_have_a_mask_though_the_tokenizer_counts_it_not_among_the_inputs(make_module, make_task, tokenizer):
+    expected = rows_of(make_module(make_task()).val_dataloader())
+    tokenizer.model_input_names = ["input_ids", "token_type_ids"]
+    assert rows_of(make_module(make_task()).val_dataloader()) == expected

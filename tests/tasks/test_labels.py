@@ -16,6 +16,8 @@ from pave_lightning.tasks.labels import LabelValues, as_labels, label_reading, m
         (["STRASSE"], ["straße", "x"], [0]),
         (["True", "false"], ["false", "true"], [1, 0]),
         ([], ["a", "b"], []),
+        # One character or two for the same letter.
+        (["cafe\N{COMBINING ACUTE ACCENT}"], ["caf\N{LATIN SMALL LETTER E WITH ACUTE}", "tea"], [0]),
     ],
 )
 def test_names_are_matched_ignoring_case_where_that_is_clear(names, classes, found):
@@ -48,6 +50,13 @@ TEXTS, NUMBERS, TRUTHS = ("texts", "numbers", "booleans")
         (["1", "2"], [(TEXTS, ["1"]), (TEXTS, ["0", "1"])], "indices"),
         (["1", "2"], [(TEXTS, ["1", "2"]), (TEXTS, ["0", "1"])], None),
         (["1", "other"], [(TEXTS, ["1", "other"])], "names"),
+        # Texts that spell the number of a class otherwise, as pandas writes whole numbers beside a missing one.
+        (["1", "0"], [(TEXTS, ["1.0", "0.0"])], "names"),
+        (["1", "0"], [(TEXTS, ["01", "00"])], "names"),
+        (["1", "2", "3", "4", "5"], [(TEXTS, ["1.0", "5.0"])], "names"),
+        (["1000.0", "2"], [(TEXTS, ["1e3", "2"])], "names"),
+        (["1", "2"], [(TEXTS, ["1.0", "0.0"])], "indices"),
+        (["neg", "pos"], [(TEXTS, ["1.0", "0.0"])], "indices"),
         # Numbers: indices, unless the names look like numbers.
         (["neg", "pos"], [(NUMBERS, [0, 1])], "indices"),
         (["neg", "pos"], [(NUMBERS, [0.0, 1.0])], "indices"),
@@ -108,3 +117,10 @@ def test_labels_become_names_as_the_task_spells_them_or_whole_indices():
     assert found.type == pa.int64()
     own = LabelValues("numbers", (0, 1), ("pos", "neg"))
     assert as_labels(pa.chunked_array([[0, 1, 1]]), own, "names", ["neg", "pos"]).to_pylist() == ["pos", "neg", "neg"]
+
+
+def test_texts_that_spell_a_class_otherwise_are_that_class():
+    classes = ["1", "0"]
+    values = LabelValues("texts", ("1.0", "0.0", "1"))
+    column = pa.chunked_array([["1.0", "0.0", "1", "1.0"]])
+    assert as_labels(column, values, "names", classes).to_pylist() == ["1", "0", "1", "1"]

@@ -94,3 +94,12 @@ def test_the_digest_is_that_of_the_bytes_that_were_read(name, tmp_path):
         path.write_text('{"text": "a", "label": 1}')
     task = Task.model_validate({"name": "t", "data": {"train": str(path)}, "text": "text", "classes": 2})
     assert read_rows(path, task)[1] == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_files_of_other_names_for_the_same_form_and_packed_ones(tmp_path):
+    task = Task.model_validate({"name": "t", "data": {}, "text": "text", "label": "label", "classes": 2})
+    path = tmp_path / "rows.ndjson"
+    path.write_text('{"text": "a", "label": 1}\n')
+    assert read_rows(path, task)[0].count == 1
+    with pytest.raises(UnreadableError, match=r"files ending in .gz are packed; unpack it first"):
+        read_rows(tmp_path / "rows.csv.gz", task)

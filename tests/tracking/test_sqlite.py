@@ -263,3 +263,16 @@ def test_other_databases_that_do_not_change_are_given_up(monkeypatch):
 def test_names_and_versions_of_tables_of_any_database(migrated):
     tables = stores._tables(f"sqlite:///{migrated}")
     assert {"runs", "experiments", "alembic_version", sqlite._expected_version()} <= set(tables)
+
+
+def test_no_statement_on_a_locked_database_waits_for_long(quick_making, tmp_path, monkeypatch):
+    """A signal is seen only between two statements."""
+    path = tmp_path / "mlflow.db"
+    client = connect(f"sqlite:///{path}")
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        begun = time.monotonic()
+        with pytest.raises(Exception, match="locked"):
+            client.create_experiment("more")
+        assert time.monotonic() - begun < 5
+    client.create_experiment("more")

@@ -226,3 +226,12 @@ def test_the_digest_follows_the_content_and_nothing_else(write):
     before = model_digest(first)
     save_file({"weight": torch.full((2,), 7.0)}, first / "model.safetensors")
     assert model_digest(first) != before
+
+
+def test_an_old_index_beside_a_single_file_is_not_asked(write, tmp_path):
+    """As transformers does, which leaves the index of earlier shards behind when it saves one file."""
+    folder = write({"weight": torch.ones(3)})
+    save_file({"weight": torch.zeros(3)}, folder / "model-00001-of-00001.safetensors")
+    index = {"weight_map": {"weight": "model-00001-of-00001.safetensors", "gone": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert Checkpoint(folder, "none").tensor("weight").tolist() == [1, 1, 1]

@@ -1,0 +1,1 @@
+"""The merge methods, one file a method or a close family; `pave_lightning.merging` gathers them."""
