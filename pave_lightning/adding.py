@@ -19,7 +19,7 @@ from pave_lightning.experts.fitting import save_expert
 from pave_lightning.experts.loading import expert_problem
 from pave_lightning.experts.tokenizers import load_tokenizer
 from pave_lightning.experts.vocabulary import differing_tokens, expert_notes, row_problems, token_rows
-from pave_lightning.merging import Evidence, Need, SequentialMethod, make_method, method_named, methods
+from pave_lightning.merging import Evidence, Need, SequentialMethod, known_methods, make_method, method_named
 from pave_lightning.merging.folders import MergeContext, load_gradients, load_kept, merged_facts, write_merged
 from pave_lightning.recipe import LONGEST_NAME, NAME_PATTERN, name_problem
 from pave_lightning.reporting.model_card import ExpertSource, as_code, model_card
@@ -221,7 +221,7 @@ def _check_fisher(method: str, fisher: str | Path | None) -> None:
 
 
 def _not_sequential(merged: Path, facts: dict[str, Any]) -> str:
-    able = sorted(name for name, kind in methods().items() if issubclass(kind, SequentialMethod))
+    able = sorted(name for name, kind in known_methods().items() if issubclass(kind, SequentialMethod))
     if facts["method"] in able:
         return f"{merged} was merged before '{facts['method']}' could take in experts later; merge all experts again"
     return (

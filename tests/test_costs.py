@@ -9,7 +9,7 @@ import time
 import pytest
 
 from pave_lightning import costs
-from pave_lightning.merging import Emr, TaskArithmetic, methods
+from pave_lightning.merging import Emr, TaskArithmetic, known_methods
 from pave_lightning.recipe import Purify
 from pave_lightning.weights import Parameter, ParameterKind, memory
 
@@ -340,7 +340,7 @@ def test_the_predicted_peak_is_the_measured_one(mid_size, method, moments, optio
 
 def test_the_memory_of_a_merge_by_hand():
     large, small = linear("large", 100, 30), linear("small", 100, 10)
-    rule = [methods()["task_arithmetic"]]
+    rule = [known_methods()["task_arithmetic"]]
     # Merged task vector and weight, and four tensors of rows for each of two tasks.
     alone = {parameter.name: 4 * (2 + 4 * 2) * parameter.elements for parameter in (large, small)}
     assert costs.merging_bytes([large], 2, rule) == alone[large.name]
@@ -355,12 +355,12 @@ def test_the_memory_of_a_merge_by_hand():
 
 def test_what_rules_hold_and_keep_counts():
     def peak(name, parameters=PARAMETERS):
-        return costs.merging_bytes(parameters, 4, [methods()[name]])
+        return costs.merging_bytes(parameters, 4, [known_methods()[name]])
 
     model = 4 * sum(parameter.elements for parameter in PARAMETERS)
     assert peak("featcal") - peak("iso_c") >= 4 * model - 8 * max(p.elements for p in PARAMETERS) * 4
     assert peak("esm") - peak("iso_c") == model
     square = [Parameter("w", ParameterKind.LINEAR, (400, 400), 1)]
     # Each of four tasks keeps 100 directions of 400 + 400 numbers of 4 bytes.
-    kept = costs.disk_bytes(square, 4, {}, methods=[methods()["tsv_c"]], new_experts=0) - 4 * 400 * 400
+    kept = costs.disk_bytes(square, 4, {}, methods=[known_methods()["tsv_c"]], new_experts=0) - 4 * 400 * 400
     assert kept == 4 * 100 * 800 * 4

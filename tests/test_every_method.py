@@ -7,9 +7,9 @@ import torch
 
 from pave_lightning import Recipe, load_merged
 from pave_lightning.commands import open_folder, run_stage
-from pave_lightning.merging import Need, methods
+from pave_lightning.merging import Need, known_methods
 
-OURS = {name: kind for name, kind in sorted(methods().items()) if kind.__module__.startswith("pave_lightning.")}
+OURS = {name: kind for name, kind in sorted(known_methods().items()) if kind.__module__.startswith("pave_lightning.")}
 ADAPTED = [name for name, kind in OURS.items() if Need.LOW_RANK in kind.needs or name in ("knots", "core_space")]
 WEIGHTS = [name for name in OURS if name not in ADAPTED]
 EXAMPLES = {"examples": 8}

@@ -7,9 +7,9 @@ from pave_lightning.merging.base import (
     Modulated,
     PerTaskMethod,
     StaticMethod,
+    known_methods,
     make_method,
     method_named,
-    methods,
     register,
 )
 from pave_lightning.merging.evidence import Evidence, Need
@@ -134,6 +134,6 @@ __all__ = [
     "merge_per_task",
     "merge_static",
     "method_named",
-    "methods",
+    "known_methods",
     "register",
 ]

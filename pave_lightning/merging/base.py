@@ -210,7 +210,7 @@ def register(name: str) -> Callable[[_Method], _Method]:
     return add
 
 
-def methods() -> dict[str, type[MergeMethod]]:
+def known_methods() -> dict[str, type[MergeMethod]]:
     """Every known method by name: those of this package and those that installed packages register."""
     for entry in entry_points(group=ENTRY_POINTS):
         if (key := (entry.name, entry.value)) not in _looked_at:
@@ -252,7 +252,7 @@ def method_named(name: str) -> type[MergeMethod]:
     Raises:
         PaveError: no method has the name; the nearest one is told.
     """
-    known = methods()
+    known = known_methods()
     if name not in known:
         raise PaveError(f"unknown merge method '{name}': {nearest(name, sorted(known))} (see: pave methods)")
     return known[name]

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pave_lightning.merging import MergeMethod, method_named, methods
+from pave_lightning.merging import MergeMethod, known_methods, method_named
 from pave_lightning.terminal import terminal
 
 HEADINGS = ("method", "what it does", "form", "needs", "cost", "scale", "source")
@@ -61,7 +61,7 @@ def print_methods(name: str | None = None, console: Console | None = None) -> No
 def _in_columns() -> Table:
     """One row a method; names and the words of all else stay whole."""
     table = Table()
-    known = sorted(methods().items())
+    known = sorted(known_methods().items())
     for heading in HEADINGS:
         whole = heading in ("method", "form", "cost", "scale")
         table.add_column(heading, no_wrap=whole, overflow="fold")
@@ -77,7 +77,7 @@ def _in_paragraphs() -> Table:
     table = Table(show_lines=True)
     table.add_column("method", no_wrap=True)
     table.add_column("what it does", overflow="fold")
-    for name, method in sorted(methods().items()):
+    for name, method in sorted(known_methods().items()):
         scale = "no scale" if method.default_scale is None else f"scale {_scale(method)}"
         details = f"{method.form}; {_needs(method)}; {method.cost}; {scale}"
         table.add_row(escape(name), escape(f"{method.summary}\n{details}\n{method.source}"))

@@ -6,7 +6,7 @@ from importlib.metadata import EntryPoint
 import pytest
 
 from pave_lightning.errors import PaveError
-from pave_lightning.merging import Average, StaticMethod, Ties, base, make_method, method_named, methods, register
+from pave_lightning.merging import Average, StaticMethod, Ties, base, known_methods, make_method, method_named, register
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +28,7 @@ def test_a_registered_rule_is_known_by_its_name():
     assert register("nothing_at_all")(Nothing) is Nothing
     assert Nothing.name == "nothing_at_all"
     assert method_named("nothing_at_all") is Nothing
-    assert methods()["nothing_at_all"] is Nothing
+    assert known_methods()["nothing_at_all"] is Nothing
 
 
 def test_a_name_is_given_once():
@@ -96,8 +96,8 @@ def test_a_broken_plug_in_is_named_and_left_out(monkeypatch, tmp_path, caplog, c
     known = set(base._registry)
     try:
         with caplog.at_level("WARNING", logger="pave_lightning"):
-            found = methods()
-            methods()
+            found = known_methods()
+            known_methods()
     finally:
         for name in ("broken_plug_in", "fine_plug_in"):
             sys.modules.pop(name, None)
@@ -109,7 +109,7 @@ def test_a_broken_plug_in_is_named_and_left_out(monkeypatch, tmp_path, caplog, c
 
 
 def test_every_rule_says_what_it_is():
-    for name, method in methods().items():
+    for name, method in known_methods().items():
         assert method.name == name
         assert method.form in ("static", "per-task")
         assert method.summary

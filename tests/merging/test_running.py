@@ -15,12 +15,12 @@ from pave_lightning.merging import (
     MatrixOptions,
     Need,
     StaticMethod,
+    known_methods,
     merge,
-    methods,
 )
 from pave_lightning.statistics.gradients import TaskGradients
 
-OURS = {name: kind for name, kind in sorted(methods().items()) if kind.__module__.startswith("pave_lightning.")}
+OURS = {name: kind for name, kind in sorted(known_methods().items()) if kind.__module__.startswith("pave_lightning.")}
 # Options for models of a few dozen weights, where the defaults would keep nothing or everything.
 SMALL = {
     "breadcrumbs": {"density": 0.4, "outliers": 0.2},

@@ -30,7 +30,7 @@ from pave_lightning import Recipe, run_recipe
 from pave_lightning.commands import open_folder, run_stage
 from pave_lightning.errors import PaveError
 from pave_lightning.merging import base as registry
-from pave_lightning.merging import make_method, methods, register
+from pave_lightning.merging import known_methods, make_method, register
 from pave_lightning.merging.evidence import PlannedEvidence
 from pave_lightning.planning import check_recipe, cost_table, plan_rows, predicted_cost
 from pave_lightning.run_folder import RunFolder
@@ -424,7 +424,7 @@ def test_a_rule_for_two_experts(problems, recipe_settings):
 
 
 def test_what_is_wrong_with_every_matrix_does_not_hide_all_else(problems, monkeypatch):
-    monkeypatch.setattr(registry, "_registry", dict(methods()))
+    monkeypatch.setattr(registry, "_registry", dict(known_methods()))
 
     class Fussy(registry.method_named("average")):
         def problems(self, vectors, evidence):
@@ -593,14 +593,14 @@ def test_no_rule_looks_at_values_while_planning():
     parameters.append(Parameter("b.bias", ParameterKind.BIAS, (24,)))
     for ranks in ({"a": 2, "b": 3}, "they have none"):
         vectors = PlannedTaskVectors(parameters, {"one": ranks, "two": ranks})
-        for name in methods():
+        for name in known_methods():
             assert list(make_method(name, {}).problems(vectors, PlannedEvidence())) == [], name
     with pytest.raises(NotImplementedError, match=r"a\.weight: only names and shapes are known"):
         vectors.vector("one", parameters[0])
 
 
 def test_a_rule_of_another_package_that_looks_at_values_is_passed_over(problems, monkeypatch):
-    monkeypatch.setattr(registry, "_registry", dict(methods()))
+    monkeypatch.setattr(registry, "_registry", dict(known_methods()))
 
     class Curious(registry.method_named("average")):
         def problems(self, vectors, evidence):

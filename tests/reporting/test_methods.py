@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from pave_lightning.errors import PaveError
-from pave_lightning.merging import method_named, methods
+from pave_lightning.merging import known_methods, method_named
 from pave_lightning.reporting.methods import print_methods
 
 
@@ -38,8 +38,8 @@ def test_names_and_sources_are_whole(width):
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= width
     found = entries(text)
-    assert sorted(found) == sorted(methods())
-    for name, method in methods().items():
+    assert sorted(found) == sorted(known_methods())
+    for name, method in known_methods().items():
         for part in (method.summary, method.source, method.form, method.cost):
             assert {word.strip(";") for word in part.split()} <= {word.strip(";") for word in found[name]}, name
 
@@ -52,7 +52,7 @@ def test_another_program_gets_lines_of_a_readable_width(capsys, monkeypatch, col
     print_methods()
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= widest
-    assert sorted(entries(text)) == sorted(methods())
+    assert sorted(entries(text)) == sorted(known_methods())
 
 
 def test_what_a_rule_needs_is_told():

@@ -237,7 +237,7 @@ def test_mistakes_in_any_setting_are_told_before_anything_runs(section, told, re
         assert part in str(caught.value)
 
 
-def test_a_recipe_without_an_sweep_is_refused(ready_settings, tmp_path, nothing_runs):
+def test_a_recipe_without_a_sweep_is_refused(ready_settings, tmp_path, nothing_runs):
     path = tmp_path / "tiny.yaml"
     path.write_text(recipe_to_yaml(Recipe.model_validate(ready_settings)))
     with pytest.raises(PaveError, match="no section 'sweep'; run it with `pave run`"):
