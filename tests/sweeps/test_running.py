@@ -17,16 +17,17 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from pave_lightning import Recipe, run_recipe, sweeps
+from pave_lightning import Recipe, run_recipe
 from pave_lightning.errors import PaveError
 from pave_lightning.evaluation import ExpertsCandidate
 from pave_lightning.evaluation.scale_search import ScaleSearcher
 from pave_lightning.recipe_loading import load_recipe, recipe_to_yaml
 from pave_lightning.reporting.sweep_table import SweepScores
+from pave_lightning.sweeps import running
 from pave_lightning.sweeps.running import find_sweep, make_cells, plan_sweep, run_sweep, view_of
 from pave_lightning.workflow import Workflow
 
-SHIPPED = sorted((Path(__file__).parent.parent / "recipes" / "sweeps").glob("*.yaml"))
+SHIPPED = sorted((Path(__file__).parents[2] / "recipes" / "sweeps").glob("*.yaml"))
 RATIOS, SEEDS = (0.9, 0.75), (0, 3)
 
 
@@ -45,7 +46,7 @@ def nothing_runs(monkeypatch):
     def begun(*arguments, **options):
         pytest.fail("work began")
 
-    monkeypatch.setattr(sweeps, "working", begun)
+    monkeypatch.setattr(running, "working", begun)
 
 
 @pytest.fixture
@@ -278,7 +279,7 @@ def test_shipped_sweeps_can_begin(path, base_folder, tmp_path, monkeypatch):
     def begun(recipe, **options):
         raise WorkBeginsError
 
-    monkeypatch.setattr(sweeps, "working", begun)
+    monkeypatch.setattr(running, "working", begun)
     # The tiny base knows no word of these texts.
     monkeypatch.setattr("pave_lightning.planning.checks.tokenised_problems", lambda recipe, folder: ())
     small = ["training.max_length=16", f"output={tmp_path}", f"shared={tmp_path / 'shared'}"]
