@@ -109,11 +109,11 @@ def save_statistics(weights: dict, path: Path) -> None:
 
 def measure(folder: Path, tasks: int) -> None:
     """Purify and merge, as a library user would, and print what it took."""
-    from pave_lightning import costs
     from pave_lightning.merging import TaskArithmetic
     from pave_lightning.merging.folders import MergeContext, write_merged
+    from pave_lightning.pipeline import costs
     from pave_lightning.purification import PurifiedTaskVectors, StoredPurification, write_purified
-    from pave_lightning.recipe import Purify
+    from pave_lightning.recipe.schema import Purify
     from pave_lightning.statistics import TaskStatistics
     from pave_lightning.weights import Architecture, Checkpoint, ExpertTaskVectors, memory
 

@@ -13,8 +13,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pave_lightning.credentials import has_secrets, without_secrets
-from pave_lightning.interrupts import stoppable
-from pave_lightning.processes import end_with_parent, is_launched, is_rank_zero, refuse_foreign_launchers
+from pave_lightning.system.interrupts import stoppable
+from pave_lightning.system.processes import end_with_parent, is_launched, is_rank_zero, refuse_foreign_launchers
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -190,8 +190,8 @@ def _execute(command: str, options: Namespace) -> None:
         return print_methods(options.method)
     if command == "sweep":
         refuse_foreign_launchers()
-        from pave_lightning import commands
-        from pave_lightning.recipe_loading import find_sweep
+        from pave_lightning.pipeline import commands
+        from pave_lightning.recipe.loading import find_sweep
 
         commands.read_recipe(find_sweep(options.name), options.set)  # what is wrong with it is told at once
         from pave_lightning.sweeps.running import run_sweep
@@ -202,7 +202,7 @@ def _execute(command: str, options: Namespace) -> None:
     if command == "schema":
         import json
 
-        from pave_lightning.recipe_loading import recipe_schema
+        from pave_lightning.recipe.loading import recipe_schema
 
         return _out(json.dumps(recipe_schema(), indent=2))
     if command == "merge" and _adds_expert(options):
@@ -212,8 +212,8 @@ def _execute(command: str, options: Namespace) -> None:
 
 def _execute_recipe(command: str, options: Namespace) -> None:
     refuse_foreign_launchers()
-    from pave_lightning import commands
-    from pave_lightning.recipe_loading import recipe_to_yaml
+    from pave_lightning.pipeline import commands
+    from pave_lightning.recipe.loading import recipe_to_yaml
 
     task = _once(options, "task") if command in PER_TASK else None
     recipe = commands.read_recipe(options.recipe, options.set)
@@ -259,7 +259,7 @@ def _add_expert(options: Namespace) -> str:
         raise PaveError("to add an expert to a merged model give both --into MERGED and --add TASK=EXPERT")
     output = _once(options, "output") or f"{into.rstrip('/')}-{task}"
     fisher = _once(options, "fisher")
-    from pave_lightning.adding import add_expert
+    from pave_lightning.pipeline.adding import add_expert
 
     return str(add_expert(into, task, expert, output, fisher, accept=options.accept))
 
@@ -296,7 +296,7 @@ def _handler(debug: bool) -> logging.Handler:
     if sys.stderr.isatty():
         from rich.logging import RichHandler
 
-        from pave_lightning.terminal import terminal
+        from pave_lightning.system.terminal import terminal
 
         handler = RichHandler(
             console=terminal(stderr=True), show_path=False, show_level=debug, log_time_format="[%H:%M:%S]", markup=False

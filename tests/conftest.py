@@ -234,7 +234,7 @@ def write_recipe(tmp_path):
 @pytest.fixture
 def read_recipe(write_recipe):
     """Writes a text as the recipe of this test and reads it with overrides."""
-    from pave_lightning.recipe_loading import load_recipe
+    from pave_lightning.recipe.loading import load_recipe
 
     return lambda text, *overrides: load_recipe(write_recipe(text), overrides)
 
@@ -243,7 +243,7 @@ def read_recipe(write_recipe):
 def recipe_problems(write_recipe):
     """What is told about a recipe that cannot be used, one text a problem, in words for people."""
     from pave_lightning.errors import PaveError
-    from pave_lightning.recipe_loading import load_recipe
+    from pave_lightning.recipe.loading import load_recipe
 
     def problems(text, *overrides):
         path = write_recipe(text)
@@ -263,7 +263,7 @@ def schema_errors():
     """What a validator of JSON schemas tells of a recipe's text."""
     from ruamel.yaml import YAML
 
-    from pave_lightning.recipe_loading import recipe_schema
+    from pave_lightning.recipe.loading import recipe_schema
 
     jsonschema = pytest.importorskip("jsonschema")
     validator = jsonschema.Draft202012Validator(recipe_schema())

@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from pave_lightning import Recipe, adding, commands
+from pave_lightning import Recipe
 from pave_lightning.cli import RECIPE_COMMANDS, main
 from pave_lightning.errors import PaveError, doing
 from pave_lightning.merging import known_methods
-from pave_lightning.recipe_loading import recipe_to_yaml
+from pave_lightning.pipeline import adding, commands
+from pave_lightning.recipe.loading import recipe_to_yaml
 
 
 @pytest.fixture
@@ -237,7 +238,7 @@ def test_a_fault_of_ours_is_one_line_unless_debug(capsys, recipe_file, monkeypat
 
 
 def test_a_folder_in_use_is_refused(capsys, recipe_file, recipe_settings):
-    from pave_lightning.run_folder import RunFolder
+    from pave_lightning.pipeline.run_folder import RunFolder
 
     with RunFolder(Path(recipe_settings["output"]) / "tiny").locked():
         script = f"from pave_lightning.cli import main; raise SystemExit(main(['fit', {recipe_file!r}]))"

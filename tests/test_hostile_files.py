@@ -16,9 +16,9 @@ from pave_lightning.experts.loading import load_expert
 from pave_lightning.experts.tokenizers import load_tokenizer
 from pave_lightning.merging.folders import load_merged, merged_facts
 from pave_lightning.merging.modulators import LowRank, Modulator
-from pave_lightning.recipe import Task
-from pave_lightning.recipe_loading import load_recipe
-from pave_lightning.run_folder import RunFolder
+from pave_lightning.pipeline.run_folder import RunFolder
+from pave_lightning.recipe.loading import load_recipe
+from pave_lightning.recipe.schema import Task
 from pave_lightning.statistics import LayerMoment, NormMoment, TaskStatistics
 from pave_lightning.statistics.gradients import TaskGradients
 from pave_lightning.weights import Adapter, Architecture, Checkpoint

@@ -11,10 +11,10 @@ from ruamel.yaml import YAML
 
 from pave_lightning import Recipe, run_recipe
 from pave_lightning.cli import main
-from pave_lightning.commands import open_folder
-from pave_lightning.files import local_path
 from pave_lightning.merging import known_methods
-from pave_lightning.recipe_loading import load_recipe, recipe_schema, recipe_to_yaml
+from pave_lightning.pipeline.commands import open_folder
+from pave_lightning.recipe.loading import load_recipe, recipe_schema, recipe_to_yaml
+from pave_lightning.system.files import local_path
 from pave_lightning.tracking import resolve_uri
 
 ROOT = Path(__file__).parent.parent

@@ -17,7 +17,7 @@ from pave_lightning.errors import PaveError
 from pave_lightning.evaluation.candidates import Candidate
 from pave_lightning.experts.tokenizers import set_padding
 from pave_lightning.experts.trainers import honest_interrupts, quiet_lightning
-from pave_lightning.recipe import Task
+from pave_lightning.recipe.schema import Task
 from pave_lightning.tasks.constants import constant_scores
 from pave_lightning.tasks.data_module import TaskDataModule
 from pave_lightning.tasks.metrics import build_metrics, non_finite_rows, predictions, scores

@@ -15,7 +15,7 @@ from pave_lightning.evaluation.candidates import Candidate, ExpertsCandidate, Me
 from pave_lightning.evaluation.evaluator import Evaluator, SuiteData, refuse_non_finite
 from pave_lightning.experts.trainers import build_trainer, quiet_lightning
 from pave_lightning.merging.running import MergedVectors
-from pave_lightning.recipe import DEFAULT_POINTS, Examples, ScaleSearch, Task
+from pave_lightning.recipe.schema import DEFAULT_POINTS, Examples, ScaleSearch, Task
 from pave_lightning.tasks.data_module import TaskDataModule
 from pave_lightning.tasks.metrics import weak_experts
 from pave_lightning.weights import TaskVectors

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from pave_lightning.errors import PaveError
-from pave_lightning.files import SCHEME, file_sha256, local_path, read_json
+from pave_lightning.system.files import SCHEME, file_sha256, local_path, read_json
 from pave_lightning.weights import Architecture, Checkpoint
 from pave_lightning.weights.adapters import adapter_settings
 from pave_lightning.weights.checkpoint import weight_files

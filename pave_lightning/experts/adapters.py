@@ -12,7 +12,7 @@ from torch import nn
 
 from pave_lightning.errors import PaveError, foreign, listed, naming
 from pave_lightning.experts.loading import checkpoint_of, label_names, load_base
-from pave_lightning.recipe import Task
+from pave_lightning.recipe.schema import Task
 from pave_lightning.weights import Checkpoint, is_finite
 from pave_lightning.weights.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_settings
 from pave_lightning.weights.architecture import backbone_of, empty_classifier, lies_in, stored_names

@@ -13,8 +13,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from pave_lightning.files import DAMAGED, set_aside
-from pave_lightning.processes import is_rank_zero
+from pave_lightning.system.files import DAMAGED, set_aside
+from pave_lightning.system.processes import is_rank_zero
 
 log = logging.getLogger("pave_lightning")
 

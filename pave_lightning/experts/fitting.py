@@ -27,9 +27,9 @@ from pave_lightning.experts.schedule import training_settings
 from pave_lightning.experts.task_expert import TaskExpert, freeze
 from pave_lightning.experts.tokenizers import load_tokenizer, padding_id, padding_note
 from pave_lightning.experts.trainers import build_trainer, honest_interrupts, quiet_lightning
-from pave_lightning.files import let_others_read
-from pave_lightning.processes import is_launched, is_rank_zero
-from pave_lightning.recipe import Task
+from pave_lightning.recipe.schema import Task
+from pave_lightning.system.files import let_others_read
+from pave_lightning.system.processes import is_launched, is_rank_zero
 from pave_lightning.tasks.constants import constant_scores
 from pave_lightning.tasks.data_module import TaskDataModule
 from pave_lightning.tasks.metrics import weak_experts

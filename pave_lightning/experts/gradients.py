@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pave_lightning.errors import PaveError
-from pave_lightning.recipe import Task
+from pave_lightning.recipe.schema import Task
 from pave_lightning.tasks.metrics import loss
 from pave_lightning.weights import is_finite
 from pave_lightning.weights.architecture import backbone_of

@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 from pave_lightning.errors import PaveError, foreign, listed, reason
 from pave_lightning.experts.tokenizers import set_padding
 from pave_lightning.layers import is_linear
-from pave_lightning.recipe import Lora, Task
+from pave_lightning.recipe.schema import Lora, Task
 from pave_lightning.weights import Checkpoint, is_finite
 from pave_lightning.weights.architecture import backbone_of, empty_classifier, lies_in, read_config
 from pave_lightning.weights.checkpoint import StoredTensor, weight_files

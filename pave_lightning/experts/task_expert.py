@@ -16,7 +16,7 @@ from torchmetrics import MetricCollection
 from transformers import get_linear_schedule_with_warmup
 
 from pave_lightning.errors import PaveError, nearest
-from pave_lightning.recipe import Task, Training
+from pave_lightning.recipe.schema import Task, Training
 from pave_lightning.tasks.metrics import build_metrics, loss, non_finite_rows, predictions, scores
 from pave_lightning.weights.architecture import backbone_of
 

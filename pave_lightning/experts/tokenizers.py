@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 from transformers.utils import logging as transformers_logging
 
 from pave_lightning.errors import PaveError, foreign
-from pave_lightning.files import check_sizes
+from pave_lightning.system.files import check_sizes
 from pave_lightning.weights.architecture import read_config
 from pave_lightning.weights.locate import has_tokenizer
 

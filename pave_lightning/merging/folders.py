@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from pave_lightning.errors import PaveError, foreign, nearest
-from pave_lightning.files import read_json, write_tensors
 from pave_lightning.merging.base import MergeMethod, PerTaskMethod, StaticMethod
 from pave_lightning.merging.evidence import Evidence
 from pave_lightning.merging.modulators import Modulator, ModulatorWriter
 from pave_lightning.merging.running import merge_per_task, merge_static, within
 from pave_lightning.merging.sequential import SequentialMethod
 from pave_lightning.statistics.gradients import EXPERT_DIGEST, TaskGradients
+from pave_lightning.system.files import read_json, write_tensors
 from pave_lightning.weights import (
     Architecture,
     Checkpoint,

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pave_lightning.errors import PaveError, foreign, reason
-from pave_lightning.files import check_header, read_failure, write_tensors
+from pave_lightning.system.files import check_header, read_failure, write_tensors
 
 METADATA = "modulator"
 

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pave_lightning.merging import MergeMethod, known_methods, method_named
-from pave_lightning.terminal import terminal
+from pave_lightning.system.terminal import terminal
 
 HEADINGS = ("method", "what it does", "form", "needs", "cost", "scale", "source")
 # In narrower terminals seven columns are too narrow to read, or cut words in two.

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pave_lightning.files import write_tensors
+from pave_lightning.system.files import write_tensors
 
 
 def write_whole(file: Path, tensors: Mapping[str, Tensor], key: str, header: Mapping[str, Any]) -> None:

@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pave_lightning.errors import PaveError, nearest, reason
-from pave_lightning.files import check_header, read_failure
 from pave_lightning.statistics.files import write_whole
+from pave_lightning.system.files import check_header, read_failure
 
 GradientKind = Literal["fisher", "absolute"]
 

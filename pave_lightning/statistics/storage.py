@@ -13,11 +13,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pave_lightning.errors import PaveError, nearest, reason
-from pave_lightning.files import check_header, read_failure
 from pave_lightning.statistics.files import write_whole
 from pave_lightning.statistics.norm_moment import NormMoment
 from pave_lightning.statistics.second_moment import LayerMoment
 from pave_lightning.subspace import MomentKind, is_finite
+from pave_lightning.system.files import check_header, read_failure
 
 # One metadata entry, because safetensors writes several in random order: equal statistics give equal files.
 HEADER_KEY = "pave_lightning.statistics"

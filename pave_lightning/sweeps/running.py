@@ -17,19 +17,19 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from pave_lightning.commands import open_folder, planning_folder, print_under, read_recipe, working
 from pave_lightning.errors import PaveError, Problems, doing
 from pave_lightning.evaluation import Candidate, TaskScore, refuse_non_finite
-from pave_lightning.files import DAMAGED
-from pave_lightning.planning import check_recipe, merge_problems
-from pave_lightning.recipe import MergeStep, Purify, Recipe, Sweep, Vectors
-from pave_lightning.recipe_loading import find_sweep, load_recipe
+from pave_lightning.pipeline.commands import open_folder, planning_folder, print_under, read_recipe, working
+from pave_lightning.pipeline.planning import check_recipe, merge_problems
+from pave_lightning.pipeline.run_folder import RunFolder
+from pave_lightning.pipeline.stages import Stages, purifications, short_digest
+from pave_lightning.pipeline.workflow import BROKEN_OUTPUTS, Workflow, plain_scores
+from pave_lightning.recipe.loading import find_sweep, load_recipe
+from pave_lightning.recipe.schema import MergeStep, Purify, Recipe, Sweep, Vectors
 from pave_lightning.reporting.sweep_view import CARRIED_COLUMNS
 from pave_lightning.reporting.sweeps import SweepView, write_sweep
-from pave_lightning.run_folder import RunFolder
-from pave_lightning.stages import Stages, purifications, short_digest
-from pave_lightning.terminal import terminal
-from pave_lightning.workflow import BROKEN_OUTPUTS, Workflow, plain_scores
+from pave_lightning.system.files import DAMAGED
+from pave_lightning.system.terminal import terminal
 
 log = logging.getLogger("pave_lightning")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pave_lightning.recipe import MetricName, Task
+from pave_lightning.recipe.schema import MetricName, Task
 from pave_lightning.tasks.data import Split, load_split
 from pave_lightning.tasks.labels import encode_labels
 

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from pave_lightning.errors import PaveError
-from pave_lightning.files import UNFINISHED, file_sha256, naming_file
+from pave_lightning.system.files import UNFINISHED, file_sha256, naming_file
 
 log = logging.getLogger("pave_lightning")
 

@@ -20,9 +20,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pave_lightning.errors import PaveError, reason
-from pave_lightning.files import file_sha256, local_path
-from pave_lightning.hub import hub_or_cache, unreached
-from pave_lightning.recipe import Task
+from pave_lightning.recipe.schema import Task
+from pave_lightning.system.files import file_sha256, local_path
+from pave_lightning.system.hub import hub_or_cache, unreached
 from pave_lightning.tasks.checks import label_values, row_problems, usable_rows
 from pave_lightning.tasks.copies import kept_copy
 from pave_lightning.tasks.labels import LabelValues, Reading, label_reading, readings_conflict

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerBase
 
-from pave_lightning.recipe import Task
+from pave_lightning.recipe.schema import Task
 from pave_lightning.tasks.data import SPLITS, Split, sample_rows
 from pave_lightning.tasks.labels import encode_labels
 from pave_lightning.tasks.padding import PaddedBatches

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pave_lightning.recipe import Data
+from pave_lightning.recipe.schema import Data
 from pave_lightning.tasks.rows import Rows, UnreadableError, find_column
 from pave_lightning.tasks.text_files import check_bytes, opened, shortened
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pave_lightning.errors import PaveError, listed
-from pave_lightning.recipe import Task
+from pave_lightning.recipe.schema import Task
 
 Reading = Literal["names", "indices"]
 Form = Literal["texts", "numbers", "booleans"]

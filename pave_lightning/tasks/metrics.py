@@ -18,7 +18,7 @@ from torchmetrics.classification import (
 from torchmetrics.functional.regression import pearson_corrcoef
 from torchmetrics.utilities import dim_zero_cat
 
-from pave_lightning.recipe import MetricName, Task
+from pave_lightning.recipe.schema import MetricName, Task
 
 # All metrics are 1 at best. An expert that comes no further from a constant answer's score to that has hardly learned.
 HARDLY_LEARNED = 0.1

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pave_lightning.errors import reason
-from pave_lightning.recipe import Data, Task
+from pave_lightning.recipe.schema import Data, Task
 from pave_lightning.tasks.delimited import delimiter_of, read_delimited
 from pave_lightning.tasks.json_rows import read_json
 from pave_lightning.tasks.rows import Rows, UnreadableError, find_column

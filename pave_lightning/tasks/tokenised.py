@@ -13,7 +13,7 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from pave_lightning.errors import PaveError
-from pave_lightning.recipe import Task
+from pave_lightning.recipe.schema import Task
 from pave_lightning.tasks.copies import kept_copy
 from pave_lightning.tasks.data import Split, changing, load_rows, quiet_datasets, split_fingerprint, split_title
 from pave_lightning.tasks.labels import encode_labels

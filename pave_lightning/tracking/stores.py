@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from sqlite3 import Error
 from typing import Any, TypeVar
 
-from pave_lightning.interrupts import deferred
+from pave_lightning.system.interrupts import deferred
 from pave_lightning.tracking import sqlite
 from pave_lightning.tracking.sqlite import SETTLED_SECONDS
 from pave_lightning.tracking.uris import is_database, sqlite_path

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 
 from pave_lightning.credentials import without_secrets
 from pave_lightning.errors import Interrupted
-from pave_lightning.interrupts import deferred
+from pave_lightning.system.interrupts import deferred
 from pave_lightning.tracking import runs
 from pave_lightning.tracking.naming import clean_path, tag_text
 from pave_lightning.tracking.runs import PARENT_TAG, Entry

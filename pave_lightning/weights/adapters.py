@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from pave_lightning.errors import PaveError, shortened
-from pave_lightning.files import read_json
+from pave_lightning.system.files import read_json
 from pave_lightning.weights.checkpoint import Checkpoint, StoredTensor, is_finite_in_float32, stored_tensors
 from pave_lightning.weights.parameters import Parameter
 

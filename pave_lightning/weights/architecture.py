@@ -27,7 +27,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from pave_lightning.errors import PaveError, foreign, shortened
-from pave_lightning.files import read_json
+from pave_lightning.system.files import read_json
 from pave_lightning.weights.buffers import BufferKind, buffer_kinds
 from pave_lightning.weights.checkpoint import Checkpoint
 from pave_lightning.weights.embeddings import token_embeddings

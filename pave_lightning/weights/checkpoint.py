@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pave_lightning.errors import PaveError, listed, reason, shortened
-from pave_lightning.files import check_header, file_sha256, read_failure, read_json
 from pave_lightning.subspace import is_finite
+from pave_lightning.system.files import check_header, file_sha256, read_failure, read_json
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"

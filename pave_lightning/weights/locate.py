@@ -6,8 +6,8 @@ from itertools import islice
 from pathlib import Path
 
 from pave_lightning.errors import PaveError, near, reason, shortened, system_problem, visible
-from pave_lightning.files import SCHEME, local_path
-from pave_lightning.hub import hub_or_cache, unreached
+from pave_lightning.system.files import SCHEME, local_path
+from pave_lightning.system.hub import hub_or_cache, unreached
 
 MOST_LOOKED_AT = 1000
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pave_lightning.files import write_tensors
+from pave_lightning.system.files import write_tensors
 
 # What a writer holds in memory; checkpoints of many small shards load as those of few large ones do.
 SHARD_BYTES = 256_000_000

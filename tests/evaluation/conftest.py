@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from pave_lightning.recipe import Task
+from pave_lightning.recipe.schema import Task
 from pave_lightning.tasks.data_module import TaskDataModule
 from pave_lightning.weights import Architecture, Checkpoint, ExpertTaskVectors
 

@@ -32,7 +32,7 @@ from pave_lightning.experts.adapters import (
     load_adapter_alone,
 )
 from pave_lightning.experts.loading import label_names
-from pave_lightning.recipe import Task
+from pave_lightning.recipe.schema import Task
 
 SMALL = {
     "vocab_size": 100,

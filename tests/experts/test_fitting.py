@@ -19,7 +19,7 @@ from pave_lightning.experts.adapters import load_adapter
 from pave_lightning.experts.fitting import fit_expert, save_expert
 from pave_lightning.experts.loading import load_with_new_head
 from pave_lightning.experts.task_expert import TaskExpert, parameter_groups
-from pave_lightning.recipe import Task
+from pave_lightning.recipe.schema import Task
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from pave_lightning.errors import PaveError
 from pave_lightning.experts.gradients import absolute_gradients, covariance_factor, fisher_diagonal
 from pave_lightning.merging import Evidence, Need
 from pave_lightning.merging.passes import load_parameters
-from pave_lightning.recipe import Task
+from pave_lightning.recipe.schema import Task
 from pave_lightning.statistics.gradients import TaskGradients
 from pave_lightning.weights import task_vectors
 

@@ -17,7 +17,7 @@ from pave_lightning.merging.blocks import BlockStack
 from pave_lightning.merging.methods.distillation import DistillationOptions
 from pave_lightning.merging.methods.feature_calibration import FeatureCalibrationOptions
 from pave_lightning.merging.passes import ForwardPasses
-from pave_lightning.planning.blocks import block_problem
+from pave_lightning.pipeline.planning.blocks import block_problem
 from pave_lightning.weights import Parameter, TaskVectors
 from pave_lightning.weights.architecture import backbone_of
 from pave_lightning.weights.parameters import kind_of

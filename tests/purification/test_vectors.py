@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2Model
 from pave_lightning.errors import PaveError
 from pave_lightning.merging import Average, Emr, TaskArithmetic, Ties, merge
 from pave_lightning.purification import PurifiedTaskVectors, StoredPurification, write_purified
-from pave_lightning.recipe import Purify
+from pave_lightning.recipe.schema import Purify
 from pave_lightning.statistics import LayerMoment, TaskStatistics
 from pave_lightning.weights import Checkpoint, ParameterKind, task_vectors
 

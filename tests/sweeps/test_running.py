@@ -21,11 +21,11 @@ from pave_lightning import Recipe, run_recipe
 from pave_lightning.errors import PaveError
 from pave_lightning.evaluation import ExpertsCandidate
 from pave_lightning.evaluation.scale_search import ScaleSearcher
-from pave_lightning.recipe_loading import load_recipe, recipe_to_yaml
+from pave_lightning.pipeline.workflow import Workflow
+from pave_lightning.recipe.loading import load_recipe, recipe_to_yaml
 from pave_lightning.reporting.sweep_table import SweepScores
 from pave_lightning.sweeps import running
 from pave_lightning.sweeps.running import find_sweep, make_cells, plan_sweep, run_sweep, view_of
-from pave_lightning.workflow import Workflow
 
 SHIPPED = sorted((Path(__file__).parents[2] / "recipes" / "sweeps").glob("*.yaml"))
 RATIOS, SEEDS = (0.9, 0.75), (0, 3)
@@ -281,7 +281,7 @@ def test_shipped_sweeps_can_begin(path, base_folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(running, "working", begun)
     # The tiny base knows no word of these texts.
-    monkeypatch.setattr("pave_lightning.planning.checks.tokenised_problems", lambda recipe, folder: ())
+    monkeypatch.setattr("pave_lightning.pipeline.planning.checks.tokenised_problems", lambda recipe, folder: ())
     small = ["training.max_length=16", f"output={tmp_path}", f"shared={tmp_path / 'shared'}"]
     with pytest.raises(WorkBeginsError):
         run_sweep(str(path), [f"base={base_folder}", *small])

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pave_lightning.recipe import Data
+from pave_lightning.recipe.schema import Data
 from pave_lightning.tasks.delimited import read_delimited
 from pave_lightning.tasks.rows import UnreadableError
 

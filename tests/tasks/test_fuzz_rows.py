@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pave_lightning.recipe import Task
+from pave_lightning.recipe.schema import Task
 from pave_lightning.tasks.checks import row_problems, usable_rows
 from pave_lightning.tasks.reading import read_rows
 from pave_lightning.tasks.rows import UnreadableError

@@ -13,8 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import pave_lightning.recipe
-from pave_lightning.recipe import Task
+import pave_lightning.recipe.schema
+from pave_lightning.recipe.schema import Task
 from pave_lightning.tasks.metrics import (
     build_metrics,
     loss,
@@ -188,7 +188,7 @@ def test_shares_of_rows_merge_to_the_whole(case):
 ONE_RANK = """
 import json, sys
 import torch
-from pave_lightning.recipe import Task
+from pave_lightning.recipe.schema import Task
 from pave_lightning.tasks.metrics import build_metrics, predictions, scores
 torch.distributed.init_process_group("gloo")
 rank = torch.distributed.get_rank()
@@ -214,7 +214,7 @@ def test_two_processes_give_the_same_scores_as_one(tmp_path):
     (tmp_path / "one_rank.py").write_text(ONE_RANK)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     arguments = [tmp_path / "one_rank.py", tmp_path / "cases.pt", tmp_path]
-    root = Path(pave_lightning.recipe.__file__).parents[1]
+    root = Path(pave_lightning.recipe.schema.__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     run = subprocess.run([*command, *map(str, arguments)], timeout=240, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr

@@ -4,10 +4,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pave_lightning.files import local_path
-from pave_lightning.recipe import Task
+from pave_lightning.recipe.schema import Task
+from pave_lightning.recipe.suites import POCKET_FOLDER, suite_task, suite_task_names
+from pave_lightning.system.files import local_path
 from pave_lightning.tasks.data import SPLITS, check_task, load_split
-from pave_lightning.tasks.suites import POCKET_FOLDER, suite_task, suite_task_names
 
 NAMES = [name for name in suite_task_names() if name.startswith("pocket/")]
 

@@ -13,7 +13,7 @@ from pave_lightning.tracking.stores import connect
 PROGRAM = """
 import json, os, signal, sys, time
 from pave_lightning.errors import Interrupted
-from pave_lightning.interrupts import stoppable
+from pave_lightning.system.interrupts import stoppable
 from pave_lightning.tracking import Tracker, record_stage
 
 uri, delays, other = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]

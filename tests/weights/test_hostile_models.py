@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pave_lightning import files
 from pave_lightning.errors import PaveError
 from pave_lightning.experts.tokenizers import load_tokenizer
+from pave_lightning.system import files
 from pave_lightning.weights import Adapter, Architecture, Checkpoint
 
 

@@ -16,10 +16,10 @@ from transformers import (
 from pave_lightning import load_merged
 from pave_lightning.errors import PaveError
 from pave_lightning.evaluation.candidates import ExpertsCandidate, MergedCandidate
-from pave_lightning.exporting import write_purified_expert
 from pave_lightning.merging import make_method
 from pave_lightning.merging.folders import MergeContext, write_merged
 from pave_lightning.merging.running import merge
+from pave_lightning.purification.export import write_purified_expert
 from pave_lightning.weights import Architecture, task_vectors
 from pave_lightning.weights.ties import tie_problems
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pave_lightning.files import file_sha256
+from pave_lightning.system.files import file_sha256
 from pave_lightning.weights import Checkpoint, ShardWriter
 
 TENSORS = {f"layer.{index}.weight": torch.randn(3, index + 1) for index in range(5)}

@@ -1,0 +1,30 @@
+from .callbacks import PaveCallback as PaveCallback
+from .errors import PaveError as PaveError
+from .evaluation import Evaluator as Evaluator
+from .experts.task_expert import TaskExpert as TaskExpert
+from .merging import Average as Average
+from .merging import Emr as Emr
+from .merging import MethodOptions as MethodOptions
+from .merging import PerTaskMethod as PerTaskMethod
+from .merging import StaticMethod as StaticMethod
+from .merging import TaskArithmetic as TaskArithmetic
+from .merging import Ties as Ties
+from .merging import merge as merge
+from .merging import register as register
+from .merging.folders import load_merged as load_merged
+from .pipeline.commands import plan_recipe as plan_recipe
+from .pipeline.commands import run_recipe as run_recipe
+from .purification import PurifiedTaskVectors as PurifiedTaskVectors
+from .recipe.loading import load_recipe as load_recipe
+from .recipe.schema import Purify as Purify
+from .recipe.schema import Recipe as Recipe
+from .recipe.schema import Task as Task
+from .statistics import TaskStatistics as TaskStatistics
+from .tasks.data_module import TaskDataModule as TaskDataModule
+from .weights import Architecture as Architecture
+from .weights import Checkpoint as Checkpoint
+from .weights import ExpertTaskVectors as ExpertTaskVectors
+from .weights import TaskVectors as TaskVectors
+from .weights import task_vectors as task_vectors
+
+__version__: str

@@ -1,0 +1,1 @@
+"""From a recipe to results: the stages, what they depend on, and how they are run."""

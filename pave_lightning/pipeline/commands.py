@@ -1,0 +1,183 @@
+"""The commands behind the command line, callable from Python as well."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pave_lightning.errors import PaveError, nearest
+from pave_lightning.pipeline.run_folder import RunFolder
+from pave_lightning.recipe.loading import load_recipe, recipe_digest, recipe_to_yaml
+from pave_lightning.recipe.schema import MergeStep, Recipe
+from pave_lightning.system.interrupts import stoppable
+from pave_lightning.system.processes import is_launched, refuse_foreign_launchers
+from pave_lightning.system.terminal import terminal
+
+
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """`load_recipe`, with mistakes in the options of merge methods told beside those of the recipe."""
+
+    def problems(step: MergeStep) -> list[str]:
+        from pave_lightning.pipeline.planning import option_problems
+
+        return option_problems(step)
+
+    return load_recipe(path, overrides, step_problems=problems)
+
+
+def run_recipe(recipe: Recipe, *, verify: bool = False) -> Path:
+    """Run a recipe to its end: fit, capture, purify, merge, evaluate, report. Finished stages are not run again.
+
+    Args:
+        recipe: the recipe.
+        verify: hash every input and every result that is there, whatever their sizes and times say.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        PaveError: something is wrong with the recipe, its data or its models; found before anything runs where it can.
+    """
+    from pave_lightning.pipeline.report import write_report
+
+    with working(recipe, verify=verify) as workflow:
+        workflow.run()
+        write_report(workflow)
+    return Path(recipe.output) / recipe.name
+
+
+def run_stage(recipe: Recipe, stage: str, task: str | None = None) -> None:
+    """Run one stage alone, for one task or (fit, capture) for all.
+
+    Raises:
+        PaveError: what the stage builds on is missing or stale; the message names the command that makes it.
+    """
+    from pave_lightning.pipeline.report import report_diagnostics, write_report
+
+    names = [entry.name for entry in recipe.tasks]
+    if task is not None and task not in names:
+        raise PaveError(f"--task {task}: the recipe has no such task; {nearest(task, names)}")
+    chosen = [entry for entry in recipe.tasks if task in (None, entry.name)]
+    with working(recipe, computes=stage != "report") as workflow:
+        actions: dict[str, Callable[[], object]] = {
+            "fit": lambda: [workflow.fit(entry) for entry in sorted(chosen, key=lambda entry: entry.expert is None)],
+            "capture": lambda: [workflow.capture(entry) for entry in chosen],
+            "purify": lambda: _tell([workflow.export(options) for options in workflow.stages.purifications()]),
+            "diagnose": lambda: _tell(report_diagnostics(workflow)),
+            "merge": lambda: [workflow.merge(step, vectors) for step, vectors in workflow.stages.merges()],
+            "evaluate": workflow.evaluate,
+            "report": lambda: write_report(workflow),
+        }
+        actions[stage]()
+        if stage == "evaluate" and not is_launched():
+            _tell([workflow.folder.path("scores")])
+            terminal().print("`pave report` makes tables and pictures of them", soft_wrap=True)
+
+
+def _tell(folders: Sequence[Path]) -> None:
+    """Say where results are."""
+    for folder in folders:
+        terminal().print(f"results: {folder}", soft_wrap=True)
+
+
+def plan_recipe(recipe: Recipe, console: Console | None = None, *, verify: bool = False) -> None:
+    """Check everything, run nothing, and print what would be done.
+
+    Args:
+        recipe: the recipe.
+        console: where to print.
+        verify: hash every input and every result that is there, whatever their sizes and times say.
+
+    Raises:
+        PaveError: lists everything that is wrong.
+    """
+    from pave_lightning.pipeline.planning import check_recipe, cost_table, coverage_lines, plan_rows, token_notes
+
+    console = console or terminal()
+    with planning_folder(recipe, verify=verify) as folder:
+        check_recipe(recipe, folder)
+        table = Table()
+        for heading in ("stage", "result", "what"):
+            table.add_column(heading)
+        for row in plan_rows(recipe, folder):
+            table.add_row(*row)
+        print_under(f"{recipe.name} in {folder.root}", table, console)
+        console.print(cost_table(recipe, folder))
+        for note in token_notes(recipe):
+            console.print(f"note: {note}", soft_wrap=True, markup=False, highlight=False)
+        for line in coverage_lines(recipe, folder):
+            console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def print_under(heading: str, table: Table, console: Console) -> None:
+    """Print a table below a heading on one line; a title of its own would be broken to the table's width."""
+    console.print(heading, soft_wrap=True, markup=False, highlight=False)
+    console.print(table)
+
+
+def open_folder(recipe: Recipe, data: Path | None = None, *, verify: bool = False) -> RunFolder:
+    """The recipe's run folder, which need not be there; with copies of its rows in another place where one is given."""
+    shared = None if recipe.shared is None else Path(recipe.shared)
+    return RunFolder(Path(recipe.output) / recipe.name, shared, data, verify=verify)
+
+
+@contextmanager
+def planning_folder(recipe: Recipe, *, verify: bool = False) -> Iterator[RunFolder]:
+    """The recipe's run folder, for looking at it; copies of rows that are made for that are removed in the end."""
+    refuse_foreign_launchers()
+    folder = open_folder(recipe, verify=verify)
+    if folder.data.is_dir():
+        yield folder
+        folder.note_hashes()
+        return
+    with TemporaryDirectory(prefix="pave-plan-") as copies:
+        yield open_folder(recipe, Path(copies), verify=verify)
+
+
+@contextmanager
+def working(recipe: Recipe, *, computes: bool = True, verify: bool = False) -> Iterator[Any]:
+    """A workflow over the recipe's run folder: checked, locked and recorded in MLflow.
+
+    Inside a process that a driver started, the driver has done all this, and only rank zero records. What computes
+    nothing asks nothing of the machine's devices.
+    """
+    refuse_foreign_launchers()  # before Lightning is loaded
+    from pave_lightning.pipeline.launching import attached_tracker
+    from pave_lightning.pipeline.workflow import Workflow
+
+    folder = open_folder(recipe, verify=verify)
+    if is_launched():
+        yield Workflow(recipe, folder, attached_tracker())
+        return
+
+    from pave_lightning.pipeline.launching import Launcher
+    from pave_lightning.pipeline.planning import check_recipe
+    from pave_lightning.tracking import Tracker, environment_tags
+
+    with folder.locked(), stoppable():
+        check_recipe(recipe, folder, computes=computes)
+        resolved = folder.write_text("recipe.yaml", recipe_to_yaml(recipe))
+        record = Tracker.recorded(
+            recipe.tracking.uri,
+            recipe.tracking.experiment,
+            recipe.name,
+            key=f"{folder.root.resolve()}:{recipe_digest(recipe)}",
+            params={
+                "base": recipe.base,
+                "seed": recipe.seed,
+                "tasks": ", ".join(task.name for task in recipe.tasks),
+                "capture": recipe.capture.model_dump(),
+                "purify": recipe.purify.model_dump(),
+                "trainer": recipe.trainer,
+            },
+            tags=environment_tags(),
+        )
+        with record as tracker, stoppable():  # inside of the record, which says whether the run failed or was stopped
+            tracker.log_file(tracker.parent_run_id, resolved)
+            yield Workflow(recipe, folder, tracker, Launcher())

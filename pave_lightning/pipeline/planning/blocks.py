@@ -1,0 +1,207 @@
+"""Whether a backbone can be walked through block by block, asked of a small copy of it before there are experts.
+
+The copy is a model of the base's own configuration with random weights, few layers and few attention heads, so that
+the check that a merge makes (`BlockStack.check`) is made in full, values included, in about a second and without the
+base's weights. Heads keep their size and layers their pattern, as rotary embeddings, masks and windows depend on them.
+A configuration that cannot be made smaller that way is tried with fewer changes, where it is small enough.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from pave_lightning.errors import PaveError
+from pave_lightning.experts.loading import quiet_transformers
+from pave_lightning.merging import Need, method_named
+from pave_lightning.merging.blocks import MODEL_FAILURES, BlockStack
+from pave_lightning.merging.passes import misnamed
+from pave_lightning.recipe.schema import Recipe
+from pave_lightning.weights.architecture import backbone_of, empty_classifier, read_config
+
+# What is found out by models that are given the weights of checkpoints.
+RUN_THE_MODEL = frozenset({Need.UNLABELLED_EXAMPLES, Need.GRADIENTS})
+# A copy with more parameters than this is not made: a plan takes seconds and little memory.
+LARGEST_COPY = 60_000_000
+# What the copy has, where the model has more.
+HEADS, LAYERS, VOCABULARY, INNER_WIDTH = 2, 2, 256, 256
+# Lengths of the examples that are tried, in tokens.
+LENGTHS = (5, 9, 2)
+# How configurations end names of what is as wide as the hidden states, and what they call the inner width of a block.
+HIDDEN_ENDINGS = ("_size", "_dim", "_model", "_embd", "dim")
+INNER_NAMES = ("intermediate_size", "ffn", "inner", "d_ff", "hidden_dim")
+
+
+def block_problem(folder: Path) -> str | None:
+    """Why the backbone of a model folder cannot be walked through block by block; None where it can.
+
+    Reads ``config.json`` alone. A refusal of a copy is believed when less changed copies are refused as well.
+
+    Raises:
+        PaveError: the configuration gives no classification model.
+    """
+    backbone = backbone_of(empty_classifier(folder))
+    try:
+        stack = BlockStack(backbone)
+    except PaveError as refusal:
+        return str(refusal)
+    problem = stack.refusal("it is too large to be tried before training, however few layers it is given")
+    for values in smaller(read_config(folder)):
+        try:
+            copied = _copy(values)
+            if copied is None:
+                continue
+            batches = list(_batches(copied))
+            added = {name for batch in batches for name in _added_by_classifier(copied, batch)}
+        except (PaveError, *MODEL_FAILURES) as error:
+            problem = stack.refusal(f"a small copy of it cannot be run ({' '.join(str(error).split())})")
+            continue
+        if added:
+            what = f"{type(copied).__name__} gives it {min(added)} as well"
+            return str(stack.refusal(f"{what}, which is not among what a task's examples hold"))
+        try:
+            for batch in batches:
+                BlockStack(backbone_of(copied)).check(batch)
+        except PaveError as refusal:
+            problem = refusal
+        else:
+            return None
+    return str(problem)
+
+
+def naming_problems(recipe: Recipe, folder: Path, names: Collection[str]) -> Iterator[str]:
+    """Why methods that run a model cannot put weights of these names, as checkpoints store them, into its backbone."""
+    running = [step.name for step in recipe.merge if _runs_the_model(step.method)]
+    problem = misnamed(backbone_of(empty_classifier(folder)), names) if running else None
+    if problem is not None:
+        steps = ", ".join(f"'{name}'" for name in running)
+        yield f"merge step{'s' if len(running) > 1 else ''} {steps}: {problem}"
+
+
+def smaller(config: PreTrainedConfig) -> Iterator[dict[str, Any]]:
+    """A configuration with few layers and heads, with few layers, and as it is; all with few words."""
+    for shrinks in ((_few_words, _shallow, _narrow), (_few_words, _shallow), (_few_words,)):
+        values: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+        for part, own in _parts(config, values):
+            for shrink in shrinks:
+                own.update(shrink(part, own))
+        if values.get("pad_token_id") is None:  # batches are padded with some token
+            values["pad_token_id"] = 0
+        values.pop("auto_map", None)
+        yield values
+
+
+def _parts(config: PreTrainedConfig, values: dict[str, Any]) -> Iterator[tuple[PreTrainedConfig, dict[str, Any]]]:
+    """A configuration and those it holds, for text and images say, each with its values."""
+    yield config, values
+    for name, inner in values.items():
+        part = getattr(config, name, None)
+        if isinstance(part, PreTrainedConfig) and isinstance(inner, dict):
+            yield from _parts(part, inner)
+
+
+def _named(config: PreTrainedConfig, name: str) -> str:
+    """What a family calls a setting."""
+    return str((config.attribute_map or {}).get(name, name))
+
+
+def _few_words(config: PreTrainedConfig, values: dict[str, Any]) -> dict[str, Any]:
+    """A short vocabulary, in which all special tokens lie."""
+    name = _named(config, "vocab_size")
+    words = values.get(name)
+    if not isinstance(words, int):
+        return {}
+    words = min(words, VOCABULARY)
+    ids = {key: index for key, index in values.items() if key.endswith("_token_id") and index is not None}
+    within = {
+        key: [min(each, words - 1) for each in index] if isinstance(index, list) else min(index, words - 1)
+        for key, index in ids.items()
+    }
+    return {**within, name: words}
+
+
+def _shallow(config: PreTrainedConfig, values: dict[str, Any]) -> dict[str, Any]:
+    """The first layers of each kind; lists with an element a layer are cut accordingly."""
+    depth = values.get(_named(config, "num_hidden_layers"))
+    if not isinstance(depth, int):
+        return {}
+    kinds = values.get("layer_types") or [None] * depth
+    last_new = max(kinds.index(kind) for kind in set(kinds))
+    kept = min(depth, max(LAYERS, last_new + 1))
+    lists = {name: value[:kept] for name, value in values.items() if isinstance(value, list) and len(value) == depth}
+    return {**lists, _named(config, "num_hidden_layers"): kept}
+
+
+def _narrow(config: PreTrainedConfig, values: dict[str, Any]) -> dict[str, Any]:
+    """Few heads of the same size, and a narrow inner layer."""
+    heads, width = (values.get(_named(config, name)) for name in ("num_attention_heads", "hidden_size"))
+    if not isinstance(heads, int) or not isinstance(width, int) or heads <= HEADS or width % heads:
+        return {}
+    narrow = width // heads * HEADS
+    changed: dict[str, Any] = {_named(config, "num_attention_heads"): HEADS}
+    groups = values.get(_named(config, "num_key_value_heads"))
+    if isinstance(groups, int):
+        changed[_named(config, "num_key_value_heads")] = HEADS if groups == heads else 1
+    for name, value in values.items():
+        if isinstance(value, int) and not isinstance(value, bool):
+            if value == width and name.endswith(HIDDEN_ENDINGS):
+                changed[name] = narrow
+            elif any(inner in name for inner in INNER_NAMES):
+                changed[name] = min(value, INNER_WIDTH)
+    return changed
+
+
+def _copy(values: dict[str, Any]) -> nn.Module | None:
+    """A classifier of a configuration with random weights, in eval mode; None where it is too large."""
+    with tempfile.TemporaryDirectory() as place, quiet_transformers(), torch.random.fork_rng():
+        folder = Path(place)
+        (folder / "config.json").write_text(json.dumps(values))
+        if sum(parameter.numel() for parameter in empty_classifier(folder).parameters()) > LARGEST_COPY:
+            return None
+        torch.manual_seed(0)
+        return empty_classifier(folder, device="cpu").float().eval()
+
+
+def _batches(classifier: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Examples of several lengths, padded on the right and on the left."""
+    whole: Any = classifier.config
+    config = whole.get_text_config()
+    generator, longest = torch.Generator().manual_seed(0), max(LENGTHS)
+    special = [value for name, value in config.to_dict().items() if name.endswith("_token_id")]
+    special += [index for found in special if isinstance(found, list) for index in found]
+    words = torch.tensor([index for index in range(config.vocab_size) if index not in special])
+    ids = words[torch.randint(len(words), (len(LENGTHS), longest), generator=generator)]
+    mask = torch.arange(longest) < torch.tensor(LENGTHS)[:, None]
+    for real in (mask, mask.flip(1)):
+        yield {"input_ids": ids.where(real, torch.tensor(whole.pad_token_id)), "attention_mask": real.long()}
+
+
+@torch.no_grad()
+def _added_by_classifier(classifier: nn.Module, batch: dict[str, Tensor]) -> set[str]:
+    """Names of tensors that the classifier gives its backbone and that are not the batch's."""
+    given: dict[str, Any] = {}
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given.update({f"argument {index}": value for index, value in enumerate(args)} | kwargs)
+
+    handle = backbone_of(classifier).register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        classifier(**batch)
+    finally:
+        handle.remove()
+    own = {id(tensor) for tensor in batch.values()}
+    return {name for name, value in given.items() if isinstance(value, Tensor) and id(value) not in own}
+
+
+def _runs_the_model(method: str) -> bool:
+    try:
+        return bool(method_named(method).needs & RUN_THE_MODEL)
+    except PaveError:  # there is no such method, which is told elsewhere
+        return False

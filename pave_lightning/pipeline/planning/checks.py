@@ -1,0 +1,67 @@
+"""Everything that can be known to be wrong before work begins, told at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+
+from pave_lightning.errors import PaveError, Problems
+from pave_lightning.experts.trainer_options import machine_options, trainer_problems
+from pave_lightning.pipeline.planning.merging import merge_problems
+from pave_lightning.pipeline.planning.models import check_models
+from pave_lightning.pipeline.planning.tokenised import tokenised_problems
+from pave_lightning.pipeline.planning.tokens import token_problems
+from pave_lightning.pipeline.planning.training import schedule_problems
+from pave_lightning.pipeline.run_folder import RunFolder
+from pave_lightning.recipe.schema import Recipe
+from pave_lightning.tasks.data import check_task
+from pave_lightning.tracking import resolve_uri
+
+
+def check_recipe(recipe: Recipe, folder: RunFolder, *, computes: bool = True) -> None:
+    """Check data, base, existing experts, trainer options, merge methods and tracking; run nothing.
+
+    Args:
+        recipe: What is checked.
+        folder: Its run folder.
+        computes: Whether this machine is to compute; a report of what another one computed needs no devices of its own.
+
+    Raises:
+        PaveError: lists everything that is wrong, up to 20 problems.
+    """
+    problems = Problems(f"recipe '{recipe.name}' cannot be run:")
+
+    def attempt(check: Callable[[], object]) -> None:
+        try:
+            check()
+        except PaveError as error:
+            problems.add(str(error))
+
+    for task in recipe.tasks:
+        problems.extend(check_task(task, seed=recipe.seed, cache_dir=folder.data))
+    if computes:
+        problems.extend(_machine_problems(recipe))
+        problems.extend(schedule_problems(recipe, folder.data))
+    attempt(partial(check_models, recipe, problems))
+    attempt(lambda: problems.extend(tokenised_problems(recipe, folder)))
+    problems.extend(token_problems(recipe))
+    problems.extend(merge_problems(recipe))
+    if recipe.merge and len(recipe.tasks) < 2:
+        problems.add("merging needs at least two tasks; the recipe has one")
+    attempt(partial(resolve_uri, recipe.tracking.uri))
+    problems.raise_if_any()
+
+
+def _machine_problems(recipe: Recipe) -> Iterator[str]:
+    """Why this machine cannot train, capture, purify or evaluate as the recipe says."""
+    distinct = {str(task.trainer): (f"tasks.{task.name}.trainer", task.trainer) for task in recipe.tasks}
+    for where, options in {str(recipe.trainer): ("trainer", recipe.trainer), **distinct}.values():
+        yield from trainer_problems(options, where if options != recipe.trainer else "trainer")
+    machine = machine_options(recipe.trainer)
+    asked = {"capture": recipe.capture.precision, "evaluate": recipe.evaluate.precision}
+    for where, precision in asked.items() if not trainer_problems(machine, "trainer") else ():
+        yield from trainer_problems({**machine, "precision": precision}, where)
+    if recipe.compute.device == "cuda" and not torch.cuda.is_available():
+        yield "compute.device is cuda, but PyTorch finds no graphics card that it can use; set it to cpu"

@@ -1,0 +1,203 @@
+"""What is wrong with the merge steps and purifications of a recipe, whatever its experts will be."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import cache, partial
+
+from pave_lightning.errors import PaveError
+from pave_lightning.merging import MergeMethod, Need, make_method, method_named
+from pave_lightning.merging.evidence import PlannedEvidence
+from pave_lightning.merging.low_rank import LowRankMethod, quoted
+from pave_lightning.pipeline.planning.blocks import block_problem, naming_problems
+from pave_lightning.pipeline.planning.models import adapter_of, is_wrapped
+from pave_lightning.pipeline.stages import existing_folder, purifications, ratios
+from pave_lightning.purification.vectors import budget_problems
+from pave_lightning.recipe.schema import MergeStep, Recipe, Task
+from pave_lightning.weights import Adapter, Architecture, Checkpoint, Parameter, ParameterKind, locate_model
+from pave_lightning.weights.adapters import ADAPTER_CONFIG, ADAPTER_FOLDER
+from pave_lightning.weights.architecture import lies_in
+from pave_lightning.weights.task_vectors import (
+    PlannedTaskVectors,
+)
+
+# Of what a method says of every matrix of a model, a few lines show as much as all of them.
+SHOWN_OF_A_RULE = 4
+TRAINED_WHOLE = "they are trained whole; set training.lora"
+
+
+def merge_problems(recipe: Recipe) -> Iterator[str]:
+    """What is wrong with the merge steps and purifications of a recipe, whatever its experts will be."""
+    architecture: Architecture | None = None
+    parameters: list[Parameter] = []
+    try:
+        folder = locate_model(recipe.base, role="base")
+        architecture = Architecture.of_folder(folder)
+        parameters = list(stored_parameters(architecture.checkpoint(folder), architecture))
+    except PaveError:  # told elsewhere; what can be said without is said
+        pass
+    vectors = _planned_vectors(recipe, parameters, architecture)
+    evidence = PlannedEvidence()
+    if parameters:
+        evidence = PlannedEvidence(block_problem=cache(partial(block_problem, folder)))
+        names = [parameter.name for parameter in parameters]
+        yield from naming_problems(recipe, folder, names)
+    for step in recipe.merge:
+        try:
+            yield from _step_problems(step, recipe, vectors, evidence)
+        except PaveError as error:
+            yield str(error)
+    layers = None if architecture is None else list(architecture.parameters.values())
+    yield from _purification_problems(recipe, layers)
+
+
+def stored_parameters(base: Checkpoint, architecture: Architecture) -> Iterator[Parameter]:
+    """The parameters that experts of a base will share with it."""
+    for name, stored in sorted(base.backbone.items()):
+        known = name in architecture.parameters or name in architecture.stored_names
+        if known and stored.is_floating:
+            yield architecture.describe(name, stored.shape)
+
+
+def _planned_vectors(
+    recipe: Recipe, parameters: Sequence[Parameter], architecture: Architecture | None
+) -> PlannedTaskVectors:
+    """What is known of the task vectors before there are experts."""
+    ranks: dict[str, Mapping[str, int] | str] = {}
+    unknown = not parameters
+    for task in recipe.tasks:
+        try:
+            ranks[task.name] = _ranks(task, parameters, "" if architecture is None else architecture.prefix)
+        except PaveError:  # told elsewhere
+            ranks[task.name], unknown = {}, True
+    if unknown:  # ranks of some adapters must not be compared with nothing
+        ranks = {task: found if isinstance(found, str) else {} for task, found in ranks.items()}
+    return PlannedTaskVectors(parameters, ranks)
+
+
+def _ranks(task: Task, parameters: Sequence[Parameter], prefix: str) -> Mapping[str, int] | str:
+    """The rank of each layer that a task's expert will have an adapter of, or why it will have none."""
+    if task.expert is None:
+        lora = task.training.lora
+        if lora is None:
+            return TRAINED_WHOLE
+        adapted = [p for p in parameters if is_wrapped(p, lora) and not lies_in(p.layer, task.training.freeze)]
+        return {parameter.layer: lora.rank for parameter in adapted}
+    folder = existing_folder(task)
+    where = adapter_of(folder)
+    if where is None:
+        return f"{folder} holds no adapter (looked for {ADAPTER_FOLDER}/{ADAPTER_CONFIG})"
+    adapter = Adapter(where, prefix)
+    return adapter.refusal or {layer: found.rank for layer, found in adapter.layers.items()}
+
+
+def _step_problems(
+    step: MergeStep, recipe: Recipe, vectors: PlannedTaskVectors, evidence: PlannedEvidence
+) -> Iterator[str]:
+    where = f"merge step '{step.name}'"
+    kind = method_named(step.method)
+    methods, refusals = _made(step)
+    yield from refusals
+    wanted = {need for method in methods for need in method.wanted}
+    if step.scale is not None and kind.default_scale is None:
+        yield f"{where}: {step.method} has no scale; leave the key 'scale' out"
+    if (Need.ANCHOR in kind.needs) != (step.anchor is not None):
+        wants = "starts from a merged model; name its merge step with" if step.anchor is None else "has no use for"
+        yield f"{where}: {step.method} {wants} the key 'anchor'"
+    if Need.INPUT_MOMENTS in wanted and recipe.capture.moments != "input":
+        yield f"{where}: {step.method} needs the second moments of all inputs; set capture.moments: input"
+    if Need.LOW_RANK in wanted and "purified" in step.vectors:
+        yield f"{where}: {step.method} merges adapters, which purification leaves none of; set vectors: [plain]"
+    if Need.NORM_MOMENTS in wanted and not recipe.capture.norms:
+        yield f"{where}: {step.method} needs what the scales of norms multiply; set capture.norms: true"
+    if methods and len(recipe.tasks) > 1:
+        yield from (f"{where}: {problem}" for problem in _request_problems(methods, wanted, vectors, evidence))
+    sizes = {method.options.batch_size for method in methods} if kind.batched else ()
+    for size in sorted(found for found in sizes if found > recipe.capture.batch_size):
+        yield (
+            f"{where}: batch_size {size} is more than the {recipe.capture.batch_size} examples that are loaded at a "
+            "time; lower it or raise capture.batch_size"
+        )
+    if step.anchor is not None and method_named(recipe.step(step.anchor).method).form != "static":
+        yield f"{where}: its anchor '{step.anchor}' is not one model for all tasks; choose a static method"
+
+
+def option_problems(step: MergeStep) -> list[str]:
+    """What is wrong with a merge step's method and options, whatever else the recipe says."""
+    return _made(step)[1]
+
+
+def _made(step: MergeStep) -> tuple[list[MergeMethod], list[str]]:
+    """A step's method with each of the options that are tried, and what is wrong with the others."""
+    methods: list[MergeMethod] = []
+    refusals: dict[str, None] = {}
+    for options in step.tuned_options:
+        try:
+            methods.append(make_method(step.method, options))
+        except PaveError as error:
+            refusals[str(error)] = None
+    return methods, list(refusals)
+
+
+def _request_problems(
+    methods: Sequence[MergeMethod], wanted: Collection[Need], vectors: PlannedTaskVectors, evidence: PlannedEvidence
+) -> Iterator[str]:
+    """What one method, with each of the options that are tried, has against these tasks, layers and adapters."""
+    lacking = list(_missing_adapters(methods[0], wanted, vectors))
+    yield from lacking
+    if lacking:  # or else it would be told again for each layer
+        vectors = PlannedTaskVectors(vectors.parameters, dict.fromkeys(vectors.tasks, "told already"))
+    told: dict[str, None] = {}
+    for method in methods:
+        try:
+            told.update(dict.fromkeys(method.problems(vectors, evidence)))
+        except RuntimeError:  # it looks at values, as a method of another package may do: it tells when it is run
+            continue
+    yield from list(told)[:SHOWN_OF_A_RULE]
+    if len(told) > SHOWN_OF_A_RULE:
+        yield f"... and {len(told) - SHOWN_OF_A_RULE} more like these"
+
+
+def _missing_adapters(method: MergeMethod, wanted: Collection[Need], vectors: PlannedTaskVectors) -> Iterator[str]:
+    """Tasks whose experts have no adapters although the method merges adapters, one line a reason."""
+    lacking: dict[str, list[str]] = {}
+    for task in vectors.tasks:
+        reason = vectors.without_factors(task)
+        if reason is not None:
+            lacking.setdefault(reason, []).append(task)
+    if Need.LOW_RANK not in wanted:
+        # Others find factors of their own in checkpoints of low rank; training whole weights leaves no low rank. Where
+        # only some tasks have adapters, the method itself tells it.
+        without = sum(map(len, lacking.values())) == len(vectors.tasks)
+        known = isinstance(method, LowRankMethod) and without
+        lacking = {reason: tasks for reason, tasks in lacking.items() if known and reason == TRAINED_WHOLE}
+    for reason, tasks in lacking.items():
+        yield f"{method.name} merges low-rank adapters, but the experts of {quoted(tasks)} have none: {reason}"
+
+
+def _purification_problems(recipe: Recipe, parameters: Sequence[Parameter] | None) -> Iterator[str]:
+    if recipe.evaluate.purified_experts:
+        try:
+            purifications(recipe)
+        except PaveError as error:
+            yield f"evaluate.purified_experts: {error}"
+    if parameters is None:
+        return
+    layers = [parameter for parameter in parameters if parameter.kind is ParameterKind.LINEAR]
+    asked = {step.name: step.purify for step in recipe.merge if "purified" in step.vectors}
+    if recipe.evaluate.purified_experts and not asked:
+        asked = {"": recipe.purify}
+    for options in dict.fromkeys(asked.values()):
+        where = (
+            "purify" if options == recipe.purify else next(f"merge.{n}.purify" for n in asked if asked[n] == options)
+        )
+        moments = recipe.capture.moments
+        if options.reads_statistics:
+            if options.needs_inputs and moments != "input":
+                what = options.needs_inputs
+                yield f"{where}: {what} needs the second moments of all inputs; set capture.moments: input"
+            if moments == "output" and options.metric != "root":
+                yield f"{where}: capture.moments: output serves the metric root alone, found {options.metric}"
+        tasks = len(options.tasks or recipe.tasks)
+        for ratio in ratios(options):
+            yield from (f"{where}: {problem}" for problem in budget_problems(ratio, layers, tasks))

@@ -1,0 +1,114 @@
+"""What is wrong with tokenizers and token embeddings, and what to know of them before a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from transformers import PreTrainedTokenizerBase
+
+from pave_lightning.errors import PaveError
+from pave_lightning.experts.tokenizers import load_tokenizer, padding_note
+from pave_lightning.experts.vocabulary import differing_tokens, expert_notes, row_problems, table_rows, token_rows
+from pave_lightning.pipeline.stages import existing_folder
+from pave_lightning.recipe.schema import Recipe, Task
+from pave_lightning.weights import Architecture, Checkpoint, locate_model
+from pave_lightning.weights.adapters import ADAPTER_CONFIG
+
+
+def token_problems(recipe: Recipe) -> Iterator[str]:
+    """What is wrong with the tokenizers of the base and of the experts that exist already.
+
+    Args:
+        recipe: what is checked.
+    """
+    try:
+        folder = locate_model(recipe.base, role="base")
+        architecture = Architecture.of_folder(folder)
+        base = architecture.checkpoint(folder)
+    except PaveError:  # told elsewhere
+        return
+    try:
+        tokenizer = load_tokenizer(folder)
+    except PaveError as error:
+        yield f"base: {error}"
+        return
+    rows = table_rows(base, architecture)
+    yield from row_problems("base", rows, architecture.vocabulary, tokenizer)
+    yield from _head_problems("base", architecture, tokenizer)
+    tokenizers = {}
+    for task in recipe.tasks:
+        try:
+            own = tokenizer if task.expert is None else load_tokenizer(existing_folder(task), folder)
+            tokenizers[task.name] = own
+            if task.expert is not None:
+                yield from _expert_problems(task, own, tokenizer, base, architecture)
+        except PaveError as error:
+            yield str(error) if str(error).startswith("task ") else f"task '{task.name}': {error}"
+    yield from _clashes(tokenizers, tokenizer, rows)
+
+
+def token_notes(recipe: Recipe) -> Iterator[str]:
+    """What a run does about tokens that nobody asked it to do, for a recipe in which nothing is wrong."""
+    folder = locate_model(recipe.base, role="base")
+    architecture = Architecture.of_folder(folder)
+    base = architecture.checkpoint(folder)
+    note = padding_note(load_tokenizer(folder))
+    if note is not None:
+        yield f"base: {note}"
+    for task in recipe.tasks:
+        if task.expert is not None:
+            yield from expert_notes(task.name, existing_folder(task), base, architecture)
+
+
+def _expert_problems(
+    task: Task,
+    own: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase,
+    base: Checkpoint,
+    architecture: Architecture,
+) -> Iterator[str]:
+    folder = existing_folder(task)
+    what = f"task '{task.name}': {folder}"
+    adapter = (folder / ADAPTER_CONFIG).is_file()
+    its = architecture if adapter else Architecture.of_folder(folder)
+    rows = token_rows(folder, its, base)
+    yield from row_problems(what, rows, rows if adapter else its.vocabulary, own)
+    yield from differing_tokens(what, own.get_vocab(), tokenizer.get_vocab())
+    yield from _head_problems(what, its, own)
+
+
+def _head_problems(what: str, architecture: Architecture, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """Why the head of an encoder-decoder would find no place to read: it reads where a text ends."""
+    if not architecture.config.get("is_encoder_decoder"):
+        return
+    if architecture.config.get("decoder_start_token_id") is None:
+        yield (
+            f"{what}: its decoder begins with the token decoder_start_token_id, but config.json names none; set it "
+            "(for T5 it is the padding token)"
+        )
+    end = architecture.config.get("eos_token_id")
+    found = list(tokenizer("a")["input_ids"]).count(end)
+    if found != 1:
+        yield (
+            f"{what}: its head reads the end-of-text token, {end} by config.json, but its tokenizer gives a text "
+            f"{found or 'none'} of it; set eos_token_id, or add the token with the tokenizer"
+        )
+
+
+def _clashes(
+    tokenizers: Mapping[str, PreTrainedTokenizerBase], tokenizer: PreTrainedTokenizerBase, rows: int | None
+) -> Iterator[str]:
+    """Rows of the base's embedding that its own tokenizer leaves free, and that experts use for different tokens."""
+    known = set(tokenizer.get_vocab().values())
+    used: dict[int, tuple[str, str]] = {}
+    for task, own in tokenizers.items():
+        for token, number in own.get_vocab().items():
+            if number in known or rows is None or number >= rows:
+                continue
+            first, before = used.setdefault(number, (task, token))
+            if before != token:
+                yield (
+                    f"tasks '{first}' and '{task}': token {number}, which the base's tokenizer leaves free, is "
+                    f"{before!r} for one and {token!r} for the other, but they would share its row of the embedding"
+                )
+                break

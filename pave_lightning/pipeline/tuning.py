@@ -1,0 +1,218 @@
+"""What a merge step comes to once everything that the recipe leaves open is chosen on validation data."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from pave_lightning.errors import naming
+from pave_lightning.evaluation import Candidate, MergedCandidate
+from pave_lightning.evaluation.scale_search import NoFiniteScoreError, ScaleSearcher
+from pave_lightning.merging import Evidence, MergedVectors, MergeMethod, Need, make_method, merge
+from pave_lightning.pipeline.stages import with_seed
+from pave_lightning.recipe.schema import AUTO_RATIOS, MergeStep, Purify, Recipe, ScaleSearch, Vectors
+from pave_lightning.weights import TaskVectors
+from pave_lightning.weights.memory import Cost, measured
+
+log = logging.getLogger("pave_lightning")
+
+
+@dataclass(frozen=True)
+class MergeChoice:
+    """A merge step with everything chosen.
+
+    Attributes:
+        method: the method.
+        source: the task vectors it is run on.
+        evidence: what the method knows besides the weights.
+        scale: what the merged task vector is multiplied with; None for methods without a scale.
+        merged: the merge result, where it was computed in choosing.
+        average: its normalised average on validation data; NaN where it was not scored.
+        facts: what was chosen and what was tried, as plain JSON values.
+        cost: what merging took, where the result is known.
+    """
+
+    method: MergeMethod
+    source: TaskVectors
+    evidence: Evidence
+    scale: float | None
+    merged: MergedVectors | None
+    average: float
+    facts: dict[str, Any]
+    cost: Cost = field(default_factory=Cost)
+
+    def candidate(self) -> Candidate:
+        """The merged model, in memory."""
+        return MergedCandidate(self.source, self.result(), 1.0 if self.scale is None else self.scale)
+
+    def result(self) -> MergedVectors:
+        """The merge result, computed now unless it is known."""
+        return self.merged if self.merged is not None else merge(self.method, self.source, self.evidence)
+
+    def completed(self) -> MergeChoice:
+        """The same with its merge result and what merging took."""
+        if self.merged is not None:
+            return self
+        with measured() as cost:
+            merged = self.result()
+        return replace(self, merged=merged, cost=cost)
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """What was chosen for a step: enough to merge it again without a search, and small."""
+
+    rho: float | None
+    options: dict[str, Any]
+    scale: float | None
+    average: float
+    facts: dict[str, Any]
+
+
+class Chooser:
+    """Chooses ratio, options and scale of merge steps, once for each step and kind of task vectors.
+
+    What was chosen is remembered for all steps, merged models are not: one at a time is kept, the last anchor.
+
+    Args:
+        recipe: the recipe.
+        source: gives the task vectors of a purification; the plain ones for None.
+        evidence: gives what a method needs to know of the tasks' data, but for its anchor.
+        searcher: gives what scores candidates on the validation splits.
+        merged_before: gives the facts of a step's finished merge, where there is one of the same inputs.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        source: Callable[[Purify | None], TaskVectors],
+        evidence: Callable[[MergeMethod], Evidence],
+        searcher: Callable[[], ScaleSearcher],
+        merged_before: Callable[[MergeStep, Vectors], Mapping[str, Any] | None] = lambda step, vectors: None,
+    ) -> None:
+        self._recipe, self._source, self._evidence, self._searcher = recipe, source, evidence, searcher
+        self._merged_before = merged_before
+        self._chosen: dict[str, _Chosen] = {}
+        self._without_scores: dict[str, str] = {}  # what was told of steps for which nothing gives finite scores
+        self._last_anchor: tuple[str, dict[str, Tensor]] = ("", {})
+
+    def choose(self, step: MergeStep, vectors: Vectors) -> MergeChoice:
+        """What a merge step comes to once ratio, options and scale are chosen, where the recipe leaves them.
+
+        Raises:
+            NoFiniteScoreError: nothing that was tried gives finite scores.
+        """
+        key = _what_counts(step, vectors)
+        with naming(f"merge {step.name} ({vectors})"):
+            if key in self._chosen:
+                known = self._chosen[key]
+                fixed = step.model_copy(update={"scale": known.scale})
+                choice = self._chosen_scale(fixed, known.rho, known.options, scored=False)
+                return replace(choice, average=known.average, facts=known.facts)
+            if key in self._without_scores:
+                raise NoFiniteScoreError(self._without_scores[key])
+            try:
+                choice = self._choose(step, vectors)
+            except NoFiniteScoreError as error:
+                self._without_scores[key] = str(error)
+                raise
+        options = choice.method.options.model_dump(exclude_unset=True)
+        self._chosen[key] = _Chosen(choice.facts.get("rho"), options, choice.scale, choice.average, choice.facts)
+        return choice
+
+    def _choose(self, step: MergeStep, vectors: Vectors) -> MergeChoice:
+        ratios: tuple[Any, ...] = (None,)
+        if vectors == "purified":
+            ratios = AUTO_RATIOS if step.purify.rho == "auto" else (step.purify.rho,)
+        settings = [(rho, options) for rho in ratios for options in step.tuned_options]
+        if len(settings) == 1:
+            return self._chosen_scale(step, *settings[0], scored=False)
+        best: MergeChoice | None = None  # one merge result is held at a time, besides the one that is made
+        best_key = (-math.inf, 0.0)
+        tried: list[tuple[Any, dict[str, Any], float | None, float]] = []
+        for rho, options in settings:
+            try:
+                choice = self._chosen_scale(step, rho, options, scored=True)
+            except NoFiniteScoreError:
+                tried.append((rho, options, None, math.nan))
+                continue
+            label = [f"rho {rho:.4g}"] if rho else []
+            label += [f"{key} {options[key]}" for key in step.tune]
+            log.info("  %s: %.4f of the experts on validation", ", ".join(label), choice.average)
+            tried.append((rho, options, choice.scale, choice.average))
+            # Among equals the largest ratio wins, which changes the experts least, and then the first options.
+            key = (choice.average, rho or 0.0)
+            if math.isfinite(choice.average) and key > best_key:
+                best, best_key = choice, key
+        if best is None:
+            what = "no ratio gives" if not step.tune else "nothing that was tried gives"
+            raise NoFiniteScoreError(f"{what} finite scores on the validation splits")
+        facts = dict(best.facts)
+        if len(ratios) > 1:
+            facts["rho_search"] = [[rho, scale, average] for rho, _, scale, average in tried]
+        if step.tune:
+            facts["tune_search"] = [
+                [{key: options[key] for key in step.tune}, scale, average] for _, options, scale, average in tried
+            ]
+        return replace(best, facts=facts)
+
+    def _chosen_scale(
+        self, step: MergeStep, rho: float | None, options: dict[str, Any], *, scored: bool
+    ) -> MergeChoice:
+        """The merge with its scale; with its validation score where the scale is searched or ``scored`` asks for it.
+
+        Args:
+            step: the merge step.
+            rho: rank ratio of the purification; None for plain task vectors.
+            options: the method's options.
+            scored: whether the validation score is wanted in any case.
+        """
+        source = self._source(None if rho is None else step.purify.model_copy(update={"rho": rho}))
+        ratio: dict[str, Any] = {} if rho is None else {"rho": rho}
+        method = make_method(step.method, with_seed(step.method, options, self._recipe.seed))
+        scale = step.scale if step.scale is not None else method.default_scale
+        evidence = self._evidence(method)
+        if Need.ANCHOR in method.needs:
+            evidence = replace(evidence, anchor=self._anchor(step, rho))
+        if not scored and not isinstance(scale, ScaleSearch):
+            return MergeChoice(method, source, evidence, scale, None, math.nan, {"scale": scale, **ratio})
+        with measured() as cost:
+            merged = merge(method, source, evidence)
+        if isinstance(scale, ScaleSearch):
+            found = self._searcher().best(source, merged, scale, start=method.default_scale or 1.0)
+            facts = {"scale": float(found["scale"]), "search": found["tried"], **ratio}
+            return MergeChoice(method, source, evidence, facts["scale"], merged, found["average"], facts, cost)
+        average = self._searcher().average(MergedCandidate(source, merged, 1.0 if scale is None else scale), None)
+        return MergeChoice(method, source, evidence, scale, merged, average, {"scale": scale, **ratio}, cost)
+
+    def _anchor(self, step: MergeStep, rho: float | None) -> dict[str, Tensor]:
+        """The scaled task vector of the step's anchor, run on the same task vectors; the last one is kept."""
+        vectors: Vectors = "plain" if rho is None else "purified"
+        ratio = step.purify if rho is None else step.purify.model_copy(update={"rho": rho})
+        anchor = self._recipe.step(str(step.anchor)).model_copy(update={"purify": ratio})
+        key = _what_counts(anchor, vectors)
+        if self._last_anchor[0] != key:
+            self._last_anchor = ("", {})
+            log.info("  anchor: %s ...", anchor.name)
+            found = None if key in self._chosen else self._merged_before(anchor, vectors)
+            choice = self.choose(anchor if found is None else _as_merged(anchor, found), vectors)
+            scale = 1.0 if choice.scale is None else choice.scale
+            self._last_anchor = (key, {name: scale * vector for name, vector in choice.result().vectors.items()})
+        return self._last_anchor[1]
+
+
+def _what_counts(step: MergeStep, vectors: Vectors) -> str:
+    """What the result of a step depends on, of all that the recipe says about it."""
+    purify = {"purify"} if vectors == "purified" else set()
+    return f"{vectors} {step.model_dump_json(include={'method', 'scale', 'options', 'anchor', 'tune'} | purify)}"
+
+
+def _as_merged(step: MergeStep, facts: Mapping[str, Any]) -> MergeStep:
+    """A step of a fixed ratio with its scale and its tuned options as they were chosen when it was merged."""
+    options = {**step.options, **{key: facts["options"][key] for key in step.tune}}
+    return step.model_copy(update={"scale": facts["scale"], "options": options, "tune": {}})

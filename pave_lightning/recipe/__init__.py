@@ -1,0 +1,1 @@
+"""The recipe: everything that a run does, in one file."""

@@ -1,0 +1,84 @@
+"""Tasks that are known by name: the pocket suite shipped with the package, and GLUE on the Hugging Face hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pave_lightning.errors import nearest
+
+POCKET_FOLDER = Path(__file__).parents[1] / "tasks" / "pocket"
+
+# Named by package, not by path, so that a resolved recipe means the same wherever the package is installed.
+_POCKET_DATA = "package:pave_lightning/tasks/pocket"
+
+TOPICS = [
+    *("animal", "plant", "food", "artifact", "person", "location"),
+    *("body", "act", "communication", "cognition", "state", "substance"),
+]
+
+_POCKET: dict[str, dict[str, Any]] = {
+    "movie": {"text": ["text"], "classes": ["negative", "positive"], "metrics": ["accuracy"]},
+    "tweet": {"text": ["text"], "classes": ["negative", "positive"], "metrics": ["accuracy"]},
+    "editorial": {"text": ["text"], "kind": "regression", "value_range": [-4.0, 4.0]},
+    "acceptability": {"text": ["text"], "classes": ["disturbed", "acceptable"], "metrics": ["matthews", "accuracy"]},
+    "topic": {"text": ["text"], "classes": TOPICS, "metrics": ["accuracy", "macro_f1"]},
+    "isa": {
+        "text": ["text_a", "text_b"],
+        "classes": ["a_is_a_b", "b_is_a_a", "neither"],
+        "metrics": ["accuracy"],
+    },
+    "sense": {"text": ["text_a", "text_b"], "classes": ["wrong", "fitting"], "metrics": ["accuracy", "f1"]},
+    "similarity": {"text": ["text_a", "text_b"], "kind": "regression", "value_range": [0.0, 5.0]},
+}
+
+# The test split of GLUE has no labels, so the validation split is reported and a tenth of the training split validates.
+_GLUE_SPLITS = {"train": "train[:90%]", "validation": "train[90%:]", "test": "validation"}
+_GLUE: dict[str, dict[str, Any]] = {
+    "cola": {"text": ["sentence"], "classes": ["unacceptable", "acceptable"], "metrics": ["matthews", "accuracy"]},
+    "sst2": {"text": ["sentence"], "classes": ["negative", "positive"], "metrics": ["accuracy"]},
+    "mrpc": {
+        "text": ["sentence1", "sentence2"],
+        "classes": ["not_equivalent", "equivalent"],
+        "metrics": ["accuracy", "f1"],
+    },
+    "stsb": {"text": ["sentence1", "sentence2"], "kind": "regression", "value_range": [0.0, 5.0]},
+    "qqp": {
+        "text": ["question1", "question2"],
+        "classes": ["not_duplicate", "duplicate"],
+        "metrics": ["accuracy", "f1"],
+    },
+    "mnli": {
+        "text": ["premise", "hypothesis"],
+        "classes": ["entailment", "neutral", "contradiction"],
+        "metrics": ["accuracy"],
+    },
+    "qnli": {"text": ["question", "sentence"], "classes": ["entailment", "not_entailment"], "metrics": ["accuracy"]},
+    "rte": {"text": ["sentence1", "sentence2"], "classes": ["entailment", "not_entailment"], "metrics": ["accuracy"]},
+}
+
+
+def suite_task_names() -> list[str]:
+    """Every task that a recipe can use by name."""
+    return [f"pocket/{name}" for name in _POCKET] + [f"glue/{name}" for name in _GLUE]
+
+
+def suite_task(name: str) -> dict[str, Any]:
+    """The task of a suite, as a recipe would spell it out.
+
+    Args:
+        name: suite and task, such as ``pocket/movie`` or ``glue/sst2``.
+
+    Raises:
+        ValueError: no suite has a task of that name; the message names the nearest one.
+    """
+    suite, _, task = name.partition("/")
+    if suite == "pocket" and task in _POCKET:
+        splits = {split: f"{_POCKET_DATA}/{task}/{split}.parquet" for split in ("train", "validation", "test")}
+        return {"name": task, "data": splits, **_POCKET[task]}
+    if suite == "glue" and task in _GLUE:
+        splits = dict(_GLUE_SPLITS)
+        if task == "mnli":
+            splits["test"] = "validation_matched"
+        return {"name": task, "data": {"hub": "nyu-mll/glue", "config": task, **splits}, **_GLUE[task]}
+    raise ValueError(f"unknown task '{name}': {nearest(name, suite_task_names())}")

@@ -1,0 +1,1 @@
+"""What the machine is asked: files, signals, processes, the terminal, the hub's switches."""
