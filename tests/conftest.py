@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: one thread, no network, tiny random models on disk."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -26,12 +27,23 @@ BERT = {
 }
 
 
+@pytest.fixture(autouse=True)
+def own_messages_are_seen():
+    """What the command line makes of our logger ends with the test."""
+    ours = logging.getLogger("pave_lightning")
+    before = ours.level, list(ours.handlers), ours.propagate
+    yield
+    ours.setLevel(before[0])
+    ours.handlers, ours.propagate = before[1:]
+
+
 @pytest.fixture
 def as_in_a_terminal():
     """Ctrl-C and SIGTERM end programs; a shell that starts the tests in the background lets them ignore Ctrl-C."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

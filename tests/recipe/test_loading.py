@@ -20,7 +20,7 @@ Write = Callable[[str], Path]
 Read = Callable[..., Recipe]
 SchemaErrors = Callable[[str], list[str]]
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 START = "name: demo\nbase: folder\n"
 SMALL = START + "tasks: [pocket/movie]\n"
 FULL = (Path(__file__).parent / "full_recipe.yaml").read_text()

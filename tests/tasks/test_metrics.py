@@ -214,7 +214,7 @@ def test_two_processes_give_the_same_scores_as_one(tmp_path):
     (tmp_path / "one_rank.py").write_text(ONE_RANK)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     arguments = [tmp_path / "one_rank.py", tmp_path / "cases.pt", tmp_path]
-    root = Path(pave_lightning.recipe.schema.__file__).parents[1]
+    root = Path(pave_lightning.recipe.schema.__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     run = subprocess.run([*command, *map(str, arguments)], timeout=240, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
