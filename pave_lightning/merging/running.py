@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from pave_lightning.errors import PaveError
-from pave_lightning.merging.base import MergeMethod, Modulated, PerTaskMethod, StaticMethod, make_method
+from pave_lightning.merging.base import MergeMethod, Modulated, PerTaskMethod, StaticMethod
 from pave_lightning.merging.evidence import Evidence
 from pave_lightning.merging.modulators import LowRank, modulated
+from pave_lightning.merging.registry import make_method
 from pave_lightning.weights import Parameter, TaskVectors
 
 

@@ -6,7 +6,7 @@ import torch
 
 from pave_lightning.diagnostics import DiagnosticOptions, diagnose
 from pave_lightning.diagnostics.diagnose import weighted_means
-from pave_lightning.merging import DareOptions, DroppedTaskVectors
+from pave_lightning.merging.methods.dare import DareOptions, DroppedTaskVectors
 from pave_lightning.purification import PurifiedTaskVectors
 from pave_lightning.recipe.schema import Purify
 from pave_lightning.statistics import LayerMoment, TaskStatistics

@@ -16,8 +16,10 @@ from pave_lightning.evaluation import (
     SuiteData,
 )
 from pave_lightning.experts.trainers import build_trainer
-from pave_lightning.merging import Emr, Modulator, TaskArithmetic, merge
+from pave_lightning.merging import Modulator, merge
 from pave_lightning.merging.folders import MergeContext, load_merged, write_merged
+from pave_lightning.merging.methods.emr import Emr
+from pave_lightning.merging.methods.task_arithmetic import TaskArithmetic
 from pave_lightning.weights import Architecture, Checkpoint
 
 

@@ -6,16 +6,11 @@ import pytest
 import torch
 import transformers as hf
 
-from pave_lightning.merging import (
-    Distillation,
-    Evidence,
-    FeatureCalibration,
-    RegMeanBlocks,
-    merge,
-)
+from pave_lightning.merging import Evidence, merge
 from pave_lightning.merging.blocks import BlockStack
-from pave_lightning.merging.methods.distillation import DistillationOptions
-from pave_lightning.merging.methods.feature_calibration import FeatureCalibrationOptions
+from pave_lightning.merging.methods.distillation import Distillation, DistillationOptions
+from pave_lightning.merging.methods.feature_calibration import FeatureCalibration, FeatureCalibrationOptions
+from pave_lightning.merging.methods.regmean_blocks import RegMeanBlocks
 from pave_lightning.merging.passes import ForwardPasses
 from pave_lightning.pipeline.planning.blocks import block_problem
 from pave_lightning.weights import Parameter, TaskVectors

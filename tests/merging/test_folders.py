@@ -8,8 +8,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from pave_lightning.errors import PaveError
-from pave_lightning.merging import Average, Emr, TaskArithmetic, Ties, merge
+from pave_lightning.merging import merge
 from pave_lightning.merging.folders import load_merged, write_merged
+from pave_lightning.merging.methods.average import Average
+from pave_lightning.merging.methods.emr import Emr
+from pave_lightning.merging.methods.task_arithmetic import TaskArithmetic
+from pave_lightning.merging.methods.ties import Ties
 from pave_lightning.merging.methods.tsv import TsvCompress
 from pave_lightning.weights import Checkpoint, ExpertTaskVectors, ShardWriter
 

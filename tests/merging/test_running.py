@@ -7,17 +7,8 @@ import pytest
 import torch
 
 from pave_lightning.errors import PaveError
-from pave_lightning.merging import (
-    Average,
-    Cost,
-    Evidence,
-    MatrixMethod,
-    MatrixOptions,
-    Need,
-    StaticMethod,
-    known_methods,
-    merge,
-)
+from pave_lightning.merging import Cost, Evidence, MatrixMethod, MatrixOptions, Need, StaticMethod, known_methods, merge
+from pave_lightning.merging.methods.average import Average
 from pave_lightning.statistics.gradients import TaskGradients
 
 OURS = {name: kind for name, kind in sorted(known_methods().items()) if kind.__module__.startswith("pave_lightning.")}

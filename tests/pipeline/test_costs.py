@@ -8,7 +8,9 @@ import time
 
 import pytest
 
-from pave_lightning.merging import Emr, TaskArithmetic, known_methods
+from pave_lightning.merging import known_methods
+from pave_lightning.merging.methods.emr import Emr
+from pave_lightning.merging.methods.task_arithmetic import TaskArithmetic
 from pave_lightning.pipeline import costs
 from pave_lightning.recipe.schema import Purify
 from pave_lightning.weights import Parameter, ParameterKind, memory

@@ -9,7 +9,11 @@ from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2Model
 
 from pave_lightning.errors import PaveError
-from pave_lightning.merging import Average, Emr, TaskArithmetic, Ties, merge
+from pave_lightning.merging import merge
+from pave_lightning.merging.methods.average import Average
+from pave_lightning.merging.methods.emr import Emr
+from pave_lightning.merging.methods.task_arithmetic import TaskArithmetic
+from pave_lightning.merging.methods.ties import Ties
 from pave_lightning.purification import PurifiedTaskVectors, StoredPurification, write_purified
 from pave_lightning.recipe.schema import Purify
 from pave_lightning.statistics import LayerMoment, TaskStatistics

@@ -1,1 +1,1 @@
-"""The merge methods, one file a method or a close family; `pave_lightning.merging` gathers them."""
+"""The merge methods, one file a method or a close family; `pave_lightning.merging.registry` finds them."""

@@ -10,8 +10,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pave_lightning.merging.base import register
 from pave_lightning.merging.matrices import MatrixMethod, MatrixOptions
+from pave_lightning.merging.registry import merge_method
 from pave_lightning.subspace import leading_triplets
 from pave_lightning.subspace.ridge import divided
 from pave_lightning.weights import Parameter
@@ -58,7 +58,7 @@ class _Task:
     ridge: float
 
 
-@register("ace")
+@merge_method("ace")
 class Ace(MatrixMethod):
     r"""Fit one matrix to what the updates put out, for inputs that are spread as the rows of the updates are.
 

@@ -9,8 +9,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pave_lightning.merging.base import Cost, MethodOptions, StaticMethod, register
+from pave_lightning.merging.base import Cost, MethodOptions, StaticMethod
 from pave_lightning.merging.evidence import Need
+from pave_lightning.merging.registry import merge_method
 from pave_lightning.subspace.ridge import AnchoredRidge
 from pave_lightning.weights import Parameter
 
@@ -23,7 +24,7 @@ class AnchoredRegressionOptions(MethodOptions):
     strength end up half-way between the experts' regression and the anchor. Best tuned on validation data."""
 
 
-@register("bmm")
+@merge_method("bmm")
 class AnchoredRegression(StaticMethod):
     r"""Refine a merged model, the anchor: agree with the experts' outputs where there are inputs, else stay.
 
@@ -69,7 +70,7 @@ class AnchoredRegression(StaticMethod):
         yield from self.evidence.input_moments(matrices, parameter)
 
 
-@register("bmm_data_free")
+@merge_method("bmm_data_free")
 class DataFreeAnchoredRegression(AnchoredRegression):
     r"""As `bmm`, with second moments of the task vectors' rows, :math:`\tau_t^T \tau_t / \|\tau_t\|^2`, for inputs'.
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pave_lightning.merging.base import register
+from pave_lightning.merging.registry import merge_method
 from pave_lightning.merging.sequential import RunningMean
 
 
-@register("average")
+@merge_method("average")
 class Average(RunningMean):
     r"""The mean of the experts' weights, :math:`W = W_0 + \frac{1}{T} \sum_t \tau_t`.
 

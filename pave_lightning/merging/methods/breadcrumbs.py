@@ -9,7 +9,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pave_lightning.merging.base import MethodOptions, StaticMethod, register
+from pave_lightning.merging.base import MethodOptions, StaticMethod
+from pave_lightning.merging.registry import merge_method
 from pave_lightning.weights import Parameter
 
 
@@ -26,7 +27,7 @@ class BreadcrumbsOptions(MethodOptions):
     """What the shares are of: each row along a tensor's last axis (the published code), or each tensor (mergekit)."""
 
 
-@register("breadcrumbs")
+@merge_method("breadcrumbs")
 class Breadcrumbs(StaticMethod):
     r"""Leave out outliers and small elements of each task vector, add up the rest.
 

@@ -9,8 +9,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pave_lightning.merging.base import MethodOptions, StaticMethod, register
+from pave_lightning.merging.base import MethodOptions, StaticMethod
 from pave_lightning.merging.evidence import Evidence
+from pave_lightning.merging.registry import merge_method
 from pave_lightning.weights import Parameter, TaskVectors
 
 
@@ -23,7 +24,7 @@ class CabsOptions(MethodOptions):
     """How many consecutive elements make up a group."""
 
 
-@register("cabs")
+@merge_method("cabs")
 class Cabs(StaticMethod):
     r"""Task after task keeps the n largest of every m consecutive elements that no earlier task has taken; add up.
 

@@ -9,9 +9,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pave_lightning.merging.base import register
 from pave_lightning.merging.matrices import MatrixOptions
 from pave_lightning.merging.norm_moments import NormMomentMethod
+from pave_lightning.merging.registry import merge_method
 from pave_lightning.subspace.ridge import TOLERANCE
 from pave_lightning.subspace.solver import symmetric_eigen
 from pave_lightning.weights import ADDITIVE, Parameter, ParameterKind
@@ -41,7 +41,7 @@ class CatOptions(MatrixOptions):
     """Scales of norms: cut by what they multiply (the paper, needs capture.norms), or left whole."""
 
 
-@register("cat")
+@merge_method("cat")
 class Cat(NormMomentMethod):
     r"""For each task find where the other updates change its features most and their own least, and cut that out.
 

@@ -10,11 +10,12 @@ from pydantic import Field
 from torch import Tensor
 
 from pave_lightning.errors import PaveError
-from pave_lightning.merging.base import StaticMethod, make_method, register
+from pave_lightning.merging.base import StaticMethod
 from pave_lightning.merging.evidence import Evidence
 from pave_lightning.merging.low_rank import Factors, LowRankMethod, adapted_tasks, quoted
 from pave_lightning.merging.matrices import MatrixOptions
 from pave_lightning.merging.methods.tsv import rank_of_share
+from pave_lightning.merging.registry import make_method, merge_method
 from pave_lightning.subspace import leading_triplets
 from pave_lightning.weights import Parameter, ParameterKind, TaskVectors
 
@@ -51,7 +52,7 @@ class CoreVectors(TaskVectors):
         return self._cores[task] if rows is None else self._cores[task][rows]
 
 
-@register("core_space")
+@merge_method("core_space")
 class CoreSpace(LowRankMethod):
     r"""Express all adapters of a layer in bases that they share, merge the small matrices, and go back.
 

@@ -13,9 +13,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pave_lightning.merging.base import MethodOptions, StaticMethod, register
+from pave_lightning.merging.base import MethodOptions, StaticMethod
 from pave_lightning.merging.methods.task_arithmetic import TaskArithmetic
 from pave_lightning.merging.methods.ties import Ties, TiesOptions
+from pave_lightning.merging.registry import merge_method
 from pave_lightning.weights import DerivedTaskVectors, Parameter, TaskVectors
 from pave_lightning.weights.task_vectors import BLOCK_ELEMENTS
 
@@ -165,7 +166,7 @@ class DroppedTaskVectors(DerivedTaskVectors):
         return iter([None]) if self.options.rescale == "l1" else super().blocks(parameter, elements)
 
 
-@register("dare")
+@merge_method("dare")
 class Dare(StaticMethod):
     r"""Drop each element of each task vector with probability p, rescale the rest by 1/(1-p), add up.
 
@@ -214,7 +215,7 @@ class Dare(StaticMethod):
         return self._then.merge(parameter, base, dropped)
 
 
-@register("dare_ties")
+@merge_method("dare_ties")
 class DareTies(Dare):
     """Drop each element of each task vector with probability p, rescale the rest by 1/(1-p), then TIES.
 

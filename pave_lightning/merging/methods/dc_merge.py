@@ -12,10 +12,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pave_lightning.merging.base import register
 from pave_lightning.merging.evidence import Evidence
 from pave_lightning.merging.matrices import MatrixMethod, MatrixOptions
 from pave_lightning.merging.methods.tsv import too_narrow
+from pave_lightning.merging.registry import merge_method
 from pave_lightning.subspace import leading_triplets, polar_factor
 from pave_lightning.weights import Parameter, TaskVectors
 
@@ -42,7 +42,7 @@ class DcMergeOptions(MatrixOptions):
     """The most that the largest singular value may be of the smallest after linear smoothing."""
 
 
-@register("dc_merge")
+@merge_method("dc_merge")
 class DcMerge(MatrixMethod):
     r"""Write all tasks in the space that their leading singular directions cover, and merge there entry by entry.
 

@@ -9,9 +9,10 @@ import torch
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
-from pave_lightning.merging.base import MethodOptions, StaticMethod, register
+from pave_lightning.merging.base import MethodOptions, StaticMethod
 from pave_lightning.merging.methods.dare import BlockPositions, uniform_draws
 from pave_lightning.merging.methods.ties import disjoint_merge
+from pave_lightning.merging.registry import merge_method
 from pave_lightning.weights import Parameter, TaskVectors
 
 
@@ -39,7 +40,7 @@ class DellaOptions(MethodOptions):
         return window
 
 
-@register("della")
+@merge_method("della")
 class Della(StaticMethod):
     r"""Drop elements with a probability that falls with their rank, rescale each survivor by its own, then elect.
 

@@ -10,9 +10,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pave_lightning.merging.base import register
 from pave_lightning.merging.matrices import MatrixMethod, MatrixOptions
 from pave_lightning.merging.methods.task_arithmetic import TaskArithmetic
+from pave_lightning.merging.registry import merge_method
 from pave_lightning.subspace import leading_triplets
 from pave_lightning.weights import Parameter
 
@@ -34,7 +34,7 @@ class DeVecOptions(MatrixOptions):
     Arithmetic, and -1 leaves only what is unique to the tasks."""
 
 
-@register("devec")
+@merge_method("devec")
 class DeVec(MatrixMethod):
     r"""Task Arithmetic in which the parts of the task vectors that lie in directions common to all count once more.
 

@@ -9,8 +9,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pave_lightning.merging.base import Cost, MethodOptions, StaticMethod, register
+from pave_lightning.merging.base import Cost, MethodOptions, StaticMethod
 from pave_lightning.merging.methods.task_arithmetic import TaskArithmetic
+from pave_lightning.merging.registry import merge_method
 from pave_lightning.weights import Parameter, TaskVectors
 
 # Two vectors count as zero below this share of the mean norm; their angle means nothing.
@@ -35,7 +36,7 @@ class AwdOptions(MethodOptions):
     None takes the norms as they are, as the published algorithm does."""
 
 
-@register("awd")
+@merge_method("awd")
 class Awd(StaticMethod):
     r"""Subtract one redundant vector from all task vectors, chosen so that the rest is nearly orthogonal; add up.
 

@@ -14,9 +14,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pave_lightning.errors import PaveError
-from pave_lightning.merging.base import Cost, MethodOptions, StaticMethod, register
+from pave_lightning.merging.base import Cost, MethodOptions, StaticMethod
 from pave_lightning.merging.evidence import Evidence, Need
 from pave_lightning.merging.passes import share_parameters
+from pave_lightning.merging.registry import merge_method
 from pave_lightning.subspace import is_finite
 from pave_lightning.weights import Parameter, TaskVectors
 from pave_lightning.weights.architecture import backbone_of
@@ -46,7 +47,7 @@ class DistillationOptions(MethodOptions):
     """Decides the order of the batches."""
 
 
-@register("distillation")
+@merge_method("distillation")
 class Distillation(StaticMethod):
     r"""Start at a merged model, the anchor, and train it until each expert's head reads from it what the expert says.
 

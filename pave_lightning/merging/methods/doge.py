@@ -11,10 +11,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pave_lightning.merging.base import Cost, register
+from pave_lightning.merging.base import Cost
 from pave_lightning.merging.evidence import Evidence
 from pave_lightning.merging.matrices import MatrixMethod, MatrixOptions
 from pave_lightning.merging.methods.tsv import too_narrow
+from pave_lightning.merging.registry import merge_method
 from pave_lightning.subspace.descent import adam_descent
 from pave_lightning.subspace.factorisation import leading_triplets
 from pave_lightning.subspace.selection import kth_largest_magnitudes
@@ -76,7 +77,7 @@ class _Gap:
         return -2 * self.weight * torch.bmm(products[:, None, :], self.rows)[:, 0, :]
 
 
-@register("doge_ta")
+@merge_method("doge_ta")
 class DogeTa(MatrixMethod):
     r"""Bring the task vectors to one norm, and add a correction that brings their sum nearer to each of them.
 

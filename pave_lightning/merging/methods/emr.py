@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pave_lightning.merging.base import MethodOptions, Modulated, PerTaskMethod, register
+from pave_lightning.merging.base import MethodOptions, Modulated, PerTaskMethod
+from pave_lightning.merging.registry import merge_method
 from pave_lightning.weights import Parameter, TaskVectors
 
 
@@ -20,7 +21,7 @@ class EmrOptions(MethodOptions):
     each tensor's mean (the published code, in which small tensors weigh as much as large ones)."""
 
 
-@register("emr")
+@merge_method("emr")
 class Emr(PerTaskMethod):
     r"""Elect one unified task vector; keep for each task a mask of one bit an element and one scalar.
 

@@ -9,10 +9,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pave_lightning.merging.base import register
 from pave_lightning.merging.evidence import Evidence, Need
 from pave_lightning.merging.matrices import MatrixMethod, MatrixOptions, combined
 from pave_lightning.merging.methods.tsv import too_few_outputs
+from pave_lightning.merging.registry import merge_method
 from pave_lightning.subspace import polar_factor
 from pave_lightning.subspace.ridge import TOLERANCE
 from pave_lightning.subspace.solver import symmetric_eigen
@@ -43,7 +43,7 @@ class EsmOptions(MatrixOptions):
     published code for RoBERTa. Where nothing is said, what ``others`` says."""
 
 
-@register("esm")
+@merge_method("esm")
 class Esm(MatrixMethod):
     r"""Merge in the directions that the updates move most on the tasks' own inputs.
 

@@ -12,11 +12,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pave_lightning.layers import is_linear, is_scaled, normalised
-from pave_lightning.merging.base import MethodOptions, register
+from pave_lightning.merging.base import MethodOptions
 from pave_lightning.merging.blocks import BlockStack, Entry, Watched, watched
 from pave_lightning.merging.blockwise import BlockwiseMethod
 from pave_lightning.merging.evidence import Need
 from pave_lightning.merging.passes import load_parameters
+from pave_lightning.merging.registry import merge_method
 from pave_lightning.subspace.ridge import AnchoredRidge
 from pave_lightning.weights import Parameter, TaskVectors
 
@@ -131,7 +132,7 @@ class _Weighing:
         return torch.where(self.read, 1.0, self.unread)
 
 
-@register("featcal")
+@merge_method("featcal")
 class FeatureCalibration(BlockwiseMethod):
     r"""Calibrate a merged model, the anchor: solve every layer anew on the features that the merged model really has.
 

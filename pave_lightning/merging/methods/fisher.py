@@ -11,10 +11,11 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from pave_lightning.errors import PaveError
-from pave_lightning.merging.base import MethodOptions, StaticMethod, register
+from pave_lightning.merging.base import MethodOptions, StaticMethod
 from pave_lightning.merging.evidence import Evidence, Need
 from pave_lightning.merging.methods.dare import BlockPositions
 from pave_lightning.merging.methods.weighted_average import misnamed_tasks
+from pave_lightning.merging.registry import merge_method
 from pave_lightning.weights import Parameter, TaskVectors
 
 # Stands in for a floor of zero: far below every float32 number, so it counts only where no task knows anything.
@@ -41,7 +42,7 @@ class FisherOptions(MethodOptions):
         return weights
 
 
-@register("fisher")
+@merge_method("fisher")
 class Fisher(StaticMethod):
     r"""The mean of the experts, element by element, weighted with each task's Fisher information.
 

@@ -9,9 +9,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pave_lightning.merging.base import register
 from pave_lightning.merging.evidence import Evidence
 from pave_lightning.merging.matrices import MatrixMethod, MatrixOptions
+from pave_lightning.merging.registry import merge_method
 from pave_lightning.subspace import leading_triplets, polar_factor
 from pave_lightning.subspace.factorisation import rounding_level
 from pave_lightning.weights import Parameter, TaskVectors
@@ -21,7 +21,7 @@ def _sum(vectors: Mapping[str, Tensor]) -> Tensor:
     return torch.stack(list(vectors.values())).double().sum(dim=0)
 
 
-@register("iso_c")
+@merge_method("iso_c")
 class IsoC(MatrixMethod):
     r"""Add up the task vectors and give all singular directions of the sum the mean singular value.
 
@@ -54,7 +54,7 @@ class IsoCtsOptions(MatrixOptions):
     """Share of a matrix's singular directions that belong to the tasks' sum; the rest is split among the tasks."""
 
 
-@register("iso_cts")
+@merge_method("iso_cts")
 class IsoCts(MatrixMethod):
     r"""One singular value for the leading directions of the tasks' sum and for directions of each task besides them.
 

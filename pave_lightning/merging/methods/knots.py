@@ -9,11 +9,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pave_lightning.merging.base import register
 from pave_lightning.merging.low_rank import Factors
 from pave_lightning.merging.matrices import MatrixMethod, MatrixOptions
 from pave_lightning.merging.methods.dare import DareOptions, drop_and_rescale
 from pave_lightning.merging.methods.ties import disjoint_merge
+from pave_lightning.merging.registry import merge_method
 from pave_lightning.subspace.selection import kth_largest_magnitudes
 from pave_lightning.subspace.solver import symmetric_eigen
 from pave_lightning.weights import Parameter, TaskVectors
@@ -36,7 +36,7 @@ class KnotsOptions(MatrixOptions):
     """Seed of the random masks; 0 where nothing is said."""
 
 
-@register("knots")
+@merge_method("knots")
 class Knots(MatrixMethod):
     r"""Write all task vectors of a layer in one shared basis of its outputs, and merge the coordinates by TIES.
 

@@ -9,9 +9,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pave_lightning.merging.base import register
 from pave_lightning.merging.matrices import MatrixOptions
 from pave_lightning.merging.norm_moments import NormMomentMethod
+from pave_lightning.merging.registry import merge_method
 from pave_lightning.subspace.ridge import TOLERANCE, AnchoredRidge
 from pave_lightning.weights import Parameter, ParameterKind
 
@@ -30,7 +30,7 @@ class LotOptions(MatrixOptions):
     merged weight is the base's."""
 
 
-@register("lot")
+@merge_method("lot")
 class Lot(NormMomentMethod):
     r"""Minimise, layer by layer, how far the merged layer's output is from each expert's on that expert's features.
 

@@ -8,7 +8,8 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from pave_lightning.merging.base import MethodOptions, StaticMethod, register
+from pave_lightning.merging.base import MethodOptions, StaticMethod
+from pave_lightning.merging.registry import merge_method
 from pave_lightning.weights import Parameter
 
 
@@ -20,7 +21,7 @@ class ModelStockOptions(MethodOptions):
     than each tensor."""
 
 
-@register("model_stock")
+@merge_method("model_stock")
 class ModelStock(StaticMethod):
     r"""Between the base and the experts' mean, at the point that is nearest to the centre of all possible experts.
 

@@ -10,7 +10,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pave_lightning.merging.base import Cost, MethodOptions, register
+from pave_lightning.merging.base import Cost, MethodOptions
+from pave_lightning.merging.registry import merge_method
 from pave_lightning.merging.sequential import SequentialMethod
 from pave_lightning.subspace.factorisation import leading_triplets
 from pave_lightning.weights import Parameter, TaskVectors
@@ -30,7 +31,7 @@ class OpcmOptions(MethodOptions):
     published code), or all that reads from leading inputs or writes to leading outputs."""
 
 
-@register("opcm")
+@merge_method("opcm")
 class Opcm(SequentialMethod):
     r"""Add the task vectors in order, each projected away from what is there already; give the sum their mean norm.
 

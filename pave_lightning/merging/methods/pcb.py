@@ -10,8 +10,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pave_lightning.merging.base import MethodOptions, StaticMethod, register
+from pave_lightning.merging.base import MethodOptions, StaticMethod
 from pave_lightning.merging.evidence import Evidence
+from pave_lightning.merging.registry import merge_method
 from pave_lightning.subspace.selection import largest_magnitudes, largest_values
 from pave_lightning.weights import Parameter, TaskVectors
 
@@ -48,7 +49,7 @@ class _Range:
         return (values.clamp(self.low, self.high) - self.low) / (self.high - self.low)
 
 
-@register("pcb")
+@merge_method("pcb")
 class Pcb(StaticMethod):
     r"""Weigh each element by its share in its own task and by its accord with the other tasks; drop low scores.
 

@@ -13,11 +13,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pave_lightning.merging.base import Cost, register
+from pave_lightning.merging.base import Cost
 from pave_lightning.merging.evidence import Evidence, Need
 from pave_lightning.merging.low_rank import LowRankMethod
 from pave_lightning.merging.matrices import MatrixOptions
 from pave_lightning.merging.methods.robust_merge import unequal_ranks
+from pave_lightning.merging.registry import merge_method
 from pave_lightning.weights import Parameter, TaskVectors
 
 SVD = "_svd"
@@ -50,7 +51,7 @@ class PeftCombinationOptions(MatrixOptions):
     """Seed of what is dropped at random; 0 where nothing is said."""
 
 
-@register("peft")
+@merge_method("peft")
 class PeftCombination(LowRankMethod):
     r"""What ``add_weighted_adapter`` of the library peft makes of the adapters, with weight 1 for each; its own code.
 

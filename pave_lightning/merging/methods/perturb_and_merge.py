@@ -8,8 +8,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from pave_lightning.merging.base import MethodOptions, register
+from pave_lightning.merging.base import MethodOptions
 from pave_lightning.merging.evidence import Need
+from pave_lightning.merging.registry import merge_method
 from pave_lightning.merging.running import within
 from pave_lightning.merging.sequential import SequentialMethod
 from pave_lightning.weights import Parameter, TaskVectors
@@ -27,7 +28,7 @@ class PerturbAndMergeOptions(MethodOptions):
     """What one step size is for: the whole model (the paper's default), or each tensor."""
 
 
-@register("perturb_and_merge")
+@merge_method("perturb_and_merge")
 class PerturbAndMerge(SequentialMethod):
     r"""Move from what is merged so far towards the next expert, as far as all tasks up to there lose least.
 

@@ -9,9 +9,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pave_lightning.merging.base import register
 from pave_lightning.merging.evidence import Need
 from pave_lightning.merging.matrices import MatrixMethod, MatrixOptions
+from pave_lightning.merging.registry import merge_method
 from pave_lightning.subspace.ridge import AnchoredRidge
 from pave_lightning.weights import Parameter
 
@@ -27,7 +27,7 @@ class RegMeanOptions(MatrixOptions):
     the paper."""
 
 
-@register("regmean")
+@merge_method("regmean")
 class RegMean(MatrixMethod):
     r"""Fit one matrix to what the experts' layers put out for their own inputs.
 

@@ -11,11 +11,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pave_lightning.layers import is_linear
-from pave_lightning.merging.base import MethodOptions, register
+from pave_lightning.merging.base import MethodOptions
 from pave_lightning.merging.blocks import BlockStack, Entry, watched
 from pave_lightning.merging.blockwise import BlockwiseMethod
 from pave_lightning.merging.evidence import Need
 from pave_lightning.merging.passes import load_parameters
+from pave_lightning.merging.registry import merge_method
 from pave_lightning.subspace.ridge import AnchoredRidge
 from pave_lightning.weights import Parameter, TaskVectors
 
@@ -32,7 +33,7 @@ class RegMeanBlocksOptions(MethodOptions):
     """Unlabelled training examples a task."""
 
 
-@register("regmean_plus_plus")
+@merge_method("regmean_plus_plus")
 class RegMeanBlocks(BlockwiseMethod):
     r"""RegMean, block by block in forward order, on what the merged blocks before hand on.
 

@@ -8,10 +8,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pave_lightning.merging.base import Cost, register
+from pave_lightning.merging.base import Cost
 from pave_lightning.merging.evidence import Evidence, Need
 from pave_lightning.merging.low_rank import LowRankMethod, adapted_tasks, quoted
 from pave_lightning.merging.matrices import MatrixOptions
+from pave_lightning.merging.registry import merge_method
 from pave_lightning.weights import Parameter, TaskVectors
 
 
@@ -27,7 +28,7 @@ class RobustMergeOptions(MatrixOptions):
     """What both merged factors are multiplied with, so that the product is multiplied with its square."""
 
 
-@register("robust_merge")
+@merge_method("robust_merge")
 class RobustMerge(LowRankMethod):
     r"""Prune the adapters' factors, rescale each rank direction by what was pruned, and merge the factors.
 

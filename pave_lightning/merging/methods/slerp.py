@@ -9,8 +9,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pave_lightning.merging.base import MethodOptions, StaticMethod, register
+from pave_lightning.merging.base import MethodOptions, StaticMethod
 from pave_lightning.merging.evidence import Evidence
+from pave_lightning.merging.registry import merge_method
 from pave_lightning.weights import Parameter, TaskVectors
 
 # Beyond this cosine two weights count as parallel (or opposed) and are interpolated linearly.
@@ -24,7 +25,7 @@ class SlerpOptions(MethodOptions):
     """How far to go from the first task's expert (0) to the second one's (1)."""
 
 
-@register("slerp")
+@merge_method("slerp")
 class Slerp(StaticMethod):
     r"""Go from one expert's weight to the other's along the arc between them; exactly two experts.
 

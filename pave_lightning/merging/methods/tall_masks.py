@@ -10,11 +10,12 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from pave_lightning.merging.base import MergeMethod, MethodOptions, Modulated, PerTaskMethod, StaticMethod, register
+from pave_lightning.merging.base import MergeMethod, MethodOptions, Modulated, PerTaskMethod, StaticMethod
 from pave_lightning.merging.evidence import Evidence
 from pave_lightning.merging.methods.task_arithmetic import TaskArithmetic
 from pave_lightning.merging.methods.ties import Ties, TiesOptions
 from pave_lightning.merging.methods.weighted_average import misnamed_tasks
+from pave_lightning.merging.registry import merge_method
 from pave_lightning.weights import Parameter, TaskVectors
 
 
@@ -82,7 +83,7 @@ class _Masking(MergeMethod):
         return Modulated(shared.float(), masks)
 
 
-@register("tall_masks")
+@merge_method("tall_masks")
 class TallMasks(_Masking, PerTaskMethod):
     r"""Share the multi-task vector; keep for each task a mask of the elements that serve it.
 
@@ -112,7 +113,7 @@ class TallMasks(_Masking, PerTaskMethod):
         return dict.fromkeys(self._tasks, 1.0)
 
 
-@register("consensus")
+@merge_method("consensus")
 class Consensus(_Masking, StaticMethod):
     r"""Keep the elements of the multi-task vector that several tasks need.
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pave_lightning.merging.base import register
+from pave_lightning.merging.registry import merge_method
 from pave_lightning.merging.sequential import RunningSum
 
 
-@register("task_arithmetic")
+@merge_method("task_arithmetic")
 class TaskArithmetic(RunningSum):
     r"""The scaled sum of the task vectors, :math:`W = W_0 + \lambda \sum_t \tau_t`.
 

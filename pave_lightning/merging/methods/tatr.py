@@ -10,9 +10,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pave_lightning.merging.base import MethodOptions, StaticMethod, register
+from pave_lightning.merging.base import MethodOptions, StaticMethod
 from pave_lightning.merging.evidence import Need
 from pave_lightning.merging.methods.dare import BlockPositions
+from pave_lightning.merging.registry import merge_method
 from pave_lightning.subspace.selection import largest_values
 from pave_lightning.weights import Parameter, TaskVectors
 
@@ -83,7 +84,7 @@ class _TrustRegion(StaticMethod):
         return conflict
 
 
-@register("tatr")
+@merge_method("tatr")
 class Tatr(_TrustRegion):
     r"""Task Arithmetic without the weights at which one task's step would change another task's loss most.
 
@@ -110,7 +111,7 @@ class Tatr(_TrustRegion):
         return self.evidence.absolute_gradient(task, parameter, rows)
 
 
-@register("tatr_zero_shot")
+@merge_method("tatr_zero_shot")
 class TatrZeroShot(_TrustRegion):
     r"""TATR without data: the magnitude of a task vector stands in for the gradient, :math:`g_t = |\tau_t|`.
 

@@ -9,7 +9,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pave_lightning.merging.base import MethodOptions, StaticMethod, register
+from pave_lightning.merging.base import MethodOptions, StaticMethod
+from pave_lightning.merging.registry import merge_method
 from pave_lightning.subspace.selection import kth_largest_magnitudes
 from pave_lightning.weights import Parameter, TaskVectors
 
@@ -56,7 +57,7 @@ def disjoint_merge(vectors: Sequence[Tensor], how: Literal["mean", "sum"] = "mea
     return total / count.clamp(min=1) if how == "mean" else total
 
 
-@register("ties")
+@merge_method("ties")
 class Ties(StaticMethod):
     r"""Trim each task vector to its largest elements, elect a sign per element, average what has that sign.
 

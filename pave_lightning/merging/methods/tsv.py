@@ -9,10 +9,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pave_lightning.merging.base import Cost, MethodOptions, Modulated, PerTaskMethod, register
+from pave_lightning.merging.base import Cost, MethodOptions, Modulated, PerTaskMethod
 from pave_lightning.merging.evidence import Evidence
 from pave_lightning.merging.matrices import MatrixMethod, MatrixOptions
 from pave_lightning.merging.modulators import LowRank
+from pave_lightning.merging.registry import merge_method
 from pave_lightning.subspace import leading_triplets, polar_factor
 from pave_lightning.weights import Parameter, TaskVectors
 
@@ -70,7 +71,7 @@ class TsvMergeOptions(MatrixOptions):
     nothing is said, and not more than that: directions of several tasks could not be made orthogonal."""
 
 
-@register("tsv_m")
+@merge_method("tsv_m")
 class TsvMerge(MatrixMethod):
     r"""Keep each task's leading singular directions, make them orthogonal across tasks, and add up.
 
@@ -128,7 +129,7 @@ class TsvCompressOptions(MethodOptions):
     tasks where nothing is said."""
 
 
-@register("tsv_c")
+@merge_method("tsv_c")
 class TsvCompress(PerTaskMethod):
     r"""Keep each task's own task vector, every matrix of it cut to its leading singular triplets.
 

@@ -9,8 +9,9 @@ from pydantic import ValidationInfo, field_validator
 from torch import Tensor
 
 from pave_lightning.errors import nearest
-from pave_lightning.merging.base import MethodOptions, StaticMethod, register
+from pave_lightning.merging.base import MethodOptions, StaticMethod
 from pave_lightning.merging.evidence import Evidence
+from pave_lightning.merging.registry import merge_method
 from pave_lightning.weights import Parameter, TaskVectors
 
 # Weights that cancel to within this share of their magnitudes cannot be brought to a sum of one.
@@ -52,7 +53,7 @@ def misnamed_tasks(option: str, given: Mapping[str, float], tasks: Sequence[str]
         yield f"options.{option} must name every task; missing: {', '.join(missing)}"
 
 
-@register("weighted_average")
+@merge_method("weighted_average")
 class WeightedAverage(StaticMethod):
     r"""The weighted mean of the experts' weights, :math:`W = W_0 + \sum_t w_t \tau_t / \sum_t w_t`.
 

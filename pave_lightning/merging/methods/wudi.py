@@ -10,8 +10,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pave_lightning.merging.base import Cost, register
+from pave_lightning.merging.base import Cost
 from pave_lightning.merging.matrices import MatrixMethod, MatrixOptions
+from pave_lightning.merging.registry import merge_method
 from pave_lightning.subspace.descent import adam_descent
 from pave_lightning.weights import Parameter
 
@@ -52,7 +53,7 @@ class SwudiOptions(MatrixOptions):
     nothing."""
 
 
-@register("wudi")
+@merge_method("wudi")
 class Wudi(MatrixMethod):
     r"""Minimise the interference with every task, for which its own task vector stands; stop after a few steps.
 
@@ -107,7 +108,7 @@ class Wudi(MatrixMethod):
         return adam_descent(start.float(), gradient, steps=options.steps, rate=rate, epsilon=epsilon)
 
 
-@register("swudi")
+@merge_method("swudi")
 class Swudi(MatrixMethod):
     r"""WUDI's descent in closed form: gradient flow down the same loss, stopped in time.
 

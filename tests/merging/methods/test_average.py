@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from pave_lightning.merging import Average, merge
+from pave_lightning.merging import merge
+from pave_lightning.merging.methods.average import Average
 
 
 def test_the_mean_by_hand(make_source):

@@ -5,8 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from pave_lightning.merging import TaskArithmetic, merge
+from pave_lightning.merging import merge
 from pave_lightning.merging.methods.breadcrumbs import Breadcrumbs, BreadcrumbsOptions
+from pave_lightning.merging.methods.task_arithmetic import TaskArithmetic
 
 
 def run(source, **options):

@@ -6,20 +6,18 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from pave_lightning.merging import (
+from pave_lightning.merging import merge, merge_static
+from pave_lightning.merging.methods.dare import (
     Dare,
     DareOptions,
     DareTies,
     DareTiesOptions,
     DroppedTaskVectors,
-    TaskArithmetic,
-    Ties,
     kept_elements,
-    merge,
-    merge_static,
+    uniform_draws,
 )
-from pave_lightning.merging.methods.dare import uniform_draws
-from pave_lightning.merging.methods.ties import TiesOptions
+from pave_lightning.merging.methods.task_arithmetic import TaskArithmetic
+from pave_lightning.merging.methods.ties import Ties, TiesOptions
 
 RULES = {"dare": (Dare, DareOptions), "dare_ties": (DareTies, DareTiesOptions)}
 each_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)

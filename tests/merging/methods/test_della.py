@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from pave_lightning.errors import PaveError
-from pave_lightning.merging import Ties, make_method, merge
+from pave_lightning.merging import make_method, merge
 from pave_lightning.merging.methods.della import Della, DellaOptions, keep_probabilities
-from pave_lightning.merging.methods.ties import TiesOptions
+from pave_lightning.merging.methods.ties import Ties, TiesOptions
 
 
 def run(source, **options):

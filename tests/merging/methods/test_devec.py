@@ -3,8 +3,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from pave_lightning.merging import TaskArithmetic, merge
+from pave_lightning.merging import merge
 from pave_lightning.merging.methods.devec import DeVec, DeVecOptions, shared_directions
+from pave_lightning.merging.methods.task_arithmetic import TaskArithmetic
 
 
 def projector(matrix, energy):

@@ -3,8 +3,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from pave_lightning.merging import TaskArithmetic, merge
+from pave_lightning.merging import merge
 from pave_lightning.merging.methods.disentanglement import Awd, AwdOptions
+from pave_lightning.merging.methods.task_arithmetic import TaskArithmetic
 
 SHAPES = {"a": (4, 3), "b": (5,), "c": (2, 2, 2), "d": ()}
 

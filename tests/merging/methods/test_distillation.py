@@ -10,8 +10,8 @@ from torch import nn
 from torch.func import functional_call
 
 from pave_lightning.errors import PaveError
-from pave_lightning.merging import Distillation, Evidence, merge
-from pave_lightning.merging.methods.distillation import DistillationOptions, rate_factor
+from pave_lightning.merging import Evidence, merge
+from pave_lightning.merging.methods.distillation import Distillation, DistillationOptions, rate_factor
 
 
 def make(**options):

@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pave_lightning.merging import Emr, merge
-from pave_lightning.merging.methods.emr import EmrOptions
+from pave_lightning.merging import merge
+from pave_lightning.merging.methods.emr import Emr, EmrOptions
 
 VECTORS = {
     "a": {"p": [1.0, -2.0, 3.0, 0.0], "q": [8.0]},

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from pave_lightning.errors import PaveError
-from pave_lightning.merging import FeatureCalibration, merge
-from pave_lightning.merging.methods.feature_calibration import FeatureCalibrationOptions
+from pave_lightning.merging import merge
+from pave_lightning.merging.methods.feature_calibration import FeatureCalibration, FeatureCalibrationOptions
 
 WIDTH = 5
 

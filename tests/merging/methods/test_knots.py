@@ -5,7 +5,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from pave_lightning.merging import kept_elements, merge
+from pave_lightning.merging import merge
+from pave_lightning.merging.methods.dare import kept_elements
 from pave_lightning.merging.methods.knots import Knots, KnotsOptions
 
 SHAPES = {"v": (14, 9), "w": (8, 20)}

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from pave_lightning.errors import PaveError
-from pave_lightning.merging import RegMeanBlocks, merge
-from pave_lightning.merging.methods.regmean_blocks import RegMeanBlocksOptions
+from pave_lightning.merging import merge
+from pave_lightning.merging.methods.regmean_blocks import RegMeanBlocks, RegMeanBlocksOptions
 
 WIDTH = 5
 

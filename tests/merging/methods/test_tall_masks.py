@@ -4,9 +4,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pave_lightning.errors import PaveError
-from pave_lightning.merging import TaskArithmetic, Ties, make_method, merge
+from pave_lightning.merging import make_method, merge
 from pave_lightning.merging.methods.tall_masks import Consensus, ConsensusOptions, TallMasks, TallMasksOptions
-from pave_lightning.merging.methods.ties import TiesOptions
+from pave_lightning.merging.methods.task_arithmetic import TaskArithmetic
+from pave_lightning.merging.methods.ties import Ties, TiesOptions
 
 VECTORS = {
     "a": {"w": [4.0, 1.0, -2.0, 0.0]},

@@ -1,6 +1,7 @@
 import numpy as np
 
-from pave_lightning.merging import TaskArithmetic, merge
+from pave_lightning.merging import merge
+from pave_lightning.merging.methods.task_arithmetic import TaskArithmetic
 
 
 def test_the_sum_by_hand(make_source):

@@ -4,8 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from pave_lightning.merging import Ties, merge
-from pave_lightning.merging.methods.ties import TiesOptions
+from pave_lightning.merging import merge
+from pave_lightning.merging.methods.ties import Ties, TiesOptions
 
 # Values of few distinct magnitudes: many ties with the threshold, many sums of exactly zero.
 VALUE = st.integers(-4, 4).map(lambda value: value / 4)

@@ -3,7 +3,9 @@ import pytest
 import torch
 
 from pave_lightning.errors import PaveError
-from pave_lightning.merging import Average, TaskArithmetic, make_method, merge
+from pave_lightning.merging import make_method, merge
+from pave_lightning.merging.methods.average import Average
+from pave_lightning.merging.methods.task_arithmetic import TaskArithmetic
 from pave_lightning.merging.methods.weighted_average import WeightedAverage, WeightedAverageOptions
 
 VECTORS = {"a": {"w": [[1.0, -2.0]]}, "b": {"w": [[3.0, 2.0]]}, "c": {"w": [[5.0, 3.0]]}}

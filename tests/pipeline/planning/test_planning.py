@@ -28,8 +28,7 @@ from transformers import (
 
 from pave_lightning import Recipe, run_recipe
 from pave_lightning.errors import PaveError
-from pave_lightning.merging import base as registry
-from pave_lightning.merging import known_methods, make_method, register
+from pave_lightning.merging import known_methods, make_method, merge_method, registry
 from pave_lightning.merging.evidence import PlannedEvidence
 from pave_lightning.pipeline.commands import open_folder, run_stage
 from pave_lightning.pipeline.planning import check_recipe, cost_table, plan_rows, predicted_cost
@@ -430,7 +429,7 @@ def test_what_is_wrong_with_every_matrix_does_not_hide_all_else(problems, monkey
         def problems(self, vectors, evidence):
             yield from (f"{parameter.name} is too small" for parameter in vectors.parameters)
 
-    register("fussy")(Fussy)
+    merge_method("fussy")(Fussy)
     step = {"method": "fussy"}
     consensus = {"method": "consensus", "options": {"k": 3}}
     lines = problems(merge=[step, consensus]).splitlines()[1:]
@@ -607,7 +606,7 @@ def test_a_rule_of_another_package_that_looks_at_values_is_passed_over(problems,
             vectors.base(vectors.parameters[0])
             yield "not reached"
 
-    register("curious")(Curious)
+    merge_method("curious")(Curious)
     assert problems(merge=["curious"]) == ""
 
 

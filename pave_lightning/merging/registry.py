@@ -1,0 +1,170 @@
+"""The registry that knows merge methods by name; nobody lists them."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import pkgutil
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from pydantic import ValidationError, create_model
+from torch import Tensor
+
+from pave_lightning.errors import PaveError, Problems, nearest, reason, shortened, visible
+from pave_lightning.merging.base import MergeMethod, MethodOptions, StaticMethod
+from pave_lightning.weights import Parameter
+
+log = logging.getLogger("pave_lightning")
+
+# Where the methods of this package lie, which import this module.
+METHODS = "pave_lightning.merging.methods"
+ENTRY_POINTS = "pave_lightning.methods"
+
+_registry: dict[str, type[MergeMethod]] = {}
+
+
+def merge_method(name: str, **facts: Any) -> Callable[[Any], Any]:
+    """Decorator that makes a merge method known by a name; a name can be given once.
+
+    It goes on a class that is a `StaticMethod` or a `PerTaskMethod`, or on a function for the simple case::
+
+        @merge_method("median", source="Sharma et al. 2024", elementwise=True)
+        def median(parameter, base, vectors, *, lower: bool = False):
+            'The median of the task vectors.'
+            return torch.stack(list(vectors.values())).median(dim=0).values
+
+    A function takes what `StaticMethod.merge` takes and gives the merged task vector. Its keyword-only parameters are
+    the method's options, with their types and defaults; the first line of its docstring is the summary. Of a class the
+    name is set and nothing else; a function is replaced by the class that is made of it.
+
+    Third parties name the module that holds what they decorate under the entry point group ``pave_lightning.methods``.
+
+    Args:
+        name: how recipes call it.
+        facts: for functions, attributes of `MergeMethod` and `StaticMethod` that differ from their defaults.
+
+    Raises:
+        ValueError: another method has the name already.
+        TypeError: it is no complete merge method.
+    """
+
+    def add(method: Any) -> Any:
+        kind = _class_of(name, method, facts) if inspect.isfunction(method) else method
+        if not (isinstance(kind, type) and issubclass(kind, MergeMethod)) or inspect.isabstract(kind):
+            raise TypeError(f"'{name}' is no complete merge method: {getattr(method, '__name__', method)!r}")
+        if facts and kind is method:
+            raise TypeError(f"merge method '{name}': a class says {', '.join(facts)} itself")
+        if lacking := [told for told in ("summary", "source", "form") if not isinstance(getattr(kind, told, 0), str)]:
+            raise TypeError(f"merge method '{name}' does not say its {', '.join(lacking)}")
+        if name in _registry and _registry[name] is not kind:
+            raise ValueError(f"two merge methods are named '{name}': {_registry[name].__name__} and {kind.__name__}")
+        kind.name = name
+        _registry[name] = kind
+        return kind
+
+    return add
+
+
+def _class_of(name: str, function: Callable[..., Tensor], facts: Mapping[str, Any]) -> type[StaticMethod]:
+    """A static method made of a function, whose keyword-only parameters are its options."""
+    parameters = inspect.signature(function, eval_str=True).parameters.values()
+    options = {
+        one.name: (
+            Any if one.annotation is one.empty else one.annotation,
+            ... if one.default is one.empty else one.default,
+        )
+        for one in parameters
+        if one.kind is one.KEYWORD_ONLY
+    }
+    unknown = sorted(set(facts) - set(vars(MergeMethod)) - set(vars(StaticMethod)) - set(MergeMethod.__annotations__))
+    if unknown:
+        raise TypeError(f"merge method '{name}': a method has no {', '.join(unknown)}")
+
+    def merge(self: StaticMethod, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
+        return function(parameter, base, vectors, **dict(self.options))
+
+    told = inspect.getdoc(function)
+    content = {
+        **({"summary": told.splitlines()[0].rstrip(".")} if told else {}),
+        **facts,
+        "__doc__": told,
+        "__module__": function.__module__,
+        "merge": merge,
+        "Options": create_model(f"{function.__name__}_options", __base__=MethodOptions, **options),  # type: ignore[call-overload]
+    }
+    return type(function.__name__, (StaticMethod,), content)
+
+
+def known_methods() -> dict[str, type[MergeMethod]]:
+    """Every known method by name: those of this package and those that installed packages register."""
+    for module in pkgutil.iter_modules(import_module(METHODS).__path__, f"{METHODS}."):
+        import_module(module.name)
+    for entry in entry_points(group=ENTRY_POINTS):
+        if (key := (entry.name, entry.value)) not in _looked_at:
+            _looked_at.add(key)
+            _load_plug_in(entry)
+    return dict(_registry)
+
+
+_looked_at: set[tuple[str, str]] = set()
+
+
+def _load_plug_in(entry: EntryPoint) -> None:
+    """Load what another package adds; where it cannot be used, say so and go on without it."""
+    before = dict(_registry)
+    package = entry.dist.name if entry.dist is not None else entry.value
+    try:
+        loaded = entry.load()
+    except (Exception, SystemExit) as error:  # code of others, which may fail in any way
+        for name in set(_registry) - set(before):
+            del _registry[name]
+        log.warning(
+            "the merge method '%s' of the package %s is left out, since it cannot be loaded (%s); update the package, "
+            "or tell its authors",
+            *(visible(text) for text in (entry.name, package, reason(error))),
+        )
+        return
+    module = entry.value.partition(":")[0].strip()
+    its_own = [method for method in _registry.values() if method.__module__.startswith(module)]
+    if not its_own and loaded not in _registry.values() and _registry == before:
+        log.warning(
+            "the entry point '%s' of the package %s registers no merge method and is left out",
+            *(visible(text) for text in (entry.name, package)),
+        )
+
+
+def method_named(name: str) -> type[MergeMethod]:
+    """The method of that name.
+
+    Raises:
+        PaveError: no method has the name; the nearest one is told.
+    """
+    known = known_methods()
+    if name not in known:
+        raise PaveError(f"unknown merge method '{name}': {nearest(name, sorted(known))} (see: pave methods)")
+    return known[name]
+
+
+def make_method(name: str, options: Mapping[str, Any]) -> MergeMethod:
+    """The method of that name with the given options.
+
+    Raises:
+        PaveError: the method or an option is unknown, or an option's value is not possible; all is told at once.
+    """
+    kind = method_named(name)
+    try:
+        return kind(kind.Options.model_validate(options))
+    except ValidationError as error:
+        problems = Problems(f"the options of merge method '{name}':")
+        for found in error.errors():
+            key = ".".join(str(part) for part in found["loc"])
+            if found["type"] == "extra_forbidden":
+                problems.add(f"{key}: unknown option; {nearest(key, list(kind.Options.model_fields))}")
+            else:
+                wrong = found["msg"].removeprefix("Input ").removeprefix("Value error, ")
+                problems.add(f"{key}: {wrong}, found {shortened(repr(found['input']))}")
+        problems.raise_if_any()
+        raise
