@@ -85,7 +85,7 @@ def python_environment() -> dict[str, str]:
     stays; an empty entry, which stands for the current folder and is mostly a slip, does not.
     """
     entries = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
-    package = Path(__file__).resolve().parents[1]
+    package = Path(__file__).resolve().parents[2]
     if not sys.flags.safe_path and sys.path and sys.path[0] == str(Path.cwd()) == str(package):
         entries.append(str(package))  # a checkout that is not installed, run from its own folder
     return {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(entries)}
