@@ -6,10 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Generic, Literal, cast
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
+from typing_extensions import TypeVar
 
 from pave_lightning.errors import Problems
 from pave_lightning.merging.evidence import Evidence, Need
@@ -33,7 +34,11 @@ class MethodOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
-class MergeMethod(ABC):
+# What a method's options are: of the method, or of those that it is a special case of.
+OptionsT_co = TypeVar("OptionsT_co", bound=MethodOptions, default=MethodOptions, covariant=True)
+
+
+class MergeMethod(ABC, Generic[OptionsT_co]):
     """A merge method.
 
     A method is fed one parameter at a time, and elementwise methods one block of rows at a time. It may look at all
@@ -71,8 +76,8 @@ class MergeMethod(ABC):
     default_scale: ClassVar[float | None] = None
     Options: ClassVar[type[MethodOptions]] = MethodOptions
 
-    def __init__(self, options: MethodOptions | None = None) -> None:
-        self.options: Any = options if options is not None else self.Options()
+    def __init__(self, options: OptionsT_co | None = None) -> None:
+        self.options = options if options is not None else cast(OptionsT_co, self.Options())
         self.evidence = Evidence()
 
     def begin(self, vectors: TaskVectors, evidence: Evidence) -> None:
@@ -92,6 +97,16 @@ class MergeMethod(ABC):
         """What the method needs with its options; at most what it says in ``needs``."""
         return self.needs
 
+    @property
+    def examples(self) -> int:
+        """On how many unlabelled examples a task the method runs models, by its option of that name; or else 0."""
+        return int(getattr(self.options, "examples", 0))
+
+    @property
+    def batch_size(self) -> int:
+        """How many examples share a batch where that matters, by the method's option of that name; or else 0."""
+        return int(getattr(self.options, "batch_size", 0))
+
     def problems(self, vectors: TaskVectors, evidence: Evidence) -> Iterator[str]:
         """What keeps the method from merging these task vectors, from shapes and headers alone.
 
@@ -108,7 +123,7 @@ class MergeMethod(ABC):
         return self.elementwise
 
 
-class StaticMethod(MergeMethod):
+class StaticMethod(MergeMethod[OptionsT_co]):
     """A method whose result is one set of weights for all tasks.
 
     Attributes:
@@ -152,7 +167,7 @@ class Modulated:
     factors: dict[str, LowRank] = field(default_factory=dict)
 
 
-class PerTaskMethod(MergeMethod):
+class PerTaskMethod(MergeMethod[OptionsT_co]):
     """A method that shares one unified task vector, and keeps for each task what makes it the task's own.
 
     The weights of task t are ``base + rescale_t * (mask_t * unified + left_t @ right_t)``: a mask over what is shared,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pave_lightning.merging.base import Cost, StaticMethod
+from pave_lightning.merging.base import Cost, OptionsT_co, StaticMethod
 from pave_lightning.merging.evidence import Evidence
 from pave_lightning.weights import TaskVectors
 
 
-class BlockwiseMethod(StaticMethod):
+class BlockwiseMethod(StaticMethod[OptionsT_co]):
     """A method that runs the blocks of the backbone one after the other, each with weights of its own making.
 
     It works on every model whose blocks follow each other, and refuses the others; see `BlockStack`.

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from pave_lightning.errors import Problems
-from pave_lightning.merging.matrices import MatrixMethod, MatrixOptions
+from pave_lightning.merging.matrices import MatrixMethod, MatrixOptionsT_co
 from pave_lightning.weights import Parameter, TaskVectors
 
 Factors = tuple[Tensor, Tensor]
@@ -24,13 +24,13 @@ def adapted_tasks(vectors: TaskVectors) -> dict[str, tuple[str, ...]]:
     return found
 
 
-class LowRankMethod(MatrixMethod):
+class LowRankMethod(MatrixMethod[MatrixOptionsT_co]):
     """A method for the layers that adapters adapt; all other parameters are averaged, summed or left.
 
     A layer may be adapted by some of the tasks only, if the others leave it as it is.
     """
 
-    def __init__(self, options: MatrixOptions | None = None) -> None:
+    def __init__(self, options: MatrixOptionsT_co | None = None) -> None:
         super().__init__(options)
         self._source: TaskVectors | None = None
         self._adapted: Mapping[str, tuple[str, ...]] = {}
@@ -52,6 +52,17 @@ class LowRankMethod(MatrixMethod):
                     "train adapters of the same layers, or choose a method that needs none"
                 )
         problems.raise_if_any()
+
+    @property
+    def source_vectors(self) -> TaskVectors:
+        """The task vectors that are merged.
+
+        Raises:
+            RuntimeError: the merge has not begun.
+        """
+        if self._source is None:
+            raise RuntimeError(f"merge method '{self.name}' is asked before it was given the task vectors")
+        return self._source
 
     def covers(self, parameter: Parameter) -> bool:
         """Whether an adapter of some task adapts the parameter."""

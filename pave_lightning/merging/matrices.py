@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
+from typing_extensions import TypeVar
 
 from pave_lightning.merging.base import Cost, MethodOptions, StaticMethod
 from pave_lightning.weights import Parameter, TaskVectors
@@ -22,7 +23,10 @@ class MatrixOptions(MethodOptions):
     task vectors, or the base's values."""
 
 
-class MatrixMethod(StaticMethod):
+MatrixOptionsT_co = TypeVar("MatrixOptionsT_co", bound=MatrixOptions, default=MatrixOptions, covariant=True)
+
+
+class MatrixMethod(StaticMethod[MatrixOptionsT_co]):
     """A method for the weights that a layer multiplies its input with; all others are averaged, summed or left.
 
     Matrix weights are those of linear layers (GPT-2's transposed ones included) and of convolutions that are matrix
@@ -32,7 +36,6 @@ class MatrixMethod(StaticMethod):
     cost = Cost.DECOMPOSITION
     default_scale: ClassVar[float | None] = 1.0
     Options: ClassVar[type[MatrixOptions]] = MatrixOptions
-    options: Any
 
     @abstractmethod
     def merge_matrix(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:

@@ -5,12 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import ClassVar
 
+from typing_extensions import TypeVar
+
 from pave_lightning.merging.evidence import Evidence, Need
-from pave_lightning.merging.matrices import MatrixMethod
+from pave_lightning.merging.matrices import MatrixMethod, MatrixOptions
 from pave_lightning.weights import TaskVectors
 
 
-class NormMomentMethod(MatrixMethod):
+class NormMomentOptions(MatrixOptions):
+    """Options of every method that may look at the moments of norms; each says which other values there are."""
+
+    norms: str
+
+
+NormMomentOptionsT_co = TypeVar("NormMomentOptionsT_co", bound=NormMomentOptions, covariant=True)
+
+
+class NormMomentMethod(MatrixMethod[NormMomentOptionsT_co]):
     """A method with an option ``norms`` that is ``moments`` or a value with which moments of norms are not needed.
 
     Attributes:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from pave_lightning.errors import PaveError, Problems
-from pave_lightning.merging.base import MethodOptions, StaticMethod
+from pave_lightning.merging.base import OptionsT_co, StaticMethod
 from pave_lightning.merging.evidence import Evidence
 from pave_lightning.subspace import is_finite
 from pave_lightning.weights import Checkpoint, Parameter, TaskVectors
@@ -33,7 +33,7 @@ class SequentialState(BaseModel):
     """Sum of the norms of the merged experts' task vectors; 0 for methods that do not look at them."""
 
 
-class SequentialMethod(StaticMethod):
+class SequentialMethod(StaticMethod[OptionsT_co]):
     """A method whose result follows from a running total over the tasks, which the merged model holds up to a factor.
 
     After a merge, :meth:`state` tells what is to be kept beside the merged model. To add experts to it, make the method
@@ -60,7 +60,7 @@ class SequentialMethod(StaticMethod):
 
     keeps: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, options: MethodOptions | None = None) -> None:
+    def __init__(self, options: OptionsT_co | None = None) -> None:
         super().__init__(options)
         self._start: SequentialState | None = None
         self._kept: Mapping[str, Checkpoint] = {}

@@ -345,7 +345,7 @@ class Workflow:
             statistics=self.statistics if NEED_STATISTICS & method.needs else {},
             fisher=self.gradients("fisher") if Need.FISHER in method.needs else {},
             gradients=self.gradients("absolute") if Need.GRADIENTS in method.needs else {},
-            passes=self._passes(method.options.examples) if Need.UNLABELLED_EXAMPLES in method.needs else None,
+            passes=self._passes(method.examples) if Need.UNLABELLED_EXAMPLES in method.needs else None,
         )
 
     def gradients(self, kind: GradientKind) -> dict[str, TaskGradients]:

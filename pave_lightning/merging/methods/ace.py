@@ -59,7 +59,7 @@ class _Task:
 
 
 @merge_method("ace")
-class Ace(MatrixMethod):
+class Ace(MatrixMethod[AceOptions]):
     r"""Fit one matrix to what the updates put out, for inputs that are spread as the rows of the updates are.
 
     A fine-tuned weight moved along the inputs it was trained on, so the covariance of the centred rows of

@@ -25,7 +25,7 @@ class AnchoredRegressionOptions(MethodOptions):
 
 
 @merge_method("bmm")
-class AnchoredRegression(StaticMethod):
+class AnchoredRegression(StaticMethod[AnchoredRegressionOptions]):
     r"""Refine a merged model, the anchor: agree with the experts' outputs where there are inputs, else stay.
 
     With :math:`C_t` the second moment of the layer's inputs inside expert t and :math:`A` the anchor's weight, both for

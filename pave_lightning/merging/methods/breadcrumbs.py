@@ -28,7 +28,7 @@ class BreadcrumbsOptions(MethodOptions):
 
 
 @merge_method("breadcrumbs")
-class Breadcrumbs(StaticMethod):
+class Breadcrumbs(StaticMethod[BreadcrumbsOptions]):
     r"""Leave out outliers and small elements of each task vector, add up the rest.
 
     Of a row of n elements the ``int(n * outliers)`` of largest magnitude are left out, the next ``int(n * density)``

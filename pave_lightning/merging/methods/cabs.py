@@ -25,7 +25,7 @@ class CabsOptions(MethodOptions):
 
 
 @merge_method("cabs")
-class Cabs(StaticMethod):
+class Cabs(StaticMethod[CabsOptions]):
     r"""Task after task keeps the n largest of every m consecutive elements that no earlier task has taken; add up.
 
     The flattened tensor is cut into groups of m. In each group the first task keeps its n elements of largest

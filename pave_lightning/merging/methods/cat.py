@@ -9,15 +9,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pave_lightning.merging.matrices import MatrixOptions
-from pave_lightning.merging.norm_moments import NormMomentMethod
+from pave_lightning.merging.norm_moments import NormMomentMethod, NormMomentOptions
 from pave_lightning.merging.registry import merge_method
 from pave_lightning.subspace.ridge import TOLERANCE
 from pave_lightning.subspace.solver import symmetric_eigen
 from pave_lightning.weights import ADDITIVE, Parameter, ParameterKind
 
 
-class CatOptions(MatrixOptions):
+class CatOptions(NormMomentOptions):
     """Options of CAT Merging."""
 
     others: Literal["mean", "sum", "base"] = "sum"
@@ -42,7 +41,7 @@ class CatOptions(MatrixOptions):
 
 
 @merge_method("cat")
-class Cat(NormMomentMethod):
+class Cat(NormMomentMethod[CatOptions]):
     r"""For each task find where the other updates change its features most and their own least, and cut that out.
 
     Matrix weights (``d_out x d_in``): with :math:`C_t` the second moment of the layer's inputs inside expert t,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import Field
@@ -53,7 +53,7 @@ class CoreVectors(TaskVectors):
 
 
 @merge_method("core_space")
-class CoreSpace(LowRankMethod):
+class CoreSpace(LowRankMethod[CoreSpaceOptions]):
     r"""Express all adapters of a layer in bases that they share, merge the small matrices, and go back.
 
     For a layer with the factors :math:`B_t` (d_out x r_t) and :math:`A_t` (r_t x d_in), R the sum of all ranks:
@@ -92,9 +92,7 @@ class CoreSpace(LowRankMethod):
         self._inner()  # tells wrong options at once
 
     def _inner(self) -> StaticMethod:
-        method = make_method(self.options.inner, self.options.inner_options)
-        assert isinstance(method, StaticMethod)
-        return method
+        return cast(StaticMethod, make_method(self.options.inner, self.options.inner_options))
 
     def problems(self, vectors: TaskVectors, evidence: Evidence) -> Iterator[str]:
         """Experts some of which are adapters and others not; layers too narrow for the inner method."""

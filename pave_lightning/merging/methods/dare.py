@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
+from typing_extensions import TypeVar
 
 from pave_lightning.merging.base import MethodOptions, StaticMethod
 from pave_lightning.merging.methods.task_arithmetic import TaskArithmetic
@@ -166,8 +167,11 @@ class DroppedTaskVectors(DerivedTaskVectors):
         return iter([None]) if self.options.rescale == "l1" else super().blocks(parameter, elements)
 
 
+DareOptionsT_co = TypeVar("DareOptionsT_co", bound=DareOptions, default=DareOptions, covariant=True)
+
+
 @merge_method("dare")
-class Dare(StaticMethod):
+class Dare(StaticMethod[DareOptionsT_co]):
     r"""Drop each element of each task vector with probability p, rescale the rest by 1/(1-p), add up.
 
     :math:`W = W_0 + \lambda \sum_t m_t \odot \tau_t / (1 - p)` with independent :math:`m_t \sim` Bernoulli(1 - p) for
@@ -188,7 +192,7 @@ class Dare(StaticMethod):
     default_scale = TaskArithmetic.default_scale
     Options: ClassVar[type[DareOptions]] = DareOptions
 
-    def __init__(self, options: DareOptions | None = None) -> None:
+    def __init__(self, options: DareOptionsT_co | None = None) -> None:
         super().__init__(options)
         self._positions = BlockPositions()
         self._then = self._rule()
@@ -216,7 +220,7 @@ class Dare(StaticMethod):
 
 
 @merge_method("dare_ties")
-class DareTies(Dare):
+class DareTies(Dare[DareTiesOptions]):
     """Drop each element of each task vector with probability p, rescale the rest by 1/(1-p), then TIES.
 
     TIES trims, elects signs and averages as it always does (see `Ties`), on what is left of the task vectors; where

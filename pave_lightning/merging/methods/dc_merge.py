@@ -43,7 +43,7 @@ class DcMergeOptions(MatrixOptions):
 
 
 @merge_method("dc_merge")
-class DcMerge(MatrixMethod):
+class DcMerge(MatrixMethod[DcMergeOptions]):
     r"""Write all tasks in the space that their leading singular directions cover, and merge there entry by entry.
 
     For a matrix weight with :math:`r = \min(d_{out}, d_{in})` singular directions and T tasks:

@@ -41,7 +41,7 @@ class DellaOptions(MethodOptions):
 
 
 @merge_method("della")
-class Della(StaticMethod):
+class Della(StaticMethod[DellaOptions]):
     r"""Drop elements with a probability that falls with their rank, rescale each survivor by its own, then elect.
 
     1. MagPrune: the i-th smallest magnitude (from 0) of a row of n elements is kept with probability

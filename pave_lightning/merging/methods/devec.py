@@ -35,7 +35,7 @@ class DeVecOptions(MatrixOptions):
 
 
 @merge_method("devec")
-class DeVec(MatrixMethod):
+class DeVec(MatrixMethod[DeVecOptions]):
     r"""Task Arithmetic in which the parts of the task vectors that lie in directions common to all count once more.
 
     For a matrix weight, with :math:`U_t` the left singular vectors of :math:`\tau_t` up to its effective rank:

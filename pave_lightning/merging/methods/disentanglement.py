@@ -37,7 +37,7 @@ class AwdOptions(MethodOptions):
 
 
 @merge_method("awd")
-class Awd(StaticMethod):
+class Awd(StaticMethod[AwdOptions]):
     r"""Subtract one redundant vector from all task vectors, chosen so that the rest is nearly orthogonal; add up.
 
     Over whole models as long vectors, T of them, gradient descent from :math:`\delta = 0` minimises
@@ -78,7 +78,7 @@ class Awd(StaticMethod):
         """Find each task's weight in the sum."""
         # Sorted, so that not even rounding depends on the order of the tasks.
         tasks = sorted(vectors.tasks)
-        options: AwdOptions = self.options
+        options = self.options
         gram = gram_matrix(vectors, tasks)
         norms = gram.diagonal().clamp(min=0).sqrt()
         long = [index for index, norm in enumerate(norms) if norm > _SHORT * norms.max()]

@@ -48,7 +48,7 @@ class DistillationOptions(MethodOptions):
 
 
 @merge_method("distillation")
-class Distillation(StaticMethod):
+class Distillation(StaticMethod[DistillationOptions]):
     r"""Start at a merged model, the anchor, and train it until each expert's head reads from it what the expert says.
 
     With :math:`z_t(x)` the logits of expert t, :math:`z(x)` those of its head on the merged backbone, both less their

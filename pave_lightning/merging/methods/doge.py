@@ -78,7 +78,7 @@ class _Gap:
 
 
 @merge_method("doge_ta")
-class DogeTa(MatrixMethod):
+class DogeTa(MatrixMethod[DogeOptions]):
     r"""Bring the task vectors to one norm, and add a correction that brings their sum nearer to each of them.
 
     For each layer, with :math:`\tau_t` of shape ``d_out x d_in`` and :math:`r = \min(d_{out}, d_{in})`:
@@ -143,7 +143,7 @@ class DogeTa(MatrixMethod):
 
     def merge_matrix(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
         """The masked sum of the corrected task vectors, each with its coefficient."""
-        options: DogeOptions = self.options
+        options = self.options
         eta = options.eta if options.relative_eta is None else options.relative_eta * self.mean_norm
         norms = {task: float(vector.double().norm()) for task, vector in vectors.items()}
         coefficients = {task: eta / norm if norm > 0 else 0.0 for task, norm in norms.items()}
@@ -156,7 +156,7 @@ class DogeTa(MatrixMethod):
 
     def _correction(self, vectors: list[Tensor], coefficients: list[float]) -> Tensor:
         """The correction that all task vectors of a layer share, float32."""
-        options: DogeOptions = self.options
+        options = self.options
         stacked = torch.stack(vectors).double()
         weights = stacked.new_tensor(coefficients)
         gaps = stacked - (weights[:, None, None] * stacked).sum(dim=0)

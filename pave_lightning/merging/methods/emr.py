@@ -22,7 +22,7 @@ class EmrOptions(MethodOptions):
 
 
 @merge_method("emr")
-class Emr(PerTaskMethod):
+class Emr(PerTaskMethod[EmrOptions]):
     r"""Elect one unified task vector; keep for each task a mask of one bit an element and one scalar.
 
     1. Elect: :math:`\gamma = +1` where :math:`\sum_t \tau_t > 0`, else :math:`-1`; the magnitude is the largest

@@ -44,7 +44,7 @@ class EsmOptions(MatrixOptions):
 
 
 @merge_method("esm")
-class Esm(MatrixMethod):
+class Esm(MatrixMethod[EsmOptions]):
     r"""Merge in the directions that the updates move most on the tasks' own inputs.
 
     For each matrix weight (``d_out x d_in``), with :math:`C_t` the second moment of its inputs inside expert t:

@@ -133,7 +133,7 @@ class _Weighing:
 
 
 @merge_method("featcal")
-class FeatureCalibration(BlockwiseMethod):
+class FeatureCalibration(BlockwiseMethod[FeatureCalibrationOptions]):
     r"""Calibrate a merged model, the anchor: solve every layer anew on the features that the merged model really has.
 
     Block after block in forward order. Student features :math:`x_s` come from the calibrated blocks before, teacher

@@ -43,7 +43,7 @@ class FisherOptions(MethodOptions):
 
 
 @merge_method("fisher")
-class Fisher(StaticMethod):
+class Fisher(StaticMethod[FisherOptions]):
     r"""The mean of the experts, element by element, weighted with each task's Fisher information.
 
     :math:`W = \sum_t c_t F_t W_t / \sum_t c_t F_t` with :math:`F_t` the diagonal of the Fisher information of expert t

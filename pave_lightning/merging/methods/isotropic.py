@@ -55,7 +55,7 @@ class IsoCtsOptions(MatrixOptions):
 
 
 @merge_method("iso_cts")
-class IsoCts(MatrixMethod):
+class IsoCts(MatrixMethod[IsoCtsOptions]):
     r"""One singular value for the leading directions of the tasks' sum and for directions of each task besides them.
 
     For a matrix weight with :math:`r = \min(d_{out}, d_{in})` singular directions, of which each task gets p and the

@@ -37,7 +37,7 @@ class KnotsOptions(MatrixOptions):
 
 
 @merge_method("knots")
-class Knots(MatrixMethod):
+class Knots(MatrixMethod[KnotsOptions]):
     r"""Write all task vectors of a layer in one shared basis of its outputs, and merge the coordinates by TIES.
 
     1. :math:`[\tau_1 \dots \tau_T] = U \Sigma [V_1 \dots V_T]`: one SVD of the task vectors of a layer, side by side
@@ -123,7 +123,8 @@ class Knots(MatrixMethod):
     def _basis(self, parameter: Parameter) -> Tensor:
         """The shared directions of a layer's outputs, ``(d_out, k)``; float64 from adapters, else kept as float32."""
         source = self._source
-        assert source is not None
+        if source is None:
+            raise RuntimeError("merge method 'knots' is asked before it was given the task vectors")
         pairs = {task: source.factors(task, parameter) for task in source.tasks}
         known = [pair for pair in pairs.values() if pair is not None]
         if known and all(pair is not None or source.is_zero(task, parameter) for task, pair in pairs.items()):

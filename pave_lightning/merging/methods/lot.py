@@ -9,14 +9,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pave_lightning.merging.matrices import MatrixOptions
-from pave_lightning.merging.norm_moments import NormMomentMethod
+from pave_lightning.merging.norm_moments import NormMomentMethod, NormMomentOptions
 from pave_lightning.merging.registry import merge_method
 from pave_lightning.subspace.ridge import TOLERANCE, AnchoredRidge
 from pave_lightning.weights import Parameter, ParameterKind
 
 
-class LotOptions(MatrixOptions):
+class LotOptions(NormMomentOptions):
     """Options of LOT."""
 
     norms: Literal["moments", "mean"] = "moments"
@@ -31,7 +30,7 @@ class LotOptions(MatrixOptions):
 
 
 @merge_method("lot")
-class Lot(NormMomentMethod):
+class Lot(NormMomentMethod[LotOptions]):
     r"""Minimise, layer by layer, how far the merged layer's output is from each expert's on that expert's features.
 
     With :math:`C_t` the second moment of the layer's inputs inside expert t, and :math:`m_t[d]` the mean square of what

@@ -22,7 +22,7 @@ class ModelStockOptions(MethodOptions):
 
 
 @merge_method("model_stock")
-class ModelStock(StaticMethod):
+class ModelStock(StaticMethod[ModelStockOptions]):
     r"""Between the base and the experts' mean, at the point that is nearest to the centre of all possible experts.
 
     For each tensor, :math:`c` is the mean of the cosines between all pairs of task vectors,

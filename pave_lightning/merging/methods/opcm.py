@@ -32,7 +32,7 @@ class OpcmOptions(MethodOptions):
 
 
 @merge_method("opcm")
-class Opcm(SequentialMethod):
+class Opcm(SequentialMethod[OpcmOptions]):
     r"""Add the task vectors in order, each projected away from what is there already; give the sum their mean norm.
 
     With the running total :math:`D` of a weight (``d_out x d_in``) and its SVD :math:`U S V^T`, a new task vector is
@@ -84,7 +84,7 @@ class Opcm(SequentialMethod):
         return total
 
     def _fold(self, parameter: Parameter, vectors: list[Tensor]) -> Tensor:
-        options: OpcmOptions = self.options
+        options = self.options
         total, *others = (parameter.as_matrix(vector).double() for vector in vectors)
         for vector in others:
             total = total + projected(vector, total, options)

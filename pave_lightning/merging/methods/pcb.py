@@ -50,7 +50,7 @@ class _Range:
 
 
 @merge_method("pcb")
-class Pcb(StaticMethod):
+class Pcb(StaticMethod[PcbOptions]):
     r"""Weigh each element by its share in its own task and by its accord with the other tasks; drop low scores.
 
     Over the WHOLE model, for each task t of T:

@@ -7,7 +7,7 @@ import json
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -52,7 +52,7 @@ class PeftCombinationOptions(MatrixOptions):
 
 
 @merge_method("peft")
-class PeftCombination(LowRankMethod):
+class PeftCombination(LowRankMethod[PeftCombinationOptions]):
     r"""What ``add_weighted_adapter`` of the library peft makes of the adapters, with weight 1 for each; its own code.
 
     For a layer with factors :math:`B_t, A_t` and scalings :math:`s_t = \alpha_t / r_t`, rule being peft's function:
@@ -105,31 +105,31 @@ class PeftCombination(LowRankMethod):
         """The product of what peft makes of the factors."""
         pairs = sorted(self.factors(parameter).items())
         products = [left @ right for _, (left, right) in pairs]
-        if self._rule is None:
+        rule = self._rule
+        if rule is None:
             return torch.stack(products).sum(dim=0)
         if self._of_products:
-            merged = self._combined(products, [1.0] * len(pairs), parameter, "product")
+            merged = self._combined(rule, products, [1.0] * len(pairs), parameter, "product")
             rank = self.options.svd_rank or max(len(right) for _, (_, right) in pairs)
             left, values, right = torch.linalg.svd(merged, full_matrices=False)
             cut: Tensor = (left[:, :rank] * values[:rank]) @ right[:rank]
             return cut
-        assert self._source is not None
-        scalings = [self._source.scaling(task, parameter) for task, _ in pairs]
+        scalings = [self.source_vectors.scaling(task, parameter) for task, _ in pairs]
         # The scaling is part of B here, while peft gives its root to either factor.
         roots = [math.sqrt(abs(scaling)) for scaling in scalings]
         lefts = [left / scaling if scaling else left for (_, (left, _)), scaling in zip(pairs, scalings, strict=True)]
         signed = [math.copysign(root, scaling) for root, scaling in zip(roots, scalings, strict=True)]
-        left = self._combined(lefts, roots, parameter, "B")
-        product: Tensor = left @ self._combined([right for _, (_, right) in pairs], signed, parameter, "A")
+        left = self._combined(rule, lefts, roots, parameter, "B")
+        product: Tensor = left @ self._combined(rule, [right for _, (_, right) in pairs], signed, parameter, "A")
         return product
 
-    def _combined(self, tensors: list[Tensor], weights: Sequence[float], parameter: Parameter, what: str) -> Tensor:
+    def _combined(
+        self, rule: str, tensors: list[Tensor], weights: Sequence[float], parameter: Parameter, what: str
+    ) -> Tensor:
         """One call of peft's function."""
         from peft.utils import merge_utils
 
-        rule = self._rule
-        assert rule is not None
-        arguments = [] if rule == "task_arithmetic" else [self.options.density]
+        arguments: list[Any] = [] if rule == "task_arithmetic" else [self.options.density]
         if rule in ("ties", "dare_ties"):
             arguments.append(self.options.majority_sign)
         name = json.dumps([self.options.seed or 0, parameter.name, what])

@@ -29,7 +29,7 @@ class PerturbAndMergeOptions(MethodOptions):
 
 
 @merge_method("perturb_and_merge")
-class PerturbAndMerge(SequentialMethod):
+class PerturbAndMerge(SequentialMethod[PerturbAndMergeOptions]):
     r"""Move from what is merged so far towards the next expert, as far as all tasks up to there lose least.
 
     From :math:`\theta_1 = \theta^*_1` on, :math:`\theta_t = \theta_{t-1} + \alpha_t \Delta_t` with

@@ -28,7 +28,7 @@ class RegMeanOptions(MatrixOptions):
 
 
 @merge_method("regmean")
-class RegMean(MatrixMethod):
+class RegMean(MatrixMethod[RegMeanOptions]):
     r"""Fit one matrix to what the experts' layers put out for their own inputs.
 
     With :math:`C_t` the second moment of the layer's inputs inside expert t, ``d_in x d_in``, and shrunk moments

@@ -34,7 +34,7 @@ class RegMeanBlocksOptions(MethodOptions):
 
 
 @merge_method("regmean_plus_plus")
-class RegMeanBlocks(BlockwiseMethod):
+class RegMeanBlocks(BlockwiseMethod[RegMeanBlocksOptions]):
     r"""RegMean, block by block in forward order, on what the merged blocks before hand on.
 
     For block :math:`l` each task's examples, which have come through the merged blocks before it, are run through the

@@ -29,7 +29,7 @@ class RobustMergeOptions(MatrixOptions):
 
 
 @merge_method("robust_merge")
-class RobustMerge(LowRankMethod):
+class RobustMerge(LowRankMethod[RobustMergeOptions]):
     r"""Prune the adapters' factors, rescale each rank direction by what was pruned, and merge the factors.
 
     For a layer with the factors :math:`B_t` (d_out x r) and :math:`A_t` (r x d_in) of T tasks:

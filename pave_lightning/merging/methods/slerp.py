@@ -26,7 +26,7 @@ class SlerpOptions(MethodOptions):
 
 
 @merge_method("slerp")
-class Slerp(StaticMethod):
+class Slerp(StaticMethod[SlerpOptions]):
     r"""Go from one expert's weight to the other's along the arc between them; exactly two experts.
 
     Each tensor is one long vector. With :math:`\cos\theta` of the two WEIGHTS (not task vectors),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor
+from typing_extensions import TypeVar
 
 from pave_lightning.merging.base import MergeMethod, MethodOptions, Modulated, PerTaskMethod, StaticMethod
 from pave_lightning.merging.evidence import Evidence
@@ -50,12 +51,14 @@ class ConsensusOptions(TallMasksOptions):
     needs, 0 nothing."""
 
 
-class _Masking(MergeMethod):
+MaskOptionsT_co = TypeVar("MaskOptionsT_co", bound=TallMasksOptions, default=TallMasksOptions, covariant=True)
+
+
+class _Masking(MergeMethod[MaskOptionsT_co]):
     """What both methods share: the multi-task vector and the tasks' masks over it."""
 
     elementwise = True
     Options: ClassVar[type[TallMasksOptions]] = TallMasksOptions
-    options: Any
 
     def problems(self, vectors: TaskVectors, evidence: Evidence) -> Iterator[str]:
         """Thresholds of unknown tasks, and tasks without a threshold."""
@@ -84,7 +87,7 @@ class _Masking(MergeMethod):
 
 
 @merge_method("tall_masks")
-class TallMasks(_Masking, PerTaskMethod):
+class TallMasks(_Masking[TallMasksOptions], PerTaskMethod[TallMasksOptions]):
     r"""Share the multi-task vector; keep for each task a mask of the elements that serve it.
 
     With the multi-task vector :math:`\tau = \sum_t \tau_t`, task t keeps the elements where its own change is large
@@ -114,7 +117,7 @@ class TallMasks(_Masking, PerTaskMethod):
 
 
 @merge_method("consensus")
-class Consensus(_Masking, StaticMethod):
+class Consensus(_Masking[ConsensusOptions], StaticMethod[ConsensusOptions]):
     r"""Keep the elements of the multi-task vector that several tasks need.
 
     With the masks :math:`M_t` of TALL masks, :math:`W = W_0 + \lambda [\sum_t M_t \ge k] \odot \tau`. Cost: one

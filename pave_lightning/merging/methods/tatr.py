@@ -25,7 +25,7 @@ class TatrOptions(MethodOptions):
     """Share of all weights that is kept: those with the least conflict; 1 keeps all."""
 
 
-class _TrustRegion(StaticMethod):
+class _TrustRegion(StaticMethod[TatrOptions]):
     """The sum of the task vectors over the weights with little conflict, however gradients are known."""
 
     elementwise = True

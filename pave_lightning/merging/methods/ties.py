@@ -58,7 +58,7 @@ def disjoint_merge(vectors: Sequence[Tensor], how: Literal["mean", "sum"] = "mea
 
 
 @merge_method("ties")
-class Ties(StaticMethod):
+class Ties(StaticMethod[TiesOptions]):
     r"""Trim each task vector to its largest elements, elect a sign per element, average what has that sign.
 
     1. Trim: of each task vector keep the ``density`` share of largest magnitude over the WHOLE model; elements that tie

@@ -72,7 +72,7 @@ class TsvMergeOptions(MatrixOptions):
 
 
 @merge_method("tsv_m")
-class TsvMerge(MatrixMethod):
+class TsvMerge(MatrixMethod[TsvMergeOptions]):
     r"""Keep each task's leading singular directions, make them orthogonal across tasks, and add up.
 
     For a matrix weight with :math:`r = \min(d_{out}, d_{in})` singular directions and T tasks:
@@ -130,7 +130,7 @@ class TsvCompressOptions(MethodOptions):
 
 
 @merge_method("tsv_c")
-class TsvCompress(PerTaskMethod):
+class TsvCompress(PerTaskMethod[TsvCompressOptions]):
     r"""Keep each task's own task vector, every matrix of it cut to its leading singular triplets.
 
     Task t runs with :math:`W_0 + U_t S_t V_t^T`, the :math:`q = \lfloor r / T \rfloor` leading singular triplets of

@@ -54,7 +54,7 @@ def misnamed_tasks(option: str, given: Mapping[str, float], tasks: Sequence[str]
 
 
 @merge_method("weighted_average")
-class WeightedAverage(StaticMethod):
+class WeightedAverage(StaticMethod[WeightedAverageOptions]):
     r"""The weighted mean of the experts' weights, :math:`W = W_0 + \sum_t w_t \tau_t / \sum_t w_t`.
 
     With ``normalise: false`` it is :math:`W_0 + \sum_t w_t \tau_t`: Task Arithmetic with a scale for each task, of

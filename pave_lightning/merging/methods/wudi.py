@@ -54,7 +54,7 @@ class SwudiOptions(MatrixOptions):
 
 
 @merge_method("wudi")
-class Wudi(MatrixMethod):
+class Wudi(MatrixMethod[WudiOptions]):
     r"""Minimise the interference with every task, for which its own task vector stands; stop after a few steps.
 
     A layer is trained by gradients that are sums of outer products with its inputs, so the rows of
@@ -86,7 +86,7 @@ class Wudi(MatrixMethod):
 
     def merge_matrix(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
         """The sum of the task vectors after some steps down the interference."""
-        options: WudiOptions = self.options
+        options = self.options
         changed = [vector for vector in vectors.values() if bool(vector.any())]
         if not changed:
             return torch.zeros_like(base)
@@ -109,7 +109,7 @@ class Wudi(MatrixMethod):
 
 
 @merge_method("swudi")
-class Swudi(MatrixMethod):
+class Swudi(MatrixMethod[SwudiOptions]):
     r"""WUDI's descent in closed form: gradient flow down the same loss, stopped in time.
 
     From :math:`D_0 = \sum_t \tau_t` on, the flow :math:`\dot D = -\nabla L(D)` down the loss of `Wudi` is at time s at
@@ -134,7 +134,7 @@ class Swudi(MatrixMethod):
 
     def merge_matrix(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
         """The sum of the task vectors after the flow down the interference."""
-        options: SwudiOptions = self.options
+        options = self.options
         changed = [vector for vector in vectors.values() if bool(vector.any())]
         if not changed:
             return torch.zeros_like(base)

@@ -112,7 +112,7 @@ def _step_problems(
         yield f"{where}: {step.method} needs what the scales of norms multiply; set capture.norms: true"
     if methods and len(recipe.tasks) > 1:
         yield from (f"{where}: {problem}" for problem in _request_problems(methods, wanted, vectors, evidence))
-    sizes = {method.options.batch_size for method in methods} if kind.batched else ()
+    sizes = {method.batch_size for method in methods} if kind.batched else ()
     for size in sorted(found for found in sizes if found > recipe.capture.batch_size):
         yield (
             f"{where}: batch_size {size} is more than the {recipe.capture.batch_size} examples that are loaded at a "
