@@ -32,7 +32,7 @@ RECIPE += (
 
 def read_architecture(folder):
     found = Architecture.of_folder(folder)
-    return found.labels, found.outputs, found.vocabulary, found.positions
+    return found.vocabulary, found.positions
 
 
 def read_weights(folder):

@@ -123,17 +123,6 @@ class Architecture:
         )
 
     @property
-    def labels(self) -> dict[int, str]:
-        """Names of the head's outputs by index."""
-        named = self.config.get("id2label") or {0: "LABEL_0", 1: "LABEL_1"}
-        return {int(index): str(name) for index, name in sorted(named.items(), key=lambda item: int(item[0]))}
-
-    @property
-    def outputs(self) -> int:
-        """Number of the head's outputs."""
-        return len(self.labels)
-
-    @property
     def vocabulary(self) -> int | None:
         """Rows of the token embedding; None where the model reads no tokens."""
         found = [self.parameters[name] for name in self.token_embeddings if name in self.parameters]

@@ -101,7 +101,7 @@ def test_an_image_classifier(tmp_path, vit_config):
     vit_config.save_pretrained(tmp_path)
     found = Architecture.of_folder(tmp_path)
     assert found.prefix == "vit"
-    assert (found.vocabulary, found.positions, found.outputs) == (None, None, 3)
+    assert (found.vocabulary, found.positions) == (None, None)
     assert found.head == {"classifier.weight", "classifier.bias"}
     patches = found.parameters["embeddings.patch_embeddings.projection.weight"]
     assert (patches.kind, patches.shape) == (ParameterKind.CONVOLUTION, (8, 3, 4, 4))
