@@ -133,6 +133,3 @@ def _shape(sizes: list[int]) -> tuple[int, ...]:
 def _sides(name: str) -> tuple[str, str]:
     """Under which names a parameter's two factors are stored; no parameter's name holds a colon."""
     return f"left:{name}", f"right:{name}"
-
-
-PackedMasks = ModulatorWriter  # the name under which `pave_lightning.merging` still exports it

@@ -25,7 +25,10 @@ MOST_JSON_BYTES = 16 << 20  # the index of a model of 90,000 tensors takes 9 MiB
 MOST_HEADER_BYTES = 8 << 20  # a tensor takes about 100 bytes
 MOST_CONFIG_BYTES = 4 << 20  # the names of 22,000 classes, there and back, take 1 MiB
 MOST_TOKENIZER_BYTES = 64 << 20  # those of 260,000 tokens take 35 MB
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model")
+LARGE_TOKENIZER_FILES = (
+    *("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt"),
+    *("tokenizer.model", "spiece.model"),
+)
 _JSON_KINDS = {list: "a list", str: "a text", int: "a number", float: "a number", bool: "true or false"}
 # What stands in the names of files and folders that are not finished.
 UNFINISHED = ".unfinished-"
@@ -192,7 +195,7 @@ def check_sizes(folder: Path) -> None:
         PaveError: names the first one, or its size and the largest that is read.
     """
     for file in sorted(folder.iterdir()):
-        most = MOST_TOKENIZER_BYTES if file.name in TOKENIZER_FILES else MOST_JSON_BYTES
+        most = MOST_TOKENIZER_BYTES if file.name in LARGE_TOKENIZER_FILES else MOST_JSON_BYTES
         if file.suffix not in (".json", ".txt", ".model", ".jinja"):
             continue
         if not file.is_file():

@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from pave_lightning.errors import shortened
 from pave_lightning.recipe.schema import Data
 from pave_lightning.tasks.rows import Rows, UnreadableError, find_column
-from pave_lightning.tasks.text_files import check_bytes, opened, shortened
+from pave_lightning.tasks.text_files import SHOWN_CHARACTERS, check_bytes, opened
 
 SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "vertical bars", ",": "commas"}
 PLAIN_QUOTES = "; if quotation marks are plain characters in this file, set data.quoting: none"
@@ -161,8 +162,8 @@ class _Reader:
             instead = {"\t": ", or name it .tsv", ",": ", or name it .csv"}.get(found, "")
             raise UnreadableError(
                 f"expected columns separated by {wanted}, but the first line names one column, "
-                f"{shortened(header[0])!r}, with {SEPARATORS[found]} in its name; save the file with {wanted} between "
-                f"the columns{instead}, or set data.delimiter: {_in_yaml(found)}"
+                f"{shortened(header[0], SHOWN_CHARACTERS)!r}, with {SEPARATORS[found]} in its name; save the file with "
+                f"{wanted} between the columns{instead}, or set data.delimiter: {_in_yaml(found)}"
             )
 
     def _remarks(self, rows: int) -> list[str]:

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pave_lightning.errors import shortened
 from pave_lightning.tasks.rows import Rows, UnreadableError
-from pave_lightning.tasks.text_files import check_bytes, opened, shortened
+from pave_lightning.tasks.text_files import SHOWN_CHARACTERS, check_bytes, opened
 
 BATCH = 8192
 KNOWN_COLUMNS = 1000
@@ -228,7 +229,8 @@ def _broken(content: bytes, line: int, words: str, error: Exception) -> str:
         if isinstance(whole, dict):
             _refuse_wrapped(whole, line)
             return f"the object in line {line} stands on several lines; write one object a line, or one list of objects"
-    return f"line {line} cannot be read as JSON ({_reason(error)}: {shortened(words.strip())!r}); repair it"
+    shown = shortened(words.strip(), SHOWN_CHARACTERS)
+    return f"line {line} cannot be read as JSON ({_reason(error)}: {shown!r}); repair it"
 
 
 _FIRST_LINES = 3
@@ -269,7 +271,7 @@ def _shown(value: Any) -> str:
     kind = {str: "the text ", bool: "", int: "the number ", float: "the number "}.get(type(value))
     if kind is None:
         return "nothing (null)" if value is None else "a list" if isinstance(value, list) else "an object"
-    return kind + shortened(json.dumps(value, ensure_ascii=True) if not isinstance(value, str) else repr(value))
+    return kind + shortened(json.dumps(value) if not isinstance(value, str) else repr(value), SHOWN_CHARACTERS)
 
 
 def _place(lines: Sequence[int]) -> str:

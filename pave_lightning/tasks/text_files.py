@@ -21,7 +21,7 @@ STARTS = {
     GIT_POINTER: "is a pointer of Git LFS and not the data; run: git lfs pull",
 }
 WIDE = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-SHOWN_CHARACTERS = 60
+SHOWN_CHARACTERS = 60  # of what a file holds, in a message
 
 
 def check_bytes(content: bytes) -> None:
@@ -71,8 +71,3 @@ def line_at(content: bytes, place: int) -> int:
 def opened(content: bytes) -> io.TextIOWrapper:
     """The text, without a byte order mark, as lines that keep their ends."""
     return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig", newline="")
-
-
-def shortened(text: str) -> str:
-    """The beginning of a text, for messages."""
-    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
