@@ -270,6 +270,7 @@ def test_an_error_ends_the_mlflow_run_as_failed(recipe, tracking_uri, monkeypatc
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # seven runs, one after the other
 def test_killed_runs_go_on_and_end_like_an_undisturbed_one(recipe_settings, tmp_path):
     trainer = {**recipe_settings["trainer"], "max_epochs": 15}
 
