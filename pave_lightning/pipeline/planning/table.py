@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from rich.table import Table
 from pave_lightning.errors import PaveError
 from pave_lightning.merging import method_named
 from pave_lightning.pipeline.costs import Cost, expected_kinds, predict_cost
-from pave_lightning.pipeline.planning.memory import fit_bytes, search_bytes
+from pave_lightning.pipeline.planning.memory import fit_bytes, later_bytes, search_bytes
 from pave_lightning.pipeline.planning.merging import stored_parameters
 from pave_lightning.pipeline.planning.training import planned_schedule
 from pave_lightning.pipeline.run_folder import RunFolder
@@ -114,7 +115,7 @@ def predicted_cost(recipe: Recipe, folder: RunFolder) -> Cost:
     capture, planned = recipe.capture, _planned_purifications(stages)
     kinds = expected_kinds(parameters, capture.moments, convolutions=capture.convolutions)
     exported = 0 if _purifies_in_a_run(recipe) else sum(len(one.tasks or recipe.tasks) for one in planned)
-    return predict_cost(
+    found = predict_cost(
         parameters,
         len(recipe.tasks),
         workers_of(recipe.compute),
@@ -123,6 +124,8 @@ def predicted_cost(recipe: Recipe, folder: RunFolder) -> Cost:
         methods=[method_named(step.method) for step, _ in stages.merges()],
         new_experts=sum(task.expert is None for task in recipe.tasks) + exported,
     )
+    later = later_bytes()
+    return replace(found, baseline_bytes=found.baseline_bytes + later, peak_bytes=found.peak_bytes + later)
 
 
 def _fit_summary(recipe: Recipe, task: Task, cache: Path) -> str:

@@ -88,3 +88,24 @@ def test_training_takes_about_what_is_predicted(make_base, task_files):
     )
     measured, predicted = map(int, done.stdout.split()[-2:])
     assert 0.6 < measured / predicted < 1.25
+
+
+LOADED = """
+import pave_lightning.pipeline.commands, pave_lightning.pipeline.planning
+from transformers import BertForSequenceClassification
+from pave_lightning.pipeline.planning.memory import later_bytes
+from pave_lightning.weights.memory import resident_bytes
+before, predicted = resident_bytes(), later_bytes()
+import pave_lightning.pipeline.workflow, peft
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+assert later_bytes() == 0
+print(resident_bytes() - before, predicted)
+"""
+
+
+@LINUX
+@pytest.mark.slow
+def test_what_a_run_loads_besides_a_plan_takes_about_what_is_said():
+    done = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True, check=True)
+    measured, predicted = map(int, done.stdout.split()[-2:])
+    assert 0.6 < measured / predicted < 1.6
