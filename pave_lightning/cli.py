@@ -185,7 +185,7 @@ def _exit_code(error: Exception, *, debug: bool) -> int:
 
 def _execute(command: str, options: Namespace) -> None:
     if command == "methods":
-        from pave_lightning.reporting.methods import print_methods
+        from pave_lightning.merging.describe import print_methods
 
         return print_methods(options.method)
     if command == "sweep":

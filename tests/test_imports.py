@@ -41,6 +41,16 @@ def test_starting_up_loads_nothing_heavy():
     assert done.stdout.strip() == "[]"
 
 
+def test_reports_need_no_torch():
+    code = (
+        "import pkgutil, sys, pave_lightning.reporting as r; "
+        "[__import__(found.name) for found in pkgutil.iter_modules(r.__path__, r.__name__ + '.')]; "
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
 def test_every_public_name_is_there():
     import pave_lightning
 

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from pave_lightning.errors import PaveError
 from pave_lightning.merging import known_methods, method_named
-from pave_lightning.reporting.methods import print_methods
+from pave_lightning.merging.describe import print_methods
 
 
 def printed(width, name=None):
