@@ -129,7 +129,7 @@ class ScaleSearcher:
         return sum(found[task] / value for task, value in reference.items()) / len(reference)
 
     def _primary_scores(self, candidate: Candidate, data: SuiteData, whose: str = "") -> dict[str, float]:
-        """Headline scores by task; NaN where outputs are not finite, which is refused of what ``whose`` names."""
+        """Primary scores by task; NaN where outputs are not finite, which is refused of what ``whose`` names."""
         with quiet_lightning():
             trainer = build_trainer(self.options, root=self.root, precision=self.precision, enable_progress_bar=False)
         scores = self.evaluator.score(candidate, data, trainer)

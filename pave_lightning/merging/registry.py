@@ -6,6 +6,7 @@ import inspect
 import logging
 import pkgutil
 from collections.abc import Callable, Mapping
+from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -100,13 +101,19 @@ def _class_of(name: str, function: Callable[..., Tensor], facts: Mapping[str, An
 
 def known_methods() -> dict[str, type[MergeMethod]]:
     """Every known method by name: those of this package and those that installed packages register."""
-    for module in pkgutil.iter_modules(import_module(METHODS).__path__, f"{METHODS}."):
-        import_module(module.name)
+    _load_own()
     for entry in entry_points(group=ENTRY_POINTS):
         if (key := (entry.name, entry.value)) not in _looked_at:
             _looked_at.add(key)
             _load_plug_in(entry)
     return dict(_registry)
+
+
+@cache
+def _load_own() -> None:
+    """Load every file of methods of this package, once."""
+    for module in pkgutil.iter_modules(import_module(METHODS).__path__, f"{METHODS}."):
+        import_module(module.name)
 
 
 _looked_at: set[tuple[str, str]] = set()

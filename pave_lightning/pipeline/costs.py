@@ -29,7 +29,7 @@ Shape = tuple[int, int]
 # Packing buffers and stack that BLAS and LAPACK keep for a thread once it has multiplied matrices.
 THREAD_BYTES = 16_000_000
 # Tensors of a block that a method has at a time for each task: task vector, stack, and what it makes of them.
-RULE_TENSORS = 4
+METHOD_TENSORS = 4
 # Synthetic solves take no more multiplications than this, so that all shapes of a model are timed in about a second.
 # The full decompositions of ``exact`` take many more than are counted.
 TIMED_WORK = 5 * 384**3
@@ -371,7 +371,7 @@ def merging_bytes(parameters: Sequence[Parameter], tasks: int, methods: Iterable
             size = parameter.elements
             seen = min(size, BLOCK_ELEMENTS) if instance.in_blocks(parameter) else size
             masks = tasks * size if method.form == "per-task" else 0
-            highest = max(highest, held + before + 4 * (2 * size + seen * RULE_TENSORS * tasks) + masks)
+            highest = max(highest, held + before + 4 * (2 * size + seen * METHOD_TENSORS * tasks) + masks)
     return highest
 
 

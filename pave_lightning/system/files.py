@@ -76,13 +76,13 @@ def file_sha256(path: Path) -> str:
         PaveError: the file is missing, or this user may not read it.
     """
     try:
-        facts = _facts(path)
+        facts = file_facts(path)
         place = str(path.absolute())
         known = _hashes.get(facts) or (_noted[place][1] if _noted.get(place, (None, ""))[0] == facts else None)
         if known is None:
             with path.open("rb") as stream:
                 known = hashlib.file_digest(stream, "sha256").hexdigest()
-            if _is_young(facts) or _facts(path) != facts:
+            if _is_young(facts) or file_facts(path) != facts:
                 return known
     except OSError as error:
         raise PaveError(_unopened(path, error)) from error
@@ -91,7 +91,12 @@ def file_sha256(path: Path) -> str:
     return known
 
 
-def _facts(path: Path) -> Facts:
+def file_facts(path: Path) -> Facts:
+    """What changes when a file does: its size, when its content changed, its inode, and when anything of it changed.
+
+    Raises:
+        OSError: there is no such file, or this user may not look at it.
+    """
     found = path.stat()
     return found.st_size, found.st_mtime_ns, found.st_ino, found.st_ctime_ns
 
@@ -128,7 +133,7 @@ def save_hashes(note: Path, wanted: Callable[[Path], bool]) -> None:
     entries = {}
     for place, (facts, sha256) in sorted(_noted.items()):
         with suppress(OSError):
-            if wanted(Path(place)) and _facts(Path(place)) == facts:
+            if wanted(Path(place)) and file_facts(Path(place)) == facts:
                 entries[place] = [facts, sha256]
     temporary = note.with_name(f"{note.name}.{os.getpid()}.tmp")
     with suppress(OSError):  # it only saves time

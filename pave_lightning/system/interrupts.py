@@ -16,7 +16,8 @@ from pave_lightning.errors import Interrupted
 STOPPED = 128
 AGAIN_AFTER_SECONDS = 0.1
 # What a terminal, a scheduler and a closed connection send; under nohup the last is ignored, and stays so.
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# Not every system has the last.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
 REPLACED_HANDLERS = (signal.SIG_DFL, signal.default_int_handler)
 # How long a signal waits for the end of a critical section before it unwinds it anyway.
 DEFERRED_SECONDS = 10.0

@@ -72,18 +72,12 @@ class LabelValues:
         if self.form == "texts":
             found = match_names(self.values, classes)
             return [
-                self._by_value(text, classes) if index is None else index
+                _spelled(text, classes) if index is None else index
                 for text, index in zip(self.values, found, strict=True)
             ]
         if self.form == "booleans":
             return match_names(["true" if value else "false" for value in self.values], classes)
         return [_of_value(value, classes) for value in self.values]
-
-    @staticmethod
-    def _by_value(text: str, classes: Sequence[str]) -> int | None:
-        """The class whose name spells the same number as a text does, such as 1 for 1.0 or 01."""
-        number = number_in(text)
-        return None if number is None else _of_value(number, classes)
 
     def by_index(self, classes: Sequence[str]) -> list[int | None]:
         """The class index of each value read as an index; None where it is none."""
@@ -198,6 +192,12 @@ def encode_labels(task: Task, labels: list[Any]) -> npt.NDArray[np.int64] | npt.
         return np.asarray(labels, dtype=np.float32)
     indices = {name: index for index, name in enumerate(task.classes)}
     return np.asarray([indices[label] if isinstance(label, str) else label for label in labels], dtype=np.int64)
+
+
+def _spelled(text: str, classes: Sequence[str]) -> int | None:
+    """The class whose name spells the same number as a text does, such as 1 for 1.0 or 01."""
+    number = number_in(text)
+    return None if number is None else _of_value(number, classes)
 
 
 def _of_value(value: float, classes: Sequence[str]) -> int | None:

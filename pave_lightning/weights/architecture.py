@@ -27,7 +27,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from pave_lightning.errors import PaveError, foreign, shortened
-from pave_lightning.system.files import read_json
+from pave_lightning.system.files import file_facts, read_json
 from pave_lightning.weights.buffers import BufferKind, buffer_kinds
 from pave_lightning.weights.checkpoint import Checkpoint
 from pave_lightning.weights.embeddings import token_embeddings
@@ -177,10 +177,9 @@ def _architecture(folder: Path, stamp: tuple[int, ...]) -> Architecture:
 def _stamp(folder: Path) -> tuple[int, ...]:
     """What changes when the configuration of a folder does; empty where there is none."""
     try:
-        found = (folder / "config.json").stat()
+        return file_facts(folder / "config.json")
     except OSError:
         return ()
-    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def lies_in(name: str, modules: Iterable[str]) -> bool:

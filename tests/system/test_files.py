@@ -101,8 +101,8 @@ def test_what_was_written_a_moment_ago_is_not_remembered(tmp_path, monkeypatch):
     path = tmp_path / "weights"
     path.write_bytes(b"one")
     assert file_sha256(path) == hashlib.sha256(b"one").hexdigest()
-    frozen = files._facts(path)
-    monkeypatch.setattr(files, "_facts", lambda path: frozen)  # a second change within one tick of the clock
+    frozen = files.file_facts(path)
+    monkeypatch.setattr(files, "file_facts", lambda path: frozen)  # a second change within one tick of the clock
     path.write_bytes(b"two")
     assert file_sha256(path) == hashlib.sha256(b"two").hexdigest()
 

@@ -22,7 +22,7 @@ from pave_lightning.weights.task_vectors import (
 )
 
 # Of what a method says of every matrix of a model, a few lines show as much as all of them.
-SHOWN_OF_A_RULE = 4
+SHOWN_OF_A_METHOD = 4
 TRAINED_WHOLE = "they are trained whole; set training.lora"
 
 
@@ -153,9 +153,9 @@ def _request_problems(
             told.update(dict.fromkeys(method.problems(vectors, evidence)))
         except RuntimeError:  # it looks at values, as a method of another package may do: it tells when it is run
             continue
-    yield from list(told)[:SHOWN_OF_A_RULE]
-    if len(told) > SHOWN_OF_A_RULE:
-        yield f"... and {len(told) - SHOWN_OF_A_RULE} more like these"
+    yield from list(told)[:SHOWN_OF_A_METHOD]
+    if len(told) > SHOWN_OF_A_METHOD:
+        yield f"... and {len(told) - SHOWN_OF_A_METHOD} more like these"
 
 
 def _missing_adapters(method: MergeMethod, wanted: Collection[Need], vectors: PlannedTaskVectors) -> Iterator[str]:
