@@ -19,6 +19,7 @@ from pave_lightning.system.files import check_header, file_sha256, read_failure,
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+MOST_SHARDS = 10_000
 PICKLED_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
 IDENTIFYING = (".safetensors", ".json", ".txt", ".model", ".spm", ".tiktoken", ".tokenizer", ".codes")
 FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -242,6 +243,8 @@ def weight_files(folder: Path) -> list[Path]:
         if not isinstance(placed, dict) or not all(isinstance(name, str) for name in placed.values()) or not placed:
             raise PaveError(f"{index} is broken: expected JSON with a weight_map; save the checkpoint again")
         names = sorted(set(placed.values()))
+        if len(names) > MOST_SHARDS:
+            raise PaveError(f"{index} names {len(names):,} files, expected at most {MOST_SHARDS:,}; is it broken?")
         elsewhere = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
         if elsewhere:
             raise PaveError(
