@@ -113,7 +113,7 @@ def measure(folder: Path, tasks: int) -> None:
     from pave_lightning.merging.methods.task_arithmetic import TaskArithmetic
     from pave_lightning.pipeline import costs
     from pave_lightning.purification import PurifiedTaskVectors, StoredPurification, write_purified
-    from pave_lightning.recipe.schema import Purify
+    from pave_lightning.purification.options import Purify
     from pave_lightning.statistics import TaskStatistics
     from pave_lightning.weights import Architecture, Checkpoint, ExpertTaskVectors, memory
 

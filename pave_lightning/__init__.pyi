@@ -15,12 +15,12 @@ from .merging.methods.ties import Ties as Ties
 from .pipeline.commands import plan_recipe as plan_recipe
 from .pipeline.commands import run_recipe as run_recipe
 from .purification import PurifiedTaskVectors as PurifiedTaskVectors
+from .purification.options import Purify as Purify
 from .recipe.loading import load_recipe as load_recipe
-from .recipe.schema import Purify as Purify
 from .recipe.schema import Recipe as Recipe
-from .recipe.schema import Task as Task
 from .statistics import TaskStatistics as TaskStatistics
 from .tasks.data_module import TaskDataModule as TaskDataModule
+from .tasks.task import Task as Task
 from .weights import Architecture as Architecture
 from .weights import Checkpoint as Checkpoint
 from .weights import ExpertTaskVectors as ExpertTaskVectors

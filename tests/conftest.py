@@ -1,19 +1,25 @@
 """Fixtures shared by all tests: one thread, no network, tiny random models on disk."""
 
+import atexit
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 
 os.environ.update(
     HF_HUB_OFFLINE="1",
     MLFLOW_DISABLE_TELEMETRY="true",
     DO_NOT_TRACK="true",
     TOKENIZERS_PARALLELISM="false",
+    HF_ASSETS_CACHE=tempfile.mkdtemp(prefix="pave-tests-"),  # what plans remember of models
 )
 
 import pytest
+
+atexit.register(shutil.rmtree, os.environ["HF_ASSETS_CACHE"], ignore_errors=True)
 
 WORDS = tuple(f"w{index}" for index in range(96))
 BERT = {

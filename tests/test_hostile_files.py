@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from pave_lightning.errors import PaveError
 from pave_lightning.experts.adapters import adapter_problems, load_adapter_alone
 from pave_lightning.experts.loading import load_expert
-from pave_lightning.experts.tokenizers import load_tokenizer
 from pave_lightning.merging.folders import load_merged, merged_facts
 from pave_lightning.merging.modulators import LowRank, Modulator
 from pave_lightning.pipeline.run_folder import RunFolder
 from pave_lightning.recipe.loading import load_recipe
-from pave_lightning.recipe.schema import Task
 from pave_lightning.statistics import LayerMoment, NormMoment, TaskStatistics
 from pave_lightning.statistics.gradients import TaskGradients
+from pave_lightning.tasks.task import Task
+from pave_lightning.tasks.tokenizers import load_tokenizer
 from pave_lightning.weights import Adapter, Architecture, Checkpoint
 
 TASK = Task.model_validate({"name": "t", "data": {}, "text": "text", "classes": 2})

@@ -1,5 +1,5 @@
 """Lightning callbacks that measure what an expert's layers look at."""
 
-from pave_lightning.callbacks.pave_callback import PaveCallback
+import lazy_loader
 
-__all__ = ["PaveCallback"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

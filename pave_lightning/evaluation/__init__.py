@@ -1,25 +1,5 @@
 """One evaluator for every model: base, experts, merged models of every form."""
 
-from pave_lightning.evaluation.candidates import (
-    Candidate,
-    CheckpointCandidate,
-    ExpertsCandidate,
-    MergedCandidate,
-    ModulatedCandidate,
-    PurifiedExpertsCandidate,
-)
-from pave_lightning.evaluation.evaluator import Evaluator, Split, SuiteData, TaskScore, refuse_non_finite
+import lazy_loader
 
-__all__ = [
-    "Candidate",
-    "CheckpointCandidate",
-    "Evaluator",
-    "ExpertsCandidate",
-    "MergedCandidate",
-    "ModulatedCandidate",
-    "PurifiedExpertsCandidate",
-    "Split",
-    "SuiteData",
-    "TaskScore",
-    "refuse_non_finite",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -15,14 +15,14 @@ from torch.utils.data import DataLoader
 
 from pave_lightning.errors import PaveError
 from pave_lightning.evaluation.candidates import Candidate
-from pave_lightning.experts.tokenizers import set_padding
 from pave_lightning.experts.trainers import honest_interrupts, quiet_lightning
-from pave_lightning.recipe.schema import Task
 from pave_lightning.tasks.constants import constant_scores
 from pave_lightning.tasks.data_module import TaskDataModule
-from pave_lightning.tasks.metrics import build_metrics, non_finite_rows, predictions, scores
+from pave_lightning.tasks.metrics import scores
+from pave_lightning.tasks.task import Batch, Task, auto_models
+from pave_lightning.tasks.tokenizers import set_padding
 from pave_lightning.weights import Architecture, Checkpoint
-from pave_lightning.weights.architecture import backbone_of, empty_classifier, read_config
+from pave_lightning.weights.architecture import backbone_of, empty_model, read_config
 from pave_lightning.weights.configuration import differences_in_function
 from pave_lightning.weights.embeddings import resize_rows
 from pave_lightning.weights.task_vectors import absent_children, own_token_rows
@@ -94,7 +94,7 @@ class Evaluator(L.LightningModule):
     def __init__(self, tasks: Sequence[Task], experts: Mapping[str, Checkpoint], base: Checkpoint) -> None:
         super().__init__()
         self.tasks = list(tasks)
-        self._metrics = [build_metrics(task) for task in tasks]
+        self._metrics = [task.build_metrics() for task in tasks]
         self.metrics = nn.ModuleList(self._metrics)
         self._counts = [0] * len(self.tasks)
         self._private: dict[str, dict[str, Tensor]] = {}
@@ -103,17 +103,17 @@ class Evaluator(L.LightningModule):
         self._base = base
         models = [self._headed(task, experts[task.name], base) for task in tasks]
         prefix = str(models[0].base_model_prefix)
-        # Built on the CPU, not on the meta device: position ids and other buffers stand in no checkpoint.
-        self.backbone: nn.Module = backbone_of(empty_classifier(base.folder, device="cpu")).float()
-        architecture = Architecture.of_folder(base.folder)
+        self.backbone: nn.Module = _widest_backbone(tasks, base.folder)
+        architecture = Architecture.of_folder(base.folder, *auto_models(tasks))
         self._names = architecture.stored_names
         self._make_room(architecture, [base, *(experts[task.name] for task in tasks)])
         for task in tasks:
             self._own_rows[task.name] = own_token_rows(base, experts[task.name], architecture)
         self._prefix = prefix
-        own = [self._with_own_configuration(experts[task.name].folder, base.folder) for task in tasks]
+        own = [self._with_own_configuration(task, experts[task.name].folder, base.folder) for task in tasks]
         self.own_backbones = nn.ModuleList(found for found in own if found is not self.backbone)
         self._own = own
+        self._asked = [{name for name, _ in backbone_of(model).named_parameters()} for model in models]
         for model in models:
             setattr(model, prefix, self.backbone)
         self._models = models
@@ -125,7 +125,7 @@ class Evaluator(L.LightningModule):
         self.eval()
 
     def _headed(self, task: Task, expert: Checkpoint, base: Checkpoint) -> nn.Module:
-        model = empty_classifier(expert.folder)
+        model = empty_model(expert.folder, task.auto_model)
         set_padding(model, expert.folder, base.folder)  # by which heads find the last token
         head = expert.head_tensors()
         model.load_state_dict({name: value.float() for name, value in head.items()}, strict=False, assign=True)
@@ -147,11 +147,11 @@ class Evaluator(L.LightningModule):
         if rows:
             resize_rows(self.backbone, max(rows))
 
-    def _with_own_configuration(self, expert: Path, base: Path) -> nn.Module:
+    def _with_own_configuration(self, task: Task, expert: Path, base: Path) -> nn.Module:
         """The backbone as an expert's configuration builds it, with the same parameters; the base's where it agrees."""
         if not differences_in_function(read_config(base), read_config(expert)):
             return self.backbone
-        own = backbone_of(empty_classifier(expert, device="cpu")).float()
+        own = backbone_of(empty_model(expert, task.auto_model, device="cpu")).float()
         parameters = dict(self.backbone.named_parameters(remove_duplicate=False))
         for name, module in own.named_modules():
             for attribute, _ in list(module.named_parameters(recurse=False)):
@@ -178,9 +178,10 @@ class Evaluator(L.LightningModule):
         setattr(self._models[dataloader_idx], self._prefix, backbone)
         if self._loaded is None or not self._candidate.shared:
             self._given = self._load(backbone, self._candidate.weights(task))
+        asked = self._asked[dataloader_idx]
         given = self._given | self._load(backbone, self._private[task].items())
         self._load(backbone, self._own_rows[task].items(), beyond=self._base)
-        lacking = [name for name, _ in self.backbone.named_parameters() if name not in given]
+        lacking = [name for name, _ in self.backbone.named_parameters() if name in asked and name not in given]
         if lacking:
             raise PaveError(
                 f"task '{task}': {len(lacking)} weights of the backbone, such as {lacking[0]}, are in no checkpoint "
@@ -213,13 +214,11 @@ class Evaluator(L.LightningModule):
             given.add(name)
         return given
 
-    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add one batch to its task's metrics."""
-        task = self.tasks[dataloader_idx]
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        logits = self._models[dataloader_idx](**inputs).logits
-        self._broken[dataloader_idx] += non_finite_rows(logits)
-        self._metrics[dataloader_idx].update(predictions(task, logits), batch["labels"])
+        found = self.tasks[dataloader_idx].predict(self._models[dataloader_idx], batch)
+        self._broken[dataloader_idx] += found.broken
+        self._metrics[dataloader_idx].update(found.values, found.targets)
         self._counts[dataloader_idx] += len(batch["labels"])
 
     def on_test_epoch_end(self) -> None:
@@ -230,6 +229,15 @@ class Evaluator(L.LightningModule):
         for task, metrics, examples, without in zip(self.tasks, self._metrics, counts, broken, strict=True):
             found = {name: math.nan if without else value for name, value in scores(metrics).items()}
             self._scores[task.name] = TaskScore(found, examples, without)
+
+
+def _widest_backbone(tasks: Sequence[Task], base: Path) -> nn.Module:
+    """The backbone, float32, with all that any task's model has of it.
+
+    Built on the CPU, not on the meta device: position ids and other buffers stand in no checkpoint.
+    """
+    found = [backbone_of(empty_model(base, name, device="cpu")).float() for name in auto_models(tasks)]
+    return max(found, key=lambda backbone: sum(1 for _ in backbone.named_parameters()))
 
 
 def refuse_non_finite(scores: Mapping[str, TaskScore], whose: str, to_do: str) -> None:

@@ -13,11 +13,13 @@ import torch
 from pave_lightning.errors import PaveError
 from pave_lightning.evaluation.candidates import Candidate, ExpertsCandidate, MergedCandidate
 from pave_lightning.evaluation.evaluator import Evaluator, SuiteData, refuse_non_finite
+from pave_lightning.evaluation.options import DEFAULT_POINTS, ScaleSearch
 from pave_lightning.experts.trainers import build_trainer, quiet_lightning
 from pave_lightning.merging.running import MergedVectors
-from pave_lightning.recipe.schema import DEFAULT_POINTS, Examples, ScaleSearch, Task
 from pave_lightning.tasks.data_module import TaskDataModule
 from pave_lightning.tasks.metrics import weak_experts
+from pave_lightning.tasks.options import Examples
+from pave_lightning.tasks.task import Task
 from pave_lightning.weights import TaskVectors
 
 log = logging.getLogger("pave_lightning")

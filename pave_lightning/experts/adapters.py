@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +11,16 @@ import torch
 from torch import nn
 
 from pave_lightning.errors import PaveError, foreign, listed, naming
-from pave_lightning.experts.loading import checkpoint_of, label_names, load_base
-from pave_lightning.recipe.schema import Task
+from pave_lightning.experts.loading import load_base
+from pave_lightning.tasks.kinds import kind_of_adapters
+from pave_lightning.tasks.task import HeadForm, Task
 from pave_lightning.weights import Checkpoint, is_finite
 from pave_lightning.weights.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_settings
-from pave_lightning.weights.architecture import backbone_of, empty_classifier, lies_in, stored_names
+from pave_lightning.weights.architecture import Architecture, backbone_of, empty_model, lies_in
 from pave_lightning.weights.checkpoint import StoredTensor, is_finite_in_float32, stored_tensors
 from pave_lightning.weights.embeddings import resize_rows, token_embeddings
 from pave_lightning.weights.task_vectors import absent_children
 
-TASK_TYPE = "SEQ_CLS"
 WRAPPED = "base_model.model."
 # Settings of adapters that weights of the base's shape cannot hold.
 NOT_IN_WEIGHTS = {
@@ -36,7 +36,7 @@ def load_adapter(base: Path, folder: Path, task: Task) -> nn.Module:
     Raises:
         PaveError: the adapter does not fit the base, or something of the head is neither in it nor in the base.
     """
-    return _merged(base, folder, task.name, lambda: label_names(task))
+    return _merged(base, folder, task.name, lambda: task.head_form)
 
 
 def load_adapter_alone(base: Path, folder: Path, task: str) -> nn.Module:
@@ -50,21 +50,23 @@ def load_adapter_alone(base: Path, folder: Path, task: str) -> nn.Module:
     Raises:
         PaveError: the adapter does not fit the base, or something of the head is neither in it nor in the base.
     """
-    return _merged(base, folder, task, lambda: _labels_of(base, folder))
+    return _merged(base, folder, task, lambda: _form_of_adapter(base, folder))
 
 
-def _merged(base: Path, folder: Path, task: str, describe: Callable[[], dict[str, Any]]) -> nn.Module:
+def _merged(base: Path, folder: Path, task: str, describe: Callable[[], HeadForm]) -> nn.Module:
     from peft import PeftModel
 
     with naming(f"task '{task}'"):
         problems = adapter_problems(folder)
-        labels = {} if problems else describe()
-        problems = problems or fit_problems(base, folder, labels)
         if problems:
             raise PaveError("; ".join(problems))
+        form = describe()
+        if problems := fit_problems(base, folder, form):
+            raise PaveError("; ".join(problems))
     with foreign(f"task '{task}': the adapter {folder} does not fit the base {base}"), warnings.catch_warnings():
-        head = head_of_base(empty_classifier(base, **labels), base, output_layer(base))
-        model = _with_its_rows(load_base(base, labels, head), folder)
+        architecture = Architecture.of_folder(base, form.auto_model, **form.config)
+        head = head_of_base(architecture, base, output_layer(base, form.auto_model))
+        model = _with_its_rows(load_base(base, form, head), folder)
         warnings.simplefilter("ignore")  # of what is missing, which was asked for
         adapted = PeftModel.from_pretrained(model, folder)
         merged: nn.Module = adapted.merge_and_unload()
@@ -110,12 +112,12 @@ def adapter_problems(folder: Path) -> list[str]:
 
 
 def task_type(folder: Path) -> str | None:
-    """What peft was told that the adapter is for; None where that is sequence classification, or nothing."""
+    """What peft was told that the adapter is for; None where that is nothing."""
     kind = adapter_settings(folder).get("task_type")
-    return None if kind in (None, "", TASK_TYPE) else str(kind)
+    return None if kind in (None, "") else str(kind)
 
 
-def fit_problems(base: Path, folder: Path, labels: Mapping[str, Any]) -> list[str]:
+def fit_problems(base: Path, folder: Path, form: HeadForm) -> list[str]:
     """What keeps an adapter from giving a whole model with the base, by configurations and file headers alone.
 
     Its tensors are put by peft itself into a model without values, so every kind of adapter is asked for all that it
@@ -124,13 +126,13 @@ def fit_problems(base: Path, folder: Path, labels: Mapping[str, Any]) -> list[st
     Args:
         base: folder of the base.
         folder: folder of the adapter, in which `adapter_problems` finds nothing.
-        labels: the part of the configuration that describes the head.
+        form: what the model with the task's head is built from.
     """
-    model, output = empty_classifier(base, **labels), output_layer(base)
-    # Before the adapter is put on the model, which gives its modules other names.
-    required, from_base = required_weights(model, base), head_of_base(model, base, output)
-    kind, prefix = type(model).__name__, str(model.base_model_prefix)
-    model = _with_its_rows(model, folder)
+    architecture = Architecture.of_folder(base, form.auto_model, **form.config)
+    output = output_layer(base, form.auto_model)
+    required, from_base = required_weights(architecture, base), head_of_base(architecture, base, output)
+    kind, prefix = architecture.model_class, architecture.prefix
+    model = _with_its_rows(empty_model(base, form.auto_model, **form.config), folder)
     try:
         with foreign(f"the adapter {folder} does not fit the base {base}"):
             given, missing, misfits = _placed(model, folder)
@@ -142,7 +144,7 @@ def fit_problems(base: Path, folder: Path, labels: Mapping[str, Any]) -> list[st
     if output and all(name in lacking for name in output):
         return [
             f"the adapter {folder} holds no head: {listed(output)} of a {kind} is not in it; train it with task_type "
-            f"{TASK_TYPE} and modules_to_save: [{', '.join(tops)}]"
+            f"{form.peft_type} and modules_to_save: [{', '.join(tops)}]"
         ]
     if lacking:
         return [
@@ -158,16 +160,16 @@ def fit_problems(base: Path, folder: Path, labels: Mapping[str, Any]) -> list[st
     return [f"the adapter {folder} does not fit the base {base}: {misfit}" for misfit in misfits]
 
 
-def adds_nothing(base: Path, folder: Path) -> bool:
+def adds_nothing(base: Path, folder: Path, auto_model: str) -> bool:
     """Whether an adapter changes no weight of the backbone that the base has; reads no further than what does."""
-    model = empty_classifier(base)
-    start = f"{WRAPPED}{model.base_model_prefix}."
+    architecture = Architecture.of_folder(base, auto_model)
+    start = f"{WRAPPED}{architecture.prefix}."
     stored = {
         name.removeprefix(start): found
         for name, found in stored_tensors(folder / ADAPTER_WEIGHTS).items()
         if name.startswith(start)
     }
-    private = absent_children(checkpoint_of(model, base), stored)
+    private = absent_children(architecture.checkpoint(base), stored)
     updates = [
         found
         for name, found in stored.items()
@@ -176,59 +178,55 @@ def adds_nothing(base: Path, folder: Path) -> bool:
     return not any(bool(Checkpoint.read(found).any()) for found in updates)
 
 
-def required_weights(model: nn.Module, base: Path) -> list[str]:
+def required_weights(architecture: Architecture, base: Path) -> list[str]:
     """Parameters that a base's backbone does not give: the head, and submodules of the backbone that the base lacks.
 
     Args:
-        model: a classifier of the base's configuration; it may be on the meta device.
+        architecture: what the base's configuration gives with the head.
         base: folder of the base.
     """
-    prefix = f"{model.base_model_prefix}."
-    backbone = [name.removeprefix(prefix) for name, _ in model.named_parameters() if name.startswith(prefix)]
-    private = absent_children(checkpoint_of(model, base), backbone)
-    return [
-        name
-        for name, _ in model.named_parameters()
-        if not name.startswith(prefix) or lies_in(name.removeprefix(prefix), private)
-    ]
+    prefix, names = f"{architecture.prefix}.", [weight.names[0] for weight in architecture.weights]
+    backbone = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+    private = absent_children(architecture.checkpoint(base), backbone)
+    return [name for name in names if not name.startswith(prefix) or lies_in(name.removeprefix(prefix), private)]
 
 
-def head_of_base(model: nn.Module, base: Path, last: Collection[str]) -> dict[str, StoredTensor]:
+def head_of_base(architecture: Architecture, base: Path, last: Collection[str]) -> dict[str, StoredTensor]:
     """What an adapter's head has from the base's files: all but its last layer, which is of the adapter's own task.
 
     That is what transformers loads before an adapter is put on the model, and what peft leaves as it is (the ``head``
     of ModernBERT, whose base holds one).
 
     Args:
-        model: a classifier of the base's configuration, with the head's size; it may be on the meta device.
+        architecture: what the base's configuration gives with a head of the adapter's size.
         base: folder of the base.
         last: names of the parameters of the last layer, see `output_layer`.
     """
-    checkpoint = checkpoint_of(model, base)
-    renamed = stored_names(model)
+    checkpoint, renamed = architecture.checkpoint(base), architecture.renamed
     stored = {renamed.get(name, name): found for name, found in checkpoint.head.items() if found.is_floating}
     return {
-        name: stored[name]
-        for name, parameter in model.named_parameters()
-        if name in stored and name not in last and stored[name].shape == tuple(parameter.shape)
+        weight.names[0]: stored[weight.names[0]]
+        for weight in architecture.weights
+        if weight.names[0] in stored and weight.names[0] not in last and stored[weight.names[0]].shape == weight.shape
     }
 
 
-def output_layer(base: Path) -> list[str]:
+def output_layer(base: Path, auto_model: str) -> list[str]:
     """Names of the parameters whose size is the number of outputs."""
-    two, three = (dict(empty_classifier(base, num_labels=outputs).named_parameters()) for outputs in (2, 3))
-    return [name for name, parameter in two.items() if parameter.shape != three[name].shape]
+    two, three = (Architecture.of_folder(base, auto_model, num_labels=outputs).weights for outputs in (2, 3))
+    return [one.names[0] for one, other in zip(two, three, strict=True) if one.shape != other.shape]
 
 
-def _labels_of(base: Path, folder: Path) -> dict[str, Any]:
-    """The part of a configuration that describes the head which an adapter holds."""
+def _form_of_adapter(base: Path, folder: Path) -> HeadForm:
+    """What the model is built from whose head an adapter holds."""
+    kind = kind_of_adapters(task_type(folder))
     stored = stored_tensors(folder / ADAPTER_WEIGHTS)
-    found = next((stored[WRAPPED + name] for name in output_layer(base) if WRAPPED + name in stored), None)
+    output = output_layer(base, kind.auto_model)
+    found = next((stored[WRAPPED + name] for name in output if WRAPPED + name in stored), None)
     if found is None:
-        kind = type(empty_classifier(base)).__name__
-        raise PaveError(f"the adapter {folder} holds no head of a {kind}; train it with task_type {TASK_TYPE}")
-    outputs = found.shape[0]
-    return {"num_labels": outputs, "problem_type": "regression" if outputs == 1 else "single_label_classification"}
+        built = Architecture.of_folder(base, kind.auto_model).model_class
+        raise PaveError(f"the adapter {folder} holds no head of a {built}; train it with task_type {kind.peft_type}")
+    return HeadForm(kind.auto_model, kind.peft_type, kind.unnamed_head(found.shape[0]))
 
 
 def _placed(model: nn.Module, folder: Path) -> tuple[set[str], list[str], list[str]]:

@@ -25,14 +25,14 @@ from pave_lightning.experts.checkpoints import (
 from pave_lightning.experts.loading import add_adapters, load_with_new_head, quiet_transformers
 from pave_lightning.experts.schedule import training_settings
 from pave_lightning.experts.task_expert import TaskExpert, freeze
-from pave_lightning.experts.tokenizers import load_tokenizer, padding_id, padding_note
 from pave_lightning.experts.trainers import build_trainer, honest_interrupts, quiet_lightning
-from pave_lightning.recipe.schema import Task
 from pave_lightning.system.files import let_others_read
 from pave_lightning.system.processes import is_launched, is_rank_zero
 from pave_lightning.tasks.constants import constant_scores
 from pave_lightning.tasks.data_module import TaskDataModule
 from pave_lightning.tasks.metrics import weak_experts
+from pave_lightning.tasks.task import Task
+from pave_lightning.tasks.tokenizers import load_tokenizer, padding_id, padding_note
 from pave_lightning.weights import Checkpoint
 from pave_lightning.weights.architecture import backbone_of
 from pave_lightning.weights.task_vectors import absent_children
@@ -95,7 +95,7 @@ def _fit(
         backbone = backbone_of(model)
         stored = Checkpoint(base, str(model.base_model_prefix), tied_names(backbone))
         private = absent_children(stored, dict(backbone.named_parameters()))
-        model = add_adapters(model, options.lora, frozen=options.freeze, private=private)
+        model = add_adapters(model, options.lora, task.peft_type, frozen=options.freeze, private=private)
     expert = TaskExpert(model, task, seed=seed)
     data = _data(task, base, model, seed, cache_folder)
     monitor = f"validation/{task.primary_metric}"
@@ -164,7 +164,6 @@ def _data(task: Task, base: Path, model: nn.Module, seed: int, cache_folder: Pat
         seed=seed,
         cache_dir=cache_folder,
         batch_size=task.training.batch_size,
-        max_length=task.training.max_length,
         padding=padding_id(model.config, tokenizer),
     )
 
@@ -211,7 +210,7 @@ def save_expert(model: nn.Module, base: Path, folder: Path, tokenizer_of: Path |
     """Write an expert as a Hugging Face folder with its tokenizer; adapters stand beside the weights they merge into.
 
     Args:
-        model: a sequence-classification model, or a peft model around one.
+        model: a model with a head, or a peft model around one.
         base: folder of the base model, whose tokenizer it is.
         folder: an existing folder.
         tokenizer_of: folder whose tokenizer it is instead, where it has one of its own.

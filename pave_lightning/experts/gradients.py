@@ -10,14 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from pave_lightning.errors import PaveError
-from pave_lightning.recipe.schema import Task
-from pave_lightning.tasks.metrics import loss
+from pave_lightning.tasks.task import Batch, Task
 from pave_lightning.weights import is_finite
 from pave_lightning.weights.architecture import backbone_of
 
-Batch = Mapping[str, Tensor]
-# An example's logits, shape (outputs,), and its label -> rows, shape (k, outputs), to take k gradients of.
-Directions = Callable[[Tensor, Tensor | None], Tensor]
+# An example's outputs, shape (n, output_size), and the example -> rows, shape (k, n, output_size), of k gradients.
+Directions = Callable[[Tensor, Batch], Tensor]
 # Adds what is wanted of a gradient (flat, float64) to a running total (flat, float64).
 Adding = Callable[[Tensor, Tensor], object]
 
@@ -39,8 +37,8 @@ def fisher_diagonal(model: nn.Module, task: Task, batches: Iterable[Batch]) -> d
     classes takes one. Squares are added up in float64.
 
     Args:
-        model: a Hugging Face classifier with the expert's weights, float32.
-        task: its ``kind`` is used.
+        model: a model with the task's head and the expert's weights, float32.
+        task: its kind says how predictions are drawn from outputs.
         batches: examples as `TaskDataModule` gives them.
 
     Returns:
@@ -50,8 +48,8 @@ def fisher_diagonal(model: nn.Module, task: Task, batches: Iterable[Batch]) -> d
         PaveError: there are no examples, an output is not finite, or a square is too large for float32.
     """
 
-    def directions(logits: Tensor, label: Tensor | None) -> Tensor:
-        return covariance_factor(logits) if task.kind == "text_classification" else torch.ones_like(logits)[None]
+    def directions(outputs: Tensor, example: Batch) -> Tensor:
+        return task.likelihood_directions(outputs)
 
     return _mean(model, task, batches, directions, lambda total, gradient: total.addcmul_(gradient, gradient))
 
@@ -64,8 +62,8 @@ def absolute_gradients(model: nn.Module, task: Task, batches: Iterable[Batch]) -
     added up in float64.
 
     Args:
-        model: a Hugging Face classifier, float32. For merging it is the base's backbone below the expert's own head.
-        task: its ``kind`` is used.
+        model: a model with the task's head, float32. For merging it is the base's backbone below the expert's own head.
+        task: its kind says what the loss is.
         batches: labelled examples as `TaskDataModule` gives them.
 
     Returns:
@@ -76,38 +74,11 @@ def absolute_gradients(model: nn.Module, task: Task, batches: Iterable[Batch]) -
         PaveError: there are no examples, they have no labels, or an output or a gradient is not finite.
     """
 
-    def directions(logits: Tensor, label: Tensor | None) -> Tensor:
-        if label is None:
-            raise PaveError(f"task '{task.name}': the gradients of the loss need labels, but the examples have none")
-        leaf = logits.requires_grad_()
-        return torch.autograd.grad(loss(task, leaf[None], label), leaf)[0][None]
+    def directions(outputs: Tensor, example: Batch) -> Tensor:
+        leaf = outputs.requires_grad_()
+        return torch.autograd.grad(task.output_loss(leaf, task.targets(example)), leaf)[0][None]
 
     return _mean(model, task, batches, directions, lambda total, gradient: total.add_(gradient.abs_()))
-
-
-def covariance_factor(logits: Tensor) -> Tensor:
-    r"""Rows :math:`v_k` with :math:`\sum_k v_k v_k^T = \mathrm{diag}(p) - p p^T`, where p is the softmax of the logits.
-
-    The class is thought to be drawn by asking for one class after the other whether it is the one. With :math:`q_k` the
-    probability of class k or a later one, and :math:`m_k` the mean of the one-hot vector given one of these, the answer
-    about class k adds the outer product of
-    :math:`v_k = \sqrt{p_k q_{k+1} / q_k} (e_k - m_{k+1})`. Likely classes come first, so that nothing cancels.
-
-    Args:
-        logits: shape ``(C,)``.
-
-    Returns:
-        Shape ``(k, C)`` with k at most C - 1, the logits' dtype; k is less where p of a class is zero in float64.
-    """
-    likely, order = logits.double().softmax(dim=0).sort(descending=True)
-    tails = likely.flip(0).cumsum(0).flip(0)
-    after = tails[1:]
-    means = likely.expand(len(after), -1).triu(1) / after[:, None]
-    rows = torch.eye(len(likely), dtype=likely.dtype, device=likely.device)[:-1] - means
-    rows = rows * (likely[:-1] * after / tails[:-1]).sqrt()[:, None]
-    factor = torch.empty_like(rows)
-    factor[:, order] = rows
-    return factor[after > 0].to(logits.dtype)
 
 
 def _mean(
@@ -121,14 +92,14 @@ def _mean(
     }
     count = 0
     with _collecting(model, totals, add):
-        for inputs, label in _examples(batches, next(model.parameters()).device):
+        for example in _examples(task, batches, next(model.parameters()).device):
             count += 1
-            logits: Tensor = model(**inputs).logits[0]
-            if not torch.isfinite(logits).all():
+            outputs = task.outputs(model, example)
+            if not torch.isfinite(outputs).all():
                 raise PaveError(f"task '{task.name}': the outputs are not finite; look for broken weights")
-            rows = directions(logits.detach(), label)
+            rows = directions(outputs.detach(), example)
             for index, row in enumerate(rows):
-                torch.autograd.backward(logits, row, retain_graph=index + 1 < len(rows))
+                torch.autograd.backward(outputs, row, retain_graph=index + 1 < len(rows))
     if not count:
         raise PaveError(f"task '{task.name}': there are no examples to take gradients of")
     means = {}
@@ -190,16 +161,15 @@ def _taking(total: Tensor, add: Adding) -> Callable[[Tensor], None]:
     return take
 
 
-def _examples(batches: Iterable[Batch], device: torch.device) -> Iterator[tuple[dict[str, Tensor], Tensor | None]]:
-    """One example after the other, without padding: what the model is given, and the label, shape ``(1,)``."""
+def _examples(task: Task, batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """One example after the other, as a batch without padding."""
     for batch in batches:
         tensors = {name: tensor.to(device) for name, tensor in batch.items()}
-        labels, mask = tensors.pop("labels", None), tensors.get("attention_mask")
+        mask = task.mask(tensors, "")
         for index in range(len(next(iter(tensors.values())))):
-            inputs = {
+            yield {
                 name: tensor[index : index + 1, mask[index].bool()]
                 if mask is not None and tensor.shape == mask.shape
                 else tensor[index : index + 1]
                 for name, tensor in tensors.items()
             }
-            yield inputs, None if labels is None else labels[index : index + 1]

@@ -9,30 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification
-from transformers.utils import logging as transformers_logging
 
 from pave_lightning.errors import PaveError, foreign, listed, reason
-from pave_lightning.experts.tokenizers import set_padding
 from pave_lightning.layers import is_linear
-from pave_lightning.recipe.schema import Lora, Task
+from pave_lightning.tasks.options import Lora
+from pave_lightning.tasks.task import HeadForm, Task
+from pave_lightning.tasks.tokenizers import set_padding
 from pave_lightning.weights import Checkpoint, is_finite
-from pave_lightning.weights.architecture import backbone_of, empty_classifier, lies_in, read_config
+from pave_lightning.weights.architecture import Architecture, auto_class, backbone_of, form_of, lies_in, read_config
 from pave_lightning.weights.checkpoint import StoredTensor, weight_files
 from pave_lightning.weights.completeness import lacking_of_base, lacking_weights, naming_problem
-from pave_lightning.weights.ties import tied_names
-
-
-def label_names(task: Task) -> dict[str, Any]:
-    """The part of a model's configuration that describes the head."""
-    if task.classes is None:
-        return {"num_labels": 1, "problem_type": "regression"}
-    return {
-        "num_labels": task.outputs,
-        "problem_type": "single_label_classification",
-        "id2label": dict(enumerate(task.classes)),
-        "label2id": {name: index for index, name in enumerate(task.classes)},
-    }
 
 
 def load_with_new_head(base: Path, task: Task) -> nn.Module:
@@ -44,27 +30,27 @@ def load_with_new_head(base: Path, task: Task) -> nn.Module:
         PaveError: the base cannot be loaded, lacks weights of its backbone or has them in other shapes than its
             configuration says, or holds NaN or infinity.
     """
-    return load_base(base, label_names(task))
+    return load_base(base, task.head_form)
 
 
-def load_base(base: Path, labels: Mapping[str, Any], head: Mapping[str, StoredTensor] | None = None) -> nn.Module:
+def load_base(base: Path, form: HeadForm, head: Mapping[str, StoredTensor] | None = None) -> nn.Module:
     """The base model in float32 with a new head.
 
     Args:
         base: folder of the base.
-        labels: the part of the configuration that describes the head.
+        form: what the model is built from.
         head: what of the head is not drawn, but read; by the names of the parameters.
 
     Raises:
         PaveError: as `load_with_new_head` says.
     """
     weight_files(base)
-    loaded, info = _load(base, ignore_mismatched_sizes=True, **labels)
+    loaded, info = _load(base, form.auto_model, ignore_mismatched_sizes=True, **form.config)
     prefix = f"{loaded.base_model_prefix}."
     wrong = sorted(str(entry[0]) for entry in info["mismatched_keys"] if str(entry[0]).startswith(prefix))
     if wrong:
         raise PaveError(f"{base}: {len(wrong)} weights have other shapes than config.json says, first {wrong[0]}")
-    problem = base_problem(base, loaded)
+    problem = base_problem(base, Architecture.of_model(loaded))
     if problem is not None:
         raise PaveError(f"{base}: {problem}")
     missing = set(info["missing_keys"])
@@ -72,28 +58,23 @@ def load_base(base: Path, labels: Mapping[str, Any], head: Mapping[str, StoredTe
     _check_finite(read, base)
     set_padding(loaded, base)
     config: Any = loaded.config
-    model: nn.Module = AutoModelForSequenceClassification.from_config(config).float()
+    model: nn.Module = auto_class(form.auto_model).from_config(config).float()
     setattr(model, str(model.base_model_prefix), backbone_of(loaded))
     for name, stored in (head or {}).items():
         model.get_parameter(name).data = Checkpoint.read(stored).float()
     return model
 
 
-def checkpoint_of(model: nn.Module, folder: Path) -> Checkpoint:
-    """The files of a model folder, with the names and ties of a model of its configuration."""
-    return Checkpoint(folder, str(model.base_model_prefix), tied_names(backbone_of(model)))
-
-
-def base_problem(base: Path, model: nn.Module) -> str | None:
+def base_problem(base: Path, architecture: Architecture) -> str | None:
     """What a base's files lack of its backbone, or hold under names of their own; None where it is whole.
 
     Args:
         base: folder of the base.
-        model: a classifier of its configuration; it may be on the meta device.
+        architecture: what its configuration gives.
     """
-    checkpoint = checkpoint_of(model, base)
-    problem = naming_problem(model, checkpoint)
-    lacking = lacking_of_base(model, checkpoint)
+    checkpoint = architecture.checkpoint(base)
+    problem = naming_problem(architecture, checkpoint)
+    lacking = lacking_of_base(architecture, checkpoint)
     if problem is None and lacking:
         problem = f"{len(lacking)} weights of the model do not fit its files ({listed(lacking, 3)}); fetch it again"
     return problem
@@ -121,20 +102,20 @@ def load_expert(folder: Path, task: Task, base: Path | None = None) -> nn.Module
             holds NaN or infinity.
     """
     weight_files(folder)
-    problem = expert_problem(folder)
+    problem = expert_problem(folder, task.auto_model)
     if problem is not None:
         raise PaveError(f"task '{task.name}': {folder}: {problem}")
-    model, info = _load(folder)
+    model, info = _load(folder, task.auto_model)
     missing = sorted(info["missing_keys"])
     if missing:
         raise PaveError(
             f"task '{task.name}': the checkpoint {folder} lacks {len(missing)} weights, among them "
-            f"{', '.join(missing[:3])}; expected a fine-tuned sequence-classification model with its head"
+            f"{', '.join(missing[:3])}; expected a fine-tuned {form_of(task.auto_model)} with its head"
         )
     outputs = int(model.config.num_labels)  # type: ignore[union-attr, arg-type]
-    if outputs != task.outputs:
+    if outputs != task.output_size:
         raise PaveError(
-            f"task '{task.name}': the head of {folder} has {outputs} outputs, but the task needs {task.outputs}; "
+            f"task '{task.name}': the head of {folder} has {outputs} outputs, but the task needs {task.output_size}; "
             "check the task's classes"
         )
     _check_finite(model.state_dict().items(), folder)
@@ -142,34 +123,42 @@ def load_expert(folder: Path, task: Task, base: Path | None = None) -> nn.Module
     return model.eval()
 
 
-def expert_problem(folder: Path) -> str | None:
-    """What the files of a fine-tuned model lack, or hold under names of their own; None where they are whole."""
-    model = empty_classifier(folder)
-    checkpoint = checkpoint_of(model, folder)
-    problem = naming_problem(model, checkpoint)
+def expert_problem(folder: Path, auto_model: str | None = None) -> str | None:
+    """What the files of a fine-tuned model lack, or hold under names of their own; None where they are whole.
+
+    Args:
+        folder: folder of the model.
+        auto_model: as `empty_model` takes it.
+    """
+    architecture = Architecture.of_folder(folder, *([auto_model] if auto_model else []))
+    checkpoint = architecture.checkpoint(folder)
+    problem = naming_problem(architecture, checkpoint)
     if problem is not None:
         return problem
-    lacking = lacking_weights(model, checkpoint)
+    lacking = lacking_weights(architecture, checkpoint)
     if not lacking:
         return None
-    prefix = f"{model.base_model_prefix}."
+    prefix = f"{architecture.prefix}."
     head = [found for found in lacking if not found.startswith(prefix)]
-    every = sum(not name.startswith(prefix) for name, _ in model.named_parameters())
+    every = len(architecture.head)
     if head and len(head) == every and all(found.endswith("is not there") for found in head):
         first = head[0].partition(" ")[0]
-        return f"has no classification head (no {first}); expected a fine-tuned classifier"
+        return f"has no head of a {form_of(auto_model)} (no {first}); expected a fine-tuned one"
     return (
-        f"lacks {len(lacking)} weights of a {type(model).__name__}, or has them in another shape: "
-        f"{listed(lacking, 3)}; they would be drawn at random; expected a whole fine-tuned classifier"
+        f"lacks {len(lacking)} weights of a {architecture.model_class}, or has them in another shape: "
+        f"{listed(lacking, 3)}; they would be drawn at random; expected a whole fine-tuned model"
     )
 
 
-def add_adapters(model: nn.Module, lora: Lora, *, frozen: Sequence[str], private: Collection[str]) -> nn.Module:
+def add_adapters(
+    model: nn.Module, lora: Lora, peft_type: str, *, frozen: Sequence[str], private: Collection[str]
+) -> nn.Module:
     """Wrap a model so that only low-rank adapters and the head are trained (peft).
 
     Args:
-        model: a sequence-classification model.
+        model: a model with a head.
         lora: rank, scaling and which layers.
+        peft_type: the ``task_type``, by peft's name.
         frozen: submodules of the backbone that get no adapters.
         private: direct submodules of the backbone that the base has no weights for, such as a pooler; they start at
             random, so they are trained whole and kept with the head.
@@ -184,7 +173,7 @@ def add_adapters(model: nn.Module, lora: Lora, *, frozen: Sequence[str], private
     whole += [f"{prefix}.{name}" for name in private]
     without = [*whole, *(f"{prefix}.{name}" for name in frozen)]
     config = LoraConfig(
-        task_type=TaskType.SEQ_CLS,
+        task_type=TaskType(peft_type),
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
@@ -201,10 +190,10 @@ def add_adapters(model: nn.Module, lora: Lora, *, frozen: Sequence[str], private
     return wrapped
 
 
-def _load(folder: Path, **changes: Any) -> tuple[nn.Module, dict[str, Any]]:
+def _load(folder: Path, auto_model: str, **changes: Any) -> tuple[nn.Module, dict[str, Any]]:
     read_config(folder)  # which refuses what could not even be built
-    with foreign(f"{folder} could not be loaded as a sequence-classification model"), quiet_transformers():
-        model, info = AutoModelForSequenceClassification.from_pretrained(
+    with foreign(f"{folder} could not be loaded as a {form_of(auto_model)}"), quiet_transformers():
+        model, info = auto_class(auto_model).from_pretrained(
             folder,
             dtype=torch.float32,
             output_loading_info=True,
@@ -218,6 +207,8 @@ def _load(folder: Path, **changes: Any) -> tuple[nn.Module, dict[str, Any]]:
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Keep transformers' load reports and progress bars away; what matters of them is checked and told by us."""
+    from transformers.utils import logging as transformers_logging
+
     verbosity = transformers_logging.get_verbosity()
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

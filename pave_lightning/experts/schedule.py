@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pave_lightning.experts.trainer_options import is_plain
-from pave_lightning.recipe.schema import Task
+from pave_lightning.tasks.task import Task
 
 DEFAULT_EPOCHS = 3
 

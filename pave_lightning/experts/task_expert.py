@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as L
@@ -16,25 +15,23 @@ from torchmetrics import MetricCollection
 from transformers import get_linear_schedule_with_warmup
 
 from pave_lightning.errors import PaveError, nearest
-from pave_lightning.recipe.schema import Task, Training
-from pave_lightning.tasks.metrics import build_metrics, loss, non_finite_rows, predictions, scores
+from pave_lightning.tasks.metrics import scores
+from pave_lightning.tasks.options import Training
+from pave_lightning.tasks.task import Batch, Task
 from pave_lightning.weights.architecture import backbone_of
 
 
 class TaskExpert(L.LightningModule):
-    """Fine-tunes a sequence-classification model on one task.
+    """Fine-tunes a model on one task.
 
     Two learning rates: the head starts at random and needs a high one; the backbone must move little, so that its task
     vector can be merged with others. AdamW with linear warm-up and linear decay over all steps.
 
     Args:
-        model: a Hugging Face sequence-classification model, or a peft model around one.
-        task: what it is taught; decides loss and metrics.
+        model: a Hugging Face model with the task's head, or a peft model around one.
+        task: what it is taught; its kind says what batches hold, and decides loss and metrics.
         training: the optimiser's settings; those of the task where nothing is given.
         seed: together with the epoch it seeds dropout, so that a resumed run equals an uninterrupted one.
-
-    Batches are mappings with ``input_ids``, ``attention_mask`` (B x L, int64), perhaps ``token_type_ids``, and
-    ``labels`` (B; int64 class indices, or float32 values).
 
     Attributes:
         validated_at: after how many steps of the optimiser the weights were last validated while training.
@@ -46,23 +43,21 @@ class TaskExpert(L.LightningModule):
         self.task = task
         self.training_options = training if training is not None else task.training
         self.seed = seed
-        self.validation_metrics: MetricCollection = build_metrics(task)
+        self.validation_metrics: MetricCollection = task.build_metrics()
         self.validated_at: int | None = None
 
-    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Logits (B x outputs) of a batch; labels in it are not looked at."""
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        logits: Tensor = self.model(**inputs).logits
-        return logits
+    def forward(self, batch: Batch) -> Tensor:
+        """The head's outputs, shape ``(n, output_size)``, for a batch; labels in it are not looked at."""
+        return self.task.outputs(self.model, batch)
 
     def on_train_epoch_start(self) -> None:
         """Seed dropout by epoch; switch to training mode, which ``from_pretrained`` leaves off and Lightning keeps."""
         torch.manual_seed(self.seed + 1_000_003 * (self.current_epoch + 1))
         self.model.train()
 
-    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of one batch."""
-        value = loss(self.task, self(batch), batch["labels"])
+        value = self.task.loss(self.model, batch)
         self.log("train/loss", value, prog_bar=True, batch_size=len(batch["labels"]))
         return value
 
@@ -72,12 +67,12 @@ class TaskExpert(L.LightningModule):
         self._labelled = False
         self._broken = torch.zeros((), dtype=torch.int64, device=self.device)
 
-    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add one batch to the metrics; one without labels only passes through, for capture."""
-        logits = self(batch)
-        self._broken += non_finite_rows(logits)
-        if "labels" in batch:
-            self.validation_metrics.update(predictions(self.task, logits), batch["labels"])
+        found = self.task.predict(self.model, batch)
+        self._broken += found.broken
+        if found.targets is not None:
+            self.validation_metrics.update(found.values, found.targets)
             self._labelled = True
 
     def on_validation_epoch_end(self) -> None:
@@ -108,7 +103,7 @@ class TaskExpert(L.LightningModule):
     def configure_optimizers(self) -> Any:
         """AdamW over four groups: backbone and head, with and without weight decay."""
         options = self.training_options
-        optimizer = AdamW(parameter_groups(self.model, options), fused=self.device.type in ("cpu", "cuda"))
+        optimizer = AdamW(parameter_groups(self.model, self.task, options), fused=self.device.type in ("cpu", "cuda"))
         found = self.trainer.estimated_stepping_batches
         if math.isinf(found):
             raise PaveError("trainer: training would have no end; set max_epochs or max_steps")
@@ -117,13 +112,15 @@ class TaskExpert(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def parameter_groups(model: nn.Module, options: Training) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, task: Task, options: Training) -> list[dict[str, Any]]:
     """Trainable parameters by learning rate (backbone or head) and weight decay (none for vectors: biases, norms)."""
-    backbone_names = {id(parameter) for parameter in _backbone_parameters(model)}
+    inner: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
+    private = task.private_names(inner)
+    of_head = {id(parameter) for name, parameter in inner.named_parameters() if name in private}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
-            key = (id(parameter) in backbone_names, parameter.ndim > 1)
+            key = (id(parameter) not in of_head, parameter.ndim > 1)
             groups.setdefault(key, []).append(parameter)
     return [
         {
@@ -133,11 +130,6 @@ def parameter_groups(model: nn.Module, options: Training) -> list[dict[str, Any]
         }
         for (in_backbone, decays), parameters in groups.items()
     ]
-
-
-def _backbone_parameters(model: nn.Module) -> list[nn.Parameter]:
-    inner: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
-    return list(backbone_of(inner).parameters())
 
 
 def freeze(model: nn.Module, names: list[str]) -> None:

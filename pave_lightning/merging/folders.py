@@ -28,7 +28,7 @@ from pave_lightning.weights import (
     is_finite,
     locate_model,
 )
-from pave_lightning.weights.architecture import backbone_of, empty_classifier, read_config
+from pave_lightning.weights.architecture import backbone_of, empty_model, read_config
 from pave_lightning.weights.checkpoint import model_digest, stored_tensors
 from pave_lightning.weights.configuration import merged_configuration
 from pave_lightning.weights.memory import freed_memory_returned
@@ -202,12 +202,12 @@ def load_gradients(place: Path, expert: Path | None = None) -> TaskGradients:
 
 def _write_surroundings(folder: Path, method: MergeMethod, context: MergeContext, scale: float | None) -> None:
     # Here, so that who only loads a merged model need not load Lightning.
-    from pave_lightning.experts.tokenizers import load_tokenizer, padding_id, text_config
+    from pave_lightning.tasks.tokenizers import load_tokenizer, padding_id, text_config
 
     first = next(iter(context.experts.values())).folder
     base = context.base.folder
     config = read_config(base)
-    config.architectures = [type(backbone_of(empty_classifier(first))).__name__]
+    config.architectures = [type(backbone_of(empty_model(first))).__name__]
     config.dtype = "float32"
     config.save_pretrained(folder)
     tokenizer = load_tokenizer(base) if context.architecture.token_embeddings else None
@@ -230,6 +230,7 @@ def _write_surroundings(folder: Path, method: MergeMethod, context: MergeContext
             text_config(own_config).pad_token_id = own_config.pad_token_id = padding_id(own_config, own_tokenizer)
             if own_tokenizer.get_vocab() != tokenizer.get_vocab():
                 own_tokenizer.save_pretrained(target)
+        own_config.architectures = own_config.architectures or [context.architecture.model_class]
         own_config.save_pretrained(target)
     facts = {"method": method.name, "form": method.form, "base": context.base_reference, **context.facts}
     if _takes_experts_later(method, scale):
@@ -266,7 +267,7 @@ def load_merged(folder: str | Path, task: str, base: str | None = None) -> nn.Mo
         base: the base model, for per-task models only; the one named in the folder where nothing is given.
 
     Returns:
-        A Hugging Face sequence-classification model, float32. It reads the tokens of the tokenizer in
+        A Hugging Face model, float32. It reads the tokens of the tokenizer in
         ``heads/TASK``, where the task has one of its own, or else of that in the folder.
 
     Raises:
@@ -279,7 +280,7 @@ def load_merged(folder: str | Path, task: str, base: str | None = None) -> nn.Mo
     tasks = sorted(child.name for child in heads.iterdir()) if heads.is_dir() else []
     if task not in tasks:
         raise PaveError(f"{folder} has no head for task '{task}': {nearest(task, tasks)}")
-    model = empty_classifier(heads / task, device="cpu").float()
+    model = empty_model(heads / task, device="cpu").float()
     prefix = str(model.base_model_prefix)
     checkpoint = Checkpoint(folder, prefix)
     state = {name: checkpoint.tensor(name).float() for name in checkpoint if checkpoint.backbone[name].is_floating}

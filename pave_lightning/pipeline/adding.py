@@ -12,17 +12,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pave_lightning.config import LONGEST_NAME, NAME_PATTERN, name_problem
 from pave_lightning.errors import PaveError, Problems, shortened
 from pave_lightning.experts.adapter_base import other_base
 from pave_lightning.experts.adapters import adapter_problems, load_adapter_alone
 from pave_lightning.experts.fitting import save_expert
 from pave_lightning.experts.loading import expert_problem
-from pave_lightning.experts.tokenizers import load_tokenizer
 from pave_lightning.experts.vocabulary import differing_tokens, expert_notes, row_problems, token_rows
 from pave_lightning.merging import Evidence, Need, SequentialMethod, known_methods, make_method, method_named
 from pave_lightning.merging.folders import MergeContext, load_gradients, load_kept, merged_facts, write_merged
-from pave_lightning.recipe.schema import LONGEST_NAME, NAME_PATTERN, name_problem
 from pave_lightning.reporting.model_card import ExpertSource, as_code, model_card
+from pave_lightning.tasks.tokenizers import load_tokenizer
 from pave_lightning.weights import Architecture, Checkpoint, ExpertTaskVectors, locate_model, model_digest
 from pave_lightning.weights.adapters import ADAPTER_CONFIG
 from pave_lightning.weights.configuration import config_differences

@@ -14,7 +14,8 @@ from rich.table import Table
 from pave_lightning.errors import PaveError, nearest
 from pave_lightning.pipeline.run_folder import RunFolder
 from pave_lightning.recipe.loading import load_recipe, recipe_digest, recipe_to_yaml
-from pave_lightning.recipe.schema import MergeStep, Recipe
+from pave_lightning.recipe.merge_step import MergeStep
+from pave_lightning.recipe.schema import Recipe
 from pave_lightning.system.interrupts import stoppable
 from pave_lightning.system.processes import is_launched, refuse_foreign_launchers
 from pave_lightning.system.terminal import terminal

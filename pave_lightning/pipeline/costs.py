@@ -15,8 +15,8 @@ from torch import Tensor
 
 from pave_lightning.merging.base import MergeMethod, PerTaskMethod
 from pave_lightning.purification.moments import random_moment, row_moment
+from pave_lightning.purification.options import Purify
 from pave_lightning.purification.vectors import batches, layers_at_once
-from pave_lightning.recipe.schema import Purify
 from pave_lightning.statistics import Moments, captured_kind
 from pave_lightning.subspace import MomentKind, in_parallel, knowledge_spectrum, project
 from pave_lightning.weights import Parameter, ParameterKind

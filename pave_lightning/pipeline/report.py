@@ -13,7 +13,8 @@ from pave_lightning.diagnostics import DiagnosticOptions, diagnose
 from pave_lightning.merging.methods.dare import DareOptions
 from pave_lightning.pipeline.workflow import Workflow, merge_params
 from pave_lightning.purification import KeptRank, PurifiedTaskVectors
-from pave_lightning.recipe.schema import MergeStep, Purify
+from pave_lightning.purification.options import Purify
+from pave_lightning.recipe.merge_step import MergeStep
 from pave_lightning.reporting.diagnostic_plots import natural, write_diagnostics
 from pave_lightning.reporting.model_card import ExpertSource, model_card
 from pave_lightning.reporting.plots import kept_ranks, normalised_scores

@@ -10,12 +10,17 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from pave_lightning.config import slug
 from pave_lightning.errors import PaveError
+from pave_lightning.evaluation.options import ScaleSearch
 from pave_lightning.merging import Need, method_named
 from pave_lightning.pipeline.run_folder import Manifest, RunFolder
-from pave_lightning.recipe.schema import AUTO_RATIOS, MergeStep, Purify, Recipe, ScaleSearch, Task, Vectors, slug
+from pave_lightning.purification.options import AUTO_RATIOS, Purify
+from pave_lightning.recipe.merge_step import MergeStep, Vectors
+from pave_lightning.recipe.schema import Recipe
 from pave_lightning.statistics.gradients import GradientKind
 from pave_lightning.tasks.data import Split, split_fingerprint
+from pave_lightning.tasks.task import Task
 from pave_lightning.weights import locate_model, model_digest
 from pave_lightning.weights.locate import has_tokenizer
 
@@ -117,7 +122,7 @@ class Stages:
 
         def options(task: Task) -> dict[str, Any]:
             capture = self.recipe.capture
-            labels = {"labels": [task.label, task.kind, task.classes]} if kind == "absolute" else {}
+            labels = {"labels": task.labelled_by} if kind == "absolute" else {}
             examples = {"examples": capture.gradient_examples}
             return {"format": FORMATS["gradients"], **self._shown(task), **labels, **examples}
 
@@ -228,14 +233,14 @@ class Stages:
             weights = model_digest(folder)
             # An expert without tokenizer reads with the base's, which so becomes a part of it.
             weights = weights if has_tokenizer(folder) else f"{weights}+{self._base_digest}"
-            return {**inputs, "from": str(folder), "weights": weights, "outputs": task.outputs}
+            return {**inputs, "from": str(folder), "weights": weights, "outputs": task.output_size}
         return {
             **inputs,
             "seed": self.recipe.seed,
             "data": [split_fingerprint(task, "train"), split_fingerprint(task, "validation")],
             "examples": [task.examples.train, task.examples.validation],
-            "columns": [task.text, task.label],
-            "kind": [task.kind, task.classes],
+            "shown": task.shown_by,
+            "labelled": task.labelled_by,
             "primary_metric": task.primary_metric,
             "training": task.training.model_dump(),
             "trainer": {key: value for key, value in task.trainer.items() if key not in HARMLESS_OPTIONS},
@@ -250,8 +255,7 @@ class Stages:
             "format": FORMATS["capture"],
             "data": split_fingerprint(task, "train") if from_data else None,
             "rows": [task.examples.train if from_data else None, self.recipe.seed],
-            "columns": task.text if from_data else None,
-            "max_length": task.training.max_length,
+            "shown": task.shown_by,
             # Without norms it is what was captured before that key was there.
             "capture": self.recipe.capture.model_dump(
                 exclude={"gradient_examples", *([] if self.recipe.capture.norms else ["norms"])}
@@ -274,8 +278,7 @@ class Stages:
         return {
             "data": split_fingerprint(task, "train"),
             "rows": [task.examples.train, self.recipe.seed],
-            "columns": task.text,
-            "max_length": task.training.max_length,
+            "shown": task.shown_by,
         }
 
     def _statistics_digests(self) -> dict[str, str]:
@@ -323,8 +326,8 @@ class Stages:
                 task.name: {
                     "data": split_fingerprint(task, split),
                     "examples": [getattr(task.examples, split), self.recipe.seed],
-                    "columns": [task.text, task.label],
-                    "kind": [task.kind, task.classes],
+                    "shown": task.shown_by,
+                    "labelled": task.labelled_by,
                     "metrics": [task.metrics, task.primary_metric],
                     "max_length": task.training.max_length,
                 }

@@ -12,10 +12,13 @@ from torch import Tensor
 
 from pave_lightning.errors import naming
 from pave_lightning.evaluation import Candidate, MergedCandidate
+from pave_lightning.evaluation.options import ScaleSearch
 from pave_lightning.evaluation.scale_search import NoFiniteScoreError, ScaleSearcher
 from pave_lightning.merging import Evidence, MergedVectors, MergeMethod, Need, make_method, merge
 from pave_lightning.pipeline.stages import with_seed
-from pave_lightning.recipe.schema import AUTO_RATIOS, MergeStep, Purify, Recipe, ScaleSearch, Vectors
+from pave_lightning.purification.options import AUTO_RATIOS, Purify
+from pave_lightning.recipe.merge_step import MergeStep, Vectors
+from pave_lightning.recipe.schema import Recipe
 from pave_lightning.weights import TaskVectors
 from pave_lightning.weights.memory import Cost, measured
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pave_lightning.callbacks import PaveCallback
+from pave_lightning.callbacks.options import Capture
 from pave_lightning.errors import PaveError, doing, listed
 from pave_lightning.evaluation import (
     Candidate,
@@ -35,7 +36,6 @@ from pave_lightning.experts.fitting import fit_expert, save_expert
 from pave_lightning.experts.gradients import absolute_gradients, fisher_diagonal
 from pave_lightning.experts.loading import load_expert
 from pave_lightning.experts.task_expert import TaskExpert
-from pave_lightning.experts.tokenizers import load_tokenizer, padding_id
 from pave_lightning.experts.trainer_options import is_distributed, machine_options
 from pave_lightning.experts.trainers import build_trainer, honest_interrupts, quiet_lightning
 from pave_lightning.experts.vocabulary import expert_notes
@@ -55,11 +55,15 @@ from pave_lightning.pipeline.stages import (
 from pave_lightning.pipeline.tuning import Chooser, MergeChoice
 from pave_lightning.purification import KeptRank, PurifiedTaskVectors, StoredPurification, write_purified
 from pave_lightning.purification.export import write_purified_experts
-from pave_lightning.recipe.schema import Capture, MergeStep, Purify, Recipe, Task, Vectors
+from pave_lightning.purification.options import Purify
+from pave_lightning.recipe.merge_step import MergeStep, Vectors
+from pave_lightning.recipe.schema import Recipe
 from pave_lightning.statistics import TaskStatistics
 from pave_lightning.statistics.gradients import EXPERT_DIGEST, GradientKind, TaskGradients
 from pave_lightning.system.processes import is_launched, is_rank_zero
 from pave_lightning.tasks.data_module import TaskDataModule
+from pave_lightning.tasks.task import Task
+from pave_lightning.tasks.tokenizers import load_tokenizer, padding_id
 from pave_lightning.tracking import Tracker, record_stage
 from pave_lightning.tracking.logger import TrackingLogger
 from pave_lightning.tracking.record import Kind
@@ -72,7 +76,7 @@ from pave_lightning.weights import (
     model_digest,
 )
 from pave_lightning.weights.adapters import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS
-from pave_lightning.weights.architecture import backbone_of, empty_classifier, read_config
+from pave_lightning.weights.architecture import backbone_of, empty_model, read_config
 from pave_lightning.weights.coverage import Coverage
 from pave_lightning.weights.embeddings import OwnTokens, resize_rows, share_rows, tokens_beyond
 from pave_lightning.weights.locate import has_tokenizer
@@ -370,7 +374,7 @@ class Workflow:
                 base = {parameter.name: self.plain.base(parameter) for parameter in self.plain.parameters}
                 load_parameters(backbone_of(model), base)
                 values = absolute_gradients(model, task, batches)
-            examples = sum(len(batch["input_ids"]) for batch in batches)
+            examples = sum(len(next(iter(batch.values()))) for batch in batches)
             of = {"task": task.name, EXPERT_DIGEST: model_digest(self._expert_folder(task.name))}
             TaskGradients(kind, values, examples=examples, metadata=of).save(writer.path / GRADIENTS_FILE)
             writer.result["examples"] = examples
@@ -397,7 +401,7 @@ class Workflow:
     def _backbone(self) -> nn.Module:
         """The base's backbone, in memory."""
         with torch.random.fork_rng():
-            backbone = backbone_of(empty_classifier(self.base_folder, device="cpu"))
+            backbone = backbone_of(empty_model(self.base_folder, self.recipe.tasks[0].auto_model, device="cpu"))
         resize_rows(backbone, self._token_rows)
         load_parameters(backbone, {p.name: self.plain.base(p) for p in self.plain.parameters})
         kept = [name for name in self._base if self._architecture.averages(name)]
@@ -492,11 +496,11 @@ class Workflow:
 
     @cached_property
     def _architecture(self) -> Architecture:
-        return Architecture.of_folder(self.base_folder)
+        return Architecture.of_folder(self.base_folder, *self.recipe.auto_models)
 
     @cached_property
     def _base(self) -> Checkpoint:
-        return self._architecture.checkpoint(self.base_folder)
+        return self._architecture.base_checkpoint(self.base_folder)
 
     @cached_property
     def _experts(self) -> dict[str, Checkpoint]:
@@ -542,15 +546,14 @@ class Workflow:
 
     def _data(self, task: Task, batch_size: int) -> TaskDataModule:
         folder = self._expert_folder(task.name)
-        tokenizer = load_tokenizer(folder, self.base_folder)
+        processor = task.load_processor(folder, self.base_folder)
         return TaskDataModule(
             task,
-            tokenizer,
+            processor,
             seed=self.recipe.seed,
             cache_dir=self._cache,
             batch_size=batch_size,
-            max_length=task.training.max_length,
-            padding=padding_id(read_config(folder), tokenizer),
+            padding=padding_id(read_config(folder), processor),
         )
 
     def _expert_folder(self, name: str) -> Path:
@@ -618,7 +621,7 @@ class _CaptureData(SuiteData):
         """A seeded sample, every example once over all processes."""
         module = self.modules[0]
         module.trainer = self.trainer
-        make = module.capture_dataloader if self.options.source == "train" else module.random_token_dataloader
+        make = module.capture_dataloader if self.options.source == "train" else module.random_dataloader
         return make(self.options.examples, self.options.batch_size, self.seed)
 
 

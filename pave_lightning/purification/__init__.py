@@ -1,6 +1,5 @@
 """A source of task vectors in, a source of purified task vectors out."""
 
-from pave_lightning.purification.stored import StoredPurification, write_purified
-from pave_lightning.purification.vectors import KeptRank, PurifiedTaskVectors
+import lazy_loader
 
-__all__ = ["KeptRank", "PurifiedTaskVectors", "StoredPurification", "write_purified"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

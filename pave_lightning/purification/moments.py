@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from pave_lightning.errors import PaveError
+from pave_lightning.purification.options import Purify
 from pave_lightning.purification.origin import origin_problems
-from pave_lightning.recipe.schema import Purify
 from pave_lightning.statistics import LayerMoment, TaskStatistics
 from pave_lightning.statistics.storage import again
 from pave_lightning.subspace import is_finite, moment_shape

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pave_lightning.errors import PaveError, Problems
 from pave_lightning.purification.moments import MomentSource
-from pave_lightning.recipe.schema import Compute, Purify
+from pave_lightning.purification.options import Compute, Purify
 from pave_lightning.statistics import TaskStatistics
 from pave_lightning.subspace import (
     KnowledgeSpectrum,

@@ -8,18 +8,16 @@ from collections.abc import Iterator
 from typing import Any
 
 from pave_lightning.errors import shortened, visible
+from pave_lightning.evaluation.options import MOST_POINTS
 from pave_lightning.recipe.yaml_text import MOST_VALUES
+from pave_lightning.tasks.options import MOST_CLASSES
 
 MOST_KEYS = 1000
 """Most keys of one mapping."""
 MOST_ENTRIES = 500
 """Most tasks, and most merge steps."""
-MOST_CLASSES = 22_000
-"""Most classes of one task; ImageNet-21k has 21,841."""
 MOST_COMBINATIONS = 1000
 """Most combinations that ``tune``, or a sweep with all of its seeds, may ask for."""
-MOST_POINTS = 1000
-"""Most scales of one search."""
 LONGEST_TEXT = 5000
 """Longest key or value, in characters."""
 
@@ -34,6 +32,12 @@ def count_values(raw: Any) -> int:
     if isinstance(raw, list | tuple):
         return 1 + sum(map(count_values, raw))
     return 1
+
+
+def repeats(values: list[Any]) -> bool:
+    """Whether a value stands twice in a list."""
+    first = values[:MOST_COMBINATIONS]  # more are refused
+    return any(value in first[:index] for index, value in enumerate(first))
 
 
 def limit_problems(raw: dict[str, Any]) -> Iterator[str]:

@@ -18,12 +18,14 @@ from ruamel.yaml.representer import SafeRepresenter
 from pave_lightning.credentials import mask_values
 from pave_lightning.errors import PaveError, Problems, nearest, reason, shortened
 from pave_lightning.recipe.limits import count_values, limit_problems
+from pave_lightning.recipe.merge_step import MergeStep
 from pave_lightning.recipe.overrides import apply_overrides
 from pave_lightning.recipe.problems import check_recipe
-from pave_lightning.recipe.schema import MergeStep, Recipe
-from pave_lightning.recipe.suites import suite_task_names
+from pave_lightning.recipe.schema import Recipe
 from pave_lightning.recipe.wording import show
 from pave_lightning.recipe.yaml_text import MOST_BYTES, MOST_VALUES, YAMLReadError, read_yaml
+from pave_lightning.tasks.kinds import known_kinds
+from pave_lightning.tasks.suites import suite_task_names
 
 __all__ = ["find_sweep", "load_recipe", "recipe_digest", "recipe_schema", "recipe_to_yaml"]
 
@@ -112,29 +114,41 @@ def recipe_schema() -> dict[str, Any]:
     """JSON schema (draft 2020-12) of recipe files, for editors: described keys, short forms included."""
     schema = Recipe.model_json_schema(by_alias=True)
     parts = schema["$defs"]
-    task, step = parts["Task"], parts["MergeStep"]
-    for section, handed_down in ((task, ("examples", "training", "trainer")), (step, ("purify",))):
+    step = parts["MergeStep"]
+    names = [kind.__name__ for kind in known_kinds().values()]
+    for section, handed_down in (
+        *((parts[name], ("examples", "training", "trainer")) for name in names),
+        (step, ("purify",)),
+    ):
         for key in handed_down:
             del section["properties"][key]["default"]  # it is the recipe's own section
-    keys = task["properties"]
-    a_metric = keys["metrics"]["items"]
-    keys["classes"]["anyOf"][0]["items"] = {"type": ["string", "boolean", "number"]}
-    keys["text"] = _or(keys["text"], {"type": "string"})
-    keys["classes"] = _or(keys["classes"], {"type": "integer", "minimum": 2})
-    keys["metrics"] = _or(keys["metrics"], a_metric, {"type": "null"})
-    keys["primary_metric"] = _or(keys["primary_metric"], {"type": "null"})
     step["properties"]["name"] = _or(step["properties"]["name"], {"type": "null"})
     step["properties"]["scale"] = _or(step["properties"]["scale"], {"const": "search"})
-    task["required"] = ["name", "data", "text"]
-    used = copy.deepcopy(task)
     use = {"enum": suite_task_names(), "description": "Name of a known task; the other keys change it."}
-    used.update(title="KnownTask", description="A known task with some keys changed.", required=["use"])
-    parts["KnownTask"] = {**used, "properties": {"use": use, **used["properties"]}}
-    name = {"enum": suite_task_names(), "description": "Name of a known task."}
-    schema["properties"]["tasks"]["items"] = {"anyOf": [name, {"$ref": "#/$defs/KnownTask"}, {"$ref": "#/$defs/Task"}]}
+    forms: list[dict[str, Any]] = [{"enum": suite_task_names(), "description": "Name of a known task."}]
+    for name in names:
+        _allow_short_forms(parts[name])
+        used = copy.deepcopy(parts[name])
+        used.update(title=f"Known{name}", description="A known task with some keys changed.", required=["use"])
+        parts[f"Known{name}"] = {**used, "properties": {"use": use, **used["properties"]}}
+        forms += [{"$ref": f"#/$defs/Known{name}"}, {"$ref": f"#/$defs/{name}"}]
+    schema["properties"]["tasks"]["items"] = {"anyOf": forms}
     method = {"type": "string", "description": step["properties"]["method"]["description"]}
     schema["properties"]["merge"]["items"] = {"anyOf": [method, {"$ref": "#/$defs/MergeStep"}]}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _allow_short_forms(task: dict[str, Any]) -> None:
+    """Let the schema of a kind of task take what stands for a list of one, or for classes by number."""
+    keys = task["properties"]
+    if "text" in keys:
+        keys["text"] = _or(keys["text"], {"type": "string"})
+    if "classes" in keys:
+        keys["classes"]["items"] = {"type": ["string", "boolean", "number"]}
+        keys["classes"] = _or(keys["classes"], {"type": "integer", "minimum": 2})
+    keys["metrics"] = _or(keys["metrics"], keys["metrics"]["items"], {"type": "null"})
+    keys["primary_metric"] = _or(keys["primary_metric"], {"type": "null"})
+    task["required"] = [key for key in task["required"] if key not in ("metrics", "primary_metric")]
 
 
 def _or(key: dict[str, Any], *short_forms: dict[str, Any]) -> dict[str, Any]:

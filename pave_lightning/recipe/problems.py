@@ -12,9 +12,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from pave_lightning.errors import LISTED_PROBLEMS, Problems, near, nearest, shortened
+from pave_lightning.recipe.merge_step import MergeStep
 from pave_lightning.recipe.overrides import SHORT_FORMS, entry_name
-from pave_lightning.recipe.schema import MergeStep, Recipe, Task
-from pave_lightning.recipe.suites import suite_task_names
+from pave_lightning.recipe.schema import Recipe
 from pave_lightning.recipe.wording import (
     EXPECTED,
     Keys,
@@ -22,10 +22,13 @@ from pave_lightning.recipe.wording import (
     is_judged_whole,
     locate,
     near_key,
+    of_other_kinds,
     purpose,
     show,
     words_for,
 )
+from pave_lightning.tasks.suites import suite_task_names
+from pave_lightning.tasks.task import Task
 
 ROUNDS = 6
 LONGEST_WORD = 100
@@ -253,12 +256,19 @@ class _Check:
                 continue
             together = "taken together" if details["type"] == "value_error" and is_judged_whole(spot.branch) else None
             unknown = details["type"] == "extra_forbidden"
+            if unknown and (misplaced := of_other_kinds(spot)) is not None:
+                self._tell(spot.keys[:-1], misplaced, subject="taken together")
+                continue
             if len(self.faults) - before >= MOST_WORDED:  # to look for the nearest key takes its time
                 self._tell(spot.keys, "unknown key" if unknown else "is wrong", unknown=unknown)
                 continue
             for line in words_for(details, spot, self._found(details, spot)):
                 self._tell(spot.keys, line, together, unknown)
         for (details, spot), (_, told_at) in zip(found, own, strict=True):
+            entry = _value_at(self.repaired, spot.keys[:-1])
+            if details["type"] == "extra_forbidden" and isinstance(entry, dict) and of_other_kinds(spot):
+                entry[str(spot.keys[-1])] = None  # which also takes back what a known task says
+                continue
             for keys in (spot.keys, told_at.keys):
                 self._repair(keys, unknown=details["type"] == "extra_forbidden")
         return len(self.faults) > before

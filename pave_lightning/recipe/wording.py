@@ -13,9 +13,15 @@ from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_orig
 from pydantic import Tag
 from pydantic.fields import FieldInfo
 
+from pave_lightning.config import Section
 from pave_lightning.credentials import without_secrets
 from pave_lightning.errors import near, nearest
-from pave_lightning.recipe.schema import MergeStep, Purify, Recipe, ScaleSearch, Section, Task
+from pave_lightning.evaluation.options import ScaleSearch
+from pave_lightning.purification.options import Purify
+from pave_lightning.recipe.merge_step import MergeStep
+from pave_lightning.recipe.schema import Recipe
+from pave_lightning.tasks.kinds import known_kinds
+from pave_lightning.tasks.task import Task
 
 A_SLIP = 0.85
 """How like two keys are where one is the other with a letter too many, too few or wrong (`metric` for `metrics`)."""
@@ -106,7 +112,10 @@ def _step(spot: Spot, part: str | int) -> Spot:
     keys = (*spot.keys, part)
     if _is_section(kind):
         field = _fields(kind).get(str(part))
-        expected = field.annotation if field else Any
+        expected: Any = field.annotation if field else Any
+        if part == "kind" and _is_task(kind):  # a kind that nobody knows is judged as one of the default kind
+            kinds: Any = tuple(known_kinds())
+            expected = Literal[kinds]
         return Spot(keys, expected, expected, kind, field)
     inner = get_args(kind)
     expected = Any if not inner else inner[1] if get_origin(kind) is dict else inner[0]
@@ -143,6 +152,11 @@ def _is_section(annotation: Any) -> TypeGuard[type[Section]]:
     return isinstance(bare, type) and issubclass(bare, Section)
 
 
+def _is_task(section: type[Section] | None) -> bool:
+    """Whether a section describes a task, of whatever kind."""
+    return section is not None and issubclass(section, Task)
+
+
 def is_judged_whole(annotation: Any) -> bool:
     """Whether it is a section, or a section that may be left out."""
     options = list(_options(annotation))
@@ -155,7 +169,7 @@ def _fields(section: type[Section]) -> dict[str, FieldInfo]:
 
 
 def _known_keys(section: type[Section]) -> list[str]:
-    return [*(["use"] if section is Task else []), *_fields(section)]
+    return [*(["use"] if _is_task(section) else []), *_fields(section)]
 
 
 def _homes(section: type[Section] = Recipe, path: str = "") -> Iterator[tuple[str, str]]:
@@ -165,8 +179,10 @@ def _homes(section: type[Section] = Recipe, path: str = "") -> Iterator[tuple[st
         inner = f"{path}.{key}" if path else key
         for option in _options(field.annotation):
             bare = _bare(option)
-            if get_origin(bare) is list and _is_section(get_args(bare)[0]):
-                yield from _homes(get_args(bare)[0], f"{inner}.N")
+            if get_origin(bare) is list:
+                for entry in _options(get_args(bare)[0]):
+                    if _is_section(entry):
+                        yield from _homes(_bare(entry), f"{inner}.N")
             elif _is_section(bare) and not (path.endswith(".N") and _fields(Recipe).get(key)):
                 yield from _homes(bare, inner)
 
@@ -192,7 +208,7 @@ def near_key(spot: Spot) -> str | None:
 def _all_homes() -> dict[str, list[str]]:
     """The paths of the sections that have a key of each name."""
     found: dict[str, list[str]] = {}
-    for key, path in _homes():
+    for key, path in dict.fromkeys(_homes()):
         found.setdefault(key, []).append(path)
     return found
 
@@ -204,6 +220,13 @@ def _belongs(spot: Spot) -> str | None:
     if len(homes) == 1 and homes[0]:
         return homes[0]
     return "trainer" if key in LIGHTNING_OPTIONS and not homes else None
+
+
+def of_other_kinds(spot: Spot) -> str | None:
+    """What to say of a key that tasks of this kind have not, and others have; None for all other keys."""
+    key = str(spot.keys[-1])
+    kinds = [name for name, kind in known_kinds().items() if _is_task(spot.owner) and key in _fields(kind)]
+    return f"'{key}' belongs to {' and '.join(kinds)} tasks" if kinds else None
 
 
 def _unknown_key(spot: Spot) -> str:
@@ -261,7 +284,7 @@ def _remedy(spot: Spot, found: Any) -> str:
         return f"; write {int(found)}"
     if found is None and spot.field is not None and not spot.field.is_required():
         return "; give it a value or leave the key out"
-    if get_origin(kinds[0]) is list and not (spot.owner is Task and spot.keys[-1] != "tasks"):
+    if get_origin(kinds[0]) is list and not (_is_task(spot.owner) and spot.keys[-1] != "tasks"):
         (entry,) = get_args(kinds[0])
         fits = entry is not int if isinstance(found, str) else entry in (Any, type(found))
         if fits and isinstance(found, str | int | float):
@@ -281,10 +304,11 @@ def _is_number(text: Any) -> bool:
 
 
 def _expected(spot: Spot) -> str:
-    own = EXPECTED.get((spot.owner, str(spot.keys[-1]) if spot.keys else ""))
+    owner = Task if _is_task(spot.owner) else spot.owner
+    own = EXPECTED.get((owner, str(spot.keys[-1]) if spot.keys else ""))
     if own:
         return own
-    words = " or ".join(_describe(option) for option in _options(spot.expected))
+    words = " or ".join(dict.fromkeys(_describe(option) for option in _options(spot.expected)))
     bounds = _bounds(spot)
     if not bounds:
         return words
@@ -297,7 +321,9 @@ def _describe(annotation: Any) -> str:
     simple = {float: "a number", int: "a whole number", bool: "true or false", str: "a text"}
     words = simple.get(bare, "something else")
     if _is_section(bare):
-        words = _EXPECTED_SECTION.get(bare, f"a mapping with keys such as {', '.join(list(_fields(bare))[:3])}")
+        words = _EXPECTED_SECTION.get(
+            Task if _is_task(bare) else bare, f"a mapping with keys such as {', '.join(list(_fields(bare))[:3])}"
+        )
     elif origin is Literal:
         words = " or ".join(f"'{value}'" for value in inner)
     elif origin is tuple:
@@ -305,9 +331,9 @@ def _describe(annotation: Any) -> str:
     elif origin is dict:
         words = "a mapping of options"
     elif origin is list:
-        several = {str: "texts", int: "whole numbers", Any: "values", Task: "tasks", MergeStep: "merge steps"}.get(
-            inner[0]
-        )
+        several = {str: "texts", int: "whole numbers", Any: "values", MergeStep: "merge steps"}.get(inner[0])
+        if any(_is_section(entry) and _is_task(_bare(entry)) for entry in _options(inner[0])):
+            several = "tasks"
         words = f"a list of {several or ', '.join(get_args(inner[0]))}"
     return words
 

@@ -24,8 +24,11 @@ from pave_lightning.pipeline.planning import check_recipe, merge_problems
 from pave_lightning.pipeline.run_folder import RunFolder
 from pave_lightning.pipeline.stages import Stages, purifications, short_digest
 from pave_lightning.pipeline.workflow import BROKEN_OUTPUTS, Workflow, plain_scores
+from pave_lightning.purification.options import Purify
 from pave_lightning.recipe.loading import find_sweep, load_recipe
-from pave_lightning.recipe.schema import MergeStep, Purify, Recipe, Sweep, Vectors
+from pave_lightning.recipe.merge_step import MergeStep, Vectors
+from pave_lightning.recipe.schema import Recipe
+from pave_lightning.recipe.sweep import Sweep
 from pave_lightning.reporting.sweep_view import CARRIED_COLUMNS
 from pave_lightning.reporting.sweeps import SweepView, write_sweep
 from pave_lightning.system.files import DAMAGED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,7 +12,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pave_lightning.errors import PaveError, nearest
-from pave_lightning.recipe.schema import Task
 from pave_lightning.tasks.labels import (
     LabelValues,
     Reading,
@@ -23,6 +23,7 @@ from pave_lightning.tasks.labels import (
 )
 from pave_lightning.tasks.reading import is_text
 from pave_lightning.tasks.rows import Rows, no_column
+from pave_lightning.tasks.task import Task
 
 MISSING_LABELS = ("", "NA", "N/A", "NaN", "nan", "NULL", "null", "None")
 
@@ -31,7 +32,7 @@ def row_problems(task: Task, rows: Rows, where: str, reading: Reading | None = N
     """Everything that is wrong with the columns that a task uses.
 
     Args:
-        task: its ``text``, ``label``, ``kind``, ``classes`` and ``value_range`` are used.
+        task: its columns are looked at.
         rows: all rows of a split; row numbers in messages count from 0 within them, lines of their file from 1.
         where: begins every message, such as ``"task 'movie', test split (test.csv)"``.
         reading: how class labels are read, where other splits decide it too; otherwise these rows alone do.
@@ -40,60 +41,44 @@ def row_problems(task: Task, rows: Rows, where: str, reading: Reading | None = N
         One message a problem; empty if all is well.
     """
     problems = []
-    for name in dict.fromkeys([*task.text, task.label]):
+    for name in task.columns:
         if name in rows.faults:
             problems.append(rows.faults[name])
         elif name not in rows.columns:
             problems.append(no_column(name, rows.known))
-        elif name in task.text:
-            problems += _text_problems(rows, name)
-    if task.label in rows.columns:
-        problems += [f"column '{task.label}' {text}" for text in _Labels(task, rows, reading).problems()]
-    return [f"{where}: {problem}" for problem in problems]
-
-
-def usable_rows(task: Task, rows: Rows, reading: Reading | None = None) -> pa.Table:
-    """The columns of rows without a problem as a task takes them.
-
-    Args:
-        task: the task.
-        rows: rows of which `row_problems` tells nothing.
-        reading: as there.
-
-    Returns:
-        The texts, and the labels as numbers (regression), class indices, or class names as ``classes`` spells them.
-    """
-    labels = _Labels(task, rows, reading).usable()
-    return pa.table({**{name: rows.columns[name] for name in task.text}, task.label: labels})
-
-
-def label_values(task: Task, rows: Rows) -> LabelValues | None:
-    """The distinct labels of a split; None where it has none that could be read in two ways."""
-    if task.label not in rows.columns or rows.own_names is not None:
-        return None
-    labels = _Labels(task, rows, None)
-    return labels.values if labels.is_plain else None
+    return [f"{where}: {problem}" for problem in (*problems, *task.problems(rows, reading))]
 
 
 @dataclass(frozen=True)
-class _Labels:
-    """The column of labels of one split."""
+class LabelColumn:
+    """The labels of one split, one a row: class names or indices, or numbers.
 
-    task: Task
+    Attributes:
+        rows: all rows of the split.
+        name: the column.
+        given: how class labels are read, where other splits decide it too; otherwise these rows alone do.
+        classes: names of the classes in index order; None where labels are numbers.
+        value_range: lowest and highest number.
+    """
+
     rows: Rows
+    name: str
     given: Reading | None
+    classes: Sequence[str] | None = None
+    value_range: tuple[float, float] | None = None
 
     @cached_property
     def column(self) -> pa.ChunkedArray:
         """The labels, null where they are missing."""
-        column = self.rows.columns[self.task.label]
+        column = self.rows.columns[self.name]
         if not self.rows.untyped:
             return column
-        words = [word for word in MISSING_LABELS if match_names([word], self.task.classes or ()) == [None]]
+        words = [word for word in MISSING_LABELS if match_names([word], self.classes or ()) == [None]]
         return pc.if_else(pc.is_in(column, value_set=pa.array(words, pa.string())), None, column)
 
     @cached_property
     def missing(self) -> npt.NDArray[np.bool_]:
+        """Which rows have no label."""
         return _flags(pc.is_null(self.column, nan_is_null=True))
 
     @cached_property
@@ -114,6 +99,7 @@ class _Labels:
 
     @cached_property
     def values(self) -> LabelValues:
+        """The distinct labels."""
         kind = self.present.type
         if is_text(kind):
             return LabelValues("texts", tuple(self.present.unique().to_pylist()))
@@ -137,38 +123,38 @@ class _Labels:
         Raises:
             PaveError: they could be read in two ways.
         """
-        classes = self.task.classes or ()
+        classes = self.classes or ()
         if self.values.names:
             return own_reading(self.values.names, classes)
         return self.given or label_reading([self.values], classes)
 
     def problems(self) -> list[str]:
         """What is wrong with them, in words that go on after the name of the column."""
-        booleans = pa.types.is_boolean(self.column.type) and self.task.classes is None
+        booleans = pa.types.is_boolean(self.column.type) and self.classes is None
         if not self.is_plain or booleans:
-            wanted = "numbers" if self.task.classes is None else "class indices or class names"
+            wanted = "numbers" if self.classes is None else "class indices or class names"
             return [f"must hold {wanted}, but holds {self.column.type}; convert it or name another column"]
         problems = []
         if self.missing.any():
             places = self.rows.places(self.missing)
             problems.append(f"has no label in {places}; fill them in or leave these rows out")
-        if self.task.classes is None:
+        if self.classes is None:
             return problems + self._regression_problems()
         try:
             reading = self.reading()
         except PaveError as error:
             return [*problems, str(error)]
-        return problems + self._class_problems(reading, self.task.classes)
+        return problems + self._class_problems(reading, self.classes)
 
     def usable(self) -> pa.Array | pa.ChunkedArray:
         """The labels, of which none is wrong, as the task takes them."""
-        if self.task.classes is None:
+        if self.classes is None:
             return pa.array(self.floats) if self.rows.untyped else self.column
         reading = self.reading() or "indices"
-        return as_labels(self.present, self.values, reading, self.task.classes)
+        return as_labels(self.present, self.values, reading, self.classes)
 
     def _regression_problems(self) -> list[str]:
-        low, high = self.task.value_range or (-np.inf, np.inf)
+        low, high = self.value_range or (-np.inf, np.inf)
         wanted, advice = f"numbers from {low:g} to {high:g}", "correct these rows or 'value_range'"
         if is_text(self.present.type):
             bad = np.isnan(self.floats)
@@ -180,7 +166,7 @@ class _Labels:
                 return ["must hold numbers, but holds them as texts; write them without quotes"]
         return self._number_problems(low, high, wanted, advice)
 
-    def _class_problems(self, reading: Reading | None, classes: list[str]) -> list[str]:
+    def _class_problems(self, reading: Reading | None, classes: Sequence[str]) -> list[str]:
         values = self.values
         if reading is None:
             # Told in the terms of whoever wrote them: as indices where they are numbers and the names are not.
@@ -232,7 +218,8 @@ class _Labels:
         return problems
 
 
-def _text_problems(rows: Rows, name: str) -> list[str]:
+def text_problems(rows: Rows, name: str) -> list[str]:
+    """What is wrong with a column of texts, in words that begin with the column."""
     column = rows.columns[name]
     # null: a column without a single value, which the count of missing texts tells better.
     if not is_text(column.type) and not pa.types.is_null(column.type):

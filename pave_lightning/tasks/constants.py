@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pave_lightning.recipe.schema import MetricName, Task
 from pave_lightning.tasks.data import Split, load_split
-from pave_lightning.tasks.labels import encode_labels
+from pave_lightning.tasks.options import MetricName
+from pave_lightning.tasks.task import Task
 
 
 def constant_answer(task: Task, split: Split, *, seed: int, cache_dir: Path) -> dict[str, float]:
@@ -25,7 +25,7 @@ def constant_answer(task: Task, split: Split, *, seed: int, cache_dir: Path) -> 
         PaveError: the split cannot be read.
     """
     rows = load_split(task, split, seed=seed, cache_dir=cache_dir)
-    return constant_scores(task, torch.from_numpy(encode_labels(task, rows[task.label][:])))
+    return constant_scores(task, torch.from_numpy(task.answers(rows)))
 
 
 def constant_scores(task: Task, labels: Tensor) -> dict[str, float]:

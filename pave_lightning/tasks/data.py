@@ -17,17 +17,16 @@ import datasets
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pave_lightning.errors import PaveError, reason
-from pave_lightning.recipe.schema import Task
 from pave_lightning.system.files import file_sha256, local_path
 from pave_lightning.system.hub import hub_or_cache, unreached
-from pave_lightning.tasks.checks import label_values, row_problems, usable_rows
+from pave_lightning.tasks.checks import row_problems
 from pave_lightning.tasks.copies import kept_copy
 from pave_lightning.tasks.labels import LabelValues, Reading, label_reading, readings_conflict
 from pave_lightning.tasks.reading import is_text, plain_column, read_rows, reading_options
 from pave_lightning.tasks.rows import Rows, UnreadableError
+from pave_lightning.tasks.task import Task
 
 log = logging.getLogger("pave_lightning")
 
@@ -109,10 +108,10 @@ def check_task(task: Task, *, seed: int, cache_dir: str | Path) -> list[str]:
             log.warning("%s: %s", split_title(task, split), remark)
         if split == "test":
             used = rows.select(sample_rows(len(rows), task.examples.test, seed))
-            if len(pc.unique(_arrow_column(used, task.label))) < 2:
+            if len(np.unique(task.answers(used))) < 2:
                 problems.append(
                     f"{split_title(task, split)}: all {len(used)} rows that are used carry the same label in column "
-                    f"'{task.label}', so no metric can tell a good model from a bad one; "
+                    f"'{list(task.columns)[-1]}', so no metric can tell a good model from a bad one; "
                     "expected two distinct labels or more: use more rows or another split"
                 )
     for one, other in combinations(fingerprints, 2):
@@ -225,13 +224,14 @@ def _checked(task: Task, split: Split, fingerprint: str, cache_dir: Path) -> tup
     if task.data.hub is not None:
         dataset = _read_hub(task, split)
         table = _usable(task, split, _hub_rows(task, dataset))
-        used = dataset.select_columns(list(dict.fromkeys([*task.text, task.label])))
+        used = dataset.select_columns(list(task.columns))
         # Numbers that are left as they are keep their feature, which may name the classes.
-        labels = table.column(task.label)
-        same = not is_text(labels.type) and labels.type == _arrow_column(used, task.label).type
+        label = list(task.columns)[-1]
+        labels = table.column(label)
+        same = not is_text(labels.type) and labels.type == _arrow_column(used, label).type
         return used if same else datasets.Dataset(table), []
     path = _local_file(task, split)
-    content = [COPY_FORMAT, fingerprint, task.text, task.label, task.kind, task.classes, task.value_range]
+    content = [COPY_FORMAT, fingerprint, task.own_options]
     stem = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
     def make(copy: Path) -> None:
@@ -256,7 +256,7 @@ def _usable(task: Task, split: Split, rows: Rows) -> pa.Table:
     problems = row_problems(task, rows, split_title(task, split), reading)
     if problems:
         raise PaveError("\n".join(" ".join(problem.splitlines()) for problem in problems))
-    return usable_rows(task, rows, reading)
+    return task.usable(rows, reading)
 
 
 def _read_local(task: Task, split: Split, path: Path) -> tuple[Rows, str]:
@@ -289,9 +289,10 @@ def _read_hub(task: Task, split: Split) -> datasets.Dataset:
 
 
 def _hub_rows(task: Task, dataset: datasets.Dataset) -> Rows:
-    used = [name for name in dict.fromkeys([*task.text, task.label]) if name in dataset.features]
+    used = [name for name in task.columns if name in dataset.features]
     columns = {name: plain_column(_arrow_column(dataset, name)) for name in used}
-    names = getattr(dataset.features.get(task.label), "names", None)
+    feature = dataset.features.get(list(task.columns)[-1])
+    names = getattr(getattr(feature, "feature", feature), "names", None)  # of the entries of a list
     return Rows(columns, len(dataset), dataset.column_names, own_names=names)
 
 
@@ -309,23 +310,23 @@ def _reading(task: Task) -> Reading | None:
     Raises:
         PaveError: they could be read in two ways, or a split cannot be read.
     """
-    if task.classes is None or not readings_conflict(task.classes):
+    if not task.class_names or not readings_conflict(task.class_names):
         return None
     found = [_label_values(task.model_dump_json(), split, _source_fingerprint(task, split)) for split in SPLITS]
     try:
         # None: some are neither, and told where they stand.
-        return label_reading([values for values in found if values is not None], task.classes) or "names"
+        return label_reading([values for values in found if values is not None], task.class_names) or "names"
     except PaveError as error:
-        raise PaveError(f"task '{task.name}': column '{task.label}': {error}") from error
+        raise PaveError(f"task '{task.name}': column '{list(task.columns)[-1]}': {error}") from error
 
 
 @lru_cache(maxsize=64)
 def _label_values(task: str, split: Split, fingerprint: str) -> LabelValues | None:
     """The distinct labels of a split; remembered for a task, as JSON, and the content of the split."""
-    parsed = Task.model_validate_json(task)
+    parsed: Task = Task.model_validate_json(task)
     if parsed.data.hub is not None:
-        return label_values(parsed, _hub_rows(parsed, _read_hub(parsed, split)))
+        return parsed.label_values(_hub_rows(parsed, _read_hub(parsed, split)))
     rows, digest = _read_local(parsed, split, _local_file(parsed, split))
     if not fingerprint.startswith(digest):
         raise changing(parsed, split)
-    return label_values(parsed, rows)
+    return parsed.label_values(rows)

@@ -1,4 +1,4 @@
-"""The rows of one task as batches of tokens, in an order that a resumed or distributed run repeats exactly."""
+"""The rows of one task as batches, in an order that a resumed or distributed run repeats exactly."""
 
 from __future__ import annotations
 
@@ -11,14 +11,11 @@ import numpy.typing as npt
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader, Sampler
-from transformers import PreTrainedTokenizerBase
 
-from pave_lightning.recipe.schema import Task
-from pave_lightning.tasks.data import SPLITS, Split, sample_rows
-from pave_lightning.tasks.labels import encode_labels
-from pave_lightning.tasks.padding import PaddedBatches
+from pave_lightning.tasks.data import SPLITS, Split, load_split, sample_rows
+from pave_lightning.tasks.encoded import EncodedRows
 from pave_lightning.tasks.samplers import ExactSampler, TrainingSampler
-from pave_lightning.tasks.tokenised import TokenisedRows
+from pave_lightning.tasks.task import Task
 
 STAGE_SPLITS: dict[str, tuple[Split, ...]] = {
     "fit": ("train", "validation"),
@@ -39,28 +36,27 @@ class ResumableLoader(DataLoader[Any]):
 
 
 class TaskDataModule(LightningDataModule):
-    """Tokenised rows of one task.
+    """Encoded rows of one task.
 
-    Each split is tokenised once, in `prepare_data`, and kept as an Arrow file (see `TokenisedRows`); it is read
+    Each split is encoded once, in `prepare_data`, and kept as an Arrow file (see `EncodedRows`); it is read
     memory-mapped, so processes share it. Give ``use_distributed_sampler=False`` to the trainer: the samplers
     here divide the rows themselves, by the world size and rank of the attached trainer (one process where there is
     none, so set ``trainer`` before making loaders by hand).
 
-    Batches hold ``input_ids``, ``attention_mask`` and, where the tokenizer gives them, ``token_type_ids``, int64 of
-    shape ``(n, longest row of the batch)``, and ``labels`` of shape ``(n,)``, int64 class indices or float32 numbers.
+    What batches hold is the kind of task's own affair, besides ``labels``; see `Task`.
 
     Args:
         task: the task.
-        tokenizer: the base model's tokenizer; it needs a padding token.
+        processor: the base model's tokenizer, or whatever the kind of task encodes rows with.
         seed: of the samples of rows and the order of training batches.
-        cache_dir: folder for Arrow copies of the raw and the tokenised rows.
+        cache_dir: folder for Arrow copies of the raw and the encoded rows.
         batch_size: rows a batch and process.
-        max_length: longest sequence in tokens; longer texts are cut, of a pair the longer text first.
         num_workers: worker processes a loader.
-        padding: the token that fills up batches, where that is another than the tokenizer's.
+        padding: the token that fills up batches, where that is another than the processor's.
 
     Raises:
-        PaveError: the tokenizer has no padding token; later, when a split is read, all that is wrong with its data.
+        PaveError: the processor cannot be used for this task; later, when a split is read, all that is wrong
+            with its data.
     """
 
     # A split with fewer rows than processes leaves some of them without a batch, which is exact and harmless.
@@ -69,30 +65,28 @@ class TaskDataModule(LightningDataModule):
     def __init__(
         self,
         task: Task,
-        tokenizer: PreTrainedTokenizerBase,
+        processor: Any,
         *,
         seed: int,
         cache_dir: str | Path,
         batch_size: int,
-        max_length: int,
         num_workers: int = 0,
         padding: int | None = None,
     ) -> None:
         super().__init__()
-        self.tokenised = TokenisedRows(task, tokenizer, seed=seed, cache_dir=cache_dir, max_length=max_length)
+        self.encoded = EncodedRows(task, processor, seed=seed, cache_dir=cache_dir)
         self.task = task
-        self.tokenizer = tokenizer
+        self.processor = processor
         self.seed = seed
         self.batch_size = batch_size
-        self.max_length = max_length
         self.num_workers = num_workers
-        self.collate = PaddedBatches(tokenizer, padding)
+        self.collate = task.collate(processor, padding)
 
     def prepare_data(self) -> None:
-        """Tokenise what the trainer's stage needs (all splits without a trainer) unless the files are there already."""
+        """Encode what the trainer's stage needs (all splits without a trainer) unless the files are there already."""
         stage = self.trainer.state.fn if self.trainer is not None else None
         for split in STAGE_SPLITS.get(stage or "", SPLITS):
-            self.tokenised.file(split)
+            self.encoded.file(split)
 
     def setup(self, stage: str) -> None:
         """Open the files that a stage needs."""
@@ -100,16 +94,17 @@ class TaskDataModule(LightningDataModule):
             self.dataset(split)
 
     def dataset(self, split: Split) -> datasets.Dataset:
-        """The tokenised rows of a split, see `TokenisedRows.dataset`.
+        """The encoded rows of a split, see `EncodedRows.dataset`.
 
         Raises:
             PaveError: the split cannot be read, or a text or label of it cannot be used.
         """
-        return self.tokenised.dataset(split)
+        return self.encoded.dataset(split)
 
     def labels(self, split: Split) -> torch.Tensor:
-        """The encoded labels of a split, shape ``(n,)``: int64 class indices, or float32 numbers."""
-        return torch.from_numpy(encode_labels(self.task, self.dataset(split)["labels"][:]))
+        """All labels of a split, shape ``(n,)``: int64 class indices, or float32 numbers."""
+        rows = load_split(self.task, split, seed=self.seed, cache_dir=self.encoded.cache_dir)
+        return torch.from_numpy(self.task.answers(rows))
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Random batches of rows of similar length.
@@ -144,31 +139,16 @@ class TaskDataModule(LightningDataModule):
         rows = self.dataset("train")
         return self._exact_loader(rows.select(sample_rows(len(rows), examples, seed)), batch_size)
 
-    def random_token_dataloader(self, examples: int, batch_size: int, seed: int) -> DataLoader[Any]:
-        """Sequences of tokens drawn uniformly from the vocabulary, within the special tokens of a real one; no labels.
+    def random_dataloader(self, examples: int, batch_size: int, seed: int) -> DataLoader[Any]:
+        """Examples that are drawn at random without any data, see `Task.random_examples`; no labels.
 
         Args:
-            examples: how many; their lengths are drawn uniformly from one token up to the longest that fits.
+            examples: how many.
             batch_size: rows a batch and process.
             seed: of the draws.
         """
-        drawn = np.random.default_rng(seed)
-        special = set(self.tokenizer.all_special_ids)
-        words = np.asarray([index for index in range(len(self.tokenizer)) if index not in special])
-        framed = self.tokenizer("a", return_special_tokens_mask=True)
-        places = [place for place, is_special in enumerate(framed["special_tokens_mask"]) if not is_special]
-        before, after = framed["input_ids"][: places[0]], framed["input_ids"][places[-1] + 1 :]
-        longest = self.max_length - len(before) - len(after)
-        rows = [
-            [*before, *drawn.choice(words, size=drawn.integers(1, longest, endpoint=True)).tolist(), *after]
-            for _ in range(examples)
-        ]
-        table = {
-            "input_ids": rows,
-            "attention_mask": [[1] * len(row) for row in rows],
-            "length": [len(row) for row in rows],
-        }
-        return self._exact_loader(datasets.Dataset.from_dict(table), batch_size)
+        drawn = self.task.random_examples(self.processor, examples, seed)
+        return self._exact_loader(datasets.Dataset.from_dict(drawn), batch_size)
 
     def _exact_loader(self, rows: datasets.Dataset, batch_size: int) -> DataLoader[Any]:
         world, rank = self._place()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import chain, islice
 from typing import Any
@@ -15,8 +15,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pave_lightning.errors import shortened
-from pave_lightning.recipe.schema import Data
-from pave_lightning.tasks.rows import Rows, UnreadableError, find_column
+from pave_lightning.tasks.options import Data
+from pave_lightning.tasks.rows import ColumnForm, Rows, UnreadableError, find_column
 from pave_lightning.tasks.text_files import SHOWN_CHARACTERS, check_bytes, opened
 
 SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "vertical bars", ",": "commas"}
@@ -31,15 +31,14 @@ def delimiter_of(data: Data, ending: str) -> str:
     return data.delimiter or ("\t" if ending == ".tsv" else ",")
 
 
-def read_delimited(content: bytes, data: Data, ending: str, text: Sequence[str], label: str) -> Rows:
+def read_delimited(content: bytes, data: Data, ending: str, columns: Mapping[str, ColumnForm]) -> Rows:
     """The used columns of a .csv or .tsv file, as texts; empty texts and labels are missing.
 
     Args:
         content: the file.
         data: its ``quoting`` and ``delimiter`` are used.
         ending: ``".csv"`` or ``".tsv"``.
-        text: names of the columns that hold texts.
-        label: name of the column that holds the labels.
+        columns: names of the columns that are read, and what they hold.
 
     Returns:
         The rows; no rows where the file has none.
@@ -47,13 +46,18 @@ def read_delimited(content: bytes, data: Data, ending: str, text: Sequence[str],
     Raises:
         UnreadableError: the file is damaged, or its rows do not fit its header; the message names the line.
     """
+    lists = [name for name, form in columns.items() if form in (ColumnForm.TEXTS, ColumnForm.LABELS)]
+    if lists:
+        raise UnreadableError(
+            f"the column '{lists[0]}' must hold lists, which {ending} files cannot; save the rows as .jsonl or .parquet"
+        )
     check_bytes(content)
     delimiter = delimiter_of(data, ending)
     with _long_fields():
         plain = data.quoting == "none" or (
             data.quoting == "auto" and ending == ".tsv" and not _quotes_whole_fields(content, delimiter)
         )
-        return _Reader(content, delimiter, plain).read(text, label)
+        return _Reader(content, delimiter, plain).read(list(columns))
 
 
 class _Reader:
@@ -62,14 +66,14 @@ class _Reader:
         self.short: list[int] = []
         self.over_lines: list[int] = []
 
-    def read(self, text: Sequence[str], label: str) -> Rows:
+    def read(self, used: Sequence[str]) -> Rows:
         batches = self._batches()
         first, records = next(batches, (np.zeros(0, np.int64), []))
         if not records:
             return Rows({}, 0, [])
         header = records[0]
         self._check_separator(header)
-        places = {name: place for name in (*text, label) if (place := find_column(name, header)) is not None}
+        places = {name: place for name in used if (place := find_column(name, header)) is not None}
         lines: list[npt.NDArray[np.int64]] = []
         parts: dict[str, list[pa.Array]] = {name: [] for name in places}
         waiting: dict[str, list[str | None]] = {name: [] for name in places}

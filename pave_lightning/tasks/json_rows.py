@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from pave_lightning.errors import shortened
-from pave_lightning.tasks.rows import Rows, UnreadableError
+from pave_lightning.tasks.rows import ColumnForm, Rows, UnreadableError
 from pave_lightning.tasks.text_files import SHOWN_CHARACTERS, check_bytes, opened
 
 BATCH = 8192
@@ -21,53 +21,50 @@ LIMITS = (-(2**63), 2**63 - 1)
 WORDS = {str: "texts", bool: "true or false", int: "numbers", float: "numbers", list: "lists", dict: "objects"}
 
 
-def read_json(content: bytes, text: Sequence[str], label: str) -> Rows:
+def read_json(content: bytes, columns: Mapping[str, ColumnForm]) -> Rows:
     """The used columns of a file of JSON objects: one a line, or all in one list.
 
     Args:
         content: the file.
-        text: names of the columns that hold texts.
-        label: name of the column that holds the labels.
+        columns: names of the columns that are read, and what they hold.
 
     Returns:
         The rows; keys that an object lacks are missing values. Labels keep their type: texts, numbers (int64 where
-        all are whole and fit, else float64) or booleans.
+        all are whole and fit, else float64) or booleans. Lists of texts or labels become Arrow lists.
 
     Raises:
         UnreadableError: the file is damaged, or holds anything but objects; the message names the line.
     """
     check_bytes(content)
     lines: array[int] = array("q")
-    texts = {name: _Texts(name, lines) for name in text}
-    labels = _Labels(label, lines)
+    under_way = {name: _MAKERS[form](name, lines) for name, form in columns.items()}
+    first, *_, last = columns
     known: dict[str, None] = {}
     for line, row in _objects(content):
         if not isinstance(row, dict):
             raise UnreadableError(
                 f"line {line} holds {_shown(row)}, but every row must be an object such as "
-                f'{{"{text[0]}": "...", "{label}": ...}}'
+                f'{{"{first}": {columns[first].example}, "{last}": ...}}'
             )
         if isinstance(row, _Repeated):
             for name in row.keys_twice:
-                if name in texts or name == label:
+                if name in columns:
                     raise UnreadableError(f"line {line} holds the key '{name}' twice; remove one of them")
         if len(known) < KNOWN_COLUMNS:
             known.update(dict.fromkeys(row))
         lines.append(line)
-        for name, column in texts.items():
+        for name, column in under_way.items():
             column.add(row.get(name))
-        labels.add(row.get(label))
-    if len(lines) == 1 and not {*text, label} & known.keys():
+    if len(lines) == 1 and not columns.keys() & known.keys():
         _refuse_wrapped(row, lines[0])
-    columns: dict[str, pa.ChunkedArray] = {}
+    found: dict[str, pa.ChunkedArray] = {}
     faults: dict[str, str] = {}
-    all_columns: list[tuple[str, _Texts | _Labels]] = [*texts.items(), (label, labels)]
-    for name, values in all_columns:
+    for name, values in under_way.items():
         if values.fault:
-            faults.setdefault(name, values.fault)
-        elif name not in columns and (name in known or len(known) >= KNOWN_COLUMNS):
-            columns[name] = values.finished()
-    return Rows(columns, len(lines), list(known), np.asarray(lines, dtype=np.int64), faults=faults)
+            faults[name] = values.fault
+        elif name in known or len(known) >= KNOWN_COLUMNS:
+            found[name] = values.finished()
+    return Rows(found, len(lines), list(known), np.asarray(lines, dtype=np.int64), faults=faults)
 
 
 class _Texts:
@@ -139,6 +136,57 @@ class _Labels:
             return pa.chunked_array([pa.array(numbers, pa.float64())])
         types = {str: pa.string(), bool: pa.bool_()}
         return pa.chunked_array([pa.array(self.values, types.get(kind, pa.null()))])
+
+
+class _Lists:
+    """A column of lists under way, whose entries are a column of their own."""
+
+    def __init__(self, name: str, lines: Sequence[int], entries: _Texts | _Labels) -> None:
+        self.name, self.lines, self.entries = name, lines, entries
+        self.starts: list[int | None] = []
+        self.count = 0
+        self.wrong = ""
+
+    @property
+    def fault(self) -> str:
+        """What is wrong; empty where nothing is."""
+        return self.wrong or self.entries.fault
+
+    def add(self, value: Any) -> None:
+        if value is not None and not isinstance(value, list) and not self.wrong:
+            self.wrong = (
+                f"column '{self.name}' must hold lists, but holds {_shown(value)} in {_place(self.lines)}; "
+                "write each row's entries as a list, or name another column"
+            )
+        self.starts.append(self.count if isinstance(value, list) else None)
+        for entry in value if isinstance(value, list) else ():
+            if entry is None and not self.wrong:
+                self.wrong = (
+                    f"column '{self.name}' holds nothing (null) in the list of {_place(self.lines)}; fill it in"
+                )
+            self.entries.add(entry)
+            self.count += 1
+
+    def finished(self) -> pa.ChunkedArray:
+        entries = self.entries.finished().combine_chunks()
+        entries = entries.combine_chunks() if isinstance(entries, pa.ChunkedArray) else entries
+        return pa.chunked_array([pa.ListArray.from_arrays(pa.array([*self.starts, self.count], pa.int32()), entries)])
+
+
+def _text_lists(name: str, lines: Sequence[int]) -> _Lists:
+    return _Lists(name, lines, _Texts(name, lines))
+
+
+def _label_lists(name: str, lines: Sequence[int]) -> _Lists:
+    return _Lists(name, lines, _Labels(name, lines))
+
+
+_MAKERS: dict[ColumnForm, Callable[[str, Sequence[int]], _Texts | _Labels | _Lists]] = {
+    ColumnForm.TEXT: _Texts,
+    ColumnForm.LABEL: _Labels,
+    ColumnForm.TEXTS: _text_lists,
+    ColumnForm.LABELS: _label_lists,
+}
 
 
 class _Repeated(dict[str, Any]):

@@ -13,7 +13,6 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pave_lightning.errors import PaveError, listed
-from pave_lightning.recipe.schema import Task
 
 Reading = Literal["names", "indices"]
 Form = Literal["texts", "numbers", "booleans"]
@@ -178,19 +177,14 @@ def as_labels(column: pa.ChunkedArray, values: LabelValues, reading: Reading, cl
     return mapped.take(coded.indices)
 
 
-def encode_labels(task: Task, labels: list[Any]) -> npt.NDArray[np.int64] | npt.NDArray[np.float32]:
-    """Checked labels as a model takes them.
+def class_indices(labels: list[Any], classes: Sequence[str]) -> npt.NDArray[np.int64]:
+    """Checked labels, class names or class indices, as indices: int64 of shape ``(n,)``.
 
     Args:
-        task: its ``kind`` and ``classes`` are used.
-        labels: class names, class indices, or numbers for regression.
-
-    Returns:
-        Array of shape ``(n,)``: int64 class indices, or float32 for regression.
+        labels: the labels.
+        classes: names of the classes in index order.
     """
-    if task.classes is None:
-        return np.asarray(labels, dtype=np.float32)
-    indices = {name: index for index, name in enumerate(task.classes)}
+    indices = {name: index for index, name in enumerate(classes)}
     return np.asarray([indices[label] if isinstance(label, str) else label for label in labels], dtype=np.int64)
 
 

@@ -1,13 +1,12 @@
-"""Loss and metrics of a task: from the head's logits to plain numbers."""
+"""Metrics of a task: from what is predicted to plain numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import (
     BinaryF1Score,
@@ -18,7 +17,7 @@ from torchmetrics.classification import (
 from torchmetrics.functional.regression import pearson_corrcoef
 from torchmetrics.utilities import dim_zero_cat
 
-from pave_lightning.recipe.schema import MetricName, Task
+from pave_lightning.tasks.options import MetricName
 
 # All metrics are 1 at best. An expert that comes no further from a constant answer's score to that has hardly learned.
 HARDLY_LEARNED = 0.1
@@ -77,61 +76,32 @@ class MatthewsCorrelation(MulticlassMatthewsCorrCoef):
         return super().compute().float()
 
 
-def build_metrics(task: Task) -> MetricCollection:
-    """The metrics of a task, keyed by their names in the recipe.
+def build_metrics(names: Sequence[MetricName], outputs: int) -> MetricCollection:
+    """Metrics, keyed by their names in the recipe.
 
-    ``accuracy`` is the share of right rows; ``f1`` is that of class 1; ``macro_f1`` is the mean F1 of the classes that
-    occur among labels or predictions. Feed them with `predictions` and the labels.
+    ``accuracy`` is the share of right answers; ``f1`` is that of class 1; ``macro_f1`` is the mean F1 of the classes
+    that occur among labels or predictions. Feed them with what is predicted and the labels, shape ``(n,)`` both: int64
+    class indices, or floating-point numbers.
 
     Args:
-        task: its ``metrics``, ``kind`` and ``classes`` are used.
+        names: the metrics.
+        outputs: number of classes.
 
     Returns:
         A collection whose states add up over batches and processes.
     """
-    metrics: dict[str, Metric | MetricCollection] = {name: _metric(name, task.outputs) for name in task.metrics}
+    metrics: dict[str, Metric | MetricCollection] = {name: _metric(name, outputs) for name in names}
     # Compute groups are guessed from the first batch's values; these states are small, so nothing is risked for them.
     return MetricCollection(metrics, compute_groups=False)
-
-
-def predictions(task: Task, logits: Tensor) -> Tensor:
-    """What the metrics compare with the labels.
-
-    Args:
-        task: its ``kind`` is used.
-        logits: floating-point tensor of shape ``(n, outputs)``.
-
-    Returns:
-        Class indices, int64 of shape ``(n,)``, or for regression the predicted numbers, float32 of shape ``(n,)``.
-    """
-    if task.kind == "text_classification":
-        return logits.argmax(dim=-1)
-    return logits.squeeze(-1).float()
 
 
 def non_finite_rows(logits: Tensor) -> Tensor:
     """How many rows of logits hold NaN or infinity, int64 scalar on their device: argmax would choose a class of them.
 
     Args:
-        logits: floating-point tensor of shape ``(n, outputs)``.
+        logits: floating-point tensor of shape ``(n, ...)``.
     """
     return (~torch.isfinite(logits)).flatten(1).any(dim=1).sum()
-
-
-def loss(task: Task, logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean loss of a batch, computed in float32: cross-entropy, or mean squared error for regression.
-
-    Args:
-        task: its ``kind`` is used.
-        logits: floating-point tensor of shape ``(n, outputs)``.
-        labels: int64 class indices or floating-point numbers of shape ``(n,)``.
-
-    Returns:
-        Scalar float32 tensor.
-    """
-    if task.kind == "text_classification":
-        return functional.cross_entropy(logits.float(), labels)
-    return functional.mse_loss(logits.squeeze(-1).float(), labels.float())
 
 
 def scores(metrics: MetricCollection) -> dict[str, float]:

@@ -12,10 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pave_lightning.errors import reason
-from pave_lightning.recipe.schema import Data, Task
 from pave_lightning.tasks.delimited import delimiter_of, read_delimited
 from pave_lightning.tasks.json_rows import read_json
+from pave_lightning.tasks.options import Data
 from pave_lightning.tasks.rows import Rows, UnreadableError, find_column
+from pave_lightning.tasks.task import Task
 from pave_lightning.tasks.text_files import GIT_POINTER, STARTS
 
 DELIMITED = (".csv", ".tsv")
@@ -64,7 +65,7 @@ def read_rows(path: Path, task: Task) -> tuple[Rows, str]:
 
     Args:
         path: the file.
-        task: its ``data``, ``text`` and ``label`` are used.
+        task: its ``data`` and ``columns`` are used.
 
     Raises:
         UnreadableError: the file is of no known kind, damaged, or holds something else.
@@ -75,11 +76,11 @@ def read_rows(path: Path, task: Task) -> tuple[Rows, str]:
     content = path.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
     if ending in DELIMITED:
-        rows = read_delimited(content, task.data, ending, task.text, task.label)
+        rows = read_delimited(content, task.data, ending, task.columns)
     elif ending == ".parquet":
-        rows = _read_parquet(content, [*task.text, task.label])
+        rows = _read_parquet(content, list(task.columns))
     else:
-        rows = read_json(content, task.text, task.label)
+        rows = read_json(content, task.columns)
     return rows, digest
 
 
@@ -137,7 +138,8 @@ def _own_names(metadata: dict[bytes, bytes] | None, column: str) -> list[str] | 
     try:
         written: Any = json.loads((metadata or {})[b"huggingface"])
         feature = written["info"]["features"][column]
+        feature = feature.get("feature", feature)  # of the entries of a list
         names = feature["names"] if feature["_type"] == "ClassLabel" else None
-    except (KeyError, TypeError, ValueError, RecursionError):
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         return None
     return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None

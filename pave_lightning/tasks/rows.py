@@ -5,12 +5,27 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from pave_lightning.errors import nearest
+
+
+class ColumnForm(StrEnum):
+    """What a column holds."""
+
+    TEXT = "a text"
+    LABEL = "a label"
+    TEXTS = "a list of texts"
+    LABELS = "a list of labels"
+
+    @property
+    def example(self) -> str:
+        """How an entry is written in JSON."""
+        return {"a text": '"..."', "a label": "...", "a list of texts": '["...", ...]'}.get(self, "[...]")
 
 
 class UnreadableError(ValueError):

@@ -4,9 +4,6 @@ MLflow is imported inside functions because the import takes seconds, and only i
 keep global state that would clash with a user's own runs.
 """
 
-from pave_lightning.tracking.environment import environment_tags
-from pave_lightning.tracking.record import record_stage
-from pave_lightning.tracking.tracker import FALLBACK_URI, Tracker
-from pave_lightning.tracking.uris import resolve_uri
+import lazy_loader
 
-__all__ = ["FALLBACK_URI", "Tracker", "environment_tags", "record_stage", "resolve_uri"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers import (
-    AutoConfig,
-    AutoModelForImageClassification,
-    AutoModelForSequenceClassification,
-    PretrainedConfig,
-)
-from transformers.core_model_loading import revert_weight_conversion
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-)
 
 from pave_lightning.errors import PaveError, foreign, shortened
 from pave_lightning.system.files import file_facts, read_json
@@ -33,7 +24,11 @@ from pave_lightning.weights.checkpoint import Checkpoint
 from pave_lightning.weights.embeddings import token_embeddings
 from pave_lightning.weights.parameters import Parameter, ParameterKind, kind_of
 from pave_lightning.weights.positions import longest_sequence
+from pave_lightning.weights.remembered import remembered
 from pave_lightning.weights.ties import tied_names
+
+if TYPE_CHECKING:  # to load the classes of models takes seconds
+    from transformers import PretrainedConfig
 
 MOST_LAYERS = 500
 MOST_PARTS = 2_000
@@ -50,49 +45,85 @@ _TOO_LARGE: set[tuple[Path, tuple[int, ...]]] = set()
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """The backbone of a sequence or image classification model, built on the meta device: shapes and kinds, no weights.
+class Weight:
+    """One parameter of a whole model, backbone or head.
 
     Attributes:
+        names: its name; several where it is tied.
+        shape: its shape.
+    """
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model as its configuration gives it: names, shapes and kinds of its weights, none of their values.
+
+    Attributes:
+        model_class: name of the class of transformers.
         prefix: name under which the whole model holds its backbone (``bert``, ``roberta``, ...).
         parameters: the backbone's parameters by name, in the order of the modules.
-        stored_names: names under which checkpoints store parameters of the backbone -> names of these parameters, where
-            the two differ (transformers renames the weights of ViT when it loads and saves them).
+        weights: all parameters of the whole model, by their names in it.
+        state: names of all that the whole model loads and saves, buffers too.
+        renamed: names under which checkpoints store tensors of the whole model -> their names in it, where the two
+            differ (transformers renames the weights of ViT when it loads and saves them).
+        children: direct submodules of the backbone -> whether they hold embeddings or a stack of blocks.
+        private: direct submodules of the backbone that not every model of the tasks has.
         token_embeddings: names of the weight that has one row a token; several where it is shared, none where there is
             no such table.
-        head: names of the parameters outside the backbone.
         config: the configuration, as plain values and with its defaults.
         obsolete: patterns of tensors that older releases of transformers stored and the model no longer has.
         tied: other names under which checkpoints may store a backbone tensor -> the name that it goes by here.
         buffers: kinds of the backbone's buffers, by the names under which checkpoints store them.
         positions: longest sequence in tokens; None where no table of positions limits it.
+        main_input: name of what the model reads.
+        takes_mask: whether it can be told which positions are padding.
     """
 
+    model_class: str
     prefix: str
     parameters: dict[str, Parameter]
-    head: frozenset[str]
+    weights: tuple[Weight, ...] = field(repr=False)
+    state: frozenset[str] = field(repr=False)
+    children: dict[str, bool]
     config: dict[str, Any] = field(repr=False)
+    main_input: str
+    takes_mask: bool
     obsolete: tuple[str, ...] = ()
-    stored_names: Mapping[str, str] = field(default_factory=dict, repr=False)
-    tied: Mapping[str, str] = field(default_factory=dict, repr=False)
-    buffers: Mapping[str, BufferKind] = field(default_factory=dict, repr=False)
+    renamed: dict[str, str] = field(default_factory=dict, repr=False)
+    tied: dict[str, str] = field(default_factory=dict, repr=False)
+    buffers: dict[str, BufferKind] = field(default_factory=dict, repr=False)
     token_embeddings: tuple[str, ...] = ()
     positions: int | None = None
+    private: frozenset[str] = frozenset()
 
     @classmethod
-    def of_folder(cls, folder: Path) -> Architecture:
-        """Read ``config.json`` of a model folder; remembered until the file changes.
+    def of_folder(cls, folder: Path, *auto_models: str, **changes: Any) -> Architecture:
+        """Read ``config.json`` of a model folder; remembered, also for other processes, until the file changes.
+
+        Args:
+            folder: folder of a model.
+            auto_models: names of classes of transformers that build models with the heads of the tasks, such as
+                ``AutoModelForSequenceClassification``; see `empty_model` for none. Of several, what their backbones
+                have in common is described.
+            changes: values of the configuration in place of those of the file.
 
         Raises:
-            PaveError: the configuration is missing, broken, or of an architecture that has no classification form.
+            PaveError: the configuration is missing, broken, or of an architecture that has no such form.
         """
-        return _architecture(folder, _stamp(folder))
+        found = [
+            _architecture(folder, name, json.dumps(changes), _stamp(folder))
+            for name in dict.fromkeys(auto_models or (None,))
+        ]
+        return found[0] if len(found) == 1 else _in_common(found)
 
     @classmethod
-    def _of_folder(cls, folder: Path) -> Architecture:
-        model = empty_classifier(folder)
-        backbone = backbone_of(model)
-        prefix = f"{model.base_model_prefix}."
+    def of_model(cls, model: nn.Module) -> Architecture:
+        """The architecture of a Hugging Face model; nothing but names, shapes and kinds is looked at."""
+        backbone, whole = backbone_of(model), f"{model.base_model_prefix}."
+        prefix = "" if backbone is model else whole
         kinds: dict[str, tuple[ParameterKind, int | None]] = {}
         for module_name, module in backbone.named_modules():
             for attribute, _ in module.named_parameters(recurse=False):
@@ -102,25 +133,53 @@ class Architecture:
             name: Parameter(name, kinds[name][0], tuple(tensor.shape), kinds[name][1])
             for name, tensor in backbone.named_parameters()
         }
-        renamed = {
-            stored.removeprefix(prefix): name.removeprefix(prefix)
-            for stored, name in stored_names(model).items()
+        renamed = stored_names(model)
+        files_call = {
+            name.removeprefix(prefix): stored.removeprefix(prefix)
+            for stored, name in renamed.items()
             if name.startswith(prefix)
         }
-        files_call = {name: stored for stored, name in renamed.items()}
-        config = read_config(folder).to_dict()
+        aliases: dict[int, list[str]] = {}
+        shapes: dict[int, tuple[int, ...]] = {}
+        for name, tensor in model.named_parameters(remove_duplicate=False):
+            aliases.setdefault(id(tensor), []).append(name)
+            shapes[id(tensor)] = tuple(tensor.shape)
+        config: Any = model.config
+        values = config.to_dict()
         return cls(
+            model_class=type(model).__name__,
             prefix=str(model.base_model_prefix),
             parameters=parameters,
-            head=frozenset(name for name, _ in model.named_parameters() if not name.startswith(prefix)),
-            config=config,
+            weights=tuple(Weight(tuple(names), shapes[key]) for key, names in aliases.items()),
+            state=frozenset(model.state_dict()),
+            children={name: _is_trunk(child) for name, child in backbone.named_children()},
+            config=values,
+            main_input=str(model.main_input_name),
+            takes_mask="attention_mask" in inspect.signature(model.forward).parameters,
             obsolete=tuple(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),
-            stored_names=renamed,
+            renamed=renamed,
             tied={files_call.get(name, name): files_call.get(own, own) for name, own in tied_names(backbone).items()},
             buffers={files_call.get(name, name): kind for name, kind in buffer_kinds(backbone).items()},
             token_embeddings=tuple(token_embeddings(backbone)),
-            positions=longest_sequence(backbone, config),
+            positions=longest_sequence(backbone, values),
         )
+
+    @cached_property
+    def stored_names(self) -> dict[str, str]:
+        """Names under which checkpoints store parameters of the backbone -> names of these, where the two differ."""
+        start = f"{self.prefix}."
+        return {
+            stored.removeprefix(start): name.removeprefix(start)
+            for stored, name in self.renamed.items()
+            if name.startswith(start) or name in self.parameters
+        }
+
+    @cached_property
+    def head(self) -> frozenset[str]:
+        """Names of the parameters outside the backbone."""
+        start = f"{self.prefix}."
+        first = {weight.names[0] for weight in self.weights}
+        return frozenset(name for name in first if not name.startswith(start) and name not in self.parameters)
 
     @property
     def vocabulary(self) -> int | None:
@@ -168,10 +227,35 @@ class Architecture:
         """The weights of a model folder of this architecture, in which tied tensors count once."""
         return Checkpoint(folder, self.prefix, self.tied)
 
+    def base_checkpoint(self, folder: Path) -> Checkpoint:
+        """The weights of a base, without the parts of the backbone that not every model of the tasks has."""
+        return Checkpoint(folder, self.prefix, self.tied, without=self.private)
 
-@lru_cache(maxsize=16)
-def _architecture(folder: Path, stamp: tuple[int, ...]) -> Architecture:
-    return Architecture._of_folder(folder)
+
+def _is_trunk(module: nn.Module) -> bool:
+    return any(isinstance(inner, nn.Embedding | nn.ModuleList) for inner in module.modules())
+
+
+def _in_common(found: list[Architecture]) -> Architecture:
+    """What the backbones of several models of one base have in common; all else as the first has it."""
+    first = found[0]
+    everywhere = set.intersection(*(set(one.children) for one in found))
+    private = frozenset(name for one in found for name in one.children if name not in everywhere)
+    parameters = {
+        name: one
+        for name, one in first.parameters.items()
+        if all(name in other.parameters for other in found) and not lies_in(name, private)
+    }
+    return replace(first, parameters=parameters, private=private)
+
+
+@lru_cache(maxsize=64)
+def _architecture(folder: Path, auto_model: str | None, changes: str, stamp: tuple[int, ...]) -> Architecture:
+    config = read_config(folder)  # which refuses what no model has, in the words of the file
+    key = [auto_model, changes, config.to_json_string(use_diff=False)]
+    return remembered(
+        Architecture, key, lambda: Architecture.of_model(empty_model(folder, auto_model, **json.loads(changes)))
+    )
 
 
 def _stamp(folder: Path) -> tuple[int, ...]:
@@ -187,28 +271,43 @@ def lies_in(name: str, modules: Iterable[str]) -> bool:
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
-def empty_classifier(folder: Path, device: str = "meta", **changes: Any) -> nn.Module:
-    """A classification model of the folder's configuration, untrained; the meta device needs no memory.
+def empty_model(folder: Path, auto_model: str | None = None, device: str = "meta", **changes: Any) -> nn.Module:
+    """A model of the folder's configuration, untrained; the meta device needs no memory.
 
-    Other values of the configuration, such as ``num_labels``, may be given instead of the folder's own.
-
-    Configurations of text models, and of models that read several things, give a sequence classifier; those of models
-    that classify images only, such as ViT, an image classifier.
+    Args:
+        folder: folder of a model.
+        auto_model: name of the class of transformers that builds it, such as ``AutoModelForSequenceClassification``;
+            where none is given, the class that the configuration names, or else the bare model.
+        device: where it is made.
+        changes: values of the configuration, such as ``num_labels``, in place of those of the file.
 
     Raises:
-        PaveError: the configuration is missing, broken, or of an architecture that has neither form.
+        PaveError: the configuration is missing, broken, or of an architecture that has no such form.
     """
-    kind = "sequence-classification"
+    import transformers
+
     config = read_config(folder, **changes)
-    builder = AutoModelForSequenceClassification
-    if (
-        type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
-        and type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
-    ):
-        kind, builder = "image-classification", AutoModelForImageClassification
-    with foreign(f"{folder}: its config.json gives no {kind} model"), torch.device(device), _counted_parameters(folder):
-        model: nn.Module = builder.from_config(config, trust_remote_code=False)
+    named = next((name for name in config.architectures or () if hasattr(transformers, str(name))), None)
+    what = f"{folder}: its config.json gives no {form_of(auto_model)}"
+    with foreign(what), torch.device(device), _counted_parameters(folder):
+        if auto_model is None and named is not None:
+            model: nn.Module = auto_class(named)._from_config(config)
+        else:
+            model = auto_class(auto_model or "AutoModel").from_config(config, trust_remote_code=False)
     return model
+
+
+def auto_class(auto_model: str) -> Any:
+    """A class of transformers by its name."""
+    import transformers
+
+    return getattr(transformers, auto_model)
+
+
+def form_of(auto_model: str | None) -> str:
+    """What a class of transformers builds, in words: ``sequence-classification model``."""
+    words = re.findall(r"[A-Z][a-z]*|[A-Z]+(?![a-z])", (auto_model or "").removeprefix("AutoModel").removeprefix("For"))
+    return f"{'-'.join(words).lower()} model".lstrip()
 
 
 def read_config(folder: Path, **changes: Any) -> PretrainedConfig:
@@ -226,7 +325,9 @@ def read_config(folder: Path, **changes: Any) -> PretrainedConfig:
     for key, value in _numbers(settings):
         if value > _most(key):
             raise PaveError(f"{file}: {shortened(key)} is {value:,}, which no model has; is it broken?")
-    with foreign(f"{folder}: its config.json gives no sequence-classification model", _own_code(settings)):
+    from transformers import AutoConfig
+
+    with foreign(f"{folder}: its config.json gives no model", _own_code(settings)):
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False, **changes)
         config.to_dict()
     return config
@@ -280,6 +381,8 @@ def _counted_parameters(folder: Path) -> Iterator[None]:
 
 def stored_names(model: nn.Module) -> dict[str, str]:
     """Name in a checkpoint -> name in the model, for tensors that transformers renames when it loads and saves."""
+    from transformers.core_model_loading import revert_weight_conversion
+
     tensors = [*model.named_parameters(), *model.named_buffers()]
     weights = {name: tensor.detach() for name, tensor in tensors}
     names = {id(tensor): name for name, tensor in weights.items()}
@@ -289,8 +392,21 @@ def stored_names(model: nn.Module) -> dict[str, str]:
 
 
 def backbone_of(model: nn.Module) -> nn.Module:
-    """The part of a Hugging Face model below its head."""
+    """The part of a Hugging Face model below its head; the model itself where it is a bare one.
+
+    Raises:
+        PaveError: it has a head, and no backbone where transformers says.
+    """
     backbone = getattr(model, str(model.base_model_prefix), None)
+    if backbone is None and _is_bare(model):
+        return model
     if not isinstance(backbone, nn.Module):
         raise PaveError(f"{type(model).__name__} has no backbone named '{model.base_model_prefix}'")
     return backbone
+
+
+def _is_bare(model: nn.Module) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+    known = MODEL_MAPPING_NAMES.get(getattr(getattr(model, "config", None), "model_type", ""), ())
+    return type(model).__name__ in ((known,) if isinstance(known, str) else known)

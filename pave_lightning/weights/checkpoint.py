@@ -67,6 +67,7 @@ class Checkpoint:
         folder: folder with ``model.safetensors``, or with shards and their index.
         prefix: the architecture's backbone prefix, without the dot.
         tied: other names of backbone tensors that the architecture ties to each other -> the one that they go by.
+        without: direct submodules of the backbone whose tensors are passed over.
 
     Attributes:
         backbone: the backbone's tensors by name; of tied ones one, whatever the file calls it.
@@ -77,7 +78,13 @@ class Checkpoint:
         PaveError: weights are missing, pickled, truncated or no safetensors; shards are missing.
     """
 
-    def __init__(self, folder: Path, prefix: str, tied: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        prefix: str,
+        tied: Mapping[str, str] | None = None,
+        without: Collection[str] = (),
+    ) -> None:
         self.folder = Path(folder)
         self.tied = dict(tied or {})
         self.files = weight_files(self.folder)
@@ -90,6 +97,8 @@ class Checkpoint:
             self.head = {name: tensor for name, tensor in stored.items() if not name.startswith(start)}
         else:
             self.backbone, self.head = stored, {}
+        for name in [name for name in self.backbone if name.partition(".")[0] in without]:
+            del self.backbone[name]
         legacy = {".gamma": ".weight", ".beta": ".bias"}
         for name in list(self.backbone):
             for old, new in legacy.items():

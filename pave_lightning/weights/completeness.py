@@ -6,9 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 
-from torch import nn
-
-from pave_lightning.weights.architecture import backbone_of, lies_in, stored_names
+from pave_lightning.weights.architecture import Architecture, lies_in
 from pave_lightning.weights.checkpoint import Checkpoint
 
 # What wraps a model, or layers of it, and goes into the names of its weights.
@@ -27,16 +25,16 @@ _WRAPPERS = {
 _INNER = frozenset(_WRAPPERS) - {"model", "base_model"}
 
 
-def naming_problem(model: nn.Module, checkpoint: Checkpoint) -> str | None:
+def naming_problem(architecture: Architecture, checkpoint: Checkpoint) -> str | None:
     """Why the weights of a checkpoint have other names than the model's, where a wrapper or a prefix is the reason.
 
     Args:
-        model: the model that the checkpoint's configuration gives; it may be on the meta device.
+        architecture: what the checkpoint's configuration gives.
         checkpoint: its files.
     """
-    prefix = f"{model.base_model_prefix}."
-    expected = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    expected |= set(stored_names(model))
+    prefix = f"{architecture.prefix}."
+    expected = {name for weight in architecture.weights for name in weight.names}
+    expected |= set(architecture.renamed)
     expected |= {name.removeprefix(prefix) for name in expected}
     names = [re.sub(r"LayerNorm\.(gamma|beta)$", _modern, name) for name, _ in checkpoint.stored()]
     own = sum(name in expected for name in names)
@@ -50,84 +48,77 @@ def naming_problem(model: nn.Module, checkpoint: Checkpoint) -> str | None:
     example = next(name for name in names if name not in expected and _surplus(name, expected) == surplus)
     return (
         f"the names of {count} of its weights have '{surplus}' in them{known}, as {example}, which a "
-        f"{type(model).__name__} does not have; save the inner model itself with save_pretrained"
+        f"{architecture.model_class} does not have; save the inner model itself with save_pretrained"
     )
 
 
-def lacking_weights(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
+def lacking_weights(architecture: Architecture, checkpoint: Checkpoint) -> list[str]:
     """Parameters of a fine-tuned model, backbone and head, that its files lack or hold in another shape.
 
     Args:
-        model: a classifier of its configuration; it may be on the meta device.
+        architecture: what its configuration gives.
         checkpoint: its files.
 
     Returns:
         One text each, which begins with the parameter's name.
     """
-    return list(_lacking(model, _shapes(model, checkpoint)))
+    return list(_lacking(architecture, _shapes(architecture, checkpoint)))
 
 
-def unused_weights(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
+def unused_weights(architecture: Architecture, checkpoint: Checkpoint) -> list[str]:
     """Floating-point tensors outside of the backbone that the model has no place for.
 
     Args:
-        model: a classifier of its configuration; it may be on the meta device.
+        architecture: what its configuration gives.
         checkpoint: its files.
     """
-    own = {*model.state_dict(), *(name for name, _ in model.named_parameters(remove_duplicate=False))}
-    own |= set(stored_names(model))
-    obsolete = tuple(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+    own = {*architecture.state, *(name for weight in architecture.weights for name in weight.names)}
+    own |= set(architecture.renamed)
     return [
         name
         for name, stored in checkpoint.head.items()
-        if stored.is_floating and name not in own and not any(re.search(pattern, name) for pattern in obsolete)
+        if stored.is_floating
+        and name not in own
+        and not any(re.search(pattern, name) for pattern in architecture.obsolete)
     ]
 
 
-def lacking_of_base(model: nn.Module, base: Checkpoint) -> list[str]:
+def lacking_of_base(architecture: Architecture, base: Checkpoint) -> list[str]:
     """Weights of the backbone that a base lacks and that cannot start at random.
 
     Whole submodules that it lacks, such as a pooler, are of each expert's own, as its head is. Submodules that hold
     embeddings or a stack of blocks never are.
 
     Args:
-        model: a classifier of the base's configuration; it may be on the meta device.
+        architecture: what the base's configuration gives.
         base: the base's files.
     """
-    prefix, backbone = f"{model.base_model_prefix}.", backbone_of(model)
-    children = dict(backbone.named_children())
+    prefix = f"{architecture.prefix}."
     lacking = [
-        found.removeprefix(prefix) for found in _lacking(model, _shapes(model, base)) if found.startswith(prefix)
+        found.removeprefix(prefix)
+        for found in _lacking(architecture, _shapes(architecture, base))
+        if found.startswith(prefix)
     ]
-    absent = set(children) - {name.partition(".")[0] for name in base.backbone}
-    private = {
-        name
-        for name in absent
-        if not any(isinstance(module, nn.Embedding | nn.ModuleList) for module in children[name].modules())
-    }
+    absent = set(architecture.children) - {name.partition(".")[0] for name in base.backbone}
+    private = {name for name in absent if not architecture.children[name]}
     return [found for found in lacking if not lies_in(found.partition(" ")[0], private)]
 
 
-def _shapes(model: nn.Module, checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+def _shapes(architecture: Architecture, checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     """Shapes of all stored tensors by the names that the model has for them."""
-    renamed, prefix = stored_names(model), f"{model.base_model_prefix}."
+    renamed, prefix = architecture.renamed, f"{architecture.prefix}."
     whole = {f"{prefix}{name}": tensor for name, tensor in checkpoint.backbone.items()} | checkpoint.head
     return {renamed.get(name, name): tensor.shape for name, tensor in whole.items()}
 
 
-def _lacking(model: nn.Module, stored: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+def _lacking(architecture: Architecture, stored: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
     """A tied parameter has several names, and one of them is enough."""
-    names: dict[int, list[str]] = {}
-    shapes: dict[int, tuple[int, ...]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-        shapes[id(parameter)] = tuple(parameter.shape)
-    for key, aliases in names.items():
-        found = next((stored[name] for name in aliases if name in stored), None)
+    for weight in architecture.weights:
+        found = next((stored[name] for name in weight.names if name in stored), None)
         if found is None:
-            yield f"{aliases[0]} is not there"
-        elif found != shapes[key]:
-            yield f"{aliases[0]} is {list(found)} in the file, but {list(shapes[key])} by config.json"
+            yield f"{weight.names[0]} is not there"
+        elif found != weight.shape:
+            yield f"{weight.names[0]} is {list(found)} in the file, but {list(weight.shape)} by config.json"
 
 
 def _surplus(name: str, expected: Collection[str]) -> str | None:

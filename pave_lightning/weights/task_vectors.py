@@ -398,7 +398,7 @@ def task_vectors(base: str, experts: Mapping[str, str]) -> ExpertTaskVectors:
 
     Args:
         base: folder, hub id, or ``package:NAME/FOLDER`` of the base model.
-        experts: the same for each task's fine-tuned sequence-classification checkpoint.
+        experts: the same for each task's fine-tuned checkpoint.
 
     Raises:
         PaveError: a model is missing, or the experts do not fit the base (all differences are listed).

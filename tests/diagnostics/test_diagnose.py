@@ -8,7 +8,7 @@ from pave_lightning.diagnostics import DiagnosticOptions, diagnose
 from pave_lightning.diagnostics.diagnose import weighted_means
 from pave_lightning.merging.methods.dare import DareOptions, DroppedTaskVectors
 from pave_lightning.purification import PurifiedTaskVectors
-from pave_lightning.recipe.schema import Purify
+from pave_lightning.purification.options import Purify
 from pave_lightning.statistics import LayerMoment, TaskStatistics
 from pave_lightning.weights import task_vectors
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from pave_lightning.recipe.schema import Task
 from pave_lightning.tasks.data_module import TaskDataModule
+from pave_lightning.tasks.task import Task
 from pave_lightning.weights import Architecture, Checkpoint, ExpertTaskVectors
 
 ROWS = {"train": 4, "validation": 21, "test": 26}
@@ -40,7 +40,7 @@ class Suite:
     cache: Path
 
     def data(self, task, **options):
-        options = {"seed": 0, "cache_dir": self.cache, "batch_size": 4, "max_length": 24} | options
+        options = {"seed": 0, "cache_dir": self.cache, "batch_size": 4} | options
         return TaskDataModule(task, self.tokenizer, **options)
 
     def checkpoint(self):
@@ -78,7 +78,7 @@ def make_suite(tmp_path_factory, tiny_tokenizer, make_base, make_expert):
         # Weights as large as these let different texts have different answers.
         base = make_base(initializer_range=0.4, **options)
         experts = {
-            task.name: make_expert(base, seed=seed, num_labels=task.outputs, size=0.2)
+            task.name: make_expert(base, seed=seed, num_labels=task.output_size, size=0.2)
             for seed, task in enumerate(tasks, start=5)
         }
         return Suite(tasks, rows, base, experts, tiny_tokenizer, folder / "cache")

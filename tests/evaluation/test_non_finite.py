@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 
 from pave_lightning.errors import PaveError
 from pave_lightning.evaluation import CheckpointCandidate, Evaluator, ExpertsCandidate, SuiteData, refuse_non_finite
+from pave_lightning.evaluation.options import ScaleSearch
 from pave_lightning.evaluation.scale_search import ScaleSearcher
 from pave_lightning.experts.trainers import build_trainer
 from pave_lightning.merging.running import MergedVectors
-from pave_lightning.recipe.schema import ScaleSearch
 from pave_lightning.weights import Checkpoint
 
 

@@ -10,9 +10,9 @@ from pave_lightning import Task
 from pave_lightning.evaluation import CheckpointCandidate, Evaluator, SuiteData
 from pave_lightning.experts.loading import load_expert
 from pave_lightning.experts.task_expert import TaskExpert
-from pave_lightning.experts.tokenizers import load_tokenizer, padding_id
 from pave_lightning.experts.trainers import build_trainer
 from pave_lightning.tasks.data_module import TaskDataModule
+from pave_lightning.tasks.tokenizers import load_tokenizer, padding_id
 from pave_lightning.weights import Architecture, Checkpoint
 from pave_lightning.weights.architecture import read_config
 
@@ -114,9 +114,8 @@ def make(tmp_path, tiny_tokenizer):
 def data_of(task, folder, batch_size, tmp_path):
     tokenizer = load_tokenizer(folder)
     padding = padding_id(read_config(folder), tokenizer)
-    return TaskDataModule(
-        task, tokenizer, seed=0, cache_dir=tmp_path / "cache", batch_size=batch_size, max_length=20, padding=padding
-    )
+    task = task.model_copy(update={"training": task.training.model_copy(update={"max_length": 20})})
+    return TaskDataModule(task, tokenizer, seed=0, cache_dir=tmp_path / "cache", batch_size=batch_size, padding=padding)
 
 
 def by_text(logits, batches):

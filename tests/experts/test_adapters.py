@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -31,8 +32,7 @@ from pave_lightning.experts.adapters import (
     load_adapter,
     load_adapter_alone,
 )
-from pave_lightning.experts.loading import label_names
-from pave_lightning.recipe.schema import Task
+from pave_lightning.tasks.task import Task
 
 SMALL = {
     "vocab_size": 100,
@@ -113,7 +113,7 @@ HALF = [
 def test_what_would_be_drawn_at_random_is_told(save_base, train, task, kind, config, target, lacking):
     base = save_base(kind(config))
     folder, _ = train(base, lora(target_modules=[target]))
-    (problem,) = fit_problems(base, folder, label_names(task))
+    (problem,) = fit_problems(base, folder, task.head_form)
     assert "drawn at random" in problem
     assert all(name in problem for name in lacking)
     assert "classifier.weight" not in problem
@@ -121,7 +121,7 @@ def test_what_would_be_drawn_at_random_is_told(save_base, train, task, kind, con
         load_adapter(base, folder, task)
     module = lacking[0].partition(".")[0]
     whole, logits = train(base, lora(target_modules=[target], modules_to_save=[module, "classifier"]), "whole")
-    assert fit_problems(base, whole, label_names(task)) == []
+    assert fit_problems(base, whole, task.head_form) == []
     with torch.no_grad():
         torch.testing.assert_close(load_adapter(base, whole, task)(**INPUTS).logits, logits, atol=1e-5, rtol=0)
 
@@ -129,7 +129,7 @@ def test_what_would_be_drawn_at_random_is_told(save_base, train, task, kind, con
 def test_a_part_of_the_head_that_the_base_has_is_read_from_there(save_base, train, task):
     base = save_base(ModernBertForMaskedLM(ModernBertConfig(**MODERN)))
     folder, logits = train(base, lora(target_modules=["Wqkv"]))
-    assert fit_problems(base, folder, label_names(task)) == []
+    assert fit_problems(base, folder, task.head_form) == []
     with torch.no_grad():
         torch.testing.assert_close(load_adapter(base, folder, task)(**INPUTS).logits, logits, atol=1e-5, rtol=0)
 
@@ -137,7 +137,7 @@ def test_a_part_of_the_head_that_the_base_has_is_read_from_there(save_base, trai
 def test_the_last_layer_of_the_base_is_not_that_of_the_adapter(expert_folders, train, task):
     base = expert_folders["first"]
     folder, _ = train(base, LoraConfig(r=2, target_modules=["query"]))
-    (problem,) = fit_problems(base, folder, label_names(task))
+    (problem,) = fit_problems(base, folder, task.head_form)
     assert "holds no head: classifier.weight, classifier.bias" in problem
     with pytest.raises(PaveError, match="holds no head of a BertForSequenceClassification"):
         load_adapter_alone(base, folder, "words")
@@ -146,9 +146,9 @@ def test_the_last_layer_of_the_base_is_not_that_of_the_adapter(expert_folders, t
 def test_a_pooler_without_the_head_and_a_head_without_the_pooler(make_base, train, task):
     base = make_base(pooler=False)
     alone, _ = train(base, LoraConfig(r=2, target_modules=["query"], modules_to_save=["pooler"]), "pooler")
-    assert "holds no head" in fit_problems(base, alone, label_names(task))[0]
+    assert "holds no head" in fit_problems(base, alone, task.head_form)[0]
     without, _ = train(base, lora(target_modules=["query"]), "head")
-    (problem,) = fit_problems(base, without, label_names(task))
+    (problem,) = fit_problems(base, without, task.head_form)
     assert "bert.pooler.dense.weight, bert.pooler.dense.bias" in problem
     assert "modules_to_save: [bert.pooler, classifier]" in problem
 
@@ -170,14 +170,14 @@ OTHERS = [
 def test_other_adapters_are_what_was_trained(base_folder, train, task, config):
     folder, logits = train(base_folder, config)
     assert adapter_problems(folder) == []
-    assert fit_problems(base_folder, folder, label_names(task)) == []
+    assert fit_problems(base_folder, folder, task.head_form) == []
     with torch.no_grad():
         torch.testing.assert_close(load_adapter(base_folder, folder, task)(**INPUTS).logits, logits, atol=1e-4, rtol=0)
 
 
 def test_adapters_that_change_no_weights(base_folder, train, task):
     folder, _ = train(base_folder, PromptTuningConfig(task_type=TaskType.SEQ_CLS, num_virtual_tokens=4))
-    (problem,) = fit_problems(base_folder, folder, label_names(task))
+    (problem,) = fit_problems(base_folder, folder, task.head_form)
     assert "PROMPT_TUNING" in problem
     assert "cannot be merged" in problem
 
@@ -200,30 +200,30 @@ def test_adapters_that_weights_cannot_hold(settings, told, base_folder, train, t
 
 def test_shapes_and_names_are_asked_before_anything_is_read(base_folder, make_base, train, task):
     folder, _ = train(make_base(hidden_size=48), lora(target_modules=["query"]))
-    (*told, more) = fit_problems(base_folder, folder, label_names(task))
+    (*told, more) = fit_problems(base_folder, folder, task.head_form)
     assert any("is [2, 48] in the adapter, but [2, 32] in this base" in problem for problem in told)
     assert "more like these" in more
 
     other, _ = train(base_folder, lora(target_modules=["query"]), "other")
-    assert fit_problems(base_folder, other, {"num_labels": 3}) != []
+    assert fit_problems(base_folder, other, replace(task.head_form, config={"num_labels": 3})) != []
     note(other, target_modules=["queri"])
-    assert "does not fit the base" in fit_problems(base_folder, other, label_names(task))[0]
+    assert "does not fit the base" in fit_problems(base_folder, other, task.head_form)[0]
     note(other, target_modules=["query"])
     name = "base_model.model.bert.encoder.layer.0.attention.self.query.lora_B.weight"
     change(other, lambda tensors: tensors.update({name.replace("layer.0", "layer.7"): tensors[name].clone()}))
-    assert "layer.7" in fit_problems(base_folder, other, label_names(task))[0]
+    assert "layer.7" in fit_problems(base_folder, other, task.head_form)[0]
     change(other, lambda tensors: [tensors.pop(name), tensors.pop(name.replace("layer.0", "layer.7"))])
-    (problem,) = fit_problems(base_folder, other, label_names(task))
+    (problem,) = fit_problems(base_folder, other, task.head_form)
     assert "bert.encoder.layer.0.attention.self.query.lora_B.weight" in problem
     with pytest.raises(PaveError, match=r"query\.lora_B\.weight"):
         load_adapter(base_folder, other, task)
 
 
-def test_adapters_of_the_head_alone_add_nothing(base_folder, train):
+def test_adapters_of_the_head_alone_add_nothing(base_folder, train, task):
     folder, _ = train(base_folder, LoraConfig(r=2, target_modules=["classifier"]))
-    assert adds_nothing(base_folder, folder)
+    assert adds_nothing(base_folder, folder, task.auto_model)
     other, _ = train(base_folder, lora(target_modules=["query"]), "other")
-    assert not adds_nothing(base_folder, other)
+    assert not adds_nothing(base_folder, other, task.auto_model)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])

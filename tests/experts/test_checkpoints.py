@@ -8,7 +8,7 @@ import torch
 
 from pave_lightning.experts import fitting
 from pave_lightning.experts.checkpoints import clear_away
-from pave_lightning.recipe.schema import Task
+from pave_lightning.tasks.task import Task
 
 
 class StoppedError(Exception):

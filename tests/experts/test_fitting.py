@@ -19,7 +19,7 @@ from pave_lightning.experts.adapters import load_adapter
 from pave_lightning.experts.fitting import fit_expert, save_expert
 from pave_lightning.experts.loading import load_with_new_head
 from pave_lightning.experts.task_expert import TaskExpert, parameter_groups
-from pave_lightning.recipe.schema import Task
+from pave_lightning.tasks.task import Task
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_head_and_backbone_have_rates_of_their_own_and_vectors_do_not_decay(base
     task = make_task(head_learning_rate=0.5, weight_decay=0.1)
     model = load_with_new_head(base_folder, task)
     rates = {}
-    for group in parameter_groups(model, task.training):
+    for group in parameter_groups(model, task, task.training):
         for parameter in group["params"]:
             rates[id(parameter)] = (group["lr"], group["weight_decay"])
     assert rates[id(model.classifier.weight)] == (0.5, 0.1)

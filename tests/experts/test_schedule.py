@@ -8,7 +8,7 @@ from pave_lightning.experts.rehearsal import rehearsed
 from pave_lightning.experts.schedule import Schedule, training_schedule
 from pave_lightning.experts.trainer_options import is_plain, process_count, trainer_problems
 from pave_lightning.experts.trainers import refused_options
-from pave_lightning.recipe.schema import Task
+from pave_lightning.tasks.task import Task
 
 
 def make_task(trainer=None, **training):

@@ -12,7 +12,7 @@ from pave_lightning.merging import known_methods
 from pave_lightning.merging.methods.emr import Emr
 from pave_lightning.merging.methods.task_arithmetic import TaskArithmetic
 from pave_lightning.pipeline import costs
-from pave_lightning.recipe.schema import Purify
+from pave_lightning.purification.options import Purify
 from pave_lightning.weights import Parameter, ParameterKind, memory
 
 LINUX = pytest.mark.skipif(not memory.STATUS.is_file(), reason="measures by /proc")
@@ -252,7 +252,7 @@ from pave_lightning.weights import memory
 from pave_lightning.merging import make_method
 from pave_lightning.merging.folders import MergeContext, write_merged
 from pave_lightning.purification import PurifiedTaskVectors, StoredPurification, write_purified
-from pave_lightning.recipe.schema import Compute, Purify
+from pave_lightning.purification.options import Compute, Purify
 from pave_lightning.statistics import TaskStatistics
 from pave_lightning.weights import Architecture, Checkpoint, ExpertTaskVectors
 

@@ -39,7 +39,7 @@ def check(folder, recipe):
         model = load_merged(folder, task.name)
         with torch.no_grad():
             logits = model(**words).logits
-        assert logits.shape == (1, task.outputs)
+        assert logits.shape == (1, task.output_size)
         assert torch.isfinite(logits).all()
     facts = json.loads((folder / "pave.json").read_text())
     assert facts["method"] in OURS

@@ -11,7 +11,7 @@ from pave_lightning.errors import PaveError
 from pave_lightning.pipeline.commands import open_folder, run_stage
 from pave_lightning.pipeline.planning import plan_rows
 from pave_lightning.pipeline.workflow import Workflow
-from pave_lightning.recipe.schema import AUTO_RATIOS
+from pave_lightning.purification.options import AUTO_RATIOS
 from pave_lightning.tasks.data_module import TaskDataModule
 
 

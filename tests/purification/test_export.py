@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2
 from pave_lightning.errors import PaveError
 from pave_lightning.purification import KeptRank, PurifiedTaskVectors, StoredPurification, write_purified
 from pave_lightning.purification.export import write_purified_expert, write_purified_experts
-from pave_lightning.recipe.schema import Purify
+from pave_lightning.purification.options import Purify
 from pave_lightning.weights import Architecture, Checkpoint, ExpertTaskVectors, ShardWriter, model_digest
 
 INPUTS = {

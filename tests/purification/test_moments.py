@@ -6,7 +6,7 @@ import torch
 
 from pave_lightning.errors import PaveError
 from pave_lightning.purification import PurifiedTaskVectors
-from pave_lightning.recipe.schema import Compute, Purify
+from pave_lightning.purification.options import Compute, Purify
 from pave_lightning.statistics import LayerMoment, SecondMoment, TaskStatistics
 
 LAYERS = ("block.wide", "block.tall", "end.square", "end.flipped")

@@ -5,7 +5,7 @@ import torch
 
 from pave_lightning.errors import PaveError
 from pave_lightning.purification import PurifiedTaskVectors
-from pave_lightning.recipe.schema import Purify
+from pave_lightning.purification.options import Purify
 from pave_lightning.statistics import LayerMoment, TaskStatistics
 from pave_lightning.weights import ParameterKind, model_digest, task_vectors
 

@@ -9,8 +9,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from pave_lightning.purification import PurifiedTaskVectors, write_purified
+from pave_lightning.purification.options import Compute, Purify
 from pave_lightning.purification.stored import StoredPurification
-from pave_lightning.recipe.schema import Compute, Purify
 from pave_lightning.weights import Checkpoint
 
 WAYS = {

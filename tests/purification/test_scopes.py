@@ -8,8 +8,8 @@ import torch
 
 from pave_lightning.errors import PaveError
 from pave_lightning.purification import PurifiedTaskVectors
+from pave_lightning.purification.options import Compute, Purify
 from pave_lightning.purification.vectors import layers_at_once
-from pave_lightning.recipe.schema import Compute, Purify
 
 DAMPING = 0.1
 SCOPES = ["layer", "model", "global"]

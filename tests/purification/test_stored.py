@@ -8,7 +8,7 @@ import torch
 
 from pave_lightning.errors import PaveError
 from pave_lightning.purification import PurifiedTaskVectors, StoredPurification, write_purified
-from pave_lightning.recipe.schema import Purify
+from pave_lightning.purification.options import Purify
 from pave_lightning.weights import Checkpoint
 
 LAYERS = ("block.wide", "block.tall", "end.square", "end.flipped")

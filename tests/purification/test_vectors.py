@@ -15,7 +15,7 @@ from pave_lightning.merging.methods.emr import Emr
 from pave_lightning.merging.methods.task_arithmetic import TaskArithmetic
 from pave_lightning.merging.methods.ties import Ties
 from pave_lightning.purification import PurifiedTaskVectors, StoredPurification, write_purified
-from pave_lightning.recipe.schema import Purify
+from pave_lightning.purification.options import Purify
 from pave_lightning.statistics import LayerMoment, TaskStatistics
 from pave_lightning.weights import Checkpoint, ParameterKind, task_vectors
 

@@ -138,7 +138,7 @@ def test_tags_that_do_not_fit(text):
 
 def test_as_many_classes_as_the_largest_data_sets_have(write_recipe):
     text = f"{START}tasks: [{{name: a, data: {{}}, text: t, classes: 21841}}]\n"
-    assert load_recipe(write_recipe(text)).tasks[0].outputs == 21_841
+    assert load_recipe(write_recipe(text)).tasks[0].output_size == 21_841
 
 
 @pytest.mark.parametrize(

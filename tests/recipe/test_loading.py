@@ -12,9 +12,10 @@ import pytest
 from ruamel.yaml import YAML
 
 from pave_lightning.errors import PaveError
+from pave_lightning.evaluation.options import ScaleSearch
 from pave_lightning.recipe.loading import load_recipe, recipe_digest, recipe_schema, recipe_to_yaml
-from pave_lightning.recipe.schema import Recipe, ScaleSearch
-from pave_lightning.recipe.suites import suite_task_names
+from pave_lightning.recipe.schema import Recipe
+from pave_lightning.tasks.suites import suite_task_names
 
 Write = Callable[[str], Path]
 Read = Callable[..., Recipe]

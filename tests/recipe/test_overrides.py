@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from pave_lightning.errors import PaveError
+from pave_lightning.evaluation.options import ScaleSearch
 from pave_lightning.recipe.loading import load_recipe
-from pave_lightning.recipe.schema import Recipe, ScaleSearch
+from pave_lightning.recipe.schema import Recipe
 
 Write = Callable[[str], Path]
 Read = Callable[..., Recipe]

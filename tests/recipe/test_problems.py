@@ -7,7 +7,7 @@ import pytest
 
 from pave_lightning.errors import PaveError
 from pave_lightning.recipe.loading import load_recipe
-from pave_lightning.recipe.schema import MergeStep
+from pave_lightning.recipe.merge_step import MergeStep
 
 Write = Callable[[str], Path]
 Problems = Callable[..., list[str]]
@@ -284,7 +284,7 @@ WRONG_TASKS = [
     ("[{nme: own, data: {}, text: t, classes: 2}]", ["tasks.0.nme: unknown key; did you mean 'name'?"]),
     (
         f"[{{{OWN}}}]",
-        ["tasks.0 (own): a classification task needs 'classes': their number, or their names in index order"],
+        ["tasks.0 (own): a text_classification task needs 'classes': their number, or their names in index order"],
     ),
     (f"[{{{OWN}, clases: 2}}]", ["tasks.0 (own).clases: unknown key; did you mean 'classes'?"]),
     (f"[{{{OWN}, classes: 1}}]", ["tasks.0 (own).classes: needs at least 2 entries, found 1"]),
@@ -439,7 +439,7 @@ merge:
         "seed: must be a whole number in [0, 2147483647], found 'yes'",
         "training.learning_rat: unknown key; did you mean 'learning_rate'?",
         "purify.rho: 2 is outside (0, 1]",
-        "tasks.2 (isa): 'classes' belongs to classification tasks",
+        "tasks.2 (isa): 'classes' belongs to text_classification tasks",
         "tasks.2 (isa): metric 'accuracy' does not fit a regression task; fitting are pearson, spearman",
         "tasks.2 (isa).training.batch_size: must be at least 1, found 0",
         "tasks.3 (sense).training.early_stopping.patience: must be at least 1, found 0",

@@ -7,10 +7,16 @@ import pytest
 from pydantic import ValidationError
 
 import pave_lightning.recipe.schema as recipe_module
+from pave_lightning.config import Section, slug
 from pave_lightning.errors import PaveError
+from pave_lightning.evaluation.options import ScaleSearch
 from pave_lightning.pipeline.stages import purifications
-from pave_lightning.recipe.schema import Expert, MergeStep, Purify, Recipe, ScaleSearch, Section, Task, Training, slug
-from pave_lightning.recipe.suites import suite_task, suite_task_names
+from pave_lightning.purification.options import Purify
+from pave_lightning.recipe.merge_step import MergeStep
+from pave_lightning.recipe.schema import Recipe
+from pave_lightning.tasks.options import Expert, Training
+from pave_lightning.tasks.suites import suite_task, suite_task_names
+from pave_lightning.tasks.task import Task
 
 SECTIONS = sorted(
     (
@@ -73,7 +79,7 @@ def test_short_forms_of_a_task() -> None:
     assert task.classes == ["0", "1"]
     assert task.metrics == ["accuracy"]
     assert task.primary_metric == "accuracy"
-    assert task.outputs == 2
+    assert task.output_size == 2
 
 
 def test_classes_that_yaml_takes_for_something_else_are_texts() -> None:
@@ -85,7 +91,7 @@ def test_a_regression_task() -> None:
     task = build_task(kind="regression", classes=None, value_range=[0, 5])
     assert task.metrics == ["pearson", "spearman"]
     assert task.primary_metric == "pearson"
-    assert task.outputs == 1
+    assert task.output_size == 1
     assert task.value_range == (0.0, 5.0)
 
 
@@ -171,9 +177,9 @@ def test_keys_of_a_suite_task_can_be_changed_one_by_one() -> None:
     [
         ({"text": "label"}, "'text' and 'label' both name the column 'label'"),
         ({"text": ["text", "text"]}, "'text' names the column 'text' twice"),
-        ({"classes": None}, "a classification task needs 'classes'"),
-        ({"value_range": [0, 1]}, "'value_range' belongs to regression tasks"),
-        ({"kind": "regression"}, "'classes' belongs to classification tasks"),
+        ({"classes": None}, "a text_classification task needs 'classes'"),
+        ({"value_range": [0, 1]}, "value_range\n.*not permitted"),
+        ({"kind": "regression"}, "classes\n.*not permitted"),
         (
             {"metrics": ["pearson"]},
             "metric 'pearson' does not fit a text_classification task; fitting are accuracy, f1",
@@ -193,12 +199,12 @@ def test_keys_of_a_task_that_disagree(keys: dict[str, Any], message: str) -> Non
 
 def test_everything_that_disagrees_in_a_task_is_told() -> None:
     with pytest.raises(ValidationError) as caught:
-        build_task(kind="regression", metrics=["accuracy"], primary_metric="f1")
+        build_task(kind="regression", classes=None, metrics=["accuracy"], primary_metric="f1", value_range=[1, 1])
     assert str(caught.value.errors()[0]["ctx"]["error"]).splitlines() == [
-        "'classes' belongs to classification tasks",
         "metric 'accuracy' does not fit a regression task; fitting are pearson, spearman",
         "metric 'f1' does not fit a regression task; fitting are pearson, spearman",
         "the primary metric 'f1' is not among the metrics accuracy",
+        "'value_range' must be [lowest, highest]",
     ]
 
 

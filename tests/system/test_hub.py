@@ -44,8 +44,8 @@ def test_a_hub_that_does_not_answer_is_asked_once(no_network):
 def test_datasets_ask_no_more_either(no_network):
     import datasets
 
-    from pave_lightning.recipe.schema import Task
     from pave_lightning.tasks.data import _read_hub
+    from pave_lightning.tasks.task import Task
 
     task = Task.model_validate({"name": "t", "data": {"hub": "nobody/nothing"}, "text": "text", "classes": 2})
     before = datasets.config.HF_HUB_OFFLINE

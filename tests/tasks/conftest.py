@@ -13,7 +13,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from pave_lightning.recipe.schema import Task
+from pave_lightning.tasks.task import Task
 
 WORDS = "a b c d e f g h good bad film".split()  # noqa: SIM905
 

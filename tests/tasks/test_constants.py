@@ -3,9 +3,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pave_lightning.recipe.schema import Task
 from pave_lightning.tasks.constants import constant_scores
-from pave_lightning.tasks.metrics import build_metrics, scores
+from pave_lightning.tasks.metrics import scores
+from pave_lightning.tasks.task import Task
 
 
 def test_what_always_the_same_answer_scores():
@@ -30,7 +30,7 @@ def test_no_constant_answer_scores_more_by_the_metrics_themselves(labels):
     task = make_constant_task(["accuracy", "f1", "macro_f1", "matthews"], classes=["no", "yes"])
     found = []
     for answer in (0, 1):
-        metrics = build_metrics(task)
+        metrics = task.build_metrics()
         metrics.update(torch.full((len(labels),), answer), torch.tensor(labels))
         found.append(scores(metrics))
     best = {name: max(one[name] for one in found) for name in task.metrics}

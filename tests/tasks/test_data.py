@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pave_lightning.errors import PaveError
-from pave_lightning.recipe.schema import Task
 from pave_lightning.tasks.data import SPLITS, check_task, load_split, sample_rows, split_fingerprint
+from pave_lightning.tasks.task import Task
 
 ROWS = [{"text": text, "label": label} for text, label in [("a", 0), ("NA", 1), ("c, d", 1), ("e", 0)]]
 

@@ -14,14 +14,16 @@ from transformers import PreTrainedTokenizerFast
 
 from pave_lightning.errors import PaveError
 from pave_lightning.tasks.data_module import TaskDataModule
+from pave_lightning.tasks.kinds.tokens import tokenizer_fingerprint
 from pave_lightning.tasks.samplers import ExactSampler, TrainingSampler
-from pave_lightning.tasks.tokenised import tokenizer_fingerprint
 
 
 @pytest.fixture
 def make_module(tmp_path, tokenizer):
     def build(task, **options):
-        options = {"seed": 0, "cache_dir": tmp_path / "cache", "batch_size": 4, "max_length": 16, **options}
+        training = task.training.model_copy(update={"max_length": options.pop("max_length", 16)})
+        task = task.model_copy(update={"training": training})
+        options = {"seed": 0, "cache_dir": tmp_path / "cache", "batch_size": 4, **options}
         return TaskDataModule(task, options.pop("tokenizer", tokenizer), **options)
 
     return build
@@ -124,7 +126,7 @@ def test_pairs_are_joined_and_cut(make_module, make_task):
     first = module.dataset("train")[0]
     assert first["length"] == 8
     assert first["token_type_ids"] == [0] * 5 + [1] * 3
-    assert module.tokenizer.decode(first["input_ids"]) == "[CLS] a b c [SEP] f g [SEP]"
+    assert module.processor.decode(first["input_ids"]) == "[CLS] a b c [SEP] f g [SEP]"
 
 
 def test_columns_may_be_called_like_the_results(make_module, make_task):
@@ -223,7 +225,7 @@ def test_random_tokens_are_words_within_the_special_tokens_of_a_real_text(world,
 
     def drawn(seed, rank=0, world=1):
         module = attach(make_module(make_task(), max_length=7), world, rank)
-        batches = list(module.random_token_dataloader(examples=300, batch_size=8, seed=seed))
+        batches = list(module.random_dataloader(examples=300, batch_size=8, seed=seed))
         assert all("labels" not in batch for batch in batches)
         return [
             tuple(ids[mask.bool()].tolist())
@@ -303,25 +305,25 @@ def test_tokenizer_fingerprint(tokenizer, make_other_tokenizer):
 
 def test_a_failed_write_leaves_nothing(make_module, make_task, tmp_path, monkeypatch):
     module = make_module(make_task())
-    monkeypatch.setattr(module.tokenised, "_encode", lambda batch: 1 / 0)
+    monkeypatch.setattr(module.encoded, "_encode", lambda batch: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         module.dataset("train")
-    assert list((tmp_path / "cache" / "tokenised").iterdir()) == []
+    assert list((tmp_path / "cache" / "encoded").iterdir()) == []
 
 
 def test_two_processes_may_tokenise_at_once(make_module, make_task, tmp_path, monkeypatch):
     task = make_task()
     slow, fast = make_module(task), make_module(task)
-    original = slow.tokenised._tokenise
+    original = slow.encoded._make
     read = []
 
     def overtaken(*args):
         original(*args)
         read.append(fast.dataset("train"))
 
-    monkeypatch.setattr(slow.tokenised, "_tokenise", overtaken)
+    monkeypatch.setattr(slow.encoded, "_make", overtaken)
     assert slow.dataset("train").to_list() == read[0].to_list()
-    assert len(list((tmp_path / "cache" / "tokenised").iterdir())) == 1
+    assert len(list((tmp_path / "cache" / "encoded").iterdir())) == 1
 
 
 @pytest.mark.parametrize(("stage", "splits"), [("fit", 2), ("validate", 1), ("test", 1), (None, 3)])

@@ -5,14 +5,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pave_lightning.recipe.schema import Data
 from pave_lightning.tasks.delimited import read_delimited
-from pave_lightning.tasks.rows import UnreadableError
+from pave_lightning.tasks.options import Data
+from pave_lightning.tasks.rows import ColumnForm, UnreadableError
+
+COLUMNS = {"text": ColumnForm.TEXT, "label": ColumnForm.LABEL}
 
 
 def read(content, ending=".csv", **options):
     content = content.encode() if isinstance(content, str) else content
-    return read_delimited(content, Data(train=f"x{ending}", **options), ending, ["text"], "label")
+    return read_delimited(
+        content, Data(train=f"x{ending}", **options), ending, {"text": ColumnForm.TEXT, "label": ColumnForm.LABEL}
+    )
 
 
 def pairs(rows):

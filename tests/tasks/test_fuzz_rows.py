@@ -9,10 +9,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pave_lightning.recipe.schema import Task
-from pave_lightning.tasks.checks import row_problems, usable_rows
+from pave_lightning.tasks.checks import row_problems
 from pave_lightning.tasks.reading import read_rows
 from pave_lightning.tasks.rows import UnreadableError
+from pave_lightning.tasks.task import Task
 
 TEXTS = ["good film", "naïve “words”", 'she said "no", twice', "two\nlines", "", "😀nicode", "tab\there", "NA"]
 ROWS = [{"id": i, "text": TEXTS[i % 8], "label": ["neg", "pos"][i % 2], "x": None if i % 3 else 1.5} for i in range(40)]
@@ -71,7 +71,7 @@ def read(content: bytes, ending: str, folder, **options) -> None:
         return
     assert {len(column) for column in rows.columns.values()} <= {rows.count}
     if rows.count and not row_problems(task, rows, "here"):
-        assert len(usable_rows(task, rows)) == rows.count
+        assert len(task.usable(rows, None)) == rows.count
 
 
 OPTIONS = [{"classes": ["neg", "pos"]}, {"kind": "regression", "label": "x"}, {"classes": 2, "label": "id"}]

@@ -4,14 +4,18 @@ import pyarrow as pa
 import pytest
 
 from pave_lightning.tasks.json_rows import read_json
-from pave_lightning.tasks.rows import UnreadableError
+from pave_lightning.tasks.rows import ColumnForm, UnreadableError
 
 A = '{"text": "a", "label": 1}'
 B = '{"label": 0, "x": {"y": [1]}, "text": "b"}'
 
+COLUMNS = {"text": ColumnForm.TEXT, "label": ColumnForm.LABEL}
+
 
 def read(content):
-    return read_json(content.encode() if isinstance(content, str) else content, ["text"], "label")
+    return read_json(
+        content.encode() if isinstance(content, str) else content, {"text": ColumnForm.TEXT, "label": ColumnForm.LABEL}
+    )
 
 
 @pytest.mark.parametrize(

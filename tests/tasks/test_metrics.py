@@ -14,15 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pave_lightning.recipe.schema
-from pave_lightning.recipe.schema import Task
 from pave_lightning.tasks.metrics import (
-    build_metrics,
-    loss,
     non_finite_rows,
-    predictions,
     scores,
     weak_experts,
 )
+from pave_lightning.tasks.task import Task
 
 CLASSIFICATION = ["accuracy", "macro_f1", "matthews"]
 
@@ -36,10 +33,10 @@ def task_of(classes=2, metrics=None):
 
 
 def measured(task, logits, labels, batch=7):
-    metrics = build_metrics(task)
+    metrics = task.build_metrics()
     for start in range(0, len(labels), batch):
         part = slice(start, start + batch)
-        metrics.update(predictions(task, logits[part]), labels[part])
+        metrics.update(task.chosen(logits[part]), labels[part])
     return scores(metrics)
 
 
@@ -128,7 +125,7 @@ def test_a_diverged_regression_is_not_hidden():
 
 def test_metrics_are_keyed_by_name_and_forget_after_reset():
     task = task_of(None, ["spearman", "pearson"])
-    metrics = build_metrics(task)
+    metrics = task.build_metrics()
     metrics.update(torch.arange(4.0), -torch.arange(4.0))
     assert scores(metrics) == {"spearman": pytest.approx(-1), "pearson": pytest.approx(-1)}
     metrics.reset()
@@ -140,17 +137,17 @@ def test_half_precision_logits():
     task = task_of(None, ["pearson"])
     logits = torch.arange(8, dtype=torch.bfloat16)[:, None]
     assert measured(task, logits, torch.arange(8.0))["pearson"] == pytest.approx(1.0)
-    assert predictions(task, logits).dtype == torch.float32
+    assert task.chosen(logits).dtype == torch.float32
 
 
 def test_cross_entropy_by_hand():
     logits, labels = torch.tensor([[1.0, 3.0], [0.5, -0.5]]), torch.tensor([1, 1])
     expected = np.mean([np.log(1 + np.exp(-2)), np.log(1 + np.exp(1))])
-    assert loss(task_of(2), logits, labels).item() == pytest.approx(expected, abs=1e-6)
+    assert task_of(2).output_loss(logits, labels).item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_squared_error_by_hand():
-    found = loss(task_of(None, ["pearson"]), torch.tensor([[1.0], [4.0]]), torch.tensor([2.0, 2.0]))
+    found = task_of(None, ["pearson"]).output_loss(torch.tensor([[1.0], [4.0]]), torch.tensor([2.0, 2.0]))
     assert found.item() == pytest.approx(2.5)
 
 
@@ -158,7 +155,7 @@ def test_squared_error_by_hand():
 def test_loss_is_float32_and_has_a_gradient(classes, outputs):
     logits = torch.randn(4, outputs, dtype=torch.bfloat16, requires_grad=True)
     labels = torch.tensor([0, 1, 2, 0]) if classes else torch.zeros(4)
-    found = loss(task_of(classes, None if classes else ["pearson"]), logits, labels)
+    found = task_of(classes, None if classes else ["pearson"]).output_loss(logits, labels)
     found.backward()
     assert found.dtype == torch.float32
     assert logits.grad is not None
@@ -175,10 +172,10 @@ def random_tasks(rows=11):
 @pytest.mark.parametrize("case", random_tasks(), ids=["classification", "regression"])
 def test_shares_of_rows_merge_to_the_whole(case):
     task, logits, labels = case
-    whole = build_metrics(task)
+    whole = task.build_metrics()
     for rank in range(3):
-        share = build_metrics(task)
-        share.update(predictions(task, logits[rank::3]), labels[rank::3])
+        share = task.build_metrics()
+        share.update(task.chosen(logits[rank::3]), labels[rank::3])
         for name, metric in share.items():
             whole[name].merge_state(metric)
     found = {name: float(metric.compute()) for name, metric in whole.items()}
@@ -188,17 +185,17 @@ def test_shares_of_rows_merge_to_the_whole(case):
 ONE_RANK = """
 import json, sys
 import torch
-from pave_lightning.recipe.schema import Task
-from pave_lightning.tasks.metrics import build_metrics, predictions, scores
+from pave_lightning.tasks.task import Task
+from pave_lightning.tasks.metrics import scores
 torch.distributed.init_process_group("gloo")
 rank = torch.distributed.get_rank()
 for number, (task, logits, labels) in enumerate(torch.load(sys.argv[1], weights_only=True)):
     task = Task.model_validate_json(task)
     # Uneven shares, then one process without any row.
     for kind, rows in {"uneven": slice(rank, None, 2), "empty": slice(0, None if rank == 0 else 0)}.items():
-        metrics = build_metrics(task)
+        metrics = task.build_metrics()
         if len(labels[rows]):
-            metrics.update(predictions(task, logits[rows]), labels[rows])
+            metrics.update(task.chosen(logits[rows]), labels[rows])
         with open(f"{sys.argv[2]}/{number}-{kind}-{rank}.json", "w") as file:
             json.dump(scores(metrics), file)
 # Left to the interpreter's exit, gloo's threads may abort a process whose work is done.

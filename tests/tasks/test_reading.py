@@ -6,9 +6,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pave_lightning.recipe.schema import Task
 from pave_lightning.tasks.reading import read_rows
 from pave_lightning.tasks.rows import UnreadableError
+from pave_lightning.tasks.task import Task
 
 
 @pytest.fixture

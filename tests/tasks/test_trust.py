@@ -10,7 +10,6 @@ from pave_lightning.errors import PaveError
 from pave_lightning.tasks import data
 from pave_lightning.tasks.data import SPLITS, check_task, load_split, split_fingerprint
 from pave_lightning.tasks.data_module import TaskDataModule
-from pave_lightning.tasks.labels import encode_labels
 
 
 @pytest.fixture
@@ -94,19 +93,19 @@ def test_how_a_file_is_read_is_part_of_its_fingerprint(make_task, load, tmp_path
     assert load(make_task(data={"train": str(path), "delimiter": ";"}))["text"][:] == ["a"]
 
 
-@pytest.mark.parametrize("folder", ["raw", "tokenised"])
+@pytest.mark.parametrize("folder", ["raw", "encoded"])
 def test_damaged_copies_heal(folder, make_task, tmp_path, tokenizer, caplog):
     task = make_task()
 
     def rows():
-        options = {"seed": 0, "cache_dir": tmp_path / "cache", "batch_size": 4, "max_length": 16}
+        options = {"seed": 0, "cache_dir": tmp_path / "cache", "batch_size": 4}
         return TaskDataModule(task, tokenizer, **options).dataset("train").to_list()
 
     whole = rows()
     (path,) = (tmp_path / "cache" / folder).glob("*.arrow")
     content = path.read_bytes()
     if folder == "raw":
-        next((tmp_path / "cache" / "tokenised").iterdir()).unlink()
+        next((tmp_path / "cache" / "encoded").iterdir()).unlink()
     other = tmp_path / "other.arrow"
     datasets.Dataset.from_dict({"text": ["x"], "label": [1], "input_ids": [[1]], "length": [1]}).map(
         lambda row: row, cache_file_name=str(other)
@@ -115,7 +114,7 @@ def test_damaged_copies_heal(folder, make_task, tmp_path, tokenizer, caplog):
         path.unlink()
         path.write_bytes(damage)
         if folder == "raw":
-            for made in (tmp_path / "cache" / "tokenised").iterdir():
+            for made in (tmp_path / "cache" / "encoded").iterdir():
                 made.unlink()
         caplog.clear()
         assert rows() == whole
@@ -157,7 +156,7 @@ def test_what_is_odd_about_a_file_is_told_each_time(make_task, check, tmp_path, 
 
 
 def encoded(task, load, split="train"):
-    return encode_labels(task, load(task, split)["label"][:]).tolist()
+    return task.encoded_labels(load(task, split)["label"][:]).tolist()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,9 @@ from transformers import BertConfig, CLIPConfig, GPT2Config, ViTConfig, ViTForIm
 from pave_lightning.callbacks import PaveCallback
 from pave_lightning.errors import PaveError
 from pave_lightning.weights import Architecture, Checkpoint, ExpertTaskVectors, Parameter, ParameterKind
-from pave_lightning.weights.architecture import backbone_of, empty_classifier
+from pave_lightning.weights.architecture import backbone_of, empty_model
+
+IMAGES = "AutoModelForImageClassification"
 
 
 @pytest.fixture
@@ -99,7 +101,7 @@ def vit_config():
 
 def test_an_image_classifier(tmp_path, vit_config):
     vit_config.save_pretrained(tmp_path)
-    found = Architecture.of_folder(tmp_path)
+    found = Architecture.of_folder(tmp_path, IMAGES)
     assert found.prefix == "vit"
     assert (found.vocabulary, found.positions) == (None, None)
     assert found.head == {"classifier.weight", "classifier.bias"}
@@ -144,7 +146,7 @@ def test_moments_of_an_image_classifier_fit_its_parameters(tmp_path, vit_config)
         callbacks=callback,
     )
     trainer.validate(ImageExpert(model), DataLoader(images, batch_size=None), verbose=False)
-    captured, parameters = callback.statistics, Architecture.of_folder(tmp_path).parameters.values()
+    captured, parameters = callback.statistics, Architecture.of_folder(tmp_path, IMAGES).parameters.values()
     matrices = {parameter.layer: parameter for parameter in parameters if parameter.is_matrix}
     assert set(captured) == set(matrices)
     for layer, parameter in matrices.items():
@@ -173,7 +175,7 @@ def test_an_image_model_whose_backbone_is_not_where_its_prefix_says(tmp_path):
         vision_config={"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
     ).save_pretrained(tmp_path)
     with pytest.raises(PaveError, match="CLIPForImageClassification has no backbone named 'clip'"):
-        Architecture.of_folder(tmp_path)
+        Architecture.of_folder(tmp_path, IMAGES)
 
 
 def test_nothing_is_allocated(tmp_path):
@@ -209,8 +211,8 @@ def test_no_configuration(tmp_path):
 def test_a_configuration_that_gives_no_model(tmp_path, base_folder, changes):
     config = json.loads((base_folder / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
-    with pytest.raises(PaveError, match=r"config\.json gives no sequence-classification model: \S"):
-        Architecture.of_folder(tmp_path)
+    with pytest.raises(PaveError, match=r"config\.json gives no (sequence-classification )?model: \S"):
+        Architecture.of_folder(tmp_path, "AutoModelForSequenceClassification")
 
 
 def test_broken_json(tmp_path):
@@ -219,9 +221,9 @@ def test_broken_json(tmp_path):
         Architecture.of_folder(tmp_path)
 
 
-def test_the_empty_classifier_is_on_the_device_asked_for(base_folder):
-    assert all(value.is_meta for value in empty_classifier(base_folder).parameters())
-    model = empty_classifier(base_folder, device="cpu")
+def test_the_empty_model_is_on_the_device_asked_for(base_folder):
+    assert all(value.is_meta for value in empty_model(base_folder, "AutoModelForSequenceClassification").parameters())
+    model = empty_model(base_folder, "AutoModelForSequenceClassification", device="cpu")
     assert not any(value.is_meta for value in model.parameters())
     assert type(backbone_of(model)).__name__ == "BertModel"
 

@@ -152,7 +152,9 @@ def test_kinds():
 
 
 def problems(tmp_path, base, expert):
-    architecture = Architecture("net", {}, frozenset(), {}, buffers=buffer_kinds(Net()))
+    architecture = Architecture(
+        "Net", "net", {}, (), frozenset(), {}, {}, "input_ids", True, buffers=buffer_kinds(Net())
+    )
     checkpoints = []
     for name, tensors in (("base", base), ("expert", expert)):
         (tmp_path / name).mkdir()

@@ -7,10 +7,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pave_lightning.weights import Checkpoint
-from pave_lightning.weights.architecture import empty_classifier
+from pave_lightning.weights.architecture import Architecture
 from pave_lightning.weights.completeness import lacking_of_base, lacking_weights, naming_problem, unused_weights
 
 QUERY = "bert.encoder.layer.0.attention.self.query.weight"
+
+
+def described(folder):
+    return Architecture.of_folder(folder, "AutoModelForSequenceClassification")
 
 
 @pytest.fixture
@@ -31,9 +35,9 @@ def changed(expert_folders, tmp_path):
 
 def test_a_whole_expert_lacks_nothing(changed):
     folder, checkpoint = changed(lambda tensors: None)
-    assert lacking_weights(empty_classifier(folder), checkpoint) == []
-    assert unused_weights(empty_classifier(folder), checkpoint) == []
-    assert naming_problem(empty_classifier(folder), checkpoint) is None
+    assert lacking_weights(described(folder), checkpoint) == []
+    assert unused_weights(described(folder), checkpoint) == []
+    assert naming_problem(described(folder), checkpoint) is None
 
 
 def test_names_of_old_releases_are_known(changed):
@@ -45,8 +49,8 @@ def test_names_of_old_releases_are_known(changed):
         }
 
     folder, checkpoint = changed(old)
-    assert lacking_weights(empty_classifier(folder), checkpoint) == []
-    assert naming_problem(empty_classifier(folder), checkpoint) is None
+    assert lacking_weights(described(folder), checkpoint) == []
+    assert naming_problem(described(folder), checkpoint) is None
 
 
 @pytest.mark.parametrize(
@@ -62,12 +66,12 @@ def test_names_of_old_releases_are_known(changed):
 )
 def test_what_is_lacking_is_named(changed, edit, found):
     folder, checkpoint = changed(edit)
-    assert lacking_weights(empty_classifier(folder), checkpoint) == found
+    assert lacking_weights(described(folder), checkpoint) == found
 
 
 def test_weights_that_the_model_has_no_place_for(changed):
     folder, checkpoint = changed(lambda tensors: tensors.update({"dense.weight": torch.zeros(2, 2)}))
-    assert unused_weights(empty_classifier(folder), checkpoint) == ["dense.weight"]
+    assert unused_weights(described(folder), checkpoint) == ["dense.weight"]
 
 
 @pytest.mark.parametrize(
@@ -83,7 +87,7 @@ def test_weights_that_the_model_has_no_place_for(changed):
 )
 def test_prefixes_of_wrappers_are_named(changed, prefix, told):
     folder, checkpoint = changed(lambda tensors: {f"{prefix}{name}": value for name, value in tensors.items()})
-    assert told in naming_problem(empty_classifier(folder), checkpoint)
+    assert told in naming_problem(described(folder), checkpoint)
 
 
 @pytest.mark.parametrize("part", ["_checkpoint_wrapped_module", "_fsdp_wrapped_module", "base_layer", "_orig_mod"])
@@ -92,14 +96,14 @@ def test_wrappers_of_single_layers_are_named(changed, part):
         tensors[QUERY.replace("query.", f"query.{part}.")] = tensors.pop(QUERY)
 
     folder, checkpoint = changed(wrap)
-    problem = naming_problem(empty_classifier(folder), checkpoint)
+    problem = naming_problem(described(folder), checkpoint)
     assert f"'.{part}.' in them" in problem
     assert f"self.query.{part}.weight" in problem
 
 
 def test_a_base_may_lack_a_pooler_and_nothing_else(make_base, changed):
     bare = make_base(pooler=False)
-    model = empty_classifier(bare)
+    model = described(bare)
     assert lacking_of_base(model, Checkpoint(bare, "bert")) == []
     _, checkpoint = changed(lambda tensors: tensors.pop(QUERY.removeprefix("bert.")), bare)
     assert lacking_of_base(model, checkpoint) == [f"{QUERY.removeprefix('bert.')} is not there"]

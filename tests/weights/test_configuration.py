@@ -113,5 +113,5 @@ def test_what_a_checkpoint_says_it_is(named, fine):
 
 
 def test_a_broken_configuration(tmp_path):
-    with pytest.raises(PaveError, match=r"its config\.json gives no sequence-classification model"):
+    with pytest.raises(PaveError, match=r"its config\.json gives no model"):
         read_config(write(tmp_path / "broken", model_type="no-such-model"))

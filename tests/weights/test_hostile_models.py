@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pave_lightning.errors import PaveError
-from pave_lightning.experts.tokenizers import load_tokenizer
 from pave_lightning.system import files
+from pave_lightning.tasks.tokenizers import load_tokenizer
 from pave_lightning.weights import Adapter, Architecture, Checkpoint
 
 
@@ -30,7 +30,7 @@ def change(file, **changes):
         ({"text_config": {"n_layer": 10**18}}, "n_layer is 1,000,000,000,000,000,000, which no model has"),
         ({"vocab_size": 2**40}, "vocab_size is 1,099,511,627,776, which no model has"),
         ({"num_hidden_layers": 1500}, "num_hidden_layers is 1,500, which no model has"),
-        ({"hidden_size": 2**31 - 1, "num_attention_heads": 1}, "gives no sequence-classification model"),
+        ({"hidden_size": 2**31 - 1, "num_attention_heads": 1}, "gives no model"),
         ({"x": "y" * (5 << 20)}, "too large: expected at most 4 MiB of JSON"),
         (
             {"model_type": "own", "auto_map": {"AutoConfig": "x--code.Own"}},

@@ -12,11 +12,10 @@ import json
 import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 
 from pave_lightning.errors import PaveError
 from pave_lightning.experts.loading import quiet_transformers
@@ -24,7 +23,11 @@ from pave_lightning.merging import Need, method_named
 from pave_lightning.merging.blocks import MODEL_FAILURES, BlockStack
 from pave_lightning.merging.passes import misnamed
 from pave_lightning.recipe.schema import Recipe
-from pave_lightning.weights.architecture import backbone_of, empty_classifier, read_config
+from pave_lightning.tasks.kinds.tokens import MASK, TOKENS
+from pave_lightning.weights.architecture import backbone_of, empty_model, read_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 # What is found out by models that are given the weights of checkpoints.
 RUN_THE_MODEL = frozenset({Need.UNLABELLED_EXAMPLES, Need.GRADIENTS})
@@ -39,15 +42,15 @@ HIDDEN_ENDINGS = ("_size", "_dim", "_model", "_embd", "dim")
 INNER_NAMES = ("intermediate_size", "ffn", "inner", "d_ff", "hidden_dim")
 
 
-def block_problem(folder: Path) -> str | None:
+def block_problem(folder: Path, auto_model: str) -> str | None:
     """Why the backbone of a model folder cannot be walked through block by block; None where it can.
 
     Reads ``config.json`` alone. A refusal of a copy is believed when less changed copies are refused as well.
 
     Raises:
-        PaveError: the configuration gives no classification model.
+        PaveError: the configuration gives no such model.
     """
-    backbone = backbone_of(empty_classifier(folder))
+    backbone = backbone_of(empty_model(folder, auto_model))
     try:
         stack = BlockStack(backbone)
     except PaveError as refusal:
@@ -55,7 +58,7 @@ def block_problem(folder: Path) -> str | None:
     problem = stack.refusal("it is too large to be tried before training, however few layers it is given")
     for values in smaller(read_config(folder)):
         try:
-            copied = _copy(values)
+            copied = _copy(values, auto_model)
             if copied is None:
                 continue
             batches = list(_batches(copied))
@@ -79,7 +82,7 @@ def block_problem(folder: Path) -> str | None:
 def naming_problems(recipe: Recipe, folder: Path, names: Collection[str]) -> Iterator[str]:
     """Why methods that run a model cannot put weights of these names, as checkpoints store them, into its backbone."""
     running = [step.name for step in recipe.merge if _runs_the_model(step.method)]
-    problem = misnamed(backbone_of(empty_classifier(folder)), names) if running else None
+    problem = misnamed(backbone_of(empty_model(folder, recipe.tasks[0].auto_model)), names) if running else None
     if problem is not None:
         steps = ", ".join(f"'{name}'" for name in running)
         yield f"merge step{'s' if len(running) > 1 else ''} {steps}: {problem}"
@@ -103,7 +106,7 @@ def _parts(config: PreTrainedConfig, values: dict[str, Any]) -> Iterator[tuple[P
     yield config, values
     for name, inner in values.items():
         part = getattr(config, name, None)
-        if isinstance(part, PreTrainedConfig) and isinstance(inner, dict):
+        if hasattr(part, "model_type") and isinstance(inner, dict):
             yield from _parts(part, inner)
 
 
@@ -158,15 +161,15 @@ def _narrow(config: PreTrainedConfig, values: dict[str, Any]) -> dict[str, Any]:
     return changed
 
 
-def _copy(values: dict[str, Any]) -> nn.Module | None:
-    """A classifier of a configuration with random weights, in eval mode; None where it is too large."""
+def _copy(values: dict[str, Any], auto_model: str) -> nn.Module | None:
+    """A model of a configuration with random weights, in eval mode; None where it is too large."""
     with tempfile.TemporaryDirectory() as place, quiet_transformers(), torch.random.fork_rng():
         folder = Path(place)
         (folder / "config.json").write_text(json.dumps(values))
-        if sum(parameter.numel() for parameter in empty_classifier(folder).parameters()) > LARGEST_COPY:
+        if sum(parameter.numel() for parameter in empty_model(folder, auto_model).parameters()) > LARGEST_COPY:
             return None
         torch.manual_seed(0)
-        return empty_classifier(folder, device="cpu").float().eval()
+        return empty_model(folder, auto_model, device="cpu").float().eval()
 
 
 def _batches(classifier: nn.Module) -> Iterator[dict[str, Tensor]]:
@@ -180,7 +183,7 @@ def _batches(classifier: nn.Module) -> Iterator[dict[str, Tensor]]:
     ids = words[torch.randint(len(words), (len(LENGTHS), longest), generator=generator)]
     mask = torch.arange(longest) < torch.tensor(LENGTHS)[:, None]
     for real in (mask, mask.flip(1)):
-        yield {"input_ids": ids.where(real, torch.tensor(whole.pad_token_id)), "attention_mask": real.long()}
+        yield {TOKENS: ids.where(real, torch.tensor(whole.pad_token_id)), MASK: real.long()}
 
 
 @torch.no_grad()

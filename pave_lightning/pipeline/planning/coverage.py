@@ -12,7 +12,9 @@ from pave_lightning.weights.coverage import Coverage
 def coverage_lines(recipe: Recipe, folder: RunFolder) -> list[str]:
     """Tensors that will not be merged, and weights that will not be captured and purified, by name and reason."""
     base_folder = locate_model(recipe.base, role="base")
-    architecture = Architecture.of_folder(base_folder)
-    found = Coverage.of(architecture.checkpoint(base_folder), architecture, convolutions=recipe.capture.convolutions)
+    architecture = Architecture.of_folder(base_folder, *recipe.auto_models)
+    found = Coverage.of(
+        architecture.base_checkpoint(base_folder), architecture, convolutions=recipe.capture.convolutions
+    )
     sections = found.sections(merges=bool(recipe.merge), captures=Stages(recipe, folder).need_statistics())
     return [line for heading, lines in sections.items() for line in (heading, *(f"  {line}" for line in lines))]

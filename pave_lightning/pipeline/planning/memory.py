@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 
+from pave_lightning.evaluation.options import ScaleSearch
 from pave_lightning.pipeline.planning.models import is_wrapped
-from pave_lightning.recipe.schema import MergeStep, ScaleSearch, Task
+from pave_lightning.recipe.merge_step import MergeStep
+from pave_lightning.tasks.task import Task
 from pave_lightning.weights import Parameter
 from pave_lightning.weights.architecture import lies_in
 

@@ -13,7 +13,9 @@ from pave_lightning.pipeline.planning.blocks import block_problem, naming_proble
 from pave_lightning.pipeline.planning.models import adapter_of, is_wrapped
 from pave_lightning.pipeline.stages import existing_folder, purifications, ratios
 from pave_lightning.purification.vectors import budget_problems
-from pave_lightning.recipe.schema import MergeStep, Recipe, Task
+from pave_lightning.recipe.merge_step import MergeStep
+from pave_lightning.recipe.schema import Recipe
+from pave_lightning.tasks.task import Task
 from pave_lightning.weights import Adapter, Architecture, Checkpoint, Parameter, ParameterKind, locate_model
 from pave_lightning.weights.adapters import ADAPTER_CONFIG, ADAPTER_FOLDER
 from pave_lightning.weights.architecture import lies_in
@@ -32,14 +34,14 @@ def merge_problems(recipe: Recipe) -> Iterator[str]:
     parameters: list[Parameter] = []
     try:
         folder = locate_model(recipe.base, role="base")
-        architecture = Architecture.of_folder(folder)
-        parameters = list(stored_parameters(architecture.checkpoint(folder), architecture))
+        architecture = Architecture.of_folder(folder, *recipe.auto_models)
+        parameters = list(stored_parameters(architecture.base_checkpoint(folder), architecture))
     except PaveError:  # told elsewhere; what can be said without is said
         pass
     vectors = _planned_vectors(recipe, parameters, architecture)
     evidence = PlannedEvidence()
     if parameters:
-        evidence = PlannedEvidence(block_problem=cache(partial(block_problem, folder)))
+        evidence = PlannedEvidence(block_problem=cache(partial(block_problem, folder, recipe.tasks[0].auto_model)))
         names = [parameter.name for parameter in parameters]
         yield from naming_problems(recipe, folder, names)
     for step in recipe.merge:

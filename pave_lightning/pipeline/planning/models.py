@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,10 +10,12 @@ from pave_lightning.errors import PaveError, Problems, nearest
 from pave_lightning.experts.loading import base_problem
 from pave_lightning.pipeline.planning.experts import adapter_facts, expert_facts, is_unreadable
 from pave_lightning.pipeline.stages import existing_folder
-from pave_lightning.recipe.schema import Lora, Recipe, Task
+from pave_lightning.recipe.schema import Recipe
+from pave_lightning.tasks.kinds.tokens import TOKENS
+from pave_lightning.tasks.options import Lora
+from pave_lightning.tasks.task import Task
 from pave_lightning.weights import Adapter, Architecture, Checkpoint, Parameter, ParameterKind, locate_model
 from pave_lightning.weights.adapters import ADAPTER_CONFIG, adapter_folder
-from pave_lightning.weights.architecture import empty_classifier
 from pave_lightning.weights.completeness import naming_problem
 from pave_lightning.weights.coverage import unmergeable
 from pave_lightning.weights.task_vectors import absent_children, differences
@@ -51,16 +52,15 @@ def check_models(recipe: Recipe, problems: Problems) -> None:
         PaveError: The base cannot be read, so that nothing else can be asked.
     """
     base_folder = locate_model(recipe.base, role="base")
-    architecture = Architecture.of_folder(base_folder)
-    base = architecture.checkpoint(base_folder)
-    model = empty_classifier(base_folder)
-    unnamed = naming_problem(model, base)
+    architecture = Architecture.of_folder(base_folder, *recipe.auto_models)
+    base = architecture.base_checkpoint(base_folder)
+    unnamed = naming_problem(architecture, architecture.checkpoint(base_folder))
     if unnamed is not None:
         raise PaveError(f"base: {unnamed}")
-    if model.main_input_name == "input_ids" and "attention_mask" not in inspect.signature(model.forward).parameters:
+    if architecture.main_input == TOKENS and not architecture.takes_mask:
         problems.add(
-            f"base: {type(model).__name__} takes no attention mask, so it would read padding as text and its scores "
-            "would depend on the batch; such architectures are not supported yet"
+            f"base: {architecture.model_class} takes no attention mask, so it would read padding as text and its "
+            "scores would depend on the batch; such architectures are not supported yet"
         )
     weights = [
         name for name, stored in base.backbone.items() if stored.is_floating and name not in architecture.buffers
@@ -73,8 +73,11 @@ def check_models(recipe: Recipe, problems: Problems) -> None:
             f"base: {architecture.config.get('model_type')} stores weights in other pieces than the model has "
             f"({foreign[0]}, for {unset[0]} and the like); such architectures are not supported yet"
         )
-    elif (incomplete := base_problem(base_folder, model)) is not None:
-        problems.add(f"base: {incomplete}")
+    else:
+        of_kinds = (Architecture.of_folder(base_folder, name) for name in recipe.auto_models)
+        incomplete = next(filter(None, (base_problem(base_folder, one) for one in of_kinds)), None)
+        if incomplete is not None:
+            problems.add(f"base: {incomplete}")
     problems.extend(f"base: {problem}" for problem in (*tie_problems(base), *unmergeable(base, architecture)))
     for task in recipe.tasks:
         limit = architecture.positions
@@ -143,10 +146,10 @@ def _expert_problems(task: Task, reference: str, base: Checkpoint, architecture:
         if not problems:
             Adapter(folder, architecture.prefix)  # tells what is wrong with its factors
         return
-    own = Architecture.of_folder(folder)
+    own = Architecture.of_folder(folder, task.auto_model)
     expert = own.checkpoint(folder)
     yield from expert_facts(task, folder, base.folder)
-    if is_unreadable(folder):
+    if is_unreadable(folder, task.auto_model):
         return
     yield from differences(task.name, base, expert, architecture)
     if expert.has_backbone_of(base):

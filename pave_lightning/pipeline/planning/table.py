@@ -18,9 +18,11 @@ from pave_lightning.pipeline.planning.merging import stored_parameters
 from pave_lightning.pipeline.planning.training import planned_schedule
 from pave_lightning.pipeline.run_folder import RunFolder
 from pave_lightning.pipeline.stages import Stage, Stages, purifications, ratios
+from pave_lightning.purification.options import Purify
 from pave_lightning.purification.vectors import workers_of
-from pave_lightning.recipe.schema import Purify, Recipe, Task
+from pave_lightning.recipe.schema import Recipe
 from pave_lightning.tasks.constants import constant_answer
+from pave_lightning.tasks.task import Task
 from pave_lightning.weights import Architecture, locate_model
 
 
@@ -98,7 +100,7 @@ def cost_table(recipe: Recipe, folder: RunFolder) -> Table:
 def added_memory(recipe: Recipe) -> dict[str, int]:
     """Bytes that training and scoring merged models take besides the program, at most; 0 for what is not done."""
     base_folder = locate_model(recipe.base, role="base")
-    parameters = list(Architecture.of_folder(base_folder).parameters.values())
+    parameters = list(Architecture.of_folder(base_folder, *recipe.auto_models).parameters.values())
     trained = [fit_bytes(parameters, task) for task in recipe.tasks if task.expert is None]
     return {
         "training": max(trained, default=0),
@@ -110,8 +112,8 @@ def predicted_cost(recipe: Recipe, folder: RunFolder) -> Cost:
     """Memory, time and disk that the recipe's purification and merging will take, from headers and small trials."""
     stages = Stages(recipe, folder)
     base_folder = locate_model(recipe.base, role="base")
-    architecture = Architecture.of_folder(base_folder)
-    parameters = list(stored_parameters(architecture.checkpoint(base_folder), architecture))
+    architecture = Architecture.of_folder(base_folder, *recipe.auto_models)
+    parameters = list(stored_parameters(architecture.base_checkpoint(base_folder), architecture))
     capture, planned = recipe.capture, _planned_purifications(stages)
     kinds = expected_kinds(parameters, capture.moments, convolutions=capture.convolutions)
     exported = 0 if _purifies_in_a_run(recipe) else sum(len(one.tasks or recipe.tasks) for one in planned)

@@ -1,43 +1,44 @@
-"""What becomes of the rows once they are tokenised, by the code that a run tokenises them with."""
+"""What becomes of the rows once they are encoded, by the code that a run encodes them with."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 from pave_lightning.errors import PaveError
-from pave_lightning.experts.tokenizers import load_tokenizer
 from pave_lightning.pipeline.run_folder import RunFolder
 from pave_lightning.pipeline.stages import existing_folder
 from pave_lightning.recipe.schema import Recipe
 from pave_lightning.tasks.data import SPLITS
-from pave_lightning.tasks.tokenised import TokenisedRows
+from pave_lightning.tasks.encoded import EncodedRows
+from pave_lightning.tasks.task import Task
 from pave_lightning.weights import locate_model
 
 log = logging.getLogger("pave_lightning")
 
 
 def tokenised_problems(recipe: Recipe, folder: RunFolder) -> Iterator[str]:
-    """Tokenise all rows that are used, and tell those that leave nothing to learn from; others are warned of.
+    """Encode all rows that are used, and tell those that leave nothing to learn from; others are warned of.
 
     Args:
         recipe: What is checked.
-        folder: Its run folder, where the tokens are kept for the run.
+        folder: Its run folder, where the encoded rows are kept for the run.
 
     Raises:
         PaveError: There is no base.
     """
     base = locate_model(recipe.base, role="base")
-    load = lru_cache(maxsize=1)(load_tokenizer)  # most tasks have the base's
+    loaded: dict[tuple[type[Task], Path], Any] = {}  # most tasks have the base's
     for task in recipe.tasks:
         try:
-            tokenizer = load(base if task.expert is None else existing_folder(task), base)
+            place = base if task.expert is None else existing_folder(task)
+            key = (type(task), place)
+            processor = loaded[key] if key in loaded else loaded.setdefault(key, task.load_processor(place, base))
         except PaveError:  # told with what is wrong with tokenizers
             continue
-        rows = TokenisedRows(
-            task, tokenizer, seed=recipe.seed, cache_dir=folder.data, max_length=task.training.max_length
-        )
+        rows = EncodedRows(task, processor, seed=recipe.seed, cache_dir=folder.data)
         for split in SPLITS:
             try:
                 for remark in rows.remarks(split):

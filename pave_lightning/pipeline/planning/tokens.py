@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from pave_lightning.errors import PaveError
-from pave_lightning.experts.tokenizers import load_tokenizer, padding_note
 from pave_lightning.experts.vocabulary import differing_tokens, expert_notes, row_problems, table_rows, token_rows
 from pave_lightning.pipeline.stages import existing_folder
-from pave_lightning.recipe.schema import Recipe, Task
+from pave_lightning.recipe.schema import Recipe
+from pave_lightning.tasks.task import Task
+from pave_lightning.tasks.tokenizers import load_tokenizer, padding_note
 from pave_lightning.weights import Architecture, Checkpoint, locate_model
 from pave_lightning.weights.adapters import ADAPTER_CONFIG
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def token_problems(recipe: Recipe) -> Iterator[str]:
@@ -23,8 +26,8 @@ def token_problems(recipe: Recipe) -> Iterator[str]:
     """
     try:
         folder = locate_model(recipe.base, role="base")
-        architecture = Architecture.of_folder(folder)
-        base = architecture.checkpoint(folder)
+        architecture = Architecture.of_folder(folder, *recipe.auto_models)
+        base = architecture.base_checkpoint(folder)
     except PaveError:  # told elsewhere
         return
     try:
@@ -50,8 +53,8 @@ def token_problems(recipe: Recipe) -> Iterator[str]:
 def token_notes(recipe: Recipe) -> Iterator[str]:
     """What a run does about tokens that nobody asked it to do, for a recipe in which nothing is wrong."""
     folder = locate_model(recipe.base, role="base")
-    architecture = Architecture.of_folder(folder)
-    base = architecture.checkpoint(folder)
+    architecture = Architecture.of_folder(folder, *recipe.auto_models)
+    base = architecture.base_checkpoint(folder)
     note = padding_note(load_tokenizer(folder))
     if note is not None:
         yield f"base: {note}"
@@ -70,7 +73,7 @@ def _expert_problems(
     folder = existing_folder(task)
     what = f"task '{task.name}': {folder}"
     adapter = (folder / ADAPTER_CONFIG).is_file()
-    its = architecture if adapter else Architecture.of_folder(folder)
+    its = architecture if adapter else Architecture.of_folder(folder, task.auto_model)
     rows = token_rows(folder, its, base)
     yield from row_problems(what, rows, rows if adapter else its.vocabulary, own)
     yield from differing_tokens(what, own.get_vocab(), tokenizer.get_vocab())
@@ -87,7 +90,7 @@ def _head_problems(what: str, architecture: Architecture, tokenizer: PreTrainedT
             "(for T5 it is the padding token)"
         )
     end = architecture.config.get("eos_token_id")
-    found = list(tokenizer("a")["input_ids"]).count(end)
+    found = list(tokenizer.encode("a")).count(end)
     if found != 1:
         yield (
             f"{what}: its head reads the end-of-text token, {end} by config.json, but its tokenizer gives a text "

@@ -8,8 +8,9 @@ from pathlib import Path
 from pave_lightning.errors import PaveError
 from pave_lightning.experts.schedule import Schedule, training_schedule
 from pave_lightning.experts.trainer_options import process_count, trainer_problems
-from pave_lightning.recipe.schema import Recipe, Task
+from pave_lightning.recipe.schema import Recipe
 from pave_lightning.tasks.data import SPLITS, load_split
+from pave_lightning.tasks.task import Task
 
 
 def schedule_problems(recipe: Recipe, cache: Path) -> Iterator[str]:

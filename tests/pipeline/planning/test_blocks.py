@@ -27,7 +27,7 @@ from pave_lightning.errors import PaveError
 from pave_lightning.pipeline.planning import check_recipe
 from pave_lightning.pipeline.planning.blocks import LARGEST_COPY, block_problem, naming_problems, smaller
 from pave_lightning.pipeline.run_folder import RunFolder
-from pave_lightning.weights.architecture import empty_classifier
+from pave_lightning.weights.architecture import empty_model
 
 SIZES = {
     "hidden_size": 32,
@@ -45,6 +45,12 @@ WALKING = [
     {"method": "regmean_plus_plus", "options": {"examples": 12}},
     {"method": "distillation", "anchor": "average", "options": {"examples": 12, "epochs": 1}},
 ]
+
+CLASSIFIER = "AutoModelForSequenceClassification"
+
+
+def size(folder):
+    return sum(parameter.numel() for parameter in empty_model(folder, CLASSIFIER).parameters())
 
 
 @pytest.fixture
@@ -78,7 +84,7 @@ def test_what_run_refuses_plan_has_refused(settings_of, tiny_tokenizer, tmp_path
 
 def test_an_encoder_beside_a_decoder_is_refused_as_such(tmp_path):
     T5Config().save_pretrained(tmp_path)
-    assert block_problem(tmp_path) == (
+    assert block_problem(tmp_path, CLASSIFIER) == (
         "T5Model cannot be calibrated block by block: it has an encoder beside a decoder, which is more than one stack "
         "of blocks; choose a method that does not work block by block"
     )
@@ -87,7 +93,7 @@ def test_an_encoder_beside_a_decoder_is_refused_as_such(tmp_path):
 def test_a_model_that_cannot_be_tried_is_refused(tmp_path):
     """Its segments do not divide the lengths of our examples: neither would those of a task."""
     NystromformerConfig(**SIZES, num_landmarks=4, segment_means_seq_len=16).save_pretrained(tmp_path)
-    assert "NystromformerModel cannot be calibrated block by block: a small copy" in block_problem(tmp_path)
+    assert "NystromformerModel cannot be calibrated block by block: a small copy" in block_problem(tmp_path, CLASSIFIER)
 
 
 @pytest.mark.parametrize(
@@ -106,12 +112,16 @@ def test_a_model_that_cannot_be_tried_is_refused(tmp_path):
 def test_large_models_are_tried_as_small_ones(config, tmp_path):
     """7,000 million parameters are not made; what is made is some million."""
     config.save_pretrained(tmp_path)
-    whole = sum(parameter.numel() for parameter in empty_classifier(tmp_path).parameters())
+    whole = sum(
+        parameter.numel() for parameter in empty_model(tmp_path, "AutoModelForSequenceClassification").parameters()
+    )
     (tmp_path / "config.json").write_text(type(config).from_dict(next(smaller(config))).to_json_string())
-    assert sum(parameter.numel() for parameter in empty_classifier(tmp_path).parameters()) < min(1e7, whole / 100)
+    assert sum(
+        parameter.numel() for parameter in empty_model(tmp_path, "AutoModelForSequenceClassification").parameters()
+    ) < min(1e7, whole / 100)
     assert LARGEST_COPY < 1e8
     config.save_pretrained(tmp_path)
-    assert block_problem(tmp_path) is None
+    assert block_problem(tmp_path, CLASSIFIER) is None
 
 
 def test_a_small_copy_keeps_heads_and_the_pattern_of_layers():

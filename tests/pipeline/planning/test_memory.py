@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from pave_lightning.pipeline.planning.memory import fit_bytes, search_bytes
-from pave_lightning.recipe.schema import MergeStep, Task
+from pave_lightning.recipe.merge_step import MergeStep
+from pave_lightning.tasks.task import Task
 from pave_lightning.weights import Parameter, ParameterKind, memory
 
 LINUX = pytest.mark.skipif(not memory.STATUS.is_file(), reason="measures by /proc")
@@ -65,7 +66,7 @@ import sys, tempfile
 from pathlib import Path
 from pave_lightning.experts.fitting import fit_expert
 from pave_lightning.pipeline.planning.memory import fit_bytes
-from pave_lightning.recipe.schema import Task
+from pave_lightning.tasks.task import Task
 from pave_lightning.weights import Architecture, memory
 base, task = Path(sys.argv[1]), Task.model_validate_json(sys.argv[2])
 parameters = list(Architecture.of_folder(base).parameters.values())

@@ -8,8 +8,8 @@ import pytest
 from transformers import BertConfig, GPT2Config, LlamaConfig, RobertaConfig, T5Config, XLNetConfig
 
 from pave_lightning.errors import PaveError
-from pave_lightning.experts.tokenizers import load_tokenizer, padding_id, padding_note, set_padding
-from pave_lightning.weights.architecture import empty_classifier, read_config
+from pave_lightning.tasks.tokenizers import load_tokenizer, padding_id, padding_note, set_padding
+from pave_lightning.weights.architecture import empty_model, read_config
 from pave_lightning.weights.locate import has_tokenizer
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -147,7 +147,7 @@ def test_the_end_of_text_pads_where_nothing_else_does(model, tiny_tokenizer, tmp
     tokenizer = load_tokenizer(folder)
     assert (tokenizer.pad_token, tokenizer.pad_token_id) == ("[SEP]", 3)
     assert "batches are padded with its end-of-text token [SEP]" in padding_note(tokenizer)
-    classifier = empty_classifier(folder)
+    classifier = empty_model(folder, "AutoModelForSequenceClassification")
     assert classifier.config.pad_token_id is None
     set_padding(classifier, folder)
     assert classifier.config.pad_token_id == 3

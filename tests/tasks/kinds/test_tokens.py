@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pave_lightning.errors import PaveError
 from pave_lightning.tasks.data_module import TaskDataModule
-from pave_lightning.tasks.token_checks import token_findings
+from pave_lightning.tasks.kinds.tokens import token_findings
 
 
 def findings(tokenizer, texts, places=None):
@@ -60,26 +60,26 @@ def test_texts_of_which_only_special_tokens_are_left_are_told(tokenizer):
 
 def test_a_data_module_refuses_such_rows_and_keeps_nothing(bare, make_task, tmp_path):
     rows = [{"text": "go", "label": 0}, {"text": "?", "label": 1}]
-    options = {"seed": 0, "cache_dir": tmp_path / "cache", "batch_size": 4, "max_length": 16}
+    options = {"seed": 0, "cache_dir": tmp_path / "cache", "batch_size": 4}
     module = TaskDataModule(make_task(train=rows), bare, **options)
     with pytest.raises(
         PaveError, match=r"task 'toy', train split \(.*train.jsonl\): .* no tokens .* in row 1 \(counted"
     ):
         module.dataset("train")
-    assert list((tmp_path / "cache" / "tokenised").iterdir()) == []
+    assert list((tmp_path / "cache" / "encoded").iterdir()) == []
 
 
 def test_a_tokenizer_that_cannot_encode_is_told(make_task, tmp_path):
     broken = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"[PAD]": 0})), pad_token="[PAD]")
-    options = {"seed": 0, "cache_dir": tmp_path / "cache", "batch_size": 4, "max_length": 16}
+    options = {"seed": 0, "cache_dir": tmp_path / "cache", "batch_size": 4}
     with pytest.raises(PaveError, match="cannot encode some of the texts"):
         TaskDataModule(make_task(), broken, **options).dataset("train")
 
 
 def test_a_data_module_tells_what_is_odd(tokenizer, make_task, tmp_path):
-    options = {"seed": 0, "cache_dir": tmp_path / "cache", "batch_size": 4, "max_length": 16}
+    options = {"seed": 0, "cache_dir": tmp_path / "cache", "batch_size": 4}
     rows = [{"text": "good what ever this", "label": 0}, {"text": "is", "label": 1}]
     module = TaskDataModule(make_task(train=rows), tokenizer, **options)
-    (remark,) = module.tokenised.remarks("train")
+    (remark,) = module.encoded.remarks("train")
     assert remark.startswith("task 'toy', train split (")
     assert "80% of the tokens" in remark

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from torch import nn
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
+from typing import TYPE_CHECKING, Any
 
 from pave_lightning.errors import PaveError, foreign
 from pave_lightning.system.files import check_sizes
 from pave_lightning.weights.architecture import read_config
 from pave_lightning.weights.locate import has_tokenizer
 
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
 # Word starts that some tokenizers always have, however empty their vocabulary.
 _MARKS = {"", "▁", "Ġ", "</w>", "##"}
 
 
-def load_tokenizer(folder: Path, base: Path | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, base: Path | None = None, *, words: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder, with a padding token, padding on the side that is exact for the model.
 
     A tokenizer without padding token pads with the token that ``config.json`` names, where that is a special one, or
@@ -28,13 +29,14 @@ def load_tokenizer(folder: Path, base: Path | None = None) -> PreTrainedTokenize
     Args:
         folder: folder of a model, or of an adapter.
         base: folder of the base model, whose tokenizer an expert without any tokenizer files has.
+        words: whether it is given lists of words; those that tell a word by the space before it then put one there.
 
     Raises:
         PaveError: there is none, it cannot be read, its vocabulary is empty, or it has no token to pad with.
     """
     place = tokenizer_folder(folder, base)
     config = read_config(folder if (folder / "config.json").is_file() or base is None else base)
-    tokenizer = _read(place, config)
+    tokenizer = _read(place, config, {"add_prefix_space": True} if words else {})
     _refuse_missing_files(place, tokenizer)
     tokens = tokenizer.get_vocab()
     added = {str(token) for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
@@ -98,7 +100,10 @@ def text_config(config: PretrainedConfig) -> Any:
     return config.get_text_config()
 
 
-def _read(folder: Path, config: PretrainedConfig) -> PreTrainedTokenizerBase:
+def _read(folder: Path, config: PretrainedConfig, options: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(transformers_logging.CRITICAL)  # what it would say is told below
     check_sizes(folder)
@@ -106,7 +111,7 @@ def _read(folder: Path, config: PretrainedConfig) -> PreTrainedTokenizerBase:
     try:
         with foreign(what, f"{advice}: {_advice(folder)}"):
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                folder, config=config, trust_remote_code=False
+                folder, config=config, trust_remote_code=False, **options
             )
             tokenizer.get_vocab()
             tokenizer(["a"], ["b"], truncation=True, max_length=8)  # which a file can be wrong for, too

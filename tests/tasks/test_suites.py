@@ -1,7 +1,7 @@
 import pytest
 
-from pave_lightning.recipe.schema import Task
-from pave_lightning.recipe.suites import suite_task, suite_task_names
+from pave_lightning.tasks.suites import suite_task, suite_task_names
+from pave_lightning.tasks.task import Task
 
 
 @pytest.mark.parametrize("name", suite_task_names())

@@ -1,0 +1,1 @@
+from .pave_callback import PaveCallback as PaveCallback

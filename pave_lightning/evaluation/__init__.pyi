@@ -1,0 +1,11 @@
+from .candidates import Candidate as Candidate
+from .candidates import CheckpointCandidate as CheckpointCandidate
+from .candidates import ExpertsCandidate as ExpertsCandidate
+from .candidates import MergedCandidate as MergedCandidate
+from .candidates import ModulatedCandidate as ModulatedCandidate
+from .candidates import PurifiedExpertsCandidate as PurifiedExpertsCandidate
+from .evaluator import Evaluator as Evaluator
+from .evaluator import Split as Split
+from .evaluator import SuiteData as SuiteData
+from .evaluator import TaskScore as TaskScore
+from .evaluator import refuse_non_finite as refuse_non_finite

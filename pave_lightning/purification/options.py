@@ -1,0 +1,89 @@
+"""Options of purification."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag
+
+from pave_lightning.config import Section
+
+
+def _ratio_form(value: Any) -> str:
+    return "auto" if isinstance(value, str) else "number"
+
+
+# Ratios that rho: auto tries; 1 leaves the experts as they are.
+AUTO_RATIOS = (0.875, 0.9375, 0.97, 0.984, 0.992, 1.0)
+Rho = Annotated[
+    Annotated[float, Field(gt=0, le=1), Tag("number")] | Annotated[Literal["auto"], Tag("auto")],
+    Discriminator(_ratio_form),
+]
+
+
+class Purify(Section):
+    """PAVE: keep of every fine-tuned weight the output directions that its own task excites (arXiv 2510.14697)."""
+
+    rho: Rho = 0.97
+    """Preserved rank ratio: the share of all tasks' components that are kept; or auto: the ratio, out of 0.875, 0.9375,
+    0.97, 0.984, 0.992 and 1, whose merged model scores best on the validation split. 1 is no purification, so on that
+    data auto is never below plain."""
+    scope: Literal["layer", "model", "global"] = "layer"
+    """What shares one budget of ranks. layer: the tasks of one layer (the paper); model: as layer, then one ratio for
+    each task, all the ranks that it keeps over all full ranks (the published scripts); global: all layers and tasks."""
+    metric: Literal["covariance", "root", "identity"] = "covariance"
+    """What ranks the directions: W C (the paper), W C^(1/2) (the output error), or W alone."""
+    statistics: Literal["own", "other_task", "random", "task_vector"] = "own"
+    """Whose second moments. own: the task's (the paper); other_task: those of the next task in the recipe's order, and
+    random: those of Gaussian noise, the same for every seed of the recipe (both for ablation); task_vector: no data,
+    the second moment of the task vector's rows, scaled to a mean of 1 on the diagonal."""
+    target: Literal["expert", "delta", "delta_by_expert"] = "expert"
+    """What is projected. expert: the fine-tuned weight W_t (the paper); delta: the task vector, on the directions that
+    the task vector itself excites (of low rank after LoRA, so that rho must be low to change anything);
+    delta_by_expert: the task vector, without the directions that the expert excites least."""
+    allocation: Literal["spectral", "even"] = "spectral"
+    """spectral: the weakest normalised components of all tasks go first; even: every task keeps the share rho."""
+    stopping_share: float = Field(default=1.5, gt=0)
+    """With spectral allocation no task loses more than this multiple of the even share."""
+    nearest_budget: bool = False
+    """Where stopping_share puts rho out of reach: take the nearest budget within reach instead of refusing."""
+    damping: float = Field(default=0.1, ge=0)
+    """Added to the diagonal of the second moment (epsilon in the paper)."""
+    tasks: list[str] | None = Field(default=None, min_length=1)
+    """Tasks to purify; all of them where nothing is said."""
+    exact: bool = False
+    """Full singular value decompositions instead of the fast eigenvalue path; for comparison."""
+
+    def __hash__(self) -> int:
+        """Of what it says, because the list of tasks has no hash of its own."""
+        return hash(self.model_dump_json())
+
+    @property
+    def reads_statistics(self) -> bool:
+        """Whether captured statistics are needed at all."""
+        return self.metric != "identity" and self.statistics in ("own", "other_task")
+
+    @property
+    def needs_inputs(self) -> str:
+        """The choice, as key and value, that needs the second moments of all inputs; empty where none does."""
+        if self.statistics == "other_task":
+            return "statistics: other_task"
+        return "target: delta" if self.target == "delta" else ""
+
+    @property
+    def summary(self) -> str:
+        """What differs from other purifications, in a few words."""
+        ratio = self.rho if isinstance(self.rho, str) else f"{self.rho:g}"
+        words = [f"rho {ratio}", self.metric, f"{self.allocation} allocation", f"scope {self.scope}"]
+        words += [] if self.statistics == "own" else [f"statistics {self.statistics}"]
+        words += [] if self.target == "expert" else [f"target {self.target}"]
+        return ", ".join(words)
+
+
+class Compute(Section):
+    """How purification uses the machine; the results do not depend on it beyond rounding."""
+
+    workers: int | None = Field(default=None, ge=1)
+    """Threads that work at once, each on one task of a layer; one for each processor core where nothing is said."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """cpu: eigenvectors of the weakest directions alone; cuda: full eigenvalue decompositions on the graphics card."""

@@ -1,0 +1,108 @@
+"""The rows of one task as its model is given them, kept in files named after everything that they depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from pave_lightning.errors import PaveError, naming
+from pave_lightning.tasks.copies import kept_copy
+from pave_lightning.tasks.data import Split, changing, load_rows, quiet_datasets, split_fingerprint, split_title
+from pave_lightning.tasks.task import Task
+
+# Raise it when the files change their form, so that older ones are not read.
+CACHE_FORMAT = 2
+
+
+class EncodedRows:
+    """Encoded rows of one task, made when they are first asked for and read memory-mapped from then on.
+
+    Args:
+        task: the task.
+        processor: the base model's tokenizer, or whatever the kind of task encodes rows with.
+        seed: of the samples of rows.
+        cache_dir: folder for Arrow copies of the raw and the encoded rows.
+
+    Raises:
+        PaveError: the processor cannot be used for this task; later, when a split is read, all that is wrong
+            with its data.
+    """
+
+    def __init__(self, task: Task, processor: Any, *, seed: int, cache_dir: str | Path) -> None:
+        if problem := task.processor_problem(processor):
+            raise PaveError(f"task '{task.name}': {problem}")
+        self.task = task
+        self.processor = processor
+        self.seed = seed
+        self.cache_dir = Path(cache_dir)
+        self._datasets: dict[Split, datasets.Dataset] = {}
+
+    def dataset(self, split: Split) -> datasets.Dataset:
+        """The encoded rows of a split with their labels and ``length``; made now if they are not there.
+
+        Raises:
+            PaveError: the split cannot be read, or a text or label of it cannot be used.
+        """
+        if split not in self._datasets:
+            self._datasets[split] = datasets.Dataset.from_file(str(self.file(split)))
+        return self._datasets[split]
+
+    def remarks(self, split: Split) -> list[str]:
+        """What is worth saying of a split's encoded rows although it is no mistake: a vocabulary that hardly fits.
+
+        Raises:
+            PaveError: as `dataset`.
+        """
+        places = load_rows(self.task, split, seed=self.seed, cache_dir=self.cache_dir).places
+        _, remarks = self.task.findings(self.dataset(split), self.processor, places)
+        return [f"{split_title(self.task, split)}: {remark}" for remark in remarks]
+
+    def file(self, split: Split) -> Path:
+        """The Arrow file of a split; made now if it is not there."""
+        fingerprint = split_fingerprint(self.task, split)
+        stem = f"{self.task.name}-{split}-{self._digest(split, fingerprint)[:32]}"
+        return kept_copy(self.cache_dir / "encoded", stem, lambda path: self._make(split, path, fingerprint))
+
+    def _make(self, split: Split, path: Path, fingerprint: str) -> None:
+        loaded = load_rows(self.task, split, seed=self.seed, cache_dir=self.cache_dir)
+        if loaded.fingerprint != fingerprint:
+            raise changing(self.task, split)
+        rows = loaded.dataset.select_columns(list(self.task.columns))
+        with quiet_datasets():
+            encoded = rows.map(
+                self._encode,
+                batched=True,
+                remove_columns=rows.column_names,
+                cache_file_name=str(path),
+                load_from_cache_file=False,
+                # Given, so that datasets need not pickle and hash the processor.
+                new_fingerprint=self._digest(split, fingerprint)[:32],
+            )
+        problems, _ = self.task.findings(encoded, self.processor, loaded.places)
+        if problems:
+            raise PaveError("\n".join(f"{split_title(self.task, split)}: {problem}" for problem in problems))
+
+    def _encode(self, batch: dict[str, list[Any]]) -> dict[str, Any]:
+        with naming(f"task '{self.task.name}'"):
+            return self.task.encode(batch, self.processor)
+
+    @cached_property
+    def _processor_fingerprint(self) -> str:
+        return self.task.processor_fingerprint(self.processor)
+
+    def _digest(self, split: Split, fingerprint: str) -> str:
+        parts = {
+            "format": CACHE_FORMAT,
+            "data": fingerprint,
+            "shown": self.task.shown_by,
+            "labelled": self.task.labelled_by,
+            "examples": getattr(self.task.examples, split),
+            "seed": self.seed,
+            "processor": self._processor_fingerprint,
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

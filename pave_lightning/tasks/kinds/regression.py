@@ -1,0 +1,83 @@
+"""Regression: one number for a text, or for a pair of texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pave_lightning.config import Span
+from pave_lightning.tasks.classes import head_misfits
+from pave_lightning.tasks.kinds import task_kind
+from pave_lightning.tasks.kinds.texts import TextTask
+from pave_lightning.tasks.options import MetricName
+from pave_lightning.tasks.task import Misfit
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    from torch import Tensor
+
+    from pave_lightning.tasks.checks import LabelColumn
+    from pave_lightning.tasks.labels import Reading
+    from pave_lightning.tasks.rows import Rows
+
+
+@task_kind
+class Regression(TextTask):
+    """One number for a text, or for a pair of texts; mean squared error."""
+
+    fitting_metrics: ClassVar[tuple[MetricName, ...]] = ("pearson", "spearman")
+    default_metrics: ClassVar[tuple[MetricName, ...]] = ("pearson", "spearman")
+
+    kind: Literal["regression"] = "regression"
+    """What is predicted: one number for a text."""
+    value_range: Span | None = None
+    """Lowest and highest possible label; labels outside are refused."""
+
+    def contradictions(self) -> Iterator[str]:
+        """A range that is none."""
+        yield from super().contradictions()
+        if self.value_range is not None and self.value_range[0] >= self.value_range[1]:
+            yield "'value_range' must be [lowest, highest]"
+
+    def label_column(self, rows: Rows, reading: Reading | None) -> LabelColumn:
+        """The labels of one split."""
+        from pave_lightning.tasks.checks import LabelColumn
+
+        return LabelColumn(rows, self.label, reading, value_range=self.value_range)
+
+    def encoded_labels(self, labels: list[Any]) -> npt.NDArray[np.float32]:
+        """The numbers."""
+        import numpy as np
+
+        return np.asarray(labels, dtype=np.float32)
+
+    @property
+    def output_size(self) -> int:
+        """One number."""
+        return 1
+
+    @property
+    def head_config(self) -> dict[str, Any]:
+        """One output."""
+        return {"num_labels": 1, "problem_type": "regression"}
+
+    def chosen(self, outputs: Tensor) -> Tensor:
+        """The outputs themselves."""
+        return outputs.squeeze(-1).float()
+
+    def output_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Mean squared error."""
+        from torch.nn import functional
+
+        return functional.mse_loss(outputs.squeeze(-1).float(), targets.float())
+
+    def likelihood_directions(self, outputs: Tensor) -> Tensor:
+        """The output is the mean of a Gaussian of variance one."""
+        from pave_lightning.tasks.likelihood import gaussian_directions
+
+        return gaussian_directions(outputs)
+
+    def misfits(self, config: Any, written: Mapping[str, Any]) -> Iterator[Misfit]:
+        """Another problem type, or several outputs."""
+        return head_misfits(self.head_config, config)

@@ -1,0 +1,258 @@
+"""Token classification: one class for each word of a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from pave_lightning.tasks.classes import (
+    ClassNames,
+    class_contradictions,
+    class_list,
+    class_misfits,
+    classifier_config,
+)
+from pave_lightning.tasks.kinds import task_kind
+from pave_lightning.tasks.kinds.tokens import (
+    PaddedBatches,
+    padding_problem,
+    random_tokens,
+    token_findings,
+    tokenise,
+    tokenizer_fingerprint,
+)
+from pave_lightning.tasks.options import MetricName
+from pave_lightning.tasks.task import Batch, Misfit, Predictions, Task
+
+if TYPE_CHECKING:
+    import datasets
+    import numpy as np
+    import numpy.typing as npt
+    import pyarrow as pa
+    from torch import Tensor, nn
+    from transformers import PreTrainedTokenizerBase
+
+    from pave_lightning.tasks.checks import LabelColumn
+    from pave_lightning.tasks.labels import LabelValues, Reading
+    from pave_lightning.tasks.rows import ColumnForm, Rows
+
+# The label of tokens that carry none: all but the first one of each word.
+UNLABELLED = -100
+# Marks, in a batch, the first token of each word.
+FIRST = "is_first"
+
+
+@task_kind
+class TokenClassification(Task):
+    """One class for each word of a row, which its first token carries; cross-entropy over words."""
+
+    auto_model: ClassVar[str] = "AutoModelForTokenClassification"
+    peft_type: ClassVar[str] = "TOKEN_CLS"
+    fitting_metrics: ClassVar[tuple[MetricName, ...]] = ("accuracy", "macro_f1")
+    default_metrics: ClassVar[tuple[MetricName, ...]] = ("accuracy", "macro_f1")
+
+    kind: Literal["token_classification"] = "token_classification"
+    """What is predicted: one class for each word."""
+    words: str = "words"
+    """The column that holds a list of words."""
+    label: str = "labels"
+    """The column that holds a list of labels, one a word: class indices or names."""
+    classes: ClassNames = Field(default=[], validate_default=False)
+    """Names of the classes in the order of their indices; labels are read as those of text classification are."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _class_names(cls, raw: Any) -> Any:
+        return class_list(raw)
+
+    def contradictions(self) -> Iterator[str]:
+        """Classes and columns that do not go together."""
+        yield from class_contradictions(self.kind, self.classes, self.metrics)
+        if self.label == self.words:
+            yield f"'words' and 'label' both name the column '{self.label}'"
+
+    # ---- rows ------------------------------------------------------------------------------------------------------
+
+    @property
+    def columns(self) -> dict[str, ColumnForm]:
+        """The words and their labels."""
+        from pave_lightning.tasks.rows import ColumnForm
+
+        return {self.words: ColumnForm.TEXTS, self.label: ColumnForm.LABELS}
+
+    @property
+    def shown_by(self) -> dict[str, Any]:
+        """The column of the words, and where rows are cut."""
+        return {"words": self.words, "max_length": self.training.max_length}
+
+    @property
+    def labelled_by(self) -> dict[str, Any]:
+        """The column of the labels and the classes."""
+        return {"kind": self.kind, "label": self.label, "classes": self.classes}
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes."""
+        return tuple(self.classes)
+
+    def problems(self, rows: Rows, reading: Reading | None) -> Iterator[str]:
+        """What is wrong with words and labels, and rows that have more of the one than of the other."""
+        from pave_lightning.tasks.lists import list_problems, unequal
+
+        there = [name for name in (self.words, self.label) if name in rows.columns]
+        wrong = [problem for name in there for problem in list_problems(rows, name, texts=name == self.words)]
+        if not wrong and len(there) == 2:
+            wrong = list(unequal(rows, self.words, self.label))
+        if not wrong and self.label in there:
+            wrong = [f"column '{self.label}' {found}" for found in self._labels(rows, reading).problems()]
+        yield from wrong
+
+    def usable(self, rows: Rows, reading: Reading | None) -> pa.Table:
+        """The words, and for each its class, as spelt here or by its index."""
+        import pyarrow as pa
+
+        from pave_lightning.tasks.lists import list_sizes, with_sizes
+
+        labels = with_sizes(self._labels(rows, reading).usable(), list_sizes(rows, self.label))
+        return pa.table({self.words: rows.columns[self.words], self.label: labels})
+
+    def label_values(self, rows: Rows) -> LabelValues | None:
+        """The distinct labels of a split."""
+        from pave_lightning.tasks.lists import list_problems
+
+        if self.label not in rows.columns or rows.own_names is not None:
+            return None
+        if any(list_problems(rows, self.label, texts=False)):  # told elsewhere
+            return None
+        labels = self._labels(rows, None)
+        return labels.values if labels.is_plain else None
+
+    def _labels(self, rows: Rows, reading: Reading | None) -> LabelColumn:
+        """The labels of all words of one split, of which `list_problems` tells nothing."""
+        from pave_lightning.tasks.checks import LabelColumn
+        from pave_lightning.tasks.lists import entries
+
+        return LabelColumn(entries(rows, self.label), self.label, reading, classes=self.classes)
+
+    def answers(self, rows: datasets.Dataset) -> npt.NDArray[np.int64]:
+        """The class indices of all words."""
+        return self._indices([label for labels in rows[self.label][:] for label in labels])
+
+    def _indices(self, labels: list[Any]) -> npt.NDArray[np.int64]:
+        from pave_lightning.tasks.labels import class_indices
+
+        return class_indices(labels, self.classes)
+
+    # ---- examples --------------------------------------------------------------------------------------------------
+
+    def load_processor(self, folder: Path, base: Path | None = None) -> PreTrainedTokenizerBase:
+        """The tokenizer, one that takes words; see `load_tokenizer`."""
+        from pave_lightning.tasks.tokenizers import load_tokenizer
+
+        return load_tokenizer(folder, base, words=True)
+
+    def processor_problem(self, processor: PreTrainedTokenizerBase) -> str | None:
+        """Why rows could not be padded, or words not be told from tokens."""
+        if not processor.is_fast:
+            return (
+                f"the tokenizer {type(processor).__name__} does not tell which word a token is of; use a fast one "
+                "(tokenizer.json)"
+            )
+        return padding_problem(processor)
+
+    def processor_fingerprint(self, processor: PreTrainedTokenizerBase) -> str:
+        """See `tokenizer_fingerprint`."""
+        return tokenizer_fingerprint(processor)
+
+    def encode(self, rows: Mapping[str, list[Any]], processor: PreTrainedTokenizerBase) -> dict[str, Any]:
+        """Tokens of words, which of them begin a word, and the labels of these; what is cut off is not scored."""
+        tokens = tokenise(processor, rows[self.words], max_length=self.training.max_length, is_split_into_words=True)
+        first, labels = [], []
+        for index, given in enumerate(rows[self.label]):
+            words = tokens.word_ids(index)
+            begins = [word is not None and (place == 0 or words[place - 1] != word) for place, word in enumerate(words)]
+            classes = self._indices(given)
+            first.append([int(found) for found in begins])
+            labels.append(
+                [int(classes[word]) if found else UNLABELLED for found, word in zip(begins, words, strict=True)]
+            )
+        lengths = [len(row) for row in first]
+        return {**dict(tokens), FIRST: first, "labels": labels, "length": lengths}
+
+    def findings(
+        self, encoded: datasets.Dataset, processor: PreTrainedTokenizerBase, places: npt.NDArray[np.int64]
+    ) -> tuple[list[str], list[str]]:
+        """Rows of which the tokenizer leaves nothing, or nothing that it knows."""
+        return token_findings(encoded, processor, places)
+
+    def collate(
+        self, processor: PreTrainedTokenizerBase, padding: int | None = None
+    ) -> Callable[[Sequence[Mapping[str, Any]]], Batch]:
+        """Pads rows, and what belongs to their tokens, to the longest one."""
+        return PaddedBatches(processor, padding, others={FIRST: 0, "labels": UNLABELLED})
+
+    def random_examples(self, processor: PreTrainedTokenizerBase, count: int, seed: int) -> dict[str, list[Any]]:
+        """Sequences of tokens drawn uniformly from the vocabulary, each a word; see `random_tokens`."""
+        rows, drawn = random_tokens(processor, count, self.training.max_length, seed)
+        first = [
+            [int(place in range(words.start, words.stop)) for place in range(length)]
+            for length, words in zip(rows["length"], drawn, strict=True)
+        ]
+        return {**rows, FIRST: first}
+
+    # ---- models ----------------------------------------------------------------------------------------------------
+
+    @property
+    def output_size(self) -> int:
+        """One logit a class."""
+        return len(self.classes)
+
+    @property
+    def head_config(self) -> dict[str, Any]:
+        """A classifier of tokens with these classes."""
+        return classifier_config(self.classes)
+
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """All but labels and what marks words."""
+        return {name: value for name, value in batch.items() if name not in ("labels", FIRST)}
+
+    def read_positions(self, batch: Batch) -> Tensor:
+        """The first token of each word."""
+        return batch[FIRST].bool()
+
+    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The logits of all words of a batch, shape ``(words, output_size)``."""
+        logits: Tensor = model(**self.inputs(batch)).logits
+        return logits[self.read_positions(batch)]
+
+    def targets(self, batch: Batch) -> Tensor:
+        """The classes of all words of a batch, shape ``(words,)``."""
+        self.expect_labels(batch)
+        return batch["labels"][self.read_positions(batch)]
+
+    def output_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy, the mean over words."""
+        from torch.nn import functional
+
+        return functional.cross_entropy(outputs.float(), targets)
+
+    def likelihood_directions(self, outputs: Tensor) -> Tensor:
+        """Each word's class is drawn by the softmax of its logits."""
+        from pave_lightning.tasks.likelihood import categorical_directions
+
+        return categorical_directions(outputs)
+
+    def predict(self, model: nn.Module, batch: Batch) -> Predictions:
+        """One class for each word."""
+        from pave_lightning.tasks.metrics import non_finite_rows
+
+        logits, first = model(**self.inputs(batch)).logits, self.read_positions(batch)
+        broken = non_finite_rows(logits.masked_fill(~first[..., None], 0))
+        return Predictions(logits[first].argmax(dim=-1), self.targets(batch) if "labels" in batch else None, broken)
+
+    def misfits(self, config: Any, written: Mapping[str, Any]) -> Iterator[Misfit]:
+        """Other classes."""
+        return class_misfits(self.classes, self.head_config, config, written)

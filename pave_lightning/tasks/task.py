@@ -1,0 +1,409 @@
+"""What every kind of task looks like: its options, and what its rows, its head and its scores are."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import Field, model_validator
+
+from pave_lightning.config import Name, Section, unless_wrong
+from pave_lightning.errors import PaveError
+from pave_lightning.tasks.options import Data, Examples, Expert, MetricName, Training
+
+if TYPE_CHECKING:  # what a recipe is read with loads none of these
+    import datasets
+    import numpy as np
+    import numpy.typing as npt
+    import pyarrow as pa
+    from torch import Tensor, nn
+    from torchmetrics import MetricCollection
+
+    from pave_lightning.tasks.labels import LabelValues, Reading
+    from pave_lightning.tasks.rows import ColumnForm, Rows
+
+Batch = Mapping[str, "Tensor"]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model says of one batch, as the metrics of its task take it.
+
+    Attributes:
+        values: what is predicted, shape ``(n,)``.
+        targets: what is right, shape ``(n,)``; None where the batch has no labels.
+        broken: examples of which some output is NaN or infinite, int64 scalar on the outputs' device.
+    """
+
+    values: Tensor
+    targets: Tensor | None
+    broken: Tensor
+
+
+def auto_models(tasks: Iterable[Task]) -> tuple[str, ...]:
+    """Names of the classes of transformers that build the tasks' models, each once, in their order."""
+    return tuple(dict.fromkeys(task.auto_model for task in tasks))
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """What a given expert says of its head that is not what its task asks.
+
+    Attributes:
+        message: in words that go on after the folder's name.
+        accept: the word in ``expert.accept`` that lets it pass; None where it cannot be accepted.
+    """
+
+    message: str
+    accept: str | None = None
+
+
+@dataclass(frozen=True)
+class HeadForm:
+    """What a model with a task's head is built from.
+
+    Attributes:
+        auto_model: name of the class of transformers that builds it.
+        peft_type: the ``task_type`` of adapters for it, by peft's name.
+        config: the part of a model's configuration that describes the head.
+    """
+
+    auto_model: str
+    peft_type: str
+    config: dict[str, Any]
+
+
+class Task(Section):
+    """One task: its data, how its expert is fine-tuned, and, by its kind, columns, head, loss and metrics.
+
+    A kind is a subclass in `pave_lightning.tasks.kinds`: its options are further fields, and its methods say all that
+    others need to know of its rows, its batches, its head and its metrics. Libraries that take long to load are
+    imported inside of methods, so that reading a recipe stays quick.
+
+    Attributes:
+        auto_model: name of the class of transformers that builds a model with this kind's head.
+        peft_type: the ``task_type`` of this kind's adapters, by peft's name.
+        fitting_metrics: the metrics that fit this kind.
+        default_metrics: the metrics where a recipe names none.
+    """
+
+    auto_model: ClassVar[str]
+    peft_type: ClassVar[str]
+    fitting_metrics: ClassVar[tuple[MetricName, ...]]
+    default_metrics: ClassVar[tuple[MetricName, ...]]
+
+    name: Name
+    """Name of the task in tables, folders and MLflow."""
+    data: Data
+    """Where the rows come from."""
+    kind: str
+    """What is predicted; it decides the columns, the head, the loss and the metrics."""
+    metrics: list[MetricName] = Field(min_length=1)
+    """What is measured; the first is the primary one unless another is named."""
+    primary_metric: MetricName
+    """The metric that chooses the best checkpoint and stands in the tables."""
+    examples: Examples = Examples()
+    """How many rows of each split are used."""
+    training: Training = Training()
+    """How this task's expert is fine-tuned; keys that are not given come from the recipe's training section."""
+    trainer: dict[str, Any] = {}
+    """Options of lightning.Trainer for this task; keys that are not given come from the recipe's trainer section."""
+    expert: Expert | None = None
+    """An existing checkpoint instead of training."""
+
+    def __new__(cls, **options: Any) -> Task:
+        """A task of the kind that the options name; the first of all kinds where they name none."""
+        if cls is Task:
+            from pave_lightning.tasks.kinds import kind_named, kind_of
+
+            return super().__new__(kind_named(kind_of(options)))
+        return super().__new__(cls)
+
+    @classmethod
+    def model_validate(cls, obj: Any, **how: Any) -> Any:
+        """A task from plain values; of the kind that they name where this is no kind itself."""
+        if cls is Task:
+            from pave_lightning.tasks.kinds import any_task
+
+            return any_task().validate_python(obj, **how)
+        return super().model_validate(obj, **how)
+
+    @classmethod
+    def model_validate_json(cls, json_data: str | bytes | bytearray, **how: Any) -> Any:
+        """As `model_validate`, from JSON."""
+        if cls is Task:
+            from pave_lightning.tasks.kinds import any_task
+
+            return any_task().validate_json(json_data, **how)
+        return super().model_validate_json(json_data, **how)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_metrics(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict):
+            return raw
+        # A key of another kind that is left empty, as where one takes back what a known task says.
+        raw = {key: value for key, value in raw.items() if value is not None or key in cls.model_fields}
+        if isinstance(raw.get("metrics"), str):
+            raw["metrics"] = [raw["metrics"]]
+        if raw.get("metrics") is None:
+            raw["metrics"] = list(cls.default_metrics)
+        if raw.get("primary_metric") is None and isinstance(raw["metrics"], list) and raw["metrics"]:
+            raw["primary_metric"] = raw["metrics"][0]
+        return raw
+
+    @model_validator(mode="after")
+    def _agree(self) -> Task:
+        wrong = [
+            f"metric '{metric}' does not fit a {self.kind} task; fitting are {', '.join(self.fitting_metrics)}"
+            for metric in dict.fromkeys([*self.metrics, self.primary_metric])
+            if metric not in self.fitting_metrics
+        ]
+        if self.primary_metric not in self.metrics:
+            wrong.append(
+                f"the primary metric '{self.primary_metric}' is not among the metrics {', '.join(self.metrics)}"
+            )
+        if len(set(self.metrics)) != len(self.metrics):
+            wrong.append("the names in 'metrics' must differ")
+        return unless_wrong(self, [*wrong, *self.contradictions()])
+
+    def contradictions(self) -> Iterator[str]:
+        """What of the kind's own options does not go together."""
+        return iter(())
+
+    @property
+    def own_options(self) -> dict[str, Any]:
+        """The options of this kind alone, as plain values."""
+        return {name: value for name, value in self.model_dump().items() if name not in Task.model_fields} | {
+            "kind": self.kind
+        }
+
+    # ---- rows ------------------------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def columns(self) -> dict[str, ColumnForm]:
+        """The columns that are read, and what they hold; the one of the labels comes last."""
+
+    @property
+    @abstractmethod
+    def shown_by(self) -> dict[str, Any]:
+        """The options that decide what of a row a model is shown, as plain values."""
+
+    @property
+    @abstractmethod
+    def labelled_by(self) -> dict[str, Any]:
+        """The options that decide what a row's labels are, as plain values."""
+
+    @abstractmethod
+    def problems(self, rows: Rows, reading: Reading | None) -> Iterator[str]:
+        """What is wrong with the columns that are there, each in words that begin with the column.
+
+        Args:
+            rows: all rows of a split; row numbers in messages count from 0 within them.
+            reading: how class labels are read, where other splits decide it too; otherwise these rows alone do.
+        """
+
+    @abstractmethod
+    def usable(self, rows: Rows, reading: Reading | None) -> pa.Table:
+        """The used columns of rows without a problem, with labels as numbers, class indices, or classes as spelt here.
+
+        Args:
+            rows: rows of which `problems` tells nothing.
+            reading: as there.
+        """
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes by whose names labels may be given, in index order; none where labels are numbers."""
+        return ()
+
+    def label_values(self, rows: Rows) -> LabelValues | None:
+        """The distinct labels of a split; None where it has none that could be read in two ways."""
+        return None
+
+    @abstractmethod
+    def answers(self, rows: datasets.Dataset) -> npt.NDArray[np.int64] | npt.NDArray[np.float32]:
+        """All labels of usable rows as a model takes them, shape ``(n,)``: int64 class indices, or float32 numbers."""
+
+    # ---- examples --------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def load_processor(self, folder: Path, base: Path | None = None) -> Any:
+        """What turns rows into what a model is given: a tokenizer, an image processor.
+
+        Args:
+            folder: folder of a model, or of an adapter.
+            base: folder of the base model, whose processor an expert without one of its own has.
+
+        Raises:
+            PaveError: there is none, or it cannot be used.
+        """
+
+    def processor_problem(self, processor: Any) -> str | None:
+        """Why a processor cannot be used for this task; None where it can."""
+        return None
+
+    @abstractmethod
+    def processor_fingerprint(self, processor: Any) -> str:
+        """SHA-256 of all that decides what a processor makes of a row; the same in every process."""
+
+    @abstractmethod
+    def encode(self, rows: Mapping[str, list[Any]], processor: Any) -> dict[str, Any]:
+        """Rows as lists that a file can hold, one entry a row: what a model is given, ``labels``, and ``length``.
+
+        Args:
+            rows: the used columns, see `usable`.
+            processor: see `load_processor`.
+        """
+
+    def findings(
+        self, encoded: datasets.Dataset, processor: Any, places: npt.NDArray[np.int64]
+    ) -> tuple[list[str], list[str]]:
+        """What is wrong with encoded rows (of which nothing is left, say), and what is only worth saying.
+
+        Args:
+            encoded: rows as `encode` makes them.
+            processor: what they were encoded with.
+            places: int64 of shape ``(n,)``: the number of each row in its file, counted from 0.
+        """
+        return [], []
+
+    @abstractmethod
+    def collate(self, processor: Any, padding: int | None = None) -> Callable[[Sequence[Mapping[str, Any]]], Batch]:
+        """What puts encoded rows into one batch.
+
+        Args:
+            processor: see `load_processor`.
+            padding: the token that fills up rows, where that is another than the processor's.
+        """
+
+    @abstractmethod
+    def random_examples(self, processor: Any, count: int, seed: int) -> dict[str, list[Any]]:
+        """Examples without any data, without labels, in the form of `encode`.
+
+        Args:
+            processor: see `load_processor`.
+            count: how many.
+            seed: of the draws.
+        """
+
+    # ---- models ----------------------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def output_size(self) -> int:
+        """Number of outputs of the head for one prediction."""
+
+    @property
+    @abstractmethod
+    def head_config(self) -> dict[str, Any]:
+        """The part of a model's configuration that describes the head."""
+
+    @classmethod
+    def unnamed_head(cls, outputs: int) -> dict[str, Any]:
+        """The part of a model's configuration that describes a head of which no more than its size is known."""
+        return {"num_labels": outputs}
+
+    @property
+    def head_form(self) -> HeadForm:
+        """What a model with this task's head is built from."""
+        return HeadForm(self.auto_model, self.peft_type, self.head_config)
+
+    def private_names(self, model: nn.Module) -> set[str]:
+        """Names of the parameters that belong to the head and are never merged; none for a model without one.
+
+        Args:
+            model: a model that `auto_model` builds.
+        """
+        prefix = f"{model.base_model_prefix}."
+        return {name for name, _ in model.named_parameters() if not name.startswith(prefix)}
+
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """The part of a batch that a model is given."""
+        return {name: value for name, value in batch.items() if name != "labels"}
+
+    def mask(self, batch: Batch, module: str) -> Tensor | None:
+        """Which positions of what a module is given are data, bool or int64 of shape ``(n, length)``; None for all.
+
+        Args:
+            batch: a batch.
+            module: the module's dotted name.
+        """
+        return batch.get("attention_mask")
+
+    def read_positions(self, batch: Batch) -> Tensor | None:
+        """The positions whose states the head reads, bool of shape ``(n, length)``; None where the model chooses one.
+
+        Args:
+            batch: a batch.
+        """
+        return None
+
+    @abstractmethod
+    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        """What the head says, floating-point of shape ``(n, output_size)``: one row for each prediction.
+
+        Distillation and calibration match it, so it needs no labels.
+
+        Args:
+            model: a model with this kind's head, or a peft model around one.
+            batch: a batch; its labels are not looked at.
+        """
+
+    @abstractmethod
+    def targets(self, batch: Batch) -> Tensor:
+        """What is right, for each row of `outputs`: shape ``(n,)``."""
+
+    @abstractmethod
+    def output_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The mean loss of `outputs`, scalar, float32."""
+
+    @abstractmethod
+    def likelihood_directions(self, outputs: Tensor) -> Tensor:
+        r"""Rows whose outer products sum to the Fisher information of the outputs.
+
+        With J the Jacobian of the outputs of one example, the example's Fisher information is
+        :math:`\sum_k (J^T v_k)(J^T v_k)^T`.
+
+        Args:
+            outputs: of one example, shape ``(n, output_size)``.
+
+        Returns:
+            Shape ``(k, n, output_size)``, of the outputs' dtype.
+        """
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The mean loss of a labelled batch, scalar, float32."""
+        return self.output_loss(self.outputs(model, batch), self.targets(batch))
+
+    @abstractmethod
+    def predict(self, model: nn.Module, batch: Batch) -> Predictions:
+        """What a model predicts for a batch, with or without labels."""
+
+    def build_metrics(self) -> MetricCollection:
+        """The metrics, keyed by their names in the recipe; states add up over batches and processes."""
+        from pave_lightning.tasks.metrics import build_metrics
+
+        return build_metrics(self.metrics, self.output_size)
+
+    @abstractmethod
+    def misfits(self, config: Any, written: Mapping[str, Any]) -> Iterator[Misfit]:
+        """What a given expert's configuration says of its head that is not what this task asks.
+
+        Args:
+            config: the expert's configuration, as transformers reads it.
+            written: the configuration as its file has it.
+        """
+
+    def expect_labels(self, batch: Batch) -> None:
+        """Make sure that a batch has labels.
+
+        Raises:
+            PaveError: it has none.
+        """
+        if "labels" not in batch:
+            raise PaveError(f"task '{self.name}': labels are needed, but the examples have none")
