@@ -163,9 +163,8 @@ class LinearObserver:
         if inputs is not None:
             # An input cannot have changed in between: trainable linear layers forbid it, they need it for their
             # gradient.
-            self._groups.take(
-                layer.name, Given(inputs, _cut(module), partial(self._add, layer, module, inputs, output))
-            )
+            cut = _cut(module), self._part_of(module, inputs)
+            self._groups.take(layer.name, Given(inputs, cut, partial(self._add, layer, module, inputs, output)))
 
     def _add(self, layer: _ObservedLayer, module: nn.Module, inputs: Tensor, output: Any, group: InputGroup) -> None:
         """Count the rows of one call."""

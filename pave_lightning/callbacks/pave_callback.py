@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, get_args
@@ -22,6 +22,9 @@ from pave_lightning.callbacks.padding import DecoderPadding
 from pave_lightning.callbacks.sampling import RowSampler
 from pave_lightning.errors import PaveError, nearest
 from pave_lightning.statistics import Moments, TaskStatistics
+
+# A batch and the dotted name of a layer, empty for the batch itself -> which positions are data.
+MaskOf = Callable[[Any, str], Tensor | None]
 
 
 class PaveCallback(L.Callback):
@@ -89,6 +92,8 @@ class PaveCallback(L.Callback):
             ``O = Y^T Y / n`` for layers with ``d_in > d_out``, all that the root metric needs of them.
         mask_key: key of the padding mask in batches that are mappings: true or non-zero where a token is real, as the
             ``attention_mask`` of tokenizers, not as the ``key_padding_mask`` of ``torch.nn.MultiheadAttention``.
+        mask: which positions of what a layer is given are data, from the batch and the layer's name, as the mask above
+            or None for all; in place of ``mask_key`` where layers differ, or batches are something else.
         metadata: strings to be kept with the statistics.
         share_inputs: whether layers with the same input share one covariance; False gives each layer its own.
         rows: how many rows a layer counts at most over the whole pass and all processes; None counts all.
@@ -118,6 +123,7 @@ class PaveCallback(L.Callback):
         backbone: str | None = None,
         moments: Moments = "smallest",
         mask_key: str = "attention_mask",
+        mask: MaskOf | None = None,
         metadata: Mapping[str, str] | None = None,
         share_inputs: bool = True,
         rows: int | None = 8192,
@@ -134,6 +140,7 @@ class PaveCallback(L.Callback):
         self.backbone = backbone
         self.moments: Moments = moments
         self.mask_key = mask_key
+        self.mask = mask
         self.metadata = dict(metadata or {})
         self.share_inputs = share_inputs
         self.rows = rows
@@ -147,8 +154,10 @@ class PaveCallback(L.Callback):
         self._observer: LinearObserver | None = None
         self._norm_observer: NormObserver | None = None
         self._padding: DecoderPadding | None = None
-        self._layers: list[str] = []
-        self._norms: list[str] = []
+        self._layers: dict[str, list[nn.Module]] = {}
+        self._norms: dict[str, list[nn.Module]] = {}
+        self._sampler: RowSampler | None = None
+        self._parts: dict[nn.Module, str] = {}
         self._examples = 0
         self._switches = ExitStack()
 
@@ -187,8 +196,8 @@ class PaveCallback(L.Callback):
         # The fast path of attention calls no modules, and hands on nested tensors, which its slow path refuses.
         self._switches.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)
-        self._layers = list(layers)
-        sampler = RowSampler(
+        self._layers = layers
+        sampler = self._sampler = RowSampler(
             self.rows,
             sum(trainer.num_val_batches),
             seed=self.seed,
@@ -201,13 +210,13 @@ class PaveCallback(L.Callback):
             layers,
             self.moments,
             sampler=sampler,
-            part_of=self._padding.part,
+            part_of=self._part,
             share_inputs=self.share_inputs,
             keep_rows=self.keep_rows,
         )
         norms = norm_layers(backbone) if self.norms else {}
-        self._norms = list(norms)
-        self._norm_observer = NormObserver(norms, sampler, self._padding.part)
+        self._norms = norms
+        self._norm_observer = NormObserver(norms, sampler, self._part)
 
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -215,10 +224,11 @@ class PaveCallback(L.Callback):
         """Read the padding mask of the batch and count its examples."""
         if self._observer is None:
             return
-        mask = self._mask(batch)
+        mask = self._mask_of(batch, "")
         self._observer.begin_batch(mask, batch_idx, dataloader_idx)
         if self._padding is not None:
             self._padding.begin_batch(batch, mask)
+        self._tell_parts(batch, mask)
         if self._norm_observer is not None:
             self._norm_observer.begin_batch()
         self._examples += _count_examples(batch) if mask is None else int(mask.any(dim=1).sum())
@@ -266,7 +276,8 @@ class PaveCallback(L.Callback):
             self._norm_observer.remove()
             self._norm_observer = None
         self._switches.close()
-        self._padding = None
+        self._padding = self._sampler = None
+        self._parts.clear()
 
     def _find_backbone(self, pl_module: L.LightningModule) -> nn.Module:
         if self.backbone is None:
@@ -282,15 +293,45 @@ class PaveCallback(L.Callback):
         original = getattr(found, "_orig_mod", found)
         return original if isinstance(original, nn.Module) else found
 
-    def _mask(self, batch: Any) -> Tensor | None:
-        if not isinstance(batch, Mapping) or batch.get(self.mask_key) is None:
+    def _tell_parts(self, batch: Any, mask: Tensor | None) -> None:
+        """Let layers that have masks of their own be counted by these; layers with one mask may share a moment."""
+        self._parts.clear()
+        if self.mask is None or self._sampler is None:
+            return
+        parts: dict[int, str] = {}
+        everything = None if mask is None else torch.ones_like(mask)
+        kept = []  # so that no mask takes the place, and so the identity, of another
+        for name, modules in {**self._layers, **self._norms}.items():
+            own = self._mask_of(batch, name)
+            own = everything if own is None else own
+            if own is None or own is mask:
+                continue
+            kept.append(own)
+            part = parts.setdefault(id(own), f"mask {len(parts)}")
+            self._sampler.add_mask(part, own)
+            self._parts.update(dict.fromkeys(modules, part))
+
+    def _part(self, module: nn.Module, inputs: Tensor) -> str:
+        """The part of the model whose mask the rows of an input have."""
+        if module in self._parts or self._padding is None:
+            return self._parts.get(module, "")
+        return self._padding.part(module, inputs)
+
+    def _mask_of(self, batch: Any, layer: str) -> Tensor | None:
+        """The mask of what a layer is given; that of the batch for no layer."""
+        if self.mask is not None:
+            mask = self.mask(batch, layer)
+        else:
+            mask = batch.get(self.mask_key) if isinstance(batch, Mapping) else None
+        if mask is None:
             return None
-        mask = batch[self.mask_key]
         if not isinstance(mask, Tensor) or mask.ndim != 2:
             found = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
             raise PaveError(
                 f"batch['{self.mask_key}'] must be a tensor of shape (batch, length), found {found}: "
                 "name the padding mask with mask_key"
+                if self.mask is None
+                else f"mask: must give a tensor of shape (batch, length) or None, found {found} for '{layer}'"
             )
         return mask
 

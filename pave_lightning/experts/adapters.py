@@ -12,8 +12,8 @@ from torch import nn
 
 from pave_lightning.errors import PaveError, foreign, listed, naming
 from pave_lightning.experts.loading import load_base
-from pave_lightning.tasks.kinds import kind_of_adapters
-from pave_lightning.tasks.task import HeadForm, Task
+from pave_lightning.tasks.heads import HeadForm
+from pave_lightning.tasks.task import Task, kind_of_adapters
 from pave_lightning.weights import Checkpoint, is_finite
 from pave_lightning.weights.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_settings
 from pave_lightning.weights.architecture import Architecture, backbone_of, empty_model, lies_in

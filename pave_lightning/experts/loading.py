@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from pave_lightning.errors import PaveError, foreign, listed, reason
 from pave_lightning.layers import is_linear
+from pave_lightning.tasks.heads import HeadForm
 from pave_lightning.tasks.options import Lora
-from pave_lightning.tasks.task import HeadForm, Task
+from pave_lightning.tasks.task import Task
 from pave_lightning.tasks.tokenizers import set_padding
 from pave_lightning.weights import Checkpoint, is_finite
 from pave_lightning.weights.architecture import Architecture, auto_class, backbone_of, form_of, lies_in, read_config
@@ -131,6 +132,8 @@ def expert_problem(folder: Path, auto_model: str | None = None) -> str | None:
         auto_model: as `empty_model` takes it.
     """
     architecture = Architecture.of_folder(folder, *([auto_model] if auto_model else []))
+    if auto_model is None and not architecture.head:
+        return f"is a {architecture.model_class}, which has no head; expected a fine-tuned model"
     checkpoint = architecture.checkpoint(folder)
     problem = naming_problem(architecture, checkpoint)
     if problem is not None:

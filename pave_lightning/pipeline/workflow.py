@@ -225,6 +225,7 @@ class Workflow:
             module = TaskExpert(load_expert(self._expert_folder(task.name), task, self.base_folder), task)
             callback = PaveCallback(
                 backbone=f"model.{module.model.base_model_prefix}",
+                mask=task.mask,
                 moments=options.moments,
                 rows=options.rows,
                 convolutions=options.convolutions,

@@ -24,8 +24,8 @@ from pave_lightning.recipe.problems import check_recipe
 from pave_lightning.recipe.schema import Recipe
 from pave_lightning.recipe.wording import show
 from pave_lightning.recipe.yaml_text import MOST_BYTES, MOST_VALUES, YAMLReadError, read_yaml
-from pave_lightning.tasks.kinds import known_kinds
 from pave_lightning.tasks.suites import suite_task_names
+from pave_lightning.tasks.task import known_kinds
 
 __all__ = ["find_sweep", "load_recipe", "recipe_digest", "recipe_schema", "recipe_to_yaml"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
 
@@ -15,11 +15,15 @@ from pave_lightning.evaluation.options import Evaluate
 from pave_lightning.purification.options import Compute, Purify
 from pave_lightning.recipe.merge_step import MergeStep
 from pave_lightning.recipe.sweep import Sweep
-from pave_lightning.tasks.kinds import AnyTask
 from pave_lightning.tasks.options import Examples, Training
 from pave_lightning.tasks.suites import suite_task
-from pave_lightning.tasks.task import Task, auto_models
+from pave_lightning.tasks.task import Task, any_kind, auto_models
 from pave_lightning.tracking.options import Tracking
+
+if TYPE_CHECKING:
+    AnyTask = Task
+else:
+    AnyTask = any_kind()
 
 
 class Recipe(Section):

@@ -20,8 +20,7 @@ from pave_lightning.evaluation.options import ScaleSearch
 from pave_lightning.purification.options import Purify
 from pave_lightning.recipe.merge_step import MergeStep
 from pave_lightning.recipe.schema import Recipe
-from pave_lightning.tasks.kinds import known_kinds
-from pave_lightning.tasks.task import Task
+from pave_lightning.tasks.task import Task, known_kinds
 
 A_SLIP = 0.85
 """How like two keys are where one is the other with a letter too many, too few or wrong (`metric` for `metrics`)."""

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from pave_lightning.tasks.heads import Misfit
 from pave_lightning.tasks.options import MOST_CLASSES
-from pave_lightning.tasks.task import Misfit
 
 # Names of classes in the order of their indices.
 ClassNames = Annotated[list[str], Field(min_length=2)]

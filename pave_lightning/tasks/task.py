@@ -1,17 +1,27 @@
-"""What every kind of task looks like: its options, and what its rows, its head and its scores are."""
+"""What every kind of task looks like: its options, its rows, its head and its scores; and which kinds there are.
+
+A kind is a subclass of `Task` under the decorator `task_kind`, one file each in `kinds`, found without a list; third
+parties register theirs by the entry point ``pave_lightning.tasks``, which names a module that holds one.
+"""
 
 from __future__ import annotations
 
+import logging
+import pkgutil
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from functools import cache, reduce
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from operator import or_
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, TypeAdapter, model_validator
 
 from pave_lightning.config import Name, Section, unless_wrong
-from pave_lightning.errors import PaveError
+from pave_lightning.errors import PaveError, nearest, reason, visible
+from pave_lightning.tasks.heads import HeadForm, Misfit, Predictions
 from pave_lightning.tasks.options import Data, Examples, Expert, MetricName, Training
 
 if TYPE_CHECKING:  # what a recipe is read with loads none of these
@@ -27,53 +37,12 @@ if TYPE_CHECKING:  # what a recipe is read with loads none of these
 
 Batch = Mapping[str, "Tensor"]
 
+log = logging.getLogger("pave_lightning")
 
-@dataclass(frozen=True)
-class Predictions:
-    """What a model says of one batch, as the metrics of its task take it.
-
-    Attributes:
-        values: what is predicted, shape ``(n,)``.
-        targets: what is right, shape ``(n,)``; None where the batch has no labels.
-        broken: examples of which some output is NaN or infinite, int64 scalar on the outputs' device.
-    """
-
-    values: Tensor
-    targets: Tensor | None
-    broken: Tensor
-
-
-def auto_models(tasks: Iterable[Task]) -> tuple[str, ...]:
-    """Names of the classes of transformers that build the tasks' models, each once, in their order."""
-    return tuple(dict.fromkeys(task.auto_model for task in tasks))
-
-
-@dataclass(frozen=True)
-class Misfit:
-    """What a given expert says of its head that is not what its task asks.
-
-    Attributes:
-        message: in words that go on after the folder's name.
-        accept: the word in ``expert.accept`` that lets it pass; None where it cannot be accepted.
-    """
-
-    message: str
-    accept: str | None = None
-
-
-@dataclass(frozen=True)
-class HeadForm:
-    """What a model with a task's head is built from.
-
-    Attributes:
-        auto_model: name of the class of transformers that builds it.
-        peft_type: the ``task_type`` of adapters for it, by peft's name.
-        config: the part of a model's configuration that describes the head.
-    """
-
-    auto_model: str
-    peft_type: str
-    config: dict[str, Any]
+FOLDER = "pave_lightning.tasks.kinds"
+GROUP = "pave_lightning.tasks"
+# The kind of a task that names none.
+DEFAULT = "text_classification"
 
 
 class Task(Section):
@@ -117,8 +86,6 @@ class Task(Section):
     def __new__(cls, **options: Any) -> Task:
         """A task of the kind that the options name; the first of all kinds where they name none."""
         if cls is Task:
-            from pave_lightning.tasks.kinds import kind_named, kind_of
-
             return super().__new__(kind_named(kind_of(options)))
         return super().__new__(cls)
 
@@ -126,8 +93,6 @@ class Task(Section):
     def model_validate(cls, obj: Any, **how: Any) -> Any:
         """A task from plain values; of the kind that they name where this is no kind itself."""
         if cls is Task:
-            from pave_lightning.tasks.kinds import any_task
-
             return any_task().validate_python(obj, **how)
         return super().model_validate(obj, **how)
 
@@ -135,8 +100,6 @@ class Task(Section):
     def model_validate_json(cls, json_data: str | bytes | bytearray, **how: Any) -> Any:
         """As `model_validate`, from JSON."""
         if cls is Task:
-            from pave_lightning.tasks.kinds import any_task
-
             return any_task().validate_json(json_data, **how)
         return super().model_validate_json(json_data, **how)
 
@@ -407,3 +370,84 @@ class Task(Section):
         """
         if "labels" not in batch:
             raise PaveError(f"task '{self.name}': labels are needed, but the examples have none")
+
+
+def auto_models(tasks: Iterable[Task]) -> tuple[str, ...]:
+    """Names of the classes of transformers that build the tasks' models, each once, in their order."""
+    return tuple(dict.fromkeys(task.auto_model for task in tasks))
+
+
+# ---- kinds -----------------------------------------------------------------------------------------------------------
+
+KindT = TypeVar("KindT", bound=Task)
+
+_kinds: dict[str, type[Task]] = {}
+
+
+def task_kind(kind: type[KindT]) -> type[KindT]:
+    """Register a kind of task under the name that its field ``kind`` has by default.
+
+    Raises:
+        ValueError: another kind has that name.
+    """
+    name = kind.model_fields["kind"].default
+    if not isinstance(name, str):
+        raise ValueError(f'{kind.__name__}: expected a field kind: Literal["name"] = "name"')
+    other = _kinds.setdefault(name, kind)
+    if other is not kind:
+        raise ValueError(f"the kind of task '{name}' is registered twice: {other.__module__} and {kind.__module__}")
+    return kind
+
+
+@cache
+def known_kinds() -> dict[str, type[Task]]:
+    """All kinds of task by name, sorted; a third party's that cannot be loaded is told and left out."""
+    kinds = import_module(FOLDER)
+    for module in pkgutil.iter_modules(kinds.__path__):
+        import_module(f"{FOLDER}.{module.name}")
+    for entry in entry_points(group=GROUP):
+        _load(entry)
+    return dict(sorted(_kinds.items()))
+
+
+def _load(entry: EntryPoint) -> None:
+    try:
+        entry.load()
+    except Exception as error:  # whatever the code of others raises
+        log.warning("the kind of task %s cannot be loaded and is left out: %s", visible(entry.name), reason(error))
+
+
+def kind_named(name: str) -> type[Task]:
+    """The kind of task of that name.
+
+    Raises:
+        PaveError: there is none.
+    """
+    kinds = known_kinds()
+    if name not in kinds:
+        raise PaveError(f"there is no kind of task '{name}'; {nearest(name, list(kinds))}")
+    return kinds[name]
+
+
+def kind_of(raw: Any) -> str:
+    """The kind of a task or of what describes one; the default where it names none, or one that nobody knows."""
+    named = raw.get("kind", DEFAULT) if isinstance(raw, dict) else getattr(raw, "kind", DEFAULT)
+    return named if isinstance(named, str) and named in known_kinds() else DEFAULT
+
+
+def kind_of_adapters(peft_type: str | None) -> type[Task]:
+    """A kind of task for adapters with a ``task_type`` of peft; the default where none fits."""
+    fitting = [kind for kind in known_kinds().values() if kind.peft_type == peft_type]
+    return kind_named(DEFAULT) if kind_named(DEFAULT) in fitting or not fitting else fitting[0]
+
+
+def any_kind() -> Any:
+    """The type of tasks of all kinds, told apart by ``kind``, for pydantic."""
+    tagged: list[Any] = [Annotated[kind, Tag(name)] for name, kind in known_kinds().items()]
+    return Annotated[reduce(or_, tagged), Discriminator(kind_of)]
+
+
+@cache
+def any_task() -> TypeAdapter[Task]:
+    """What makes a task of its kind from plain values."""
+    return TypeAdapter(any_kind())

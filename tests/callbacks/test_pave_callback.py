@@ -291,16 +291,20 @@ def test_autocast_takes_no_precision_from_the_products(moments: Any) -> None:
 
 
 def test_low_matrix_precision_does_not_reach_the_outputs_used() -> None:
+    """Where the processor has bfloat16, what layers see differs as well; the products of it must not."""
     expert, data = Expert(bert()), batches()
-    plain = validate(expert, data, PaveCallback())
     torch.set_float32_matmul_precision("medium")
     try:
-        captured = validate(expert, data, PaveCallback())
+        recorder = record(expert, data)
+        captured = validate(expert, data, PaveCallback(backbone="backbone"))
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")
-    for name in plain:
-        torch.testing.assert_close(captured[name].matrix, plain[name].matrix, atol=1e-4, rtol=1e-3)
+    narrowing = [name for name in captured if captured[name].kind == "cross"]
+    assert narrowing
+    for name in narrowing:
+        expected = expert.get_submodule(f"backbone.{name}").weight.double() @ recorder.covariance(f"backbone.{name}")
+        torch.testing.assert_close(captured[name].matrix.double(), expected, atol=1e-5, rtol=1e-5)
 
 
 class Perceptron(L.LightningModule):
@@ -630,3 +634,33 @@ def test_few_rows_are_kept_as_they_are() -> None:
     torch.testing.assert_close(summed.matrix, rows.T @ rows / 7)
     torch.testing.assert_close(kept.covariance(), summed.matrix)
     assert validate(Single(), [*data, torch.randn(3, 10)], PaveCallback())["layer"].kind == "input"
+
+
+def test_layers_may_have_masks_of_their_own() -> None:
+    """One projection counts first tokens alone; those that share its input do not share its moment."""
+    module, data = Expert(bert()), batches()
+    own = "encoder.layer.1.attention.self.key"
+
+    def mask(batch: Any, layer: str) -> Tensor:
+        real: Tensor = batch["attention_mask"]
+        return (torch.arange(LENGTH) == 0).expand_as(real) if layer == own else real
+
+    found = validate(module, data, PaveCallback(backbone="backbone", moments="input", mask=mask, rows=None))
+    usual = validate(module, data, PaveCallback(backbone="backbone", moments="input", rows=None))
+    inputs: list[Tensor] = []
+    module.eval()
+    handle = module.backbone.get_submodule(own).register_forward_pre_hook(lambda _, args: inputs.append(args[0][:, 0]))
+    with torch.no_grad():
+        for batch in data:
+            module.validation_step(batch, 0)
+    handle.remove()
+    rows = torch.cat(inputs).double()
+    assert torch.allclose(full(found[own]).double(), rows.T @ rows / len(rows), atol=1e-5)
+    for name in usual.layers():
+        if name != own:
+            assert torch.equal(full(found[name]), full(usual[name]))
+
+
+def test_a_mask_of_another_form_is_refused() -> None:
+    with pytest.raises(PaveError, match=r"mask: must give a tensor of shape \(batch, length\) or None, found shape"):
+        validate(Expert(bert()), batches(), PaveCallback(mask=lambda batch, layer: torch.ones(2)))

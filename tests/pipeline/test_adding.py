@@ -105,7 +105,7 @@ def test_mistakes_are_told_and_nothing_is_left_behind(merge_all, three, tmp_path
     tokenizer["model"]["vocab"]["w0"], tokenizer["model"]["vocab"]["w1"] = 5, 4
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     AutoTokenizer.from_pretrained(expert).save_pretrained(headless)
-    with pytest.raises(PaveError, match="it has no classification head"):
+    with pytest.raises(PaveError, match="which has no head"):
         add_expert(folders["opcm"], "third", str(headless), output)
     with pytest.raises(PaveError, match="its backbone is the base's, so there is nothing to merge"):
         add_expert(folders["opcm"], "third", str(still), output)

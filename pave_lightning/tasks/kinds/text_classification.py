@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from pave_lightning.tasks.classes import ClassNames, class_contradictions, class_list, class_misfits, classifier_config
-from pave_lightning.tasks.kinds import task_kind
+from pave_lightning.tasks.heads import Misfit
 from pave_lightning.tasks.kinds.texts import TextTask
 from pave_lightning.tasks.options import MetricName
-from pave_lightning.tasks.task import Misfit
+from pave_lightning.tasks.task import task_kind
 
 if TYPE_CHECKING:
     import numpy as np

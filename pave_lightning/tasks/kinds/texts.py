@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, model_validator
 
+from pave_lightning.tasks.heads import Predictions
 from pave_lightning.tasks.kinds.tokens import (
     PaddedBatches,
     padding_problem,
@@ -16,7 +17,7 @@ from pave_lightning.tasks.kinds.tokens import (
     tokenise,
     tokenizer_fingerprint,
 )
-from pave_lightning.tasks.task import Batch, Predictions, Task
+from pave_lightning.tasks.task import Batch, Task
 
 if TYPE_CHECKING:
     import datasets

@@ -15,7 +15,7 @@ from pave_lightning.tasks.classes import (
     class_misfits,
     classifier_config,
 )
-from pave_lightning.tasks.kinds import task_kind
+from pave_lightning.tasks.heads import Misfit, Predictions
 from pave_lightning.tasks.kinds.tokens import (
     PaddedBatches,
     padding_problem,
@@ -25,7 +25,7 @@ from pave_lightning.tasks.kinds.tokens import (
     tokenizer_fingerprint,
 )
 from pave_lightning.tasks.options import MetricName
-from pave_lightning.tasks.task import Batch, Misfit, Predictions, Task
+from pave_lightning.tasks.task import Batch, Task, task_kind
 
 if TYPE_CHECKING:
     import datasets

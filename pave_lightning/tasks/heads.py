@@ -1,0 +1,52 @@
+"""What a head is built from, what it says of a batch, and whether a given one fits its task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what a recipe is read with loads no torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model says of one batch, as the metrics of its task take it.
+
+    Attributes:
+        values: what is predicted, shape ``(n,)``.
+        targets: what is right, shape ``(n,)``; None where the batch has no labels.
+        broken: examples of which some output is NaN or infinite, int64 scalar on the outputs' device.
+    """
+
+    values: Tensor
+    targets: Tensor | None
+    broken: Tensor
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """What a given expert says of its head that is not what its task asks.
+
+    Attributes:
+        message: in words that go on after the folder's name.
+        accept: the word in ``expert.accept`` that lets it pass; None where it cannot be accepted.
+    """
+
+    message: str
+    accept: str | None = None
+
+
+@dataclass(frozen=True)
+class HeadForm:
+    """What a model with a task's head is built from.
+
+    Attributes:
+        auto_model: name of the class of transformers that builds it.
+        peft_type: the ``task_type`` of adapters for it, by peft's name.
+        config: the part of a model's configuration that describes the head.
+    """
+
+    auto_model: str
+    peft_type: str
+    config: dict[str, Any]
