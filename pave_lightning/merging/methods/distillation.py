@@ -79,6 +79,8 @@ class Distillation(StaticMethod[DistillationOptions]):
     held_models = 5  # the anchor, the weights, their gradients, Adam's two moments
     whole_model_pass = True
     batched = True
+    parallel = False
+    serial_because = "the whole model is trained"
     needs = frozenset({Need.ANCHOR, Need.UNLABELLED_EXAMPLES})
     Options: ClassVar[type[DistillationOptions]] = DistillationOptions
 
