@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from pave_lightning.errors import PaveError
-from pave_lightning.evaluation.candidates import Candidate
+from pave_lightning.evaluation.candidates import Candidate, adapted
 from pave_lightning.experts.tokenizers import set_padding
 from pave_lightning.experts.trainers import honest_interrupts, quiet_lightning
 from pave_lightning.recipe.schema import Task
@@ -118,6 +118,7 @@ class Evaluator(L.LightningModule):
             setattr(model, prefix, self.backbone)
         self._models = models
         self.models = nn.ModuleList(models)
+        self._adapted: dict[str, nn.Module] = {}
         self._candidate: Candidate | None = None
         self._loaded: str | None = None
         self._given: set[str] = set()
@@ -167,10 +168,11 @@ class Evaluator(L.LightningModule):
             metrics.reset()
         with quiet_lightning(), honest_interrupts():
             trainer.test(self, datamodule=data, verbose=False)
+        self._adapted = {}
         return dict(self._scores)
 
     def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Load the weights of the task whose loader begins."""
+        """Load the weights of the task whose loader begins, and let the candidate adapt the model to the task."""
         task = self.tasks[dataloader_idx].name
         if task == self._loaded or self._candidate is None:
             return
@@ -186,6 +188,7 @@ class Evaluator(L.LightningModule):
                 f"task '{task}': {len(lacking)} weights of the backbone, such as {lacking[0]}, are in no checkpoint "
                 "under a name that is known, so its scores would mean nothing"
             )
+        self._adapted = {task: adapted(self._candidate, self._models[dataloader_idx], task)}
         self._loaded = task
 
     @torch.no_grad()
@@ -217,7 +220,7 @@ class Evaluator(L.LightningModule):
         """Add one batch to its task's metrics."""
         task = self.tasks[dataloader_idx]
         inputs = {name: value for name, value in batch.items() if name != "labels"}
-        logits = self._models[dataloader_idx](**inputs).logits
+        logits = self._adapted[task.name](**inputs).logits
         self._broken[dataloader_idx] += non_finite_rows(logits)
         self._metrics[dataloader_idx].update(predictions(task, logits), batch["labels"])
         self._counts[dataloader_idx] += len(batch["labels"])
