@@ -9,6 +9,7 @@ from pave_lightning.merging.registry import known_methods, make_method, merge_me
 from pave_lightning.merging.running import MergedVectors, merge, merge_per_task, merge_static
 from pave_lightning.merging.sequential import RunningMean, RunningSum, SequentialMethod, SequentialState
 from pave_lightning.merging.states import State, States, order_statistics
+from pave_lightning.merging.trained import TrainedMethod, TrainedOptions
 
 __all__ = [
     "Cost",
@@ -32,6 +33,8 @@ __all__ = [
     "State",
     "States",
     "StaticMethod",
+    "TrainedMethod",
+    "TrainedOptions",
     "begin_parts",
     "known_methods",
     "make_method",
