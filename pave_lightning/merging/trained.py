@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import ClassVar, Generic, Literal
 
@@ -15,10 +15,8 @@ from typing_extensions import TypeVar
 
 from pave_lightning.merging.base import Cost, MethodOptions, StaticMethod
 from pave_lightning.merging.blocks import Batch
+from pave_lightning.merging.passes import Examples
 from pave_lightning.weights import TaskVectors
-
-# Each task's batches, as many examples as count in one step. What `build` puts into them is there in `training_step`.
-Examples = Mapping[str, list[dict[str, Tensor]]]
 
 
 class TrainedOptions(MethodOptions):
@@ -149,7 +147,15 @@ class TrainedMethod(StaticMethod[TrainedOptionsT_co], Generic[TrainedOptionsT_co
         with _seeded(self.options.seed, passes.device), torch.enable_grad():
             model = self.build(vectors, examples)
             if any(parameter.requires_grad for parameter in model.parameters()):
-                train(self, model, examples)
+                train(
+                    self,
+                    model,
+                    examples,
+                    device=passes.device,
+                    precision=self.options.precision,
+                    epochs=self.options.epochs,
+                    seed=self.options.seed,
+                )
         self.learned(model)
 
 

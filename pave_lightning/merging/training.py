@@ -1,42 +1,81 @@
-"""The training of a method that learns, by Lightning's Trainer; loaded only when one is trained."""
+"""Training a module on the examples of all tasks, by Lightning's Trainer; loaded only when something is trained."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
+from typing_extensions import TypeVar
 
 from pave_lightning.experts.trainers import build_trainer, honest_interrupts, quiet_lightning
-from pave_lightning.merging.trained import Examples, ModelT, TrainedMethod, TrainedOptionsT_co
+from pave_lightning.merging.blocks import Batch
+from pave_lightning.merging.passes import Examples
+
+ModelT_contra = TypeVar("ModelT_contra", bound=nn.Module, contravariant=True)
 
 
-def train(method: TrainedMethod[TrainedOptionsT_co, ModelT], model: ModelT, examples: Examples) -> None:
+class Learner(Protocol[ModelT_contra]):
+    """What a training asks of a method that learns; see `TrainedMethod`."""
+
+    def training_step(self, model: ModelT_contra, batch: Batch, task: str) -> Tensor:
+        """The loss of one task on one of its batches."""
+
+    def optimiser(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """The optimiser of the parameters that are trained."""
+
+    def rate_factor(self, step: int, steps: int) -> float:
+        """What the optimiser's rates are multiplied with in a step, counted from 0."""
+
+    def trainer_options(self) -> dict[str, object]:
+        """More options for Lightning's Trainer."""
+
+    def before_training(self, model: ModelT_contra, examples: Examples) -> None:
+        """Look at the module before its first step."""
+
+    def after_epoch(self, model: ModelT_contra, examples: Examples, epoch: int, loss: float) -> None:
+        """Look at the module after an epoch."""
+
+
+def train(
+    learner: Learner[ModelT_contra],
+    model: ModelT_contra,
+    examples: Examples,
+    *,
+    device: str,
+    precision: str,
+    epochs: int,
+    seed: int,
+) -> None:
     """Train the parameters of a module that ask for gradients.
 
     Args:
-        method: says loss, optimiser and schedule.
+        learner: says loss, optimiser and schedule.
         model: the module, on the device; afterwards it is on the CPU.
         examples: each task's batches, on the device.
+        device: the device, named as torch names it.
+        precision: of the training steps, named as Lightning names it.
+        epochs: how often the examples of the task that has most of them are seen.
+        seed: decides the order of the batches.
 
     Raises:
-        PaveError: Lightning refuses the method's trainer options, or the method refuses what has come of the training.
+        PaveError: Lightning refuses the trainer options, or the learner refuses what has come of the training.
     """
     options = {
-        **_machine(method.evidence.forward_passes.device),
-        "precision": method.options.precision,
-        "max_epochs": method.options.epochs,
+        **_machine(device),
+        "precision": precision,
+        "max_epochs": epochs,
         # One batch of each task makes a step, with one graph at a time in memory.
         "accumulate_grad_batches": len(examples),
         "reload_dataloaders_every_n_epochs": 1,
-        **method.trainer_options(),
+        **learner.trainer_options(),
     }
     with quiet_lightning(), honest_interrupts():
-        build_trainer(options, root=Path()).fit(_Training(method, model, examples))
+        build_trainer(options, root=Path()).fit(_Training(learner, model, examples, epochs, seed))
 
 
 def _machine(device: str) -> dict[str, Any]:
@@ -46,24 +85,24 @@ def _machine(device: str) -> dict[str, Any]:
 
 
 class _Training(L.LightningModule):
-    """A method and what it trains, as Lightning wants them."""
+    """A learner and what it trains, as Lightning wants them."""
 
-    def __init__(self, method: TrainedMethod[Any, Any], model: nn.Module, examples: Examples) -> None:
+    def __init__(self, learner: Learner[Any], model: nn.Module, examples: Examples, epochs: int, seed: int) -> None:
         super().__init__()
-        self.method, self.model, self.examples = method, model, examples
+        self.learner, self.model, self.examples = learner, model, examples
         self._steps = max(len(batches) for batches in examples.values())
-        self._all_steps = self._steps * method.options.epochs
-        generator = torch.Generator().manual_seed(method.options.seed)
+        self._all_steps = self._steps * epochs
+        generator = torch.Generator().manual_seed(seed)
         self._orders = {task: _order(len(examples[task]), self._all_steps, generator) for task in examples}
         self._loss = 0.0
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """The method's optimiser and schedule, step by step."""
+        """The learner's optimiser and schedule, step by step."""
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        optimiser = self.method.optimiser(trained)
+        optimiser = self.learner.optimiser(trained)
         # It also asks for the step behind the last one, which is not taken.
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimiser, lambda step: self.method.rate_factor(min(step, self._all_steps - 1), self._all_steps)
+            optimiser, lambda step: self.learner.rate_factor(min(step, self._all_steps - 1), self._all_steps)
         )
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -74,20 +113,20 @@ class _Training(L.LightningModule):
         return _Rounds(self.examples, chosen)
 
     def on_train_start(self) -> None:
-        """Let the method look at its module."""
-        self.method.before_training(self.model, self.examples)
+        """Let the learner look at the module."""
+        self.learner.before_training(self.model, self.examples)
 
     def training_step(self, batch: tuple[str, dict[str, Tensor]], batch_idx: int) -> Tensor:
         """The loss of one task; Lightning divides it by the number of tasks."""
         task, inputs = batch
-        loss: Tensor = self.method.training_step(self.model, inputs, task)
+        loss: Tensor = self.learner.training_step(self.model, inputs, task)
         self._loss += float(loss.detach()) / len(self.examples)
         return loss
 
     def on_train_epoch_end(self) -> None:
-        """Tell the method how the epoch went."""
+        """Tell the learner how the epoch went."""
         loss, self._loss = self._loss / self._steps, 0.0
-        self.method.after_epoch(self.model, self.examples, self.current_epoch + 1, loss)
+        self.learner.after_epoch(self.model, self.examples, self.current_epoch + 1, loss)
 
 
 class _Rounds:

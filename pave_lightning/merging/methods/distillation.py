@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from pave_lightning.errors import PaveError
 from pave_lightning.merging.blocks import Batch
 from pave_lightning.merging.evidence import Evidence, Need
-from pave_lightning.merging.passes import share_parameters
+from pave_lightning.merging.passes import Examples, share_parameters
 from pave_lightning.merging.registry import merge_method
-from pave_lightning.merging.trained import Examples, TrainedMethod, TrainedOptions
+from pave_lightning.merging.trained import TrainedMethod, TrainedOptions
 from pave_lightning.subspace import is_finite
 from pave_lightning.weights import Parameter, TaskVectors
 from pave_lightning.weights.architecture import backbone_of
