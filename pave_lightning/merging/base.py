@@ -177,7 +177,7 @@ class StaticMethod(MergeMethod[OptionsT_co]):
         """Merge one parameter, or a block of its rows.
 
         Args:
-            parameter: what the tensors are.
+            parameter: what the tensors are; its ``rows`` say which block of it they hold, if they hold one.
             base: the base's values, float32.
             vectors: each task's task vector, float32, of the base's shape, in the order of the tasks.
 
