@@ -85,7 +85,7 @@ def joined(values: Sequence[ValueT], reduction: Reduction) -> ValueT:
     Sums of numbers are rounded once, so they do not depend on the order of the parts; those of tensors may.
 
     Raises:
-        ValueError: a tensor or a list of numbers cannot be reduced so.
+        ValueError: a number or a list of numbers cannot be reduced so.
     """
     first: Value = values[0]
     found: Value

@@ -25,8 +25,6 @@ log = logging.getLogger(__name__)
 WARM_UP = 0.1
 # Logits whose variance is below this share of their mean square are taken for constant.
 CONSTANT = 1e-9
-
-
 # Under which name a batch holds what the expert says of it.
 AIM = "expert_logits"
 
@@ -66,19 +64,16 @@ class Students(nn.Module):
     Args:
         weights: the weights by their names, of which those that are trained ask for gradients.
         students: each task's.
+
+    Attributes:
+        weights: the weights.
+        of: each task's student.
     """
 
     def __init__(self, weights: Mapping[str, nn.Parameter], students: Mapping[str, Student]) -> None:
         super().__init__()
-        self.weights, self.tasks = dict(weights), list(students)
+        self.weights, self.of = dict(weights), dict(students)
         self.students = nn.ModuleList(students.values())  # by number: names of modules may hold no dots
-
-    def of(self, task: str) -> Student:
-        """A task's."""
-        found = self.students[self.tasks.index(task)]
-        if not isinstance(found, Student):
-            raise TypeError(f"expected a student of task '{task}', found {type(found).__name__}")
-        return found
 
 
 @merge_method("distillation")
@@ -133,7 +128,7 @@ class Distillation(TrainedMethod[DistillationOptions, Students]):
 
     def training_step(self, model: Students, batch: Batch, task: str) -> Tensor:
         """What is unexplained of the expert's logits."""
-        return model.of(task).error(batch)
+        return model.of[task].error(batch)
 
     def rate_factor(self, step: int, steps: int) -> float:
         """Up in a straight line, then down to zero."""
@@ -176,7 +171,7 @@ class Distillation(TrainedMethod[DistillationOptions, Students]):
     def _on_first_batches(self, model: Students, examples: Examples) -> float:
         """What is unexplained on the first batch of each task, on average over the tasks."""
         with self.autocast():
-            return sum(float(model.of(task).error(batches[0])) for task, batches in examples.items()) / len(examples)
+            return sum(float(model.of[task].error(batches[0])) for task, batches in examples.items()) / len(examples)
 
 
 def centred_logits(model: nn.Module, batch: Batch) -> Tensor:

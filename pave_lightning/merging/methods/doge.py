@@ -133,6 +133,7 @@ class DogeTa(MatrixMethod[DogeOptions]):
                     for task, block in own.items():
                         squares[task] += float(block.double().square().sum())
                         yield task, block
+                # In both walks the same.
                 norms[parameter.name] = {task: math.sqrt(square) for task, square in squares.items()}
 
         def kept(elements: int) -> list[int]:

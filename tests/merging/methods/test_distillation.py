@@ -208,7 +208,7 @@ def test_examples_count_alike_in_batches_of_all_sizes(walkable):
         method.evidence = replace(evidence, passes=passes)
         examples = {task: passes.placed(task) for task in source.tasks}
         model = method.build(source, examples)
-        return np.mean([float(model.of("one").error(examples["one"][index]).detach()) for index in range(count)])
+        return np.mean([float(model.of["one"].error(examples["one"][index]).detach()) for index in range(count)])
 
     expected = mean_error(whole.passes, 1)
     assert mean_error(replace(evidence.passes, batches=uneven), 2) == pytest.approx(expected, rel=1e-5)
