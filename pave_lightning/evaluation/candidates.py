@@ -1,11 +1,13 @@
-"""Models that can be scored: where the backbone's weights for a task come from."""
+"""Models that can be scored: where the backbone's weights for a task come from, and what else a task puts in."""
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from itertools import chain
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from pave_lightning.merging.modulators import Modulator
 from pave_lightning.merging.running import MergedVectors
@@ -27,6 +29,51 @@ class Candidate(ABC):
     @abstractmethod
     def weights(self, task: str) -> Iterator[tuple[str, Tensor]]:
         """The backbone's tensors for a task, by their names inside the backbone, one at a time."""
+
+    def adapt(self, model: nn.Module, task: str) -> nn.Module:
+        """The model as the task is to run it: with modules put in, exchanged or hooked; by default as it is.
+
+        Called once for each task, when its weights are there. Modules may be changed in place or wrapped: what is given
+        is a copy that is dropped afterwards. It shares its tensors with other tasks, so values must not be changed in
+        place; give a module new parameters instead. A head that was fitted anew, for example::
+
+            def adapt(self, model, task):
+                model.classifier = self.heads[task]
+                return model
+
+        Args:
+            model: the task's model with its head, in eval mode, with the weights of :meth:`weights`.
+            task: the task.
+
+        Returns:
+            A module that takes the same batches and gives the same form of output.
+        """
+        return model
+
+
+def adapted(candidate: Candidate, model: nn.Module, task: str) -> nn.Module:
+    """What a candidate makes of a copy of a task's model, in eval mode; the model stays as it is.
+
+    Modules that the candidate puts in are moved to the model's device and dtype.
+
+    Raises:
+        RuntimeError: the candidate has changed the values of weights that the copy shares with the model.
+    """
+    shared = list(chain(model.parameters(), model.buffers()))
+    versions = [_version(tensor) for tensor in shared]
+    # A copy of all modules, but of no tensor.
+    found = candidate.adapt(copy.deepcopy(model, {id(tensor): tensor for tensor in shared}), task)
+    if versions != [_version(tensor) for tensor in shared]:
+        raise RuntimeError(
+            f"{type(candidate).__name__}.adapt has changed weights in place for task '{task}', which other tasks use "
+            "as well; put new parameters into the module instead"
+        )
+    return found.to(device=shared[0].device, dtype=shared[0].dtype).eval()
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor's values have been changed in place; 0 of tensors that do not keep count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 class CheckpointCandidate(Candidate):

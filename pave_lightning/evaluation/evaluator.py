@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from pave_lightning.errors import PaveError
-from pave_lightning.evaluation.candidates import Candidate
+from pave_lightning.evaluation.candidates import Candidate, adapted
 from pave_lightning.experts.trainers import honest_interrupts, quiet_lightning
 from pave_lightning.tasks.constants import constant_scores
 from pave_lightning.tasks.data_module import TaskDataModule
@@ -118,6 +118,7 @@ class Evaluator(L.LightningModule):
             setattr(model, prefix, self.backbone)
         self._models = models
         self.models = nn.ModuleList(models)
+        self._adapted: dict[str, nn.Module] = {}
         self._candidate: Candidate | None = None
         self._loaded: str | None = None
         self._given: set[str] = set()
@@ -167,10 +168,11 @@ class Evaluator(L.LightningModule):
             metrics.reset()
         with quiet_lightning(), honest_interrupts():
             trainer.test(self, datamodule=data, verbose=False)
+        self._adapted = {}
         return dict(self._scores)
 
     def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Load the weights of the task whose loader begins."""
+        """Load the weights of the task whose loader begins, and let the candidate adapt the model to the task."""
         task = self.tasks[dataloader_idx].name
         if task == self._loaded or self._candidate is None:
             return
@@ -187,6 +189,7 @@ class Evaluator(L.LightningModule):
                 f"task '{task}': {len(lacking)} weights of the backbone, such as {lacking[0]}, are in no checkpoint "
                 "under a name that is known, so its scores would mean nothing"
             )
+        self._adapted = {task: adapted(self._candidate, self._models[dataloader_idx], task)}
         self._loaded = task
 
     @torch.no_grad()
@@ -216,7 +219,8 @@ class Evaluator(L.LightningModule):
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add one batch to its task's metrics."""
-        found = self.tasks[dataloader_idx].predict(self._models[dataloader_idx], batch)
+        task = self.tasks[dataloader_idx]
+        found = task.predict(self._adapted[task.name], batch)
         self._broken[dataloader_idx] += found.broken
         self._metrics[dataloader_idx].update(found.values, found.targets)
         self._counts[dataloader_idx] += len(batch["labels"])

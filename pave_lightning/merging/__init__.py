@@ -4,9 +4,12 @@ from pave_lightning.merging.base import Cost, MergeMethod, MethodOptions, Modula
 from pave_lightning.merging.evidence import Evidence, Need
 from pave_lightning.merging.matrices import MatrixMethod, MatrixOptions
 from pave_lightning.merging.modulators import LowRank, Modulator, ModulatorWriter
+from pave_lightning.merging.parts import PartOfVectors, begin_parts, reduce_states
 from pave_lightning.merging.registry import known_methods, make_method, merge_method, method_named
 from pave_lightning.merging.running import MergedVectors, merge, merge_per_task, merge_static
 from pave_lightning.merging.sequential import RunningMean, RunningSum, SequentialMethod, SequentialState
+from pave_lightning.merging.states import State, States, order_statistics
+from pave_lightning.merging.trained import TrainedMethod, TrainedOptions
 
 __all__ = [
     "Cost",
@@ -21,12 +24,18 @@ __all__ = [
     "Modulator",
     "ModulatorWriter",
     "Need",
+    "PartOfVectors",
     "PerTaskMethod",
     "RunningMean",
     "RunningSum",
     "SequentialMethod",
     "SequentialState",
+    "State",
+    "States",
     "StaticMethod",
+    "TrainedMethod",
+    "TrainedOptions",
+    "begin_parts",
     "known_methods",
     "make_method",
     "merge",
@@ -34,4 +43,6 @@ __all__ = [
     "merge_per_task",
     "merge_static",
     "method_named",
+    "order_statistics",
+    "reduce_states",
 ]

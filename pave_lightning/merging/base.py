@@ -15,6 +15,7 @@ from typing_extensions import TypeVar
 from pave_lightning.errors import Problems
 from pave_lightning.merging.evidence import Evidence, Need
 from pave_lightning.merging.modulators import LowRank
+from pave_lightning.merging.states import Preparation, States
 from pave_lightning.weights import Parameter, TaskVectors
 
 
@@ -44,6 +45,11 @@ class MergeMethod(ABC, Generic[OptionsT_co]):
     A method is fed one parameter at a time, and elementwise methods one block of rows at a time. It may look at all
     task vectors beforehand, in :meth:`prepare`, and at what is known of the tasks' data, in :attr:`evidence`.
 
+    Several objects of a method may share a merge, each with a part of the parameters, as processes do: what is gathered
+    over parameters is declared as a state with its reduction, ``self.states.add(name, initial, reduction)``, and filled
+    in :meth:`prepare` or from one ``merge`` to the next. States are reduced over all parts wherever :meth:`prepare`
+    yields, and those that are still open when all parameters have been merged.
+
     Attributes:
         name: how recipes call it; set by :func:`~pave_lightning.merging.registry.merge_method`.
         summary: the idea in one line.
@@ -57,9 +63,12 @@ class MergeMethod(ABC, Generic[OptionsT_co]):
         held_models: how many models' worth of weights it holds in memory while it works, besides one parameter of all
             tasks.
         whole_model_pass: whether :meth:`prepare` reads every task vector.
+        parallel: whether parts of the parameters may be merged apart from each other.
+        serial_because: why not, where they may not.
         default_scale: what its merged task vector is multiplied with unless a recipe says otherwise; None for a method
             that has no such scale.
         evidence: what is known of the tasks' data; nothing until the method is run.
+        states: what is gathered over parameters.
     """
 
     name: ClassVar[str] = ""
@@ -73,12 +82,15 @@ class MergeMethod(ABC, Generic[OptionsT_co]):
     batched: ClassVar[bool] = False
     held_models: ClassVar[int] = 0
     whole_model_pass: ClassVar[bool] = False
+    parallel: ClassVar[bool] = True
+    serial_because: ClassVar[str] = ""
     default_scale: ClassVar[float | None] = None
     Options: ClassVar[type[MethodOptions]] = MethodOptions
 
     def __init__(self, options: OptionsT_co | None = None) -> None:
         self.options = options if options is not None else cast(OptionsT_co, self.Options())
         self.evidence = Evidence()
+        self.states = States()
 
     def begin(self, vectors: TaskVectors, evidence: Evidence) -> None:
         """Check the request, take in the evidence, and prepare.
@@ -86,11 +98,26 @@ class MergeMethod(ABC, Generic[OptionsT_co]):
         Raises:
             PaveError: lists everything that keeps this method from merging these task vectors.
         """
+        self._check(vectors, evidence)
+        self.evidence = evidence
+        self.prepare_alone(vectors)
+
+    def begin_part(self, vectors: TaskVectors, evidence: Evidence) -> Iterator[None]:
+        """As :meth:`begin`, of a part of the parameters; stops wherever the states of all parts must be reduced."""
+        self._check(vectors, evidence)
+        self.evidence, self.states = evidence, States()
+        yield from self.prepare(vectors) or ()
+
+    def prepare_alone(self, vectors: TaskVectors) -> None:
+        """Run :meth:`prepare` to its end, without checks, as the only part."""
+        self.states = States()
+        for _ in self.prepare(vectors) or ():
+            self.states.reduce([self.states.gathered()])
+
+    def _check(self, vectors: TaskVectors, evidence: Evidence) -> None:
         problems = Problems(f"merge method '{self.name}' cannot merge these experts:")
         problems.extend(self.problems(vectors, evidence))
         problems.raise_if_any()
-        self.evidence = evidence
-        self.prepare(vectors)
 
     @property
     def wanted(self) -> frozenset[Need]:
@@ -114,9 +141,20 @@ class MergeMethod(ABC, Generic[OptionsT_co]):
         """
         yield from evidence.lacking(self.wanted, vectors)
 
-    def prepare(self, vectors: TaskVectors) -> None:
-        """Look at the task vectors before the first merge; most methods need not."""
-        return
+    def prepare(self, vectors: TaskVectors) -> Preparation:
+        """Look at the task vectors before the first merge; most methods need not.
+
+        Of several parts each sees its own parameters. Whatever is to be known of all of them is gathered in states; a
+        ``yield`` stands where they are to be those of all parts, so all parts must come to the same ones::
+
+            squares = self.states.add("squares", dict.fromkeys(vectors.tasks, 0.0), "sum")
+            for _, _, own in vectors.walk():
+                for task, block in own.items():
+                    squares.value[task] += float(block.double().square().sum())
+            yield  # here of this part, from here on of all
+            self.norms = {task: math.sqrt(square) for task, square in squares.value.items()}
+        """
+        return None
 
     def in_blocks(self, parameter: Parameter) -> bool:
         """Whether blocks of this parameter's rows may be merged apart from each other."""
@@ -139,7 +177,7 @@ class StaticMethod(MergeMethod[OptionsT_co]):
         """Merge one parameter, or a block of its rows.
 
         Args:
-            parameter: what the tensors are.
+            parameter: what the tensors are; its ``rows`` say which block of it they hold, if they hold one.
             base: the base's values, float32.
             vectors: each task's task vector, float32, of the base's shape, in the order of the tasks.
 

@@ -17,6 +17,8 @@ class BlockwiseMethod(StaticMethod[OptionsT_co]):
 
     cost = Cost.FORWARD_PASSES
     whole_model_pass = True
+    parallel = False
+    serial_because = "each block of the model is solved on what the merged blocks before it hand on"
 
     def problems(self, vectors: TaskVectors, evidence: Evidence) -> Iterator[str]:
         """Besides what is generally lacking: why the backbone cannot be walked through."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pave_lightning.errors import Problems
 from pave_lightning.merging.matrices import MatrixMethod, MatrixOptionsT_co
+from pave_lightning.merging.states import Preparation
 from pave_lightning.weights import Parameter, TaskVectors
 
 Factors = tuple[Tensor, Tensor]
@@ -35,7 +36,7 @@ class LowRankMethod(MatrixMethod[MatrixOptionsT_co]):
         self._source: TaskVectors | None = None
         self._adapted: Mapping[str, tuple[str, ...]] = {}
 
-    def prepare(self, vectors: TaskVectors) -> None:
+    def prepare(self, vectors: TaskVectors) -> Preparation:
         """Find the adapted layers.
 
         Raises:
@@ -52,6 +53,7 @@ class LowRankMethod(MatrixMethod[MatrixOptionsT_co]):
                     "train adapters of the same layers, or choose a method that needs none"
                 )
         problems.raise_if_any()
+        return None
 
     @property
     def source_vectors(self) -> TaskVectors:

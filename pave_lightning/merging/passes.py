@@ -14,6 +14,9 @@ from pave_lightning.subspace import is_finite
 from pave_lightning.weights import TaskVectors
 from pave_lightning.weights.embeddings import OwnTokens, reading
 
+# Each task's batches, as many examples as count in one step of a training; more tensors may be put into them.
+Examples = Mapping[str, list[dict[str, Tensor]]]
+
 
 @dataclass(frozen=True)
 class ForwardPasses:

@@ -60,6 +60,8 @@ def merge_method(name: str, **facts: Any) -> Callable[[Any], Any]:
             raise TypeError(f"merge method '{name}': a class says {', '.join(facts)} itself")
         if lacking := [told for told in ("summary", "source", "form") if not isinstance(getattr(kind, told, 0), str)]:
             raise TypeError(f"merge method '{name}' does not say its {', '.join(lacking)}")
+        if not kind.parallel and not kind.serial_because:
+            raise TypeError(f"merge method '{name}' does not say why it is not parallel; set serial_because")
         if name in _registry and _registry[name] is not kind:
             raise ValueError(f"two merge methods are named '{name}': {_registry[name].__name__} and {kind.__name__}")
         kind.name = name

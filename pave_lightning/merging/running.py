@@ -69,7 +69,7 @@ def _merged(method: StaticMethod, source: TaskVectors) -> Iterator[tuple[Paramet
     for parameter in source.parameters:
         merged = torch.empty(parameter.shape)
         for rows in _blocks(method, source, parameter):
-            merged[within(rows)] = method.merge(parameter, *source.read(parameter, rows))
+            merged[within(rows)] = method.merge(parameter.block(rows), *source.read(parameter, rows))
         yield parameter, merged
 
 
@@ -87,7 +87,7 @@ def merge_per_task(
         masks: dict[str, Tensor] = {}
         factors: dict[str, LowRank] = {}
         for rows in _blocks(method, source, parameter):
-            part = method.merge(parameter, *source.read(parameter, rows))
+            part = method.merge(parameter.block(rows), *source.read(parameter, rows))
             shared[within(rows)] = part.shared
             for task, mask in part.masks.items():
                 masks.setdefault(task, torch.empty(parameter.shape, dtype=torch.bool))[within(rows)] = mask

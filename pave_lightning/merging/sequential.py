@@ -13,6 +13,7 @@ from torch import Tensor
 from pave_lightning.errors import PaveError, Problems
 from pave_lightning.merging.base import OptionsT_co, StaticMethod
 from pave_lightning.merging.evidence import Evidence
+from pave_lightning.merging.states import Preparation
 from pave_lightning.subspace import is_finite
 from pave_lightning.weights import Checkpoint, Parameter, TaskVectors
 
@@ -107,9 +108,10 @@ class SequentialMethod(StaticMethod[OptionsT_co]):
                     "another shape; merge all experts again"
                 )
 
-    def prepare(self, vectors: TaskVectors) -> None:
+    def prepare(self, vectors: TaskVectors) -> Preparation:
         """Note how many tasks there are."""
         self._tasks = len(vectors.tasks)
+        return None
 
     @property
     def has_merged(self) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,82 +13,98 @@ _BINS = 1 << 16
 _CHUNK = 1 << 18
 
 NamedBlocks = Callable[[], Iterable[tuple[str, Tensor]]]
+Counts = dict[str, Tensor]
 
 
-def kth_largest_magnitudes(names: Sequence[str], blocks: NamedBlocks, k: int) -> dict[str, float]:
-    """The k-th largest absolute value of each of several float32 vectors given in blocks, exact to the element.
-
-    Args:
-        names: of the vectors.
-        blocks: called twice; each call yields the same float32 blocks, of any shape, each with the name of its vector.
-        k: rank from the top, starting at 1.
-
-    Returns:
-        For each name the value itself; the threshold that at least k elements of that vector reach.
-
-    Raises:
-        ValueError: k is not between 1 and the number of elements of a vector.
-    """
-    found = largest_magnitudes(names, blocks, [k])
-    return {name: values[k] for name, values in found.items()}
-
-
-def largest_magnitudes(
-    names: Sequence[str], blocks: NamedBlocks, ranks: Sequence[int]
-) -> dict[str, Mapping[int, float]]:
-    """Several order statistics of the absolute values; see `largest_values`."""
-    return _largest(names, lambda: _ordered(blocks(), _magnitudes), ranks)
-
-
-def largest_values(names: Sequence[str], blocks: NamedBlocks, ranks: Sequence[int]) -> dict[str, Mapping[int, float]]:
+class RankSearch:
     """The k-th largest values of each of several float32 vectors given in blocks, for several k, exact to the element.
 
     The bit patterns of float32 numbers, read as sign and magnitude of an integer, are ordered as the numbers are. So
     one histogram over the upper 16 bits finds the bin that holds the k-th largest value, and a second over the lower 16
     bits of that bin finds the value. Memory is one block, some megabytes and, for every vector, 65,536 counters a rank
-    and once more.
+    and once more. Both zeros count as equal.
+
+    Counts of different elements of the same vectors add up, so that the elements may be spread over several searches::
+
+        search = RankSearch(["a"], blocks)
+        search.choose(search.upper(), lambda elements: [1, elements])
+        largest, smallest = search.values(search.lower())["a"]
 
     Args:
         names: of the vectors.
-        blocks: called twice; each call yields the same float32 blocks, of any shape, each with the name of its vector.
-        ranks: ranks from the top, starting at 1, the same for every vector.
-
-    Returns:
-        For each name the value at each rank; both zeros count as equal.
-
-    Raises:
-        ValueError: a rank is not between 1 and the number of elements of a vector.
+        blocks: each call yields the same float32 blocks, of any shape, each with the name of its vector.
+        magnitudes: whether absolute values are ranked.
     """
-    return _largest(names, lambda: _ordered(blocks(), _signed), ranks)
+
+    def __init__(self, names: Sequence[str], blocks: NamedBlocks, *, magnitudes: bool = False) -> None:
+        self._names, self._blocks = list(names), blocks
+        self._order = _magnitudes if magnitudes else _signed
+        self._bins: dict[str, list[_Bin]] = {}
+
+    def upper(self) -> Counts:
+        """For each vector how many elements lie in each bin of the upper 16 bits: int64, ``(65536,)``. Reads all."""
+        counts = {name: torch.zeros(_BINS, dtype=torch.int64) for name in self._names}
+        for name, ordered in self._chunks():
+            counts[name] += torch.bincount(ordered.bitwise_right_shift_(16).add_(_BINS // 2), minlength=_BINS)
+        return counts
+
+    def choose(self, upper: Counts, ranks: Callable[[int], Sequence[int]]) -> None:
+        """Decide which ranks are looked for.
+
+        Args:
+            upper: what :meth:`upper` gave, added up over all searches.
+            ranks: gives, for how many elements a vector has, the ranks from the top, starting at 1.
+
+        Raises:
+            ValueError: a rank is not between 1 and the number of elements of a vector.
+        """
+        for name, counts in upper.items():
+            elements = int(counts.sum())
+            wanted = ranks(elements)
+            for k in wanted:
+                if not 1 <= k <= elements:
+                    raise ValueError(f"k must be between 1 and {elements}, the number of elements; found {k}")
+            self._bins[name] = [_Bin(*_bin_of(counts, k), k) for k in wanted]
+
+    def lower(self) -> Counts:
+        """For each vector and rank the counts of the lower 16 bits in its bin: int64, ``(ranks, 65536)``. Reads all."""
+        counts = {name: torch.zeros(len(bins), _BINS, dtype=torch.int64) for name, bins in self._bins.items()}
+        upper_bits, inside = (torch.empty(_CHUNK, dtype=torch.int32) for _ in range(2))
+        for name, ordered in self._chunks() if any(self._bins.values()) else ():
+            size = ordered.numel()
+            torch.bitwise_right_shift(ordered, 16, out=upper_bits[:size])
+            for high in {found.high for found in self._bins[name]}:
+                # Integers instead of booleans, which are several times as slow to make and to look through.
+                torch.eq(upper_bits[:size], high - _BINS // 2, out=inside[:size])
+                found = ordered[inside[:size].nonzero().squeeze(1)]
+                of_bin = torch.bincount(found & (_BINS - 1), minlength=_BINS)
+                counts[name][[index for index, one in enumerate(self._bins[name]) if one.high == high]] += of_bin
+        return counts
+
+    def values(self, lower: Counts) -> dict[str, list[float]]:
+        """For each vector the value at each rank, in the order in which the ranks were given.
+
+        Args:
+            lower: what :meth:`lower` gave, added up over all searches.
+        """
+        return {
+            name: [
+                _value(found.high, _bin_of(counts, found.rank - found.above)[0])
+                for found, counts in zip(bins, lower[name], strict=True)
+            ]
+            for name, bins in self._bins.items()
+        }
+
+    def _chunks(self) -> Iterator[tuple[str, Tensor]]:
+        return _ordered(self._blocks(), self._order)
 
 
-def _largest(names: Sequence[str], chunks: NamedBlocks, ranks: Sequence[int]) -> dict[str, Mapping[int, float]]:
-    """As `largest_values`, from chunks of ordered integers, which may be overwritten."""
-    upper = {name: torch.zeros(_BINS, dtype=torch.int64) for name in names}
-    for name, ordered in chunks():
-        upper[name] += torch.bincount(ordered.bitwise_right_shift_(16).add_(_BINS // 2), minlength=_BINS)
-    for counts in upper.values():
-        for k in ranks:
-            if not 1 <= k <= int(counts.sum()):
-                raise ValueError(f"k must be between 1 and {int(counts.sum())}, the number of elements; found {k}")
-    chosen = {name: {k: _bin_of(counts, k) for k in ranks} for name, counts in upper.items()}
-    lower = {
-        name: {high: torch.zeros(_BINS, dtype=torch.int64) for high, _ in bins.values()}
-        for name, bins in chosen.items()
-    }
-    upper_bits, inside = (torch.empty(_CHUNK, dtype=torch.int32) for _ in range(2))
-    for name, ordered in chunks():
-        size = ordered.numel()
-        torch.bitwise_right_shift(ordered, 16, out=upper_bits[:size])
-        for high in lower[name]:
-            # Integers instead of booleans, which are several times as slow to make and to look through.
-            torch.eq(upper_bits[:size], high - _BINS // 2, out=inside[:size])
-            found = ordered[inside[:size].nonzero().squeeze(1)]
-            lower[name][high] += torch.bincount(found & (_BINS - 1), minlength=_BINS)
-    return {
-        name: {k: _value(high, _bin_of(lower[name][high], k - above)[0]) for k, (high, above) in bins.items()}
-        for name, bins in chosen.items()
-    }
+class _Bin(NamedTuple):
+    """Where the element of a rank lies: in which bin of upper bits, how many lie above that bin, and the rank."""
+
+    high: int
+    above: int
+    rank: int
 
 
 def _ordered(

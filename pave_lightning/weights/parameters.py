@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from torch import Tensor, nn
@@ -39,6 +39,8 @@ class Parameter:
             projections and convolutions that are matrix products, 0 for the transposed ``Conv1D`` of GPT-2; None for
             everything that multiplies with no matrix.
         module: name of the module that owns it, where checkpoints store the parameter under another name; else None.
+        rows: which rows of its first axis are meant, where a block of them is merged apart from the others; None for
+            all. Name, shape and number of elements are those of the whole parameter, and so are equality and hash.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Parameter:
     shape: tuple[int, ...]
     input_axis: int | None = None
     module: str | None = None
+    rows: slice | None = field(default=None, compare=False)
 
     @property
     def layer(self) -> str:
@@ -56,6 +59,16 @@ class Parameter:
     def elements(self) -> int:
         """Number of values."""
         return math.prod(self.shape)
+
+    def block(self, rows: slice | None) -> Parameter:
+        """These rows of the parameter; the parameter itself where None."""
+        return self if rows is None else replace(self, rows=rows)
+
+    @property
+    def first_element(self) -> int:
+        """Position in the flattened parameter of the first element of :attr:`rows`."""
+        first = 0 if self.rows is None else self.rows.indices(self.shape[0])[0]
+        return first * math.prod(self.shape[1:])
 
     @property
     def is_matrix(self) -> bool:

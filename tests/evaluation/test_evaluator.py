@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from pave_lightning.errors import PaveError
@@ -180,3 +181,95 @@ def test_an_expert_without_its_head(suite, tmp_path):
     experts = {**suite.checkpoints(), "second": Checkpoint(tmp_path, "bert")}
     with pytest.raises(PaveError, match=r"task 'second': .* lacks weights of the head: classifier\.bias"):
         Evaluator(suite.tasks, experts, suite.checkpoint())
+
+
+class Turned(CheckpointCandidate):
+    """The base with new heads, on features that are turned, and with a wrapper that counts the batches it is given."""
+
+    def __init__(self, checkpoint, heads, turn):
+        super().__init__(checkpoint)
+        self.heads, self.turn, self.asked, self.batches = heads, turn, [], 0
+
+    def adapt(self, model, task):
+        self.asked.append(task)
+        model.classifier = nn.Sequential(self.turn, self.heads[task])
+        model.register_forward_pre_hook(lambda *_: setattr(self, "batches", self.batches + 1))
+        return model
+
+
+def turned(suite):
+    """New heads and an orthogonal turn of the features they read."""
+    torch.manual_seed(3)
+    heads = {task.name: nn.Linear(32, task.outputs) for task in suite.tasks}
+    turn = nn.Linear(32, 32, bias=False)
+    nn.init.orthogonal_(turn.weight)
+    return heads, turn
+
+
+def state_of(evaluator):
+    """Everything that scoring a candidate must leave as it was: modules, hooks, tensors."""
+    modules = {name: (id(module), len(module._forward_pre_hooks)) for name, module in evaluator.named_modules()}
+    tensors = {**dict(evaluator.named_parameters()), **dict(evaluator.named_buffers())}
+    return modules, {name: (id(tensor), tensor.clone()) for name, tensor in tensors.items() if "metrics" not in name}
+
+
+def test_a_candidate_may_bring_heads_and_modules_of_its_own(score, suite, evaluator):
+    heads, turn = turned(suite)
+    candidate, plain = Turned(suite.checkpoint(), heads, turn), CheckpointCandidate(suite.checkpoint())
+    before, (modules, tensors) = score(plain), state_of(evaluator)
+    found = score(candidate)
+    assert candidate.asked == [task.name for task in suite.tasks]
+    assert candidate.batches == sum(-(-len(suite.rows[task.name, "test"]) // 4) for task in suite.tasks)
+    models = models_of(suite, load_file(suite.base / "model.safetensors"))
+    for task, model in models.items():
+        model.classifier = nn.Sequential(turn, heads[task])
+    check(found, suite, models)
+    assert found != before
+    modules_after, tensors_after = state_of(evaluator)
+    assert modules_after == modules
+    assert tensors_after.keys() == tensors.keys()
+    assert all(tensors_after[name][0] == found for name, (found, _) in tensors.items())
+    assert all(torch.equal(tensors_after[name][1], value) for name, (_, value) in tensors.items())
+    assert score(plain) == before
+
+
+def test_modules_of_a_candidate_have_the_precision_of_the_model(suite, tmp_path):
+    options = {"accelerator": "cpu", "devices": 1, "precision": "bf16-true"}
+    trainer = build_trainer(options, root=tmp_path, enable_progress_bar=False)
+    alone = Evaluator(suite.tasks, suite.checkpoints(), suite.checkpoint())
+    data = SuiteData([suite.data(task) for task in suite.tasks], "test")
+    candidate = Turned(suite.checkpoint(), *turned(suite))
+    found = alone.score(candidate, data, trainer)
+    assert not any(scored.broken for scored in found.values())
+    assert candidate.turn.weight.dtype == torch.bfloat16
+
+
+def test_a_candidate_may_wrap_the_model(score, suite):
+    class Doubled(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model, self.factor = model, nn.Parameter(torch.tensor(-1.0))
+
+        def forward(self, **batch):
+            outputs = self.model(**batch)
+            outputs.logits = self.factor * outputs.logits
+            return outputs
+
+    class Opposed(ExpertsCandidate):
+        def adapt(self, model, task):
+            return Doubled(model) if task == "third" else model
+
+    plain, found = score(ExpertsCandidate(suite.checkpoints())), score(Opposed(suite.checkpoints()))
+    assert found["first"] == plain["first"]
+    assert found["third"].metrics["pearson"] == pytest.approx(-plain["third"].metrics["pearson"])
+
+
+def test_weights_that_tasks_share_may_not_be_changed_in_place(score, suite):
+    class Careless(CheckpointCandidate):
+        @torch.no_grad()
+        def adapt(self, model, task):
+            model.bert.encoder.layer[0].output.dense.weight.mul_(1.0)
+            return model
+
+    with pytest.raises(RuntimeError, match=r"Careless\.adapt has changed weights in place for task 'first'"):
+        score(Careless(suite.checkpoint()))

@@ -4,7 +4,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pave_lightning.subspace.selection import kth_largest_magnitudes, largest_magnitudes, largest_values
+from pave_lightning.subspace.selection import RankSearch
+
+
+def ranked(names, blocks, ranks, **options):
+    """The values at those ranks, found by one search that sees everything."""
+    search = RankSearch(names, blocks, **options)
+    search.choose(search.upper(), lambda elements: ranks)
+    return search.values(search.lower())
 
 
 def kth_largest_magnitude(blocks, k):
@@ -16,7 +23,7 @@ def kth_largest_magnitude(blocks, k):
             yield "own", block
         yield "other", torch.full((500,), 0.5)
 
-    return kth_largest_magnitudes(["own", "other"], of_two, k)["own"]
+    return ranked(["own", "other"], of_two, [k], magnitudes=True)["own"][0]
 
 
 # Few distinct values (ties, both zeros), neighbours that share their upper 16 bits, denormals, the largest number.
@@ -87,17 +94,50 @@ def test_signed_values_at_several_ranks_against_a_sort(vector, data):
         for block in blocks:
             yield "own", block
 
-    found = largest_values(["own", "other"], of_two, ranks)
-    assert found["own"] == {k: float(descending[k - 1]) for k in ranks}
-    assert found["other"] == dict.fromkeys(ranks, -7.0)
+    found = ranked(["own", "other"], of_two, ranks)
+    assert found["own"] == [float(descending[k - 1]) for k in ranks]
+    assert found["other"] == [-7.0] * len(ranks)
+
+
+@settings(max_examples=80, deadline=None)
+@given(split_vectors(), st.data())
+def test_elements_may_be_spread_over_several_searches(vector, data):
+    values, blocks = vector
+    k = data.draw(st.integers(1, len(values)))
+    searches = [RankSearch(["own"], lambda block=block: [("own", block)]) for block in blocks]
+    totals = []
+
+    def ranks(elements):
+        totals.append(elements)
+        return [k, elements]
+
+    upper = {"own": sum(search.upper()["own"] for search in searches)}
+    for search in searches:
+        search.choose(upper, ranks)
+    lower = {"own": sum(search.lower()["own"] for search in searches)}
+    descending = np.sort(values)[::-1]
+    for search in searches:
+        assert search.values(lower)["own"] == [float(descending[k - 1]), float(descending[-1])]
+    assert totals == [len(values)] * len(searches)
+
+
+def test_no_rank_is_wanted():
+    walks = []
+
+    def blocks():
+        walks.append(1)
+        yield "own", torch.ones(3)
+
+    assert ranked(["own"], blocks, []) == {"own": []}
+    assert len(walks) == 1
 
 
 def test_every_rank_of_signed_neighbours():
     step = np.float32(2**-149)
     values = torch.tensor([step, -step, 0.0, -1.0, float(np.nextafter(np.float32(-1), np.float32(-2))), 2.0, -3e38])
-    ranks = range(1, 8)
-    found = largest_values(["own"], lambda: [("own", values)], ranks)["own"]
-    assert [found[k] for k in ranks] == values.sort(descending=True).values.tolist()
+    assert (
+        ranked(["own"], lambda: [("own", values)], range(1, 8))["own"] == values.sort(descending=True).values.tolist()
+    )
 
 
 def test_several_ranks_take_no_more_walks():
@@ -107,11 +147,11 @@ def test_several_ranks_take_no_more_walks():
         walks.append(1)
         yield "own", torch.tensor([3.0, -5.0, 4.0])
 
-    assert largest_magnitudes(["own"], blocks, [1, 2, 3])["own"] == {1: 5.0, 2: 4.0, 3: 3.0}
+    assert ranked(["own"], blocks, [1, 2, 3], magnitudes=True)["own"] == [5.0, 4.0, 3.0]
     assert len(walks) == 2
 
 
 @pytest.mark.parametrize("ranks", [[1, 4], [0, 1]])
 def test_one_of_several_ranks_that_is_not_there(ranks):
     with pytest.raises(ValueError, match=r"k must be between 1 and 3, the number of elements; found [04]"):
-        largest_values(["own"], lambda: [("own", torch.ones(3))], ranks)
+        ranked(["own"], lambda: [("own", torch.ones(3))], ranks)

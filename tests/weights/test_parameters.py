@@ -19,6 +19,15 @@ def test_a_linear_weight_is_its_own_matrix():
     assert torch.equal(found.from_matrix(weight), weight)
 
 
+def test_a_block_of_rows_is_the_same_parameter_that_knows_where_it_begins():
+    whole = parameter(ParameterKind.OTHER, (6, 2, 5))
+    block = whole.block(slice(2, 4))
+    assert (block.rows, block.shape, block.elements, block.first_element) == (slice(2, 4), (6, 2, 5), 60, 20)
+    assert {whole: "found"}[block] == "found"
+    assert whole.block(None) is whole
+    assert (whole.rows, whole.first_element, parameter(ParameterKind.OTHER, ()).first_element) == (None, 0, 0)
+
+
 def test_a_transposed_weight():
     layer, rows = Conv1D(3, 5), torch.randn(4, 5)
     layer.bias.data.zero_()

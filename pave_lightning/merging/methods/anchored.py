@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import ClassVar
 
 import torch
@@ -55,23 +55,11 @@ class AnchoredRegression(StaticMethod[AnchoredRegressionOptions]):
 
     def merge(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
         """The anchor's task vector, refined for matrix weights."""
-        anchor = self.evidence.anchor_vector(parameter)
-        if not parameter.is_matrix:
-            return anchor
-        matrices = {task: parameter.as_matrix(vector) for task, vector in vectors.items()}
-        sums = AnchoredRidge(parameter.matrix_shape)
-        for task, moment in self._moments(parameter, matrices):
-            sums.add(matrices[task], moment)
-        refined = sums.solve(self.options.ridge * sums.mean_square, parameter.as_matrix(anchor))
-        return parameter.from_matrix(refined.float())
-
-    def _moments(self, parameter: Parameter, matrices: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Tasks and their second moments."""
-        yield from self.evidence.input_moments(matrices, parameter)
+        return refined(self, parameter, vectors, lambda matrices: self.evidence.input_moments(matrices, parameter))
 
 
 @merge_method("bmm_data_free")
-class DataFreeAnchoredRegression(AnchoredRegression):
+class DataFreeAnchoredRegression(StaticMethod[AnchoredRegressionOptions]):
     r"""As `bmm`, with second moments of the task vectors' rows, :math:`\tau_t^T \tau_t / \|\tau_t\|^2`, for inputs'.
 
     Needs an anchor. Source: the data-free variant of Bayesian Model Merging (arXiv 2605.12843), as far as its
@@ -79,11 +67,46 @@ class DataFreeAnchoredRegression(AnchoredRegression):
     """
 
     summary = "as bmm, with second moments of the task vectors' rows instead of inputs"
+    source = AnchoredRegression.source
     needs = frozenset({Need.ANCHOR})
+    cost = Cost.DECOMPOSITION
+    held_models = 1  # the anchor
+    default_scale = 1.0
+    Options: ClassVar[type[AnchoredRegressionOptions]] = AnchoredRegressionOptions
 
-    def _moments(self, parameter: Parameter, matrices: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Tasks and the second moments of their task vectors' rows."""
-        for task, matrix in matrices.items():
-            square = matrix.double().T @ matrix.double()
-            energy = float(square.trace())
-            yield task, square / energy if energy > 0 else torch.zeros_like(square)
+    def merge(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
+        """The anchor's task vector, refined for matrix weights."""
+        return refined(self, parameter, vectors, moments_of_rows)
+
+
+def refined(
+    method: StaticMethod[AnchoredRegressionOptions],
+    parameter: Parameter,
+    vectors: Mapping[str, Tensor],
+    moments: Callable[[Mapping[str, Tensor]], Iterable[tuple[str, Tensor]]],
+) -> Tensor:
+    """The anchor's task vector, for matrix weights with the regression on what the experts put out.
+
+    Args:
+        method: gives the anchor and the strength of its pull.
+        parameter: the parameter.
+        vectors: each task's task vector.
+        moments: gives, for the task vectors as ``(d_out, d_in)``, tasks and second moments ``(d_in, d_in)``, float64.
+    """
+    anchor = method.evidence.anchor_vector(parameter)
+    if not parameter.is_matrix:
+        return anchor
+    matrices = {task: parameter.as_matrix(vector) for task, vector in vectors.items()}
+    sums = AnchoredRidge(parameter.matrix_shape)
+    for task, moment in moments(matrices):
+        sums.add(matrices[task], moment)
+    found = sums.solve(method.options.ridge * sums.mean_square, parameter.as_matrix(anchor))
+    return parameter.from_matrix(found.float())
+
+
+def moments_of_rows(matrices: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Tasks and the second moments of their task vectors' rows, each with the trace 1, or zero."""
+    for task, matrix in matrices.items():
+        square = matrix.double().T @ matrix.double()
+        energy = float(square.trace())
+        yield task, square / energy if energy > 0 else torch.zeros_like(square)

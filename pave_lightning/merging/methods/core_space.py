@@ -136,7 +136,7 @@ class CoreSpace(LowRankMethod[CoreSpaceOptions]):
             task: (left.T @ pairs[task][0]) @ (pairs[task][1] @ right.T) if task in pairs else zeros for task in vectors
         }
         source, inner = CoreVectors(cores), self._inner()
-        inner.prepare(source)
+        inner.prepare_alone(source)
         merged = inner.merge(source.parameter, *source.read(source.parameter))
         product: Tensor = left @ merged.double() @ right
         return product

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterator, Mapping
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
-from typing_extensions import TypeVar
 
 from pave_lightning.merging.base import MethodOptions, StaticMethod
 from pave_lightning.merging.methods.task_arithmetic import TaskArithmetic
-from pave_lightning.merging.methods.ties import Ties, TiesOptions
+from pave_lightning.merging.methods.ties import Ties, merge_trimmed, trim_thresholds
 from pave_lightning.merging.registry import merge_method
+from pave_lightning.merging.sequential import summed
 from pave_lightning.weights import DerivedTaskVectors, Parameter, TaskVectors
 from pave_lightning.weights.task_vectors import BLOCK_ELEMENTS
 
@@ -92,27 +91,6 @@ def kept_elements(
     return draws >= round(drop_rate * 2**32) * 2.0**-32
 
 
-class BlockPositions:
-    """Where the blocks of each parameter begin, when they come in the order of their rows."""
-
-    def __init__(self) -> None:
-        self._next: dict[str, int] = {}
-
-    def start(self, parameter: Parameter, count: int) -> int:
-        """Position of the first of the next ``count`` elements in the flattened parameter; 0 again after the last."""
-        start = self._next.get(parameter.name, 0)
-        self._next[parameter.name] = (start + count) % max(parameter.elements, 1)
-        return start
-
-    def rows(self, parameter: Parameter, block: Tensor) -> slice | None:
-        """Which rows of the parameter the next block holds; None for all of them."""
-        start = self.start(parameter, block.numel())
-        if block.shape == parameter.shape:
-            return None
-        width = math.prod(parameter.shape[1:])
-        return slice(start // width, start // width + block.shape[0])
-
-
 def drop_and_rescale(vector: Tensor, options: DareOptions, *, task: str, parameter: str, start: int = 0) -> Tensor:
     r"""DARE's form of one task vector, :math:`m \odot \tau / (1 - p)`, which has the expectation :math:`\tau`.
 
@@ -137,6 +115,15 @@ def drop_and_rescale(vector: Tensor, options: DareOptions, *, task: str, paramet
     return left * (float(vector.abs().sum(dtype=torch.float64)) / remaining) if remaining > 0 else left
 
 
+def dropped(parameter: Parameter, vectors: Mapping[str, Tensor], options: DareOptions) -> dict[str, Tensor]:
+    """DARE's form of all tasks' vectors of one parameter, or of a block of its rows; see `drop_and_rescale`."""
+    start = parameter.first_element
+    return {
+        task: drop_and_rescale(vector, options, task=task, parameter=parameter.name, start=start)
+        for task, vector in vectors.items()
+    }
+
+
 class DroppedTaskVectors(DerivedTaskVectors):
     """Task vectors after drop and rescale: a source in, a source out.
 
@@ -157,9 +144,8 @@ class DroppedTaskVectors(DerivedTaskVectors):
         """The dropped and rescaled task vector (float32)."""
         if self.options.rescale == "l1" and rows is not None:
             return self.vector(task, parameter)[rows]
-        first = 0 if rows is None else rows.indices(parameter.shape[0])[0]
         vector = self.source.vector(task, parameter, rows, base)
-        start = first * math.prod(parameter.shape[1:])
+        start = parameter.block(rows).first_element
         return drop_and_rescale(vector, self.options, task=task, parameter=parameter.name, start=start)
 
     def blocks(self, parameter: Parameter, elements: int = BLOCK_ELEMENTS) -> Iterator[slice | None]:
@@ -167,11 +153,8 @@ class DroppedTaskVectors(DerivedTaskVectors):
         return iter([None]) if self.options.rescale == "l1" else super().blocks(parameter, elements)
 
 
-DareOptionsT_co = TypeVar("DareOptionsT_co", bound=DareOptions, default=DareOptions, covariant=True)
-
-
 @merge_method("dare")
-class Dare(StaticMethod[DareOptionsT_co]):
+class Dare(StaticMethod[DareOptions]):
     r"""Drop each element of each task vector with probability p, rescale the rest by 1/(1-p), add up.
 
     :math:`W = W_0 + \lambda \sum_t m_t \odot \tau_t / (1 - p)` with independent :math:`m_t \sim` Bernoulli(1 - p) for
@@ -190,37 +173,19 @@ class Dare(StaticMethod[DareOptionsT_co]):
     source = "Yu et al. 2024, arXiv 2311.03099"
     elementwise = True
     default_scale = TaskArithmetic.default_scale
-    Options: ClassVar[type[DareOptions]] = DareOptions
-
-    def __init__(self, options: DareOptionsT_co | None = None) -> None:
-        super().__init__(options)
-        self._positions = BlockPositions()
-        self._then = self._rule()
-
-    def _rule(self) -> StaticMethod:
-        return TaskArithmetic()
+    Options = DareOptions
 
     def in_blocks(self, parameter: Parameter) -> bool:
         """Unless a whole tensor's magnitudes are needed for its rescaling."""
-        return bool(self.options.rescale != "l1")
-
-    def prepare(self, vectors: TaskVectors) -> None:
-        """Begin every parameter at its first element, and let the method that follows look at the dropped vectors."""
-        self._positions = BlockPositions()
-        self._then.prepare(DroppedTaskVectors(vectors, self.options))
+        return self.options.rescale != "l1"
 
     def merge(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
-        """Drop, rescale and merge; the blocks of a parameter must come in the order of their rows."""
-        start = self._positions.start(parameter, base.numel())
-        dropped = {
-            task: drop_and_rescale(vector, self.options, task=task, parameter=parameter.name, start=start)
-            for task, vector in vectors.items()
-        }
-        return self._then.merge(parameter, base, dropped)
+        """Drop, rescale and add up."""
+        return summed(list(dropped(parameter, vectors, self.options).values()))
 
 
 @merge_method("dare_ties")
-class DareTies(Dare[DareTiesOptions]):
+class DareTies(StaticMethod[DareTiesOptions]):
     """Drop each element of each task vector with probability p, rescale the rest by 1/(1-p), then TIES.
 
     TIES trims, elects signs and averages as it always does (see `Ties`), on what is left of the task vectors; where
@@ -233,9 +198,20 @@ class DareTies(Dare[DareTiesOptions]):
 
     summary = "drop elements at random, rescale the rest, then TIES"
     source = "Yu et al. 2024, arXiv 2311.03099"
+    elementwise = True
     whole_model_pass = True
     default_scale = Ties.default_scale
     Options = DareTiesOptions
 
-    def _rule(self) -> StaticMethod:
-        return Ties(TiesOptions(density=self.options.density))
+    def in_blocks(self, parameter: Parameter) -> bool:
+        """Unless a whole tensor's magnitudes are needed for its rescaling."""
+        return self.options.rescale != "l1"
+
+    def prepare(self, vectors: TaskVectors) -> Iterator[None]:
+        """Find each task's trim threshold over what is left of its task vector."""
+        left = DroppedTaskVectors(vectors, self.options)
+        self.thresholds = yield from trim_thresholds(self.states, left, self.options.density)
+
+    def merge(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
+        """Drop, rescale, trim, elect and merge."""
+        return merge_trimmed(dropped(parameter, vectors, self.options), self.thresholds)

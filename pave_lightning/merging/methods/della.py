@@ -10,10 +10,10 @@ from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
 from pave_lightning.merging.base import MethodOptions, StaticMethod
-from pave_lightning.merging.methods.dare import BlockPositions, uniform_draws
+from pave_lightning.merging.methods.dare import uniform_draws
 from pave_lightning.merging.methods.ties import disjoint_merge
 from pave_lightning.merging.registry import merge_method
-from pave_lightning.weights import Parameter, TaskVectors
+from pave_lightning.weights import Parameter
 
 
 class DellaOptions(MethodOptions):
@@ -68,13 +68,9 @@ class Della(StaticMethod[DellaOptions]):
         """Where a block holds whole rows."""
         return len(parameter.shape) > 1
 
-    def prepare(self, vectors: TaskVectors) -> None:
-        """Begin every parameter at its first element."""
-        self._positions = BlockPositions()
-
     def merge(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
-        """Drop, rescale, elect and merge; the blocks of a parameter must come in the order of their rows."""
-        start = self._positions.start(parameter, base.numel())
+        """Drop, rescale, elect and merge."""
+        start = parameter.first_element
         # In the order of the names, so that the order of the tasks does not decide how sums round.
         survivors = [self._survivors(vectors[task], task, parameter.name, start) for task in sorted(vectors)]
         return disjoint_merge(survivors, self.options.merge)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from pydantic import Field
@@ -74,12 +74,14 @@ class Awd(StaticMethod[AwdOptions]):
     default_scale = TaskArithmetic.default_scale
     Options = AwdOptions
 
-    def prepare(self, vectors: TaskVectors) -> None:
+    def prepare(self, vectors: TaskVectors) -> Iterator[None]:
         """Find each task's weight in the sum."""
         # Sorted, so that not even rounding depends on the order of the tasks.
         tasks = sorted(vectors.tasks)
         options = self.options
-        gram = gram_matrix(vectors, tasks)
+        total = self.states.add("gram matrix", gram_matrix(vectors, tasks), "sum")
+        yield
+        gram = total.value
         norms = gram.diagonal().clamp(min=0).sqrt()
         long = [index for index, norm in enumerate(norms) if norm > _SHORT * norms.max()]
         self.weights = dict.fromkeys(tasks, 1.0)

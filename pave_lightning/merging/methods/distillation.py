@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import ClassVar, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from pave_lightning.errors import PaveError
-from pave_lightning.merging.base import Cost, MethodOptions, StaticMethod
+from pave_lightning.merging.blocks import Batch
 from pave_lightning.merging.evidence import Evidence, Need
-from pave_lightning.merging.passes import share_parameters
+from pave_lightning.merging.passes import Examples, share_parameters
 from pave_lightning.merging.registry import merge_method
+from pave_lightning.merging.trained import TrainedMethod, TrainedOptions
 from pave_lightning.subspace import is_finite
 from pave_lightning.weights import Parameter, TaskVectors
 from pave_lightning.weights.architecture import backbone_of
@@ -28,27 +25,59 @@ log = logging.getLogger(__name__)
 WARM_UP = 0.1
 # Logits whose variance is below this share of their mean square are taken for constant.
 CONSTANT = 1e-9
+# Under which name a batch holds what the expert says of it.
+AIM = "expert_logits"
 
 
-class DistillationOptions(MethodOptions):
+class DistillationOptions(TrainedOptions):
     """Options of distillation."""
 
-    examples: int = Field(default=512, ge=1)
-    """Unlabelled training examples a task."""
-    epochs: int = Field(default=2, ge=1)
-    """How often each example is seen; those of a task that has fewer of them are seen more often."""
-    batch_size: int = Field(default=8, ge=1)
-    """Examples of each task in a step; at most ``capture.batch_size``, which is how they are loaded."""
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    """Of the passes through the model; weights, their gradients and Adam stay float32."""
-    rate: float = Field(default=1e-4, gt=0)
-    """Highest step size of Adam."""
-    seed: int = 0
-    """Decides the order of the batches."""
+
+class Student(nn.Module):
+    """One task's head on the weights that are trained.
+
+    Args:
+        model: the task's classifier, whose backbone has these weights.
+        variance: of the expert's logits over all examples, summed over classes.
+        rows: mean number of examples a batch.
+    """
+
+    variance: Tensor
+
+    def __init__(self, model: nn.Module, variance: Tensor, rows: float) -> None:
+        super().__init__()
+        self.model, self.rows = model, rows
+        self.register_buffer("variance", variance)
+
+    def error(self, batch: Batch) -> Tensor:
+        """What is unexplained in a batch, as a multiple of the variance of the expert's logits.
+
+        Divided by the mean number of rows of all batches, so that every example counts alike in smaller ones too.
+        """
+        inputs = {name: tensor for name, tensor in batch.items() if name != AIM}
+        return (centred_logits(self.model, inputs) - batch[AIM]).square().sum() / self.rows / self.variance
+
+
+class Students(nn.Module):
+    """All tasks' heads on the same weights.
+
+    Args:
+        weights: the weights by their names, of which those that are trained ask for gradients.
+        students: each task's.
+
+    Attributes:
+        weights: the weights.
+        of: each task's student.
+    """
+
+    def __init__(self, weights: Mapping[str, nn.Parameter], students: Mapping[str, Student]) -> None:
+        super().__init__()
+        self.weights, self.of = dict(weights), dict(students)
+        self.students = nn.ModuleList(students.values())  # by number: names of modules may hold no dots
 
 
 @merge_method("distillation")
-class Distillation(StaticMethod[DistillationOptions]):
+class Distillation(TrainedMethod[DistillationOptions, Students]):
     r"""Start at a merged model, the anchor, and train it until each expert's head reads from it what the expert says.
 
     With :math:`z_t(x)` the logits of expert t, :math:`z(x)` those of its head on the merged backbone, both less their
@@ -75,10 +104,7 @@ class Distillation(StaticMethod[DistillationOptions]):
 
     summary = "train a merged model towards the experts' logits on unlabelled examples"
     source = "our own; loss of Ba & Caruana 2014, arXiv 1312.6184"
-    cost = Cost.TRAINING
     held_models = 5  # the anchor, the weights, their gradients, Adam's two moments
-    whole_model_pass = True
-    batched = True
     needs = frozenset({Need.ANCHOR, Need.UNLABELLED_EXAMPLES})
     Options: ClassVar[type[DistillationOptions]] = DistillationOptions
 
@@ -88,8 +114,8 @@ class Distillation(StaticMethod[DistillationOptions]):
         if evidence.passes is not None and evidence.passes.classifier is None:
             yield "the experts' heads are needed; give ForwardPasses a classifier, or merge as part of a recipe"
 
-    def prepare(self, vectors: TaskVectors) -> None:
-        """Train the merged model."""
+    def build(self, vectors: TaskVectors, examples: Examples) -> Students:
+        """The anchor's weights under each task's head; each batch gets what the expert says of it."""
         device = self.evidence.forward_passes.device
         weights = {}
         for parameter in vectors.parameters:
@@ -98,103 +124,61 @@ class Distillation(StaticMethod[DistillationOptions]):
                 raise PaveError(f"the anchor's {parameter.name} holds NaN or infinite values; merge the anchor again")
             changed = not all(vectors.is_zero(task, parameter) for task in vectors.tasks)
             weights[parameter.name] = nn.Parameter(start.to(device), requires_grad=changed)
-        # In an order of their own, so that sums do not depend on how the recipe lists the tasks.
-        tasks = [self._task(name, weights) for name in sorted(vectors.tasks)]
-        with torch.enable_grad():
-            self._train([weight for weight in weights.values() if weight.requires_grad], tasks)
-        self._found = {name: weight.detach().cpu() for name, weight in weights.items()}
+        return Students(weights, {task: self._student(task, weights, batches) for task, batches in examples.items()})
+
+    def training_step(self, model: Students, batch: Batch, task: str) -> Tensor:
+        """What is unexplained of the expert's logits."""
+        return model.of[task].error(batch)
+
+    def rate_factor(self, step: int, steps: int) -> float:
+        """Up in a straight line, then down to zero."""
+        return rate_factor(step, steps)
+
+    def before_training(self, model: Students, examples: Examples) -> None:
+        """Note how much the anchor leaves unexplained."""
+        self._before = self._on_first_batches(model, examples)
+
+    def after_epoch(self, model: Students, examples: Examples, epoch: int, loss: float) -> None:
+        """Tell how much is unexplained, and refuse to go on where it has become more."""
+        log.info("  epoch %d: %.4f of the logits' variance unexplained", epoch, loss)
+        _refuse_divergence(self._before, self._on_first_batches(model, examples))
+
+    def learned(self, model: Students) -> None:
+        """The weights."""
+        self._found = {name: weight.detach().cpu() for name, weight in model.weights.items()}
 
     def merge(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
         """What training has made of the anchor."""
         return self._found[parameter.name] - base
 
     @torch.no_grad()
-    def _task(self, name: str, weights: Mapping[str, nn.Parameter]) -> _Teaching:
-        passes = self.evidence.forward_passes
-        model = passes.headed(name)
-        answer = partial(self._answer, model)
-        batches = [part for batch in passes.placed(name) for part in _parts(batch, int(self.options.batch_size))]
-        logits = [answer(batch) for batch in batches]
+    def _student(self, task: str, weights: Mapping[str, nn.Parameter], batches: Sequence[dict[str, Tensor]]) -> Student:
+        model = self.evidence.forward_passes.headed(task)
+        with self.autocast():
+            logits = [centred_logits(model, batch) for batch in batches]
         every = torch.cat(logits)
         variance = (every - every.mean(dim=0)).square().sum(dim=-1).mean()
         if not torch.isfinite(variance):
-            raise PaveError(f"task '{name}': the expert's outputs are not finite; look for broken weights")
+            raise PaveError(f"task '{task}': the expert's outputs are not finite; look for broken weights")
+        for batch, aim in zip(batches, logits, strict=True):
+            batch[AIM] = aim
         share_parameters(backbone_of(model.requires_grad_(False)), weights)
         # Of an expert that always says the same, but for rounding, the plain difference counts.
         constant = variance <= CONSTANT * every.square().sum(dim=-1).mean()
-        return _Teaching(name, answer, batches, logits, torch.ones_like(variance) if constant else variance)
+        return Student(model, torch.ones_like(variance) if constant else variance, len(every) / len(batches))
 
-    def _answer(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        """The model's logits for a batch less their mean over the classes; a regression's single output as it is."""
-        device = self.evidence.forward_passes.device
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=self.options.precision == "bf16-mixed"):
-            values: Tensor = model(**batch).logits
-        values = values.float()
-        return values - values.mean(dim=-1, keepdim=True) if values.shape[-1] > 1 else values
-
-    def _train(self, weights: list[nn.Parameter], tasks: list[_Teaching]) -> None:
-        if not weights:
-            return
-        longest = max(len(task.batches) for task in tasks)
-        steps = longest * int(self.options.epochs)
-        optimiser = torch.optim.Adam(weights, lr=float(self.options.rate))
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate_factor(step, steps))
-        generator = torch.Generator().manual_seed(int(self.options.seed))
-        orders = {task.name: task.order(steps, generator) for task in tasks}
-        before, unexplained = _on_first_batches(tasks), 0.0
-        for step in range(steps):
-            optimiser.zero_grad()
-            for task in tasks:
-                loss = task.error(orders[task.name][step]) / len(tasks)
-                loss.backward()  # type: ignore[no-untyped-call]
-                unexplained += float(loss.detach())
-            optimiser.step()
-            schedule.step()
-            if (step + 1) % longest == 0:
-                epoch = (step + 1) // longest
-                log.info("  epoch %d: %.4f of the logits' variance unexplained", epoch, unexplained / longest)
-                unexplained = 0.0
-                _refuse_divergence(before, _on_first_batches(tasks))
+    @torch.no_grad()
+    def _on_first_batches(self, model: Students, examples: Examples) -> float:
+        """What is unexplained on the first batch of each task, on average over the tasks."""
+        with self.autocast():
+            return sum(float(model.of[task].error(batches[0])) for task, batches in examples.items()) / len(examples)
 
 
-@dataclass(frozen=True)
-class _Teaching:
-    """One task: its head on the weights that are trained, examples, and what the expert says of them.
-
-    Attributes:
-        name: the task.
-        answer: what the merged backbone with the task's head says of a batch, centred.
-        batches: examples, as many as count in one step.
-        logits: the expert's logits for each batch, centred.
-        variance: of these logits over all examples.
-    """
-
-    name: str
-    answer: Callable[[Mapping[str, Tensor]], Tensor]
-    batches: list[dict[str, Tensor]]
-    logits: list[Tensor]
-    variance: Tensor
-
-    def error(self, index: int) -> Tensor:
-        """What is unexplained in a batch, as a multiple of the variance of the expert's logits.
-
-        Divided by the mean number of rows of all batches, so that every example counts alike in smaller ones too.
-        """
-        rows = sum(len(logits) for logits in self.logits) / len(self.logits)
-        return (self.answer(self.batches[index]) - self.logits[index]).square().sum() / rows / self.variance
-
-    def order(self, steps: int, generator: torch.Generator) -> list[int]:
-        """Which batch comes in each step: all of them, shuffled, again and again."""
-        order: list[int] = []
-        while len(order) < steps:
-            order += torch.randperm(len(self.batches), generator=generator).tolist()
-        return order
-
-
-@torch.no_grad()
-def _on_first_batches(tasks: Sequence[_Teaching]) -> float:
-    """What is unexplained on the first batch of each task, on average over the tasks."""
-    return sum(float(task.error(0)) for task in tasks) / len(tasks)
+def centred_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """A model's logits for a batch less their mean over the classes, float32; a regression's single output as it is."""
+    values: Tensor = model(**batch).logits
+    values = values.float()
+    return values - values.mean(dim=-1, keepdim=True) if values.shape[-1] > 1 else values
 
 
 def _refuse_divergence(before: float, after: float) -> None:
@@ -210,11 +194,3 @@ def rate_factor(step: int, steps: int) -> float:
     """What the highest rate is multiplied with in a step, counted from 0: up in a straight line, then down to zero."""
     rising = max(1.0, WARM_UP * steps)
     return min((step + 1) / rising, (steps - step) / max(1.0, steps - rising), 1.0)
-
-
-def _parts(batch: Mapping[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:
-    """The batch in as few parts of at most so many rows as there can be, as equal as they can be."""
-    count = math.ceil(len(next(iter(batch.values()))) / size)
-    pieces = {name: torch.tensor_split(tensor, count) for name, tensor in batch.items()}
-    for piece in zip(*pieces.values(), strict=True):
-        yield dict(zip(pieces, piece, strict=True))

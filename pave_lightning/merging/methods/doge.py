@@ -16,9 +16,9 @@ from pave_lightning.merging.evidence import Evidence
 from pave_lightning.merging.matrices import MatrixMethod, MatrixOptions
 from pave_lightning.merging.methods.tsv import too_narrow
 from pave_lightning.merging.registry import merge_method
+from pave_lightning.merging.states import order_statistics
 from pave_lightning.subspace.descent import adam_descent
 from pave_lightning.subspace.factorisation import leading_triplets
-from pave_lightning.subspace.selection import kth_largest_magnitudes
 from pave_lightning.weights import Parameter, TaskVectors
 
 # Adam's epsilon in the published code, 1e-8, over the gradient it begins with there, about 1.4e-7.
@@ -120,11 +120,11 @@ class DogeTa(MatrixMethod[DogeOptions]):
         yield from super().problems(vectors, evidence)
         yield from self.refusals(vectors, too_narrow)
 
-    def prepare(self, vectors: TaskVectors) -> None:
+    def prepare(self, vectors: TaskVectors) -> Iterator[None]:
         """Find each task's threshold over all matrix weights, and the mean norm of their task vectors."""
         matrices = [parameter for parameter in vectors.parameters if self.covers(parameter)]
-        total = sum(parameter.elements for parameter in matrices)
-        norms: dict[tuple[str, str], float] = {}
+        norms: dict[str, dict[str, float]] = {}
+        every = self.states.add("norms", norms, "sum")
 
         def blocks() -> Iterator[tuple[str, Tensor]]:
             for parameter in matrices:
@@ -133,12 +133,15 @@ class DogeTa(MatrixMethod[DogeOptions]):
                     for task, block in own.items():
                         squares[task] += float(block.double().square().sum())
                         yield task, block
-                norms.update({(parameter.name, task): math.sqrt(square) for task, square in squares.items()})
+                # In both walks the same.
+                norms[parameter.name] = {task: math.sqrt(square) for task, square in squares.items()}
 
-        kept = max(1, int(total * self.options.density))
-        thresholds = kth_largest_magnitudes(vectors.tasks, blocks, kept) if total else {}
-        self.thresholds = dict.fromkeys(vectors.tasks, 0.0) | thresholds
-        lengths = [norm for norm in norms.values() if norm > 0]
+        def kept(elements: int) -> list[int]:
+            return [max(1, int(elements * self.options.density))] if elements else []
+
+        found = yield from order_statistics(self.states, "magnitudes", vectors.tasks, blocks, kept, magnitudes=True)
+        self.thresholds = {task: next(iter(values), 0.0) for task, values in found.items()}
+        lengths = [norm for of_layer in every.value.values() for norm in of_layer.values() if norm > 0]
         self.mean_norm = math.fsum(lengths) / max(1, len(lengths))
 
     def merge_matrix(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:

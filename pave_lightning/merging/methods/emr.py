@@ -44,8 +44,8 @@ class Emr(PerTaskMethod[EmrOptions]):
 
     def prepare(self, vectors: TaskVectors) -> None:
         """Start the sums of magnitudes anew."""
-        self._own = dict.fromkeys(vectors.tasks, 0.0)
-        self._masked = dict.fromkeys(vectors.tasks, 0.0)
+        self._own = self.states.add("own magnitudes", dict.fromkeys(vectors.tasks, 0.0), "sum")
+        self._masked = self.states.add("masked magnitudes", dict.fromkeys(vectors.tasks, 0.0), "sum")
 
     def merge(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Modulated:
         """The unified task vector and the tasks' masks."""
@@ -55,10 +55,11 @@ class Emr(PerTaskMethod[EmrOptions]):
         magnitude = (stacked.abs() * agrees).amax(dim=0)
         share = 1.0 if self.options.rescaler == "total" else 1.0 / max(parameter.elements, 1)
         for index, task in enumerate(vectors):
-            self._own[task] += share * float(stacked[index].abs().sum(dtype=torch.float64))
-            self._masked[task] += share * float((magnitude * agrees[index]).sum(dtype=torch.float64))
+            self._own.value[task] += share * float(stacked[index].abs().sum(dtype=torch.float64))
+            self._masked.value[task] += share * float((magnitude * agrees[index]).sum(dtype=torch.float64))
         return Modulated(sign * magnitude, dict(zip(vectors, agrees, strict=True)))
 
     def rescalers(self) -> dict[str, float]:
         """The factor of each task; 1 for a task whose expert does not differ from the base."""
-        return {task: self._own[task] / self._masked[task] if self._masked[task] > 0 else 1.0 for task in self._own}
+        masked = self._masked.value
+        return {task: own / masked[task] if masked[task] > 0 else 1.0 for task, own in self._own.value.items()}

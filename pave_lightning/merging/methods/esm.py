@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import ClassVar, Literal
 
@@ -93,7 +94,8 @@ class Esm(MatrixMethod[EsmOptions]):
     def prepare(self, vectors: TaskVectors) -> None:
         """Forget the norms of the last merge."""
         self._norms: dict[str, float] = {}
-        self._groups: dict[str, list[str]] = {}
+        norms: dict[str, list[float]] = {}
+        self._groups = self.states.add("norms of each kind of layer", norms, "concatenate")
 
     def merge_matrix(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
         """The merged update before it is compared with those of other layers."""
@@ -105,7 +107,7 @@ class Esm(MatrixMethod[EsmOptions]):
             return torch.stack(list(vectors.values())).mean(dim=0)
         merged = self._orthogonal(parts)
         self._norms[parameter.name] = float(merged.norm())
-        self._groups.setdefault(kind_of_layer(parameter), []).append(parameter.name)
+        self._groups.value.setdefault(kind_of_layer(parameter), []).append(self._norms[parameter.name])
         return merged
 
     def merge_other(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
@@ -118,8 +120,8 @@ class Esm(MatrixMethod[EsmOptions]):
         norm = self._norms.get(parameter.name)
         if norm is None or not self.options.scale_layers:
             return 1.0
-        group = [self._norms[name] for name in self._groups[kind_of_layer(parameter)]]
-        mean = sum(group) / len(group)
+        group = self._groups.value[kind_of_layer(parameter)]
+        mean = math.fsum(group) / len(group)
         return (norm / mean) ** 2 if mean > 0 else 1.0
 
     def _essential(self, vector: Tensor, moment: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:

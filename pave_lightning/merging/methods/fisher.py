@@ -13,7 +13,6 @@ from torch import Tensor
 from pave_lightning.errors import PaveError
 from pave_lightning.merging.base import MethodOptions, StaticMethod
 from pave_lightning.merging.evidence import Evidence, Need
-from pave_lightning.merging.methods.dare import BlockPositions
 from pave_lightning.merging.methods.weighted_average import misnamed_tasks
 from pave_lightning.merging.registry import merge_method
 from pave_lightning.weights import Parameter, TaskVectors
@@ -73,36 +72,39 @@ class Fisher(StaticMethod[FisherOptions]):
         if self.options.weights is not None:
             yield from misnamed_tasks("weights", self.options.weights, vectors.tasks)
 
-    def prepare(self, vectors: TaskVectors) -> None:
+    def prepare(self, vectors: TaskVectors) -> Iterator[None]:
         """Find what each task's Fisher information is multiplied with."""
-        self._positions = BlockPositions()
         self._factors = dict(self.options.weights or dict.fromkeys(vectors.tasks, 1.0))
-        for task in vectors.tasks if self.options.normalise else ():
-            norm = self._norm(task, vectors)
-            if norm == 0:
+        if not self.options.normalise:
+            return
+        squares = {task: self._square(task, vectors) for task in vectors.tasks}
+        total = self.states.add("squares", squares, "sum")
+        yield
+        for task, square in total.value.items():
+            if square == 0:
                 raise PaveError(
                     f"task '{task}': the Fisher information is zero everywhere, so it cannot be normalised; take it "
                     "from other examples, or set options.normalise: false"
                 )
-            self._factors[task] /= norm
+            self._factors[task] /= math.sqrt(square)
 
     def merge(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
         """The weighted mean of the task vectors."""
-        rows = self._positions.rows(parameter, base)
         floor = max(self.options.floor, NEXT_TO_NOTHING)
         total = torch.zeros(base.shape, dtype=torch.float64)
         weights = torch.zeros_like(total)
         # In the order of the names, so that the order of the tasks does not decide how sums round.
         for task in sorted(vectors):
-            information = self.evidence.fisher_information(task, parameter, rows).double()
+            information = self.evidence.fisher_information(task, parameter, parameter.rows).double()
             weight = information.clamp_(min=floor).mul_(self._factors[task])
             weights += weight
             total += weight.mul_(vectors[task])
         return (total / weights).float()
 
-    def _norm(self, task: str, vectors: TaskVectors) -> float:
+    def _square(self, task: str, vectors: TaskVectors) -> float:
+        """The sum of the squares of a task's Fisher information."""
         squares = 0.0
         for parameter in vectors.parameters:
             for rows in vectors.blocks(parameter):
                 squares += float(self.evidence.fisher_information(task, parameter, rows).double().square_().sum())
-        return math.sqrt(squares)
+        return squares

@@ -14,7 +14,7 @@ from pave_lightning.merging.matrices import MatrixMethod, MatrixOptions
 from pave_lightning.merging.methods.dare import DareOptions, drop_and_rescale
 from pave_lightning.merging.methods.ties import disjoint_merge
 from pave_lightning.merging.registry import merge_method
-from pave_lightning.subspace.selection import kth_largest_magnitudes
+from pave_lightning.merging.states import order_statistics
 from pave_lightning.subspace.solver import symmetric_eigen
 from pave_lightning.weights import Parameter, TaskVectors
 
@@ -75,7 +75,7 @@ class Knots(MatrixMethod[KnotsOptions]):
         self._bases: dict[str, Tensor] = {}
         self._thresholds: dict[str, float] = {}
 
-    def prepare(self, vectors: TaskVectors) -> None:
+    def prepare(self, vectors: TaskVectors) -> Iterator[None]:
         """Find each task's trim threshold over the coordinates of all layers."""
         self._source, self._bases = vectors, {}
         self._thresholds = dict.fromkeys(vectors.tasks, 0.0)
@@ -83,9 +83,6 @@ class Knots(MatrixMethod[KnotsOptions]):
         if self.options.density == 1:
             return
         self._bases = {parameter.name: self._basis(parameter) for parameter in matrices}
-        total = sum(self._bases[parameter.name].shape[1] * parameter.matrix_shape[1] for parameter in matrices)
-        if not total:
-            return
 
         def blocks() -> Iterator[tuple[str, Tensor]]:
             for parameter in matrices:
@@ -93,8 +90,11 @@ class Knots(MatrixMethod[KnotsOptions]):
                     vector = parameter.as_matrix(vectors.vector(task, parameter))
                     yield task, self._coordinates(task, parameter, self._bases[parameter.name], vector)
 
-        kept = max(1, int(total * self.options.density))
-        self._thresholds = kth_largest_magnitudes(vectors.tasks, blocks, kept)
+        def kept(coordinates: int) -> list[int]:
+            return [max(1, int(coordinates * self.options.density))] if coordinates else []
+
+        found = yield from order_statistics(self.states, "coordinates", vectors.tasks, blocks, kept, magnitudes=True)
+        self._thresholds = {task: next(iter(values), 0.0) for task, values in found.items()}
 
     def merge_matrix(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
         """TIES on the coordinates, in the coordinates of the weight."""

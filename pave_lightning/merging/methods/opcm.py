@@ -71,16 +71,16 @@ class Opcm(SequentialMethod[OpcmOptions]):
         """Start the norms anew."""
         super().prepare(vectors)
         new = vectors.tasks if self._start is None else vectors.tasks[1:]
-        self._squares = dict.fromkeys(new, 0.0)
-        self._total = 0.0
+        self._squares = self.states.add("squares", dict.fromkeys(new, 0.0), "sum")
+        self._total = self.states.add("total", 0.0, "sum")
 
     def merge(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
         """The running total after the last task."""
-        for task in self._squares:
-            self._squares[task] += _square(vectors[task])
+        for task in self._squares.value:
+            self._squares.value[task] += _square(vectors[task])
         running = list(self.running(vectors).values())
         total = self._fold(parameter, running) if parameter.is_matrix else torch.stack(running).sum(dim=0)
-        self._total += _square(total)
+        self._total.value += _square(total)
         return total
 
     def _fold(self, parameter: Parameter, vectors: list[Tensor]) -> Tensor:
@@ -93,11 +93,11 @@ class Opcm(SequentialMethod[OpcmOptions]):
     def norms(self) -> float:
         """Sum of the norms of all task vectors merged so far."""
         before = 0.0 if self._start is None else self._start.norms
-        return before + math.fsum(math.sqrt(square) for square in self._squares.values())
+        return before + math.fsum(math.sqrt(square) for square in self._squares.value.values())
 
     def divisor(self) -> float:
         """The total's norm over the mean norm of the task vectors; 1 where there is nothing to bring to a norm."""
-        total, mean = math.sqrt(self._total), self.norms() / self.merged()
+        total, mean = math.sqrt(self._total.value), self.norms() / self.merged()
         return total / mean if total > 0 and mean > 0 else 1.0
 
     def factor(self, parameter: Parameter) -> float:

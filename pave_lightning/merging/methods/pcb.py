@@ -13,7 +13,7 @@ from torch import Tensor
 from pave_lightning.merging.base import MethodOptions, StaticMethod
 from pave_lightning.merging.evidence import Evidence
 from pave_lightning.merging.registry import merge_method
-from pave_lightning.subspace.selection import largest_magnitudes, largest_values
+from pave_lightning.merging.states import order_statistics
 from pave_lightning.weights import Parameter, TaskVectors
 
 # Scores of so many tasks reach from exp(-80) to exp(80) times their accord, which float32 holds.
@@ -88,25 +88,29 @@ class Pcb(StaticMethod[PcbOptions]):
                 "merge fewer of them at a time"
             )
 
-    def prepare(self, vectors: TaskVectors) -> None:
+    def prepare(self, vectors: TaskVectors) -> Iterator[None]:
         """Find each task's range of magnitudes, then its range of scores."""
-        total = sum(parameter.elements for parameter in vectors.parameters)
+
         # Positions in ascending order, as the published code counts them; ranks count from the top.
-        low = int(total * self.options.tails)
-        high = max(low, int(total * (1 - self.options.tails) - 1))
-        kept = min(int(total * (1 - self.options.ratio)), total - 1)
-        found = largest_magnitudes(
-            vectors.tasks,
-            lambda: (pair for _, _, own in vectors.walk() for pair in own.items()),
-            [total - low, total - high],
-        )
-        self._magnitudes = {t: _Range(ranks[total - low], ranks[total - high]) for t, ranks in found.items()}
-        found = largest_values(
-            vectors.tasks,
-            lambda: (pair for _, _, own in vectors.walk() for pair in self._scores(own)),
-            [total - kept, 1],
-        )
-        self._ranges = {task: _Range(ranks[total - kept], ranks[1]) for task, ranks in found.items()}
+        def tails(total: int) -> list[int]:
+            low = int(total * self.options.tails)
+            high = max(low, int(total * (1 - self.options.tails) - 1))
+            return [total - low, total - high]
+
+        def top(total: int) -> list[int]:
+            return [total - min(int(total * (1 - self.options.ratio)), total - 1), 1]
+
+        def magnitudes() -> Iterator[tuple[str, Tensor]]:
+            return (pair for _, _, own in vectors.walk() for pair in own.items())
+
+        def scores() -> Iterator[tuple[str, Tensor]]:
+            return (pair for _, _, own in vectors.walk() for pair in self._scores(own))
+
+        tasks = vectors.tasks
+        found = yield from order_statistics(self.states, "magnitudes", tasks, magnitudes, tails, magnitudes=True)
+        self._magnitudes = {task: _Range(*ends) for task, ends in found.items()}
+        found = yield from order_statistics(self.states, "scores", tasks, scores, top)
+        self._ranges = {task: _Range(*ends) for task, ends in found.items()}
 
     def merge(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
         """The mean of the clamped task vectors, weighted by their coefficients."""

@@ -70,18 +70,24 @@ class PerturbAndMerge(SequentialMethod[PerturbAndMergeOptions]):
     keeps: ClassVar[tuple[str, ...]] = ("information", "pull")
     Options = PerturbAndMergeOptions
 
-    def prepare(self, vectors: TaskVectors) -> None:
+    def prepare(self, vectors: TaskVectors) -> Iterator[None]:
         """Find the weight of every task, in the model or in each tensor."""
         super().prepare(vectors)
         first = self._counted(1)
-        total = Products(len(vectors.tasks))
+        own = Products(len(vectors.tasks))
         self._weights: dict[str, list[float]] = {}
         for parameter in vectors.parameters:
             products = self._products(parameter, vectors)
             self._weights[parameter.name] = expert_weights(products, first)
-            total.add(products)
-        if self.options.per == "model":
-            self._weights = dict.fromkeys(self._weights, expert_weights(total, first))
+            own.add(products)
+        if self.options.per == "tensor":
+            return
+        curvatures = self.states.add("curvatures", own.curvatures, "sum")
+        pulls = self.states.add("pulls", own.pulls, "sum")
+        yield
+        total = Products(len(vectors.tasks))
+        total.curvatures, total.pulls = curvatures.value, pulls.value
+        self._weights = dict.fromkeys(self._weights, expert_weights(total, first))
 
     def merge(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
         """The weighted sum of the task vectors."""

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import ClassVar, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor
-from typing_extensions import TypeVar
 
-from pave_lightning.merging.base import MergeMethod, MethodOptions, Modulated, PerTaskMethod, StaticMethod
+from pave_lightning.merging.base import MethodOptions, Modulated, PerTaskMethod, StaticMethod
 from pave_lightning.merging.evidence import Evidence
 from pave_lightning.merging.methods.task_arithmetic import TaskArithmetic
-from pave_lightning.merging.methods.ties import Ties, TiesOptions
+from pave_lightning.merging.methods.ties import merge_trimmed, trim_thresholds
 from pave_lightning.merging.methods.weighted_average import misnamed_tasks
 from pave_lightning.merging.registry import merge_method
+from pave_lightning.merging.states import States, Steps
 from pave_lightning.weights import Parameter, TaskVectors
 
 
@@ -51,43 +51,42 @@ class ConsensusOptions(TallMasksOptions):
     needs, 0 nothing."""
 
 
-MaskOptionsT_co = TypeVar("MaskOptionsT_co", bound=TallMasksOptions, default=TallMasksOptions, covariant=True)
+def threshold_problems(options: TallMasksOptions, tasks: Sequence[str]) -> Iterator[str]:
+    """Thresholds of unknown tasks, and tasks without a threshold."""
+    if isinstance(options.threshold, dict):
+        yield from misnamed_tasks("threshold", options.threshold, tasks)
 
 
-class _Masking(MergeMethod[MaskOptionsT_co]):
-    """What both methods share: the multi-task vector and the tasks' masks over it."""
+def trimmed_by(states: States, vectors: TaskVectors, options: TallMasksOptions) -> Steps[dict[str, float] | None]:
+    """Each task's trim threshold where TIES makes the multi-task vector; else None."""
+    if options.multi_task == "sum":
+        return None
+    return (yield from trim_thresholds(states, vectors, options.density))
 
-    elementwise = True
-    Options: ClassVar[type[TallMasksOptions]] = TallMasksOptions
 
-    def problems(self, vectors: TaskVectors, evidence: Evidence) -> Iterator[str]:
-        """Thresholds of unknown tasks, and tasks without a threshold."""
-        yield from super().problems(vectors, evidence)
-        if isinstance(self.options.threshold, dict):
-            yield from misnamed_tasks("threshold", self.options.threshold, vectors.tasks)
+def masked(
+    vectors: Mapping[str, Tensor], options: TallMasksOptions, thresholds: Mapping[str, float] | None
+) -> Modulated:
+    """The multi-task vector, and where each task's own change outweighs what the other tasks add to it.
 
-    def prepare(self, vectors: TaskVectors) -> None:
-        """Where TIES makes the multi-task vector, let it look at the task vectors."""
-        self._ties: Ties | None = None
-        if self.options.multi_task == "ties":
-            self._ties = Ties(TiesOptions(density=self.options.density, merge="sum"))
-            self._ties.prepare(vectors)
-
-    def masked(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Modulated:
-        """The multi-task vector, and where each task's own change outweighs what the other tasks add to it."""
-        if self._ties is None:
-            # So exact that masks do not depend on the order of the tasks.
-            shared = torch.stack(list(vectors.values())).sum(dim=0, dtype=torch.float64)
-        else:
-            shared = self._ties.merge(parameter, base, vectors).double()
-        chosen = self.options.threshold
-        thresholds = chosen if isinstance(chosen, dict) else dict.fromkeys(vectors, chosen)
-        masks = {task: own.abs() > thresholds[task] * (shared - own).abs() for task, own in vectors.items()}
-        return Modulated(shared.float(), masks)
+    Args:
+        vectors: task vectors of one shape.
+        options: which multi-task vector, and how far the change must outweigh the others.
+        thresholds: what `trimmed_by` gave.
+    """
+    if thresholds is None:
+        # So exact that masks do not depend on the order of the tasks.
+        shared = torch.stack(list(vectors.values())).sum(dim=0, dtype=torch.float64)
+    else:
+        shared = merge_trimmed(vectors, thresholds, "sum").double()
+    chosen = options.threshold
+    own_threshold = chosen if isinstance(chosen, dict) else dict.fromkeys(vectors, chosen)
+    masks = {task: own.abs() > own_threshold[task] * (shared - own).abs() for task, own in vectors.items()}
+    return Modulated(shared.float(), masks)
 
 
 @merge_method("tall_masks")
-class TallMasks(_Masking[TallMasksOptions], PerTaskMethod[TallMasksOptions]):
+class TallMasks(PerTaskMethod[TallMasksOptions]):
     r"""Share the multi-task vector; keep for each task a mask of the elements that serve it.
 
     With the multi-task vector :math:`\tau = \sum_t \tau_t`, task t keeps the elements where its own change is large
@@ -101,15 +100,22 @@ class TallMasks(_Masking[TallMasksOptions], PerTaskMethod[TallMasksOptions]):
 
     summary = "the sum of the task vectors, and for each task a bit mask of what serves it"
     source = "Wang et al. 2024, arXiv 2405.07813"
+    elementwise = True
+    Options = TallMasksOptions
 
-    def prepare(self, vectors: TaskVectors) -> None:
-        """Note the tasks besides."""
-        super().prepare(vectors)
+    def problems(self, vectors: TaskVectors, evidence: Evidence) -> Iterator[str]:
+        """Thresholds of unknown tasks, and tasks without a threshold."""
+        yield from super().problems(vectors, evidence)
+        yield from threshold_problems(self.options, vectors.tasks)
+
+    def prepare(self, vectors: TaskVectors) -> Iterator[None]:
+        """Note the tasks; where TIES makes the multi-task vector, find its thresholds."""
         self._tasks = vectors.tasks
+        self._thresholds = yield from trimmed_by(self.states, vectors, self.options)
 
     def merge(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Modulated:
         """The multi-task vector and the tasks' masks."""
-        return self.masked(parameter, base, vectors)
+        return masked(vectors, self.options, self._thresholds)
 
     def rescalers(self) -> dict[str, float]:
         """One for every task."""
@@ -117,7 +123,7 @@ class TallMasks(_Masking[TallMasksOptions], PerTaskMethod[TallMasksOptions]):
 
 
 @merge_method("consensus")
-class Consensus(_Masking[ConsensusOptions], StaticMethod[ConsensusOptions]):
+class Consensus(StaticMethod[ConsensusOptions]):
     r"""Keep the elements of the multi-task vector that several tasks need.
 
     With the masks :math:`M_t` of TALL masks, :math:`W = W_0 + \lambda [\sum_t M_t \ge k] \odot \tau`. Cost: one
@@ -130,17 +136,23 @@ class Consensus(_Masking[ConsensusOptions], StaticMethod[ConsensusOptions]):
 
     summary = "the sum of the task vectors where at least k tasks need it"
     source = "Wang et al. 2024, arXiv 2405.07813"
+    elementwise = True
     default_scale = TaskArithmetic.default_scale
-    Options: ClassVar[type[ConsensusOptions]] = ConsensusOptions
+    Options = ConsensusOptions
 
     def problems(self, vectors: TaskVectors, evidence: Evidence) -> Iterator[str]:
-        """More tasks asked for than there are."""
+        """Thresholds that do not fit the tasks, and more tasks asked for than there are."""
         yield from super().problems(vectors, evidence)
+        yield from threshold_problems(self.options, vectors.tasks)
         if self.options.k > len(vectors.tasks):
             yield f"options.k is {self.options.k}, but there are {len(vectors.tasks)} tasks, so nothing would be kept"
 
+    def prepare(self, vectors: TaskVectors) -> Iterator[None]:
+        """Where TIES makes the multi-task vector, find its thresholds."""
+        self._thresholds = yield from trimmed_by(self.states, vectors, self.options)
+
     def merge(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
         """The multi-task vector where enough tasks need it."""
-        found = self.masked(parameter, base, vectors)
+        found = masked(vectors, self.options, self._thresholds)
         needed = torch.stack(list(found.masks.values())).sum(dim=0)
         return torch.where(needed >= self.options.k, found.shared, 0.0)

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from pave_lightning.merging.base import MethodOptions, StaticMethod
 from pave_lightning.merging.evidence import Need
-from pave_lightning.merging.methods.dare import BlockPositions
 from pave_lightning.merging.registry import merge_method
-from pave_lightning.subspace.selection import largest_values
+from pave_lightning.merging.states import order_statistics
 from pave_lightning.weights import Parameter, TaskVectors
 
 
@@ -34,41 +33,42 @@ class _TrustRegion(StaticMethod[TatrOptions]):
     Options = TatrOptions
 
     @abstractmethod
-    def gradient(self, task: str, parameter: Parameter, vector: Tensor, rows: slice | None) -> Tensor:
+    def gradient(self, task: str, parameter: Parameter, vector: Tensor) -> Tensor:
         """How strongly the task's loss depends on each weight near the base, float32, not negative.
 
         Args:
             task: the task.
-            parameter: the parameter.
-            vector: the task's task vector, or these rows of it.
-            rows: rows of the parameter's first axis; None for all.
+            parameter: the parameter, or a block of its rows.
+            vector: the task's task vector of these rows.
         """
 
-    def prepare(self, vectors: TaskVectors) -> None:
+    def prepare(self, vectors: TaskVectors) -> Iterator[None]:
         """Find the conflict from which weights are left out."""
-        self._positions = BlockPositions()
-        total = sum(parameter.elements for parameter in vectors.parameters)
-        dropped = total - int(total * self.options.quantile)
         self._limit = math.inf
-        if not dropped:
+        if self.options.quantile == 1:
             return
 
         def blocks() -> Iterator[tuple[str, Tensor]]:
             for parameter, rows, own in vectors.walk():
-                yield "conflict", self._conflict(parameter, own, rows)
+                yield "conflict", self._conflict(parameter.block(rows), own)
 
-        self._limit = largest_values(["conflict"], blocks, [dropped])["conflict"][dropped]
+        def dropped(elements: int) -> list[int]:
+            count = elements - int(elements * self.options.quantile)
+            return [count] if count else []
+
+        found = yield from order_statistics(self.states, "conflict", ["conflict"], blocks, dropped)
+        self._limit = next(iter(found["conflict"]), math.inf)
 
     def merge(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
         """The sum of the task vectors, zero where the conflict is too large."""
-        conflict = self._conflict(parameter, vectors, self._positions.rows(parameter, base))
+        conflict = self._conflict(parameter, vectors)
         merged = torch.zeros_like(base)
         for task in sorted(vectors):
             merged += vectors[task]
         # Where nothing is at odds nothing is left out, not even when that holds for most weights of the model.
         return torch.where((conflict < self._limit) | (conflict == 0), merged, 0.0)
 
-    def _conflict(self, parameter: Parameter, vectors: Mapping[str, Tensor], rows: slice | None) -> Tensor:
+    def _conflict(self, parameter: Parameter, vectors: Mapping[str, Tensor]) -> Tensor:
         """The sum over pairs of different tasks of one's gradient times the other's magnitude, element by element."""
         # In the order of the names, so that the order of the tasks does not decide how sums round.
         tasks = sorted(vectors)
@@ -79,7 +79,7 @@ class _TrustRegion(StaticMethod[TatrOptions]):
         conflict, earlier = nothing.clone(), nothing.clone()
         for task in tasks:
             others = later.pop(task) + earlier
-            conflict += others.mul_(self.gradient(task, parameter, vectors[task], rows))
+            conflict += others.mul_(self.gradient(task, parameter, vectors[task]))
             earlier += vectors[task].abs()
         return conflict
 
@@ -106,9 +106,9 @@ class Tatr(_TrustRegion):
     source = "Sun et al. 2025, arXiv 2501.15065"
     needs = frozenset({Need.GRADIENTS})
 
-    def gradient(self, task: str, parameter: Parameter, vector: Tensor, rows: slice | None) -> Tensor:
+    def gradient(self, task: str, parameter: Parameter, vector: Tensor) -> Tensor:
         """The mean magnitude of the gradient of the task's loss at the base."""
-        return self.evidence.absolute_gradient(task, parameter, rows)
+        return self.evidence.absolute_gradient(task, parameter, parameter.rows)
 
 
 @merge_method("tatr_zero_shot")
@@ -125,6 +125,6 @@ class TatrZeroShot(_TrustRegion):
     summary = "leave out the weights that several tasks move most, add up"
     source = "Sun et al. 2025, arXiv 2501.15065"
 
-    def gradient(self, task: str, parameter: Parameter, vector: Tensor, rows: slice | None) -> Tensor:
+    def gradient(self, task: str, parameter: Parameter, vector: Tensor) -> Tensor:
         """The magnitude of the task vector."""
         return vector.abs()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pave_lightning.merging.base import MethodOptions, StaticMethod
 from pave_lightning.merging.registry import merge_method
-from pave_lightning.subspace.selection import kth_largest_magnitudes
+from pave_lightning.merging.states import States, Steps, order_statistics
 from pave_lightning.weights import Parameter, TaskVectors
 
 # Elements that are merged together: few enough for what is made of all tasks' to stay in the processor's cache.
@@ -26,6 +26,44 @@ class TiesOptions(MethodOptions):
     merge: Literal["mean", "sum"] = "mean"
     """What becomes of the elements that have the elected sign: their mean (the paper), or their sum, which other
     libraries use and which wants a smaller scale, about 0.3 for eight tasks."""
+
+
+def trim_thresholds(states: States, vectors: TaskVectors, density: float) -> Steps[dict[str, float]]:
+    """For each task the magnitude that a share of its task vector's elements over the whole model reaches.
+
+    Args:
+        states: those of the method that trims.
+        vectors: the task vectors, or a part of their parameters.
+        density: that share.
+    """
+
+    def blocks() -> Iterator[tuple[str, Tensor]]:
+        for _, _, own in vectors.walk():
+            yield from own.items()
+
+    found = yield from order_statistics(
+        states,
+        "magnitudes",
+        vectors.tasks,
+        blocks,
+        lambda elements: [max(1, int(elements * density))],
+        magnitudes=True,
+    )
+    return {task: threshold for task, (threshold,) in found.items()}
+
+
+def merge_trimmed(
+    vectors: Mapping[str, Tensor], thresholds: Mapping[str, float], how: Literal["mean", "sum"] = "mean"
+) -> Tensor:
+    """Trim task vectors of one shape, float32, each by its own threshold, and merge them by `disjoint_merge`."""
+    first = next(iter(vectors.values()))
+    merged = torch.empty(first.numel())
+    flat = {task: vector.reshape(-1) for task, vector in vectors.items()}
+    for start in range(0, first.numel(), _CHUNK):
+        chunk = slice(start, start + _CHUNK)
+        trimmed = [trim(vector[chunk], thresholds[task]) for task, vector in flat.items()]
+        merged[chunk] = disjoint_merge(trimmed, how)
+    return merged.view(first.shape)
 
 
 def trim(vector: Tensor, threshold: float) -> Tensor:
@@ -82,23 +120,10 @@ class Ties(StaticMethod[TiesOptions]):
     default_scale = 1.0
     Options = TiesOptions
 
-    def prepare(self, vectors: TaskVectors) -> None:
+    def prepare(self, vectors: TaskVectors) -> Iterator[None]:
         """Find each task's global trim threshold."""
-        total = sum(parameter.elements for parameter in vectors.parameters)
-        kept = max(1, int(total * self.options.density))
-
-        def blocks() -> Iterator[tuple[str, Tensor]]:
-            for _, _, own in vectors.walk():
-                yield from own.items()
-
-        self.thresholds = kth_largest_magnitudes(vectors.tasks, blocks, kept)
+        self.thresholds = yield from trim_thresholds(self.states, vectors, self.options.density)
 
     def merge(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
         """The disjoint mean, or sum, of the trimmed task vectors."""
-        merged = torch.empty(base.numel())
-        flat = {task: vector.reshape(-1) for task, vector in vectors.items()}
-        for start in range(0, base.numel(), _CHUNK):
-            chunk = slice(start, start + _CHUNK)
-            trimmed = [trim(vector[chunk], self.thresholds[task]) for task, vector in flat.items()]
-            merged[chunk] = disjoint_merge(trimmed, self.options.merge)
-        return merged.view(base.shape)
+        return merge_trimmed(vectors, self.thresholds, self.options.merge)

@@ -73,6 +73,43 @@ def test_it_is_adam_on_the_share_that_is_not_explained(walkable):
         assert not torch.allclose(merged.vectors[name], evidence.anchor[name], atol=3e-3), name
 
 
+def test_order_steps_and_schedule_are_those_of_a_plain_loop(walkable):
+    """Three epochs of batches that are cut and shuffled; task two has fewer of them. Weights agree to 1e-6."""
+    source, evidence = walkable
+    batches = {**evidence.passes.batches, "two": evidence.passes.batches["two"][:2]}
+    evidence = replace(evidence, passes=replace(evidence.passes, batches=batches))
+    merged = merge(make(epochs=3, rate=0.01, batch_size=1, seed=4), source, evidence)
+
+    experts = {task: evidence.passes.classifier(task) for task in source.tasks}
+    weights = {p.name: nn.Parameter(source.base(p) + evidence.anchor[p.name]) for p in source.parameters}
+    examples, aims, spread = {}, {}, {}
+    for task, found in batches.items():
+        rows = [{name: tensor[[row]] for name, tensor in inputs(b).items()} for b in found for row in range(2)]
+        with torch.no_grad():
+            examples[task], aims[task] = rows, [centred(experts[task](**row).logits) for row in rows]
+        every = torch.cat(aims[task])
+        spread[task] = (every - every.mean(dim=0)).square().sum() / len(every)
+    generator = torch.Generator().manual_seed(4)
+    orders = {
+        task: torch.cat([torch.randperm(len(rows), generator=generator) for _ in range(-(-18 // len(rows)))]).tolist()
+        for task, rows in examples.items()
+    }
+    optimiser = torch.optim.Adam(weights.values())
+    for step in range(18):
+        optimiser.param_groups[0]["lr"] = 0.01 * min((step + 1) / 1.8, (18 - step) / 16.2, 1.0)
+        optimiser.zero_grad()
+        for task in source.tasks:
+            index = orders[task][step]
+            named = {f"backbone.{name}": weight for name, weight in weights.items()}
+            answer = centred(functional_call(experts[task], named, (), examples[task][index]).logits)
+            ((answer - aims[task][index]).square().sum() / spread[task] / 2).backward()
+        optimiser.step()
+    for parameter in source.parameters:
+        expected = weights[parameter.name].detach() - source.base(parameter)
+        assert torch.allclose(merged.vectors[parameter.name], expected, rtol=0, atol=1e-6), parameter.name
+        assert not torch.allclose(expected, evidence.anchor[parameter.name], atol=1e-2), parameter.name
+
+
 def test_training_makes_the_experts_logits_out_of_the_anchor(walkable):
     source, evidence = walkable
     merged = merge(make(epochs=60, rate=0.02), source, evidence)
@@ -169,8 +206,9 @@ def test_examples_count_alike_in_batches_of_all_sizes(walkable):
     def mean_error(passes, count):
         method = make()
         method.evidence = replace(evidence, passes=passes)
-        taught = method._task("one", {p.name: nn.Parameter(source.base(p)) for p in source.parameters})
-        return np.mean([float(taught.error(index).detach()) for index in range(count)])
+        examples = {task: passes.placed(task) for task in source.tasks}
+        model = method.build(source, examples)
+        return np.mean([float(model.of["one"].error(examples["one"][index]).detach()) for index in range(count)])
 
     expected = mean_error(whole.passes, 1)
     assert mean_error(replace(evidence.passes, batches=uneven), 2) == pytest.approx(expected, rel=1e-5)

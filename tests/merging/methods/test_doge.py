@@ -204,7 +204,7 @@ def test_the_masks_take_two_walks_over_the_matrix_weights(watched_source):
     shapes = {"one": (2, 2), "two": (4,), "three": (2, 2)}
     vectors = {task: {name: np.ones(shape) for name, shape in shapes.items()} for task in "ab"}
     source, method = watched_source(vectors, matrices=["one", "three"]), DogeTa()
-    method.prepare(source)
+    method.prepare_alone(source)
     assert source.asked == 2 * (["one"] * 2 + ["three"] * 2)
     assert method.mean_norm == 2.0
 

@@ -153,7 +153,7 @@ def test_ranges_do_not_leak_into_the_next_merge(make_source):
 
 def test_four_walks_over_the_parameters(watched_source):
     source = watched_source({task: {"one": np.arange(4.0), "two": np.arange(4.0)} for task in "abc"})
-    Pcb().prepare(source)
+    Pcb().prepare_alone(source)
     assert source.asked == 4 * (["one"] * 3 + ["two"] * 3)
 
 

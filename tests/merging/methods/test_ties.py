@@ -124,5 +124,5 @@ def test_defaults_are_those_of_the_source():
 
 def test_the_thresholds_of_all_tasks_are_found_in_two_walks_over_the_parameters(watched_source):
     source = watched_source({task: {"one": np.arange(4.0), "two": np.arange(4.0)} for task in "abc"})
-    Ties().prepare(source)
+    Ties().prepare_alone(source)
     assert source.asked == 2 * (["one"] * 3 + ["two"] * 3)
