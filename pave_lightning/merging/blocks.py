@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pave_lightning.errors import PaveError
 from pave_lightning.layers import is_linear, is_norm
+from pave_lightning.tasks.kinds.tokens import MASK, TOKENS
 from pave_lightning.weights import Parameter
 
 Batch = Mapping[str, Tensor]
@@ -59,12 +60,14 @@ class Entry:
         calls: how the model calls each of its blocks on this batch.
         mask: shape ``(B, L)``, true where a token is real; None when all are.
         position: index of the next block.
+        read: shape ``(B, L)``, true for tokens that the head reads; None where it reads the first or the last one.
     """
 
     hidden: Tensor
     calls: list[Call]
     mask: Tensor | None
     position: int = 0
+    read: Tensor | None = None
 
     def move(self, hidden: Tensor) -> None:
         """Step behind the next block, which gave these hidden states."""
@@ -79,9 +82,11 @@ class Entry:
         return tensor.reshape(-1, tensor.shape[-1])
 
     def read_rows(self, *, last: bool) -> Tensor:
-        """Which of the real tokens, in the order of `rows`, a head reads: the first or the last one of each example."""
+        """Which of the real tokens, in the order of `rows`, a head reads; else the first or last one of each example."""
         places = self.hidden.shape[:2]
         mask = torch.ones(places, dtype=torch.bool, device=self.hidden.device) if self.mask is None else self.mask
+        if self.read is not None:
+            return self.read[mask]
         read = torch.zeros_like(mask)
         read[torch.arange(len(read)), _last_places(mask) if last else _first_places(mask)] = True
         return read[mask]
@@ -165,7 +170,7 @@ class BlockStack:
         calls += [
             Call.split(args, kwargs, self._place(index, args, kwargs, given)) for index, args, kwargs in caught[1:]
         ]
-        return Entry(hidden, calls, _fitting_mask(batch.get("attention_mask"), hidden))
+        return Entry(hidden, calls, _fitting_mask(batch.get(MASK), hidden))
 
     @staticmethod
     def run(block: nn.Module, entry: Entry) -> Tensor:
@@ -175,7 +180,7 @@ class BlockStack:
     @torch.no_grad()
     def reads_last(self, batch: Batch) -> bool:
         """Whether heads read the last token: they do where no token sees the ones behind it, else the first one."""
-        if "input_ids" not in batch:
+        if TOKENS not in batch:
             return False
         plain, changed = self.enter(batch), self.enter(batch)
         mask = torch.ones(plain.hidden.shape[:2], dtype=torch.bool) if plain.mask is None else plain.mask.cpu()

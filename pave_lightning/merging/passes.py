@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from pave_lightning.errors import PaveError
 from pave_lightning.merging.blocks import Batch, BlockStack, Entry
 from pave_lightning.subspace import is_finite
+from pave_lightning.tasks.kinds.tokens import TOKENS
+from pave_lightning.tasks.task import Task
 from pave_lightning.weights import TaskVectors
 from pave_lightning.weights.embeddings import OwnTokens, reading
 
@@ -29,6 +31,8 @@ class ForwardPasses:
         device: where the passes are run.
         classifier: makes a task's expert with its head, float32: a Hugging Face classifier. None where there are none.
         own_tokens: for tasks whose experts have tokens that the base has no row of, these.
+        tasks: the tasks by name, whose kinds say what of a batch a model is given, and what its head says of it. Of a
+            task that is not there all but the labels is given, and the head says ``logits``.
     """
 
     backbone: Callable[[], nn.Module]
@@ -37,6 +41,7 @@ class ForwardPasses:
     device: str = "cpu"
     classifier: Callable[[str], nn.Module] | None = None
     own_tokens: Mapping[str, OwnTokens | None] = field(default_factory=dict)
+    tasks: Mapping[str, Task] = field(default_factory=dict)
 
     def stack(self) -> BlockStack:
         """The blocks of a new backbone with the base's weights.
@@ -51,13 +56,20 @@ class ForwardPasses:
     def first(self) -> dict[str, Tensor]:
         """One batch, of tokens that the base has a row of."""
         task, batches = next(iter(self.batches.items()))
-        batch, own = self._placed(batches[0]), self.own_tokens.get(task)
-        return batch if own is None else {**batch, "input_ids": own.shared(batch["input_ids"])}
+        batch, own = self._inputs(task, self._placed(batches[0])), self.own_tokens.get(task)
+        return batch if own is None else {**batch, TOKENS: own.shared(batch[TOKENS])}
 
     def entries(self, stack: BlockStack, task: str) -> list[Entry]:
         """A task's examples before the first block, with the weights that the backbone has now."""
         with reading(stack.backbone, self.own_tokens.get(task)):
-            return [stack.enter(batch) for batch in self.placed(task)]
+            return [self._entry(stack, task, batch) for batch in self.placed(task)]
+
+    def outputs(self, task: str, model: nn.Module, batch: Batch) -> Tensor:
+        """What a model with a task's head says of a batch, shape ``(n, outputs)``: one row for each prediction."""
+        if task in self.tasks:
+            return self.tasks[task].outputs(model, batch)
+        logits: Tensor = model(**self._inputs(task, batch)).logits
+        return logits
 
     def placed(self, task: str) -> list[dict[str, Tensor]]:
         """A task's examples without their labels, on the device."""
@@ -78,6 +90,18 @@ class ForwardPasses:
                 f"the expert of task '{task}' holds NaN or infinity in {broken[0]}; train or fetch it again"
             )
         return model
+
+    def _entry(self, stack: BlockStack, task: str, batch: Batch) -> Entry:
+        entry = stack.enter(self._inputs(task, batch))
+        if task in self.tasks:
+            entry.read = self.tasks[task].read_positions(batch)
+        return entry
+
+    def _inputs(self, task: str, batch: Batch) -> dict[str, Tensor]:
+        """The part of a batch that a model is given."""
+        if task in self.tasks:
+            return self.tasks[task].inputs(batch)
+        return {name: tensor for name, tensor in batch.items() if name != "labels"}
 
     def _placed(self, batch: Batch) -> dict[str, Tensor]:
         """The batch without its labels, on the device."""

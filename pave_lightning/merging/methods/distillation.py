@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -37,16 +38,19 @@ class Student(nn.Module):
     """One task's head on the weights that are trained.
 
     Args:
-        model: the task's classifier, whose backbone has these weights.
+        model: the task's model, whose backbone has these weights.
+        outputs: what it says of a batch, shape ``(n, outputs)``.
         variance: of the expert's logits over all examples, summed over classes.
         rows: mean number of examples a batch.
     """
 
     variance: Tensor
 
-    def __init__(self, model: nn.Module, variance: Tensor, rows: float) -> None:
+    def __init__(
+        self, model: nn.Module, outputs: Callable[[nn.Module, Batch], Tensor], variance: Tensor, rows: float
+    ) -> None:
         super().__init__()
-        self.model, self.rows = model, rows
+        self.model, self.outputs, self.rows = model, outputs, rows
         self.register_buffer("variance", variance)
 
     def error(self, batch: Batch) -> Tensor:
@@ -55,7 +59,7 @@ class Student(nn.Module):
         Divided by the mean number of rows of all batches, so that every example counts alike in smaller ones too.
         """
         inputs = {name: tensor for name, tensor in batch.items() if name != AIM}
-        return (centred_logits(self.model, inputs) - batch[AIM]).square().sum() / self.rows / self.variance
+        return (centred(self.outputs(self.model, inputs)) - batch[AIM]).square().sum() / self.rows / self.variance
 
 
 class Students(nn.Module):
@@ -153,9 +157,10 @@ class Distillation(TrainedMethod[DistillationOptions, Students]):
 
     @torch.no_grad()
     def _student(self, task: str, weights: Mapping[str, nn.Parameter], batches: Sequence[dict[str, Tensor]]) -> Student:
-        model = self.evidence.forward_passes.headed(task)
+        passes = self.evidence.forward_passes
+        model, outputs = passes.headed(task), partial(passes.outputs, task)
         with self.autocast():
-            logits = [centred_logits(model, batch) for batch in batches]
+            logits = [centred(outputs(model, batch)) for batch in batches]
         every = torch.cat(logits)
         variance = (every - every.mean(dim=0)).square().sum(dim=-1).mean()
         if not torch.isfinite(variance):
@@ -165,7 +170,7 @@ class Distillation(TrainedMethod[DistillationOptions, Students]):
         share_parameters(backbone_of(model.requires_grad_(False)), weights)
         # Of an expert that always says the same, but for rounding, the plain difference counts.
         constant = variance <= CONSTANT * every.square().sum(dim=-1).mean()
-        return Student(model, torch.ones_like(variance) if constant else variance, len(every) / len(batches))
+        return Student(model, outputs, torch.ones_like(variance) if constant else variance, len(every) / len(batches))
 
     @torch.no_grad()
     def _on_first_batches(self, model: Students, examples: Examples) -> float:
@@ -174,10 +179,9 @@ class Distillation(TrainedMethod[DistillationOptions, Students]):
             return sum(float(model.of[task].error(batches[0])) for task, batches in examples.items()) / len(examples)
 
 
-def centred_logits(model: nn.Module, batch: Batch) -> Tensor:
-    """A model's logits for a batch less their mean over the classes, float32; a regression's single output as it is."""
-    values: Tensor = model(**batch).logits
-    values = values.float()
+def centred(outputs: Tensor) -> Tensor:
+    """Logits, shape ``(n, C)``, less their mean over the classes, float32; a regression's single output as it is."""
+    values = outputs.float()
     return values - values.mean(dim=-1, keepdim=True) if values.shape[-1] > 1 else values
 
 
