@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from pave_lightning.errors import PaveError
+from pave_lightning.errors import PaveError, counted
 from pave_lightning.experts.schedule import Schedule, training_schedule
 from pave_lightning.experts.trainer_options import process_count, trainer_problems
 from pave_lightning.recipe.schema import Recipe, Task
@@ -41,6 +41,13 @@ def planned_schedule(task: Task, seed: int, cache: Path) -> tuple[int, Schedule]
     """
     rows, validation = _sizes(task, seed, cache)
     return rows, training_schedule(task, rows, validation, process_count(task.trainer))
+
+
+def schedule_summary(task: Task, seed: int, cache: Path) -> str:
+    """How long a task's expert will be trained, in words; arguments and errors as of `planned_schedule`."""
+    rows, schedule = planned_schedule(task, seed, cache)
+    epochs, steps = counted(schedule.epochs, "epoch"), counted(schedule.steps, "step")
+    return f"{counted(rows, 'row')}, {'at most ' * schedule.at_most}{epochs}, {steps} of {schedule.batch}"
 
 
 def _sizes(task: Task, seed: int, cache: Path) -> tuple[int, int]:
