@@ -208,8 +208,8 @@ def ready_runner():
     """Makes a runner for a recipe whose experts and statistics are there."""
     from pave_lightning.pipeline.commands import open_folder
     from pave_lightning.pipeline.context import Context
+    from pave_lightning.pipeline.results import Results
     from pave_lightning.pipeline.runner import Runner
-    from pave_lightning.pipeline.stage import Results
     from pave_lightning.pipeline.stages import CaptureStage, FitStage
 
     def build(recipe):
@@ -223,12 +223,12 @@ def ready_runner():
 @pytest.fixture
 def choose():
     """What a merge step comes to for a runner, once what it needs is there."""
-    from pave_lightning.pipeline.stages import MergeStage
+    from pave_lightning.pipeline.stages.merge import MergeStage, chooser
 
     def choice(runner, step, vectors):
         for stage in MergeStage(runner.results, step, vectors).needs():
             runner.make(stage)
-        return runner.context.chooser.choose(step, vectors)
+        return chooser(runner.context).choose(step, vectors)
 
     return choice
 

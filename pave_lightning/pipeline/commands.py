@@ -158,8 +158,8 @@ def working(recipe: Recipe, *, computes: bool = True, verify: bool = False) -> I
     refuse_foreign_launchers()  # before Lightning is loaded
     from pave_lightning.pipeline.context import Context
     from pave_lightning.pipeline.launching import attached_tracker
+    from pave_lightning.pipeline.results import Results
     from pave_lightning.pipeline.runner import Runner
-    from pave_lightning.pipeline.stage import Results
 
     folder = open_folder(recipe, verify=verify)
     results = Results(recipe, folder)

@@ -9,9 +9,9 @@ from typing import Any
 
 from rich.console import Console
 
+from pave_lightning.pipeline.results import Results
 from pave_lightning.pipeline.runner import Runner
-from pave_lightning.pipeline.stage import Results
-from pave_lightning.pipeline.stages import CaptureStage, EvaluateStage, MergeStage, PurifyStage, captures
+from pave_lightning.pipeline.stages import CaptureStage, EvaluateStage, MergeStage, PurifyStage, captures, stages_of
 from pave_lightning.pipeline.stages.evaluate import scored_models
 from pave_lightning.pipeline.stages.fit import expert_digests
 from pave_lightning.pipeline.stages.purify import label
@@ -117,7 +117,9 @@ def _untouched(runner: Runner, options: Purify) -> list[list[str]]:
 
 def _unreached(results: Results) -> Iterator[tuple[str, str, str]]:
     """Task, layer and reason of each layer that was watched in vain when the statistics were captured."""
-    for stage in CaptureStage.asked(results):
+    for stage in stages_of(results):
+        if not isinstance(stage, CaptureStage):
+            continue
         found = results.current(stage)
         for layer in found.result.get("unreached", []) if found is not None else ():
             yield stage.task.name, layer, "no example reached it"

@@ -6,16 +6,13 @@ import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import groupby
-from typing import TYPE_CHECKING
 
 from pave_lightning.experts.trainer_options import is_distributed
+from pave_lightning.pipeline.context import Context
 from pave_lightning.pipeline.launching import Launcher
 from pave_lightning.pipeline.run_folder import Manifest
 from pave_lightning.pipeline.stage import Stage
 from pave_lightning.system.processes import is_launched, is_rank_zero
-
-if TYPE_CHECKING:
-    from pave_lightning.pipeline.context import Context
 
 log = logging.getLogger("pave_lightning")
 

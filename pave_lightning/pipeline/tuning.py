@@ -14,7 +14,7 @@ from pave_lightning.errors import naming
 from pave_lightning.evaluation import Candidate, MergedCandidate
 from pave_lightning.evaluation.scale_search import NoFiniteScoreError, ScaleSearcher
 from pave_lightning.merging import Evidence, MergedVectors, MergeMethod, make_method, merge
-from pave_lightning.pipeline.stages.merge import with_seed
+from pave_lightning.pipeline.method_seed import with_seed
 from pave_lightning.recipe.schema import AUTO_RATIOS, MergeStep, Purify, Recipe, ScaleSearch, Vectors
 from pave_lightning.weights import TaskVectors
 from pave_lightning.weights.memory import Cost, measured

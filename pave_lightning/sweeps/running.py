@@ -21,11 +21,13 @@ from pave_lightning.evaluation import Candidate
 from pave_lightning.pipeline.commands import open_folder, planning_folder, print_under, read_recipe, working
 from pave_lightning.pipeline.context import Context
 from pave_lightning.pipeline.planning import check_recipe, merge_problems
+from pave_lightning.pipeline.results import Results, short_digest
 from pave_lightning.pipeline.run_folder import RunFolder
 from pave_lightning.pipeline.runner import Runner
-from pave_lightning.pipeline.stage import Results, Stage, short_digest
-from pave_lightning.pipeline.stages import CaptureStage, EvaluateStage, FitStage, MergeStage, purifications
+from pave_lightning.pipeline.stage import Stage
+from pave_lightning.pipeline.stages import CaptureStage, EvaluateStage, FitStage, MergeStage, purifications, stages_of
 from pave_lightning.pipeline.stages.evaluate import MergedModel, PurifiedExpertModels, untouched_models
+from pave_lightning.pipeline.stages.merge import chooser
 from pave_lightning.recipe.loading import find_sweep, load_recipe
 from pave_lightning.recipe.schema import MergeStep, Recipe, Sweep, Vectors
 from pave_lightning.reporting.sweep_view import CARRIED_COLUMNS
@@ -236,7 +238,7 @@ class TriedModel(MergedModel):
 
     def candidate(self, context: Context) -> tuple[Candidate, dict[str, Any]]:
         """The merge result, and what was chosen and what it took."""
-        chosen = context.chooser.choose(self.merge.step, self.merge.vectors).completed()
+        chosen = chooser(context).choose(self.merge.step, self.merge.vectors).completed()
         known = {**chosen.facts, **vars(chosen.cost)}
         return chosen.candidate(), {key: value for key, value in known.items() if key in CARRIED_COLUMNS}
 
@@ -289,7 +291,7 @@ def cell_rows(cell: Cell, driver: Runner) -> Iterator[dict[str, Any]]:
     )
     runner = Runner(context, driver.launcher)
     there = _purified_folders(results.folder)
-    runner.run([*FitStage.asked(results), *CaptureStage.asked(results)])
+    runner.run(stage for stage in stages_of(results) if isinstance(stage, FitStage | CaptureStage))
     scores = CellScores.all(results)
     runner.run(scores)
     # Large, and made anew from the same statistics in seconds. What a run of this recipe left before stays.

@@ -10,6 +10,7 @@ from pave_lightning import Recipe, run_recipe
 from pave_lightning.errors import PaveError
 from pave_lightning.pipeline.commands import open_folder, run_stage
 from pave_lightning.pipeline.planning import plan_rows
+from pave_lightning.pipeline.stages.fit import plain_vectors
 from pave_lightning.recipe.schema import AUTO_RATIOS
 from pave_lightning.tasks.data_module import TaskDataModule
 
@@ -50,16 +51,16 @@ def test_the_ratio_with_the_best_average_is_taken(recipe, runner, choose, averag
     assert chosen.facts["search"] == [[0.2, 0.1], [0.6, 0.9]]
 
 
-def test_the_larger_ratio_wins_among_equals_and_one_means_plain(recipe, runner, choose, averages):
+def test_the_larger_ratio_wins_among_equals_and_one_means_plain(recipe, runner, ready_runner, choose, averages):
     _, emr = recipe.merge
     averages(0.5, 0.6, 0.6, 0.4, 0.6, 0.1)
     assert choose(runner, emr, "purified").facts["rho"] == 0.992
-    del runner.context.chooser  # it remembers what it chose
+    runner = ready_runner(recipe)  # the first one remembers what it chose
     averages(0.6, 0.6, 0.6, 0.6, 0.6, 0.6)
     chosen = choose(runner, emr, "purified")
     assert chosen.facts["rho"] == 1
-    assert chosen.source is runner.context.plain
-    del runner.context.chooser
+    assert chosen.source is plain_vectors(runner.context)
+    runner = ready_runner(recipe)
     averages(*[math.nan] * 6)
     with pytest.raises(PaveError, match="no ratio gives finite scores"):
         choose(runner, emr, "purified")

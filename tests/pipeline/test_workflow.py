@@ -349,8 +349,8 @@ def test_two_processes_give_the_same_experts_statistics_and_scores_as_one(recipe
 def test_data_that_changes_during_a_fit_makes_its_result_stale(recipe_settings, tmp_path, monkeypatch):
     from pave_lightning.experts import fitting
     from pave_lightning.pipeline.commands import run_stage
+    from pave_lightning.pipeline.results import Results
     from pave_lightning.pipeline.run_folder import RunFolder
-    from pave_lightning.pipeline.stage import Results
     from pave_lightning.pipeline.stages import FitStage
 
     train = tmp_path / "train.jsonl"

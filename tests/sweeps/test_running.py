@@ -21,7 +21,7 @@ from pave_lightning import Recipe, run_recipe
 from pave_lightning.errors import PaveError
 from pave_lightning.evaluation import ExpertsCandidate
 from pave_lightning.evaluation.scale_search import ScaleSearcher
-from pave_lightning.pipeline.context import Context
+from pave_lightning.pipeline import evaluating
 from pave_lightning.pipeline.stages import CaptureStage, FitStage, PurifyStage
 from pave_lightning.pipeline.tuning import Chooser
 from pave_lightning.recipe.loading import load_recipe, recipe_to_yaml
@@ -55,7 +55,7 @@ def nothing_runs(monkeypatch):
 def calls(monkeypatch):
     """How often each part of the work is done."""
     parts = {
-        "score": (Context, "score"),
+        "score": (evaluating, "score_on_test"),
         "purify": (PurifyStage, "run"),
         "choose": (Chooser, "choose"),
         "capture": (CaptureStage, "run"),
@@ -67,9 +67,9 @@ def calls(monkeypatch):
         kind, attribute = parts[name]
         method = getattr(kind, attribute)
 
-        def count(self, *arguments, **options):
+        def count(*arguments, **options):
             counts[name] += 1
-            return method(self, *arguments, **options)
+            return method(*arguments, **options)
 
         monkeypatch.setattr(kind, attribute, count)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from pave_lightning.pipeline.results import Results
 from pave_lightning.pipeline.run_folder import RunFolder
-from pave_lightning.pipeline.stage import Results
 from pave_lightning.pipeline.stages import captures
 from pave_lightning.recipe.schema import Recipe
 from pave_lightning.weights import Architecture, locate_model

@@ -14,8 +14,9 @@ from pave_lightning.merging import method_named
 from pave_lightning.pipeline.costs import Cost, expected_kinds, predict_cost
 from pave_lightning.pipeline.planning.memory import fit_bytes, later_bytes, search_bytes
 from pave_lightning.pipeline.planning.merging import stored_parameters
+from pave_lightning.pipeline.results import Results
 from pave_lightning.pipeline.run_folder import RunFolder
-from pave_lightning.pipeline.stage import Results, Stage
+from pave_lightning.pipeline.stage import Stage
 from pave_lightning.pipeline.stages import EvaluateStage, ExportStage, MergeStage, PurifyStage, captures, stages_of
 from pave_lightning.purification.vectors import workers_of
 from pave_lightning.recipe.schema import Recipe

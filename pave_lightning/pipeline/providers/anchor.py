@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pave_lightning.merging import Evidence, MergeMethod, Need, method_named
-from pave_lightning.pipeline.providers.base import Provider, provides
+from pave_lightning.pipeline.context import Context
+from pave_lightning.pipeline.providers.base import MergeRequest, Provider, provides
 from pave_lightning.pipeline.stage import Stage
-from pave_lightning.pipeline.stages.merge import MergeStage
+from pave_lightning.pipeline.stages.merge import MergeStage, chooser
 from pave_lightning.recipe.schema import MergeStep, Recipe
-
-if TYPE_CHECKING:
-    from pave_lightning.pipeline.context import Context
 
 
 @provides(Need.ANCHOR)
@@ -28,20 +26,20 @@ class Anchor(Provider):
         if step.anchor is not None and method_named(recipe.step(step.anchor).method).form != "static":
             yield f"its anchor '{step.anchor}' is not one model for all tasks; choose a static method"
 
-    def stages(self, merge: MergeStage) -> Sequence[Stage]:
+    def stages(self, request: MergeRequest) -> Sequence[Stage]:
         """What merging the anchor takes; not its own merge, of which only what it chose is looked up."""
-        return _anchor(merge).needs()
+        return _anchor(request).needs()
 
-    def inputs(self, merge: MergeStage) -> dict[str, Any]:
+    def inputs(self, request: MergeRequest) -> dict[str, Any]:
         """What the anchor depends on."""
-        return {"anchor": _anchor(merge).inputs()}
+        return {"anchor": _anchor(request).inputs()}
 
-    def provide(self, evidence: Evidence, context: Context, method: MergeMethod, merge: MergeStage) -> Evidence:
+    def provide(self, evidence: Evidence, context: Context, method: MergeMethod, request: MergeRequest) -> Evidence:
         """The evidence with the anchor's task vector."""
-        return replace(evidence, anchor=context.chooser.anchor(merge.step, merge.vectors))
+        return replace(evidence, anchor=chooser(context).anchor(request.step, request.vectors))
 
 
-def _anchor(merge: MergeStage) -> MergeStage:
+def _anchor(request: MergeRequest) -> MergeStage:
     """The anchor of a merge, on the same task vectors."""
-    step = merge.results.recipe.step(str(merge.step.anchor))
-    return MergeStage(merge.results, step.model_copy(update={"purify": merge.step.purify}), merge.vectors)
+    step = request.results.recipe.step(str(request.step.anchor))
+    return MergeStage(request.results, step.model_copy(update={"purify": request.step.purify}), request.vectors)

@@ -5,22 +5,36 @@ from __future__ import annotations
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from pave_lightning.merging import Evidence, MergeMethod, Need, method_named
+from pave_lightning.pipeline.context import Context, shared
+from pave_lightning.pipeline.results import Results
 from pave_lightning.pipeline.stage import Stage
-from pave_lightning.recipe.schema import MergeStep, Recipe
-
-if TYPE_CHECKING:
-    from pave_lightning.pipeline.context import Context
-    from pave_lightning.pipeline.stages.merge import MergeStage
+from pave_lightning.recipe.schema import MergeStep, Recipe, Vectors
 
 # Where the providers of this package lie, which import this module.
 PROVIDERS = "pave_lightning.pipeline.providers"
 
 _registry: dict[Need, type[Provider]] = {}
+
+
+@dataclass(frozen=True)
+class MergeRequest:
+    """What providers are asked for: evidence for one merge step on one kind of task vectors.
+
+    Attributes:
+        results: the recipe, and what is there of it.
+        step: the merge step; while it is merged, with the ratio of its purification that is tried.
+        vectors: what its task vectors are.
+    """
+
+    results: Results
+    step: MergeStep
+    vectors: Vectors
 
 
 class Provider(ABC):
@@ -40,11 +54,11 @@ class Provider(ABC):
         """
         return iter(())
 
-    def stages(self, merge: MergeStage) -> Sequence[Stage]:
+    def stages(self, request: MergeRequest) -> Sequence[Stage]:
         """The stages that a merge needs for it."""
         return ()
 
-    def inputs(self, merge: MergeStage) -> dict[str, Any]:
+    def inputs(self, request: MergeRequest) -> dict[str, Any]:
         """What the merged model depends on because of it, as plain JSON values under keys of its own.
 
         Raises:
@@ -53,14 +67,14 @@ class Provider(ABC):
         return {}
 
     @abstractmethod
-    def provide(self, evidence: Evidence, context: Context, method: MergeMethod, merge: MergeStage) -> Evidence:
+    def provide(self, evidence: Evidence, context: Context, method: MergeMethod, request: MergeRequest) -> Evidence:
         """The evidence with what is needed.
 
         Args:
             evidence: what other providers gave.
             context: what the stages of the recipe share.
             method: the method, with the options that are tried.
-            merge: the merge, with the ratio of its purification that is tried; what it says of `stages` is there.
+            request: the step; what it says of `stages` is there.
         """
 
 
@@ -97,6 +111,19 @@ def providers_of(method: str) -> list[Provider]:
     """
     known = known_providers()
     return [known[need]() for need in sorted(method_named(method).needs)]
+
+
+@shared
+def _providers(context: Context) -> dict[Need, Provider]:
+    return {need: kind() for need, kind in known_providers().items()}
+
+
+def evidence(context: Context, method: MergeMethod, request: MergeRequest) -> Evidence:
+    """What a method needs besides the weights, once all stages that it needs are there."""
+    found = Evidence()
+    for need in sorted(method.needs):
+        found = _providers(context)[need].provide(found, context, method, request)
+    return found
 
 
 @cache

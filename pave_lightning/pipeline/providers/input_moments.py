@@ -4,33 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pave_lightning.merging import Evidence, MergeMethod, Need
-from pave_lightning.pipeline.providers.base import Provider, provides
+from pave_lightning.pipeline.context import Context
+from pave_lightning.pipeline.providers.base import MergeRequest, Provider, provides
 from pave_lightning.pipeline.stage import Stage
-from pave_lightning.pipeline.stages.capture import CaptureStage, statistics_digests
+from pave_lightning.pipeline.stages.capture import CaptureStage, statistics, statistics_digests
 from pave_lightning.recipe.schema import MergeStep, Recipe
-
-if TYPE_CHECKING:
-    from pave_lightning.pipeline.context import Context
-    from pave_lightning.pipeline.stages.merge import MergeStage
 
 
 class CapturedStatistics(Provider):
     """What the experts' layers saw, from the capture stages."""
 
-    def stages(self, merge: MergeStage) -> Sequence[Stage]:
+    def stages(self, request: MergeRequest) -> Sequence[Stage]:
         """The captures of all tasks."""
-        return CaptureStage.all(merge.results)
+        return CaptureStage.all(request.results)
 
-    def inputs(self, merge: MergeStage) -> dict[str, Any]:
+    def inputs(self, request: MergeRequest) -> dict[str, Any]:
         """What was captured."""
-        return {"statistics": statistics_digests(merge.results)}
+        return {"statistics": statistics_digests(request.results)}
 
-    def provide(self, evidence: Evidence, context: Context, method: MergeMethod, merge: MergeStage) -> Evidence:
+    def provide(self, evidence: Evidence, context: Context, method: MergeMethod, request: MergeRequest) -> Evidence:
         """The evidence with the statistics of all tasks."""
-        return replace(evidence, statistics=context.statistics)
+        return replace(evidence, statistics=statistics(context))
 
 
 @provides(Need.INPUT_MOMENTS)

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from pave_lightning.merging import Evidence, MergeMethod, Need
-from pave_lightning.pipeline.providers.base import Provider, provides
+from pave_lightning.pipeline.context import Context
+from pave_lightning.pipeline.providers.base import MergeRequest, Provider, provides
 from pave_lightning.recipe.schema import MergeStep, Recipe
-
-if TYPE_CHECKING:
-    from pave_lightning.pipeline.context import Context
-    from pave_lightning.pipeline.stages.merge import MergeStage
 
 
 @provides(Need.LOW_RANK)
@@ -23,6 +19,6 @@ class LowRankAdapters(Provider):
         if needed and "purified" in step.vectors:
             yield f"{step.method} merges adapters, which purification leaves none of; set vectors: [plain]"
 
-    def provide(self, evidence: Evidence, context: Context, method: MergeMethod, merge: MergeStage) -> Evidence:
+    def provide(self, evidence: Evidence, context: Context, method: MergeMethod, request: MergeRequest) -> Evidence:
         """The evidence as it is."""
         return evidence

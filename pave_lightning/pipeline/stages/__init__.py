@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from pave_lightning.pipeline.stage import Results, Stage
+from operator import itemgetter
+
+from pave_lightning.pipeline.results import Results
+from pave_lightning.pipeline.stage import Stage
 from pave_lightning.pipeline.stages.capture import CaptureStage
 from pave_lightning.pipeline.stages.diagnose import DiagnoseStage
 from pave_lightning.pipeline.stages.evaluate import EvaluateStage
@@ -44,13 +47,13 @@ KINDS: list[type[Stage]] = [
 
 
 def stages_of(results: Results) -> list[Stage]:
-    """Every stage of a run in the order of work, what others need before them."""
-    found: dict[str, Stage] = {}
-    for kind in KINDS:
+    """Every stage of a run in the order of work; what is made on demand stands before the first that needs it."""
+    found: dict[str, tuple[int, Stage]] = {}
+    for place, kind in enumerate(KINDS):
         for stage in kind.asked(results):
             for one in (*stage.needed(), stage):
-                found.setdefault(one.name, one)
-    return list(found.values())
+                found.setdefault(one.name, (place if one.on_demand else KINDS.index(type(one)), one))
+    return [stage for _, stage in sorted(found.values(), key=itemgetter(0))]
 
 
 def kind_of(command: str) -> type[Stage]:
@@ -59,9 +62,5 @@ def kind_of(command: str) -> type[Stage]:
 
 
 def captures(results: Results) -> bool:
-    """Whether anything in the recipe looks at what the experts' layers see.
-
-    One that merges nothing may be meant to: purifying and diagnosing are commands of their own.
-    """
-    others = (stage for kind in KINDS if kind is not CaptureStage for stage in kind.asked(results))
-    return not results.recipe.merge or any(isinstance(one, CaptureStage) for stage in others for one in stage.needed())
+    """Whether a run of the recipe looks at what the experts' layers see."""
+    return any(isinstance(stage, CaptureStage) for stage in stages_of(results))

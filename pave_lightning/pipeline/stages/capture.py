@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pave_lightning.errors import counted, doing
+from pave_lightning.pipeline.context import Context, shared
+from pave_lightning.pipeline.results import Results
 from pave_lightning.pipeline.run_folder import Manifest
-from pave_lightning.pipeline.stage import Results, Stage
+from pave_lightning.pipeline.stage import Stage
 from pave_lightning.pipeline.stages.fit import FitStage
 from pave_lightning.recipe.schema import Task
 from pave_lightning.statistics import TaskStatistics
@@ -15,9 +17,6 @@ from pave_lightning.statistics.gradients import EXPERT_DIGEST
 from pave_lightning.system.processes import is_rank_zero
 from pave_lightning.tasks.data import split_fingerprint
 from pave_lightning.weights import model_digest
-
-if TYPE_CHECKING:
-    from pave_lightning.pipeline.context import Context
 
 FORMAT = 3
 STATISTICS_FILE = "moments.safetensors"
@@ -40,10 +39,11 @@ class CaptureStage(Stage):
 
     @classmethod
     def asked(cls, results: Results) -> list[CaptureStage]:
-        """One a task, where anything looks at them."""
-        from pave_lightning.pipeline.stages import captures
+        """None that nothing needs, but all of a recipe that merges nothing.
 
-        return cls.all(results) if captures(results) else []
+        Such a recipe may be meant for purifying and diagnosing, which are commands of their own.
+        """
+        return [] if results.recipe.merge else cls.all(results)
 
     @property
     def name(self) -> str:
@@ -88,7 +88,7 @@ class CaptureStage(Stage):
         from pave_lightning.experts.task_expert import TaskExpert
         from pave_lightning.experts.trainer_options import machine_options
         from pave_lightning.experts.trainers import build_trainer, honest_interrupts, quiet_lightning
-        from pave_lightning.pipeline.capture_data import CaptureData
+        from pave_lightning.pipeline.task_data import CaptureData, data_module
 
         options, expert = context.recipe.capture, self.expert.checkpoint()
         with doing(f"capture {self.task.name}"):
@@ -109,13 +109,13 @@ class CaptureStage(Stage):
                     callbacks=[callback],
                     precision=options.precision,
                 )
-                shown = CaptureData(context.data(self.task, options.batch_size), options, context.recipe.seed)
+                shown = CaptureData(data_module(context, self.task, options.batch_size), options, context.recipe.seed)
                 trainer.validate(module, datamodule=shown, verbose=False)
-            statistics = callback.statistics
+            found = callback.statistics
             if is_rank_zero():
                 with context.writing(self) as writer:
-                    statistics.save(writer.path / STATISTICS_FILE)
-                    facts = {"examples": statistics.examples, "layers": len(statistics.layers())}
+                    found.save(writer.path / STATISTICS_FILE)
+                    facts = {"examples": found.examples, "layers": len(found.layers())}
                     writer.result.update(facts, unreached=list(callback.unreached))
 
     def record(self, context: Context, found: Manifest) -> None:
@@ -148,6 +148,12 @@ class CaptureStage(Stage):
                 exclude={"gradient_examples", *([] if recipe.capture.norms else ["norms"])}
             ),
         }
+
+
+@shared
+def statistics(context: Context) -> dict[str, TaskStatistics]:
+    """What each task's expert saw, read lazily."""
+    return {stage.task.name: stage.load() for stage in CaptureStage.all(context.results)}
 
 
 def statistics_digests(results: Results) -> dict[str, str]:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pave_lightning.pipeline.stage import Results, Stage
-from pave_lightning.pipeline.stages.capture import CaptureStage
-from pave_lightning.pipeline.stages.fit import FitStage
-from pave_lightning.pipeline.stages.purify import label, purification_inputs, purifications
-from pave_lightning.purification import PurifiedTaskVectors
+from pave_lightning.pipeline.context import Context
+from pave_lightning.pipeline.results import Results
+from pave_lightning.pipeline.stage import Stage
+from pave_lightning.pipeline.stages.capture import CaptureStage, statistics
+from pave_lightning.pipeline.stages.fit import FitStage, plain_vectors
+from pave_lightning.pipeline.stages.purify import label, purification_inputs, purifications, purified_now
 from pave_lightning.recipe.schema import Purify
-
-if TYPE_CHECKING:
-    from pave_lightning.pipeline.context import Context
 
 log = logging.getLogger("pave_lightning")
 
@@ -63,9 +61,9 @@ class DiagnoseStage(Stage):
         from pave_lightning.reporting.diagnostic_plots import write_diagnostics
 
         log.info("diagnose (%s) ...", self.options.summary)
-        purified = PurifiedTaskVectors(context.plain, context.statistics, self.options, context.recipe.compute)
+        purified = purified_now(context, self.options)
         looked_at = DiagnosticOptions(dare=DareOptions(seed=context.recipe.seed))
-        found = diagnose(context.plain, purified, context.statistics, looked_at)
+        found = diagnose(plain_vectors(context), purified, statistics(context), looked_at)
         with context.writing(self) as writer:
             write_diagnostics(found, writer.path)
         if context.tracker is not None:

@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pave_lightning.errors import PaveError, doing
 from pave_lightning.merging import method_named
+from pave_lightning.pipeline.context import Context
+from pave_lightning.pipeline.results import Results
 from pave_lightning.pipeline.scoring import score_inputs
-from pave_lightning.pipeline.stage import Results, Stage
-from pave_lightning.pipeline.stages.fit import FitStage, expert_digests
+from pave_lightning.pipeline.stage import Stage
+from pave_lightning.pipeline.stages.fit import FitStage, expert_digests, experts
 from pave_lightning.pipeline.stages.merge import MergeStage
-from pave_lightning.pipeline.stages.purify import label, purification_inputs, purifications, purify_stages
+from pave_lightning.pipeline.stages.purify import label, needed_for, purification_inputs, purifications, task_vectors
 from pave_lightning.recipe.schema import MergeStep, Purify, Vectors
 from pave_lightning.system.processes import is_rank_zero
 
 if TYPE_CHECKING:
     from pave_lightning.evaluation import Candidate
-    from pave_lightning.pipeline.context import Context
     from pave_lightning.reporting.scores import Form
     from pave_lightning.reporting.scores import Vectors as TableVectors
 
@@ -98,7 +99,7 @@ class ExpertModels(ScoredModel):
         """The experts' checkpoints."""
         from pave_lightning.evaluation import ExpertsCandidate
 
-        return ExpertsCandidate(context.experts), {}
+        return ExpertsCandidate(experts(context)), {}
 
 
 class PurifiedExpertModels(ScoredModel):
@@ -122,8 +123,8 @@ class PurifiedExpertModels(ScoredModel):
         self.words = f"the model {self.label}"
 
     def needs(self) -> Sequence[Stage]:
-        """The purified weights."""
-        return purify_stages(self.results, self.options)
+        """Statistics and purified weights."""
+        return needed_for(self.results, self.options)
 
     def depends_on(self) -> dict[str, Any]:
         """What the purified weights depend on."""
@@ -133,7 +134,7 @@ class PurifiedExpertModels(ScoredModel):
         """The experts' checkpoints with purified weights in them."""
         from pave_lightning.evaluation import PurifiedExpertsCandidate
 
-        candidate = PurifiedExpertsCandidate(context.experts, context.vectors(self.options))
+        candidate = PurifiedExpertsCandidate(experts(context), task_vectors(context, self.options))
         return candidate, {"rho": self.options.rho}
 
 
@@ -221,10 +222,11 @@ class EvaluateStage(Stage):
     def run(self, context: Context) -> None:
         """Score the model."""
         from pave_lightning.evaluation import refuse_non_finite
+        from pave_lightning.pipeline.evaluating import score_on_test
 
         with doing(self.doing):
             candidate, facts = self.model.candidate(context)
-            scores = context.score(candidate, alone=self.trainer is None)
+            scores = score_on_test(context, candidate, alone=self.trainer is None)
             try:
                 refuse_non_finite(scores, self.model.words, BROKEN_OUTPUTS)
             except PaveError as error:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pave_lightning.errors import doing
-from pave_lightning.pipeline.stage import Results, Stage
-from pave_lightning.pipeline.stages.purify import label, purification_inputs, purifications, purify_stages
+from pave_lightning.pipeline.context import Context
+from pave_lightning.pipeline.results import Results
+from pave_lightning.pipeline.stage import Stage
+from pave_lightning.pipeline.stages.fit import experts
+from pave_lightning.pipeline.stages.purify import (
+    label,
+    needed_for,
+    purification_inputs,
+    purifications,
+    purify_stages,
+    task_vectors,
+)
 from pave_lightning.purification import KeptRank
 from pave_lightning.recipe.schema import Purify
 from pave_lightning.weights.locate import has_tokenizer
-
-if TYPE_CHECKING:
-    from pave_lightning.pipeline.context import Context
 
 
 class ExportStage(Stage):
@@ -44,8 +51,8 @@ class ExportStage(Stage):
         return f"{self.options.summary}, with `pave purify`"
 
     def needs(self) -> list[Stage]:
-        """The purified weights."""
-        return [*purify_stages(self.results, self.options)]
+        """Statistics and purified weights."""
+        return needed_for(self.results, self.options)
 
     def depends_on(self) -> dict[str, Any]:
         """What the purified weights depend on."""
@@ -59,8 +66,8 @@ class ExportStage(Stage):
         made = [self.results.finished(stage) for stage in purify_stages(self.results, self.options)]
         ranks = [KeptRank(*rank) for found in made for rank in found.result["ranks"]]
         with doing(f"write purified experts ({self.options.summary})"), context.writing(self) as writer:
-            vectors, options = context.vectors(self.options), self.options.model_dump(mode="json")
-            write_purified_experts(writer.path, vectors, context.experts, options, ranks)
+            vectors, options = task_vectors(context, self.options), self.options.model_dump(mode="json")
+            write_purified_experts(writer.path, vectors, experts(context), options, ranks)
             for task in context.recipe.tasks:
                 written = writer.path / task.name
                 if written.is_dir() and not has_tokenizer(written):

@@ -8,19 +8,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pave_lightning.errors import PaveError, doing, listed
+from torch import nn
+
+from pave_lightning.errors import PaveError, counted, doing, listed
+from pave_lightning.experts.schedule import training_schedule
+from pave_lightning.experts.trainer_options import process_count
+from pave_lightning.pipeline.context import Context, shared
+from pave_lightning.pipeline.results import Results, short_digest
 from pave_lightning.pipeline.run_folder import Manifest
-from pave_lightning.pipeline.stage import Results, Stage, short_digest
+from pave_lightning.pipeline.stage import Stage
 from pave_lightning.recipe.schema import Task
 from pave_lightning.system.processes import is_rank_zero
 from pave_lightning.tasks.constants import constant_answer
-from pave_lightning.tasks.data import split_fingerprint
-from pave_lightning.weights import locate_model, model_digest
+from pave_lightning.tasks.data import SPLITS, load_split, split_fingerprint
+from pave_lightning.weights import Checkpoint, ExpertTaskVectors, TaskVectors, locate_model, model_digest
 from pave_lightning.weights.adapters import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS
+from pave_lightning.weights.architecture import backbone_of
+from pave_lightning.weights.embeddings import share_rows
 from pave_lightning.weights.locate import has_tokenizer
 
 if TYPE_CHECKING:
-    from pave_lightning.pipeline.context import Context
     from pave_lightning.tracking.logger import TrackingLogger
 
 log = logging.getLogger("pave_lightning")
@@ -71,9 +78,11 @@ class FitStage(Stage):
         told = f"; always the same answer: {task.primary_metric} {constant:.3f}"
         if task.expert is not None:
             return f"from {task.expert.from_}{told}"
-        from pave_lightning.pipeline.planning.training import schedule_summary
-
-        return f"{schedule_summary(task, recipe.seed, rows)}{told}"
+        used, validation = training_rows(task, recipe.seed, rows)
+        schedule = training_schedule(task, used, validation, process_count(task.trainer))
+        epochs, steps = counted(schedule.epochs, "epoch"), counted(schedule.steps, "step")
+        most = "at most " * schedule.at_most
+        return f"{counted(used, 'row')}, {most}{epochs}, {steps} of {schedule.batch}{told}"
 
     def depends_on(self) -> dict[str, Any]:
         """Base, data and options of the training, or the weights that are named."""
@@ -197,6 +206,53 @@ def existing_folder(task: Task) -> Path:
     return locate_model(reference, role=f"expert of task '{task.name}'")
 
 
+def training_rows(task: Task, seed: int, cache: Path) -> tuple[int, int]:
+    """How many training and validation rows of a task are used.
+
+    Args:
+        task: the task.
+        seed: chooses the rows where a part is asked for.
+        cache: where copies of the rows are.
+    """
+    train, validation = (load_split(task, split, seed=seed, cache_dir=cache) for split in SPLITS[:2])
+    return len(train), len(validation)
+
+
+def expert_folder(results: Results, name: str) -> Path:
+    """The folder of a task's finished expert.
+
+    By name: a scale search reads fewer rows with a changed copy of the task, which has no expert of its own.
+
+    Raises:
+        PaveError: it is missing or stale.
+    """
+    return FitStage(results, results.recipe.task(name)).checkpoint()
+
+
+@shared
+def experts(context: Context) -> dict[str, Checkpoint]:
+    """Each task's finished expert."""
+    folders = {task.name: expert_folder(context.results, task.name) for task in context.recipe.tasks}
+    return {name: context.architecture.checkpoint(folder) for name, folder in folders.items()}
+
+
+@shared
+def plain_vectors(context: Context) -> TaskVectors:
+    """The plain task vectors of all finished experts."""
+    expert_digests(context.results)
+    return ExpertTaskVectors(context.base, experts(context), context.architecture)
+
+
+def classifier(context: Context, name: str) -> nn.Module:
+    """A task's expert with its head, in memory; its token embedding has the base's rows, see `share_rows`."""
+    from pave_lightning.experts.loading import load_expert
+
+    folder = expert_folder(context.results, name)
+    model = load_expert(folder, context.recipe.task(name), context.base_folder)
+    share_rows(backbone_of(model), context.token_rows)
+    return model
+
+
 def expert_digests(results: Results) -> dict[str, str]:
     """What identifies each task's expert, in the order of the tasks.
 
@@ -206,9 +262,16 @@ def expert_digests(results: Results) -> dict[str, str]:
     return {task.name: FitStage(results, task).digest() for task in results.recipe.tasks}
 
 
+@shared
+def _broken_in_base(context: Context) -> list[str]:
+    """Tensors of the base that hold values which are not finite in float32."""
+    return context.base.non_finite()
+
+
 def _check_base(context: Context) -> None:
-    if context.broken_in_base:
+    broken = _broken_in_base(context)
+    if broken:
         raise PaveError(
-            f"the base {context.base_folder}: {listed(context.broken_in_base, 3)} hold NaN, infinity, or values too "
+            f"the base {context.base_folder}: {listed(broken, 3)} hold NaN, infinity, or values too "
             "large for float32; fetch it again"
         )

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pave_lightning.errors import counted, doing
 from pave_lightning.merging.evidence import KINDS
 from pave_lightning.merging.folders import GRADIENTS_FILE, load_gradients
 from pave_lightning.merging.passes import load_parameters
-from pave_lightning.pipeline.stage import Results, Stage
+from pave_lightning.pipeline.context import Context
+from pave_lightning.pipeline.results import Results
+from pave_lightning.pipeline.stage import Stage
 from pave_lightning.pipeline.stages.capture import shown_examples
-from pave_lightning.pipeline.stages.fit import FitStage
+from pave_lightning.pipeline.stages.fit import FitStage, classifier, plain_vectors
 from pave_lightning.recipe.schema import Task
 from pave_lightning.statistics.gradients import EXPERT_DIGEST, GradientKind, TaskGradients
 from pave_lightning.weights import model_digest
 from pave_lightning.weights.architecture import backbone_of
-
-if TYPE_CHECKING:
-    from pave_lightning.pipeline.context import Context
 
 FORMAT = 1
 
@@ -72,15 +71,16 @@ class GradientStage(Stage):
     def run(self, context: Context) -> None:
         """Show the task's model its examples and keep what their gradients say."""
         from pave_lightning.experts.gradients import absolute_gradients, fisher_diagonal
+        from pave_lightning.pipeline.task_data import shown_batches
 
-        task = self.of
+        task, plain = self.of, plain_vectors(context)
         with doing(f"gradients of {task.name} ({self.kind})"), context.writing(self) as writer:
-            model = context.classifier(task.name)
-            batches = context.shown(task, context.recipe.capture.gradient_examples)
+            model = classifier(context, task.name)
+            batches = shown_batches(context, task, context.recipe.capture.gradient_examples)
             if self.kind == "fisher":
                 values = fisher_diagonal(model, task, batches)
             else:
-                base = {parameter.name: context.plain.base(parameter) for parameter in context.plain.parameters}
+                base = {parameter.name: plain.base(parameter) for parameter in plain.parameters}
                 load_parameters(backbone_of(model), base)
                 values = absolute_gradients(model, task, batches)
             examples = sum(len(batch["input_ids"]) for batch in batches)

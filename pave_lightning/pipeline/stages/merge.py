@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pave_lightning.errors import doing
-from pave_lightning.merging import method_named
+from pave_lightning.merging import Evidence, MergeMethod, method_named
 from pave_lightning.merging.folders import MergeContext, write_merged
-from pave_lightning.pipeline.providers import providers_of
+from pave_lightning.pipeline.context import Context, shared
+from pave_lightning.pipeline.method_seed import with_seed
+from pave_lightning.pipeline.providers import MergeRequest, evidence, providers_of
+from pave_lightning.pipeline.results import Results
 from pave_lightning.pipeline.run_folder import Manifest
 from pave_lightning.pipeline.scoring import score_inputs
-from pave_lightning.pipeline.stage import Results, Stage
-from pave_lightning.pipeline.stages.fit import FitStage, expert_digests
-from pave_lightning.pipeline.stages.purify import purification_inputs, purify_stages
+from pave_lightning.pipeline.stage import Stage
+from pave_lightning.pipeline.stages.fit import FitStage, expert_digests, experts
+from pave_lightning.pipeline.stages.purify import needed_for, purification_inputs, task_vectors
 from pave_lightning.recipe.schema import MergeStep, ScaleSearch, Vectors
 
 if TYPE_CHECKING:
-    from pave_lightning.pipeline.context import Context
+    from pave_lightning.pipeline.tuning import Chooser
 
 FORMAT = 2
 
@@ -53,6 +57,11 @@ class MergeStage(Stage):
         """What tells the model from others in the names of folders."""
         return f"{self.step.name}-{self.vectors}"
 
+    @property
+    def request(self) -> MergeRequest:
+        """What providers are asked for."""
+        return MergeRequest(self.results, self.step, self.vectors)
+
     def about(self) -> str:
         """Method and scale."""
         scale = self.step.scale
@@ -60,12 +69,12 @@ class MergeStage(Stage):
         return f"{self.step.method}{told}"
 
     def needs(self) -> list[Stage]:
-        """Experts, purified weights, and what the method's evidence is made of."""
-        purified = purify_stages(self.results, self.step.purify) if self.vectors == "purified" else []
-        evidence: Iterable[Stage] = (
-            stage for provider in providers_of(self.step.method) for stage in provider.stages(self)
+        """Experts, statistics and purified weights, and what the method's evidence is made of."""
+        purified = needed_for(self.results, self.step.purify) if self.vectors == "purified" else []
+        given: Iterable[Stage] = (
+            stage for provider in providers_of(self.step.method) for stage in provider.stages(self.request)
         )
-        return [*FitStage.all(self.results), *purified, *evidence]
+        return [*FitStage.all(self.results), *purified, *given]
 
     def depends_on(self) -> dict[str, Any]:
         """Experts, base, options, task vectors and evidence; what anything is chosen on."""
@@ -87,7 +96,7 @@ class MergeStage(Stage):
         if method.batched:
             inputs["batch_size"] = recipe.capture.batch_size
         for provider in providers_of(step.method):
-            inputs |= provider.inputs(self)
+            inputs |= provider.inputs(self.request)
         if step.tune:
             inputs["tune"] = step.tune
         chosen = step.tune or (self.vectors == "purified" and step.purify.rho == "auto")
@@ -100,10 +109,10 @@ class MergeStage(Stage):
         step = self.step
         context.child(self.run_name, "merge", self.params())
         with doing(f"merge {step.name} ({self.vectors})"), context.writing(self) as writer:
-            chosen = context.chooser.choose(step, self.vectors)
+            chosen = chooser(context).choose(step, self.vectors)
             facts = {"vectors": self.vectors, "options": chosen.method.options.model_dump(), **chosen.facts}
             facts |= {"anchor": step.anchor} if step.anchor else {}
-            written = MergeContext(context.recipe.base, context.base, context.experts, context.architecture, facts)
+            written = MergeContext(context.recipe.base, context.base, experts(context), context.architecture, facts)
             merged = None if chosen.merged is None else chosen.merged.vectors
             write_merged(
                 writer.path,
@@ -135,7 +144,20 @@ class MergeStage(Stage):
         return {**params, "purify": step.purify.model_dump()} if self.vectors == "purified" else params
 
 
-def with_seed(method: str, options: dict[str, Any], seed: int) -> dict[str, Any]:
-    """The options of a merge method, with the recipe's seed where the method draws at random and no seed is given."""
-    draws = "seed" in method_named(method).Options.model_fields
-    return {**options, "seed": seed} if draws and options.get("seed") is None else options
+@shared
+def chooser(context: Context) -> Chooser:
+    """Chooses what merge steps leave open, and remembers it."""
+    from pave_lightning.pipeline.evaluating import searcher
+    from pave_lightning.pipeline.tuning import Chooser
+
+    results = context.results
+
+    def evidence_for(method: MergeMethod, step: MergeStep, vectors: Vectors) -> Evidence:
+        return evidence(context, method, MergeRequest(results, step, vectors))
+
+    def merged_before(step: MergeStep, vectors: Vectors) -> Mapping[str, Any] | None:
+        found = results.current(MergeStage(results, step, vectors))
+        return None if found is None else found.result
+
+    vectors_of = partial(task_vectors, context)
+    return Chooser(context.recipe, vectors_of, evidence_for, lambda: searcher(context), merged_before)

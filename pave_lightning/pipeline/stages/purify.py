@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pave_lightning.errors import PaveError, doing
-from pave_lightning.pipeline.stage import Results, Stage, short_digest
-from pave_lightning.pipeline.stages.capture import CaptureStage, statistics_digests
-from pave_lightning.pipeline.stages.fit import FitStage, expert_digests
-from pave_lightning.purification import PurifiedTaskVectors, write_purified
+from pave_lightning.pipeline.context import Context
+from pave_lightning.pipeline.results import Results, short_digest
+from pave_lightning.pipeline.stage import Stage
+from pave_lightning.pipeline.stages.capture import CaptureStage, statistics, statistics_digests
+from pave_lightning.pipeline.stages.fit import FitStage, expert_digests, plain_vectors
+from pave_lightning.purification import PurifiedTaskVectors, StoredPurification, write_purified
 from pave_lightning.recipe.schema import AUTO_RATIOS, Purify, Recipe, slug
-
-if TYPE_CHECKING:
-    from pave_lightning.pipeline.context import Context
+from pave_lightning.weights import Checkpoint, TaskVectors
 
 FORMAT = 3
 
@@ -57,10 +57,31 @@ class PurifyStage(Stage):
     def run(self, context: Context) -> None:
         """Purify the weights of all tasks, layer by layer."""
         with doing(f"purify ({self.options.summary})"), context.writing(self) as writer:
-            vectors = PurifiedTaskVectors(context.plain, context.statistics, self.options, context.recipe.compute)
+            vectors = purified_now(context, self.options)
             write_purified(vectors, writer.path)
             writer.result["ranks"] = [[r.task, r.layer, r.rank, r.full] for r in vectors.ranks.values()]
             writer.result["untouched"] = [[*key, reason] for key, reason in vectors.untouched.items()]
+
+
+def purified_now(context: Context, options: Purify) -> PurifiedTaskVectors:
+    """Task vectors that are purified as they are read."""
+    return PurifiedTaskVectors(plain_vectors(context), statistics(context), options, context.recipe.compute)
+
+
+def task_vectors(context: Context, options: Purify | None) -> TaskVectors:
+    """Task vectors with a finished purification; the plain ones without, and for a ratio of 1, which is none.
+
+    Raises:
+        PaveError: the purified weights are missing or stale.
+    """
+    plain = plain_vectors(context)
+    if options is None or options.rho == 1:
+        return plain
+    stage = PurifyStage(context.results, options)
+    context.results.finished(stage)
+    folder, prefix = context.results.path(stage), context.architecture.prefix
+    tasks = [name for name in plain.tasks if (folder / name).is_dir()]
+    return StoredPurification(plain, {name: Checkpoint(folder / name, prefix) for name in tasks})
 
 
 def label(options: Purify) -> str:
@@ -89,6 +110,11 @@ def purification_inputs(results: Results, options: Purify) -> dict[str, Any]:
 def purify_stages(results: Results, options: Purify) -> list[PurifyStage]:
     """What a purification takes: several stages where its ratio is chosen, none where it leaves the experts alone."""
     return [PurifyStage(results, one) for one in ratios(options)]
+
+
+def needed_for(results: Results, options: Purify) -> list[Stage]:
+    """The stages that purified task vectors take; of a ratio of 1 the statistics count although nothing reads them."""
+    return [*CaptureStage.all(results), *purify_stages(results, options)]
 
 
 def purifications(recipe: Recipe) -> list[Purify]:
