@@ -128,6 +128,11 @@ def listed(names: Sequence[str], most: int = LISTED_PROBLEMS) -> str:
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
+def counted(number: int, what: str) -> str:
+    """A number of things, with an s where there is not just one."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 @contextmanager
 def doing(what: str) -> Iterator[None]:
     """Tell that something begins, and how long it took; where it does not end, that it was this that broke off.

@@ -210,6 +210,36 @@ def ready_settings(recipe_settings, base_folder, make_expert, expert_folders):
 
 
 @pytest.fixture
+def ready_runner():
+    """Makes a runner for a recipe whose experts and statistics are there."""
+    from pave_lightning.pipeline.commands import open_folder
+    from pave_lightning.pipeline.context import Context
+    from pave_lightning.pipeline.results import Results
+    from pave_lightning.pipeline.runner import Runner
+    from pave_lightning.pipeline.stages import CaptureStage, FitStage
+
+    def build(recipe):
+        runner = Runner(Context(Results(recipe, open_folder(recipe))))
+        runner.run([*FitStage.all(runner.results), *CaptureStage.all(runner.results)])
+        return runner
+
+    return build
+
+
+@pytest.fixture
+def choose():
+    """What a merge step comes to for a runner, once what it needs is there."""
+    from pave_lightning.pipeline.stages.merge import MergeStage, chooser
+
+    def choice(runner, step, vectors):
+        for stage in MergeStage(runner.results, step, vectors).needs():
+            runner.make(stage)
+        return chooser(runner.context).choose(step, vectors)
+
+    return choice
+
+
+@pytest.fixture
 def averages(monkeypatch):
     """Let the averages on validation data be known values, one after the other."""
     from pave_lightning.evaluation.scale_search import ScaleSearcher

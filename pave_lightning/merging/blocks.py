@@ -82,7 +82,7 @@ class Entry:
         return tensor.reshape(-1, tensor.shape[-1])
 
     def read_rows(self, *, last: bool) -> Tensor:
-        """Which of the real tokens, in the order of `rows`, a head reads; else the first or last one of each example."""
+        """Which of the real tokens, in the order of `rows`, a head reads; by default the first or last of each example."""
         places = self.hidden.shape[:2]
         mask = torch.ones(places, dtype=torch.bool, device=self.hidden.device) if self.mask is None else self.mask
         if self.read is not None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -19,6 +19,9 @@ from pave_lightning.recipe.schema import Recipe
 from pave_lightning.system.interrupts import stoppable
 from pave_lightning.system.processes import is_launched, refuse_foreign_launchers
 from pave_lightning.system.terminal import terminal
+
+if TYPE_CHECKING:
+    from pave_lightning.pipeline.runner import Runner
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -46,38 +49,43 @@ def run_recipe(recipe: Recipe, *, verify: bool = False) -> Path:
         PaveError: something is wrong with the recipe, its data or its models; found before anything runs where it can.
     """
     from pave_lightning.pipeline.report import write_report
+    from pave_lightning.pipeline.stages import stages_of
 
-    with working(recipe, verify=verify) as workflow:
-        workflow.run()
-        write_report(workflow)
+    with working(recipe, verify=verify) as runner:
+        runner.run(stages_of(runner.results))
+        write_report(runner)
     return Path(recipe.output) / recipe.name
 
 
-def run_stage(recipe: Recipe, stage: str, task: str | None = None) -> None:
-    """Run one stage alone, for one task or (fit, capture) for all.
+def run_stage(recipe: Recipe, command: str, task: str | None = None) -> None:
+    """Make what one command makes, for one task or (fit, capture) for all.
+
+    Args:
+        recipe: the recipe.
+        command: fit, capture, purify, diagnose, merge, evaluate or report.
+        task: the name of the only task; for fit and capture.
 
     Raises:
         PaveError: what the stage builds on is missing or stale; the message names the command that makes it.
     """
-    from pave_lightning.pipeline.report import report_diagnostics, write_report
-
     names = [entry.name for entry in recipe.tasks]
     if task is not None and task not in names:
         raise PaveError(f"--task {task}: the recipe has no such task; {nearest(task, names)}")
-    chosen = [entry for entry in recipe.tasks if task in (None, entry.name)]
-    with working(recipe, computes=stage != "report") as workflow:
-        actions: dict[str, Callable[[], object]] = {
-            "fit": lambda: [workflow.fit(entry) for entry in sorted(chosen, key=lambda entry: entry.expert is None)],
-            "capture": lambda: [workflow.capture(entry) for entry in chosen],
-            "purify": lambda: _tell([workflow.export(options) for options in workflow.stages.purifications()]),
-            "diagnose": lambda: _tell(report_diagnostics(workflow)),
-            "merge": lambda: [workflow.merge(step, vectors) for step, vectors in workflow.stages.merges()],
-            "evaluate": workflow.evaluate,
-            "report": lambda: write_report(workflow),
-        }
-        actions[stage]()
-        if stage == "evaluate" and not is_launched():
-            _tell([workflow.folder.path("scores")])
+    if command == "report":
+        from pave_lightning.pipeline.report import write_report
+
+        with working(recipe, computes=False) as runner:
+            write_report(runner)
+        return
+    from pave_lightning.pipeline.stages import kind_of
+
+    with working(recipe) as runner:
+        made = list(kind_of(command).all(runner.results))
+        runner.run(stage for stage in made if task is None or (stage.task is not None and stage.task.name == task))
+        if command in ("purify", "diagnose"):
+            _tell([runner.results.path(stage) for stage in made])
+        if command == "evaluate" and not is_launched():
+            _tell([runner.results.folder.path("scores")])
             terminal().print("`pave report` makes tables and pictures of them", soft_wrap=True)
 
 
@@ -142,19 +150,22 @@ def planning_folder(recipe: Recipe, *, verify: bool = False) -> Iterator[RunFold
 
 
 @contextmanager
-def working(recipe: Recipe, *, computes: bool = True, verify: bool = False) -> Iterator[Any]:
-    """A workflow over the recipe's run folder: checked, locked and recorded in MLflow.
+def working(recipe: Recipe, *, computes: bool = True, verify: bool = False) -> Iterator[Runner]:
+    """A runner over the recipe's run folder: checked, locked and recorded in MLflow.
 
     Inside a process that a driver started, the driver has done all this, and only rank zero records. What computes
     nothing asks nothing of the machine's devices.
     """
     refuse_foreign_launchers()  # before Lightning is loaded
+    from pave_lightning.pipeline.context import Context
     from pave_lightning.pipeline.launching import attached_tracker
-    from pave_lightning.pipeline.workflow import Workflow
+    from pave_lightning.pipeline.results import Results
+    from pave_lightning.pipeline.runner import Runner
 
     folder = open_folder(recipe, verify=verify)
+    results = Results(recipe, folder)
     if is_launched():
-        yield Workflow(recipe, folder, attached_tracker())
+        yield Runner(Context(results, attached_tracker()))
         return
 
     from pave_lightning.pipeline.launching import Launcher
@@ -181,4 +192,4 @@ def working(recipe: Recipe, *, computes: bool = True, verify: bool = False) -> I
         )
         with record as tracker, stoppable():  # inside of the record, which says whether the run failed or was stopped
             tracker.log_file(tracker.parent_run_id, resolved)
-            yield Workflow(recipe, folder, tracker, Launcher())
+            yield Runner(Context(results, tracker), Launcher())

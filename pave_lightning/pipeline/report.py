@@ -9,13 +9,15 @@ from typing import Any
 
 from rich.console import Console
 
-from pave_lightning.diagnostics import DiagnosticOptions, diagnose
-from pave_lightning.merging.methods.dare import DareOptions
-from pave_lightning.pipeline.workflow import Workflow, merge_params
-from pave_lightning.purification import KeptRank, PurifiedTaskVectors
+from pave_lightning.pipeline.results import Results
+from pave_lightning.pipeline.runner import Runner
+from pave_lightning.pipeline.stages import CaptureStage, EvaluateStage, MergeStage, PurifyStage, captures, stages_of
+from pave_lightning.pipeline.stages.evaluate import scored_models
+from pave_lightning.pipeline.stages.fit import expert_digests
+from pave_lightning.pipeline.stages.purify import label
+from pave_lightning.purification import KeptRank
 from pave_lightning.purification.options import Purify
-from pave_lightning.recipe.merge_step import MergeStep
-from pave_lightning.reporting.diagnostic_plots import natural, write_diagnostics
+from pave_lightning.reporting.diagnostic_plots import natural
 from pave_lightning.reporting.model_card import ExpertSource, model_card
 from pave_lightning.reporting.plots import kept_ranks, normalised_scores
 from pave_lightning.reporting.scores import Model, Score, ScoreTable
@@ -28,160 +30,129 @@ from pave_lightning.tracking import Tracker, environment_tags
 log = logging.getLogger("pave_lightning")
 
 
-def write_report(workflow: Workflow, console: Console | None = None) -> ScoreTable:
+def write_report(runner: Runner, console: Console | None = None) -> ScoreTable:
     """Collect the scores, print the table, write ``results.csv``, ``results.parquet`` and the pictures, log everything.
 
     Raises:
         PaveError: scores are missing.
     """
-    table = collect_scores(workflow)
-    root = workflow.folder.root
+    table = collect_scores(runner.results)
+    root = runner.results.folder.root
     table.write_csv(root / "results.csv")
     table.write_parquet(root / "results.parquet")
     files = [root / "results.csv", root / "results.parquet"]
-    if workflow.recipe.merge:
+    if runner.results.recipe.merge:
         normalised_scores(table, root / "normalised_scores.png")
         files.append(root / "normalised_scores.png")
-    files += _draw_ranks(workflow)
-    _write_cards(workflow, table)
-    if workflow.tracker is not None:
-        _record(workflow, workflow.tracker, table, files)
+    files += _draw_ranks(runner)
+    _write_cards(runner, table)
+    if runner.context.tracker is not None:
+        _record(runner, runner.context.tracker, table, files)
     console = console or terminal()
     console.print(render(table, console.width))
-    _print_untouched(workflow, console)
+    _print_untouched(runner, console)
     console.print(f"results: {root / 'results.csv'}", soft_wrap=True)
     return table
 
 
-def report_diagnostics(workflow: Workflow) -> list[Path]:
-    """Look at what each purification of the recipe does; write tables and pictures, and log them.
-
-    Returns:
-        The folders, one for each distinct purification.
+def collect_scores(results: Results) -> ScoreTable:
+    """The scores of base, experts and merged models from the run folder.
 
     Raises:
-        PaveError: experts or statistics are missing or stale.
+        PaveError: scores are missing or stale.
     """
-    folders = []
-    for options in workflow.stages.purifications():
-        stage = workflow.stages.diagnostics(options).begun()
-        folder = workflow.folder.path(stage.name)
-        folders.append(folder)
-        if workflow.stages.current(stage) is not None:
-            log.info("%s is up to date", stage.name)
-            continue
-        log.info("diagnose (%s) ...", options.summary)
-        purified = PurifiedTaskVectors(workflow.plain, workflow.statistics, options, workflow.recipe.compute)
-        looked_at = DiagnosticOptions(dare=DareOptions(seed=workflow.recipe.seed))
-        found = diagnose(workflow.plain, purified, workflow.statistics, looked_at)
-        with workflow.folder.writing(stage.name, stage.inputs()) as writer:
-            write_diagnostics(found, writer.path)
-        if workflow.tracker is not None:
-            workflow.tracker.log_folder(workflow.tracker.parent_run_id, folder, stage.name)
-    return folders
-
-
-def collect_scores(workflow: Workflow) -> ScoreTable:
-    """The scores of base, experts and merged models from the run folder."""
     rows: list[Score] = []
-
-    stages = workflow.stages
-    scored = {stage.name: stages.finished(stage) for stage in stages.scores()}
-
-    def add(stage: str, model: str, vectors: Any, form: Any) -> None:
-        for name, found in scored[stage].result["scores"].items():
-            primary = workflow.recipe.task(name).primary_metric
-            for metric, value in found["metrics"].items():
-                rows.append(Score(model, vectors, form, name, metric, metric == primary, value, found["examples"]))
-
-    add("scores/base", "base", "", "base")
-    add("scores/experts", "experts", "", "expert")
-    alone = stages.purified_expert_scores()
-    for name in alone:
-        # One model for each task; the form expert is kept for those whose scores normalise all others.
-        add(f"scores/{name}", "experts" if len(alone) == 1 else name, "purified", "per-task")
-    for step, vectors in stages.merges():
-        form = stages.finished(stages.merged(step, vectors)).result["form"]
-        add(stages.scores_of(step, vectors).name, step.name, vectors, form)
-    return ScoreTable(rows, _constants(workflow))
+    for model in scored_models(results):
+        found = results.finished(EvaluateStage(results, model)).result["scores"]
+        for name, scores in found.items():
+            primary = results.recipe.task(name).primary_metric
+            for metric, value in scores["metrics"].items():
+                is_primary, examples = metric == primary, scores["examples"]
+                rows.append(Score(model.model, model.vectors, model.form, name, metric, is_primary, value, examples))
+    return ScoreTable(rows, _constants(results))
 
 
-def _constants(workflow: Workflow) -> dict[str, dict[str, float]]:
+def _constants(results: Results) -> dict[str, dict[str, float]]:
     """What always the same answer scores on each test split, by task and metric."""
-    recipe, cache = workflow.recipe, workflow.folder.data
+    recipe, cache = results.recipe, results.folder.data
     return {task.name: constant_answer(task, "test", seed=recipe.seed, cache_dir=cache) for task in recipe.tasks}
 
 
-def _draw_ranks(workflow: Workflow) -> list[Path]:
+def _draw_ranks(runner: Runner) -> list[Path]:
     """One heat map for each distinct purification."""
-    distinct = _purifications(workflow)
+    distinct = _purifications(runner.results)
     files = []
     for name, options in distinct.items():
-        ending = "" if len(distinct) == 1 else "-" + name.partition("/")[2]
-        path = workflow.folder.root / f"kept_ranks{ending}.png"
-        # Made anew where it was cleared away: merged models do not need it any more.
-        ranks = [KeptRank(*entry) for entry in workflow.purify(options).result["ranks"]]
+        ending = "" if len(distinct) == 1 else f"-{name}"
+        path = runner.results.folder.root / f"kept_ranks{ending}.png"
+        ranks = [KeptRank(*entry) for entry in _made(runner, options)["ranks"]]
         kept_ranks(sorted(ranks, key=lambda kept: natural(kept.layer)), path)
         files.append(path)
     return files
 
 
-def _purifications(workflow: Workflow) -> dict[str, Purify]:
-    """The distinct purifications that merged models were made with, by the names of their stages."""
-    stages = workflow.stages
-    used = [_purification(workflow, step) for step, kind in stages.merges() if kind == "purified"]
-    return {stages.purified(options).name: options for options in used if options.rho != 1}
+def _purifications(results: Results) -> dict[str, Purify]:
+    """The distinct purifications that merged models were made with, by what they are called in names of folders."""
+    used = filter(None, (_purification(merge) for merge in MergeStage.all(results)))
+    return {label(options): options for options in used if options.rho != 1}
 
 
-def _purification(workflow: Workflow, step: MergeStep) -> Purify:
+def _purification(merge: MergeStage) -> Purify | None:
     """The purification that a merged model was made with: the chosen ratio where the recipe says auto."""
-    facts = workflow.stages.finished(workflow.stages.merged(step, "purified")).result
-    return step.purify.model_copy(update={"rho": facts["rho"]})
+    if merge.vectors == "plain":
+        return None
+    return merge.step.purify.model_copy(update={"rho": merge.results.finished(merge).result["rho"]})
 
 
-def _untouched(workflow: Workflow, options: Purify) -> list[list[str]]:
+def _made(runner: Runner, options: Purify) -> dict[str, Any]:
+    """What is known of a purification; made anew where it was cleared away: merged models do not need it any more."""
+    return runner.made(PurifyStage(runner.results, options)).result
+
+
+def _untouched(runner: Runner, options: Purify) -> list[list[str]]:
     """Task, layer and reason of each layer that a purification left as it is."""
-    found: list[list[str]] = workflow.purify(options).result.get("untouched", []) if options.rho != 1 else []
+    found: list[list[str]] = _made(runner, options).get("untouched", []) if options.rho != 1 else []
     return found
 
 
-def _unreached(workflow: Workflow) -> Iterator[tuple[str, str, str]]:
+def _unreached(results: Results) -> Iterator[tuple[str, str, str]]:
     """Task, layer and reason of each layer that was watched in vain when the statistics were captured."""
-    stages = workflow.stages
-    for task in workflow.recipe.tasks if stages.need_statistics() else ():
-        found = stages.current(stages.statistics(task))
+    for stage in stages_of(results):
+        if not isinstance(stage, CaptureStage):
+            continue
+        found = results.current(stage)
         for layer in found.result.get("unreached", []) if found is not None else ():
-            yield task.name, layer, "no example reached it"
+            yield stage.task.name, layer, "no example reached it"
 
 
-def _print_untouched(workflow: Workflow, console: Console) -> None:
+def _print_untouched(runner: Runner, console: Console) -> None:
     """What is not merged or captured, what the statistics lack, and what each purification left as it is."""
-    merges, captures = bool(workflow.recipe.merge), workflow.stages.need_statistics()
-    sections = workflow.coverage.sections(merges=merges, captures=captures)
-    sections["capture: layers without statistics"] = untouched_lines(_unreached(workflow))
-    for options in _purifications(workflow).values():
+    merges, captured = bool(runner.results.recipe.merge), captures(runner.results)
+    sections = runner.context.coverage.sections(merges=merges, captures=captured)
+    sections["capture: layers without statistics"] = untouched_lines(_unreached(runner.results))
+    for options in _purifications(runner.results).values():
         heading = f"purification ({options.summary}): layers left as they are"
-        sections[heading] = untouched_lines(_untouched(workflow, options))
+        sections[heading] = untouched_lines(_untouched(runner, options))
     for heading, lines in sections.items():
         if lines:
             console.print("\n".join([heading, *(f"  {line}" for line in lines)]), soft_wrap=True, markup=False)
 
 
-def _write_cards(workflow: Workflow, table: ScoreTable) -> None:
+def _write_cards(runner: Runner, table: ScoreTable) -> None:
     """A README.md in each merged folder. It stands outside the manifest, because scores come after merging."""
-    recipe = workflow.recipe
+    recipe = runner.results.recipe
     experts = [
         ExpertSource(
             task.name, task.expert.from_ if task.expert else "fine-tuned in this run", digest.partition("+")[0]
         )
-        for task, digest in zip(recipe.tasks, workflow.stages.expert_digests().values(), strict=True)
+        for task, digest in zip(recipe.tasks, expert_digests(runner.results).values(), strict=True)
     ]
     versions = {name.removeprefix("version."): text for name, text in environment_tags().items()}
-    for step, vectors in workflow.stages.merges():
-        stage = workflow.stages.merged(step, vectors)
-        facts = workflow.stages.finished(stage).result
+    for merge in MergeStage.all(runner.results):
+        step, vectors = merge.step, merge.vectors
+        facts = runner.results.finished(merge).result
         found = f"best of {len(facts['search'])} on the validation splits" if "search" in facts else ""
-        purify = _purification(workflow, step) if vectors == "purified" else None
+        purify = _purification(merge)
         purification = None if purify is None else purify.model_dump()
         if purification is not None and "rho_search" in facts:
             purification["rho_origin"] = (
@@ -199,8 +170,8 @@ def _write_cards(workflow: Workflow, table: ScoreTable) -> None:
             scale=facts["scale"],
             scale_origin=found,
             purification=purification,
-            untouched=() if purify is None else _untouched(workflow, purify),
-            left_out=workflow.coverage.sections(captures=purify is not None),
+            untouched=() if purify is None else _untouched(runner, purify),
+            left_out=runner.context.coverage.sections(captures=purify is not None),
             experts=experts,
             scores=ScoreTable(
                 (
@@ -212,10 +183,10 @@ def _write_cards(workflow: Workflow, table: ScoreTable) -> None:
             ),
             versions=versions,
         )
-        workflow.folder.write_text(f"{stage.name}/README.md", card)
+        runner.results.folder.write_text(f"{merge.name}/README.md", card)
 
 
-def _record(workflow: Workflow, tracker: Tracker, table: ScoreTable, files: list[Path]) -> None:
+def _record(runner: Runner, tracker: Tracker, table: ScoreTable, files: list[Path]) -> None:
     """Scores and files into the MLflow tree: averages and files in the parent, each model's scores in its child."""
     parent = tracker.parent_run_id
     averages: dict[str, float] = {}
@@ -226,7 +197,7 @@ def _record(workflow: Workflow, tracker: Tracker, table: ScoreTable, files: list
     tracker.complete_parent("report", averages)
     for file in files:
         tracker.log_file(parent, file)
-    for task in workflow.recipe.tasks:
+    for task in runner.results.recipe.tasks:
         own = [score for score in table.scores if score.form == "expert" and score.task == task.name]
         values = {f"test/{score.metric}": score.value for score in own}
         for score in own:
@@ -234,13 +205,13 @@ def _record(workflow: Workflow, tracker: Tracker, table: ScoreTable, files: list
             values[f"test/{score.metric}/constant"] = constant
             values[f"test/{score.metric}/above_constant"] = score.value - constant
         tracker.complete(f"expert:{task.name}", stage="fit", part="report", metrics=values)
-    for step, vectors in workflow.stages.merges():
-        name, params = f"merge:{step.name}:{vectors}", merge_params(step, vectors)
-        metrics = _model_metrics(table, step.name, vectors)
+    for merge in MergeStage.all(runner.results):
+        name, params = merge.run_name, merge.params()
+        metrics = _model_metrics(table, merge.step.name, merge.vectors)
         tracker.complete(name, stage="merge", part="report", metrics=metrics, params=params)
-        if workflow.recipe.tracking.upload_models:
+        if runner.results.recipe.tracking.upload_models:
             run = tracker.child(name, stage="merge", params=params)
-            tracker.log_folder(run, workflow.folder.path(workflow.stages.merged(step, vectors).name), "model")
+            tracker.log_folder(run, runner.results.path(merge), "model")
             tracker.end(run, "FINISHED")
 
 

@@ -14,8 +14,8 @@ from pave_lightning.errors import naming
 from pave_lightning.evaluation import Candidate, MergedCandidate
 from pave_lightning.evaluation.options import ScaleSearch
 from pave_lightning.evaluation.scale_search import NoFiniteScoreError, ScaleSearcher
-from pave_lightning.merging import Evidence, MergedVectors, MergeMethod, Need, make_method, merge
-from pave_lightning.pipeline.stages import with_seed
+from pave_lightning.merging import Evidence, MergedVectors, MergeMethod, make_method, merge
+from pave_lightning.pipeline.method_seed import with_seed
 from pave_lightning.purification.options import AUTO_RATIOS, Purify
 from pave_lightning.recipe.merge_step import MergeStep, Vectors
 from pave_lightning.recipe.schema import Recipe
@@ -85,7 +85,7 @@ class Chooser:
     Args:
         recipe: the recipe.
         source: gives the task vectors of a purification; the plain ones for None.
-        evidence: gives what a method needs to know of the tasks' data, but for its anchor.
+        evidence: gives what a method needs besides the weights, for a step whose ratio is fixed and its task vectors.
         searcher: gives what scores candidates on the validation splits.
         merged_before: gives the facts of a step's finished merge, where there is one of the same inputs.
     """
@@ -94,7 +94,7 @@ class Chooser:
         self,
         recipe: Recipe,
         source: Callable[[Purify | None], TaskVectors],
-        evidence: Callable[[MergeMethod], Evidence],
+        evidence: Callable[[MergeMethod, MergeStep, Vectors], Evidence],
         searcher: Callable[[], ScaleSearcher],
         merged_before: Callable[[MergeStep, Vectors], Mapping[str, Any] | None] = lambda step, vectors: None,
     ) -> None:
@@ -175,13 +175,13 @@ class Chooser:
             options: the method's options.
             scored: whether the validation score is wanted in any case.
         """
-        source = self._source(None if rho is None else step.purify.model_copy(update={"rho": rho}))
+        vectors: Vectors = "plain" if rho is None else "purified"
         ratio: dict[str, Any] = {} if rho is None else {"rho": rho}
+        step = step.model_copy(update={"purify": step.purify.model_copy(update=ratio)})
+        source = self._source(None if rho is None else step.purify)
         method = make_method(step.method, with_seed(step.method, options, self._recipe.seed))
         scale = step.scale if step.scale is not None else method.default_scale
-        evidence = self._evidence(method)
-        if Need.ANCHOR in method.needs:
-            evidence = replace(evidence, anchor=self._anchor(step, rho))
+        evidence = self._evidence(method, step, vectors)
         if not scored and not isinstance(scale, ScaleSearch):
             return MergeChoice(method, source, evidence, scale, None, math.nan, {"scale": scale, **ratio})
         with measured() as cost:
@@ -193,11 +193,14 @@ class Chooser:
         average = self._searcher().average(MergedCandidate(source, merged, 1.0 if scale is None else scale), None)
         return MergeChoice(method, source, evidence, scale, merged, average, {"scale": scale, **ratio}, cost)
 
-    def _anchor(self, step: MergeStep, rho: float | None) -> dict[str, Tensor]:
-        """The scaled task vector of the step's anchor, run on the same task vectors; the last one is kept."""
-        vectors: Vectors = "plain" if rho is None else "purified"
-        ratio = step.purify if rho is None else step.purify.model_copy(update={"rho": rho})
-        anchor = self._recipe.step(str(step.anchor)).model_copy(update={"purify": ratio})
+    def anchor(self, step: MergeStep, vectors: Vectors) -> dict[str, Tensor]:
+        """The scaled task vector of a step's anchor, run on the same task vectors; the last one is kept.
+
+        Args:
+            step: the step, with a fixed ratio.
+            vectors: what its task vectors are.
+        """
+        anchor = self._recipe.step(str(step.anchor)).model_copy(update={"purify": step.purify})
         key = _what_counts(anchor, vectors)
         if self._last_anchor[0] != key:
             self._last_anchor = ("", {})

@@ -7,24 +7,27 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from pave_lightning.errors import PaveError, Problems, doing
-from pave_lightning.evaluation import Candidate, TaskScore, refuse_non_finite
+from pave_lightning.errors import PaveError, Problems
+from pave_lightning.evaluation import Candidate
 from pave_lightning.pipeline.commands import open_folder, planning_folder, print_under, read_recipe, working
+from pave_lightning.pipeline.context import Context
 from pave_lightning.pipeline.planning import check_recipe, merge_problems
+from pave_lightning.pipeline.results import Results, short_digest
 from pave_lightning.pipeline.run_folder import RunFolder
-from pave_lightning.pipeline.stages import Stages, purifications, short_digest
-from pave_lightning.pipeline.workflow import BROKEN_OUTPUTS, Workflow, plain_scores
-from pave_lightning.purification.options import Purify
+from pave_lightning.pipeline.runner import Runner
+from pave_lightning.pipeline.stage import Stage
+from pave_lightning.pipeline.stages import CaptureStage, EvaluateStage, FitStage, MergeStage, purifications, stages_of
+from pave_lightning.pipeline.stages.evaluate import MergedModel, PurifiedExpertModels, untouched_models
+from pave_lightning.pipeline.stages.merge import chooser
 from pave_lightning.recipe.loading import find_sweep, load_recipe
 from pave_lightning.recipe.merge_step import MergeStep, Vectors
 from pave_lightning.recipe.schema import Recipe
@@ -73,18 +76,18 @@ def run_sweep(name: str, overrides: Sequence[str] = (), *, verify: bool = False)
     """
     recipe, cells = _grid(name, overrides)
     _check(cells, view_of(recipe), open_folder(recipe, verify=verify))
-    with working(recipe, verify=verify) as workflow:
+    with working(recipe, verify=verify) as runner:
+        root = runner.results.folder.root
         rows: list[dict[str, Any]] = []
         for number, cell in enumerate(cells, start=1):
             log.info("%d of %d: %s", number, len(cells), cell.label)
-            rows += CellRun(cell, workflow).rows()
-        files = write_sweep(pd.DataFrame(rows), view_of(recipe), workflow.folder.root)
-        tracker = workflow.tracker
+            rows += cell_rows(cell, runner)
+        files = write_sweep(pd.DataFrame(rows), view_of(recipe), root)
+        tracker = runner.context.tracker
         if tracker is not None:
             for file in files:
                 tracker.log_file(tracker.parent_run_id, file)
             tracker.complete_parent("summary", _summary_metrics(files, list(cells[0].values)))
-        root: Path = workflow.folder.root
     return root
 
 
@@ -110,9 +113,9 @@ def plan_sweep(
             table.add_column(heading)
         undone = 0
         for number, cell in enumerate(cells, start=1):
-            stages = Stages(cell.recipe, folder)
-            experts = [stages.state(stages.expert(task)) == "there" for task in cell.recipe.tasks]
-            scores = [_is_scored(model, folder) for model in scored_models(stages)]
+            results = Results(cell.recipe, folder)
+            experts = [results.is_there(stage) for stage in FitStage.all(results)]
+            scores = [results.is_there(stage) for stage in CellScores.all(results)]
             undone += not all(scores)
             table.add_row(str(number), cell.label, _told(experts), _told(scores))
         table.caption, table.caption_justify = f"{len(cells)} settings, {undone} to do", "left"
@@ -218,139 +221,111 @@ def view_of(recipe: Recipe) -> SweepView:
     )
 
 
-@dataclass(frozen=True)
-class ScoredModel:
-    """One model that a cell scores.
+class TriedModel(MergedModel):
+    """A merged model of a cell, in memory: its folder would be that of every other cell."""
 
-    Attributes:
-        model: its name in the table.
-        vectors: plain, purified, or empty where that is no question.
-        inputs: gives what its scores depend on; raises `PaveError` where experts are missing.
-        made_from: the purification of experts, the merge step, or None for base and experts as they are.
-    """
+    may_fail = True
 
-    model: str
-    vectors: Literal["", "plain", "purified"]
-    inputs: Callable[[], dict[str, Any]]
-    made_from: Purify | MergeStep | None = None
+    def __init__(self, results: Results, step: MergeStep, vectors: Vectors) -> None:
+        super().__init__(results, step, vectors)
+        self.words = f"{self.model} ({vectors})"
+
+    def needs(self) -> Sequence[Stage]:
+        """What the merge needs."""
+        return self.merge.needs()
+
+    def depends_on(self) -> dict[str, Any]:
+        """What the merged model depends on."""
+        return {"merge": self.merge.inputs()}
+
+    def candidate(self, context: Context) -> tuple[Candidate, dict[str, Any]]:
+        """The merge result, and what was chosen and what it took."""
+        chosen = chooser(context).choose(self.merge.step, self.merge.vectors).completed()
+        known = {**chosen.facts, **vars(chosen.cost)}
+        return chosen.candidate(), {key: value for key, value in known.items() if key in CARRIED_COLUMNS}
+
+
+class CellScores(EvaluateStage):
+    """The scores of one model of a cell: kept under a name that tells cells apart, and taken in this process."""
+
+    @classmethod
+    def all(cls, results: Results) -> Sequence[CellScores]:
+        """Those of every model of a cell, in the order of work."""
+        merged = (TriedModel(results, merge.step, merge.vectors) for merge in MergeStage.all(results))
+        return [cls(results, model) for model in (*untouched_models(results), *merged)]
 
     @property
-    def label(self) -> str:
-        """The model in words."""
-        return f"{self.model} ({self.vectors})" if self.vectors else self.model
+    def name(self) -> str:
+        """``scores/LABEL-DIGEST``.
 
-    def stage(self) -> tuple[str, dict[str, Any]]:
-        """The name of its scores and their inputs."""
-        inputs = self.inputs()
-        return f"scores/{'-'.join(filter(None, [self.model, self.vectors, short_digest(inputs)]))}", inputs
+        Raises:
+            PaveError: what it builds on is missing or stale.
+        """
+        return f"{super().name}-{short_digest(self.inputs())}"
 
+    @property
+    def doing(self) -> str:
+        """What is done, in the log and in messages."""
+        model = self.model
+        told = f"{model.model} ({model.vectors})" if model.vectors else model.model
+        return f"{'merge' if isinstance(model, TriedModel) else 'score'} {told}"
 
-def scored_models(stages: Stages) -> Iterator[ScoredModel]:
-    """Every model that a cell scores, in the order of work."""
-
-    def untouched(of: str) -> dict[str, Any]:
-        return {**stages.score_inputs("test"), "models": stages.expert_digests(), "of": of}
-
-    def merged(step: MergeStep, vectors: Vectors) -> dict[str, Any]:
-        return {**stages.score_inputs("test"), "merge": stages.merge_inputs(step, vectors)}
-
-    yield from (ScoredModel(of, "", partial(untouched, of)) for of in ("base", "experts"))
-    for options in stages.purified_expert_scores().values():
-        yield ScoredModel("experts", "purified", partial(stages.purified_score_inputs, options), options)
-    for step, vectors in stages.merges():
-        yield ScoredModel(step.name, vectors, partial(merged, step, vectors), step)
+    @property
+    def trainer(self) -> None:
+        """None, so that no further process is started."""
+        return
 
 
-def _is_scored(model: ScoredModel, folder: RunFolder) -> bool:
-    try:
-        return folder.current(*model.stage()) is not None
-    except PaveError:  # its experts are not there yet
-        return False
-
-
-class CellRun:
-    """The scores of one cell.
+def cell_rows(cell: Cell, driver: Runner) -> Iterator[dict[str, Any]]:
+    """Make what is not there of one cell; one row for every model, task and metric.
 
     Args:
         cell: the setting.
-        driver: the sweep's own workflow, whose folder and record are used.
+        driver: runs the sweep, whose folder and record are used.
     """
+    trained = cell.recipe.model_dump(mode="json", by_alias=True, include={"base", "trainer", "tasks"})
+    results = Results(cell.recipe, driver.results.folder)
+    context = Context(
+        results,
+        driver.context.tracker,
+        label=f"seed {cell.seed} {short_digest(trained)}/",
+        references=driver.context.references,
+    )
+    runner = Runner(context, driver.launcher)
+    there = _purified_folders(results.folder)
+    runner.run(stage for stage in stages_of(results) if isinstance(stage, FitStage | CaptureStage))
+    scores = CellScores.all(results)
+    runner.run(scores)
+    # Large, and made anew from the same statistics in seconds. What a run of this recipe left before stays.
+    for folder in _purified_folders(results.folder) - there:
+        shutil.rmtree(folder, ignore_errors=True)
+    for stage in scores:
+        yield from _scored(cell, stage)
 
-    def __init__(self, cell: Cell, driver: Workflow) -> None:
-        self.cell, self.folder = cell, driver.folder
-        trained = cell.recipe.model_dump(mode="json", by_alias=True, include={"base", "trainer", "tasks"})
-        label = f"seed {cell.seed} {short_digest(trained)}/"
-        self.workflow = Workflow(cell.recipe, driver.folder, driver.tracker, driver.launcher, label=label)
-        self.workflow.references = driver.references
-        self.stages = self.workflow.stages
 
-    def rows(self) -> list[dict[str, Any]]:
-        """One row for every model, task and metric."""
-        there = self._purified_folders()
-        self.workflow.fit_and_capture()
-        rows = [row for model in scored_models(self.stages) for row in self._scored(model)]
-        # Large, and made anew from the same statistics in seconds. What a run of this recipe left before stays.
-        for name in self._purified_folders() - there:
-            shutil.rmtree(self.folder.path(name), ignore_errors=True)
-        return rows
+def _purified_folders(folder: RunFolder) -> set[Path]:
+    return {found for found in folder.path("purified").glob("*") if DAMAGED not in found.name}
 
-    def _purified_folders(self) -> set[str]:
-        found = self.folder.path("purified").glob("*")
-        return {f"purified/{folder.name}" for folder in found if DAMAGED not in folder.name}
 
-    def _candidate(self, model: ScoredModel) -> tuple[Candidate, dict[str, Any]]:
-        """A model to be scored, and what stands beside its scores."""
-        if isinstance(model.made_from, Purify):
-            return self.workflow.purified_experts(model.made_from), {"rho": model.made_from.rho}
-        if model.made_from is None:
-            return self.workflow.untouched()[("base", "experts").index(model.model)], {}
-        chosen = self.workflow.choose(
-            model.made_from, "purified" if model.vectors == "purified" else "plain"
-        ).completed()
-        known = {**chosen.facts, **vars(chosen.cost)}
-        facts = {key: value for key, value in known.items() if key in CARRIED_COLUMNS}
-        return chosen.candidate(), {**facts, "form": chosen.method.form}
-
-    def _look_for_broken(self, model: ScoredModel, scores: Mapping[str, TaskScore]) -> None:
-        """Stop at a base or experts whose outputs are not finite; a merged model only loses its own scores."""
-        try:
-            refuse_non_finite(scores, model.label, BROKEN_OUTPUTS)
-        except PaveError as error:
-            if not isinstance(model.made_from, MergeStep):
-                raise
-            log.warning("%s", error)
-
-    def _scored(self, model: ScoredModel) -> Iterator[dict[str, Any]]:
-        """The rows of one model; scored now, unless equal inputs were scored before."""
-        name, inputs = model.stage()
-        found = self.folder.current(name, inputs)
-        if found is None:
-            with doing(f"{'merge' if isinstance(model.made_from, MergeStep) else 'score'} {model.label}"):
-                candidate, facts = self._candidate(model)
-                scores = self.workflow.score(candidate, alone=True)
-                self._look_for_broken(model, scores)
-                with self.folder.writing(name, inputs) as writer:
-                    writer.result.update(facts, scores=plain_scores(scores))
-            # Read back, so that rows come in the same order whether they were scored now or before.
-            found = self.folder.current(name, inputs)
-        result = found.result if found is not None else {}
-        untouched = {"base": "base", "experts": "expert"}
-        for task, scores in result["scores"].items():
-            primary = self.cell.recipe.task(task).primary_metric
-            for metric, value in scores["metrics"].items():
-                yield {
-                    **self.cell.values,
-                    "seed": self.cell.seed,
-                    "model": model.model,
-                    "vectors": model.vectors,
-                    "form": result["form"] if isinstance(model.made_from, MergeStep) else untouched[model.model],
-                    "task": task,
-                    "metric": metric,
-                    "is_headline": metric == primary,
-                    "value": value,
-                    "examples": scores["examples"],
-                    **{column: _number(result.get(column)) for column in CARRIED_COLUMNS},
-                }
+def _scored(cell: Cell, stage: CellScores) -> Iterator[dict[str, Any]]:
+    """The rows of one model."""
+    model, result = stage.model, stage.results.finished(stage.begun()).result
+    for task, scores in result["scores"].items():
+        primary = cell.recipe.task(task).primary_metric
+        for metric, value in scores["metrics"].items():
+            yield {
+                **cell.values,
+                "seed": cell.seed,
+                "model": model.model,
+                "vectors": model.vectors,
+                "form": "expert" if isinstance(model, PurifiedExpertModels) else model.form,
+                "task": task,
+                "metric": metric,
+                "is_headline": metric == primary,
+                "value": value,
+                "examples": scores["examples"],
+                **{column: _number(result.get(column)) for column in CARRIED_COLUMNS},
+            }
 
 
 def _number(value: Any) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -49,6 +50,9 @@ class Parameter:
     input_axis: int | None = None
     module: str | None = None
     rows: slice | None = field(default=None, compare=False)
+
+    # What remembers architectures takes a slice as it is; there is never one in them.
+    __pydantic_config__: ClassVar[dict[str, bool]] = {"arbitrary_types_allowed": True}
 
     @property
     def layer(self) -> str:

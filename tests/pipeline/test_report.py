@@ -37,8 +37,8 @@ def test_cards_and_terminal_tell_scores_and_untouched_layers(settings):
     manifest.write_text(json.dumps(facts))
 
     file = io.StringIO()
-    with working(recipe) as workflow:
-        table = write_report(workflow, Console(file=file, width=100))
+    with working(recipe) as runner:
+        table = write_report(runner, Console(file=file, width=100))
     printed = file.getvalue()
     tables = "embedding tables: embeddings.word_embeddings.weight, embeddings.position_embeddings.weight, "
     assert f"weights that are not captured and purified\n  {tables}" in printed

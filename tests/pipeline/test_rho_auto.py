@@ -10,7 +10,7 @@ from pave_lightning import Recipe, run_recipe
 from pave_lightning.errors import PaveError
 from pave_lightning.pipeline.commands import open_folder, run_stage
 from pave_lightning.pipeline.planning import plan_rows
-from pave_lightning.pipeline.workflow import Workflow
+from pave_lightning.pipeline.stages.fit import plain_vectors
 from pave_lightning.purification.options import AUTO_RATIOS
 from pave_lightning.tasks.data_module import TaskDataModule
 
@@ -21,52 +21,52 @@ def auto_settings(ready_settings):
 
 
 @pytest.fixture
-def workflow(auto_settings):
-    recipe = Recipe.model_validate(auto_settings)
-    made = Workflow(recipe, open_folder(recipe))
-    for task in recipe.tasks:
-        made.fit(task)
-        made.capture(task)
-    return made
+def recipe(auto_settings):
+    return Recipe.model_validate(auto_settings)
 
 
-def test_the_ratio_with_the_best_average_is_taken(workflow, averages):
-    task_arithmetic, emr = workflow.recipe.merge
+@pytest.fixture
+def runner(recipe, ready_runner):
+    return ready_runner(recipe)
+
+
+def test_the_ratio_with_the_best_average_is_taken(recipe, runner, choose, averages):
+    task_arithmetic, emr = recipe.merge
     averages(0.1, 0.2, 0.3, math.nan, 0.25, 0.2)
-    chosen = workflow.choose(emr, "purified")
+    chosen = choose(runner, emr, "purified")
     assert chosen.facts["rho"] == 0.97
     assert [entry[:2] for entry in chosen.facts["rho_search"]] == [[rho, None] for rho in AUTO_RATIOS]
     assert [entry[2] for entry in chosen.facts["rho_search"]] == pytest.approx(
         [0.1, 0.2, 0.3, math.nan, 0.25, 0.2], nan_ok=True
     )
     fixed = emr.model_copy(update={"purify": emr.purify.model_copy(update={"rho": 0.97})})
-    expected = dict(workflow.choose(fixed, "purified").candidate().weights("words"))
+    expected = dict(choose(runner, fixed, "purified").candidate().weights("words"))
     assert all(tensor.equal(expected[name]) for name, tensor in chosen.candidate().weights("words"))
 
     # Two scales for each ratio; the best of all is the higher scale of the second ratio.
     averages(0.2, 0.1, 0.1, 0.9, 0.3, 0.3, 0.3, 0.3, 0.3, 0.3, 0.8, 0.8)
-    chosen = workflow.choose(task_arithmetic, "purified")
+    chosen = choose(runner, task_arithmetic, "purified")
     assert (chosen.facts["rho"], chosen.scale, chosen.average) == (0.9375, 0.6, 0.9)
     assert [entry[1] for entry in chosen.facts["rho_search"]] == [0.2, 0.6, 0.2, 0.2, 0.2, 0.2]
     assert chosen.facts["search"] == [[0.2, 0.1], [0.6, 0.9]]
 
 
-def test_the_larger_ratio_wins_among_equals_and_one_means_plain(workflow, averages):
-    _, emr = workflow.recipe.merge
+def test_the_larger_ratio_wins_among_equals_and_one_means_plain(recipe, runner, ready_runner, choose, averages):
+    _, emr = recipe.merge
     averages(0.5, 0.6, 0.6, 0.4, 0.6, 0.1)
-    assert workflow.choose(emr, "purified").facts["rho"] == 0.992
-    del workflow._chooser  # it remembers what it chose
+    assert choose(runner, emr, "purified").facts["rho"] == 0.992
+    runner = ready_runner(recipe)  # the first one remembers what it chose
     averages(0.6, 0.6, 0.6, 0.6, 0.6, 0.6)
-    chosen = workflow.choose(emr, "purified")
+    chosen = choose(runner, emr, "purified")
     assert chosen.facts["rho"] == 1
-    assert chosen.source is workflow.plain
-    del workflow._chooser
+    assert chosen.source is plain_vectors(runner.context)
+    runner = ready_runner(recipe)
     averages(*[math.nan] * 6)
     with pytest.raises(PaveError, match="no ratio gives finite scores"):
-        workflow.choose(emr, "purified")
+        choose(runner, emr, "purified")
 
 
-def test_one_merge_result_is_held_besides_the_one_that_is_made(workflow, averages, monkeypatch):
+def test_one_merge_result_is_held_besides_the_one_that_is_made(recipe, runner, choose, averages, monkeypatch):
     import gc
     import weakref
 
@@ -90,7 +90,7 @@ def test_one_merge_result_is_held_besides_the_one_that_is_made(workflow, average
 
     monkeypatch.setattr(module, "merge", watched)
     averages(0.5, 0.6, 0.6, 0.4, 0.6, 0.7)
-    workflow.choose(workflow.recipe.merge[1], "purified")
+    choose(runner, recipe.merge[1], "purified")
     assert len(most) == 6
     assert max(most) <= 2
 

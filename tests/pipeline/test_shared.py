@@ -9,7 +9,7 @@ import pytest
 from filelock import FileLock
 
 from pave_lightning import Recipe
-from pave_lightning.pipeline import workflow
+from pave_lightning.experts import fitting
 from pave_lightning.pipeline.commands import run_stage
 from pave_lightning.pipeline.run_folder import RunFolder
 
@@ -23,13 +23,13 @@ def settings(recipe_settings, tmp_path):
 @pytest.fixture
 def trained(monkeypatch):
     """Names of the tasks whose experts are trained, in order."""
-    names, fit = [], workflow.fit_expert
+    names, fit = [], fitting.fit_expert
 
     def watched(task, *arguments, **options):
         names.append(task.name)
         return fit(task, *arguments, **options)
 
-    monkeypatch.setattr(workflow, "fit_expert", watched)
+    monkeypatch.setattr(fitting, "fit_expert", watched)
     return names
 
 

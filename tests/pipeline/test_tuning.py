@@ -10,27 +10,19 @@ from pave_lightning import Recipe
 from pave_lightning.evaluation.scale_search import NoFiniteScoreError
 from pave_lightning.pipeline.commands import open_folder, run_stage
 from pave_lightning.pipeline.planning import plan_rows
-from pave_lightning.pipeline.workflow import Workflow
+from pave_lightning.pipeline.stages import MergeStage
 
 
 @pytest.fixture
-def workflow_of(ready_settings):
-    def build(steps, **changes):
-        recipe = Recipe.model_validate({**ready_settings, **changes, "merge": steps})
-        made = Workflow(recipe, open_folder(recipe))
-        for task in recipe.tasks:
-            made.fit(task)
-            made.capture(task)
-        return made
-
-    return build
+def runner_of(ready_settings, ready_runner):
+    return lambda steps, **changes: ready_runner(Recipe.model_validate({**ready_settings, **changes, "merge": steps}))
 
 
-def test_tuned_options_each_have_their_best_scale(workflow_of, averages):
+def test_tuned_options_each_have_their_best_scale(runner_of, choose, averages):
     scale = {"search": [0.5, 1.0], "points": 2}
-    workflow = workflow_of([{"method": "ties", "scale": scale, "tune": {"density": [0.1, 0.5, 0.9]}}])
+    runner = runner_of([{"method": "ties", "scale": scale, "tune": {"density": [0.1, 0.5, 0.9]}}])
     averages(0.1, 0.2, 0.8, 0.3, 0.8, 0.1)
-    chosen = workflow.choose(workflow.recipe.step("ties"), "plain")
+    chosen = choose(runner, runner.results.recipe.step("ties"), "plain")
     assert chosen.method.options.density == 0.5, "the first one wins among equals"
     assert (chosen.scale, chosen.average) == (0.5, 0.8)
     assert chosen.facts["tune_search"] == [
@@ -41,33 +33,33 @@ def test_tuned_options_each_have_their_best_scale(workflow_of, averages):
     assert chosen.facts["search"] == [[0.5, 0.8], [1.0, 0.3]]
 
 
-def test_what_gives_no_finite_score_is_passed_over(workflow_of, averages):
+def test_what_gives_no_finite_score_is_passed_over(runner_of, choose, averages):
     scale = {"search": [0.5, 1.0], "points": 2}
-    workflow = workflow_of([{"method": "ties", "scale": scale, "tune": {"density": [0.1, 0.5]}}])
+    runner = runner_of([{"method": "ties", "scale": scale, "tune": {"density": [0.1, 0.5]}}])
     averages(math.nan, math.nan, math.nan, 0.4)
-    chosen = workflow.choose(workflow.recipe.step("ties"), "plain")
+    chosen = choose(runner, runner.results.recipe.step("ties"), "plain")
     assert (chosen.method.options.density, chosen.scale) == (0.5, 1.0)
 
 
-def test_ratios_and_options_are_tried_together(workflow_of, averages):
-    workflow = workflow_of([{"method": "ties", "tune": {"density": [0.1, 0.5]}}], purify={"rho": "auto"})
+def test_ratios_and_options_are_tried_together(runner_of, choose, averages):
+    runner = runner_of([{"method": "ties", "tune": {"density": [0.1, 0.5]}}], purify={"rho": "auto"})
     averages(0.1, 0.2, 0.3, 0.9, 0.3, 0.3, 0.3, 0.3, 0.3, 0.9, 0.3, 0.3)
-    chosen = workflow.choose(workflow.recipe.step("ties"), "purified")
+    chosen = choose(runner, runner.results.recipe.step("ties"), "purified")
     assert (chosen.facts["rho"], chosen.method.options.density) == (0.992, 0.5), "the larger ratio among equals"
     assert len(chosen.facts["rho_search"]) == len(chosen.facts["tune_search"]) == 12
 
 
-def test_an_anchor_is_the_other_steps_scaled_result_on_the_same_vectors(workflow_of):
+def test_an_anchor_is_the_other_steps_scaled_result_on_the_same_vectors(runner_of, choose):
     steps = [
         {"method": "task_arithmetic", "scale": 0.7, "purify": {"rho": 0.5}},
         {"method": "bmm_data_free", "anchor": "task_arithmetic", "options": {"ridge": 1e9}, "purify": {"rho": 0.8}},
     ]
-    workflow = workflow_of(steps)
-    anchor, calibrated = workflow.recipe.merge
+    runner = runner_of(steps)
+    anchor, calibrated = runner.results.recipe.merge
     same = anchor.model_copy(update={"purify": calibrated.purify})
     for vectors in ("plain", "purified"):
-        expected = workflow.choose(same, vectors).result().vectors
-        found = workflow.choose(calibrated, vectors).result().vectors
+        expected = choose(runner, same, vectors).result().vectors
+        found = choose(runner, calibrated, vectors).result().vectors
         for name, vector in found.items():
             # So strong a ridge leaves the anchor as it is.
             assert torch.allclose(vector, 0.7 * expected[name], atol=1e-5), name
@@ -97,53 +89,57 @@ ANCHORED = [
 ]
 
 
-def test_the_scale_of_a_step_is_searched_once_whatever_it_anchors(workflow_of, searches):
-    workflow = workflow_of(ANCHORED)
-    early, first, second, one, two = workflow.recipe.merge
+def test_the_scale_of_a_step_is_searched_once_whatever_it_anchors(runner_of, ready_runner, choose, searches):
+    runner = runner_of(ANCHORED)
+    early, first, second, one, two = runner.results.recipe.merge
     found = {}
     for step in (early, first, second, one, two, one):
         for vectors in ("plain", "purified"):
-            found[step.name, vectors] = workflow.choose(step, vectors).result().vectors
+            found[step.name, vectors] = choose(runner, step, vectors).result().vectors
     # Of the second step two densities are tried, each with both scales.
     assert searches == [0.1, 0.7] * 2 + [0.2, 0.9] * 4
-    assert workflow.choose(first, "plain").facts == {"scale": 0.7, "search": [[0.1, 0.1], [0.7, 0.7]]}
+    assert choose(runner, first, "plain").facts == {"scale": 0.7, "search": [[0.1, 0.1], [0.7, 0.7]]}
     for step in (first, one, two):
-        alone = Workflow(workflow.recipe, workflow.folder).choose(step, "plain").result().vectors
+        alone = choose(ready_runner(runner.results.recipe), step, "plain").result().vectors
         assert all(torch.equal(vector, found[step.name, "plain"][name]) for name, vector in alone.items()), step.name
 
 
-def test_the_scale_of_an_anchor_that_is_merged_already_is_read_and_not_searched(workflow_of, searches):
-    workflow = workflow_of(ANCHORED)
-    _, _, second, _, two = workflow.recipe.merge
-    workflow.merge(second, "plain")
-    expected = workflow.choose(two, "plain").result().vectors
+def test_the_scale_of_an_anchor_that_is_merged_is_read_and_not_searched(runner_of, ready_runner, choose, searches):
+    runner = runner_of(ANCHORED)
+    _, _, second, _, two = runner.results.recipe.merge
+    runner.make(MergeStage(runner.results, second, "plain"))
+    expected = choose(runner, two, "plain").result().vectors
     del searches[:]
-    resumed = Workflow(workflow.recipe, workflow.folder)
-    found = resumed.choose(two, "plain").result().vectors
+    resumed = ready_runner(runner.results.recipe)
+    found = choose(resumed, two, "plain").result().vectors
     assert all(torch.equal(vector, found[name]) for name, vector in expected.items())
     assert not searches
-    resumed.choose(two, "purified").result()
+    choose(resumed, two, "purified").result()
     assert searches == [0.2, 0.9] * 2, "the anchor on purified vectors is another model"
 
 
-def test_a_step_that_fails_is_named_and_so_is_its_anchor(workflow_of, averages):
+def test_a_step_that_fails_is_named_and_so_is_its_anchor(runner_of, choose, averages):
     scale = {"search": [0.5, 1.0], "points": 2}
     steps = [
         {"method": "task_arithmetic", "name": "sum", "scale": scale},
         {"method": "bmm_data_free", "name": "refined", "anchor": "sum", "tune": {"ridge": [1.0, 2.0]}},
         {"method": "bmm_data_free", "name": "again", "anchor": "sum"},
     ]
-    workflow = workflow_of(steps)
+    runner = runner_of(steps)
+
+    def merge(step, vectors):
+        return MergeStage(runner.results, runner.results.recipe.step(step), vectors)
+
     averages(*[math.nan] * 4)  # two scales on either kind of vectors: what has failed is not searched anew
     told = r"no scale that was tried gives finite"
     with pytest.raises(NoFiniteScoreError, match=rf"^merge sum \(purified\): {told}"):
-        workflow.merge(workflow.recipe.step("sum"), "purified")
+        runner.make(merge("sum", "purified"))
     with pytest.raises(NoFiniteScoreError, match=r"^merge refined \(plain\): nothing that was tried gives finite"):
-        workflow.merge(workflow.recipe.step("refined"), "plain")
+        runner.make(merge("refined", "plain"))
     with pytest.raises(NoFiniteScoreError, match=rf"^merge again \(plain\): merge sum \(plain\): {told}"):
-        workflow.merge(workflow.recipe.step("again"), "plain")
+        runner.make(merge("again", "plain"))
     with pytest.raises(NoFiniteScoreError, match=rf"^merge sum \(plain\): {told}"):
-        workflow.choose(workflow.recipe.step("sum"), "plain")
+        choose(runner, runner.results.recipe.step("sum"), "plain")
 
 
 def test_a_merged_model_is_stale_when_its_anchor_would_be(ready_settings):

@@ -255,12 +255,12 @@ def test_a_report_needs_no_device_of_the_machine_that_computed(recipe_settings):
 def test_an_error_ends_the_mlflow_run_as_failed(recipe, tracking_uri, monkeypatch):
     from mlflow import MlflowClient
 
-    from pave_lightning.pipeline import workflow
+    from pave_lightning.experts import fitting
 
     def explode(*args, **kwargs):
         raise RuntimeError("no")
 
-    monkeypatch.setattr(workflow, "fit_expert", explode)
+    monkeypatch.setattr(fitting, "fit_expert", explode)
     with pytest.raises(RuntimeError):
         run_recipe(recipe)
     client = MlflowClient(tracking_uri)
@@ -347,10 +347,11 @@ def test_two_processes_give_the_same_experts_statistics_and_scores_as_one(recipe
 
 
 def test_data_that_changes_during_a_fit_makes_its_result_stale(recipe_settings, tmp_path, monkeypatch):
-    from pave_lightning.pipeline import workflow
+    from pave_lightning.experts import fitting
     from pave_lightning.pipeline.commands import run_stage
+    from pave_lightning.pipeline.results import Results
     from pave_lightning.pipeline.run_folder import RunFolder
-    from pave_lightning.pipeline.stages import Stages
+    from pave_lightning.pipeline.stages import FitStage
 
     train = tmp_path / "train.jsonl"
     words, numbers = recipe_settings["tasks"]
@@ -358,17 +359,17 @@ def test_data_that_changes_during_a_fit_makes_its_result_stale(recipe_settings, 
     recipe = Recipe.model_validate(
         {**recipe_settings, "tasks": [{**words, "data": {**words["data"], "train": str(train)}}, numbers]}
     )
-    fit_expert = workflow.fit_expert
+    fit_expert = fitting.fit_expert
 
     def fit_and_edit(*args, **kwargs):
         result = fit_expert(*args, **kwargs)
         train.write_text(train.read_text() + '{"text": "w1 w2", "label": 0}\n')
         return result
 
-    monkeypatch.setattr(workflow, "fit_expert", fit_and_edit)
+    monkeypatch.setattr(fitting, "fit_expert", fit_and_edit)
     run_stage(recipe, "fit", "words")
-    stages = Stages(recipe, RunFolder(Path(recipe.output) / recipe.name))
-    assert stages.state(stages.expert(recipe.task("words"))) == "stale"
+    results = Results(recipe, RunFolder(Path(recipe.output) / recipe.name))
+    assert results.state(FitStage(results, recipe.task("words"))) == "stale"
 
 
 def test_statistics_of_another_expert_are_refused_where_they_were_put(ready_settings):

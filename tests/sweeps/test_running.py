@@ -21,7 +21,9 @@ from pave_lightning import Recipe, run_recipe
 from pave_lightning.errors import PaveError
 from pave_lightning.evaluation import ExpertsCandidate
 from pave_lightning.evaluation.scale_search import ScaleSearcher
-from pave_lightning.pipeline.workflow import Workflow
+from pave_lightning.pipeline import evaluating
+from pave_lightning.pipeline.stages import CaptureStage, FitStage, PurifyStage
+from pave_lightning.pipeline.tuning import Chooser
 from pave_lightning.recipe.loading import load_recipe, recipe_to_yaml
 from pave_lightning.reporting.sweep_table import SweepScores
 from pave_lightning.sweeps import running
@@ -52,16 +54,24 @@ def nothing_runs(monkeypatch):
 @pytest.fixture
 def calls(monkeypatch):
     """How often each part of the work is done."""
-    counts = dict.fromkeys(("score", "purify", "choose", "_capture", "_fit"), 0)
+    parts = {
+        "score": (evaluating, "score_on_test"),
+        "purify": (PurifyStage, "run"),
+        "choose": (Chooser, "choose"),
+        "capture": (CaptureStage, "run"),
+        "fit": (FitStage, "run"),
+    }
+    counts = dict.fromkeys(parts, 0)
 
     def counted(name):
-        method = getattr(Workflow, name)
+        kind, attribute = parts[name]
+        method = getattr(kind, attribute)
 
-        def count(self, *arguments, **options):
+        def count(*arguments, **options):
             counts[name] += 1
-            return method(self, *arguments, **options)
+            return method(*arguments, **options)
 
-        monkeypatch.setattr(Workflow, name, count)
+        monkeypatch.setattr(kind, attribute, count)
 
     for name in counts:
         counted(name)
@@ -85,7 +95,7 @@ def test_a_grid_over_ratios_and_seeds(ready_settings, tracking_uri, tmp_path, ca
     assert len(normalisers) == len(SEEDS)
     # For each seed the base, the experts, and two methods, each once on plain task vectors and once for each ratio.
     assert calls["score"] == len(SEEDS) * (2 + 2 * (1 + len(RATIOS)))
-    assert calls["_capture"] == len(SEEDS) * 2
+    assert calls["capture"] == len(SEEDS) * 2
     frame = pd.read_parquet(folder / "scores.parquet")
     models = [("base", ""), ("experts", ""), *itertools.product(("task_arithmetic", "emr"), ("plain", "purified"))]
     expected = set(itertools.product(RATIOS, SEEDS, models, ("words", "more")))
@@ -174,7 +184,7 @@ def test_every_seed_trains_its_experts_once_and_purified_experts_have_scores(
     assert "4 settings, 0 to do" in planned(path)
     another = planned(path, "purify.damping=0.3")  # base, experts and plain average stay
     assert another.count("there | 3 of 5 there") == 4
-    assert calls["_fit"] == calls["_capture"] == len(SEEDS) * 2
+    assert calls["fit"] == calls["capture"] == len(SEEDS) * 2
     # For each seed the base, the experts and plain averages once, purified experts and their averages for each case.
     assert calls["score"] == len(SEEDS) * (3 + 2 * 2)
     frame = pd.read_parquet(folder / "scores.parquet")

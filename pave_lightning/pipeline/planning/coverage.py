@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from pave_lightning.pipeline.results import Results
 from pave_lightning.pipeline.run_folder import RunFolder
-from pave_lightning.pipeline.stages import Stages
+from pave_lightning.pipeline.stages import captures
 from pave_lightning.recipe.schema import Recipe
 from pave_lightning.weights import Architecture, locate_model
 from pave_lightning.weights.coverage import Coverage
@@ -13,8 +14,7 @@ def coverage_lines(recipe: Recipe, folder: RunFolder) -> list[str]:
     """Tensors that will not be merged, and weights that will not be captured and purified, by name and reason."""
     base_folder = locate_model(recipe.base, role="base")
     architecture = Architecture.of_folder(base_folder, *recipe.auto_models)
-    found = Coverage.of(
-        architecture.base_checkpoint(base_folder), architecture, convolutions=recipe.capture.convolutions
-    )
-    sections = found.sections(merges=bool(recipe.merge), captures=Stages(recipe, folder).need_statistics())
+    base = architecture.base_checkpoint(base_folder)
+    found = Coverage.of(base, architecture, convolutions=recipe.capture.convolutions)
+    sections = found.sections(merges=bool(recipe.merge), captures=captures(Results(recipe, folder)))
     return [line for heading, lines in sections.items() for line in (heading, *(f"  {line}" for line in lines))]

@@ -11,6 +11,7 @@ from pave_lightning.merging.evidence import PlannedEvidence
 from pave_lightning.merging.low_rank import LowRankMethod, quoted
 from pave_lightning.pipeline.planning.blocks import block_problem, naming_problems
 from pave_lightning.pipeline.planning.models import adapter_of, is_wrapped
+from pave_lightning.pipeline.providers import known_providers
 from pave_lightning.pipeline.stages import existing_folder, purifications, ratios
 from pave_lightning.purification.vectors import budget_problems
 from pave_lightning.recipe.merge_step import MergeStep
@@ -103,15 +104,8 @@ def _step_problems(
     wanted = {need for method in methods for need in method.wanted}
     if step.scale is not None and kind.default_scale is None:
         yield f"{where}: {step.method} has no scale; leave the key 'scale' out"
-    if (Need.ANCHOR in kind.needs) != (step.anchor is not None):
-        wants = "starts from a merged model; name its merge step with" if step.anchor is None else "has no use for"
-        yield f"{where}: {step.method} {wants} the key 'anchor'"
-    if Need.INPUT_MOMENTS in wanted and recipe.capture.moments != "input":
-        yield f"{where}: {step.method} needs the second moments of all inputs; set capture.moments: input"
-    if Need.LOW_RANK in wanted and "purified" in step.vectors:
-        yield f"{where}: {step.method} merges adapters, which purification leaves none of; set vectors: [plain]"
-    if Need.NORM_MOMENTS in wanted and not recipe.capture.norms:
-        yield f"{where}: {step.method} needs what the scales of norms multiply; set capture.norms: true"
+    for need, provider in known_providers().items():
+        yield from (f"{where}: {problem}" for problem in provider().problems(step, recipe, needed=need in wanted))
     if methods and len(recipe.tasks) > 1:
         yield from (f"{where}: {problem}" for problem in _request_problems(methods, wanted, vectors, evidence))
     sizes = {method.batch_size for method in methods} if kind.batched else ()
@@ -120,8 +114,6 @@ def _step_problems(
             f"{where}: batch_size {size} is more than the {recipe.capture.batch_size} examples that are loaded at a "
             "time; lower it or raise capture.batch_size"
         )
-    if step.anchor is not None and method_named(recipe.step(step.anchor).method).form != "static":
-        yield f"{where}: its anchor '{step.anchor}' is not one model for all tasks; choose a static method"
 
 
 def option_problems(step: MergeStep) -> list[str]:

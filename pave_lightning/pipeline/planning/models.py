@@ -54,7 +54,7 @@ def check_models(recipe: Recipe, problems: Problems) -> None:
     base_folder = locate_model(recipe.base, role="base")
     architecture = Architecture.of_folder(base_folder, *recipe.auto_models)
     base = architecture.base_checkpoint(base_folder)
-    unnamed = naming_problem(architecture, architecture.checkpoint(base_folder))
+    unnamed = naming_problem(architecture, architecture.base_checkpoint(base_folder))
     if unnamed is not None:
         raise PaveError(f"base: {unnamed}")
     if architecture.main_input == TOKENS and not architecture.takes_mask:

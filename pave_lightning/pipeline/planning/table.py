@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import replace
 from itertools import groupby
-from pathlib import Path
 
 from rich import filesize
 from rich.table import Table
@@ -15,60 +14,36 @@ from pave_lightning.merging import method_named
 from pave_lightning.pipeline.costs import Cost, expected_kinds, predict_cost
 from pave_lightning.pipeline.planning.memory import fit_bytes, later_bytes, search_bytes
 from pave_lightning.pipeline.planning.merging import stored_parameters
-from pave_lightning.pipeline.planning.training import planned_schedule
+from pave_lightning.pipeline.results import Results
 from pave_lightning.pipeline.run_folder import RunFolder
-from pave_lightning.pipeline.stages import Stage, Stages, purifications, ratios
-from pave_lightning.purification.options import Purify
+from pave_lightning.pipeline.stage import Stage
+from pave_lightning.pipeline.stages import EvaluateStage, ExportStage, MergeStage, PurifyStage, captures, stages_of
 from pave_lightning.purification.vectors import workers_of
 from pave_lightning.recipe.schema import Recipe
-from pave_lightning.tasks.constants import constant_answer
-from pave_lightning.tasks.task import Task
 from pave_lightning.weights import Architecture, locate_model
 
 
 def plan_rows(recipe: Recipe, folder: RunFolder) -> list[tuple[str, str, str]]:
-    """One row a stage: its name, whether its result is there, stale, damaged or to do, and what the stage does.
-
-    Of experts it says what always the same answer scores on the validation split, which they have to surpass.
-    """
-    stages, about = Stages(recipe, folder), {}
-    for task in recipe.tasks:
-        about[stages.expert(task).name] = _fit_summary(recipe, task, folder.data)
-        shown = "training example" if recipe.capture.source == "train" else "sequence"
-        of = "" if recipe.capture.source == "train" else " of random tokens"
-        about[stages.statistics(task).name] = f"{_counted(recipe.capture.examples, shown)}{of}"
-    for options in _planned_purifications(stages):
-        about[stages.purified(options).name] = options.summary
-        about[stages.exported(options).name] = f"{options.summary}, with `pave purify`"
-    for step, vectors in stages.merges():
-        scale = "" if step.scale is None else f", scale {step.scale if isinstance(step.scale, float) else 'searched'}"
-        about[stages.merged(step, vectors).name] = f"{step.method}{scale}"
-    planned = _planned_stages(stages)
-    return [(stage.name, stages.state(stage), about.get(stage.name, "all test splits")) for stage in planned]
+    """One row a stage: its name, whether its result is there, stale, damaged or to do, and what the stage does."""
+    results = Results(recipe, folder)
+    return [(stage.name, results.state(stage), stage.about()) for stage in _planned(results)]
 
 
-def _planned_stages(stages: Stages) -> list[Stage]:
+def _planned(results: Results) -> list[Stage]:
     """The stages of a run; before the scores, what `pave purify` is left to do where a run does not purify."""
-    found = list(stages.all())
-    if _purifies_in_a_run(stages.recipe):
+    found = stages_of(results)
+    if _purifies_in_a_run(results.recipe):
         return found
-    scored = next(place for place, stage in enumerate(found) if stage.name.startswith("scores/"))
-    return [*found[:scored], *map(stages.exported, _planned_purifications(stages)), *found[scored:]]
+    exported: list[ExportStage] = []
+    with suppress(PaveError):  # told elsewhere, where it matters
+        exported = [stage for stage in ExportStage.all(results) if stage.options.rho != 1]
+    scored = next(place for place, stage in enumerate(found) if isinstance(stage, EvaluateStage))
+    return [*found[:scored], *exported, *found[scored:]]
 
 
 def _purifies_in_a_run(recipe: Recipe) -> bool:
     """Whether a run purifies by itself; otherwise `pave purify` does, and writes whole experts."""
     return bool(recipe.merge) or recipe.evaluate.purified_experts
-
-
-def _planned_purifications(stages: Stages) -> list[Purify]:
-    """Every distinct purification that is to be computed; what merges nothing may be meant for `pave purify`."""
-    recipe = stages.recipe
-    asked = [step.purify for step, vectors in stages.merges() if vectors == "purified"]
-    if recipe.evaluate.purified_experts or not recipe.merge:
-        with suppress(PaveError):  # told elsewhere, where it matters
-            asked += purifications(recipe)
-    return list(dict.fromkeys(one for options in asked for one in ratios(options)))
 
 
 def cost_table(recipe: Recipe, folder: RunFolder) -> Table:
@@ -110,35 +85,23 @@ def added_memory(recipe: Recipe) -> dict[str, int]:
 
 def predicted_cost(recipe: Recipe, folder: RunFolder) -> Cost:
     """Memory, time and disk that the recipe's purification and merging will take, from headers and small trials."""
-    stages = Stages(recipe, folder)
+    results = Results(recipe, folder)
+    stages = _planned(results)
     base_folder = locate_model(recipe.base, role="base")
     architecture = Architecture.of_folder(base_folder, *recipe.auto_models)
     parameters = list(stored_parameters(architecture.base_checkpoint(base_folder), architecture))
-    capture, planned = recipe.capture, _planned_purifications(stages)
+    capture = recipe.capture
+    planned = [stage.options for stage in stages if isinstance(stage, PurifyStage | ExportStage)]
     kinds = expected_kinds(parameters, capture.moments, convolutions=capture.convolutions)
     exported = 0 if _purifies_in_a_run(recipe) else sum(len(one.tasks or recipe.tasks) for one in planned)
     found = predict_cost(
         parameters,
         len(recipe.tasks),
         workers_of(recipe.compute),
-        kinds if stages.need_statistics() else {},
+        kinds if captures(results) else {},
         options=planned,
-        methods=[method_named(step.method) for step, _ in stages.merges()],
+        methods=[method_named(stage.step.method) for stage in stages if isinstance(stage, MergeStage)],
         new_experts=sum(task.expert is None for task in recipe.tasks) + exported,
     )
     later = later_bytes()
     return replace(found, baseline_bytes=found.baseline_bytes + later, peak_bytes=found.peak_bytes + later)
-
-
-def _fit_summary(recipe: Recipe, task: Task, cache: Path) -> str:
-    constant = constant_answer(task, "validation", seed=recipe.seed, cache_dir=cache)[task.primary_metric]
-    told = f"; always the same answer: {task.primary_metric} {constant:.3f}"
-    if task.expert is not None:
-        return f"from {task.expert.from_}{told}"
-    rows, schedule = planned_schedule(task, recipe.seed, cache)
-    epochs, steps = _counted(schedule.epochs, "epoch"), _counted(schedule.steps, "step")
-    return f"{_counted(rows, 'row')}, {'at most ' * schedule.at_most}{epochs}, {steps} of {schedule.batch}{told}"
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"

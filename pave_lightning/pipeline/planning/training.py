@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pave_lightning.errors import PaveError
-from pave_lightning.experts.schedule import Schedule, training_schedule
+from pave_lightning.experts.schedule import training_schedule
 from pave_lightning.experts.trainer_options import process_count, trainer_problems
+from pave_lightning.pipeline.stages.fit import training_rows
 from pave_lightning.recipe.schema import Recipe
-from pave_lightning.tasks.data import SPLITS, load_split
-from pave_lightning.tasks.task import Task
 
 
 def schedule_problems(recipe: Recipe, cache: Path) -> Iterator[str]:
@@ -25,26 +24,10 @@ def schedule_problems(recipe: Recipe, cache: Path) -> Iterator[str]:
             continue
         where = "trainer" if task.trainer == recipe.trainer else f"tasks.{task.name}.trainer"
         try:
-            rows, validation = _sizes(task, recipe.seed, cache)
+            rows, validation = training_rows(task, recipe.seed, cache)
         except PaveError:
             continue
         try:
             training_schedule(task, rows, validation, process_count(task.trainer))
         except PaveError as error:
             yield f"task '{task.name}': {where}: {error}"
-
-
-def planned_schedule(task: Task, seed: int, cache: Path) -> tuple[int, Schedule]:
-    """The training rows of a task, and how long its expert will be trained.
-
-    Raises:
-        PaveError: the data cannot be read, or it cannot be trained like this.
-    """
-    rows, validation = _sizes(task, seed, cache)
-    return rows, training_schedule(task, rows, validation, process_count(task.trainer))
-
-
-def _sizes(task: Task, seed: int, cache: Path) -> tuple[int, int]:
-    """How many training and validation rows are used."""
-    train, validation = (load_split(task, split, seed=seed, cache_dir=cache) for split in SPLITS[:2])
-    return len(train), len(validation)

@@ -97,7 +97,7 @@ from transformers import BertForSequenceClassification
 from pave_lightning.pipeline.planning.memory import later_bytes
 from pave_lightning.weights.memory import resident_bytes
 before, predicted = resident_bytes(), later_bytes()
-import pave_lightning.pipeline.workflow, peft
+import pave_lightning.pipeline.evaluating, pave_lightning.experts.fitting, peft
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 assert later_bytes() == 0
 print(resident_bytes() - before, predicted)

@@ -1,0 +1,134 @@
+"""What every provider looks like, and the registry that knows them by their need."""
+
+from __future__ import annotations
+
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import Any, TypeVar
+
+from pave_lightning.merging import Evidence, MergeMethod, Need, method_named
+from pave_lightning.pipeline.context import Context, shared
+from pave_lightning.pipeline.results import Results
+from pave_lightning.pipeline.stage import Stage
+from pave_lightning.recipe.merge_step import MergeStep, Vectors
+from pave_lightning.recipe.schema import Recipe
+
+# Where the providers of this package lie, which import this module.
+PROVIDERS = "pave_lightning.pipeline.providers"
+
+_registry: dict[Need, type[Provider]] = {}
+
+
+@dataclass(frozen=True)
+class MergeRequest:
+    """What providers are asked for: evidence for one merge step on one kind of task vectors.
+
+    Attributes:
+        results: the recipe, and what is there of it.
+        step: the merge step; while it is merged, with the ratio of its purification that is tried.
+        vectors: what its task vectors are.
+    """
+
+    results: Results
+    step: MergeStep
+    vectors: Vectors
+
+
+class Provider(ABC):
+    """Where merge methods get one thing from that they need besides the weights.
+
+    One is made for all merge steps of a run, so that it may keep what it gave the last time. Plans ask one as well, but
+    for `provide`; what only that takes is imported there.
+    """
+
+    def problems(self, step: MergeStep, recipe: Recipe, *, needed: bool) -> Iterator[str]:
+        """What of a recipe is at odds with what a merge step needs, or does not need, before anything is there.
+
+        Args:
+            step: a merge step of any method.
+            recipe: the recipe.
+            needed: whether the step's method needs this, with any of the options that are tried.
+        """
+        return iter(())
+
+    def stages(self, request: MergeRequest) -> Sequence[Stage]:
+        """The stages that a merge needs for it."""
+        return ()
+
+    def inputs(self, request: MergeRequest) -> dict[str, Any]:
+        """What the merged model depends on because of it, as plain JSON values under keys of its own.
+
+        Raises:
+            PaveError: something that it is made of is missing or stale.
+        """
+        return {}
+
+    @abstractmethod
+    def provide(self, evidence: Evidence, context: Context, method: MergeMethod, request: MergeRequest) -> Evidence:
+        """The evidence with what is needed.
+
+        Args:
+            evidence: what other providers gave.
+            context: what the stages of the recipe share.
+            method: the method, with the options that are tried.
+            request: the step; what it says of `stages` is there.
+        """
+
+
+ProviderT = TypeVar("ProviderT", bound=type[Provider])
+
+
+def provides(need: Need) -> Callable[[ProviderT], ProviderT]:
+    """Decorator that makes a provider known as the one of a need.
+
+    Raises:
+        ValueError: the need has another provider already.
+    """
+
+    def add(kind: ProviderT) -> ProviderT:
+        if need in _registry:
+            raise ValueError(f"two providers of {need}: {_registry[need].__name__} and {kind.__name__}")
+        _registry[need] = kind
+        return kind
+
+    return add
+
+
+def known_providers() -> dict[Need, type[Provider]]:
+    """Every provider by its need."""
+    _load_own()
+    return dict(_registry)
+
+
+def providers_of(method: str) -> list[Provider]:
+    """The providers of what a merge method needs, by the method's name.
+
+    Raises:
+        PaveError: no method has the name.
+    """
+    known = known_providers()
+    return [known[need]() for need in sorted(method_named(method).needs)]
+
+
+@shared
+def _providers(context: Context) -> dict[Need, Provider]:
+    return {need: kind() for need, kind in known_providers().items()}
+
+
+def evidence(context: Context, method: MergeMethod, request: MergeRequest) -> Evidence:
+    """What a method needs besides the weights, once all stages that it needs are there."""
+    found = Evidence()
+    for need in sorted(method.needs):
+        found = _providers(context)[need].provide(found, context, method, request)
+    return found
+
+
+@cache
+def _load_own() -> None:
+    """Load every file of providers of this package, once."""
+    for module in pkgutil.iter_modules(import_module(PROVIDERS).__path__, f"{PROVIDERS}."):
+        import_module(module.name)

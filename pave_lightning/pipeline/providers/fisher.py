@@ -1,0 +1,31 @@
+"""The diagonal of each task's Fisher information at its expert's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from pave_lightning.merging import Evidence, MergeMethod, Need
+from pave_lightning.pipeline.context import Context
+from pave_lightning.pipeline.providers.base import MergeRequest, Provider, provides
+from pave_lightning.pipeline.stage import Stage
+from pave_lightning.pipeline.stages.gradients import gradient_stages
+
+
+@provides(Need.FISHER)
+class Fisher(Provider):
+    """Fisher information, from the gradient stages."""
+
+    def stages(self, request: MergeRequest) -> Sequence[Stage]:
+        """Gradients of all tasks."""
+        return gradient_stages(request.results, "fisher")
+
+    def inputs(self, request: MergeRequest) -> dict[str, Any]:
+        """What the gradients depend on."""
+        return {"fisher": {stage.of.name: stage.inputs() for stage in gradient_stages(request.results, "fisher")}}
+
+    def provide(self, evidence: Evidence, context: Context, method: MergeMethod, request: MergeRequest) -> Evidence:
+        """The evidence with the Fisher information of all tasks."""
+        found = {stage.of.name: stage.load() for stage in gradient_stages(context.results, "fisher")}
+        return replace(evidence, fisher=found)

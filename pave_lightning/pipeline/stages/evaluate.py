@@ -1,0 +1,256 @@
+"""The scores of one model on all test splits, and which models a recipe has scored."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pave_lightning.errors import PaveError, doing
+from pave_lightning.merging import method_named
+from pave_lightning.pipeline.context import Context
+from pave_lightning.pipeline.results import Results
+from pave_lightning.pipeline.scoring import score_inputs
+from pave_lightning.pipeline.stage import Stage
+from pave_lightning.pipeline.stages.fit import FitStage, expert_digests, experts
+from pave_lightning.pipeline.stages.merge import MergeStage
+from pave_lightning.pipeline.stages.purify import label, needed_for, purification_inputs, purifications, task_vectors
+from pave_lightning.purification.options import Purify
+from pave_lightning.recipe.merge_step import MergeStep, Vectors
+from pave_lightning.system.processes import is_rank_zero
+
+if TYPE_CHECKING:
+    from pave_lightning.evaluation import Candidate
+    from pave_lightning.reporting.scores import Form
+    from pave_lightning.reporting.scores import Vectors as TableVectors
+
+log = logging.getLogger("pave_lightning")
+
+BROKEN_OUTPUTS = "look for broken weights, lower the scale of a merged model, or use a safer evaluate.precision"
+
+
+class ScoredModel(ABC):
+    """A model whose scores are taken.
+
+    Attributes:
+        label: what tells it from others in the names of folders.
+        model: its name in tables.
+        vectors: plain, purified, or empty where that is no question.
+        words: it in words, in messages.
+        may_fail: whether outputs that are not finite only cost it its scores, instead of stopping the work.
+    """
+
+    label: str
+    model: str
+    words: str
+    vectors: TableVectors = ""
+    may_fail: ClassVar[bool] = False
+
+    def __init__(self, results: Results) -> None:
+        self.results = results
+
+    @property
+    @abstractmethod
+    def form(self) -> Form:
+        """What it is, in tables."""
+
+    def needs(self) -> Sequence[Stage]:
+        """The stages that it is made of, besides the experts whose heads are used."""
+        return ()
+
+    @abstractmethod
+    def depends_on(self) -> dict[str, Any]:
+        """What identifies its weights, as plain JSON values."""
+
+    @abstractmethod
+    def candidate(self, context: Context) -> tuple[Candidate, dict[str, Any]]:
+        """What is scored, and facts that stand beside the scores."""
+
+
+class BaseModel(ScoredModel):
+    """The base."""
+
+    label = model = form = "base"
+    words = "the base"
+
+    def depends_on(self) -> dict[str, Any]:
+        """The base's digest."""
+        return {"model": self.results.base_digest}
+
+    def candidate(self, context: Context) -> tuple[Candidate, dict[str, Any]]:
+        """The base's checkpoint."""
+        from pave_lightning.evaluation import CheckpointCandidate
+
+        return CheckpointCandidate(context.base), {}
+
+
+class ExpertModels(ScoredModel):
+    """Each task's own expert."""
+
+    label = model = "experts"
+    form = "expert"
+    words = "its own expert"
+
+    def depends_on(self) -> dict[str, Any]:
+        """The experts' digests."""
+        return {"model": expert_digests(self.results)}
+
+    def candidate(self, context: Context) -> tuple[Candidate, dict[str, Any]]:
+        """The experts' checkpoints."""
+        from pave_lightning.evaluation import ExpertsCandidate
+
+        return ExpertsCandidate(experts(context)), {}
+
+
+class PurifiedExpertModels(ScoredModel):
+    """Each task's own expert with its own purified weights, not merged.
+
+    Args:
+        results: the recipe, and what is there of it.
+        options: the purification.
+        alone: whether the recipe has only this one, which then needs no longer name.
+    """
+
+    vectors = "purified"
+    # One model for each task; the form expert is kept for those whose scores normalise all others.
+    form = "per-task"
+
+    def __init__(self, results: Results, options: Purify, *, alone: bool) -> None:
+        super().__init__(results)
+        self.options = options
+        self.label = f"experts-{label(options)}"
+        self.model = "experts" if alone else self.label
+        self.words = f"the model {self.label}"
+
+    def needs(self) -> Sequence[Stage]:
+        """Statistics and purified weights."""
+        return needed_for(self.results, self.options)
+
+    def depends_on(self) -> dict[str, Any]:
+        """What the purified weights depend on."""
+        return {"purified": purification_inputs(self.results, self.options)}
+
+    def candidate(self, context: Context) -> tuple[Candidate, dict[str, Any]]:
+        """The experts' checkpoints with purified weights in them."""
+        from pave_lightning.evaluation import PurifiedExpertsCandidate
+
+        candidate = PurifiedExpertsCandidate(experts(context), task_vectors(context, self.options))
+        return candidate, {"rho": self.options.rho}
+
+
+class MergedModel(ScoredModel):
+    """A merged model as it lies in the run folder."""
+
+    def __init__(self, results: Results, step: MergeStep, vectors: Vectors) -> None:
+        super().__init__(results)
+        self.merge = MergeStage(results, step, vectors)
+        self.label, self.model, self.vectors = self.merge.label, step.name, vectors
+        self.words = f"the model {self.label}"
+
+    @property
+    def form(self) -> Form:
+        """That of the method."""
+        return method_named(self.merge.step.method).form
+
+    def needs(self) -> Sequence[Stage]:
+        """The merge."""
+        return [self.merge]
+
+    def depends_on(self) -> dict[str, Any]:
+        """The digest of its folder."""
+        return {"model": self.results.finished(self.merge).digest()}
+
+    def candidate(self, context: Context) -> tuple[Candidate, dict[str, Any]]:
+        """The checkpoint in the folder, with what is kept for each task where there is something."""
+        from pave_lightning.evaluation import CheckpointCandidate, ModulatedCandidate
+        from pave_lightning.merging import Modulator
+        from pave_lightning.weights import Checkpoint
+
+        folder = self.results.path(self.merge)
+        checkpoint, kept = Checkpoint(folder, context.architecture.prefix), folder / "modulators"
+        if not kept.is_dir():
+            return CheckpointCandidate(checkpoint), {}
+        modulators = {task.name: Modulator(kept / f"{task.name}.safetensors") for task in context.recipe.tasks}
+        return ModulatedCandidate(context.base, checkpoint, modulators), {}
+
+
+class EvaluateStage(Stage):
+    """The scores of one model on all test splits."""
+
+    command = "evaluate"
+    announced = False
+
+    def __init__(self, results: Results, model: ScoredModel) -> None:
+        super().__init__(results)
+        self.model = model
+
+    @classmethod
+    def all(cls, results: Results) -> Sequence[Stage]:
+        """Those of base, experts, purified experts and merged models; before them the weights that only they need."""
+        found = [cls(results, model) for model in scored_models(results)]
+        needed = (stage for one in found for stage in one.model.needs() if stage.on_demand)
+        return [*needed, *found]
+
+    @property
+    def name(self) -> str:
+        """``scores/LABEL``."""
+        return f"scores/{self.model.label}"
+
+    @property
+    def doing(self) -> str:
+        """What is done, in the log and in messages."""
+        return f"evaluate {self.model.label}"
+
+    @property
+    def trainer(self) -> Mapping[str, Any] | None:
+        """The recipe's options."""
+        return self.results.recipe.trainer
+
+    def about(self) -> str:
+        """What is scored on."""
+        return "all test splits"
+
+    def needs(self) -> list[Stage]:
+        """The experts, whose heads are used, and what the model is made of."""
+        return [*FitStage.all(self.results), *self.model.needs()]
+
+    def depends_on(self) -> dict[str, Any]:
+        """Heads, rows and metrics; the model's weights."""
+        heads = expert_digests(self.results)
+        return {**score_inputs(self.results.recipe, heads, "test"), **self.model.depends_on()}
+
+    def run(self, context: Context) -> None:
+        """Score the model."""
+        from pave_lightning.evaluation import refuse_non_finite
+        from pave_lightning.pipeline.evaluating import score_on_test
+
+        with doing(self.doing):
+            candidate, facts = self.model.candidate(context)
+            scores = score_on_test(context, candidate, alone=self.trainer is None)
+            try:
+                refuse_non_finite(scores, self.model.words, BROKEN_OUTPUTS)
+            except PaveError as error:
+                if not self.model.may_fail:
+                    raise
+                log.warning("%s", error)
+            if is_rank_zero():
+                with context.writing(self) as writer:
+                    plain = {task: {"metrics": one.metrics, "examples": one.examples} for task, one in scores.items()}
+                    writer.result.update(facts, scores=plain)
+
+
+def scored_models(results: Results) -> Iterator[ScoredModel]:
+    """Every model that a run scores, in the order of its tables."""
+    yield from untouched_models(results)
+    for merge in MergeStage.all(results):
+        yield MergedModel(results, merge.step, merge.vectors)
+
+
+def untouched_models(results: Results) -> Iterator[ScoredModel]:
+    """Base and experts, and the purified experts where the recipe asks for them."""
+    yield BaseModel(results)
+    yield ExpertModels(results)
+    if results.recipe.evaluate.purified_experts:
+        found = purifications(results.recipe)
+        yield from (PurifiedExpertModels(results, options, alone=len(found) == 1) for options in found)

@@ -1,0 +1,74 @@
+"""The purified experts as ordinary Hugging Face checkpoints, one folder a task, heads included."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pave_lightning.errors import doing
+from pave_lightning.pipeline.context import Context
+from pave_lightning.pipeline.results import Results
+from pave_lightning.pipeline.stage import Stage
+from pave_lightning.pipeline.stages.fit import experts
+from pave_lightning.pipeline.stages.purify import (
+    label,
+    needed_for,
+    purification_inputs,
+    purifications,
+    purify_stages,
+    task_vectors,
+)
+from pave_lightning.purification import KeptRank
+from pave_lightning.purification.options import Purify
+from pave_lightning.weights.locate import has_tokenizer
+
+
+class ExportStage(Stage):
+    """The experts of one purification."""
+
+    command = "purify"
+
+    def __init__(self, results: Results, options: Purify) -> None:
+        super().__init__(results)
+        self.options = options
+
+    @classmethod
+    def all(cls, results: Results) -> list[ExportStage]:
+        """One for each distinct purification of the recipe; see `purifications`."""
+        return [cls(results, options) for options in purifications(results.recipe)]
+
+    @classmethod
+    def asked(cls, results: Results) -> tuple[()]:
+        """None: this is a command of its own."""
+        return ()
+
+    @property
+    def name(self) -> str:
+        """``purified-experts/LABEL``."""
+        return f"purified-experts/{label(self.options)}"
+
+    def about(self) -> str:
+        """The purification, and the command."""
+        return f"{self.options.summary}, with `pave purify`"
+
+    def needs(self) -> list[Stage]:
+        """Statistics and purified weights."""
+        return needed_for(self.results, self.options)
+
+    def depends_on(self) -> dict[str, Any]:
+        """What the purified weights depend on."""
+        return purification_inputs(self.results, self.options)
+
+    def run(self, context: Context) -> None:
+        """Write every expert with its purified weights."""
+        from pave_lightning.purification.export import write_purified_experts
+        from pave_lightning.tasks.tokenizers import load_tokenizer
+
+        made = [self.results.finished(stage) for stage in purify_stages(self.results, self.options)]
+        ranks = [KeptRank(*rank) for found in made for rank in found.result["ranks"]]
+        with doing(f"write purified experts ({self.options.summary})"), context.writing(self) as writer:
+            vectors, options = task_vectors(context, self.options), self.options.model_dump(mode="json")
+            write_purified_experts(writer.path, vectors, experts(context), options, ranks)
+            for task in context.recipe.tasks:
+                written = writer.path / task.name
+                if written.is_dir() and not has_tokenizer(written):
+                    load_tokenizer(context.base_folder).save_pretrained(written)

@@ -1,0 +1,277 @@
+"""A task's expert: fine-tuned here, or a checkpoint that the recipe names."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from pave_lightning.errors import PaveError, counted, doing, listed
+from pave_lightning.experts.schedule import training_schedule
+from pave_lightning.experts.trainer_options import process_count
+from pave_lightning.pipeline.context import Context, shared
+from pave_lightning.pipeline.results import Results, short_digest
+from pave_lightning.pipeline.run_folder import Manifest
+from pave_lightning.pipeline.stage import Stage
+from pave_lightning.system.processes import is_rank_zero
+from pave_lightning.tasks.constants import constant_answer
+from pave_lightning.tasks.data import SPLITS, load_split, split_fingerprint
+from pave_lightning.tasks.task import Task
+from pave_lightning.weights import Checkpoint, ExpertTaskVectors, TaskVectors, locate_model, model_digest
+from pave_lightning.weights.adapters import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS
+from pave_lightning.weights.architecture import backbone_of
+from pave_lightning.weights.embeddings import share_rows
+from pave_lightning.weights.locate import has_tokenizer
+
+if TYPE_CHECKING:
+    from pave_lightning.tracking.logger import TrackingLogger
+
+log = logging.getLogger("pave_lightning")
+
+# Raised when the results change meaning, so that older ones are made anew.
+FORMAT = 1
+# Options of the trainer that change neither the order of examples nor the arithmetic that is asked for.
+HARMLESS_OPTIONS = ("enable_progress_bar", "log_every_n_steps", "accelerator", "profiler", "detect_anomaly")
+
+
+class FitStage(Stage):
+    """A task's expert.
+
+    Training that was broken off goes on from its last checkpoint, in ``training/TASK``, which is no part of the result.
+    """
+
+    command = "fit"
+    task: Task
+
+    def __init__(self, results: Results, task: Task) -> None:
+        super().__init__(results)
+        self.task = task
+
+    @classmethod
+    def all(cls, results: Results) -> list[FitStage]:
+        """One a task. What exists comes first: what is wrong with its values is told before anything is trained."""
+        return [cls(results, task) for task in sorted(results.recipe.tasks, key=lambda task: task.expert is None)]
+
+    @property
+    def name(self) -> str:
+        """``experts/TASK``."""
+        return self.results.name_for("experts/", self.task, self.depends_on)
+
+    @property
+    def made_by(self) -> str:
+        """The command for this task alone."""
+        return f"pave fit --task {self.task.name}"
+
+    @property
+    def trainer(self) -> Mapping[str, Any] | None:
+        """The task's own options, where it is trained."""
+        return self.task.trainer if self.task.expert is None else None
+
+    def about(self) -> str:
+        """How long it is trained, and what always the same answer scores on the validation split."""
+        recipe, task, rows = self.results.recipe, self.task, self.results.folder.data
+        constant = constant_answer(task, "validation", seed=recipe.seed, cache_dir=rows)[task.primary_metric]
+        told = f"; always the same answer: {task.primary_metric} {constant:.3f}"
+        if task.expert is not None:
+            return f"from {task.expert.from_}{told}"
+        used, validation = training_rows(task, recipe.seed, rows)
+        schedule = training_schedule(task, used, validation, process_count(task.trainer))
+        epochs, steps = counted(schedule.epochs, "epoch"), counted(schedule.steps, "step")
+        most = "at most " * schedule.at_most
+        return f"{counted(used, 'row')}, {most}{epochs}, {steps} of {schedule.batch}{told}"
+
+    def depends_on(self) -> dict[str, Any]:
+        """Base, data and options of the training, or the weights that are named."""
+        task, recipe = self.task, self.results.recipe
+        inputs: dict[str, Any] = {"format": FORMAT, "base": self.results.base_digest}
+        if task.expert is not None:
+            folder = existing_folder(task)
+            weights = model_digest(folder)
+            # An expert without tokenizer reads with the base's, which so becomes a part of it.
+            weights = weights if has_tokenizer(folder) else f"{weights}+{self.results.base_digest}"
+            return {**inputs, "from": str(folder), "weights": weights, "outputs": task.output_size}
+        return {
+            **inputs,
+            "seed": recipe.seed,
+            "data": [split_fingerprint(task, "train"), split_fingerprint(task, "validation")],
+            "examples": [task.examples.train, task.examples.validation],
+            "shown": task.shown_by,
+            "labelled": task.labelled_by,
+            "primary_metric": task.primary_metric,
+            "training": task.training.model_dump(),
+            "trainer": {key: value for key, value in task.trainer.items() if key not in HARMLESS_OPTIONS},
+        }
+
+    def run(self, context: Context) -> None:
+        """Fine-tune the expert, or take in the checkpoint."""
+        if self.task.expert is None:
+            self._fit(context)
+        else:
+            self._take_in(context)
+
+    def record(self, context: Context, found: Manifest) -> None:
+        """Its metrics, in the run of the expert."""
+        context.record("fit", self.run_name, found.result, self.params())
+
+    @property
+    def run_name(self) -> str:
+        """The name of the expert's run in MLflow."""
+        return f"expert:{self.task.name}"
+
+    def params(self) -> dict[str, Any]:
+        """What MLflow notes of the expert."""
+        described = self.task.model_dump(mode="json", by_alias=True, exclude={"name"})
+        seed = {"seed": self.results.recipe.seed} if self.task.expert is None else {}
+        return {"task": described, **seed}
+
+    def checkpoint(self) -> Path:
+        """The folder of the finished expert.
+
+        Raises:
+            PaveError: it is missing or stale.
+        """
+        found = self.results.finished(self)
+        return Path(found.result["folder"]) if "folder" in found.result else self.results.path(self)
+
+    def digest(self) -> str:
+        """What identifies the finished expert: its own files, or those of the folder that it was taken in from.
+
+        Raises:
+            PaveError: it is missing or stale.
+        """
+        found = self.results.finished(self)
+        return str(found.inputs["weights"]) if "folder" in found.result else found.digest()
+
+    def _fit(self, context: Context) -> None:
+        from pave_lightning.experts.checkpoints import clear_away
+        from pave_lightning.experts.fitting import fit_expert, save_expert
+
+        training = context.folder.root / "training" / self.task.name
+        with doing(f"fit {self.task.name}"):
+            run = context.child(self.run_name, "fit", self.params())
+            model, metrics = fit_expert(
+                self.task,
+                context.base_folder,
+                seed=context.recipe.seed,
+                work_folder=training / short_digest(self.inputs()),
+                cache_folder=context.folder.data,
+                logger=self._logger(context, run),
+            )
+            if is_rank_zero():
+                with context.writing(self) as writer:
+                    save_expert(model, context.base_folder, writer.path)
+                    writer.result.update(metrics=metrics)
+                clear_away(training)
+
+    def _logger(self, context: Context, run: str) -> TrackingLogger | None:
+        """Takes the trainer's metrics, besides those that the run has already from a training that was broken off."""
+        if context.tracker is None or not run:
+            return None
+        from pave_lightning.tracking.logger import TrackingLogger
+
+        logged = context.tracker.continue_series(run, short_digest(self.inputs()))
+        return TrackingLogger(context.tracker, run, logged=logged)
+
+    def _take_in(self, context: Context) -> None:
+        """Check a checkpoint that exists; merge an adapter into the base; otherwise only note where it is."""
+        from pave_lightning.experts.adapters import load_adapter
+        from pave_lightning.experts.fitting import save_expert
+        from pave_lightning.experts.loading import load_expert
+        from pave_lightning.experts.vocabulary import expert_notes
+
+        with doing(f"take in the expert of {self.task.name}"):
+            folder = existing_folder(self.task)
+            _check_base(context)
+            for note in expert_notes(self.task.name, folder, context.base, context.architecture):
+                log.info("  %s", note)
+            with context.writing(self) as writer:
+                if (folder / ADAPTER_CONFIG).is_file():
+                    adapted = load_adapter(context.base_folder, folder, self.task)
+                    save_expert(adapted, context.base_folder, writer.path, tokenizer_of=folder)
+                    (writer.path / ADAPTER_FOLDER).mkdir()
+                    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+                        shutil.copyfile(folder / name, writer.path / ADAPTER_FOLDER / name)
+                else:
+                    load_expert(folder, self.task, context.base_folder)
+                    writer.result["folder"] = str(folder.resolve())
+
+
+def existing_folder(task: Task) -> Path:
+    """The folder of the checkpoint that a recipe names for a task instead of training."""
+    reference = task.expert.from_ if task.expert is not None else ""
+    return locate_model(reference, role=f"expert of task '{task.name}'")
+
+
+def training_rows(task: Task, seed: int, cache: Path) -> tuple[int, int]:
+    """How many training and validation rows of a task are used.
+
+    Args:
+        task: the task.
+        seed: chooses the rows where a part is asked for.
+        cache: where copies of the rows are.
+    """
+    train, validation = (load_split(task, split, seed=seed, cache_dir=cache) for split in SPLITS[:2])
+    return len(train), len(validation)
+
+
+def expert_folder(results: Results, name: str) -> Path:
+    """The folder of a task's finished expert.
+
+    By name: a scale search reads fewer rows with a changed copy of the task, which has no expert of its own.
+
+    Raises:
+        PaveError: it is missing or stale.
+    """
+    return FitStage(results, results.recipe.task(name)).checkpoint()
+
+
+@shared
+def experts(context: Context) -> dict[str, Checkpoint]:
+    """Each task's finished expert."""
+    folders = {task.name: expert_folder(context.results, task.name) for task in context.recipe.tasks}
+    return {name: context.architecture.checkpoint(folder) for name, folder in folders.items()}
+
+
+@shared
+def plain_vectors(context: Context) -> TaskVectors:
+    """The plain task vectors of all finished experts."""
+    expert_digests(context.results)
+    return ExpertTaskVectors(context.base, experts(context), context.architecture)
+
+
+def classifier(context: Context, name: str) -> nn.Module:
+    """A task's expert with its head, in memory; its token embedding has the base's rows, see `share_rows`."""
+    from pave_lightning.experts.loading import load_expert
+
+    folder = expert_folder(context.results, name)
+    model = load_expert(folder, context.recipe.task(name), context.base_folder)
+    share_rows(backbone_of(model), context.token_rows)
+    return model
+
+
+def expert_digests(results: Results) -> dict[str, str]:
+    """What identifies each task's expert, in the order of the tasks.
+
+    Raises:
+        PaveError: an expert is missing or stale.
+    """
+    return {task.name: FitStage(results, task).digest() for task in results.recipe.tasks}
+
+
+@shared
+def _broken_in_base(context: Context) -> list[str]:
+    """Tensors of the base that hold values which are not finite in float32."""
+    return context.base.non_finite()
+
+
+def _check_base(context: Context) -> None:
+    broken = _broken_in_base(context)
+    if broken:
+        raise PaveError(
+            f"the base {context.base_folder}: {listed(broken, 3)} hold NaN, infinity, or values too "
+            "large for float32; fetch it again"
+        )

@@ -1,0 +1,143 @@
+"""The experts' matrix weights, purified; and which purifications a recipe asks for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pave_lightning.config import slug
+from pave_lightning.errors import PaveError, doing
+from pave_lightning.pipeline.context import Context
+from pave_lightning.pipeline.results import Results, short_digest
+from pave_lightning.pipeline.stage import Stage
+from pave_lightning.pipeline.stages.capture import CaptureStage, statistics, statistics_digests
+from pave_lightning.pipeline.stages.fit import FitStage, expert_digests, plain_vectors
+from pave_lightning.purification import PurifiedTaskVectors, StoredPurification, write_purified
+from pave_lightning.purification.options import AUTO_RATIOS, Purify
+from pave_lightning.recipe.schema import Recipe
+from pave_lightning.weights import Checkpoint, TaskVectors
+
+FORMAT = 3
+
+
+class PurifyStage(Stage):
+    """The experts' matrix weights, purified once for every stage that asks for the same.
+
+    Args:
+        results: the recipe, and what is there of it.
+        options: the purification, of a ratio below 1: one of 1 leaves every expert as it is.
+    """
+
+    command = "merge"
+    on_demand = True
+
+    def __init__(self, results: Results, options: Purify) -> None:
+        super().__init__(results)
+        self.options = options
+
+    @classmethod
+    def all(cls, results: Results) -> tuple[()]:
+        """None but those that other stages need."""
+        return ()
+
+    @property
+    def name(self) -> str:
+        """``purified/LABEL``."""
+        return f"purified/{label(self.options)}"
+
+    def about(self) -> str:
+        """The purification in a few words."""
+        return self.options.summary
+
+    def needs(self) -> list[Stage]:
+        """Experts and statistics."""
+        return [*FitStage.all(self.results), *CaptureStage.all(self.results)]
+
+    def depends_on(self) -> dict[str, Any]:
+        """Experts, statistics and options."""
+        return purification_inputs(self.results, self.options)
+
+    def run(self, context: Context) -> None:
+        """Purify the weights of all tasks, layer by layer."""
+        with doing(f"purify ({self.options.summary})"), context.writing(self) as writer:
+            vectors = purified_now(context, self.options)
+            write_purified(vectors, writer.path)
+            writer.result["ranks"] = [[r.task, r.layer, r.rank, r.full] for r in vectors.ranks.values()]
+            writer.result["untouched"] = [[*key, reason] for key, reason in vectors.untouched.items()]
+
+
+def purified_now(context: Context, options: Purify) -> PurifiedTaskVectors:
+    """Task vectors that are purified as they are read."""
+    return PurifiedTaskVectors(plain_vectors(context), statistics(context), options, context.recipe.compute)
+
+
+def task_vectors(context: Context, options: Purify | None) -> TaskVectors:
+    """Task vectors with a finished purification; the plain ones without, and for a ratio of 1, which is none.
+
+    Raises:
+        PaveError: the purified weights are missing or stale.
+    """
+    plain = plain_vectors(context)
+    if options is None or options.rho == 1:
+        return plain
+    stage = PurifyStage(context.results, options)
+    context.results.finished(stage)
+    folder, prefix = context.results.path(stage), context.architecture.prefix
+    tasks = [name for name in plain.tasks if (folder / name).is_dir()]
+    return StoredPurification(plain, {name: Checkpoint(folder / name, prefix) for name in tasks})
+
+
+def label(options: Purify) -> str:
+    """What tells a purification from others in the names of folders and pictures."""
+    ratio = options.rho if isinstance(options.rho, str) else f"{options.rho:g}"
+    return slug(f"rho{ratio}-{options.metric}-{options.allocation}-{short_digest(options.model_dump())}")
+
+
+def purification_inputs(results: Results, options: Purify) -> dict[str, Any]:
+    """What purified weights depend on.
+
+    Raises:
+        PaveError: an expert, or what it saw, is missing or stale.
+    """
+    # Inputs are compared without their order, which says whose statistics the other task's are.
+    order = [task.name for task in results.recipe.tasks] if options.statistics == "other_task" else None
+    return {
+        **({"order": order} if order else {}),
+        "format": FORMAT,
+        "experts": expert_digests(results),
+        "statistics": statistics_digests(results),
+        "purify": options.model_dump(),
+    }
+
+
+def purify_stages(results: Results, options: Purify) -> list[PurifyStage]:
+    """What a purification takes: several stages where its ratio is chosen, none where it leaves the experts alone."""
+    return [PurifyStage(results, one) for one in ratios(options)]
+
+
+def needed_for(results: Results, options: Purify) -> list[Stage]:
+    """The stages that purified task vectors take; of a ratio of 1 the statistics count although nothing reads them."""
+    return [*CaptureStage.all(results), *purify_stages(results, options)]
+
+
+def purifications(recipe: Recipe) -> list[Purify]:
+    """Every distinct purification with a ratio of its own: those of the merge steps, or else the recipe's.
+
+    Raises:
+        PaveError: there is none, because every ratio is to be chosen on validation data.
+    """
+    steps = [step for step in recipe.merge if "purified" in step.vectors]
+    asked = [step.purify for step in steps] or [recipe.purify]
+    found = [options for options in dict.fromkeys(asked) if options.rho != "auto"]
+    if not found:
+        own = [f"merge.{step.name}.purify.rho" for step in steps] if recipe.purify.rho != "auto" else ["purify.rho"]
+        raise PaveError(
+            "the ratios of all purifications are 'auto', which only merging chooses; "
+            f"give a number at {' or '.join(own)}"
+        )
+    return found
+
+
+def ratios(options: Purify) -> list[Purify]:
+    """The purifications that a merge step needs: several where its ratio is chosen on validation data."""
+    tried = AUTO_RATIOS if options.rho == "auto" else (options.rho,)
+    return [options.model_copy(update={"rho": rho}) for rho in tried if rho != 1]
