@@ -38,8 +38,8 @@ def fit_ridge(inputs: Tensor, targets: Tensor, strengths: tuple[float, ...] = ST
     r"""Ridge regression with the strength whose leave-one-out error is least, all strengths by one decomposition.
 
     With centred inputs :math:`X = U S V^T` and strength :math:`\lambda`, the fit to all rows but one errs on that row
-    by its residual over :math:`1 - h_i`, :math:`h_i = 1/n + \sum_k U_{ik}^2 s_k^2 / (s_k^2 + \lambda)`; the intercept is
-    not penalised. Of several strengths that err alike the largest is taken.
+    by its residual over :math:`1 - h_i`, :math:`h_i = 1/n + \sum_k U_{ik}^2 s_k^2 / (s_k^2 + \lambda)`; the intercept
+    is not penalised. Of several strengths that err alike the largest is taken.
 
     Args:
         inputs: shape ``(n, d_in)``, floating-point, at least two rows.

@@ -200,7 +200,7 @@ class Turned(CheckpointCandidate):
 def turned(suite):
     """New heads and an orthogonal turn of the features they read."""
     torch.manual_seed(3)
-    heads = {task.name: nn.Linear(32, task.outputs) for task in suite.tasks}
+    heads = {task.name: nn.Linear(32, task.output_size) for task in suite.tasks}
     turn = nn.Linear(32, 32, bias=False)
     nn.init.orthogonal_(turn.weight)
     return heads, turn
