@@ -62,6 +62,8 @@ class MatrixMethod(StaticMethod[MatrixOptionsT_co]):
         """The method for matrix weights; mean, sum or nothing for the others."""
         if not self.covers(parameter):
             return self.merge_other(parameter, base, vectors)
+        if not parameter.elements:  # has neither norms nor directions
+            return torch.zeros_like(base)
         matrices = {task: parameter.as_matrix(vector) for task, vector in vectors.items()}
         merged = self.merge_matrix(parameter, parameter.as_matrix(base), matrices)
         return parameter.from_matrix(merged.float())
