@@ -24,9 +24,9 @@ from pave_lightning.weights import Checkpoint
 def merge_all(ready_settings):
     """Merge some experts by sequential methods and ties; gives the folder of each."""
 
-    def run(tasks, name, rules=("opcm", "average", "task_arithmetic", "perturb_and_merge", "ties")):
+    def run(tasks, name, methods=("opcm", "average", "task_arithmetic", "perturb_and_merge", "ties")):
         scales = {"task_arithmetic": {"scale": 0.5}}
-        steps = [{"method": rule, "vectors": ["plain"], **scales.get(rule, {})} for rule in rules]
+        steps = [{"method": method, "vectors": ["plain"], **scales.get(method, {})} for method in methods]
         recipe = Recipe.model_validate({**ready_settings, "name": name, "tasks": tasks, "merge": steps})
         run_stage(recipe, "fit")
         run_stage(recipe, "merge")
@@ -54,14 +54,14 @@ def fisher_of(folders, task):
 def test_adding_gives_what_merging_all_gives(merge_all, three, tmp_path):
     two, all_three = merge_all(three[:2], "two"), merge_all(three, "three")
     expert = three[2]["expert"]["from"]
-    for rule in ("opcm", "average", "task_arithmetic", "perturb_and_merge"):
-        fisher = fisher_of(all_three, "third") if rule == "perturb_and_merge" else None
-        added = add_expert(two[rule], "third", expert, tmp_path / rule, fisher)
-        found, expected = weights(added), weights(all_three[rule])
+    for method in ("opcm", "average", "task_arithmetic", "perturb_and_merge"):
+        fisher = fisher_of(all_three, "third") if method == "perturb_and_merge" else None
+        added = add_expert(two[method], "third", expert, tmp_path / method, fisher)
+        found, expected = weights(added), weights(all_three[method])
         for name, value in expected.items():
-            assert torch.allclose(found[name], value, atol=2e-5), (rule, name)
+            assert torch.allclose(found[name], value, atol=2e-5), (method, name)
         assert sorted(head.name for head in (added / "heads").iterdir()) == ["more", "third", "words"]
-        facts, others = (json.loads((folder / "pave.json").read_text()) for folder in (added, all_three[rule]))
+        facts, others = (json.loads((folder / "pave.json").read_text()) for folder in (added, all_three[method]))
         assert facts["added"] == ["third"]
         assert facts["sequential"]["merged"] == others["sequential"]["merged"] == 3
         assert facts["sequential"]["divisor"] == pytest.approx(others["sequential"]["divisor"], rel=1e-4)
@@ -205,8 +205,8 @@ def test_being_stopped_leaves_nothing_behind(merge_all, three, tmp_path, monkeyp
 def test_adding_by_fisher_information(merge_all, three, tmp_path):
     two = merge_all(three[:2], "two", ["opcm", "perturb_and_merge"])
     all_three = merge_all(three, "three", ["opcm", "perturb_and_merge"])
-    rule, expert, fisher = two["perturb_and_merge"], three[2]["expert"]["from"], fisher_of(all_three, "third")
-    added = add_expert(rule, "third", expert, tmp_path / "three", fisher / "gradients.safetensors")
+    method, expert, fisher = two["perturb_and_merge"], three[2]["expert"]["from"], fisher_of(all_three, "third")
+    added = add_expert(method, "third", expert, tmp_path / "three", fisher / "gradients.safetensors")
     found, expected = (Checkpoint(f / "sequential" / "pull", "bert") for f in (added, all_three["perturb_and_merge"]))
     assert set(found) == set(expected) != set()
     for name in expected:
@@ -217,13 +217,13 @@ def test_adding_by_fisher_information(merge_all, three, tmp_path):
 
     output = tmp_path / "out" / "result"
     with pytest.raises(PaveError, match=r"needs the Fisher information of the new expert: .* two tasks or more"):
-        add_expert(rule, "third", expert, output)
+        add_expert(method, "third", expert, output)
     with pytest.raises(PaveError, match="'opcm' uses no Fisher information; leave --fisher away"):
         add_expert(two["opcm"], "third", expert, output, fisher)
     with pytest.raises(PaveError, match=r"no gradients at .*gradients\.safetensors: take them first"):
-        add_expert(rule, "third", expert, output, tmp_path)
+        add_expert(method, "third", expert, output, tmp_path)
     with pytest.raises(PaveError, match=r"gradients at .*fisher-words were taken of another expert than"):
-        add_expert(rule, "third", expert, output, fisher_of(all_three, "words"))
+        add_expert(method, "third", expert, output, fisher_of(all_three, "words"))
     gradients = TaskGradients.load(fisher / "gradients.safetensors")
     few = {name: gradients[name] for name in list(gradients)[1:]}
     for kind, values, told in (
@@ -236,9 +236,9 @@ def test_adding_by_fisher_information(merge_all, three, tmp_path):
     ):
         TaskGradients(kind, values, examples=1).save(tmp_path / "wrong.safetensors")
         with pytest.raises(PaveError, match=f"task 'third': {told}"):
-            add_expert(rule, "third", expert, output, tmp_path / "wrong.safetensors")
+            add_expert(method, "third", expert, output, tmp_path / "wrong.safetensors")
     broken = tmp_path / "broken"
-    shutil.copytree(rule, broken)
+    shutil.copytree(method, broken)
     shutil.rmtree(broken / "sequential" / "pull")
     with pytest.raises(PaveError, match=r"kept for adding experts cannot be read: .*; merge all experts again"):
         add_expert(broken, "third", expert, output, fisher)
