@@ -102,10 +102,7 @@ def _class_of(name: str, function: Callable[..., Tensor], facts: Mapping[str, An
 def known_methods() -> dict[str, type[MergeMethod]]:
     """Every known method by name: those of this package and those that installed packages register."""
     _load_own()
-    for entry in entry_points(group=ENTRY_POINTS):
-        if (key := (entry.name, entry.value)) not in _looked_at:
-            _looked_at.add(key)
-            _load_plug_in(entry)
+    _load_plug_ins()
     return dict(_registry)
 
 
@@ -116,7 +113,11 @@ def _load_own() -> None:
         import_module(module.name)
 
 
-_looked_at: set[tuple[str, str]] = set()
+@cache
+def _load_plug_ins() -> None:
+    """Load what other packages add, once: to find it, the files of every installed package are read."""
+    for entry in entry_points(group=ENTRY_POINTS):
+        _load_plug_in(entry)
 
 
 def _load_plug_in(entry: EntryPoint) -> None:

@@ -19,8 +19,8 @@ from pave_lightning.merging.methods.ties import Ties
 @pytest.fixture(autouse=True)
 def _own_registry(monkeypatch):
     monkeypatch.setattr(registry, "_registry", known_methods())
-    monkeypatch.setattr(registry, "_looked_at", set())
     monkeypatch.setattr(logging.getLogger("pave_lightning"), "propagate", True)
+    registry._load_plug_ins.cache_clear()
 
 
 class Nothing(StaticMethod):
