@@ -196,57 +196,67 @@ def tracking_uri(new_database, tmp_path_factory):
     return f"sqlite:///{new_database(tmp_path_factory.mktemp('mlflow') / 'mlflow.db')}"
 
 
-@pytest.fixture
-def recipe_settings(base_folder, task_files, tracking_uri, tmp_path):
-    """A recipe, as plain values, that runs in seconds: two tasks, two merge methods."""
-    return settings_of(base_folder, task_files, tracking_uri, tmp_path / "runs")
-
-
-def settings_of(base_folder, task_files, tracking_uri, output):
+@pytest.fixture(scope="session")
+def settings_in(base_folder, task_files, tracking_uri):
+    """A recipe with its output in a folder, as plain values, that runs in seconds: two tasks, two merge methods."""
     words = {"data": task_files(), "text": "text", "classes": ["low", "high"]}
     numbers = {"data": task_files("regression"), "text": "text", "kind": "regression", "value_range": [0.0, 1.0]}
-    return {
-        "name": "tiny",
-        "base": str(base_folder),
-        "output": str(output),
-        "trainer": {"max_epochs": 2, "accelerator": "cpu", "enable_progress_bar": False, "log_every_n_steps": 2},
-        "training": {"learning_rate": 1e-3, "batch_size": 16, "max_length": 16},
-        "tasks": [{"name": "words", **words}, {"name": "numbers", **numbers}],
-        "capture": {"examples": 32},
-        "purify": {"rho": 0.9},
-        "merge": [
-            {"method": "task_arithmetic", "scale": {"search": [0.2, 0.6], "points": 2, "examples": 12}},
-            {"method": "emr"},
-        ],
-        "tracking": {"uri": tracking_uri},
-    }
+
+    def build(output):
+        return {
+            "name": "tiny",
+            "base": str(base_folder),
+            "output": str(output),
+            "trainer": {"max_epochs": 2, "accelerator": "cpu", "enable_progress_bar": False, "log_every_n_steps": 2},
+            "training": {"learning_rate": 1e-3, "batch_size": 16, "max_length": 16},
+            "tasks": [{"name": "words", **words}, {"name": "numbers", **numbers}],
+            "capture": {"examples": 32},
+            "purify": {"rho": 0.9},
+            "merge": [
+                {"method": "task_arithmetic", "scale": {"search": [0.2, 0.6], "points": 2, "examples": 12}},
+                {"method": "emr"},
+            ],
+            "tracking": {"uri": tracking_uri},
+        }
+
+    return build
 
 
 @pytest.fixture(scope="session")
-def other_expert(base_folder, make_expert):
-    """One more expert of that base, with the head of the first one."""
-    return make_expert(base_folder, seed=5)
+def ready_settings_in(settings_in, base_folder, make_expert, expert_folders):
+    """The same recipe with experts that exist already, two of classification, so that nothing is trained."""
+    other = make_expert(base_folder, seed=5)
+
+    def build(output):
+        settings = settings_in(output)
+        words, _ = settings["tasks"]
+        tasks = [
+            {**words, "expert": {"from": str(expert_folders["first"])}},
+            {**words, "name": "more", "expert": {"from": str(other)}},
+        ]
+        return {**settings, "tasks": tasks}
+
+    return build
 
 
 @pytest.fixture
-def ready_settings(recipe_settings, other_expert, expert_folders):
-    """The same recipe with experts that exist already, two of classification, so that nothing is trained."""
-    words, _ = recipe_settings["tasks"]
-    tasks = [
-        {**words, "expert": {"from": str(expert_folders["first"])}},
-        {**words, "name": "more", "expert": {"from": str(other_expert)}},
-    ]
-    return {**recipe_settings, "tasks": tasks}
+def recipe_settings(settings_in, tmp_path):
+    """That recipe, with its output in this test's folder."""
+    return settings_in(tmp_path / "runs")
+
+
+@pytest.fixture
+def ready_settings(ready_settings_in, tmp_path):
+    """The recipe with experts that exist already, with its output in this test's folder."""
+    return ready_settings_in(tmp_path / "runs")
 
 
 @pytest.fixture(scope="session")
-def run_once(base_folder, task_files, tracking_uri, tmp_path_factory):
+def run_once(settings_in, tmp_path_factory):
     """What a whole run of the recipe leaves; to be copied, not to be worked in."""
     from pave_lightning import Recipe, run_recipe
 
-    return run_recipe(
-        Recipe.model_validate(settings_of(base_folder, task_files, tracking_uri, tmp_path_factory.mktemp("run")))
-    )
+    return run_recipe(Recipe.model_validate(settings_in(tmp_path_factory.mktemp("run"))))
 
 
 @pytest.fixture

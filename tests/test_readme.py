@@ -60,7 +60,12 @@ def stand_in(base_folder, task_files, tracking_uri, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("pave ")])
+def slow_where_long(command):
+    """Diagnosing takes seconds, and the tests of the command line do it, too."""
+    return pytest.param(command, marks=pytest.mark.slow if command.startswith("pave diagnose") else ())
+
+
+@pytest.mark.parametrize("command", [slow_where_long(line) for line in COMMANDS if line.startswith("pave ")])
 def test_commands(command, stand_in, monkeypatch):
     monkeypatch.chdir(stand_in)
     assert main(shlex.split(command)[1:]) == 0

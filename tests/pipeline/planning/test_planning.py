@@ -26,7 +26,7 @@ from transformers import (
     SqueezeBertModel,
 )
 
-from pave_lightning import Recipe, run_recipe
+from pave_lightning import Recipe
 from pave_lightning.errors import PaveError
 from pave_lightning.merging import known_methods, make_method, merge_method, registry
 from pave_lightning.merging.evidence import PlannedEvidence
@@ -338,9 +338,8 @@ def test_one_is_no_plural(recipe_settings):
     assert about["statistics/words"] == "1 training example"
 
 
-def test_states_of_stages(recipe_settings):
-    recipe = Recipe.model_validate(recipe_settings)
-    folder = RunFolder(run_recipe(recipe))
+def test_states_of_stages(recipe_settings, finished):
+    recipe, folder = Recipe.model_validate(recipe_settings), RunFolder(finished)
     assert {state for _, state, _ in plan_rows(recipe, folder)} == {"there"}
 
     changed = Recipe.model_validate({**recipe_settings, "purify": {"rho": 0.8}})
