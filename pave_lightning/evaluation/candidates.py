@@ -26,7 +26,7 @@ class Candidate(ABC):
 
     @abstractmethod
     def weights(self, task: str) -> Iterator[tuple[str, Tensor]]:
-        """The backbone's tensors for a task, by their names inside the backbone, one at a time."""
+        """The backbone's tensors for a task, in their shapes, by their names inside the backbone, one at a time."""
 
 
 class CheckpointCandidate(Candidate):

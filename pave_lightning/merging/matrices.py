@@ -91,7 +91,12 @@ class MatrixMethod(StaticMethod[MatrixOptionsT_co]):
 
 
 def combined(how: Literal["mean", "sum", "base"], base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
-    """The mean or the sum of task vectors, or zero, which leaves the base's values."""
+    """The mean or the sum of task vectors, all of the base's shape, or zero, which leaves the base's values.
+
+    Example:
+        >>> combined("mean", torch.zeros(2), {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0, 0.0])})
+        tensor([2., 1.])
+    """
     if how == "base":
         return torch.zeros_like(base)
     total = torch.stack(list(vectors.values())).sum(dim=0)

@@ -149,6 +149,10 @@ def method_named(name: str) -> type[MergeMethod]:
 
     Raises:
         PaveError: no method has the name; the nearest one is told.
+
+    Example:
+        >>> method_named("ties").default_scale
+        1.0
     """
     known = known_methods()
     if name not in known:
@@ -161,6 +165,10 @@ def make_method(name: str, options: Mapping[str, Any]) -> MergeMethod:
 
     Raises:
         PaveError: the method or an option is unknown, or an option's value is not possible; all is told at once.
+
+    Example:
+        >>> make_method("ties", {"density": 0.5}).options.density
+        0.5
     """
     kind = method_named(name)
     try:

@@ -39,6 +39,11 @@ class Parameter:
             projections and convolutions that are matrix products, 0 for the transposed ``Conv1D`` of GPT-2; None for
             everything that multiplies with no matrix.
         module: name of the module that owns it, where checkpoints store the parameter under another name; else None.
+
+    Example:
+        >>> weight = Parameter("h.0.mlp.c_fc.weight", ParameterKind.LINEAR, shape=(768, 3072), input_axis=0)
+        >>> weight.layer, weight.matrix_shape
+        ('h.0.mlp.c_fc', (3072, 768))
     """
 
     name: str
@@ -76,11 +81,11 @@ class Parameter:
         return self.shape[0], math.prod(self.shape[1:])
 
     def as_matrix(self, tensor: Tensor) -> Tensor:
-        """The weight as ``d_out x d_in``, a view; kernels of convolutions are laid out as one row an output channel."""
+        """The weight, shape ``(d_out, d_in)``, a view; kernels of convolutions are one row an output channel."""
         return tensor.T if self.input_axis == 0 else tensor.reshape(self.matrix_shape)
 
     def from_matrix(self, matrix: Tensor) -> Tensor:
-        """A ``d_out x d_in`` matrix in the shape in which the weight is stored, contiguous."""
+        """A matrix of shape ``(d_out, d_in)`` in the shape in which the weight is stored, contiguous."""
         return (matrix.T if self.input_axis == 0 else matrix.reshape(self.shape)).contiguous()
 
 
