@@ -185,8 +185,7 @@ def test_sweeps_that_are_none(capsys, recipe_file, tmp_path, monkeypatch):
     assert "did you mean 'vary'" in fails(["sweep", recipe_file, "--set", "sweep.varry={}"], capsys)
 
 
-def test_purify_and_diagnose_say_what_they_lack_and_where_their_results_are(capsys, ready_settings, tmp_path):
-    import pandas as pd
+def test_purify_and_diagnose_say_what_they_lack_and_purify_where_its_results_are(capsys, ready_settings, tmp_path):
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -217,6 +216,17 @@ def test_purify_and_diagnose_say_what_they_lack_and_where_their_results_are(caps
         assert not [name for name in changed if "embeddings" in name or name.startswith("classifier")]
         assert json.loads((made / task["name"] / "pave.json").read_text())["purify"]["rho"] == 0.9
 
+
+@pytest.mark.slow
+def test_diagnose_says_where_its_results_are(capsys, ready_settings, tmp_path):
+    import pandas as pd
+
+    path = tmp_path / "ready.yaml"
+    path.write_text(json.dumps(ready_settings))
+    recipe_file, root = str(path), Path(ready_settings["output"]) / "tiny"
+    for command in ("fit", "capture"):
+        assert main([command, recipe_file]) == 0
+    capsys.readouterr()
     assert main(["diagnose", recipe_file]) == 0
     (found,) = (root / "diagnostics").iterdir()
     assert f"results: {found}" in capsys.readouterr().out

@@ -61,7 +61,7 @@ def stand_in(base_folder, task_files, tracking_uri, tmp_path_factory):
 
 
 def slow_where_long(command):
-    """Diagnosing takes seconds, and the tests of the command line do it, too."""
+    """Diagnosing takes seconds; what it writes is made up for the fast tests of its tables and pictures."""
     return pytest.param(command, marks=pytest.mark.slow if command.startswith("pave diagnose") else ())
 
 

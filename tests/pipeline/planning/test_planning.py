@@ -686,6 +686,7 @@ def test_captured_convolutions_are_counted(planned, tiny_tokenizer, tmp_path):
     assert count(convolutions=True) == 7
 
 
+@pytest.mark.slow
 def test_the_plan_of_a_plain_recipe_loads_nothing_that_only_work_needs(recipe_settings, tmp_path):
     recipe = tmp_path / "recipe.json"
     recipe.write_text(json.dumps({**recipe_settings, "trainer": {"max_epochs": 2, "precision": "bf16-mixed"}}))
