@@ -153,7 +153,7 @@ def test_an_existing_expert_is_only_captured(recipe_settings, expert_folders):
     assert (folder / "scores" / "emr-purified" / "manifest.json").is_file()
 
 
-@pytest.mark.slow  # see test_every_method for experts with adapters, and experts/test_adapters for those that are taken in
+@pytest.mark.slow  # test_every_method trains adapters, experts/test_adapters takes them in
 def test_lora_experts_merge_like_full_ones_and_their_adapters_can_be_taken_in(recipe_settings):
     settings = dict(recipe_settings)
     settings["training"] = {**settings["training"], "lora": {"rank": 2}}
