@@ -27,10 +27,6 @@ def kth_largest_magnitudes(names: Sequence[str], blocks: NamedBlocks, k: int) ->
 
     Raises:
         ValueError: k is not between 1 and the number of elements of a vector.
-
-    Example:
-        >>> kth_largest_magnitudes(["a"], lambda: [("a", torch.tensor([1.0, -3.0])), ("a", torch.tensor([2.0]))], k=2)
-        {'a': 2.0}
     """
     found = largest_magnitudes(names, blocks, [k])
     return {name: values[k] for name, values in found.items()}
@@ -61,10 +57,6 @@ def largest_values(names: Sequence[str], blocks: NamedBlocks, ranks: Sequence[in
 
     Raises:
         ValueError: a rank is not between 1 and the number of elements of a vector.
-
-    Example:
-        >>> largest_values(["a"], lambda: [("a", torch.tensor([1.0, -3.0, 2.0]))], ranks=[1, 3])
-        {'a': {1: 2.0, 3: -3.0}}
     """
     return _largest(names, lambda: _ordered(blocks(), _signed), ranks)
 

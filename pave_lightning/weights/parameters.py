@@ -39,11 +39,6 @@ class Parameter:
             projections and convolutions that are matrix products, 0 for the transposed ``Conv1D`` of GPT-2; None for
             everything that multiplies with no matrix.
         module: name of the module that owns it, where checkpoints store the parameter under another name; else None.
-
-    Example:
-        >>> weight = Parameter("h.0.mlp.c_fc.weight", ParameterKind.LINEAR, shape=(768, 3072), input_axis=0)
-        >>> weight.layer, weight.matrix_shape
-        ('h.0.mlp.c_fc', (3072, 768))
     """
 
     name: str
@@ -73,6 +68,10 @@ class Parameter:
 
         Raises:
             ValueError: the parameter is no matrix weight.
+
+        Example:
+            >>> Parameter("h.0.mlp.c_fc.weight", ParameterKind.LINEAR, shape=(768, 3072), input_axis=0).matrix_shape
+            (3072, 768)
         """
         if self.input_axis is None:
             raise ValueError(f"{self.name} is no matrix weight but a {self.kind}")
