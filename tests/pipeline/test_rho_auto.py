@@ -1,9 +1,7 @@
 """A ratio that is chosen on validation data."""
 
-import gc
 import json
 import math
-import shutil
 from pathlib import Path
 
 import pytest
@@ -16,29 +14,20 @@ from pave_lightning.pipeline.workflow import Workflow
 from pave_lightning.recipe.schema import AUTO_RATIOS
 from pave_lightning.tasks.data_module import TaskDataModule
 
-CHANGES = {"purify": {"rho": "auto"}, "capture": {"examples": 8}}
-
 
 @pytest.fixture
 def auto_settings(ready_settings):
-    return {**ready_settings, **CHANGES}
-
-
-@pytest.fixture(scope="module")
-def captured(ready_settings_in, tmp_path_factory):
-    """The folder of a run that has experts and statistics; to be copied."""
-    recipe = Recipe.model_validate({**ready_settings_in(tmp_path_factory.mktemp("captured")), **CHANGES})
-    for stage in ("fit", "capture"):
-        run_stage(recipe, stage)
-    return open_folder(recipe).root
+    return {**ready_settings, "purify": {"rho": "auto"}, "capture": {"examples": 8}}
 
 
 @pytest.fixture
-def workflow(auto_settings, captured):
+def workflow(auto_settings):
     recipe = Recipe.model_validate(auto_settings)
-    folder = open_folder(recipe)
-    shutil.copytree(captured, folder.root, dirs_exist_ok=True)
-    return Workflow(recipe, folder)
+    made = Workflow(recipe, open_folder(recipe))
+    for task in recipe.tasks:
+        made.fit(task)
+        made.capture(task)
+    return made
 
 
 def test_the_ratio_with_the_best_average_is_taken(workflow, averages):
@@ -78,6 +67,7 @@ def test_the_larger_ratio_wins_among_equals_and_one_means_plain(workflow, averag
 
 
 def test_one_merge_result_is_held_besides_the_one_that_is_made(workflow, averages, monkeypatch):
+    import gc
     import weakref
 
     from pave_lightning.pipeline import tuning as module

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 
 import pytest
 import torch
@@ -14,22 +13,15 @@ from pave_lightning.pipeline.planning import plan_rows
 from pave_lightning.pipeline.workflow import Workflow
 
 
-@pytest.fixture(scope="module")
-def captured(ready_settings_in, tmp_path_factory):
-    """The folder of a run that has experts and statistics; to be copied."""
-    recipe = Recipe.model_validate(ready_settings_in(tmp_path_factory.mktemp("captured")))
-    for stage in ("fit", "capture"):
-        run_stage(recipe, stage)
-    return open_folder(recipe).root
-
-
 @pytest.fixture
-def workflow_of(ready_settings, captured):
+def workflow_of(ready_settings):
     def build(steps, **changes):
         recipe = Recipe.model_validate({**ready_settings, **changes, "merge": steps})
-        folder = open_folder(recipe)
-        shutil.copytree(captured, folder.root, dirs_exist_ok=True)
-        return Workflow(recipe, folder)
+        made = Workflow(recipe, open_folder(recipe))
+        for task in recipe.tasks:
+            made.fit(task)
+            made.capture(task)
+        return made
 
     return build
 
