@@ -109,9 +109,11 @@ IDLE = {
     "weighted_average": ({}, 2 / 3),
     "wudi": ({}, 1),
 }
+# Methods that merge two experts and no more.
+PAIRS = {"slerp"}
 # Methods that run models.
 RUNNING = [name for name, kind in OURS.items() if Need.UNLABELLED_EXAMPLES in kind.needs]
-# Choices with which the size of the weights matters, as in models that are run; and options with which it does not.
+# Choices with which the size of the weights matters, as it does to models that are run; options with which it does not.
 WITH_UNIT = {"ace": {"form": "published"}, "esm": {"magnitude": "unit"}, "pcb": {"accord": "normalised_sum"}}
 WITHOUT_UNIT = {"doge_ta": {"relative_eta": 1.0}, "pcb": {"ratio": 0.4, "accord": "normalised_pairs"}}
 # Elementwise methods whose sums are rounded as the tasks come; those of the others are the same in any order.
@@ -160,8 +162,6 @@ def each_method(names=tuple(OURS)):
     return pytest.mark.parametrize("name", names)
 
 
-# Methods that merge two experts and no more.
-PAIRS = {"slerp"}
 WORDS, WIDTH, INNER = 10, 6, 8
 
 
@@ -453,9 +453,8 @@ def test_the_size_of_the_weights_matters_only_where_it_is_known_to(name, choice,
 
 @each_choice(but=BY_STORAGE)
 def test_how_a_weight_is_stored_does_not_matter(name, choice, case_of, usual):
-    found = run(
-        name, case_of(name, {task: turn(named) for task, named in GIVEN.items()}, turn(BASE), turned=True), **choice
-    )
+    given = {task: turn(named) for task, named in GIVEN.items()}
+    found = run(name, case_of(name, given, turn(BASE), turned=True), **choice)
     for task in TASKS:
         expected = turn({key: usual(name, **choice).own(task, key) for key in found.vectors})
         assert all(torch.allclose(found.own(task, key), expected[key], rtol=1e-4, atol=1e-4) for key in expected)
