@@ -5,9 +5,12 @@ import logging
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
+from contextlib import closing
+from pathlib import Path
 
 os.environ.update(
     HF_HUB_OFFLINE="1",
@@ -170,43 +173,101 @@ def task_files(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def tracking_uri(tmp_path_factory):
-    """One MLflow database for all tests that run recipes: making one takes seconds."""
-    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+def migrated(tmp_path_factory):
+    """An MLflow database with all tables and no experiment of ours, to be copied: making one takes seconds."""
+    from pave_lightning.tracking.stores import connect
+
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    connect(f"sqlite:///{path}").search_experiments()
+    return path
 
 
-@pytest.fixture
-def recipe_settings(base_folder, task_files, tracking_uri, tmp_path):
-    """A recipe, as plain values, that runs in seconds: two tasks, two merge methods."""
+@pytest.fixture(scope="session")
+def new_database(migrated):
+    """Write an MLflow database with all tables and no runs."""
+
+    def copy(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with closing(sqlite3.connect(migrated)) as source, closing(sqlite3.connect(path)) as target:
+            source.backup(target)
+        return path
+
+    return copy
+
+
+@pytest.fixture(scope="session")
+def tracking_uri(new_database, tmp_path_factory):
+    """One MLflow database for all tests that run recipes."""
+    return f"sqlite:///{new_database(tmp_path_factory.mktemp('mlflow') / 'mlflow.db')}"
+
+
+@pytest.fixture(scope="session")
+def settings_in(base_folder, task_files, tracking_uri):
+    """A recipe with its output in a folder, as plain values, that runs in seconds: two tasks, two merge methods."""
     words = {"data": task_files(), "text": "text", "classes": ["low", "high"]}
     numbers = {"data": task_files("regression"), "text": "text", "kind": "regression", "value_range": [0.0, 1.0]}
-    return {
-        "name": "tiny",
-        "base": str(base_folder),
-        "output": str(tmp_path / "runs"),
-        "trainer": {"max_epochs": 2, "accelerator": "cpu", "enable_progress_bar": False, "log_every_n_steps": 2},
-        "training": {"learning_rate": 1e-3, "batch_size": 16, "max_length": 16},
-        "tasks": [{"name": "words", **words}, {"name": "numbers", **numbers}],
-        "capture": {"examples": 32},
-        "purify": {"rho": 0.9},
-        "merge": [
-            {"method": "task_arithmetic", "scale": {"search": [0.2, 0.6], "points": 2, "examples": 12}},
-            {"method": "emr"},
-        ],
-        "tracking": {"uri": tracking_uri},
-    }
+
+    def build(output):
+        return {
+            "name": "tiny",
+            "base": str(base_folder),
+            "output": str(output),
+            "trainer": {"max_epochs": 2, "accelerator": "cpu", "enable_progress_bar": False, "log_every_n_steps": 2},
+            "training": {"learning_rate": 1e-3, "batch_size": 16, "max_length": 16},
+            "tasks": [{"name": "words", **words}, {"name": "numbers", **numbers}],
+            "capture": {"examples": 32},
+            "purify": {"rho": 0.9},
+            "merge": [
+                {"method": "task_arithmetic", "scale": {"search": [0.2, 0.6], "points": 2, "examples": 12}},
+                {"method": "emr"},
+            ],
+            "tracking": {"uri": tracking_uri},
+        }
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def ready_settings_in(settings_in, base_folder, make_expert, expert_folders):
+    """The same recipe with experts that exist already, two of classification, so that nothing is trained."""
+    other = make_expert(base_folder, seed=5)
+
+    def build(output):
+        settings = settings_in(output)
+        words, _ = settings["tasks"]
+        tasks = [
+            {**words, "expert": {"from": str(expert_folders["first"])}},
+            {**words, "name": "more", "expert": {"from": str(other)}},
+        ]
+        return {**settings, "tasks": tasks}
+
+    return build
 
 
 @pytest.fixture
-def ready_settings(recipe_settings, base_folder, make_expert, expert_folders):
-    """The same recipe with experts that exist already, two of classification, so that nothing is trained."""
-    words, _ = recipe_settings["tasks"]
-    other = make_expert(base_folder, seed=5)
-    tasks = [
-        {**words, "expert": {"from": str(expert_folders["first"])}},
-        {**words, "name": "more", "expert": {"from": str(other)}},
-    ]
-    return {**recipe_settings, "tasks": tasks}
+def recipe_settings(settings_in, tmp_path):
+    """That recipe, with its output in this test's folder."""
+    return settings_in(tmp_path / "runs")
+
+
+@pytest.fixture
+def ready_settings(ready_settings_in, tmp_path):
+    """The recipe with experts that exist already, with its output in this test's folder."""
+    return ready_settings_in(tmp_path / "runs")
+
+
+@pytest.fixture(scope="session")
+def run_once(settings_in, tmp_path_factory):
+    """What a whole run of the recipe leaves; to be copied, not to be worked in."""
+    from pave_lightning import Recipe, run_recipe
+
+    return run_recipe(Recipe.model_validate(settings_in(tmp_path_factory.mktemp("run"))))
+
+
+@pytest.fixture
+def finished(run_once, recipe_settings):
+    """A copy of a whole run where this test's recipe has its output."""
+    return Path(shutil.copytree(run_once, Path(recipe_settings["output"]) / recipe_settings["name"]))
 
 
 @pytest.fixture

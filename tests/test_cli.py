@@ -5,6 +5,7 @@ import errno
 import json
 import logging
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -184,8 +185,7 @@ def test_sweeps_that_are_none(capsys, recipe_file, tmp_path, monkeypatch):
     assert "did you mean 'vary'" in fails(["sweep", recipe_file, "--set", "sweep.varry={}"], capsys)
 
 
-def test_purify_and_diagnose_say_what_they_lack_and_where_their_results_are(capsys, ready_settings, tmp_path):
-    import pandas as pd
+def test_purify_and_diagnose_say_what_they_lack_and_purify_where_its_results_are(capsys, ready_settings, tmp_path):
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -216,6 +216,17 @@ def test_purify_and_diagnose_say_what_they_lack_and_where_their_results_are(caps
         assert not [name for name in changed if "embeddings" in name or name.startswith("classifier")]
         assert json.loads((made / task["name"] / "pave.json").read_text())["purify"]["rho"] == 0.9
 
+
+@pytest.mark.slow
+def test_diagnose_says_where_its_results_are(capsys, ready_settings, tmp_path):
+    import pandas as pd
+
+    path = tmp_path / "ready.yaml"
+    path.write_text(json.dumps(ready_settings))
+    recipe_file, root = str(path), Path(ready_settings["output"]) / "tiny"
+    for command in ("fit", "capture"):
+        assert main([command, recipe_file]) == 0
+    capsys.readouterr()
     assert main(["diagnose", recipe_file]) == 0
     (found,) = (root / "diagnostics").iterdir()
     assert f"results: {found}" in capsys.readouterr().out
@@ -241,10 +252,7 @@ def test_a_folder_in_use_is_refused(capsys, recipe_file, recipe_settings):
     from pave_lightning.pipeline.run_folder import RunFolder
 
     with RunFolder(Path(recipe_settings["output"]) / "tiny").locked():
-        script = f"from pave_lightning.cli import main; raise SystemExit(main(['fit', {recipe_file!r}]))"
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2
-    assert "another pave process" in done.stderr
+        assert "another pave process" in fails(["fit", recipe_file], capsys)
 
 
 @pytest.mark.parametrize(
@@ -279,15 +287,15 @@ def test_what_may_be_a_fault_of_ours_stays_one(capsys, recipe_file, monkeypatch,
     assert "unexpected error" in capsys.readouterr().err
 
 
-def test_a_run_that_may_not_write_a_large_file_says_so(recipe_file, recipe_settings):
-    script = (
-        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
-        f"from pave_lightning.cli import main; sys.exit(main(['fit', {recipe_file!r}]))"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2, done.stderr
-    assert "File too large" in done.stderr
-    assert "unexpected" not in done.stderr
+def test_a_run_that_may_not_write_a_large_file_says_so(capsys, recipe_file):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        told = fails(["fit", recipe_file], capsys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "File too large" in told
+    assert "unexpected" not in told
 
 
 def test_what_fails_is_named(caplog, monkeypatch):
@@ -319,10 +327,11 @@ def test_run_says_that_it_runs_no_sweep(capsys, ready_settings, tmp_path, monkey
     assert f"`pave sweep {path}`" in capsys.readouterr().err
 
 
-def test_a_program_says_all_and_ends_with_its_exit_code(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "pave_lightning", "methods"], capture_output=True, text=True)
+def test_a_program_says_all_and_ends_with_its_exit_code():
+    program = [sys.executable, "-m", "pave_lightning"]
+    done = subprocess.run([*program, "schema"], capture_output=True, text=True)
     assert done.returncode == 0
-    assert "ties" in done.stdout
-    wrong = subprocess.run([sys.executable, "-m", "pave_lightning", "methods", "tise"], capture_output=True, text=True)
+    assert json.loads(done.stdout)["type"] == "object"
+    wrong = subprocess.run([*program, "sweep", "nonsense"], capture_output=True, text=True)
     assert wrong.returncode == 2
-    assert "did you mean 'ties'" in wrong.stderr
+    assert "there is no sweep 'nonsense'" in wrong.stderr

@@ -60,7 +60,12 @@ def stand_in(base_folder, task_files, tracking_uri, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("pave ")])
+def slow_where_long(command):
+    """Diagnosing takes seconds; what it writes is made up for the fast tests of its tables and pictures."""
+    return pytest.param(command, marks=pytest.mark.slow if command.startswith("pave diagnose") else ())
+
+
+@pytest.mark.parametrize("command", [slow_where_long(line) for line in COMMANDS if line.startswith("pave ")])
 def test_commands(command, stand_in, monkeypatch):
     monkeypatch.chdir(stand_in)
     assert main(shlex.split(command)[1:]) == 0
@@ -106,14 +111,14 @@ def test_shipped_recipes_are_valid(path):
     assert load_recipe(path).name == path.stem
 
 
-def test_the_table_of_families_names_every_rule_once():
+def test_the_table_of_families_names_every_method_once():
     table = README.partition("| family | methods |\n|---|---|\n")[2].partition("\n\n")[0]
     families = {row.split("|")[1].strip(): re.findall(r"`(\w+)`", row) for row in table.splitlines()}
-    named = [name for rules in families.values() for name in rules]
-    ours = {name: rule for name, rule in known_methods().items() if rule.__module__.startswith("pave_lightning.")}
+    named = [name for methods in families.values() for name in methods]
+    ours = {name: kind for name, kind in known_methods().items() if kind.__module__.startswith("pave_lightning.")}
     assert sorted(named) == sorted(ours)
     kept = families["something kept for each task"]
-    assert sorted(kept) == sorted(name for name, rule in ours.items() if rule.form == "per-task")
+    assert sorted(kept) == sorted(name for name, kind in ours.items() if kind.form == "per-task")
 
 
 def test_relative_paths_start_where_the_readme_says(stand_in, tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ PartOf = Callable[[nn.Module, Tensor], str]
 
 
 def whole(module: nn.Module, inputs: Tensor) -> str:
-    """One mask for the whole model."""
+    """One mask for the whole model, whatever the inputs, shape ``(..., d_in)``, of whichever module."""
     return ""
 
 
@@ -75,7 +75,7 @@ class DecoderPadding:
         self.end_batch()
 
     def part(self, module: nn.Module, inputs: Tensor) -> str:
-        """The decoder whose words the rows of an input are; empty where they are the batch's own."""
+        """The decoder whose words the rows of an input, ``(..., d_in)``, are; empty where they are the batch's own."""
         name = self._decoder_of.get(id(module), "")
         return "" if name not in self._states or inputs is self._states[name] else name
 

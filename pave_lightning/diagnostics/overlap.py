@@ -87,8 +87,8 @@ def overlaps_of_layer(
 
     Args:
         layer: name of the layer.
-        top: each task's strongest directions as columns, at least ``max(shares) * full`` of them.
-        removed: each purified task's removed directions as columns.
+        top: each task's strongest directions as columns, shape ``(d_out, k)``, at least ``max(shares) * full`` of them.
+        removed: each purified task's removed directions as columns, shape ``(d_out, d - rank)``.
         shares: shares of the directions to compare.
         full: how many directions the layer has, d.
     """

@@ -102,7 +102,7 @@ def direction_energies(weight: Tensor, directions: Tensor, moment: LayerMoment) 
 
 
 def output_energy(weight: Tensor, moment: LayerMoment) -> float:
-    """Mean squared norm of a layer's output without its bias, tr(W C W^T)."""
+    """Mean squared norm of a layer's output without its bias, tr(W C W^T), of a weight of shape ``(d_out, d_in)``."""
     known, full = moment.matrix.double(), weight.double()
     if moment.kind == "output":
         return float(known.trace())

@@ -28,7 +28,7 @@ class Candidate(ABC):
 
     @abstractmethod
     def weights(self, task: str) -> Iterator[tuple[str, Tensor]]:
-        """The backbone's tensors for a task, by their names inside the backbone, one at a time."""
+        """The backbone's tensors for a task, in their shapes, by their names inside the backbone, one at a time."""
 
     def adapt(self, model: nn.Module, task: str) -> nn.Module:
         """The model as the task is to run it: with modules put in, exchanged or hooked; by default as it is.

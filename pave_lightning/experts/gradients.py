@@ -42,7 +42,8 @@ def fisher_diagonal(model: nn.Module, task: Task, batches: Iterable[Batch]) -> d
         batches: examples as `TaskDataModule` gives them.
 
     Returns:
-        Name of a parameter inside the backbone -> F, float32, on the CPU; zero where no output depends on the weight.
+        Name of a parameter inside the backbone -> F, of its shape, float32, on the CPU; zero where no output depends on
+        the weight.
 
     Raises:
         PaveError: there are no examples, an output is not finite, or a square is too large for float32.
@@ -67,8 +68,8 @@ def absolute_gradients(model: nn.Module, task: Task, batches: Iterable[Batch]) -
         batches: labelled examples as `TaskDataModule` gives them.
 
     Returns:
-        Name of a parameter inside the backbone -> the mean, float32, on the CPU; zero where the loss does not depend on
-        the weight.
+        Name of a parameter inside the backbone -> the mean, of its shape, float32, on the CPU; zero where the loss does
+        not depend on the weight.
 
     Raises:
         PaveError: there are no examples, they have no labels, or an output or a gradient is not finite.

@@ -44,7 +44,7 @@ class Call:
         return cls(others, {name: None if name == place else given for name, given in keywords.items()}, place)
 
     def on(self, block: nn.Module, hidden: Tensor) -> Any:
-        """What a block returns for hidden states, with all else as it was."""
+        """What a block returns for hidden states, shape ``(B, L, d)``, with all else as it was."""
         if isinstance(self.place, int):
             before, after = self.arguments[: self.place], self.arguments[self.place + 1 :]
             return block(*before, hidden, *after, **self.keywords)
@@ -70,7 +70,7 @@ class Entry:
     read: Tensor | None = None
 
     def move(self, hidden: Tensor) -> None:
-        """Step behind the next block, which gave these hidden states."""
+        """Step behind the next block, which gave these hidden states, shape ``(B, L, d)``."""
         self.hidden, self.position = hidden, self.position + 1
 
     def rows(self, tensor: Tensor) -> Tensor:
@@ -82,7 +82,11 @@ class Entry:
         return tensor.reshape(-1, tensor.shape[-1])
 
     def read_rows(self, *, last: bool) -> Tensor:
-        """Which of the real tokens, in the order of `rows`, a head reads; by default the first or last of each example."""
+        """Which of the real tokens, in the order of `rows`, a head reads; the first or last of each example by default.
+
+        Returns:
+            Shape ``(n,)``, bool.
+        """
         places = self.hidden.shape[:2]
         mask = torch.ones(places, dtype=torch.bool, device=self.hidden.device) if self.mask is None else self.mask
         if self.read is not None:
@@ -174,7 +178,7 @@ class BlockStack:
 
     @staticmethod
     def run(block: nn.Module, entry: Entry) -> Tensor:
-        """The hidden states behind a block, which may be a copy of the next one with other weights."""
+        """The hidden states behind a block, ``(B, L, d)``; it may be a copy of the next one with other weights."""
         return _hidden_of(entry.calls[entry.position].on(block, entry.hidden))
 
     @torch.no_grad()

@@ -61,7 +61,7 @@ class Evidence:
         return self.passes
 
     def anchor_vector(self, parameter: Parameter) -> Tensor:
-        """The anchor's task vector of a parameter (float32).
+        """The anchor's task vector of a parameter, float32, of its shape.
 
         Raises:
             PaveError: there is no anchor, or it lacks the parameter.
@@ -96,7 +96,15 @@ class Evidence:
         return moment.double()
 
     def input_moments(self, tasks: Collection[str], parameter: Parameter) -> Iterator[tuple[str, Tensor]]:
-        """Tasks whose examples reached the layer of a matrix weight, each with its `input_moment`, one at a time."""
+        """Tasks whose examples reached the layer of a matrix weight, each with its `input_moment`, one at a time.
+
+        Args:
+            tasks: which tasks to ask.
+            parameter: a matrix weight with axes ``d_out x d_in``, however it is stored.
+
+        Yields:
+            A task, and its moment: shape ``(d_in, d_in)``, float64.
+        """
         for task in tasks:
             moment = self.input_moment(task, parameter)
             if moment is not None:

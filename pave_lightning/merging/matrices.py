@@ -62,6 +62,8 @@ class MatrixMethod(StaticMethod[MatrixOptionsT_co]):
         """The method for matrix weights; mean, sum or nothing for the others."""
         if not self.covers(parameter):
             return self.merge_other(parameter, base, vectors)
+        if not parameter.elements:  # has neither norms nor directions
+            return torch.zeros_like(base)
         matrices = {task: parameter.as_matrix(vector) for task, vector in vectors.items()}
         merged = self.merge_matrix(parameter, parameter.as_matrix(base), matrices)
         return parameter.from_matrix(merged.float())
@@ -89,7 +91,12 @@ class MatrixMethod(StaticMethod[MatrixOptionsT_co]):
 
 
 def combined(how: Literal["mean", "sum", "base"], base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
-    """The mean or the sum of task vectors, or zero, which leaves the base's values."""
+    """The mean or the sum of task vectors, all of the base's shape, or zero, which leaves the base's values.
+
+    Example:
+        >>> combined("mean", torch.zeros(2), {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0, 0.0])})
+        tensor([2., 1.])
+    """
     if how == "base":
         return torch.zeros_like(base)
     total = torch.stack(list(vectors.values())).sum(dim=0)

@@ -21,12 +21,25 @@ METADATA = "modulator"
 
 
 def pack_mask(mask: Tensor) -> Tensor:
-    """Eight elements of a bool tensor to a byte (uint8, ``ceil(elements / 8)`` long), highest bit first."""
+    """Eight elements of a bool tensor of any shape to a byte, highest bit first.
+
+    Returns:
+        Shape ``(ceil(elements / 8),)``, uint8.
+
+    Example:
+        >>> pack_mask(torch.tensor([[True, False, True], [False, False, False]]))
+        tensor([160], dtype=torch.uint8)
+    """
     return torch.from_numpy(numpy.packbits(mask.numpy(), axis=None))
 
 
 def unpack_mask(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The bool tensor of the given shape that :func:`pack_mask` packed."""
+    """The bool tensor of the given shape that :func:`pack_mask` packed.
+
+    Example:
+        >>> unpack_mask(torch.tensor([160], dtype=torch.uint8), (3,))
+        tensor([ True, False,  True])
+    """
     count = int(numpy.prod(shape, dtype=numpy.int64))
     bits = numpy.unpackbits(packed.numpy(), count=count)
     return torch.from_numpy(bits.astype(bool)).reshape(shape)
@@ -50,7 +63,21 @@ class LowRank:
 
 
 def modulated(shared: Tensor, mask: Tensor | None, factors: LowRank | None, rescaler: float) -> Tensor:
-    """A task's own task vector: rescaler * (mask * shared + left @ right); no mask and no factors change nothing."""
+    """A task's own task vector: rescaler * (mask * shared + left @ right); no mask and no factors change nothing.
+
+    Args:
+        shared: the unified task vector, float32.
+        mask: bool, of its shape.
+        factors: what the task adds.
+        rescaler: the task's factor.
+
+    Returns:
+        Float32, of the unified task vector's shape.
+
+    Example:
+        >>> modulated(torch.tensor([1.0, -2.0]), torch.tensor([True, False]), None, rescaler=3.0)
+        tensor([3., -0.])
+    """
     own = shared if mask is None else shared * mask
     if factors is not None:
         own = own + factors.tensor(own.shape)
@@ -66,7 +93,7 @@ class ModulatorWriter:
         self._factors: list[str] = []
 
     def add_mask(self, name: str, mask: Tensor) -> None:
-        """Take in the bool mask of one parameter."""
+        """Take in the mask of one parameter: bool, of its shape."""
         self._tensors[name] = pack_mask(mask)
         self._masks[name] = list(mask.shape)
 
@@ -115,7 +142,7 @@ class Modulator:
         return iter(self._masks | self._factors)
 
     def apply(self, name: str, unified: Tensor) -> Tensor:
-        """The task's own task vector of that parameter: rescaler * (mask * unified + left @ right)."""
+        """The task's own task vector of that parameter: rescaler * (mask * unified + left @ right), of its shape."""
         with foreign(f"{self._path}: what is kept of {name} does not fit the weight", "merge again"):
             mask = unpack_mask(self._file.get_tensor(name), self._masks[name]) if name in self._masks else None
             factors = None

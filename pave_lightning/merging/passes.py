@@ -54,7 +54,7 @@ class ForwardPasses:
         return stack
 
     def first(self) -> dict[str, Tensor]:
-        """One batch, of tokens that the base has a row of."""
+        """One batch, such as ``input_ids`` of shape ``(B, L)``, of tokens that the base has a row of."""
         task, batches = next(iter(self.batches.items()))
         batch, own = self._inputs(task, self._placed(batches[0])), self.own_tokens.get(task)
         return batch if own is None else {**batch, TOKENS: own.shared(batch[TOKENS])}
@@ -72,7 +72,7 @@ class ForwardPasses:
         return logits
 
     def placed(self, task: str) -> list[dict[str, Tensor]]:
-        """A task's examples without their labels, on the device."""
+        """A task's batches without their labels, such as ``input_ids`` of shape ``(B, L)``, on the device."""
         return [self._placed(batch) for batch in self.batches[task]]
 
     def headed(self, task: str) -> nn.Module:
@@ -110,7 +110,7 @@ class ForwardPasses:
 
 @torch.no_grad()
 def load_parameters(module: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Copy values into a module's parameters and buffers of the same names; others stay.
+    """Copy values into a module's parameters and buffers of the same names and shapes; others stay.
 
     Raises:
         PaveError: the module has nothing of that name: checkpoints store it under another one.

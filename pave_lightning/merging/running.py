@@ -39,7 +39,7 @@ class MergedVectors:
         return bool(self.masks or self.factors)
 
     def own(self, task: str, name: str) -> Tensor:
-        """A parameter's task vector as the task uses it, before scaling."""
+        """A parameter's task vector as the task uses it, before scaling: float32, of the parameter's shape."""
         mask, factors = self.masks.get(task, {}).get(name), self.factors.get(task, {}).get(name)
         return modulated(self.vectors[name], mask, factors, self.rescalers.get(task, 1.0))
 
@@ -53,6 +53,9 @@ def merge_static(
         method: the method.
         source: plain or purified task vectors.
         evidence: what is known of the tasks' data, for methods that need it.
+
+    Yields:
+        A parameter, and its merged task vector: float32, of the parameter's shape.
 
     Raises:
         PaveError: there is nothing to merge, or the method cannot merge it.
@@ -107,10 +110,17 @@ def merge(method: MergeMethod | str, source: TaskVectors, evidence: Evidence | N
         PaveError: no method has that name; there is nothing to merge, or the method cannot merge it.
         TypeError: ``method`` is neither a method nor a name.
 
-    Example::
-
-        merged = merge(TaskArithmetic(), task_vectors)
-        weight = base_weight + 0.3 * merged.vectors["encoder.layer.0.output.dense.weight"]
+    Example:
+        >>> from pave_lightning.weights import ParameterKind
+        >>> class InMemory(TaskVectors):
+        ...     tasks, parameters = ("movie", "news"), (Parameter("w", ParameterKind.OTHER, (2,)),)
+        ...     def base(self, parameter, rows=None):
+        ...         return torch.tensor([1.0, 1.0])
+        ...     def expert(self, task, parameter, rows=None):
+        ...         return torch.tensor([2.0, 1.0] if task == "movie" else [1.0, 0.0])
+        >>> merged = merge("task_arithmetic", InMemory())
+        >>> InMemory().base(None) + 0.5 * merged.vectors["w"]
+        tensor([1.5000, 0.5000])
     """
     if isinstance(method, str):
         method = make_method(method, {})

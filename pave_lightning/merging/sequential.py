@@ -76,11 +76,11 @@ class SequentialMethod(StaticMethod[OptionsT_co]):
         return 0.0
 
     def kept(self, parameter: Parameter, vectors: TaskVectors) -> dict[str, Tensor]:
-        """What ``keeps`` names of one parameter, float32, of all experts merged; known once the merge has begun."""
+        """What ``keeps`` names of one parameter, float32, of its shape, of all experts; known once a merge began."""
         return {}
 
     def kept_before(self, name: str, parameter: Parameter, rows: slice | None = None) -> Tensor:
-        """What was kept of the experts inside the merged model that this merge starts from.
+        """What was kept of the experts inside the merged model that this merge starts from, of the parameter's shape.
 
         Raises:
             PaveError: it holds NaN or infinity.

@@ -44,6 +44,11 @@ class TaskGradients(Mapping[str, Tensor]):
 
     Raises:
         PaveError: the kind is unknown, there were no examples, or values are not float32, not finite or negative.
+
+    Example:
+        >>> fisher = TaskGradients("fisher", {"layer.weight": torch.ones(3, 2)}, examples=8)
+        >>> fisher.read("layer.weight", rows=slice(0, 1))
+        tensor([[1., 1.]])
     """
 
     def __init__(
@@ -112,7 +117,7 @@ class TaskGradients(Mapping[str, Tensor]):
         return self._shapes[name]
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """The values of a parameter; with ``rows``, only these rows of its first axis are read.
+        """The values of a parameter, float32, of its shape; with ``rows``, only these rows of its first axis are read.
 
         Raises:
             KeyError: there is nothing of a parameter of that name.

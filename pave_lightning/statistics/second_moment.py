@@ -34,6 +34,10 @@ def captured_kind(moments: Moments, out_features: int, in_features: int) -> Mome
         moments: ``"smallest"`` takes the cross moment there, ``"output"`` the output moment, ``"input"`` none of them.
         out_features: ``d_out``.
         in_features: ``d_in``.
+
+    Example:
+        >>> captured_kind("smallest", 32, 64), captured_kind("smallest", 64, 32)
+        ('cross', 'input')
     """
     narrow: dict[Moments, MomentKind] = {"smallest": "cross", "output": "output", "input": "input"}
     return narrow[moments] if in_features > out_features else "input"
@@ -60,6 +64,11 @@ class LayerMoment:
         matrix: float32.
         rows: how many rows (tokens, not sequences) ``n`` the mean was taken over.
         seen: how many rows there were, of which ``rows`` were counted; None where that is not known.
+
+    Example:
+        >>> LayerMoment("rows", torch.tensor([[1.0, 2.0]]), rows=1).covariance()
+        tensor([[1., 2.],
+                [2., 4.]])
     """
 
     kind: MomentKind
@@ -215,7 +224,10 @@ class SecondMoment:
         self.rows, self.seen = counts.tolist()
 
     def mean(self) -> Tensor:
-        """The sum divided by the number of rows, float32, in full (kinds ``"input"`` and ``"output"`` are symmetric).
+        """The sum divided by the number of rows, in full (kinds ``"input"`` and ``"output"`` are symmetric).
+
+        Returns:
+            The moment in the shape of its kind, see `LayerMoment`, float32.
 
         Raises:
             ValueError: no rows have been added.

@@ -90,9 +90,16 @@ def spectral_budget(
         stopping_share: as in `allocate_ranks`.
         nearest_budget: as in `allocate_ranks`.
 
+    Returns:
+        How many components are removed, and key -> the most that this spectrum loses.
+
     Raises:
         UnreachableBudgetError: as in `allocate_ranks`.
         ValueError: ``stopping_share`` is out of range.
+
+    Example:
+        >>> spectral_budget({"query": 4, "key": 4}, rho=0.75, stopping_share=1.5)
+        (2, {'query': 2, 'key': 2})
     """
     if not (math.isfinite(stopping_share) and stopping_share > 0):
         raise ValueError(f"stopping_share must be a finite number above 0, found {stopping_share}")
@@ -129,6 +136,10 @@ def even_ranks(spectra: Mapping[Key, Tensor], rho: float) -> dict[Key, int]:
 
     Raises:
         ValueError: ``rho`` is out of range; there are no spectra; a spectrum is empty.
+
+    Example:
+        >>> even_ranks({"narrow": torch.ones(4), "wide": torch.ones(8)}, rho=0.75)
+        {'narrow': 3, 'wide': 6}
     """
     return {key: round(rho * length) for key, length in _lengths(spectra, rho).items()}
 
@@ -147,6 +158,10 @@ def averaged_ranks(
 
     Returns:
         (task, layer) -> components to keep, in the order of ``ranks``.
+
+    Example:
+        >>> averaged_ranks({("movie", "query"): 2, ("movie", "key"): 4}, {("movie", "query"): 4, ("movie", "key"): 4})
+        {('movie', 'query'): 3, ('movie', 'key'): 3}
     """
     kept: dict[str, int] = {}
     full: dict[str, int] = {}

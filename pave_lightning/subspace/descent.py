@@ -24,6 +24,11 @@ def adam_descent(
 
     Returns:
         A new tensor of the same shape and dtype.
+
+    Example:
+        >>> start = torch.tensor([1.0])
+        >>> adam_descent(start, lambda x: 2 * x, steps=1, rate=0.25, epsilon=0.0)
+        tensor([0.7500])
     """
     # Fused Adam walks memory as it lies, so a transposed view and its gradient would not meet.
     parameter = nn.Parameter(start.detach().clone(memory_format=torch.contiguous_format))

@@ -69,6 +69,10 @@ def leading_triplets(matrix: Tensor, rank: int | None = None, *, floor: float = 
 
     Raises:
         ValueError: the matrix holds NaN or infinite values.
+
+    Example:
+        >>> leading_triplets(torch.diag(torch.tensor([3.0, 2.0, 0.0]))).values
+        tensor([3., 2.], dtype=torch.float64)
     """
     full = matrix.double()
     if full.shape[0] > full.shape[1]:
@@ -99,6 +103,11 @@ def polar_factor(matrix: Tensor) -> Tensor:
 
     Raises:
         ValueError: the matrix holds NaN or infinite values.
+
+    Example:
+        >>> polar_factor(torch.tensor([[3.0, 0.0], [0.0, -0.5]]))
+        tensor([[ 1.,  0.],
+                [ 0., -1.]], dtype=torch.float64)
     """
     full = matrix.double()
     if full.shape[0] < full.shape[1]:

@@ -23,11 +23,11 @@ class Frame(Protocol):
     core: Tensor
 
     def enter(self, matrix: Tensor) -> Tensor:
-        """``Q^T M`` for a matrix of shape ``(d_out, m)``, float64."""
+        """``Q^T M``, shape ``(d, m)``, for a matrix of shape ``(d_out, m)``, float64."""
         ...
 
     def lift(self, columns: Tensor) -> Tensor:
-        """``Q Z`` for columns of shape ``(d, k)``, float64."""
+        """``Q Z``, shape ``(d_out, k)``, for columns of shape ``(d, k)``, float64."""
         ...
 
 
@@ -54,12 +54,12 @@ class BasisFrame:
         self._basis, self.core = torch.linalg.qr(weight)
 
     def enter(self, matrix: Tensor) -> Tensor:
-        """``Q^T M``."""
+        """``Q^T M``, shape ``(d, m)``."""
         product: Tensor = self._basis.T @ matrix
         return product
 
     def lift(self, columns: Tensor) -> Tensor:
-        """``Q Z``."""
+        """``Q Z``, shape ``(d_out, k)``."""
         product: Tensor = self._basis @ columns
         return product
 
@@ -76,12 +76,12 @@ class CholeskyFrame:
         self._weight, self.core = weight, factor
 
     def enter(self, matrix: Tensor) -> Tensor:
-        """``R^-T (W^T M)``."""
+        """``R^-T (W^T M)``, shape ``(d, m)``."""
         entered: Tensor = torch.linalg.solve_triangular(self.core.T, self._weight.double().T @ matrix, upper=False)
         return entered
 
     def lift(self, columns: Tensor) -> Tensor:
-        """``W (R^-1 Z)``."""
+        """``W (R^-1 Z)``, shape ``(d_out, k)``."""
         coefficients: Tensor = torch.linalg.solve_triangular(self.core, columns, upper=True)
         return self._weight.double() @ coefficients
 
@@ -111,7 +111,10 @@ def frame_of(weight: Tensor, device: torch.device, *, stable: bool = False) -> F
 
 
 def gram_of(matrix: Tensor) -> Tensor:
-    """``M M^T`` in float64. On the CPU through NumPy, which computes one half of it only."""
+    """``M M^T``, shape ``(m, m)``, of a matrix of shape ``(m, n)``, both float64.
+
+    On the CPU through NumPy, which computes one half of it only.
+    """
     if matrix.device.type != "cpu":
         return matrix @ matrix.T
     array = matrix.numpy()

@@ -33,6 +33,10 @@ def in_parallel(jobs: Sequence[Callable[[], T]], workers: int) -> list[T]:
         ValueError: ``workers`` is below 1.
         Exception: the first one, in the order of the jobs, that a job raised; jobs that have not begun by then are
             left out.
+
+    Example:
+        >>> in_parallel([lambda: 1 + 1, lambda: 2 * 2], workers=2)
+        [2, 4]
     """
     if workers < 1:
         raise ValueError(f"workers must be at least 1, found {workers}")

@@ -119,6 +119,11 @@ def knowledge_spectrum(
 
     Source: CO-SVD in An, Yang, Torr, Ghanem, "Purifying Task Vectors in Knowledge-Aware Subspace for Model Merging",
     arXiv 2510.14697.
+
+    Example:
+        >>> weight, inputs = torch.diag(torch.tensor([1.0, 2.0])), torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+        >>> knowledge_spectrum(weight, inputs.T @ inputs / 2).values
+        tensor([2., 1.], dtype=torch.float64)
     """
     _check_request(weight, moment, kind, metric, damping)
     where = torch.device("cpu" if device is None else device)
@@ -149,6 +154,12 @@ def project(weight: Tensor, spectrum: KnowledgeSpectrum, rank: int) -> Tensor:
 
     Raises:
         ValueError: ``rank`` is out of range, or ``weight`` does not fit ``spectrum``.
+
+    Example:
+        >>> weight, inputs = torch.diag(torch.tensor([1.0, 2.0])), torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+        >>> project(weight, knowledge_spectrum(weight, inputs.T @ inputs / 2), rank=1)
+        tensor([[1., 0.],
+                [0., 0.]])
     """
     return remove_tail(weight, spectrum, rank)
 
@@ -171,6 +182,12 @@ def remove_tail(matrix: Tensor, spectrum: KnowledgeSpectrum, rank: int) -> Tenso
 
     Raises:
         ValueError: ``rank`` is out of range, or ``matrix`` does not fit ``spectrum``.
+
+    Example:
+        >>> spectrum = knowledge_spectrum(torch.diag(torch.tensor([1.0, 2.0])), None, metric="identity")
+        >>> remove_tail(torch.ones(2, 2), spectrum, rank=1)
+        tensor([[0., 0.],
+                [1., 1.]])
     """
     if tuple(matrix.shape) != spectrum.shape:
         raise ValueError(
@@ -261,6 +278,10 @@ def moment_shape(kind: MomentKind, weight: tuple[int, int], rows: int) -> tuple[
         kind: which moment.
         weight: ``(d_out, d_in)``.
         rows: how many rows there are, which counts for the kind ``"rows"`` alone.
+
+    Example:
+        >>> moment_shape("cross", (32, 64), rows=500)
+        (32, 64)
     """
     width_out, width_in = weight
     heights = {"input": width_in, "cross": width_out, "rows": rows, "output": width_out}

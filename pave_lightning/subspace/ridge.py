@@ -121,6 +121,11 @@ def divided(rows: Tensor, matrix: Tensor, ridge: float = 0.0, *, tolerance: floa
 
     Raises:
         ValueError: the matrix holds NaN or infinite values.
+
+    Example:
+        >>> rows = torch.tensor([[6.0, 0.0]], dtype=torch.float64)
+        >>> divided(rows, torch.diag(torch.tensor([2.0, 0.0], dtype=torch.float64)))
+        tensor([[3., 0.]], dtype=torch.float64)
     """
     if not bool(torch.isfinite(matrix).all()):
         raise ValueError("the summed moments hold NaN or infinite values")

@@ -71,7 +71,7 @@ def buffer_problems(base: Checkpoint, expert: Checkpoint, kinds: Mapping[str, Bu
 
 
 def averaged(checkpoints: Sequence[tuple[Checkpoint, int]], name: str) -> Tensor:
-    """Mean of a running statistic over checkpoints (float32).
+    """Mean of a running statistic over checkpoints, float32, of the statistic's shape.
 
     Args:
         checkpoints: each with the number of experts that it stands for.

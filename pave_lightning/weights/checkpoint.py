@@ -112,7 +112,7 @@ class Checkpoint:
                 self.backbone[own] = self.backbone.pop(name)
 
     def tensor(self, name: str, rows: slice | None = None) -> Tensor:
-        """A backbone tensor in its stored dtype; with ``rows``, only these rows of its first axis are read."""
+        """A backbone tensor in its stored shape and dtype; with ``rows``, only these rows are read."""
         return self.read(self.backbone[name], rows)
 
     def stored(self) -> Iterator[tuple[str, StoredTensor]]:
@@ -127,7 +127,7 @@ class Checkpoint:
 
     @staticmethod
     def read(stored: StoredTensor, rows: slice | None = None) -> Tensor:
-        """A stored tensor as it is, in memory of its own; with ``rows``, only these rows of its first axis are read.
+        """A stored tensor in its shape and dtype, in memory of its own; with ``rows``, only these rows are read.
 
         Raises:
             PaveError: the file is no longer what it was when its header was read.
@@ -171,7 +171,7 @@ class Checkpoint:
 
 
 def is_finite_in_float32(tensor: Tensor) -> bool:
-    """Whether every value of a floating-point tensor is finite, and stays so in float32, in which all is computed."""
+    """Whether all values of a floating-point tensor of any shape are finite, also in float32, in which we compute."""
     return is_finite(tensor.float() if tensor.dtype == torch.float64 else tensor)
 
 

@@ -57,7 +57,7 @@ class OwnTokens:
     outputs: Tensor
 
     def shared(self, ids: Tensor) -> Tensor:
-        """The tokens, with any shared one in place of its own."""
+        """Token ids of any shape, int64, with any shared one in place of its own."""
         return ids.masked_fill(ids >= self.first, 0)
 
     def looked_up(self, ids: Tensor, found: Tensor) -> Tensor:

@@ -85,6 +85,10 @@ class Parameter:
 
         Raises:
             ValueError: the parameter is no matrix weight.
+
+        Example:
+            >>> Parameter("h.0.mlp.c_fc.weight", ParameterKind.LINEAR, shape=(768, 3072), input_axis=0).matrix_shape
+            (3072, 768)
         """
         if self.input_axis is None:
             raise ValueError(f"{self.name} is no matrix weight but a {self.kind}")
@@ -93,11 +97,11 @@ class Parameter:
         return self.shape[0], math.prod(self.shape[1:])
 
     def as_matrix(self, tensor: Tensor) -> Tensor:
-        """The weight as ``d_out x d_in``, a view; kernels of convolutions are laid out as one row an output channel."""
+        """The weight, shape ``(d_out, d_in)``, a view; kernels of convolutions are one row an output channel."""
         return tensor.T if self.input_axis == 0 else tensor.reshape(self.matrix_shape)
 
     def from_matrix(self, matrix: Tensor) -> Tensor:
-        """A ``d_out x d_in`` matrix in the shape in which the weight is stored, contiguous."""
+        """A matrix of shape ``(d_out, d_in)`` in the shape in which the weight is stored, contiguous."""
         return (matrix.T if self.input_axis == 0 else matrix.reshape(self.shape)).contiguous()
 
 

@@ -27,9 +27,23 @@ BLOCK_ELEMENTS = 200_000
 class TaskVectors(ABC):
     """Base and expert weights of several tasks, parameter by parameter; never two whole models in memory.
 
+    Tensors have the parameter's shape, or that of some of its rows, and are float32.
+
     Attributes:
         tasks: names of the tasks, in order.
         parameters: the floating-point parameters that base and experts share, in the order of the base.
+
+    Example:
+        >>> from pave_lightning.weights.parameters import ParameterKind
+        >>> class InMemory(TaskVectors):
+        ...     tasks, parameters = ("movie", "news"), (Parameter("w", ParameterKind.OTHER, (2,)),)
+        ...     def base(self, parameter, rows=None):
+        ...         return torch.tensor([1.0, 1.0])
+        ...     def expert(self, task, parameter, rows=None):
+        ...         return torch.tensor([2.0, 1.0] if task == "movie" else [1.0, 0.0])
+        >>> source = InMemory()
+        >>> source.vector("news", source.parameters[0])
+        tensor([ 0., -1.])
     """
 
     tasks: tuple[str, ...]
@@ -37,11 +51,11 @@ class TaskVectors(ABC):
 
     @abstractmethod
     def base(self, parameter: Parameter, rows: slice | None = None) -> Tensor:
-        """The base's tensor (float32), or the given rows of its first axis."""
+        """The base's tensor (float32, of the parameter's shape), or the given rows of its first axis."""
 
     @abstractmethod
     def expert(self, task: str, parameter: Parameter, rows: slice | None = None) -> Tensor:
-        """The fine-tuned tensor of a task (float32), or the given rows of its first axis."""
+        """The fine-tuned tensor of a task (float32, of the parameter's shape), or the given rows of its first axis."""
 
     def vector(self, task: str, parameter: Parameter, rows: slice | None = None, base: Tensor | None = None) -> Tensor:
         """The task vector: fine-tuned minus base (float32).

@@ -35,7 +35,7 @@ class ShardWriter:
         self._total_bytes = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Add one tensor; it is held, not copied, until its shard is full, so it must not be changed afterwards."""
+        """Add a tensor of any shape and dtype; it is held, not copied, until its shard is full: do not change it."""
         size = tensor.numel() * tensor.element_size()
         if self._pending and self._pending_bytes + size > self.shard_bytes:
             self._flush()

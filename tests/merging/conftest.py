@@ -20,6 +20,7 @@ from pave_lightning.weights import (
     ParameterKind,
     TaskVectors,
 )
+from pave_lightning.weights.parameters import kind_of
 
 
 class ArrayVectors(TaskVectors):
@@ -74,6 +75,19 @@ class ArrayVectors(TaskVectors):
 def make_source():
     """Build a source from ``{task: {name: array}}``."""
     return ArrayVectors
+
+
+@pytest.fixture(scope="session")
+def described():
+    """The parameters of a module as checkpoints of it have them."""
+
+    def describe(module):
+        owners = {name: name.rpartition(".") for name, _ in module.named_parameters()}
+        kinds = {name: kind_of(module.get_submodule(owner), leaf) for name, (owner, _, leaf) in owners.items()}
+        shapes = {name: tuple(value.shape) for name, value in module.named_parameters()}
+        return tuple(Parameter(name, kind, shapes[name], axis) for name, (kind, axis) in kinds.items())
+
+    return describe
 
 
 @pytest.fixture

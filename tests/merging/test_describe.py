@@ -55,7 +55,7 @@ def test_another_program_gets_lines_of_a_readable_width(capsys, monkeypatch, col
     assert sorted(entries(text)) == sorted(known_methods())
 
 
-def test_what_a_rule_needs_is_told():
+def test_what_a_method_needs_is_told():
     found = {name: " ".join(words) for name, words in entries(printed(1000)).items()}
     assert "weights only elementwise" in found["task_arithmetic"]
     assert "weights only; the order of tasks matters" in found["cabs"]

@@ -1,6 +1,7 @@
 """Families of transformers, tiny and random: each is walked through as its own forward does, or refused by the plan."""
 
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -13,9 +14,7 @@ from pave_lightning.merging.methods.feature_calibration import FeatureCalibratio
 from pave_lightning.merging.methods.regmean_blocks import RegMeanBlocks
 from pave_lightning.merging.passes import ForwardPasses
 from pave_lightning.pipeline.planning.blocks import block_problem
-from pave_lightning.weights import Parameter, TaskVectors
 from pave_lightning.weights.architecture import backbone_of
-from pave_lightning.weights.parameters import kind_of
 
 WORDS, WIDTH, LAYERS = 60, 32, 3
 SHORT = {"vocab_size": WORDS, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -118,60 +117,47 @@ def batch_of(side, lengths=(5, 9, 2)):
     return {"input_ids": ids * mask, "attention_mask": mask.long()}
 
 
-class Changed(TaskVectors):
-    """Two experts, noise on a backbone; the noise is the same for both where it is ``shared``."""
+@pytest.fixture
+def request_of(make_source, described):
+    """Two experts of a family and what methods need to know of them; the anchor is the mean of the experts.
 
-    def __init__(self, backbone, shared):
-        self.tasks = ("one", "two")
-        self.parameters = tuple(
-            Parameter(name, *self._kind(backbone, name, tensor), name.rpartition(".")[0])
-            for name, tensor in backbone.named_parameters()
+    An expert is noise on the backbone; the noise is the same for both where it is ``shared``.
+    """
+
+    def build(name, side="right", *, shared=False):
+        original = backbone_of(classifier_of(WALKED[name]()))
+        base = {key: tensor.detach().numpy() for key, tensor in original.named_parameters()}
+        random = torch.Generator().manual_seed(1)
+        first, other = (
+            {key: 0.05 * torch.randn(value.shape, generator=random).numpy() for key, value in base.items()}
+            for _ in range(2)
         )
-        self._base = {name: tensor.detach().clone() for name, tensor in backbone.named_parameters()}
-        torch.manual_seed(1)
-        first = {name: 0.05 * torch.randn_like(tensor) for name, tensor in self._base.items()}
-        other = {name: 0.05 * torch.randn_like(tensor) for name, tensor in self._base.items()}
-        self._vectors = {"one": first, "two": first if shared else other}
+        source = make_source({"one": first, "two": first if shared else other}, base=base)
+        source.parameters = described(original)
 
-    @staticmethod
-    def _kind(backbone, name, tensor):
-        owner, _, attribute = name.rpartition(".")
-        kind, axis = kind_of(backbone.get_submodule(owner), attribute)
-        return kind, tuple(tensor.shape), axis
+        def put_weights(backbone, read):
+            with torch.no_grad():
+                for parameter in source.parameters:
+                    backbone.get_parameter(parameter.name).copy_(read(parameter))
 
-    def base(self, parameter, rows=None):
-        tensor = self._base[parameter.name]
-        return tensor if rows is None else tensor[rows]
+        def classifier(task):
+            made = classifier_of(WALKED[name](), seed=3)
+            put_weights(backbone_of(made), partial(source.expert, task))
+            return made
 
-    def expert(self, task, parameter, rows=None):
-        tensor = self._base[parameter.name] + self._vectors[task][parameter.name]
-        return tensor if rows is None else tensor[rows]
+        def backbone():
+            made = backbone_of(classifier_of(WALKED[name](), seed=4))
+            put_weights(made, source.base)
+            return made
 
+        batches = {task: [batch_of(side, (5, 9, 2 + i)) for i in range(3)] for task in source.tasks}
+        anchor = {
+            p.name: torch.stack([source.vector(task, p) for task in source.tasks]).mean(dim=0)
+            for p in source.parameters
+        }
+        return source, Evidence(passes=ForwardPasses(backbone, source, batches, classifier=classifier), anchor=anchor)
 
-def request_of(name, side="right", *, shared=False):
-    """Two experts of a family and what methods need to know of them; the anchor is the mean of the experts."""
-    model = classifier_of(WALKED[name]())
-    source = Changed(backbone_of(model), shared)
-
-    def classifier(task):
-        made = classifier_of(WALKED[name](), seed=3)
-        with torch.no_grad():
-            for parameter in source.parameters:
-                backbone_of(made).get_parameter(parameter.name).copy_(source.expert(task, parameter))
-        return made
-
-    def backbone():
-        made = backbone_of(classifier_of(WALKED[name](), seed=4))
-        with torch.no_grad():
-            for parameter in source.parameters:
-                made.get_parameter(parameter.name).copy_(source.base(parameter))
-        return made
-
-    batches = {task: [batch_of(side, (5, 9, 2 + i)) for i in range(3)] for task in source.tasks}
-    anchor = {
-        p.name: torch.stack([source.vector(task, p) for task in source.tasks]).mean(dim=0) for p in source.parameters
-    }
-    return source, Evidence(passes=ForwardPasses(backbone, source, batches, classifier=classifier), anchor=anchor)
+    return build
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -206,7 +192,7 @@ def test_plan_refuses_it_with_the_one_message(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_regmean_plus_plus_keeps_equal_experts(name):
+def test_regmean_plus_plus_keeps_equal_experts(name, request_of):
     source, evidence = request_of(name, shared=True)
     merged = merge(RegMeanBlocks(), source, evidence)
     for parameter in source.parameters:
@@ -215,7 +201,7 @@ def test_regmean_plus_plus_keeps_equal_experts(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_featcal_keeps_equal_experts(name):
+def test_featcal_keeps_equal_experts(name, request_of):
     """Student and teacher are one, and the ridge pulls to what they are; so every solve finds it again."""
     source, evidence = request_of(name, "left", shared=True)
     options = FeatureCalibrationOptions(extrapolation=1.0, unread_tokens=0.5)
@@ -226,10 +212,10 @@ def test_featcal_keeps_equal_experts(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_rules_change_what_differs(name):
+def test_methods_change_what_differs(name, request_of):
     source, evidence = request_of(name)
-    for rule in (RegMeanBlocks(), FeatureCalibration(), Distillation(DistillationOptions(epochs=1, rate=1e-5))):
-        merged = merge(rule, source, evidence).vectors
+    for method in (RegMeanBlocks(), FeatureCalibration(), Distillation(DistillationOptions(epochs=1, rate=1e-5))):
+        merged = merge(method, source, evidence).vectors
         assert all(torch.isfinite(value).all() for value in merged.values())
         changed = [p.name for p in source.parameters if not torch.allclose(merged[p.name], evidence.anchor[p.name])]
         layers = {p.name.rpartition(".")[0] for p in source.parameters if p.is_matrix}

@@ -40,21 +40,21 @@ def state(folder, prefix=""):
     return {n.removeprefix(prefix): value.double().numpy() for n, value in tensors.items() if n.startswith(prefix)}
 
 
-def by_hand(base_folder, expert_folders, rule):
+def by_hand(base_folder, expert_folders, reference):
     """Each task's merged backbone in float64: ``method`` maps a list of task vectors to the list of tasks' vectors."""
     base = state(base_folder)
     experts = {task: state(folder, "bert.") for task, folder in expert_folders.items()}
     vectors = {task: {name: own[name] - base[name] for name in base} for task, own in experts.items()}
-    merged = rule(vectors)
+    merged = reference(vectors)
     return {task: {name: base[name] + merged[task][name] for name in base} for task in experts}
 
 
 def summed(scale):
-    def rule(vectors):
+    def reference(vectors):
         total = {name: scale * sum(own[name] for own in vectors.values()) for name in next(iter(vectors.values()))}
         return dict.fromkeys(vectors, total)
 
-    return rule
+    return reference
 
 
 def elected(vectors):
@@ -108,9 +108,9 @@ def logits_by_hand(expert_folder, backbone):
     ids=["average", "task arithmetic", "negated", "emr", "tsv_c"],
 )
 def test_a_merged_model_answers_as_one_merged_by_hand(write, base_folder, expert_folders, case):
-    method, scale, rule = case
+    method, scale, reference = case
     folder = write(method, scale)
-    expected = by_hand(base_folder, expert_folders, rule)
+    expected = by_hand(base_folder, expert_folders, reference)
     for task, expert in expert_folders.items():
         model = load_merged(folder, task)
         assert not model.training

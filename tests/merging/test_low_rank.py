@@ -37,7 +37,7 @@ def test_layers_that_some_tasks_adapt(adapted, draw):
     assert [method.in_blocks(parameter) for parameter in source.parameters] == [True, False, False]
 
 
-def test_before_it_is_run_a_rule_treats_nothing(adapted, draw):
+def test_before_it_is_run_a_method_treats_nothing(adapted, draw):
     assert not any(Ranks().covers(parameter) for parameter in adapted(draw(SHAPES, 1)).parameters)
 
 

@@ -19,8 +19,8 @@ from pave_lightning.merging.methods.ties import Ties
 @pytest.fixture(autouse=True)
 def _own_registry(monkeypatch):
     monkeypatch.setattr(registry, "_registry", known_methods())
-    monkeypatch.setattr(registry, "_looked_at", set())
     monkeypatch.setattr(logging.getLogger("pave_lightning"), "propagate", True)
+    registry._load_plug_ins.cache_clear()
 
 
 class Nothing(StaticMethod):
@@ -31,7 +31,7 @@ class Nothing(StaticMethod):
         return 0 * base
 
 
-def test_a_registered_rule_is_known_by_its_name():
+def test_a_registered_method_is_known_by_its_name():
     assert merge_method("nothing_at_all")(Nothing) is Nothing
     assert Nothing.name == "nothing_at_all"
     assert method_named("nothing_at_all") is Nothing
@@ -49,14 +49,14 @@ def test_the_same_class_may_be_registered_again():
     assert method_named("average") is Average
 
 
-def test_an_unknown_rule_is_told_with_the_nearest_one():
+def test_an_unknown_method_is_told_with_the_nearest_one():
     with pytest.raises(PaveError, match="unknown merge method 'task_arithmatic': did you mean 'task_arithmetic'"):
         method_named("task_arithmatic")
     with pytest.raises(PaveError, match=r"known are: ace, average, awd, .*wudi"):
         method_named("qqqqqqqq")
 
 
-def test_rules_of_other_packages_are_loaded(monkeypatch):
+def test_methods_of_other_packages_are_loaded(monkeypatch):
     class Entry(EntryPoint):
         def load(self):
             merge_method("from_elsewhere")(Nothing)
@@ -118,7 +118,7 @@ def test_a_broken_plug_in_is_named_and_left_out(monkeypatch, tmp_path, caplog, c
     assert "broken_plug_in" in message
 
 
-def test_every_rule_says_what_it_is():
+def test_every_method_says_what_it_is():
     for name, method in known_methods().items():
         assert method.name == name
         assert method.form in ("static", "per-task")
@@ -127,7 +127,7 @@ def test_every_rule_says_what_it_is():
         assert method().options == method.Options()
 
 
-def test_a_rule_with_its_options():
+def test_a_method_with_its_options():
     assert make_method("ties", {"density": 0.5}).options.density == 0.5
     assert make_method("ties", {}).options.density == 0.2
     assert isinstance(make_method("average", {}), Average)

@@ -29,11 +29,11 @@ def tasks(count=5):
     }
 
 
-@pytest.mark.parametrize(("rule", "of"), [(Sum, np.sum), (Mean, np.mean)])
-def test_the_running_rules_are_sum_and_mean(make_source, rule, of):
+@pytest.mark.parametrize(("kind", "of"), [(Sum, np.sum), (Mean, np.mean)])
+def test_the_running_methods_are_sum_and_mean(make_source, kind, of):
     vectors = tasks()
     for elements in (None, 2):
-        merged = merge(rule(), make_source(vectors, elements=elements)).vectors
+        merged = merge(kind(), make_source(vectors, elements=elements)).vectors
         for name in "wb":
             expected = of([named[name] for named in vectors.values()], axis=0)
             assert merged[name].numpy() == pytest.approx(expected, abs=1e-5)
@@ -47,26 +47,26 @@ def test_large_parameters_are_summed_to_their_end(make_source):
     assert merged == pytest.approx(sum(named["w"] for named in vectors.values()), abs=1e-5)
 
 
-@pytest.mark.parametrize("rule", [Sum, Mean])
+@pytest.mark.parametrize("kind", [Sum, Mean])
 @pytest.mark.parametrize("scale", [None, 0.3, 1.7])
 @pytest.mark.parametrize("at_once", [1, 2])
-def test_adding_experts_to_a_merged_model_is_merging_all(make_source, rule, scale, at_once):
+def test_adding_experts_to_a_merged_model_is_merging_all(make_source, kind, scale, at_once):
     vectors = tasks()
     random = np.random.default_rng(1)
     base = {"w": random.standard_normal((4, 3)), "b": random.standard_normal(3)}
     factor = 1.0 if scale is None else scale
-    method = rule()
+    method = kind()
     names = list(vectors)
     result = merge(method, make_source({task: vectors[task] for task in names[:3]}, base=base)).vectors
     for start in range(3, 5, at_once):
         # What is kept beside a merged model goes through a file.
         state = json.loads(json.dumps(method.state(scale)))
-        method = rule()
+        method = kind()
         method.start_from(state)
         so_far = {"so far": {name: factor * value.numpy() for name, value in result.items()}}
         new = {task: vectors[task] for task in names[start : start + at_once]}
         result = merge(method, make_source(so_far | new, base=base)).vectors
-    expected = merge(rule(), make_source(vectors, base=base)).vectors
+    expected = merge(kind(), make_source(vectors, base=base)).vectors
     for name in "wb":
         assert result[name].numpy() == pytest.approx(expected[name].numpy(), abs=1e-5)
     assert method.merged() == 5
@@ -83,17 +83,17 @@ def test_the_states_by_hand(make_source):
 
 
 def test_an_expert_is_added_to_a_mean_of_two_by_hand(make_source):
-    rule = Mean()
-    rule.start_from({"method": "running mean", "merged": 2, "divisor": 2.0})
-    merged = merge(rule, make_source({"so far": {"w": [3.0]}, "new": {"w": [9.0]}})).vectors["w"]
+    method = Mean()
+    method.start_from({"method": "running mean", "merged": 2, "divisor": 2.0})
+    merged = merge(method, make_source({"so far": {"w": [3.0]}, "new": {"w": [9.0]}})).vectors["w"]
     assert merged.tolist() == [5.0]
 
 
 def test_nothing_is_left_of_the_experts_with_scale_zero(make_source):
-    rule = Sum()
-    merge(rule, make_source(tasks(2)))
+    method = Sum()
+    merge(method, make_source(tasks(2)))
     with pytest.raises(PaveError, match="'running sum' with scale 0 leaves nothing of the experts in the merged model"):
-        rule.state(0.0)
+        method.state(0.0)
 
 
 def test_there_is_no_state_before_a_merge():

@@ -20,14 +20,21 @@ from pave_lightning.statistics.gradients import TaskGradients
 from pave_lightning.weights import Checkpoint
 
 
-@pytest.fixture
-def merge_all(ready_settings):
-    """Merge some experts by sequential methods and ties; gives the folder of each."""
+@pytest.fixture(scope="module")
+def three(ready_settings_in, base_folder, make_expert):
+    first, second = ready_settings_in("runs")["tasks"]
+    return [first, second, {**first, "name": "third", "expert": {"from": str(make_expert(base_folder, seed=9))}}]
 
-    def run(tasks, name, rules=("opcm", "average", "task_arithmetic", "perturb_and_merge", "ties")):
-        scales = {"task_arithmetic": {"scale": 0.5}}
-        steps = [{"method": rule, "vectors": ["plain"], **scales.get(rule, {})} for rule in rules]
-        recipe = Recipe.model_validate({**ready_settings, "name": name, "tasks": tasks, "merge": steps})
+
+@pytest.fixture(scope="module")
+def merged(ready_settings_in, tmp_path_factory):
+    """Merge some experts by sequential methods and ties; gives the folder of each, only to be read."""
+
+    def run(tasks, name):
+        methods = {"opcm": {}, "average": {}, "task_arithmetic": {"scale": 0.5}, "perturb_and_merge": {}, "ties": {}}
+        steps = [{"method": method, "vectors": ["plain"], **more} for method, more in methods.items()]
+        settings = ready_settings_in(tmp_path_factory.mktemp("merged"))
+        recipe = Recipe.model_validate({**settings, "name": name, "tasks": tasks, "merge": steps})
         run_stage(recipe, "fit")
         run_stage(recipe, "merge")
         root = open_folder(recipe).root / "merged"
@@ -36,10 +43,14 @@ def merge_all(ready_settings):
     return run
 
 
-@pytest.fixture
-def three(ready_settings, base_folder, make_expert):
-    first, second = ready_settings["tasks"]
-    return [first, second, {**first, "name": "third", "expert": {"from": str(make_expert(base_folder, seed=9))}}]
+@pytest.fixture(scope="module")
+def two(merged, three):
+    return merged(three[:2], "two")
+
+
+@pytest.fixture(scope="module")
+def all_three(merged, three):
+    return merged(three, "three")
 
 
 def weights(folder):
@@ -51,17 +62,16 @@ def fisher_of(folders, task):
     return folders["opcm"].parents[1] / "gradients" / f"fisher-{task}"
 
 
-def test_adding_gives_what_merging_all_gives(merge_all, three, tmp_path):
-    two, all_three = merge_all(three[:2], "two"), merge_all(three, "three")
+def test_adding_gives_what_merging_all_gives(two, all_three, three, tmp_path):
     expert = three[2]["expert"]["from"]
-    for rule in ("opcm", "average", "task_arithmetic", "perturb_and_merge"):
-        fisher = fisher_of(all_three, "third") if rule == "perturb_and_merge" else None
-        added = add_expert(two[rule], "third", expert, tmp_path / rule, fisher)
-        found, expected = weights(added), weights(all_three[rule])
+    for method in ("opcm", "average", "task_arithmetic", "perturb_and_merge"):
+        fisher = fisher_of(all_three, "third") if method == "perturb_and_merge" else None
+        added = add_expert(two[method], "third", expert, tmp_path / method, fisher)
+        found, expected = weights(added), weights(all_three[method])
         for name, value in expected.items():
-            assert torch.allclose(found[name], value, atol=2e-5), (rule, name)
+            assert torch.allclose(found[name], value, atol=2e-5), (method, name)
         assert sorted(head.name for head in (added / "heads").iterdir()) == ["more", "third", "words"]
-        facts, others = (json.loads((folder / "pave.json").read_text()) for folder in (added, all_three[rule]))
+        facts, others = (json.loads((folder / "pave.json").read_text()) for folder in (added, all_three[method]))
         assert facts["added"] == ["third"]
         assert facts["sequential"]["merged"] == others["sequential"]["merged"] == 3
         assert facts["sequential"]["divisor"] == pytest.approx(others["sequential"]["divisor"], rel=1e-4)
@@ -69,22 +79,21 @@ def test_adding_gives_what_merging_all_gives(merge_all, three, tmp_path):
             assert load_merged(added, task) is not None
 
 
-def test_mistakes_are_told_and_nothing_is_left_behind(merge_all, three, tmp_path, capsys):
-    folders = merge_all(three[:2], "two")
+def test_mistakes_are_told_and_nothing_is_left_behind(two, three, tmp_path):
     expert = three[2]["expert"]["from"]
     output = tmp_path / "out" / "result"
     with pytest.raises(
         PaveError, match=r"was merged by 'ties', which cannot .* later; methods that can: average, opcm,"
     ):
-        add_expert(folders["ties"], "third", expert, output)
+        add_expert(two["ties"], "third", expert, output)
     with pytest.raises(PaveError, match="has a task 'words' already"):
-        add_expert(folders["opcm"], "words", expert, output)
+        add_expert(two["opcm"], "words", expert, output)
     with pytest.raises(PaveError, match=r"'a/b' cannot name a task: expected letters, .* first a letter or a digit"):
-        add_expert(folders["opcm"], "a/b", expert, output)
+        add_expert(two["opcm"], "a/b", expert, output)
     with pytest.raises(PaveError, match="is no merged model"):
         add_expert(tmp_path, "third", expert, output)
     broken = tmp_path / "broken"
-    shutil.copytree(folders["opcm"], broken)
+    shutil.copytree(two["opcm"], broken)
     facts = json.loads((broken / "pave.json").read_text())
     facts["sequential"]["divisor"] = 0.0
     (broken / "pave.json").write_text(json.dumps(facts))
@@ -97,7 +106,7 @@ def test_mistakes_are_told_and_nothing_is_left_behind(merge_all, three, tmp_path
     shutil.copytree(expert, other)
     still = tmp_path / "still"
     shutil.copytree(expert, still)
-    base = Checkpoint(Path(json.loads((folders["opcm"] / "pave.json").read_text())["base"]), "bert")
+    base = Checkpoint(Path(json.loads((two["opcm"] / "pave.json").read_text())["base"]), "bert")
     weights = load_file(still / "model.safetensors")
     weights |= {f"bert.{name}": base.tensor(name) for name in base if f"bert.{name}" in weights}
     save_file(weights, still / "model.safetensors", metadata={"format": "pt"})
@@ -106,11 +115,11 @@ def test_mistakes_are_told_and_nothing_is_left_behind(merge_all, three, tmp_path
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     AutoTokenizer.from_pretrained(expert).save_pretrained(headless)
     with pytest.raises(PaveError, match="which has no head"):
-        add_expert(folders["opcm"], "third", str(headless), output)
+        add_expert(two["opcm"], "third", str(headless), output)
     with pytest.raises(PaveError, match="its backbone is the base's, so there is nothing to merge"):
-        add_expert(folders["opcm"], "third", str(still), output)
+        add_expert(two["opcm"], "third", str(still), output)
     with pytest.raises(PaveError, match="its vocabulary is not the base's: 2 tokens differ"):
-        add_expert(folders["opcm"], "third", str(other), output)
+        add_expert(two["opcm"], "third", str(other), output)
     facts["sequential"]["divisor"], facts["base_digest"] = 1.0, "0" * 64
     (broken / "pave.json").write_text(json.dumps(facts))
     with pytest.raises(PaveError, match="is no longer what it was when"):
@@ -121,7 +130,7 @@ def test_mistakes_are_told_and_nothing_is_left_behind(merge_all, three, tmp_path
     assert not output.parent.exists() or not list(output.parent.iterdir())
     output.mkdir(parents=True)
     with pytest.raises(PaveError, match="exists already"):
-        add_expert(folders["opcm"], "third", expert, output)
+        add_expert(two["opcm"], "third", expert, output)
 
 
 @pytest.fixture
@@ -140,30 +149,28 @@ def adapter(base_folder, tmp_path):
     return tmp_path / "adapter", tmp_path / "whole"
 
 
-def test_an_adapter_is_added_as_the_whole_model_it_gives(merge_all, three, adapter, tmp_path):
-    folders = merge_all(three[:2], "two", ["opcm", "perturb_and_merge"])
-    adapted, whole = (add_expert(folders["opcm"], "third", str(e), tmp_path / f"with-{e.name}") for e in adapter)
+def test_an_adapter_is_added_as_the_whole_model_it_gives(two, adapter, tmp_path):
+    adapted, whole = (add_expert(two["opcm"], "third", str(e), tmp_path / f"with-{e.name}") for e in adapter)
     expected = weights(whole)
     assert all(torch.allclose(value, expected[name], atol=1e-6) for name, value in weights(adapted).items())
     assert not torch.equal(
-        expected["encoder.layer.0.output.dense.weight"], weights(folders["opcm"])["encoder.layer.0.output.dense.weight"]
+        expected["encoder.layer.0.output.dense.weight"], weights(two["opcm"])["encoder.layer.0.output.dense.weight"]
     )
     text = AutoTokenizer.from_pretrained(whole)(["w3 w50 w7"], return_tensors="pt")
     logits = [load_merged(folder, "third")(**text).logits for folder in (adapted, whole)]
     assert logits[0].shape == (1, 3)
     torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)
     with pytest.raises(PaveError, match="is an adapter, but Fisher information is that of a whole model"):
-        add_expert(folders["perturb_and_merge"], "third", str(adapter[0]), tmp_path / "no", tmp_path)
+        add_expert(two["perturb_and_merge"], "third", str(adapter[0]), tmp_path / "no", tmp_path)
     file = adapter[0] / "adapter_model.safetensors"
     save_file({name: tensor for name, tensor in load_file(file).items() if "classifier" not in name}, file)
     with pytest.raises(PaveError, match=r"task 'third': the adapter .* holds no head"):
-        add_expert(folders["opcm"], "third", str(adapter[0]), tmp_path / "no")
+        add_expert(two["opcm"], "third", str(adapter[0]), tmp_path / "no")
     assert not (tmp_path / "no").exists()
 
 
-def test_a_result_says_what_it_is_and_can_be_scored_as_its_card_says(merge_all, three, ready_settings, tmp_path):
-    folders = merge_all(three[:2], "two", ["opcm"])
-    folder = add_expert(folders["opcm"], "third", three[2]["expert"]["from"], tmp_path / "grown")
+def test_a_result_says_what_it_is_and_can_be_scored_as_its_card_says(two, three, ready_settings, tmp_path):
+    folder = add_expert(two["opcm"], "third", three[2]["expert"]["from"], tmp_path / "grown")
     card = (folder / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
     for told in ("# grown", "| method | `opcm` |", "more, third, words", three[2]["expert"]["from"], "`pave evaluate`"):
@@ -189,24 +196,20 @@ def test_a_result_says_what_it_is_and_can_be_scored_as_its_card_says(merge_all, 
     assert found["result"]["scores"]["words"]["metrics"]["accuracy"] == pytest.approx(sum(right) / len(rows))
 
 
-def test_being_stopped_leaves_nothing_behind(merge_all, three, tmp_path, monkeypatch):
-    folders = merge_all(three[:2], "two", ["opcm"])
-
+def test_being_stopped_leaves_nothing_behind(two, three, tmp_path, monkeypatch):
     def stop(folder, *args, **kwargs):
         (folder / "model.safetensors").write_text("half")
         raise Interrupted(143)
 
     monkeypatch.setattr(adding, "write_merged", stop)
     with pytest.raises(Interrupted):
-        add_expert(folders["opcm"], "third", three[2]["expert"]["from"], tmp_path / "out" / "grown")
+        add_expert(two["opcm"], "third", three[2]["expert"]["from"], tmp_path / "out" / "grown")
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_adding_by_fisher_information(merge_all, three, tmp_path):
-    two = merge_all(three[:2], "two", ["opcm", "perturb_and_merge"])
-    all_three = merge_all(three, "three", ["opcm", "perturb_and_merge"])
-    rule, expert, fisher = two["perturb_and_merge"], three[2]["expert"]["from"], fisher_of(all_three, "third")
-    added = add_expert(rule, "third", expert, tmp_path / "three", fisher / "gradients.safetensors")
+def test_adding_by_fisher_information(two, all_three, three, tmp_path):
+    method, expert, fisher = two["perturb_and_merge"], three[2]["expert"]["from"], fisher_of(all_three, "third")
+    added = add_expert(method, "third", expert, tmp_path / "three", fisher / "gradients.safetensors")
     found, expected = (Checkpoint(f / "sequential" / "pull", "bert") for f in (added, all_three["perturb_and_merge"]))
     assert set(found) == set(expected) != set()
     for name in expected:
@@ -217,13 +220,13 @@ def test_adding_by_fisher_information(merge_all, three, tmp_path):
 
     output = tmp_path / "out" / "result"
     with pytest.raises(PaveError, match=r"needs the Fisher information of the new expert: .* two tasks or more"):
-        add_expert(rule, "third", expert, output)
+        add_expert(method, "third", expert, output)
     with pytest.raises(PaveError, match="'opcm' uses no Fisher information; leave --fisher away"):
         add_expert(two["opcm"], "third", expert, output, fisher)
     with pytest.raises(PaveError, match=r"no gradients at .*gradients\.safetensors: take them first"):
-        add_expert(rule, "third", expert, output, tmp_path)
+        add_expert(method, "third", expert, output, tmp_path)
     with pytest.raises(PaveError, match=r"gradients at .*fisher-words were taken of another expert than"):
-        add_expert(rule, "third", expert, output, fisher_of(all_three, "words"))
+        add_expert(method, "third", expert, output, fisher_of(all_three, "words"))
     gradients = TaskGradients.load(fisher / "gradients.safetensors")
     few = {name: gradients[name] for name in list(gradients)[1:]}
     for kind, values, told in (
@@ -236,9 +239,9 @@ def test_adding_by_fisher_information(merge_all, three, tmp_path):
     ):
         TaskGradients(kind, values, examples=1).save(tmp_path / "wrong.safetensors")
         with pytest.raises(PaveError, match=f"task 'third': {told}"):
-            add_expert(rule, "third", expert, output, tmp_path / "wrong.safetensors")
+            add_expert(method, "third", expert, output, tmp_path / "wrong.safetensors")
     broken = tmp_path / "broken"
-    shutil.copytree(rule, broken)
+    shutil.copytree(method, broken)
     shutil.rmtree(broken / "sequential" / "pull")
     with pytest.raises(PaveError, match=r"kept for adding experts cannot be read: .*; merge all experts again"):
         add_expert(broken, "third", expert, output, fisher)
@@ -250,15 +253,15 @@ def test_adding_by_fisher_information(merge_all, three, tmp_path):
     assert not output.parent.exists() or not list(output.parent.iterdir())
 
 
-def test_on_the_command_line(merge_all, three, capsys):
-    folders = merge_all(three[:2], "two", ["opcm", "perturb_and_merge"])
-    folder = folders["opcm"]
+def test_on_the_command_line(two, three, tmp_path, capsys):
+    fisher = str(fisher_of(two, "words"))
+    # Results are written beside the merged model.
+    folder, by_fisher = (shutil.copytree(two[method], tmp_path / method) for method in ("opcm", "perturb_and_merge"))
     expert = three[2]["expert"]["from"]
     assert main(["merge", "--into", str(folder), "--add", f"third={expert}"]) == 0
     assert capsys.readouterr().out.strip() == f"results: {folder}-third"
     assert (folder.parent / f"{folder.name}-third" / "heads" / "third").is_dir()
-    by_fisher, fisher = str(folders["perturb_and_merge"]), str(fisher_of(folders, "words"))
-    again = three[0]["expert"]["from"]
+    by_fisher, again = str(by_fisher), three[0]["expert"]["from"]
     assert main(["merge", "--into", by_fisher, "--add", f"third={again}", "--fisher", fisher]) == 0
     assert capsys.readouterr().out.strip() == f"results: {by_fisher}-third"
     for arguments, told in (

@@ -342,17 +342,17 @@ def test_the_predicted_peak_is_the_measured_one(mid_size, method, moments, optio
 
 def test_the_memory_of_a_merge_by_hand():
     large, small = linear("large", 100, 30), linear("small", 100, 10)
-    rule = [known_methods()["task_arithmetic"]]
+    methods = [known_methods()["task_arithmetic"]]
     # Merged task vector and weight, and four tensors of rows for each of two tasks.
     alone = {parameter.name: 4 * (2 + 4 * 2) * parameter.elements for parameter in (large, small)}
-    assert costs.merging_bytes([large], 2, rule) == alone[large.name]
+    assert costs.merging_bytes([large], 2, methods) == alone[large.name]
     # The first one waits to be written while the second one is merged.
-    assert costs.merging_bytes([small, large], 2, rule) == 4 * small.elements + alone[large.name]
-    assert costs.merging_bytes([large, small], 2, rule) == max(
+    assert costs.merging_bytes([small, large], 2, methods) == 4 * small.elements + alone[large.name]
+    assert costs.merging_bytes([large, small], 2, methods) == max(
         alone[large.name], 4 * large.elements + alone[small.name]
     )
     three = [large, *[linear(f"small{index}", 100, 10) for index in range(30)]]
-    assert costs.merging_bytes(three, 2, rule) == 4 * (3000 + 29 * 1000) + alone[small.name]
+    assert costs.merging_bytes(three, 2, methods) == 4 * (3000 + 29 * 1000) + alone[small.name]
 
 
 def test_what_rules_hold_and_keep_counts():

@@ -1,4 +1,7 @@
-"""Every merge method through a recipe, on tiny models: from experts to a merged folder that loads and answers."""
+"""Merge methods through a recipe, on tiny models: from experts to a merged folder that loads and answers.
+
+All of them are slow; one of each kind, by form and by what it needs, is not.
+"""
 
 import json
 
@@ -12,6 +15,7 @@ from pave_lightning.pipeline.commands import open_folder, run_stage
 OURS = {name: kind for name, kind in sorted(known_methods().items()) if kind.__module__.startswith("pave_lightning.")}
 ADAPTED = [name for name, kind in OURS.items() if Need.LOW_RANK in kind.needs or name in ("knots", "core_space")]
 WEIGHTS = [name for name in OURS if name not in ADAPTED]
+KINDS = list({(OURS[name].form, OURS[name].needs): name for name in WEIGHTS}.values())
 EXAMPLES = {"examples": 8}
 
 
@@ -46,16 +50,23 @@ def check(folder, recipe):
     return facts
 
 
-@pytest.mark.parametrize("vectors", ["plain", pytest.param("purified", marks=pytest.mark.slow)])
-def test_every_method_merges_fully_fine_tuned_experts(vectors, ready_settings):
+@pytest.mark.parametrize(
+    ("names", "vectors"),
+    [
+        pytest.param(KINDS, "plain", id="one of each kind"),
+        pytest.param(WEIGHTS, "plain", id="all, plain", marks=pytest.mark.slow),
+        pytest.param(WEIGHTS, "purified", id="all, purified", marks=pytest.mark.slow),
+    ],
+)
+def test_fully_fine_tuned_experts_are_merged(names, vectors, ready_settings):
     settings = {
         **ready_settings,
         "capture": {"examples": 16, "moments": "input", "norms": True, "gradient_examples": 6},
-        "merge": [step(name, [vectors]) for name in WEIGHTS],
+        "merge": [step(name, [vectors]) for name in dict.fromkeys(["task_arithmetic", *names])],
     }
     recipe = Recipe.model_validate(settings)
     folders = merged_folders(recipe)
-    assert set(folders) == {f"{name}-{vectors}" for name in WEIGHTS}
+    assert set(folders) == {f"{name}-{vectors}" for name in ["task_arithmetic", *names]}
     for name, folder in folders.items():
         facts = check(folder, recipe)
         assert ("sequential" in facts) == hasattr(OURS[facts["method"]], "start_from"), name

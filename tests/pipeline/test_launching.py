@@ -85,7 +85,7 @@ def installed(monkeypatch):
 def test_the_command_as_a_module_imports_nothing_from_the_current_folder(hostile_folder, monkeypatch):
     installed(monkeypatch)
     done = subprocess.run(
-        [sys.executable, "-m", "pave_lightning", "methods", "average"], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "pave_lightning", "schema"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     assert not (hostile_folder / "ran").exists()
@@ -94,7 +94,7 @@ def test_the_command_as_a_module_imports_nothing_from_the_current_folder(hostile
 def test_what_lightning_starts_imports_nothing_from_the_current_folder(hostile_folder, monkeypatch):
     installed(monkeypatch)
     # Lightning starts further processes with -m, but without the options of Python itself
-    command = [sys.executable, "-m", "pave_lightning", "methods", "average"]
+    command = [sys.executable, "-m", "pave_lightning", "schema"]
     assert run_to_its_end(command, {**os.environ, **python_environment()}) == 0
     trap = [sys.executable, "-c", "import pave_lightning_trap"]
     guarded = {**os.environ, **python_environment()}
@@ -105,7 +105,9 @@ def test_what_lightning_starts_imports_nothing_from_the_current_folder(hostile_f
 
 def test_the_users_own_path_stays_without_empty_entries(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", "/own", "", "./other"]))
-    monkeypatch.setattr(sys, "path", sys.path[1:])  # as where the package is installed and not run from its checkout
+    # As where the package is installed and not run from its checkout.
+    checkout = Path(pave_lightning.__file__).parents[1]
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if Path(entry).resolve() != checkout])
     assert python_environment() == {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(["/own", "./other"])}
 
 

@@ -95,10 +95,10 @@ def client_key(run):
     return run.data.tags.get("pave.key", "")
 
 
-def test_scores_are_those_of_the_folders_that_are_left(recipe):
+def test_scores_are_those_of_the_folders_that_are_left(recipe, finished):
     from pave_lightning.tasks.data import load_split
 
-    folder = run_recipe(recipe)
+    folder = finished
     task = recipe.task("words")
     rows = load_split(task, "test", seed=0, cache_dir=folder / "data")
     tokenizer = AutoTokenizer.from_pretrained(folder / "experts" / "words")
@@ -112,9 +112,8 @@ def test_scores_are_those_of_the_folders_that_are_left(recipe):
         assert float(table[model, vectors]["words/accuracy"]) == pytest.approx(float(accuracy), abs=1e-6)
 
 
-def test_a_second_run_does_nothing_again_and_a_change_only_what_depends_on_it(recipe_settings):
-    folder = rerun(recipe_settings)
-    first = manifests(folder)
+def test_a_second_run_does_nothing_again_and_a_change_only_what_depends_on_it(recipe_settings, finished):
+    folder, first = finished, manifests(finished)
 
     rerun(recipe_settings)
     assert manifests(folder) == first
@@ -134,9 +133,8 @@ def test_a_second_run_does_nothing_again_and_a_change_only_what_depends_on_it(re
     assert {"scores/experts", "merged/emr-plain"} <= again
 
 
-def test_damaged_results_are_made_again(recipe_settings):
-    folder = rerun(recipe_settings)
-    weights = folder / "experts" / "words" / "model.safetensors"
+def test_damaged_results_are_made_again(recipe_settings, finished):
+    weights = finished / "experts" / "words" / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-10])
     rerun(recipe_settings)
@@ -155,6 +153,7 @@ def test_an_existing_expert_is_only_captured(recipe_settings, expert_folders):
     assert (folder / "scores" / "emr-purified" / "manifest.json").is_file()
 
 
+@pytest.mark.slow  # test_every_method trains adapters, experts/test_adapters takes them in
 def test_lora_experts_merge_like_full_ones_and_their_adapters_can_be_taken_in(recipe_settings):
     settings = dict(recipe_settings)
     settings["training"] = {**settings["training"], "lora": {"rank": 2}}
@@ -229,27 +228,26 @@ def test_a_stage_alone_says_what_it_lacks(recipe):
     assert (Path(recipe.output) / "tiny" / "results.csv").is_file()
 
 
+@pytest.mark.usefixtures("finished")
 def test_a_report_of_stale_scores_is_refused(recipe_settings):
     from pave_lightning.pipeline.commands import run_stage
 
-    rerun(recipe_settings)
     changed = {**recipe_settings, "merge": [{"method": "task_arithmetic", "scale": 0.9}, {"method": "emr"}]}
     with pytest.raises(PaveError, match="stale"):
         run_stage(Recipe.model_validate(changed), "report")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens where there is no GPU")
-def test_a_report_needs_no_device_of_the_machine_that_computed(recipe_settings):
+def test_a_report_needs_no_device_of_the_machine_that_computed(recipe_settings, finished):
     from pave_lightning.pipeline.commands import run_stage
 
-    folder = rerun(recipe_settings)
-    (folder / "results.csv").unlink()
+    (finished / "results.csv").unlink()
     trainer = {**recipe_settings["trainer"], "accelerator": "gpu"}
     computed = Recipe.model_validate({**recipe_settings, "trainer": trainer, "compute": {"device": "cuda"}})
     with pytest.raises(PaveError, match=r"(?s)trainer: .*gpu.*compute.device is cuda"):
         run_stage(computed, "evaluate")
     run_stage(computed, "report")
-    assert (folder / "results.csv").is_file()
+    assert (finished / "results.csv").is_file()
 
 
 def test_an_error_ends_the_mlflow_run_as_failed(recipe, tracking_uri, monkeypatch):

@@ -330,10 +330,10 @@ def test_stored_weights_are_the_purified_ones(source, purified, stored):
             assert torch.equal(stored.vector(task, parameter, slice(0, 2)), purified.vector(task, parameter)[:2])
 
 
-@pytest.mark.parametrize("rule", [Average, TaskArithmetic, Ties, Emr])
-def test_rules_run_unchanged_on_purified_vectors(source, purified, stored, rule):
-    found, again = merge(rule(), purified), merge(rule(), stored)
-    plain = merge(rule(), source)
+@pytest.mark.parametrize("method", [Average, TaskArithmetic, Ties, Emr])
+def test_methods_run_unchanged_on_purified_vectors(source, purified, stored, method):
+    found, again = merge(method(), purified), merge(method(), stored)
+    plain = merge(method(), source)
     name = f"{LAYER}.weight"
     assert found.vectors.keys() == plain.vectors.keys()
     assert all(torch.equal(value, again.vectors[key]) for key, value in found.vectors.items())

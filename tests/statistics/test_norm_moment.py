@@ -1,10 +1,8 @@
-import doctest
-
 import numpy as np
 import pytest
 import torch
 
-from pave_lightning.statistics import NormSquares, norm_moment
+from pave_lightning.statistics import NormSquares
 
 
 def test_as_the_plain_mean_of_squares() -> None:
@@ -51,8 +49,3 @@ def test_says_what_is_wrong() -> None:
     for wrong in (torch.ones(2, 4), torch.ones(3), torch.ones(2, 3, 1)):
         with pytest.raises(ValueError, match="norm squares of width 3 cannot take rows of shape"):
             squares.update(wrong)
-
-
-def test_the_example_in_the_documentation() -> None:
-    assert doctest.testmod(norm_moment).failed == 0
-    assert doctest.testmod(norm_moment).attempted == 3

@@ -280,7 +280,7 @@ def test_the_tail_can_be_taken_out_of_another_matrix(shape: tuple[int, int], exa
     spectrum = knowledge_spectrum(torch.from_numpy(weight), torch.from_numpy(covariance), exact=exact)
     left = np.linalg.svd(weight @ covariance, full_matrices=False)[0][:, length - 3 :]
     removed = remove_tail(torch.from_numpy(other), spectrum, length - 3)
-    np.testing.assert_allclose(removed.numpy(), other - left @ (left.T @ other), atol=1e-8)
+    np.testing.assert_allclose(removed.numpy(), other - left @ (left.T @ other), atol=1e-7)
     same = remove_tail(torch.from_numpy(other), spectrum, length)
     assert torch.equal(same, torch.from_numpy(other))
     assert same.data_ptr() != torch.from_numpy(other).data_ptr()

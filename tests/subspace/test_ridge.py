@@ -1,12 +1,9 @@
-import doctest
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pave_lightning.subspace import ridge as module
 from pave_lightning.subspace.ridge import AnchoredRidge, divided
 
 
@@ -182,8 +179,3 @@ def test_an_indefinite_sum_is_solved_all_the_same():
 def test_says_what_is_wrong(call, message):
     with pytest.raises(ValueError, match=message):
         call(AnchoredRidge((2, 3)))
-
-
-def test_the_example_in_the_documentation():
-    assert doctest.testmod(module).failed == 0
-    assert doctest.testmod(module).attempted > 3

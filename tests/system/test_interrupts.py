@@ -216,7 +216,7 @@ def test_a_section_outside_the_main_thread_keeps_nothing_back():
     thread.join()
 
 
-@pytest.mark.parametrize("delay", [0.2, 0.5, 1.0])
+@pytest.mark.parametrize("delay", [0.5, *(pytest.param(delay, marks=pytest.mark.slow) for delay in (0.2, 1.0))])
 def test_a_command_is_stopped_while_it_loads(delay, recipe_settings, tmp_path):
     path = tmp_path / "tiny.yaml"
     path.write_text(recipe_to_yaml(Recipe.model_validate(recipe_settings)))

@@ -1,32 +1,6 @@
-"""MLflow databases for the tests of the record: making one takes seconds, copying it does not."""
-
-import sqlite3
-from contextlib import closing
+"""MLflow stores for the tests of the record."""
 
 import pytest
-
-from pave_lightning.tracking.stores import connect
-
-
-@pytest.fixture(scope="session")
-def migrated(tmp_path_factory):
-    """A database with all tables and no experiment of ours."""
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    connect(f"sqlite:///{path}").search_experiments()
-    return path
-
-
-@pytest.fixture
-def new_database(migrated):
-    """Write a database with all tables and no runs."""
-
-    def copy(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with closing(sqlite3.connect(migrated)) as source, closing(sqlite3.connect(path)) as target:
-            source.backup(target)
-        return path
-
-    return copy
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import closing
+from contextlib import closing, contextmanager
 
 import pytest
 
@@ -40,7 +40,7 @@ def quick_making(new_database, monkeypatch):
 
     def make(path):
         made.append(path)
-        time.sleep(0.2)
+        time.sleep(0.1)
         new_database(path)
 
     monkeypatch.setattr(sqlite, "_make_database", make)
@@ -133,12 +133,21 @@ def test_tables_that_another_program_is_making_are_waited_for(new_database, tmp_
         with closing(sqlite3.connect(path)) as connection:
             connection.executescript(f"UPDATE alembic_version SET version_num = '{version}';")
 
-    timer = threading.Timer(1.5, finish)
+    timer = threading.Timer(0.5, finish)
     timer.start()
     tracker = start(f"sqlite:///{path}")
     timer.join()
     assert tracker.uri == f"sqlite:///{path}"
     assert caplog.messages == []
+
+
+@contextmanager
+def locked(path):
+    """A database that somebody else keeps locked."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        yield
+        other.execute("ROLLBACK")
 
 
 def hold(path, seconds, statement="BEGIN EXCLUSIVE"):
@@ -160,9 +169,9 @@ def hold(path, seconds, statement="BEGIN EXCLUSIVE"):
 
 def test_a_database_locked_at_the_start_is_waited_for(new_database, tmp_path, monkeypatch, caplog):
     path = new_database(tmp_path / "mlflow.db")
-    monkeypatch.setattr(sqlite, "TELL_AFTER_SECONDS", 0.5)
+    monkeypatch.setattr(sqlite, "TELL_AFTER_SECONDS", 0.1)
     caplog.set_level("INFO")
-    thread = hold(path, 2)
+    thread = hold(path, 0.8)
     tracker = start(f"sqlite:///{path}")
     thread.join()
     assert tracker.uri == f"sqlite:///{path}"
@@ -185,10 +194,9 @@ def test_a_lock_of_eight_seconds_moves_no_record(new_database, tmp_path, caplog)
 
 def test_patience_has_an_end(new_database, store, tmp_path, monkeypatch, caplog):
     path = new_database(tmp_path / "own" / "mlflow.db")
-    monkeypatch.setattr(sqlite, "PATIENCE_SECONDS", 1.0)
-    thread = hold(path, 4)
-    assert start(f"sqlite:///{path}", fallback_uri=store).uri == store
-    thread.join()
+    monkeypatch.setattr(sqlite, "PATIENCE_SECONDS", 0.3)
+    with locked(path):
+        assert start(f"sqlite:///{path}", fallback_uri=store).uri == store
     assert "database is locked" in caplog.text
 
 
@@ -198,11 +206,10 @@ def test_a_stopped_run_does_not_wait_long_for_a_lock(new_database, tmp_path, mon
     path = new_database(tmp_path / "mlflow.db")
     tracker = start(f"sqlite:///{path}")
     monkeypatch.setattr(module, "STOPPING_SECONDS", 0.2)
-    thread = hold(path, 3)
-    begun = time.monotonic()
-    tracker.close("KILLED")
-    assert time.monotonic() - begun < 2
-    thread.join()
+    with locked(path):
+        begun = time.monotonic()
+        tracker.close("KILLED")
+        assert time.monotonic() - begun < 2
     assert "the next run of the recipe mends that" in caplog.text
 
 
@@ -269,8 +276,7 @@ def test_no_statement_on_a_locked_database_waits_for_long(quick_making, tmp_path
     """A signal is seen only between two statements."""
     path = tmp_path / "mlflow.db"
     client = connect(f"sqlite:///{path}")
-    with closing(sqlite3.connect(path)) as other:
-        other.execute("BEGIN EXCLUSIVE")
+    with locked(path):
         begun = time.monotonic()
         with pytest.raises(Exception, match="locked"):
             client.create_experiment("more")

@@ -138,7 +138,7 @@ class Knots(MatrixMethod[KnotsOptions]):
 
 
 def basis_of_factors(pairs: list[Factors], cut: float) -> Tensor:
-    """Left singular vectors of ``[B_1 A_1 ... B_T A_T]``, float64.
+    """Left singular vectors of ``[B_1 A_1 ... B_T A_T]``, shape ``(d_out, k)``, float64.
 
     With ``A_t^T = Q_t R_t`` they are those of ``[B_1 R_1^T ... B_T R_T^T]``, because the ``Q_t`` are orthonormal.
     """
@@ -149,7 +149,15 @@ def basis_of_factors(pairs: list[Factors], cut: float) -> Tensor:
 
 
 def basis_of_gram(gram: Tensor, cut: float) -> Tensor:
-    """Eigenvectors of ``sum_t tau_t tau_t^T``, which are the left singular vectors of the task vectors side by side."""
+    """Eigenvectors of ``sum_t tau_t tau_t^T``, which are the left singular vectors of the task vectors side by side.
+
+    Args:
+        gram: that sum, shape ``(d_out, d_out)``, float64.
+        cut: as in `KnotsOptions`.
+
+    Returns:
+        Shape ``(d_out, k)``, float64.
+    """
     eigen = symmetric_eigen(-gram)
     squares = -eigen.values
     # Squares below float64 rounding of the largest are nothing, however small the cut.

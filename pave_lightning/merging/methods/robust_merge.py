@@ -86,7 +86,13 @@ class RobustMerge(LowRankMethod[RobustMergeOptions]):
 
 
 def pruned(factor: Tensor, density: float) -> Tensor:
-    """The share of elements of largest magnitude, at least one; those that tie with the smallest of them stay too."""
+    """The share of a factor's elements of largest magnitude, at least one, zero elsewhere; those that tie stay too.
+
+    Example:
+        >>> pruned(torch.tensor([[3.0, -1.0], [0.5, -2.0]]), density=0.5)
+        tensor([[ 3.,  0.],
+                [ 0., -2.]])
+    """
     count = max(1, int(factor.numel() * density + 1e-9))
     threshold = factor.abs().flatten().kthvalue(factor.numel() - count + 1).values
     return factor.where(factor.abs() >= threshold, 0.0)

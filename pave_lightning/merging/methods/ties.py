@@ -67,7 +67,12 @@ def merge_trimmed(
 
 
 def trim(vector: Tensor, threshold: float) -> Tensor:
-    """The elements whose magnitude reaches a threshold, and zero for all others."""
+    """The elements of a tensor of any shape whose magnitude reaches a threshold, and zero for all others.
+
+    Example:
+        >>> trim(torch.tensor([3.0, -1.0, -2.0]), threshold=2.0)
+        tensor([ 3., -0., -2.])
+    """
     return vector.abs().ge_(threshold).mul_(vector)
 
 
@@ -79,7 +84,11 @@ def disjoint_merge(vectors: Sequence[Tensor], how: Literal["mean", "sum"] = "mea
         how: ``mean`` or ``sum`` of the elements that have the elected sign.
 
     Returns:
-        The merged vector; zero where the elements sum to exactly zero.
+        The merged vector, of their shape; zero where the elements sum to exactly zero.
+
+    Example:
+        >>> disjoint_merge([torch.tensor([6.0, 1.0]), torch.tensor([2.0, 0.0]), torch.tensor([-1.0, -3.0])])
+        tensor([ 4., -3.])
     """
     # One tensor after the other: sums over a stack may round differently from one block of rows to the next.
     mass = torch.zeros_like(vectors[0])

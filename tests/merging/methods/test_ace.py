@@ -104,17 +104,6 @@ def test_the_published_gate_divides_by_the_squared_mean_of_log_energies(make_sou
         assert np.allclose(found, published(vectors, 0.01, unlike=unlike), atol=1e-4)
 
 
-@pytest.mark.parametrize("gate", ["always", "never"])
-def test_multiples_of_all_task_vectors_give_multiples_of_the_result(make_source, gate):
-    vectors = drawn(5)
-    small = {task: {"w": named["w"] / 256} for task, named in vectors.items()}
-    first, second = run(make_source, vectors, gate=gate), run(make_source, small, gate=gate)
-    plain = run(make_source, small, gate=gate, form="published")
-    if gate == "never":
-        assert np.allclose(first, 256 * second, rtol=1e-4, atol=1e-5)
-    assert not np.allclose(run(make_source, vectors, gate=gate, form="published"), 256 * plain, atol=0.1)
-
-
 def test_equal_updates_without_prior_come_back_with_the_mean_of_their_rows(make_source):
     same = dict.fromkeys(TASKS, drawn(6)["a"])
     assert np.allclose(run(make_source, same, prior=False), same["a"]["w"], atol=1e-5)

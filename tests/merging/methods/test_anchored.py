@@ -3,7 +3,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pave_lightning.errors import PaveError
 from pave_lightning.merging import Evidence, merge
 from pave_lightning.merging.methods.anchored import (
     AnchoredRegression,
@@ -76,18 +75,6 @@ def test_moments_from_the_task_vectors_need_no_statistics(make_source):
     anchor = 0.3 * (vectors["a"]["w"] + vectors["c"]["w"])
     found = run(make_source(vectors, matrices=["w"]), kind=DataFreeAnchoredRegression, ridge=0.2)
     assert np.allclose(found["w"], posterior(vectors, moments, anchor, 0.2), atol=1e-5)
-
-
-def test_statistics_are_needed_for_moments_of_inputs(make_source):
-    with pytest.raises(PaveError, match=r"merge method 'bmm' .*\n.*task 'a' has no captured statistics"):
-        run(make_source(drawn()[0], matrices=["w"]), Evidence())
-
-
-@pytest.mark.parametrize("kind", [AnchoredRegression, DataFreeAnchoredRegression])
-def test_an_anchor_is_needed(kind, make_source, make_evidence):
-    vectors, inputs = drawn()
-    with pytest.raises(PaveError, match="its anchor, but none was given; in a recipe name that method's merge step"):
-        merge(kind(), make_source(vectors, matrices=["w"]), make_evidence(inputs))
 
 
 def test_defaults():

@@ -77,12 +77,6 @@ def test_short_rows_keep_one_element_and_lose_none_as_outliers(make_source):
     assert merged["s"].item() == 5.0
 
 
-def test_tensors_without_elements(make_source):
-    merged = run(make_source({task: {"none": np.zeros((0,)), "w": [1.0]} for task in "ab"}), density=1.0, outliers=0.0)
-    assert merged["none"].shape == (0,)
-    assert merged["w"].tolist() == [2.0]
-
-
 def test_leaving_nothing_out_is_task_arithmetic(make_source, random_vectors):
     source = make_source(random_vectors)
     expected = merge(TaskArithmetic(), source).vectors

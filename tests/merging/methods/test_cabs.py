@@ -79,19 +79,13 @@ def test_blocks_only_where_no_group_is_cut(make_source):
     source = make_source(
         {task: {"a": np.ones((3, 8)), "b": np.ones(8), "c": np.ones((2, 6)), "d": 1.0} for task in "xy"}
     )
-    rule = Cabs(CabsOptions(n=1, m=4))
-    assert {parameter.name: rule.in_blocks(parameter) for parameter in source.parameters} == {
+    method = Cabs(CabsOptions(n=1, m=4))
+    assert {parameter.name: method.in_blocks(parameter) for parameter in source.parameters} == {
         "a": True,
         "b": False,
         "c": False,
         "d": False,
     }
-
-
-def test_tensors_without_elements(make_source):
-    merged = run(make_source({task: {"none": np.zeros((0, 4)), "w": [1.0, 1.0]} for task in "ab"}), 1, 2)
-    assert merged["none"].shape == (0, 4)
-    assert merged["w"].tolist() == [1.0, 1.0]
 
 
 def test_groups_too_small_for_all_tasks_are_refused(make_source, random_vectors):

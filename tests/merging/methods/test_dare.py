@@ -6,7 +6,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from pave_lightning.merging import merge, merge_static
+from pave_lightning.merging import merge
 from pave_lightning.merging.methods.dare import (
     Dare,
     DareOptions,
@@ -18,9 +18,6 @@ from pave_lightning.merging.methods.dare import (
 )
 from pave_lightning.merging.methods.task_arithmetic import TaskArithmetic
 from pave_lightning.merging.methods.ties import Ties, TiesOptions
-
-RULES = {"dare": (Dare, DareOptions), "dare_ties": (DareTies, DareTiesOptions)}
-each_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 
 
 def survivors(shape, drop_rate, seed, task, name):
@@ -96,18 +93,6 @@ def test_ties_looks_at_what_is_rescaled_over_whole_tensors(make_source, random_v
         assert vector == pytest.approx(expected[name], rel=1e-5, abs=1e-6)
 
 
-@each_rule
-@pytest.mark.parametrize("rescale", ["keep_probability", "l1"])
-@pytest.mark.parametrize("drop_rate", [0.3, 0.9])
-@pytest.mark.parametrize("elements", [1, 4, 7, 12])
-def test_blocks_of_rows_give_what_whole_tensors_give(rule, rescale, drop_rate, elements, make_source, random_vectors):
-    method, options = rule
-    whole = run(method(options(drop_rate=drop_rate, rescale=rescale)), make_source(random_vectors))
-    parts = run(method(options(drop_rate=drop_rate, rescale=rescale)), make_source(random_vectors, elements=elements))
-    for name, vector in whole.items():
-        assert np.array_equal(vector, parts[name])
-
-
 def test_a_mask_is_the_same_from_any_start():
     whole = kept_elements(101, 0.4, task="a", parameter="w")
     for start in range(40):
@@ -175,26 +160,6 @@ def test_the_mean_over_many_seeds_is_task_arithmetic(make_source):
     assert draws.std(axis=0) == pytest.approx(spread, rel=0.1)
 
 
-@each_rule
-def test_a_merge_that_was_broken_off_does_not_shift_the_next(rule, make_source, random_vectors):
-    source = make_source(random_vectors, elements=5)
-    method = rule[0]()
-    original, calls = method.merge, []
-
-    def failing(parameter, base, vectors):
-        calls.append(parameter)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return original(parameter, base, vectors)
-
-    method.merge = failing
-    with pytest.raises(KeyboardInterrupt):
-        list(merge_static(method, source))
-    again, fresh = run(method, source), run(rule[0](), source)
-    for name, vector in fresh.items():
-        assert np.array_equal(vector, again[name])
-
-
 def test_no_seed_means_zero(make_source, random_vectors):
     source = make_source(random_vectors)
     named, unnamed = run(Dare(DareOptions(seed=0)), source), run(Dare(), source)
@@ -225,9 +190,9 @@ def test_blocks_are_whole_tensors_only_where_rescaling_needs_them(make_source, r
     source = make_source(random_vectors)
     parameter = next(p for p in source.parameters if p.name == "a")
     for rescale, blocks in (("keep_probability", 4), ("l1", 1)):
-        rule = Dare(DareOptions(rescale=rescale))
-        assert rule.in_blocks(parameter) == (blocks > 1)
-        assert len(list(DroppedTaskVectors(source, rule.options).blocks(parameter, 10))) == blocks
+        method = Dare(DareOptions(rescale=rescale))
+        assert method.in_blocks(parameter) == (blocks > 1)
+        assert len(list(DroppedTaskVectors(source, method.options).blocks(parameter, 10))) == blocks
 
 
 def test_defaults():

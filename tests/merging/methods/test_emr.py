@@ -64,12 +64,6 @@ def test_the_order_of_tasks_elects_nothing(make_source):
     assert len({tuple(bool(merged.masks[task]["w"]) for task in "abcd") for merged in found}) == 1
 
 
-@pytest.mark.parametrize("rescaler", ["total", "per_tensor_mean"])
-def test_tensors_without_elements(make_source, rescaler):
-    vectors = {task: {"v": np.zeros((0, 3)), "w": [1.0]} for task in "ab"}
-    assert merge(Emr(EmrOptions(rescaler=rescaler)), make_source(vectors)).vectors["v"].shape == (0, 3)
-
-
 def test_a_task_that_changes_nothing_has_an_empty_mask_and_the_factor_one(make_source):
     merged = merge(Emr(), make_source({"a": {"w": [3.0, -1.0]}, "idle": {"w": [0.0, 0.0]}}))
     assert not merged.masks["idle"]["w"].any()
@@ -88,12 +82,6 @@ def test_any_vectors_as_the_plain_reference(make_source, draw_vectors, data, res
         for task in vectors:
             assert np.array_equal(merged.masks[task][name].numpy().ravel(), masks[task][name])
     assert merged.rescalers == pytest.approx(factors)
-
-
-def test_sums_do_not_leak_into_the_next_merge(make_source):
-    method = Emr()
-    first = merge(method, make_source(VECTORS)).rescalers
-    assert merge(method, make_source(VECTORS)).rescalers == first
 
 
 def test_it_has_no_scale_and_is_per_task():

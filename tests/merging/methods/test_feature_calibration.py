@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from pave_lightning.errors import PaveError
 from pave_lightning.merging import merge
 from pave_lightning.merging.methods.feature_calibration import FeatureCalibration, FeatureCalibrationOptions
 
@@ -128,14 +127,6 @@ def test_a_second_sweep_lets_layers_see_each_other(walkable):
     # The first layer's own input does not change within a block; what the norm behind it sees does.
     assert torch.equal(once.vectors["layers.0.dense.weight"], twice.vectors["layers.0.dense.weight"])
     assert not torch.allclose(once.vectors["layers.0.norm.weight"], twice.vectors["layers.0.norm.weight"], atol=1e-4)
-
-
-def test_what_is_missing_is_told(walkable):
-    source, _ = walkable
-    with pytest.raises(PaveError) as caught:
-        merge(FeatureCalibration(), source)
-    assert "task 'one': unlabelled examples are needed" in str(caught.value)
-    assert "in a recipe name that method's merge step with the key 'anchor'" in str(caught.value)
 
 
 def test_weight_and_bias_together_are_one_affine_least_squares_solution(walkable):

@@ -108,41 +108,12 @@ def test_equal_information_gives_the_weighted_mean(make_source, random_vectors):
         np.testing.assert_allclose(value.numpy(), expected, rtol=1e-6, atol=1e-7)
 
 
-def test_identical_experts_are_kept(make_source, random_vectors, random_information):
-    source = make_source(dict.fromkeys(random_vectors, random_vectors["one"]))
-    for name, value in run(source, random_information).items():
-        np.testing.assert_allclose(value.numpy(), random_vectors["one"][name], rtol=1e-7)
-
-
 def test_without_a_floor_the_smallest_information_decides(make_source):
     vectors = {"a": {"w": [1.0, 1.0]}, "b": {"w": [3.0, 3.0]}}
     information = {"a": {"w": [1e-40, 0.0]}, "b": {"w": [0.0, 0.0]}}
     options = {"normalise": False, "weights": {"a": 1, "b": 3}}
     assert run(make_source(vectors), information, **options)["w"].tolist() == [2.5, 2.5]
     assert run(make_source(vectors), information, **options, floor=0)["w"].tolist() == [1.0, 2.5]
-
-
-@pytest.mark.parametrize("elements", [1, 4, 7, 12])
-def test_blocks_change_no_bit(make_source, random_vectors, random_information, elements):
-    whole = run(make_source(random_vectors), random_information, normalise=False)
-    parts = run(make_source(random_vectors, elements=elements), random_information, normalise=False)
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    normalised = run(make_source(random_vectors), random_information)
-    parts = run(make_source(random_vectors, elements=elements), random_information)
-    assert all(torch.allclose(normalised[name], parts[name], rtol=1e-7, atol=0) for name in normalised)
-
-
-def test_the_order_of_tasks_changes_no_bit(make_source, random_vectors, random_information):
-    first = run(make_source(random_vectors), random_information)
-    second = run(make_source(dict(reversed(random_vectors.items()))), random_information)
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-def test_a_second_merge_begins_anew(make_source, random_vectors, random_information):
-    method = Fisher()
-    first = merge(method, make_source(random_vectors, elements=4), evidence_of(random_information)).vectors
-    second = merge(method, make_source(random_vectors, elements=4), evidence_of(random_information)).vectors
-    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_information_that_is_zero_everywhere_cannot_be_normalised(make_source, random_vectors, random_information):

@@ -117,14 +117,6 @@ def test_iso_cts_of_one_task_that_changed_nothing(make_source):
     assert np.linalg.matrix_rank(found, tol=1e-4) == 19
 
 
-@pytest.mark.parametrize("method", [IsoC(), IsoCts()])
-def test_transposed_weights(make_source, method):
-    # The residuals are taken on the side of the outputs, however a weight is stored.
-    matrices = random_matrices(3, (20, 26))
-    turned = run(make_source, [matrix.T for matrix in matrices], method, matrices=(), transposed=["w"])
-    assert np.allclose(turned, run(make_source, matrices, method).T, atol=1e-6)
-
-
 def test_too_many_tasks_for_a_matrix(make_source):
     message = (
         "w is 12 x 30: with common_share 0.8 none of its 12 singular directions is left for each of 7 tasks; lower"

@@ -128,14 +128,6 @@ def test_agreeing_coordinates_sum_up_to_task_arithmetic(adapted, draw):
     assert close(run(adapted(pairs), density=1.0), {name: value / 3 for name, value in expected.items()})
 
 
-def test_the_order_of_tasks_does_not_matter(adapted, draw):
-    pairs = draw(SHAPES, (1, 2, 3))
-    turned = {task: pairs[task] for task in ("three", "one", "two")}
-    first = run(adapted(pairs), density=0.4, drop_rate=0.3)
-    second = run(adapted(turned), density=0.4, drop_rate=0.3)
-    assert close(first, {name: value.numpy() for name, value in second.items()})
-
-
 def test_weights_that_are_stored_transposed(adapted, make_source, draw):
     pairs = draw({"w": (8, 12)}, 2)
     plain = run(adapted(pairs), density=0.4)["w"]

@@ -40,13 +40,6 @@ def test_linear_layers_as_least_squares_on_the_outputs(make_source, make_evidenc
     assert np.allclose(found, least_squares(vectors, inputs), atol=2e-3 if rows == 1 else 1e-5)
 
 
-def test_transposed_weights_and_a_base_make_no_difference(make_source, make_evidence):
-    vectors, inputs = drawn()
-    turned = {task: {"w": named["w"].T} for task, named in vectors.items()}
-    source = make_source(turned, base={"w": np.full((6, 4), 3.0)}, transposed=["w"])
-    assert np.allclose(run(source, make_evidence(inputs))["w"].T, least_squares(vectors, inputs), atol=1e-5)
-
-
 def test_orthogonal_features_lose_nothing(make_source, make_evidence):
     random = np.random.default_rng(5)
     vectors, inputs = drawn()
@@ -140,13 +133,6 @@ def test_norms_need_their_moments_unless_they_are_averaged(make_source, make_evi
     assert told.count("not needed with the option norms: mean") == 1
     assert run(source, evidence, norms="mean")["scale"].tolist() == [2.0, 3.0]
     assert run(source, evidence, norms="mean", others="base")["scale"].tolist() == [2.0, 3.0]
-
-
-def test_no_statistics_at_all(make_source):
-    vectors, _ = drawn()
-    source = make_source(vectors, matrices=["w"])
-    with pytest.raises(PaveError, match="task 'b' has no captured statistics; run `pave capture`"):
-        run(source, Evidence())
 
 
 def test_reduced_moments_are_refused(make_source):

@@ -94,13 +94,6 @@ def test_a_task_that_changes_nothing_has_no_direction(make_source):
     assert run(source)["w"].tolist() == pytest.approx([0.6 * 4 / 3, 0.0])
 
 
-def test_equal_experts_come_back(make_source, random_vectors):
-    for filter_wise in (False, True):
-        merged = run(make_source(dict.fromkeys("abc", random_vectors["one"])), filter_wise)
-        for name, value in random_vectors["one"].items():
-            assert np.allclose(merged[name].numpy(), value, atol=1e-6)
-
-
 def test_it_has_no_scale():
     assert ModelStock.default_scale is None
     assert not ModelStockOptions().filter_wise

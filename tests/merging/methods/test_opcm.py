@@ -143,26 +143,6 @@ def test_where_nothing_is_left_nothing_is_merged(make_source, second):
     assert method.state()["divisor"] == 1.0
 
 
-@pytest.mark.parametrize("elements", [1, 4, 7])
-def test_blocks_and_transposed_storage_change_nothing(make_source, elements):
-    vectors = tasks(3)
-    whole = run(make_source, vectors)
-    parts = merge(Opcm(), make_source(vectors, matrices=MATRICES, elements=elements)).vectors
-    turned = {task: named | {"a": named["a"].T} for task, named in vectors.items()}
-    other = merge(Opcm(), make_source(turned, matrices=["c"], transposed=["a"])).vectors
-    assert np.allclose(other["a"].numpy().T, whole["a"], atol=1e-5)
-    for name in SHAPES:
-        assert parts[name].numpy() == pytest.approx(whole[name], abs=1e-6)
-
-
-def test_norms_do_not_leak_into_the_next_merge(make_source):
-    method = Opcm()
-    merge(method, make_source(tasks(2, seed=5), matrices=MATRICES))
-    again = merge(method, make_source(tasks(3), matrices=MATRICES)).vectors
-    fresh = run(make_source, tasks(3))
-    assert all(np.array_equal(again[name].numpy(), fresh[name]) for name in SHAPES)
-
-
 @pytest.mark.parametrize("at_once", [1, 2, 3])
 @pytest.mark.parametrize("options", [{}, {"zero_diagonal": False}, {"removed": "cross"}])
 def test_adding_experts_to_a_merged_model_is_merging_all_in_order(make_source, at_once, options):

@@ -1,6 +1,5 @@
 import numpy as np
 import pytest
-import torch
 from pydantic import ValidationError
 
 from pave_lightning.errors import PaveError
@@ -73,15 +72,6 @@ def test_any_vectors_as_the_plain_reference(accord, ratio, tails, scale, make_so
         assert np.any(expected)
 
 
-@pytest.mark.parametrize("accord", ["product", "normalised_sum", "normalised_pairs"])
-@pytest.mark.parametrize("elements", [1, 5, 14])
-def test_neither_blocks_nor_the_order_of_tasks_change_a_bit(accord, elements, make_source):
-    vectors = normal_vectors(5, 1e-2, tasks=4)
-    turned = {task: vectors[task] for task in ("task2", "task0", "task3", "task1")}
-    whole = run(make_source(vectors), accord=accord)
-    assert np.array_equal(whole, run(make_source(turned, elements=elements), accord=accord))
-
-
 def test_by_hand(make_source):
     vectors = {"a": {"w": [3.0, 1.0, 0.0, -2.0]}, "b": {"w": [1.0, -1.0, 0.0, -2.0]}}
     # Without clamping, a's magnitudes become 1, 1/3, 0, 2/3 and b's 1/2, 1/2, 0, 1. The sums are 4, 0, 0, -4.
@@ -141,14 +131,6 @@ def test_many_tasks_do_not_overflow(make_source):
     found = run(make_source(vectors), ratio=1.0, tails=0.0)
     assert np.isfinite(found).all()
     assert found[0] == pytest.approx(1.0)
-
-
-def test_ranges_do_not_leak_into_the_next_merge(make_source):
-    method = Pcb()
-    merge(method, make_source(normal_vectors(0, 100.0)))
-    again = merge(method, make_source(normal_vectors(1))).vectors
-    fresh = merge(Pcb(), make_source(normal_vectors(1))).vectors
-    assert all(torch.equal(again[name], fresh[name]) for name in fresh)
 
 
 def test_four_walks_over_the_parameters(watched_source):

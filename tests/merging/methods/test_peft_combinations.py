@@ -174,23 +174,6 @@ def test_unequal_ranks_of_factors_are_refused(scaled, combination, draw):
         run(scaled(draw(SHAPES, (1, 2, 3))), combination=combination)
 
 
-def test_experts_without_adapters_are_refused(make_source, random_vectors):
-    with pytest.raises(PaveError, match="task 'one' has no low-rank adapters"):
-        run(make_source(random_vectors, matrices=["a"]))
-
-
-@pytest.mark.parametrize("combination", [*FACTORS, *(f"{name}_svd" for name in FACTORS[1:]), "svd", "cat"])
-def test_untrained_adapters(scaled, combination, draw):
-    pairs = {task: {"w": (0 * named["w"][0], named["w"][1])} for task, named in draw(SHAPES, 2).items()}
-    assert not run(scaled(pairs), combination=combination)["w"].any()
-
-
 def test_the_default_is_pefts():
     default = inspect.signature(LoraModel.add_weighted_adapter).parameters["combination_type"].default
     assert PeftCombinationOptions().combination == default
-
-
-def test_weights_that_are_stored_transposed(scaled, draw):
-    pairs = draw({"w": (8, 12)}, 2)
-    plain, turned = run(scaled(pairs), combination="svd"), run(scaled(pairs, transposed=["w"]), combination="svd")
-    assert torch.allclose(plain["w"], turned["w"].T, atol=1e-6)

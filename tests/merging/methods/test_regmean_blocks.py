@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from pave_lightning.errors import PaveError
 from pave_lightning.merging import merge
 from pave_lightning.merging.methods.regmean_blocks import RegMeanBlocks, RegMeanBlocksOptions
 
@@ -51,22 +50,9 @@ def test_every_layer_is_the_least_squares_solution(walkable, nondiagonal):
         assert np.allclose(merged.vectors[name].numpy(), value, atol=5e-5), name
 
 
-def test_equal_experts_are_kept(walkable):
-    source, evidence = walkable
-    source._vectors["two"] = source._vectors["one"]
-    merged = merge(RegMeanBlocks(), source, evidence)
-    for name, vector in merged.vectors.items():
-        assert torch.allclose(vector, source._vectors["one"][name], atol=1e-4), name
-
-
 def test_a_strong_ridge_gives_the_mean(walkable):
     source, evidence = walkable
     merged = merge(RegMeanBlocks(RegMeanBlocksOptions(ridge=1e8)), source, evidence)
     for parameter in source.parameters:
         mean = (source.vector("one", parameter) + source.vector("two", parameter)) / 2
         assert torch.allclose(merged.vectors[parameter.name], mean, atol=1e-5)
-
-
-def test_examples_are_needed(walkable):
-    with pytest.raises(PaveError, match="task 'one': unlabelled examples are needed"):
-        merge(RegMeanBlocks(), walkable[0])

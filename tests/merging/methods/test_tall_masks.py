@@ -81,19 +81,19 @@ def test_any_vectors_as_the_plain_reference(make_source, draw_vectors, data, kin
         assert np.array_equal(found, np.where(masks.sum(axis=0) >= k, shared, 0))
 
 
-def test_needed_by_none_is_the_rule_without_masks(make_source, random_vectors):
+def test_needed_by_none_is_the_method_without_masks(make_source, random_vectors):
     source = make_source(random_vectors)
-    for kind, rule in (("sum", TaskArithmetic()), ("ties", Ties(TiesOptions(density=0.3, merge="sum")))):
-        expected = merge(rule, source).vectors
+    for kind, method in (("sum", TaskArithmetic()), ("ties", Ties(TiesOptions(density=0.3, merge="sum")))):
+        expected = merge(method, source).vectors
         found = consensus(source, k=0, multi_task=kind, density=0.3)
         assert all(np.array_equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("kind", [TallMasks, Consensus])
 def test_wrong_and_missing_names_are_told_at_once(kind, make_source):
-    rule = kind(kind.Options(threshold={"a": 0.2, "cc": 0.3}))
+    method = kind(kind.Options(threshold={"a": 0.2, "cc": 0.3}))
     with pytest.raises(PaveError) as caught:
-        merge(rule, make_source(VECTORS))
+        merge(method, make_source(VECTORS))
     assert "options.threshold names the unknown task 'cc': did you mean 'c'?" in str(caught.value)
     assert "options.threshold must name every task; missing: b, c" in str(caught.value)
 

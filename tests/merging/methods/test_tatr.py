@@ -123,27 +123,6 @@ def test_a_quantile_of_one_keeps_everything(make_source, random_vectors, random_
         assert long(found).tolist() == expected.tolist()
 
 
-@pytest.mark.parametrize("elements", [1, 4, 7, 12])
-def test_neither_blocks_nor_the_order_change_a_bit(make_source, elements):
-    random = np.random.default_rng(2)
-    vectors = {task: {"v": random.standard_normal(5), "w": random.standard_normal((9, 7))} for task in "abcdef"}
-    gradients = {task: {name: abs(value) ** 3 for name, value in named.items()} for task, named in vectors.items()}
-    turned = dict(reversed(vectors.items()))
-    for known in (gradients, None):
-        whole = run(make_source(vectors), known, quantile=0.7)
-        parts = run(make_source(turned, elements=elements), known, quantile=0.7)
-        assert all(torch.equal(whole[name], parts[name]) for name in whole)
-        assert any((value == 0).any() for value in whole.values())
-
-
-def test_a_second_merge_begins_anew(make_source, random_vectors, random_gradients):
-    method = Tatr(TatrOptions(quantile=0.7))
-    runs = [
-        merge(method, make_source(random_vectors, elements=4), evidence_of(random_gradients)).vectors for _ in range(2)
-    ]
-    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
-
-
 def test_what_is_missing_is_told(make_source, random_vectors, random_gradients):
     del random_gradients["two"]
     with pytest.raises(

@@ -94,22 +94,6 @@ def test_what_agrees_may_be_added_up(make_source):
     assert run(make_source, vectors, 1.0, "sum").tolist() == [8.0, 18.0]
 
 
-def test_thresholds_do_not_leak_into_the_next_merge(make_source, random_vectors):
-    method = Ties()
-    merge(method, make_source({"x": {"w": [100.0]}, "y": {"w": [100.0]}}))
-    again = merge(method, make_source(random_vectors)).vectors
-    fresh = merge(Ties(), make_source(random_vectors)).vectors
-    assert all(np.array_equal(again[name], fresh[name]) for name in fresh)
-
-
-def test_blocks_change_no_bit(make_source):
-    random = np.random.default_rng(0)
-    vectors = {task: {"w": random.normal(size=(9, 7))} for task in "abcdefgh"}
-    whole = run(make_source, vectors, 0.8)
-    assert np.array_equal(whole, run(make_source, vectors, 0.8, elements=7))
-    assert np.any(whole)
-
-
 @pytest.mark.parametrize("density", [0, -0.1, 1.01, float("nan")])
 def test_impossible_densities_are_refused(density):
     with pytest.raises(ValidationError):

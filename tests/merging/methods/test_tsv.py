@@ -93,12 +93,6 @@ def test_low_rank_updates_bring_no_noise_of_the_base(make_source):
     assert np.allclose(found, reference(updates, 2), atol=1e-5)
 
 
-def test_transposed_weights_give_the_transposed_result(make_source):
-    matrices = random_matrices(3, (10, 14))
-    turned = run(make_source, [matrix.T for matrix in matrices], matrices=(), transposed=["w"])
-    assert np.allclose(turned, run(make_source, matrices).T, atol=1e-6)
-
-
 def test_one_task_that_changed_nothing(make_source):
     matrices = random_matrices(2, (9, 12))
     matrices.append(np.zeros((9, 12), np.float32))

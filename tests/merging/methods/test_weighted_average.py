@@ -46,16 +46,6 @@ def test_only_the_ratio_of_the_weights_matters_where_they_are_normalised(make_so
         assert np.allclose(vector.numpy(), expected[name], atol=1e-6)
 
 
-@pytest.mark.parametrize("elements", [1, 5])
-def test_neither_order_nor_blocks_change_a_bit(elements, make_source):
-    random = np.random.default_rng(0)
-    vectors = {task: {"w": random.normal(size=(6, 5))} for task in "abcd"}
-    weights = {task: float(random.uniform()) for task in "abcd"}
-    turned = {task: vectors[task] for task in "dbac"}
-    first = run(make_source(vectors), weights=weights)["w"]
-    assert torch.equal(first, run(make_source(turned, elements=elements), weights=weights)["w"])
-
-
 def test_wrong_and_missing_names_are_told_at_once(make_source):
     with pytest.raises(PaveError) as caught:
         run(make_source(VECTORS), weights={"a": 1.0, "bb": 1.0})

@@ -99,30 +99,6 @@ def test_the_interference_falls(make_source, method):
 
 
 @pytest.mark.parametrize("method", [Wudi, Swudi])
-@pytest.mark.parametrize("factor", [1e-4, 0.5, 30.0])
-def test_scaling_the_task_vectors_scales_the_result(make_source, method, factor):
-    vectors = tasks((4, 6))
-    scaled = {task: {"w": factor * named["w"]} for task, named in vectors.items()}
-    first, second = run(make_source, method(), vectors), run(make_source, method(), scaled)
-    assert second / factor == pytest.approx(first, rel=2e-3, abs=2e-3)
-
-
-@pytest.mark.parametrize("method", [Wudi, Swudi])
-def test_transposed_storage_changes_nothing(make_source, method):
-    vectors = tasks((4, 6))
-    turned = {task: {"w": named["w"].T} for task, named in vectors.items()}
-    found = merge(method(), make_source(turned, transposed=["w"])).vectors["w"].numpy()
-    assert np.allclose(found.T, run(make_source, method(), vectors), atol=1e-6)
-
-
-@pytest.mark.parametrize("method", [Wudi, Swudi])
-def test_a_zero_task_vector_has_no_say(make_source, method):
-    vectors = tasks((4, 6), count=2)
-    with_zero = vectors | {"still": {"w": np.zeros((4, 6))}}
-    assert run(make_source, method(), with_zero) == pytest.approx(run(make_source, method(), vectors), abs=1e-4)
-
-
-@pytest.mark.parametrize("method", [Wudi, Swudi])
 def test_other_parameters_stay_at_the_base_unless_asked(make_source, random_vectors, method):
     source = make_source(random_vectors, matrices=["a"])
     merged = merge(method(), source).vectors

@@ -26,7 +26,7 @@ from transformers import (
     SqueezeBertModel,
 )
 
-from pave_lightning import Recipe, run_recipe
+from pave_lightning import Recipe
 from pave_lightning.errors import PaveError
 from pave_lightning.merging import known_methods, make_method, merge_method, registry
 from pave_lightning.merging.evidence import PlannedEvidence
@@ -338,9 +338,8 @@ def test_one_is_no_plural(recipe_settings):
     assert about["statistics/words"] == "1 training example"
 
 
-def test_states_of_stages(recipe_settings):
-    recipe = Recipe.model_validate(recipe_settings)
-    folder = RunFolder(run_recipe(recipe))
+def test_states_of_stages(recipe_settings, finished):
+    recipe, folder = Recipe.model_validate(recipe_settings), RunFolder(finished)
     assert {state for _, state, _ in plan_rows(recipe, folder)} == {"there"}
 
     changed = Recipe.model_validate({**recipe_settings, "purify": {"rho": 0.8}})
@@ -687,6 +686,7 @@ def test_captured_convolutions_are_counted(planned, tiny_tokenizer, tmp_path):
     assert count(convolutions=True) == 7
 
 
+@pytest.mark.slow
 def test_the_plan_of_a_plain_recipe_loads_nothing_that_only_work_needs(recipe_settings, tmp_path):
     recipe = tmp_path / "recipe.json"
     recipe.write_text(json.dumps({**recipe_settings, "trainer": {"max_epochs": 2, "precision": "bf16-mixed"}}))
