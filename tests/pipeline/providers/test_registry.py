@@ -13,7 +13,7 @@ from pave_lightning.merging.registry import known_methods
 from pave_lightning.pipeline import stages
 from pave_lightning.pipeline.commands import open_folder, run_stage
 from pave_lightning.pipeline.planning import check_recipe, plan_rows
-from pave_lightning.pipeline.providers import Provider, base, known_providers, provides
+from pave_lightning.pipeline.providers import Provider, base, known_providers, providers_of, provides
 from pave_lightning.pipeline.stage import Stage
 from pave_lightning.weights import Checkpoint
 
@@ -31,6 +31,14 @@ def test_a_need_has_one_provider():
                 return evidence
 
     assert known_providers()[Need.ANCHOR].__name__ == "Anchor"
+
+
+def test_a_need_without_provider_is_told(monkeypatch):
+    known_providers()
+    monkeypatch.setattr(base, "_registry", {})
+    with pytest.raises(PaveError, match="'fisher' needs Fisher information, for which there is no provider"):
+        providers_of("fisher")
+    assert providers_of("average") == []
 
 
 class Extra(StrEnum):
