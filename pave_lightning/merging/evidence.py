@@ -41,6 +41,7 @@ class Evidence:
         anchor: the task vector of a model that was merged before, scaled, by names of parameters.
         fisher: each task's Fisher information at its expert's weights.
         gradients: each task's mean absolute gradients at the base's weights.
+        further: what the providers of all other needs gave, by the need.
     """
 
     statistics: Mapping[str, TaskStatistics] = field(default_factory=dict)
@@ -48,6 +49,7 @@ class Evidence:
     anchor: Mapping[str, Tensor] | None = None
     fisher: Mapping[str, TaskGradients] = field(default_factory=dict)
     gradients: Mapping[str, TaskGradients] = field(default_factory=dict)
+    further: Mapping[Need, object] = field(default_factory=dict)
 
     @property
     def forward_passes(self) -> ForwardPasses:

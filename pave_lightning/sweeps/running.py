@@ -26,7 +26,7 @@ from pave_lightning.pipeline.run_folder import RunFolder
 from pave_lightning.pipeline.runner import Runner
 from pave_lightning.pipeline.stage import Stage
 from pave_lightning.pipeline.stages import CaptureStage, EvaluateStage, FitStage, MergeStage, purifications, stages_of
-from pave_lightning.pipeline.stages.evaluate import MergedModel, PurifiedExpertModels, untouched_models
+from pave_lightning.pipeline.stages.evaluate import ScoredMerge, ScoredPurifiedExperts, untouched_models
 from pave_lightning.pipeline.stages.merge import chooser
 from pave_lightning.recipe.loading import find_sweep, load_recipe
 from pave_lightning.recipe.merge_step import MergeStep, Vectors
@@ -221,7 +221,7 @@ def view_of(recipe: Recipe) -> SweepView:
     )
 
 
-class TriedModel(MergedModel):
+class TriedMerge(ScoredMerge):
     """A merged model of a cell, in memory: its folder would be that of every other cell."""
 
     may_fail = True
@@ -251,7 +251,7 @@ class CellScores(EvaluateStage):
     @classmethod
     def all(cls, results: Results) -> Sequence[CellScores]:
         """Those of every model of a cell, in the order of work."""
-        merged = (TriedModel(results, merge.step, merge.vectors) for merge in MergeStage.all(results))
+        merged = (TriedMerge(results, merge.step, merge.vectors) for merge in MergeStage.all(results))
         return [cls(results, model) for model in (*untouched_models(results), *merged)]
 
     @property
@@ -268,7 +268,7 @@ class CellScores(EvaluateStage):
         """What is done, in the log and in messages."""
         model = self.model
         told = f"{model.model} ({model.vectors})" if model.vectors else model.model
-        return f"{'merge' if isinstance(model, TriedModel) else 'score'} {told}"
+        return f"{'merge' if isinstance(model, TriedMerge) else 'score'} {told}"
 
     @property
     def trainer(self) -> None:
@@ -318,7 +318,7 @@ def _scored(cell: Cell, stage: CellScores) -> Iterator[dict[str, Any]]:
                 "seed": cell.seed,
                 "model": model.model,
                 "vectors": model.vectors,
-                "form": "expert" if isinstance(model, PurifiedExpertModels) else model.form,
+                "form": "expert" if isinstance(model, ScoredPurifiedExperts) else model.form,
                 "task": task,
                 "metric": metric,
                 "is_headline": metric == primary,

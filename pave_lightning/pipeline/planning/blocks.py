@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from pave_lightning.errors import PaveError
 from pave_lightning.experts.loading import quiet_transformers
-from pave_lightning.merging import Need, method_named
 from pave_lightning.merging.blocks import MODEL_FAILURES, BlockStack
 from pave_lightning.merging.passes import misnamed
+from pave_lightning.pipeline.providers import providers_of
 from pave_lightning.recipe.schema import Recipe
 from pave_lightning.tasks.kinds.tokens import MASK, TOKENS
 from pave_lightning.weights.architecture import backbone_of, empty_model, read_config
@@ -29,8 +29,6 @@ from pave_lightning.weights.architecture import backbone_of, empty_model, read_c
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-# What is found out by models that are given the weights of checkpoints.
-RUN_THE_MODEL = frozenset({Need.UNLABELLED_EXAMPLES, Need.GRADIENTS})
 # A copy with more parameters than this is not made: a plan takes seconds and little memory.
 LARGEST_COPY = 60_000_000
 # What the copy has, where the model has more.
@@ -205,6 +203,6 @@ def _added_by_classifier(classifier: nn.Module, batch: dict[str, Tensor]) -> set
 
 def _runs_the_model(method: str) -> bool:
     try:
-        return bool(method_named(method).needs & RUN_THE_MODEL)
+        return any(provider.loads_weights for provider in providers_of(method))
     except PaveError:  # there is no such method, which is told elsewhere
         return False

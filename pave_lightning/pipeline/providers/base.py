@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
+from pave_lightning.errors import PaveError, listed
 from pave_lightning.merging import Evidence, MergeMethod, Need, method_named
 from pave_lightning.pipeline.context import Context, shared
 from pave_lightning.pipeline.results import Results
@@ -43,7 +44,12 @@ class Provider(ABC):
 
     One is made for all merge steps of a run, so that it may keep what it gave the last time. Plans ask one as well, but
     for `provide`; what only that takes is imported there.
+
+    Attributes:
+        loads_weights: whether models are given the weights of checkpoints for it, so that the names have to fit.
     """
+
+    loads_weights: ClassVar[bool] = False
 
     def problems(self, step: MergeStep, recipe: Recipe, *, needed: bool) -> Iterator[str]:
         """What of a recipe is at odds with what a merge step needs, or does not need, before anything is there.
@@ -108,10 +114,12 @@ def providers_of(method: str) -> list[Provider]:
     """The providers of what a merge method needs, by the method's name.
 
     Raises:
-        PaveError: no method has the name.
+        PaveError: no method has the name, or nothing provides what it needs.
     """
-    known = known_providers()
-    return [known[need]() for need in sorted(method_named(method).needs)]
+    known, needs = known_providers(), sorted(method_named(method).needs)
+    if without := [need for need in needs if need not in known]:
+        raise PaveError(f"merge method '{method}' needs {listed(without, 3)}, for which there is no provider")
+    return [known[need]() for need in needs]
 
 
 @shared

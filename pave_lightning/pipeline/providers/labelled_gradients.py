@@ -17,6 +17,8 @@ from pave_lightning.pipeline.stages.gradients import gradient_stages
 class LabelledGradients(Provider):
     """Absolute gradients, from the gradient stages."""
 
+    loads_weights = True
+
     def stages(self, request: MergeRequest) -> Sequence[Stage]:
         """Gradients of all tasks."""
         return gradient_stages(request.results, "absolute")

@@ -24,6 +24,8 @@ from pave_lightning.weights.task_vectors import own_token_rows
 class UnlabelledExamples(Provider):
     """Forward passes on a seeded sample of each task's training split; the last is kept, for options that are tuned."""
 
+    loads_weights = True
+
     def __init__(self) -> None:
         self._last: tuple[int, ForwardPasses] | None = None
 

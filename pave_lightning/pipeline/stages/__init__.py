@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 # Every kind of stage, in the order of work.
-KINDS: list[type[Stage]] = [
+KINDS: tuple[type[Stage], ...] = (
     FitStage,
     CaptureStage,
     GradientStage,
@@ -43,7 +43,7 @@ KINDS: list[type[Stage]] = [
     ExportStage,
     DiagnoseStage,
     EvaluateStage,
-]
+)
 
 
 def stages_of(results: Results) -> list[Stage]:
@@ -58,7 +58,7 @@ def stages_of(results: Results) -> list[Stage]:
 
 def kind_of(command: str) -> type[Stage]:
     """The kind of stage that a command makes."""
-    return next(kind for kind in KINDS if kind.command == command and not kind.on_demand)
+    return {kind.command: kind for kind in KINDS if not kind.on_demand}[command]
 
 
 def captures(results: Results) -> bool:

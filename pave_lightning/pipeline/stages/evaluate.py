@@ -68,7 +68,7 @@ class ScoredModel(ABC):
         """What is scored, and facts that stand beside the scores."""
 
 
-class BaseModel(ScoredModel):
+class ScoredBase(ScoredModel):
     """The base."""
 
     label = model = form = "base"
@@ -85,7 +85,7 @@ class BaseModel(ScoredModel):
         return CheckpointCandidate(context.base), {}
 
 
-class ExpertModels(ScoredModel):
+class ScoredExperts(ScoredModel):
     """Each task's own expert."""
 
     label = model = "experts"
@@ -103,7 +103,7 @@ class ExpertModels(ScoredModel):
         return ExpertsCandidate(experts(context)), {}
 
 
-class PurifiedExpertModels(ScoredModel):
+class ScoredPurifiedExperts(ScoredModel):
     """Each task's own expert with its own purified weights, not merged.
 
     Args:
@@ -139,7 +139,7 @@ class PurifiedExpertModels(ScoredModel):
         return candidate, {"rho": self.options.rho}
 
 
-class MergedModel(ScoredModel):
+class ScoredMerge(ScoredModel):
     """A merged model as it lies in the run folder."""
 
     def __init__(self, results: Results, step: MergeStep, vectors: Vectors) -> None:
@@ -244,13 +244,13 @@ def scored_models(results: Results) -> Iterator[ScoredModel]:
     """Every model that a run scores, in the order of its tables."""
     yield from untouched_models(results)
     for merge in MergeStage.all(results):
-        yield MergedModel(results, merge.step, merge.vectors)
+        yield ScoredMerge(results, merge.step, merge.vectors)
 
 
 def untouched_models(results: Results) -> Iterator[ScoredModel]:
     """Base and experts, and the purified experts where the recipe asks for them."""
-    yield BaseModel(results)
-    yield ExpertModels(results)
+    yield ScoredBase(results)
+    yield ScoredExperts(results)
     if results.recipe.evaluate.purified_experts:
         found = purifications(results.recipe)
-        yield from (PurifiedExpertModels(results, options, alone=len(found) == 1) for options in found)
+        yield from (ScoredPurifiedExperts(results, options, alone=len(found) == 1) for options in found)
