@@ -94,7 +94,7 @@ def test_recipe_is_one(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(text)
     recipe = load_recipe(path)
-    assert [task.name for task in recipe.tasks] == ["sst2", "topic", "reviews", "intents", "entailment"]
+    assert [task.name for task in recipe.tasks] == ["sst2", "topic", "reviews", "intents", "names", "entailment"]
     assert recipe.task("intents").training.lora.rank == 16
 
 

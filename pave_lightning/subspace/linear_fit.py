@@ -58,7 +58,7 @@ def fit_ridge(inputs: Tensor, targets: Tensor, strengths: tuple[float, ...] = ST
         >>> round(float(fit.weight), 4), round(float(fit.bias), 4)
         (2.0, 1.0)
     """
-    centred, aims, middle, aim = _centred(inputs, targets)
+    centred, aims, middle, aim = centred_rows(inputs, targets)
     rows = len(centred)
     left, values, right = torch.linalg.svd(centred, full_matrices=False)
     kept = values > NOTHING * values.max() if values.numel() and values.max() > 0 else values > 0
@@ -95,14 +95,18 @@ def fit_turn(inputs: Tensor, targets: Tensor) -> LinearFit:
     """
     if inputs.shape != targets.shape:
         raise ValueError(f"expected inputs and targets of one shape, found {list(inputs.shape)}, {list(targets.shape)}")
-    centred, aims, middle, aim = _centred(inputs, targets)
+    centred, aims, middle, aim = centred_rows(inputs, targets)
     left, _, right = torch.linalg.svd(centred.T @ aims)
     weight = (left @ right).T.contiguous()
     return LinearFit(weight, aim - weight @ middle)
 
 
-def _centred(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Inputs and targets less their means, and the means."""
+def centred_rows(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Inputs and targets less their means, and the means: float64, on the CPU.
+
+    Raises:
+        ValueError: there are fewer than two rows, different numbers of them, or values that are not finite.
+    """
     if inputs.ndim != 2 or targets.ndim != 2 or len(inputs) != len(targets) or len(inputs) < 2:
         raise ValueError(
             f"expected at least two rows of inputs and as many of targets, found {list(inputs.shape)} and "
