@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from pave_lightning.errors import PaveError
 from pave_lightning.evaluation.candidates import Candidate, adapted
+from pave_lightning.evaluation.heads import HeadRows, head_rows, last_layer
 from pave_lightning.experts.trainers import honest_interrupts, quiet_lightning
 from pave_lightning.tasks.constants import constant_scores
 from pave_lightning.tasks.data_module import TaskDataModule
@@ -171,8 +172,38 @@ class Evaluator(L.LightningModule):
         self._adapted = {}
         return dict(self._scores)
 
+    def head_rows(self, candidate: Candidate, batches: Mapping[str, Sequence[Batch]]) -> dict[str, HeadRows]:
+        """What the heads of the tasks are given by a candidate, and say, for some rows; in this process, as it stands.
+
+        Args:
+            candidate: the model.
+            batches: rows of those tasks that are asked for, by name.
+
+        Raises:
+            PaveError: a head does not end in a linear layer, a task has no rows, or values are not finite.
+        """
+        self._candidate, self._loaded = candidate, None
+        found = {}
+        for index, task in enumerate(self.tasks):
+            if task.name in batches:
+                self._prepare(index)
+                placed = ({n: t.to(self.device) for n, t in batch.items()} for batch in batches[task.name])
+                found[task.name] = head_rows(task, self._adapted[task.name], placed)
+        self._adapted, self._loaded = {}, None
+        return found
+
+    def last_layer(self, task: str) -> nn.Linear | None:
+        """The linear layer that gives the outputs of a task's head, as its expert has it; None where it has none."""
+        index = [one.name for one in self.tasks].index(task)
+        name = last_layer(self.tasks[index], self._models[index])
+        found = None if name is None else self._models[index].get_submodule(name)
+        return found if isinstance(found, nn.Linear) else None
+
     def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Load the weights of the task whose loader begins, and let the candidate adapt the model to the task."""
+        self._prepare(dataloader_idx)
+
+    def _prepare(self, dataloader_idx: int) -> None:
         task = self.tasks[dataloader_idx].name
         if task == self._loaded or self._candidate is None:
             return
