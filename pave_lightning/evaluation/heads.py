@@ -11,18 +11,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pave_lightning.errors import PaveError
 from pave_lightning.evaluation.candidates import Candidate
-from pave_lightning.subspace.linear_fit import LinearFit, fit_ridge, fit_turn
+from pave_lightning.evaluation.options import Heads
+from pave_lightning.subspace.linear_fit import STRENGTHS, LinearFit, fit_ridge, fit_turn
 from pave_lightning.subspace.logistic_fit import FOLDS, fit_logistic
 from pave_lightning.tasks.task import Batch, Task
-
-HeadFit = Literal["logits", "probabilities", "orthogonal", "labels"]
 
 
 @dataclass(frozen=True)
@@ -90,15 +89,13 @@ def head_rows(task: Task, model: nn.Module, batches: Iterable[Batch]) -> HeadRow
 
 
 def fit_head(
-    task: Task, fit: HeadFit, mine: HeadRows, expert: HeadRows, layer: nn.Linear, *, seed: int = 0
+    task: Task, heads: Heads, mine: HeadRows, expert: HeadRows, layer: nn.Linear, *, seed: int = 0
 ) -> LinearFit:
     """The last layer of a head for the features of another backbone.
 
     Args:
         task: its kind says what the outputs are.
-        fit: ``logits``: ridge regression to what the expert says; ``probabilities``: logistic regression to the
-            probabilities that it gives to classes; ``orthogonal``: the expert's layer, behind the turn that brings the
-            features nearest to the expert's; ``labels``: ridge regression to numbers, or logistic to classes.
+        heads: how it is fitted; not ``expert``.
         mine: the rows as the other backbone gives them.
         expert: the same rows, in the same order, as the expert gives them.
         layer: the expert's last layer.
@@ -106,12 +103,10 @@ def fit_head(
 
     Raises:
         PaveError: there are too few rows, the features do not vary, or labels are needed and not there.
-        ValueError: no fit has that name.
     """
-    if fit not in get_args(HeadFit):
-        raise ValueError(f"expected one of {', '.join(get_args(HeadFit))}, found '{fit}'")
+    fit, strength = heads.fit, heads.strength
     where = f"task '{task.name}'"
-    least = max(task.output_size + 1, FOLDS)
+    least = least_rows(task)
     if len(mine.features) < least:
         raise PaveError(f"{where}: fitting its head takes at least {least} rows, found {len(mine.features)}")
     if float(mine.features.double().var(dim=0).max()) == 0:
@@ -122,15 +117,26 @@ def fit_head(
         return LinearFit(weight @ turn.weight, weight @ turn.bias + bias)
     classes = task.output_size > 1
     if fit == "logits" or (fit == "probabilities" and not classes):
-        return fit_ridge(mine.features, expert.outputs)
+        return fit_ridge(mine.features, expert.outputs, STRENGTHS if isinstance(strength, str) else (strength,))
     if fit == "probabilities":
-        return fit_logistic(mine.features, expert.outputs.double().softmax(dim=1), seed=seed)
+        return _logistic(mine.features, expert.outputs.double().softmax(dim=1), heads, seed)
     if mine.targets is None:
         raise PaveError(f"{where}: labels are needed to fit its head to them, but the rows have none")
     if classes:
         right = nn.functional.one_hot(mine.targets, task.output_size).double()
-        return fit_logistic(mine.features, right, seed=seed)
-    return fit_ridge(mine.features, mine.targets[:, None])
+        return _logistic(mine.features, right, heads, seed)
+    return fit_ridge(mine.features, mine.targets[:, None], STRENGTHS if isinstance(strength, str) else (strength,))
+
+
+def _logistic(features: Tensor, targets: Tensor, heads: Heads, seed: int) -> LinearFit:
+    if isinstance(heads.strength, str):
+        return fit_logistic(features, targets, seed=seed)
+    return fit_logistic(features, targets, (heads.strength,))
+
+
+def least_rows(task: Task) -> int:
+    """The least rows that a task's head can be fitted on."""
+    return max(task.output_size + 1, FOLDS)
 
 
 class FittedHeads(Candidate):

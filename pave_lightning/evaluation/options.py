@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from pave_lightning.config import Section, Span, unless_wrong
 
@@ -76,3 +76,65 @@ class Evaluate(Section):
     """Precision of the pass (a lightning.Trainer precision)."""
     purified_experts: bool = False
     """Also score every purified expert alone on its own task: what purification costs before anything is merged."""
+
+
+HeadFit = Literal["expert", "logits", "probabilities", "orthogonal", "labels"]
+
+
+def _strength_form(value: Any) -> str:
+    return "auto" if isinstance(value, str) else "number"
+
+
+Strength = Annotated[
+    Annotated[float, Field(ge=0), Tag("number")] | Annotated[Literal["auto"], Tag("auto")],
+    Discriminator(_strength_form),
+]
+
+
+class Heads(Section):
+    """Under which heads models are scored: those of the experts, or heads whose last layer is fitted to the model."""
+
+    fit: HeadFit
+    """What the last linear layer of each head is. expert: the expert's own; logits: ridge regression from the model's
+    features to what the expert says of training rows, without labels; probabilities: logistic regression to the
+    probabilities that the expert gives to classes, without labels; orthogonal: the expert's, behind the turn that
+    brings the model's features nearest to the expert's; labels: fitted to the labels of training rows."""
+    rows: int = Field(default=512, ge=2)
+    """Rows of each task's training split, a seeded sample."""
+    strength: Strength = "auto"
+    """The penalty of ridge and logistic regression, as a multiple of the mean square of a centred feature; auto: by
+    leave-one-out error (ridge), or cross-validation (logistic)."""
+
+    @property
+    def label(self) -> str:
+        """What tells it from others in tables and in the names of folders."""
+        usual = Heads.model_fields["rows"].default
+        words = [self.fit, *([] if self.rows == usual else [str(self.rows)])]
+        return "-".join([*words, *([] if isinstance(self.strength, str) else [f"{self.strength:g}"])])
+
+
+EXPERT_HEADS = Heads(fit="expert")
+
+
+def _head_list(raw: Any) -> Any:
+    entries = raw if isinstance(raw, list) else [raw]
+    return [{"fit": entry} if isinstance(entry, str) else entry for entry in entries]
+
+
+def _differing(heads: list[Heads]) -> list[Heads]:
+    if len({one.label for one in heads}) != len(heads):
+        raise ValueError("must not name the same heads twice")
+    return heads
+
+
+HeadList = Annotated[list[Heads], Field(min_length=1), BeforeValidator(_head_list), AfterValidator(_differing)]
+
+Control = Literal["base", "probe", "experts", "each"]
+CONTROLS: tuple[Control, ...] = ("base", "probe", "experts", "each")
+
+
+def _control_list(raw: Any) -> Any:
+    return list(CONTROLS) if raw is True else [] if raw is False else raw
+
+
+ControlList = Annotated[list[Control], BeforeValidator(_control_list)]

@@ -20,7 +20,7 @@ from pave_lightning.purification.options import Purify
 from pave_lightning.reporting.diagnostic_plots import natural
 from pave_lightning.reporting.model_card import ExpertSource, model_card
 from pave_lightning.reporting.plots import kept_ranks, normalised_scores
-from pave_lightning.reporting.scores import Model, Score, ScoreTable
+from pave_lightning.reporting.scores import EXPERT_HEADS, Model, Score, ScoreTable, model_of
 from pave_lightning.reporting.tables import render
 from pave_lightning.reporting.untouched import untouched_lines
 from pave_lightning.system.terminal import terminal
@@ -67,8 +67,9 @@ def collect_scores(results: Results) -> ScoreTable:
         for name, scores in found.items():
             primary = results.recipe.task(name).primary_metric
             for metric, value in scores["metrics"].items():
-                is_primary, examples = metric == primary, scores["examples"]
-                rows.append(Score(model.model, model.vectors, model.form, name, metric, is_primary, value, examples))
+                measured = {"task": name, "metric": metric, "value": value, "examples": scores["examples"]}
+                what = Model(model.model, model.vectors, model.form, model.heads)
+                rows.append(Score.of(what, is_primary=metric == primary, **measured))
     return ScoreTable(rows, _constants(results))
 
 
@@ -191,7 +192,8 @@ def _record(runner: Runner, tracker: Tracker, table: ScoreTable, files: list[Pat
     parent = tracker.parent_run_id
     averages: dict[str, float] = {}
     for model in table.models():
-        label = model.name if not model.vectors else f"{model.name}-{model.vectors}"
+        heads = "" if model.heads == EXPERT_HEADS else f"heads-{model.heads}"
+        label = "-".join(filter(None, [model.name, model.vectors, heads]))
         averages[f"average/{label}"] = table.average(model)
         averages[f"normalised_average/{label}"] = table.normalised_average(model)
     tracker.complete_parent("report", averages)
@@ -219,7 +221,7 @@ def _model_metrics(table: ScoreTable, name: str, vectors: str) -> dict[str, floa
     model = next(m for m in table.models() if (m.name, m.vectors) == (name, vectors))
     metrics = {"average": table.average(model), "normalised_average": table.normalised_average(model)}
     for score in table.scores:
-        if Model(score.model, score.vectors, score.form) == model:
+        if model_of(score) == model:
             metrics[f"test/{score.task}/{score.metric}"] = score.value
             if score.is_primary:
                 metrics[f"normalised/{score.task}"] = table.normalised(score)

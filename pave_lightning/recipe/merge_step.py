@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from pave_lightning.config import LONGEST_NAME, NAME_PATTERN, Section, unless_wrong, usable_name
-from pave_lightning.evaluation.options import Scale
+from pave_lightning.evaluation.options import HeadList, Scale
 from pave_lightning.purification.options import Purify
 from pave_lightning.recipe.limits import MOST_COMBINATIONS, repeats
 
@@ -33,6 +33,8 @@ class MergeStep(Section):
     """Which task vectors the method is run on."""
     purify: Purify = Purify()
     """Purification for this step; keys that are not given come from the recipe's purify section."""
+    heads: HeadList | None = None
+    """Heads under which this step's models are scored; the recipe's where nothing is said."""
     options: dict[str, Any] = {}
     """The method's own options; `pave methods NAME` lists them."""
     anchor: str | None = None

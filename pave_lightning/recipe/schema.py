@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from pave_lightning.callbacks.options import Capture
 from pave_lightning.config import MOST_TOLD, FolderPath, Name, Section, unless_wrong
 from pave_lightning.errors import listed, nearest
-from pave_lightning.evaluation.options import Evaluate
+from pave_lightning.evaluation.options import EXPERT_HEADS, ControlList, Evaluate, HeadList
 from pave_lightning.purification.options import Compute, Purify
 from pave_lightning.recipe.merge_step import MergeStep
 from pave_lightning.recipe.sweep import Sweep
@@ -56,6 +56,13 @@ class Recipe(Section):
     """How purification uses the machine."""
     merge: list[MergeStep] = []
     """The merge methods to run."""
+    heads: HeadList = [EXPERT_HEADS]
+    """Heads under which merged models are scored: expert, logits, probabilities, orthogonal or labels, {fit: ...,
+    rows: ...} to change some keys, or a list of these; each is a row of the tables."""
+    controls: ControlList = ["base", "experts"]
+    """What is scored beside merged models where heads are fitted. base: the base under heads fitted in the same way,
+    which merging must beat; probe: the base under heads fitted to labels; experts: each expert under its own head
+    fitted in the same way; each: every expert alone on all tasks. true stands for all of them."""
     evaluate: Evaluate = Evaluate()
     """How models are scored."""
     tracking: Tracking = Tracking()

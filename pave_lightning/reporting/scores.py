@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 Vectors = Literal["", "plain", "purified"]
 Form = Literal["base", "expert", "static", "per-task"]
 
+# What the heads that experts come with are called.
+EXPERT_HEADS = "expert"
 FORMS: tuple[Form, ...] = ("base", "expert", "static", "per-task")
 # Decimal digits that survive a round trip through float32, in which metrics are computed, rounded up.
 FLOAT32_DIGITS = 7
@@ -39,6 +41,7 @@ class Score:
         is_primary: Whether this metric stands for the task in tables and averages.
         value: The value, higher is better.
         examples: How many examples it was measured on.
+        heads: Under which heads.
     """
 
     model: str
@@ -49,15 +52,22 @@ class Score:
     is_primary: bool
     value: float
     examples: int
+    heads: str = EXPERT_HEADS
+
+    @classmethod
+    def of(cls, model: Model, **measured: Any) -> Score:
+        """One metric of a model; ``measured`` are the other fields."""
+        return cls(model=model.name, vectors=model.vectors, form=model.form, heads=model.heads, **measured)
 
 
 @dataclass(frozen=True)
 class Model:
-    """What a row of a table is about: a model's name, which vectors were merged, and its form."""
+    """What a row of a table is about: a model's name, which vectors were merged, its form, and its heads."""
 
     name: str
     vectors: Vectors
     form: Form
+    heads: str = EXPERT_HEADS
 
 
 class ScoreTable:
@@ -182,7 +192,7 @@ class ScoreTable:
         """One row a score: the fields of `Score` and `normalised`."""
         import pandas as pd
 
-        columns = ["model", "vectors", "form", "task", "metric", "headline", "value", "examples"]
+        columns = ["model", "vectors", "heads", "form", "task", "metric", "headline", "value", "examples"]
         frame = pd.DataFrame([{**vars(score), "headline": score.is_primary} for score in self.scores], columns=columns)
         frame.insert(columns.index("value") + 1, "normalised", [self.normalised(score) for score in self.scores])
         return frame
@@ -220,13 +230,14 @@ class ScoreTable:
     def _columns(self) -> list[str]:
         values = [f"{task}/{metric}" for task, metric in self.primary_metrics.items()]
         normalised = [f"{task}/normalised" for task in self.primary_metrics]
-        return ["model", "vectors", "form", *values, "average", *normalised, "normalised_average"]
+        return ["model", "vectors", "heads", "form", *values, "average", *normalised, "normalised_average"]
 
     def _rows(self) -> list[list[str | float]]:
         return [
             [
                 model.name,
                 model.vectors,
+                model.heads,
                 model.form,
                 *(self.value(model, task) for task in self.tasks()),
                 self.average(model),
@@ -254,7 +265,7 @@ def left_out_sentence(tasks: int, places: Sequence[str]) -> str:
 
 def model_of(score: Score) -> Model:
     """The model that a score belongs to."""
-    return Model(score.model, score.vectors, score.form)
+    return Model(score.model, score.vectors, score.form, score.heads)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from pave_lightning.reporting.scores import Model, ScoreTable
+from pave_lightning.reporting.scores import EXPERT_HEADS, Model, ScoreTable
 
 SHORT_METRICS = {
     "accuracy": "acc",
@@ -45,7 +45,7 @@ def render(table: ScoreTable, width: int = 100) -> Table:
         A table for a rich console; where the tasks do not fit beside each other, a grid of tables.
     """
     tasks = table.tasks()
-    free = width - _model_width(table) - (GAP + len("purified"))
+    free = width - _model_width(table) - (GAP + len("purified")) - _heads_width(table)
     averages = GAP + len("average") + GAP + len("normalised")
     if sum(_width(table, task) for task in tasks) + averages <= free:
         whole = _part(table, tasks, with_averages=True)
@@ -67,6 +67,8 @@ def _part(table: ScoreTable, tasks: list[str], *, with_averages: bool) -> Table:
     part = Table(box=box.HORIZONTALS, show_edge=False, pad_edge=False, padding=(0, GAP - 1, 0, 0))
     part.add_column("model", overflow="fold", width=_model_width(table))
     part.add_column("vectors", no_wrap=True)
+    if _heads_width(table):
+        part.add_column("heads", no_wrap=True)
     for task in tasks:
         header = Text("\n".join([*lines_of(task, TASK_WIDTH), _short(table.primary_metrics[task])]))
         part.add_column(header, justify="right", overflow="fold", width=_width(table, task) - GAP)
@@ -79,6 +81,7 @@ def _part(table: ScoreTable, tasks: list[str], *, with_averages: bool) -> Table:
         if previous is not None and _section(model) != _section(previous):
             part.add_section()
         cells = [Text("\n".join(lines_of(_label(model), MODEL_WIDTH))), Text(model.vectors)]
+        cells += [Text(model.heads)] if _heads_width(table) else []
         cells += [Text(_number(table.value(model, task)) + _mark(table, model, task)) for task in tasks]
         if with_averages:
             normalised = table.normalised_average(model)
@@ -105,6 +108,12 @@ def lines_of(name: str, width: int) -> list[str]:
 def _model_width(table: ScoreTable) -> int:
     lines = [line for model in table.models() for line in lines_of(_label(model), MODEL_WIDTH)]
     return min(max([NUMBER_WIDTH, *map(len, lines)]), WORD_WIDTH)
+
+
+def _heads_width(table: ScoreTable) -> int:
+    """Width of the column that says under which heads models are scored; 0 where all have the experts'."""
+    heads = {model.heads for model in table.models()}
+    return 0 if heads <= {EXPERT_HEADS} else GAP + max(map(len, {"heads", *heads}))
 
 
 def _width(table: ScoreTable, task: str) -> int:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.optimize import minimize
-from scipy.special import log_softmax
 from torch import Tensor
 
 from pave_lightning.subspace.linear_fit import LinearFit, centred_rows
@@ -39,6 +37,8 @@ def fit_logistic(
     Raises:
         ValueError: there are fewer rows than folds, or values that are not finite.
     """
+    from scipy.special import log_softmax  # here, because plans need none of it
+
     centred, _, middle, _ = centred_rows(inputs, targets)
     wide, aims = centred.numpy(), targets.detach().double().cpu().numpy()
     spread = float(np.mean(wide**2)) or 1.0
@@ -73,6 +73,9 @@ def _folds(wide: Array, aims: Array, folds: int, seed: int) -> npt.NDArray[np.in
 
 def _solve(wide: Array, aims: Array, penalty: float) -> tuple[Array, Array]:
     """Weight ``(C, d)`` and intercept ``(C,)`` for one strength."""
+    from scipy.optimize import minimize
+    from scipy.special import log_softmax
+
     rows, classes = len(wide), aims.shape[1]
 
     def loss(flat: Array) -> tuple[float, Array]:

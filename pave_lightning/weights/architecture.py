@@ -85,12 +85,12 @@ class Architecture:
     model_class: str
     prefix: str
     parameters: dict[str, Parameter]
-    weights: tuple[Weight, ...] = field(repr=False)
-    state: frozenset[str] = field(repr=False)
-    children: dict[str, bool]
-    config: dict[str, Any] = field(repr=False)
-    main_input: str
-    takes_mask: bool
+    weights: tuple[Weight, ...] = field(default=(), repr=False)
+    state: frozenset[str] = field(default=frozenset(), repr=False)
+    children: dict[str, bool] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict, repr=False)
+    main_input: str = ""
+    takes_mask: bool = True
     obsolete: tuple[str, ...] = ()
     renamed: dict[str, str] = field(default_factory=dict, repr=False)
     tied: dict[str, str] = field(default_factory=dict, repr=False)

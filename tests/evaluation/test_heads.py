@@ -19,6 +19,7 @@ from pave_lightning import Evaluator, Task
 from pave_lightning.errors import PaveError
 from pave_lightning.evaluation import CheckpointCandidate, ExpertsCandidate, SuiteData
 from pave_lightning.evaluation.heads import FittedHeads, HeadRows, fit_head, head_rows, last_layer
+from pave_lightning.evaluation.options import Heads
 from pave_lightning.experts.trainers import build_trainer
 
 TASK = Task(name="t", data={}, text="text", classes=3)
@@ -113,7 +114,7 @@ def rows_of(count=60, width=12, outputs=3, seed=0):
 @pytest.mark.parametrize("fit", ["logits", "orthogonal"])
 def test_an_expert_on_its_own_features_keeps_its_head(fit):
     layer, rows = rows_of()
-    found = fit_head(TASK, fit, rows, rows, layer)
+    found = fit_head(TASK, Heads(fit=fit), rows, rows, layer)
     assert torch.allclose(found.weight, layer.weight.double(), atol=1e-5)
     assert torch.allclose(rows.features.double() @ found.weight.T + found.bias, rows.outputs.double(), atol=1e-4)
 
@@ -122,7 +123,7 @@ def test_a_turned_backbone_is_repaired():
     layer, rows = rows_of()
     turn = torch.tensor(scipy.linalg.qr(torch.randn(12, 12).double().numpy())[0])
     turned = HeadRows((rows.features.double() @ turn).float() + 1, torch.zeros_like(rows.outputs))
-    found = fit_head(TASK, "orthogonal", turned, rows, layer)
+    found = fit_head(TASK, Heads(fit="orthogonal"), turned, rows, layer)
     assert torch.allclose(turned.features.double() @ found.weight.T + found.bias, rows.outputs.double(), atol=1e-4)
 
 
@@ -131,7 +132,7 @@ def test_probabilities_and_labels_need_no_logits_of_this_size():
     layer, rows = rows_of(count=200)
     mine = HeadRows(rows.features, 100 * rows.outputs, rows.targets)
     for fit in ("probabilities", "labels"):
-        found = fit_head(TASK, fit, mine, rows, layer)
+        found = fit_head(TASK, Heads(fit=fit), mine, rows, layer)
         chosen = (rows.features.double() @ found.weight.T + found.bias).argmax(1)
         assert float((chosen == rows.targets).double().mean()) > 0.95
 
@@ -141,9 +142,9 @@ def test_regression_is_fitted_to_numbers():
     layer, rows = rows_of(outputs=1)
     rows = HeadRows(rows.features, rows.outputs, 2 * rows.outputs[:, 0] + 1)
     for fit in ("logits", "probabilities"):
-        found = fit_head(task, fit, rows, rows, layer)
+        found = fit_head(task, Heads(fit=fit), rows, rows, layer)
         assert torch.allclose(rows.features.double() @ found.weight.T + found.bias, rows.outputs.double(), atol=1e-4)
-    found = fit_head(task, "labels", rows, rows, layer)
+    found = fit_head(task, Heads(fit="labels"), rows, rows, layer)
     assert torch.allclose(
         (rows.features.double() @ found.weight.T + found.bias)[:, 0], rows.targets.double(), atol=1e-4
     )
@@ -152,15 +153,13 @@ def test_regression_is_fitted_to_numbers():
 def test_what_cannot_be_fitted_is_told():
     layer, rows = rows_of(count=4)
     with pytest.raises(PaveError, match="takes at least 5 rows, found 4"):
-        fit_head(TASK, "logits", rows, rows, layer)
+        fit_head(TASK, Heads(fit="logits"), rows, rows, layer)
     layer, rows = rows_of()
     still = HeadRows(torch.ones(60, 12), rows.outputs)
     with pytest.raises(PaveError, match="the same features"):
-        fit_head(TASK, "logits", still, rows, layer)
+        fit_head(TASK, Heads(fit="logits"), still, rows, layer)
     with pytest.raises(PaveError, match="labels are needed"):
-        fit_head(TASK, "labels", HeadRows(rows.features, rows.outputs), rows, layer)
-    with pytest.raises(ValueError, match="expected one of logits"):
-        fit_head(TASK, "guess", rows, rows, layer)
+        fit_head(TASK, Heads(fit="labels"), HeadRows(rows.features, rows.outputs), rows, layer)
 
 
 def test_fitted_heads_are_scored(make_suite, tmp_path):
@@ -173,7 +172,9 @@ def test_fitted_heads_are_scored(make_suite, tmp_path):
     mine = evaluator.head_rows(base, batches)
     theirs = evaluator.head_rows(ExpertsCandidate(suite.checkpoints()), batches)
     heads = {
-        task.name: fit_head(task, "logits", mine[task.name], theirs[task.name], evaluator.last_layer(task.name))
+        task.name: fit_head(
+            task, Heads(fit="logits"), mine[task.name], theirs[task.name], evaluator.last_layer(task.name)
+        )
         for task in suite.tasks
     }
     trainer = build_trainer({"accelerator": "cpu", "devices": 1}, root=tmp_path, precision="32-true")

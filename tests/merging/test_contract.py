@@ -325,7 +325,7 @@ def stored(tmp_path):
             save_file({p.name: read(p).to(dtype) for p in source.parameters}, folder / "model.safetensors")
             found[task] = Checkpoint(folder, "")
         parameters = {parameter.name: parameter for parameter in source.parameters}
-        files = ExpertTaskVectors(found.pop("base"), found, Architecture("", parameters, frozenset(), {}))
+        files = ExpertTaskVectors(found.pop("base"), found, Architecture("", "", parameters))
         # Of the files' experts no adapters are known.
         files.factors, files.without_factors = source.factors, source.without_factors
         return files

@@ -179,7 +179,7 @@ def test_each_block_is_given_what_the_model_gives_it(name, side):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_plan_lets_it_through(name, tmp_path):
     WALKED[name]().save_pretrained(tmp_path)
-    assert block_problem(tmp_path) is None
+    assert block_problem(tmp_path, "AutoModelForSequenceClassification") is None
 
 
 @pytest.mark.parametrize("name", SOME_REFUSED)
@@ -188,7 +188,7 @@ def test_plan_refuses_it_with_the_one_message(name, tmp_path):
     config().save_pretrained(tmp_path)
     end = "; choose a method that does not work block by block"
     pattern = rf"\w+ cannot be calibrated block by block: [^;]*{reason}[^;]*{end}"
-    assert re.fullmatch(pattern, block_problem(tmp_path) or "")
+    assert re.fullmatch(pattern, block_problem(tmp_path, "AutoModelForSequenceClassification") or "")
 
 
 @pytest.mark.parametrize("name", FAMILIES)

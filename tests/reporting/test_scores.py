@@ -92,15 +92,16 @@ def test_csv_by_hand(table, tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["scores.csv"]
     header, *rows = csv.reader((tmp_path / "new" / "scores.csv").open(newline=""))
     assert header == [
-        *("model", "vectors", "form"),
+        *("model", "vectors", "heads", "form"),
         *("sst2/accuracy", "cola/matthews", "average"),
         *("sst2/normalised", "cola/normalised", "normalised_average"),
     ]
-    assert rows[0] == ["base", "", "base", "0.5", "", "", "0.625", "", ""]
-    assert rows[1] == ["experts", "", "expert", "0.8", "0.4", "0.6", "1.0", "1.0", "1.0"]
+    assert rows[0] == ["base", "", "expert", "base", "0.5", "", "", "0.625", "", ""]
+    assert rows[1] == ["experts", "", "expert", "expert", "0.8", "0.4", "0.6", "1.0", "1.0", "1.0"]
     assert rows[2] == [
         "ties",
         "purified",
+        "expert",
         "static",
         "0.6",
         "0.1",
@@ -109,14 +110,14 @@ def test_csv_by_hand(table, tmp_path):
         "0.25",
         "0.5",
     ]
-    assert rows[3][:5] == ["emr", "plain", "per-task", "0.9", "0.3"]
+    assert rows[3][:6] == ["emr", "plain", "expert", "per-task", "0.9", "0.3"]
 
 
 def test_a_score_in_float32_is_written_as_the_decimal_that_it_stands_for(tmp_path):
     value = float(np.float32(0.4))
     assert value != 0.4
     ScoreTable([Score("base", "", "base", "sst2", "accuracy", True, value, 10)]).write_csv(tmp_path / "scores.csv")
-    assert (tmp_path / "scores.csv").read_text().splitlines()[1] == "base,,base,0.4,0.4,,"
+    assert (tmp_path / "scores.csv").read_text().splitlines()[1] == "base,,expert,base,0.4,0.4,,"
 
 
 def test_frames(table, tmp_path):
@@ -129,7 +130,7 @@ def test_frames(table, tmp_path):
 
     assert len(long) == len(table.scores)
     assert list(long.columns) == [
-        *("model", "vectors", "form", "task", "metric", "headline", "value", "normalised", "examples")
+        *("model", "vectors", "heads", "form", "task", "metric", "headline", "value", "normalised", "examples")
     ]
     row = long[(long.model == "ties") & (long.metric == "matthews")].iloc[0]
     assert (row.value, row.normalised, row.examples) == (0.1, 0.25, 100)

@@ -152,9 +152,7 @@ def test_kinds():
 
 
 def problems(tmp_path, base, expert):
-    architecture = Architecture(
-        "Net", "net", {}, (), frozenset(), {}, {}, "input_ids", True, buffers=buffer_kinds(Net())
-    )
+    architecture = Architecture("Net", "net", {}, buffers=buffer_kinds(Net()))
     checkpoints = []
     for name, tensors in (("base", base), ("expert", expert)):
         (tmp_path / name).mkdir()

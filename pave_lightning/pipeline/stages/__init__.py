@@ -12,6 +12,7 @@ from pave_lightning.pipeline.stages.evaluate import EvaluateStage
 from pave_lightning.pipeline.stages.export import ExportStage
 from pave_lightning.pipeline.stages.fit import FitStage, existing_folder
 from pave_lightning.pipeline.stages.gradients import GradientStage
+from pave_lightning.pipeline.stages.heads import HeadsStage
 from pave_lightning.pipeline.stages.merge import MergeStage
 from pave_lightning.pipeline.stages.purify import PurifyStage, purifications, ratios
 
@@ -23,6 +24,7 @@ __all__ = [
     "ExportStage",
     "FitStage",
     "GradientStage",
+    "HeadsStage",
     "MergeStage",
     "PurifyStage",
     "captures",
@@ -42,6 +44,7 @@ KINDS: tuple[type[Stage], ...] = (
     MergeStage,
     ExportStage,
     DiagnoseStage,
+    HeadsStage,
     EvaluateStage,
 )
 

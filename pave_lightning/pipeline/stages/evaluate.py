@@ -8,17 +8,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pave_lightning.errors import PaveError, doing
+from pave_lightning.evaluation.options import EXPERT_HEADS, Heads
 from pave_lightning.merging import method_named
 from pave_lightning.pipeline.context import Context
 from pave_lightning.pipeline.results import Results
 from pave_lightning.pipeline.scoring import score_inputs
 from pave_lightning.pipeline.stage import Stage
 from pave_lightning.pipeline.stages.fit import FitStage, expert_digests, experts
+from pave_lightning.pipeline.stages.heads import HeadsStage
 from pave_lightning.pipeline.stages.merge import MergeStage
 from pave_lightning.pipeline.stages.purify import label, needed_for, purification_inputs, purifications, task_vectors
 from pave_lightning.purification.options import Purify
 from pave_lightning.recipe.merge_step import MergeStep, Vectors
+from pave_lightning.recipe.schema import Recipe
 from pave_lightning.system.processes import is_rank_zero
+from pave_lightning.tasks.task import Task
 
 if TYPE_CHECKING:
     from pave_lightning.evaluation import Candidate
@@ -37,6 +41,7 @@ class ScoredModel(ABC):
         label: what tells it from others in the names of folders.
         model: its name in tables.
         vectors: plain, purified, or empty where that is no question.
+        heads: under which heads it is scored, in tables.
         words: it in words, in messages.
         may_fail: whether outputs that are not finite only cost it its scores, instead of stopping the work.
     """
@@ -45,6 +50,7 @@ class ScoredModel(ABC):
     model: str
     words: str
     vectors: TableVectors = ""
+    heads: str = EXPERT_HEADS.label
     may_fail: ClassVar[bool] = False
 
     def __init__(self, results: Results) -> None:
@@ -175,6 +181,66 @@ class ScoredMerge(ScoredModel):
         return ModulatedCandidate(context.base, checkpoint, modulators), {}
 
 
+class ScoredExpert(ScoredModel):
+    """One expert alone on all tasks, under heads that are fitted to it."""
+
+    form = "static"
+
+    def __init__(self, results: Results, task: Task) -> None:
+        super().__init__(results)
+        self.task = task
+        self.label = f"expert-{task.name}"
+        self.model, self.words = f"expert of {task.name}", f"the expert of {task.name}"
+
+    def depends_on(self) -> dict[str, Any]:
+        """The expert's digest."""
+        return {"model": expert_digests(self.results)[self.task.name]}
+
+    def candidate(self, context: Context) -> tuple[Candidate, dict[str, Any]]:
+        """The expert's checkpoint for every task."""
+        from pave_lightning.evaluation import CheckpointCandidate
+
+        return CheckpointCandidate(experts(context)[self.task.name]), {}
+
+
+class ScoredFitted(ScoredModel):
+    """A model under heads whose last layers are fitted to it.
+
+    Args:
+        results: the recipe, and what is there of it.
+        model: the model.
+        heads: how they are fitted.
+    """
+
+    def __init__(self, results: Results, model: ScoredModel, heads: Heads) -> None:
+        super().__init__(results)
+        self.inner, self.stage = model, HeadsStage(results, model, heads)
+        self.label = f"{model.label}-heads-{heads.label}"
+        self.model, self.vectors, self.heads = model.model, model.vectors, heads.label
+        self.words = f"{model.words} with heads fitted to {heads.fit}"
+
+    @property
+    def form(self) -> Form:
+        """That of the model; experts under other heads than their own are no measure for others."""
+        return "per-task" if self.inner.form == "expert" else self.inner.form
+
+    def needs(self) -> Sequence[Stage]:
+        """The heads, and what the model is made of."""
+        return [*self.inner.needs(), self.stage]
+
+    def depends_on(self) -> dict[str, Any]:
+        """What the heads depend on, the model's weights among it."""
+        return {"fitted": self.stage.inputs()}
+
+    def candidate(self, context: Context) -> tuple[Candidate, dict[str, Any]]:
+        """The model's own, with the heads exchanged."""
+        from pave_lightning.evaluation.heads import FittedHeads
+
+        candidate, facts = self.inner.candidate(context)
+        tasks = {task.name: task for task in context.recipe.tasks}
+        return FittedHeads(candidate, self.stage.load(), tasks), facts
+
+
 class EvaluateStage(Stage):
     """The scores of one model on all test splits."""
 
@@ -243,8 +309,36 @@ class EvaluateStage(Stage):
 def scored_models(results: Results) -> Iterator[ScoredModel]:
     """Every model that a run scores, in the order of its tables."""
     yield from untouched_models(results)
+    yield from controls(results)
     for merge in MergeStage.all(results):
-        yield ScoredMerge(results, merge.step, merge.vectors)
+        model = ScoredMerge(results, merge.step, merge.vectors)
+        for heads in heads_of(results.recipe, merge.step):
+            yield model if heads.fit == "expert" else ScoredFitted(results, model, heads)
+
+
+def heads_of(recipe: Recipe, step: MergeStep) -> list[Heads]:
+    """The heads under which a merge step's models are scored."""
+    return recipe.heads if step.heads is None else step.heads
+
+
+def controls(results: Results) -> Iterator[ScoredModel]:
+    """What merged models under fitted heads are to be compared with; nothing where no head is fitted."""
+    recipe = results.recipe
+    asked = {heads.label: heads for step in recipe.merge for heads in heads_of(recipe, step) if heads.fit != "expert"}
+    if not asked:
+        return
+    fits = list(asked.values())
+    if "base" in recipe.controls:
+        yield from (ScoredFitted(results, ScoredBase(results), heads) for heads in fits)
+    if "probe" in recipe.controls and not any(heads.fit == "labels" for heads in fits if "base" in recipe.controls):
+        yield ScoredFitted(results, ScoredBase(results), fits[0].model_copy(update={"fit": "labels"}))
+    if "experts" in recipe.controls:
+        # Turned onto itself an expert stays as it is.
+        own = (heads for heads in fits if heads.fit != "orthogonal")
+        yield from (ScoredFitted(results, ScoredExperts(results), heads) for heads in own)
+    if "each" in recipe.controls:
+        for task in recipe.tasks:
+            yield from (ScoredFitted(results, ScoredExpert(results, task), heads) for heads in fits)
 
 
 def untouched_models(results: Results) -> Iterator[ScoredModel]:

@@ -1,0 +1,35 @@
+"""What is wrong with fitting heads to models, before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from pave_lightning.errors import PaveError
+from pave_lightning.evaluation.heads import least_rows
+from pave_lightning.pipeline.stages.evaluate import heads_of
+from pave_lightning.recipe.schema import Recipe
+from pave_lightning.tasks.data import load_split
+
+
+def head_problems(recipe: Recipe, cache: Path) -> Iterator[str]:
+    """Tasks with too few training rows for the heads that are to be fitted.
+
+    Args:
+        recipe: what is checked.
+        cache: folder of copies of rows.
+    """
+    asked = {one.label: one for step in recipe.merge for one in heads_of(recipe, step) if one.fit != "expert"}
+    for heads in asked.values():
+        for task in recipe.tasks:
+            least = least_rows(task)
+            try:
+                there = len(load_split(task, "train", seed=recipe.seed, cache_dir=cache))
+            except PaveError:  # told with what is wrong with the data
+                continue
+            if min(there, heads.rows) < least:
+                found = f"heads.rows is {heads.rows}" if heads.rows < least else f"its training split has {there}"
+                yield (
+                    f"task '{task.name}': fitting its head ({heads.label}) takes at least {least} rows, but {found}; "
+                    "give more, or set heads: expert"
+                )

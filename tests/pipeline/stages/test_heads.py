@@ -1,0 +1,120 @@
+"""Heads fitted to merged models and to their controls, in whole runs."""
+
+import csv
+
+import pytest
+
+from pave_lightning import Recipe, plan_recipe, run_recipe
+from pave_lightning.errors import PaveError
+from pave_lightning.evaluation import CheckpointCandidate
+from pave_lightning.pipeline.commands import open_folder
+from pave_lightning.pipeline.context import Context
+from pave_lightning.pipeline.evaluating import evaluator
+from pave_lightning.pipeline.results import Results
+from pave_lightning.pipeline.stages.evaluate import ScoredBase, ScoredFitted, scored_models
+from pave_lightning.pipeline.task_data import shown_batches
+from pave_lightning.subspace.linear_fit import fit_ridge
+
+
+@pytest.fixture
+def fitted_settings(ready_settings):
+    merge = [{"method": "task_arithmetic", "scale": 0.4, "vectors": ["plain"]}, {"method": "emr", "vectors": ["plain"]}]
+    return {**ready_settings, "merge": merge, "heads": ["expert", {"fit": "logits", "rows": 24}]}
+
+
+def labels_of(settings):
+    recipe = Recipe.model_validate(settings)
+    return [(model.model, model.heads) for model in scored_models(Results(recipe, open_folder(recipe)))]
+
+
+def test_rows_of_the_table(fitted_settings):
+    merged = [("task_arithmetic", "expert"), ("task_arithmetic", "logits-24"), ("emr", "expert"), ("emr", "logits-24")]
+    own = [("base", "expert"), ("experts", "expert")]
+    fitted = [("base", "logits-24"), ("experts", "logits-24")]
+    assert labels_of(fitted_settings) == [*own, *fitted, *merged]
+    assert labels_of({**fitted_settings, "controls": []}) == [*own, *merged]
+    each = [("expert of words", "logits-24"), ("expert of more", "logits-24")]
+    assert labels_of({**fitted_settings, "controls": True}) == [
+        *own,
+        fitted[0],
+        ("base", "labels-24"),
+        fitted[1],
+        *each,
+        *merged,
+    ]
+    assert labels_of({**fitted_settings, "heads": "expert", "controls": True}) == [*own, merged[0], merged[2]]
+    step = {**fitted_settings["merge"][0], "heads": "orthogonal"}
+    assert labels_of({**fitted_settings, "heads": "expert", "merge": [step], "controls": ["experts"]}) == [
+        *own,
+        ("task_arithmetic", "orthogonal"),
+    ]
+
+
+def test_a_run_with_fitted_heads(fitted_settings, capsys):
+    """Scores against heads that are fitted by hand; a second run makes nothing anew."""
+    recipe = Recipe.model_validate(fitted_settings)
+    folder = run_recipe(recipe)
+    rows = {(row["model"], row["heads"]): row for row in csv.DictReader((folder / "results.csv").open())}
+    assert set(rows) == set(labels_of(fitted_settings))
+    assert rows["experts", "expert"]["normalised_average"] == "1.0"
+    assert "logits-24" in capsys.readouterr().out
+
+    context = Context(Results(recipe, open_folder(recipe)))
+    task, score = recipe.tasks[0], evaluator(context)
+    base = CheckpointCandidate(context.base)
+    batches = {task.name: shown_batches(context, task, 24)}
+    mine = score.head_rows(base, batches)[task.name]
+    from pave_lightning.evaluation import ExpertsCandidate
+    from pave_lightning.pipeline.stages.fit import experts
+    from pave_lightning.pipeline.task_data import data_module
+
+    theirs = score.head_rows(ExpertsCandidate(experts(context)), batches)[task.name]
+    fit = fit_ridge(mine.features, theirs.outputs)
+    data = data_module(context, task, 8)
+    data.setup("test")
+    seen = score.head_rows(base, {task.name: list(data.test_dataloader())})[task.name]
+    chosen = (seen.features.double() @ fit.weight.T + fit.bias).argmax(1)
+    right = float((chosen == seen.targets).double().mean())
+    assert float(rows["base", "logits-24"]["words/accuracy"]) == pytest.approx(right, abs=1e-6)
+
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("manifest.json")}
+    run_recipe(recipe)
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("manifest.json")}
+
+
+def test_heads_are_the_same_when_they_are_fitted_again(fitted_settings, tmp_path):
+    first = run_recipe(Recipe.model_validate(fitted_settings))
+    again = run_recipe(Recipe.model_validate({**fitted_settings, "output": str(tmp_path / "again")}))
+    for path in first.rglob("heads.safetensors"):
+        assert path.read_bytes() == (again / path.relative_to(first)).read_bytes()
+    assert len(list(first.rglob("heads.safetensors"))) == 4
+
+
+def test_too_few_rows_are_told(fitted_settings):
+    fitted_settings["heads"] = {"fit": "logits", "rows": 3}
+    with pytest.raises(PaveError, match=r"takes at least 5 rows, but heads\.rows is 3") as told:
+        plan_recipe(Recipe.model_validate(fitted_settings))
+    assert "task 'words'" in str(told.value)
+    assert "task 'more'" in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("heads", "told"),
+    [
+        ("logit", "logit"),
+        ([], "at least 1"),
+        (["logits", "logits"], "must not name the same heads twice"),
+        ({"fit": "logits", "strength": -1}, "greater than or equal to 0"),
+    ],
+)
+def test_heads_that_cannot_be(fitted_settings, heads, told):
+    with pytest.raises(ValueError, match=told):
+        Recipe.model_validate({**fitted_settings, "heads": heads})
+
+
+def test_an_expert_under_heads_of_its_own_is_no_measure(fitted_settings):
+    recipe = Recipe.model_validate(fitted_settings)
+    results = Results(recipe, open_folder(recipe))
+    fitted = [model for model in scored_models(results) if isinstance(model, ScoredFitted)]
+    assert [model.form for model in fitted] == ["base", "per-task", "static", "per-task"]
+    assert isinstance(fitted[0].inner, ScoredBase)
