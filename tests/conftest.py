@@ -173,7 +173,16 @@ def task_files(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def migrated(tmp_path_factory):
+def hasty_databases():
+    """Let databases not wait until the disk has what they write, for the end of the tests is the end of them."""
+    from sqlalchemy import event
+    from sqlalchemy.engine import Engine
+
+    event.listen(Engine, "connect", lambda connection, _: connection.execute("PRAGMA synchronous=OFF"))
+
+
+@pytest.fixture(scope="session")
+def migrated(hasty_databases, tmp_path_factory):
     """An MLflow database with all tables and no experiment of ours, to be copied: making one takes seconds."""
     from pave_lightning.tracking.stores import connect
 
