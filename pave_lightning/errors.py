@@ -186,8 +186,9 @@ def foreign(what: str, advice: str = "") -> Iterator[None]:
 
 
 # Advice to do what is refused here, and what names no fault.
+_LINK = re.compile(r"https?://")
 _USELESS = re.compile(
-    r"https?://|weights_only|trust_remote_code|allow_pickle|add_safe_globals|^Traceback|^During handling|^The above ex"
+    r"weights_only|trust_remote_code|allow_pickle|add_safe_globals|^Traceback|^During handling|^The above ex"
 )
 _PLAIN_KINDS = (
     *("Exception", "ImportError", "MisconfigurationException", "ModuleNotFoundError", "OSError", "RuntimeError"),
@@ -196,18 +197,24 @@ _PLAIN_KINDS = (
 _SAY_NOTHING = re.compile(r"^(Error\(s\) in|Validation error|Class validation error)|[:,]$")
 
 
-def reason(error: BaseException) -> str:
+def reason(error: BaseException, uri: str = "") -> str:
     """What an error of a library says, in one line: its kind, if that tells anything, and what of its message does.
 
     A line that only announces the next one stands before it; links and advice to load what may hold code are left out.
+
+    Args:
+        error: the error.
+        uri: what was to be reached, where it was that: links then belong to the message, and its secrets are left out.
     """
     kind = type(error).__name__
     if isinstance(error, OSError) and error.strerror:
         return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
-    lines = [" ".join(line.split()) for line in shortened(str(error), 50 * LONGEST_REASON).splitlines()]
+    message = shortened(without_secrets(str(error), uri), 50 * LONGEST_REASON)
+    lines = [" ".join(line.split()) for line in message.splitlines()]
     told: list[str] = []
     for line in filter(None, lines):
-        told += [sentence for sentence in re.split(r"(?<=[.!?]) ", line) if sentence and not _USELESS.search(sentence)]
+        sentences = [sentence for sentence in re.split(r"(?<=[.!?]) ", line) if not _USELESS.search(sentence)]
+        told += [sentence for sentence in sentences if sentence and (uri or not _LINK.search(sentence))]
         if told and not _SAY_NOTHING.search(told[-1]):
             break
     text = shortened(" ".join(told).rstrip(".:, "), LONGEST_REASON)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import shutil
 import tempfile
@@ -22,6 +21,7 @@ from pave_lightning.experts.vocabulary import differing_tokens, expert_notes, ro
 from pave_lightning.merging import Evidence, Need, SequentialMethod, known_methods, make_method, method_named
 from pave_lightning.merging.folders import MergeContext, load_gradients, load_kept, merged_facts, write_merged
 from pave_lightning.reporting.model_card import ExpertSource, as_code, model_card
+from pave_lightning.system.files import making_folder
 from pave_lightning.tasks.tokenizers import load_tokenizer
 from pave_lightning.weights import Architecture, Checkpoint, ExpertTaskVectors, locate_model, model_digest
 from pave_lightning.weights.adapters import ADAPTER_CONFIG
@@ -119,7 +119,7 @@ def add_expert(
         kept = {key: value for key, value in facts.items() if key not in ("method", "form", "base", "sequential")}
         kept["added"] = [*facts.get("added", []), task]  # as it was fine-tuned, also where the others were purified
         context = MergeContext(str(facts["base"]), base_weights, {task: new}, architecture, kept)
-        with _unfinished(output) as place:
+        with making_folder(output) as place:
             write_merged(place, method, source, facts.get("scale"), context, evidence=evidence)
             for head in sorted(found for found in heads.iterdir() if found.is_dir()):
                 shutil.copytree(head, place / "heads" / head.name)
@@ -141,19 +141,6 @@ def _whole_expert(expert: Path, base: Path, task: str, fisher: str | Path | None
     with tempfile.TemporaryDirectory(prefix="pave-expert-") as name:
         save_expert(load_adapter_alone(base, expert, task), base, Path(name), tokenizer_of=expert)
         yield Path(name)
-
-
-@contextmanager
-def _unfinished(output: Path) -> Iterator[Path]:
-    """A new folder that gets its final name in the end, or is removed."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    place = output.with_name(f".{output.name}.unfinished-{os.getpid()}")
-    place.mkdir()
-    try:
-        yield place
-        place.rename(output)
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
 
 
 def _card(merged: Path, place: Path, output: Path, task: str, expert: Path) -> str:

@@ -175,7 +175,7 @@ def working(recipe: Recipe, *, computes: bool = True, verify: bool = False) -> I
     with folder.locked(), stoppable():
         check_recipe(recipe, folder, computes=computes)
         resolved = folder.write_text("recipe.yaml", recipe_to_yaml(recipe))
-        record = Tracker.recorded(
+        tracker = Tracker(
             recipe.tracking.uri,
             recipe.tracking.experiment,
             recipe.name,
@@ -190,6 +190,6 @@ def working(recipe: Recipe, *, computes: bool = True, verify: bool = False) -> I
             },
             tags=environment_tags(),
         )
-        with record as tracker, stoppable():  # inside of the record, which says whether the run failed or was stopped
+        with tracker.recorded(), stoppable():  # inside of the record, which says whether the run failed or was stopped
             tracker.log_file(tracker.parent_run_id, resolved)
             yield Runner(Context(results, tracker), Launcher())

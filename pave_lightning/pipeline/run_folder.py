@@ -17,22 +17,23 @@ from filelock import FileLock, Timeout
 
 from pave_lightning.errors import PaveError
 from pave_lightning.system.files import (
+    REPLACED,
     UNFINISHED,
     file_sha256,
     forget_hashes,
     load_hashes,
+    making_folder,
     naming_file,
+    replacing,
     save_hashes,
     set_aside,
 )
-from pave_lightning.system.interrupts import deferred
 
 log = logging.getLogger("pave_lightning")
 
 MANIFEST = "manifest.json"
 # The key under which a manifest holds the sha256 of all that it says besides.
 SEAL = "sha256"
-REPLACED = ".replaced-"
 # What is known of the hashes of files, so that a file that nobody touched is not read again.
 HASHES = ".hashes.json"
 # Stages that recipes with a shared folder have in common.
@@ -214,12 +215,9 @@ class RunFolder:
     def writing(self, stage: str, inputs: Mapping[str, Any]) -> Iterator[StageWriter]:
         """Write a stage: all of it appears under its final name at once, or nothing does."""
         final = self.path(stage)
-        final.parent.mkdir(parents=True, exist_ok=True)
         self._keep_damaged(stage)
-        unfinished = final.with_name(f"{final.name}{UNFINISHED}{os.getpid()}")
-        writer = StageWriter(unfinished)
-        try:
-            unfinished.mkdir()
+        with making_folder(final, replace=True) as unfinished:
+            writer = StageWriter(unfinished)
             with naming_file(final):
                 yield writer
             files = {
@@ -229,14 +227,6 @@ class RunFolder:
             }
             manifest = {"stage": stage, "inputs": _plain(inputs), "files": files, "result": _plain(writer.result)}
             (unfinished / MANIFEST).write_text(json.dumps({**manifest, SEAL: _sealed(manifest)}, indent=2))
-            replaced = final.with_name(f"{final.name}{REPLACED}{os.getpid()}")
-            with deferred():  # between the two there is neither the old result nor the new one
-                if final.exists():
-                    final.rename(replaced)
-                unfinished.rename(final)
-            shutil.rmtree(replaced, ignore_errors=True)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
 
     def _keep_damaged(self, stage: str) -> None:
         """Set a damaged result aside, which may tell its owner what happened, before it is made anew."""
@@ -248,10 +238,8 @@ class RunFolder:
     def write_text(self, name: str, text: str) -> Path:
         """Write a small file at once."""
         path = self.root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f"{path.name}{UNFINISHED}{os.getpid()}")
-        unfinished.write_text(text)
-        unfinished.replace(path)
+        with replacing(path) as unfinished:
+            unfinished.write_text(text)
         return path
 
 

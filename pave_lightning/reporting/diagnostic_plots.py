@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pave_lightning.reporting.plots import kept_ranks, new_figure, short_layer_names, write_figure
-from pave_lightning.reporting.scores import replacing
+from pave_lightning.system.files import replacing
 
 if TYPE_CHECKING:
     import numpy as np

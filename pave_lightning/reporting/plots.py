@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pave_lightning.reporting.scores import Form, Model, ScoreTable, replacing
+from pave_lightning.reporting.scores import Form, Model, ScoreTable
+from pave_lightning.system.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

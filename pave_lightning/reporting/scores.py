@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import csv
 import math
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from pave_lightning.system.files import replacing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -266,23 +266,6 @@ def left_out_sentence(tasks: int, places: Sequence[str]) -> str:
 def model_of(score: Score) -> Model:
     """The model that a score belongs to."""
     return Model(score.model, score.vectors, score.form, score.heads)
-
-
-@contextmanager
-def replacing(path: Path | str) -> Iterator[Path]:
-    """Give a temporary name in the folder of `path` and rename it when the block ends well, so no file is half written.
-
-    Args:
-        path: The file that is to be written; its folder is made where it does not exist.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _written(cell: str | float) -> str | float:

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from pave_lightning.reporting.scores import replacing
 from pave_lightning.reporting.sweep_findings import findings, findings_of
 from pave_lightning.reporting.sweep_plot import draw, draw_scores
 from pave_lightning.reporting.sweep_table import SweepScores, plainly, summarise, summary_of
 from pave_lightning.reporting.sweep_view import SweepView
+from pave_lightning.system.files import replacing
 
 __all__ = ["SweepView", "draw", "findings", "summarise", "write_sweep"]
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from pave_lightning.system.files import write_tensors
+from pave_lightning.system.files import replacing, write_tensors
 
 
 def write_whole(file: Path, tensors: Mapping[str, Tensor], key: str, header: Mapping[str, Any]) -> None:
@@ -25,12 +24,5 @@ def write_whole(file: Path, tensors: Mapping[str, Tensor], key: str, header: Map
         key: name of the one metadata entry; safetensors writes several in random order.
         header: plain values.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        write_tensors(temporary, tensors, {key: json.dumps(header, sort_keys=True)})
-        with temporary.open("rb+") as written:
-            os.fsync(written.fileno())
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(file, durable=True) as unfinished:
+        write_tensors(unfinished, tensors, {key: json.dumps(header, sort_keys=True)})

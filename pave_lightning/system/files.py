@@ -7,14 +7,17 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pave_lightning.errors import PaveError, reason
+from pave_lightning.system.interrupts import deferred
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,8 +33,8 @@ LARGE_TOKENIZER_FILES = (
     *("tokenizer.model", "spiece.model"),
 )
 _JSON_KINDS = {list: "a list", str: "a text", int: "a number", float: "a number", bool: "true or false"}
-# What stands in the names of files and folders that are not finished.
-UNFINISHED = ".unfinished-"
+# What stands in the names of files and folders that are not finished, and of old ones while new ones take their place.
+UNFINISHED, REPLACED = ".unfinished-", ".replaced-"
 # What follows the name of what was found damaged and set aside.
 DAMAGED = ".damaged-"
 
@@ -135,13 +138,8 @@ def save_hashes(note: Path, wanted: Callable[[Path], bool]) -> None:
         with suppress(OSError):
             if wanted(Path(place)) and file_facts(Path(place)) == facts:
                 entries[place] = [facts, sha256]
-    temporary = note.with_name(f"{note.name}.{os.getpid()}.tmp")
-    with suppress(OSError):  # it only saves time
-        try:
-            temporary.write_text(json.dumps(entries))
-            temporary.replace(note)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with suppress(OSError), replacing(note) as unfinished:  # it only saves time
+        unfinished.write_text(json.dumps(entries))
 
 
 def forget_hashes() -> None:
@@ -153,6 +151,62 @@ def forget_hashes() -> None:
 def _as_facts(values: Sequence[int]) -> Facts:
     size, modified, inode, changed = map(int, values)
     return size, modified, inode, changed
+
+
+@contextmanager
+def replacing(path: Path | str, *, durable: bool = False) -> Iterator[Path]:
+    """A name beside a file, which becomes the file's own when the block ends well: nobody sees it half written.
+
+    However else the block ends, an interrupt included, the file stays as it was and nothing is left beside it.
+
+    Args:
+        path: the file that is to be written; its folder is made where it does not exist.
+        durable: wait until the content is on the disk before it takes the place of what was there.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = _beside(path, UNFINISHED)
+    try:
+        yield unfinished
+        if durable:
+            with unfinished.open("rb+") as written:
+                os.fsync(written.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def making_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A new folder beside ``path``, which gets that name when the block ends well: nobody sees it half filled.
+
+    However else the block ends, an interrupt included, ``path`` stays as it was and nothing is left beside it. Of a
+    process that is killed, ``path`` with `UNFINISHED` or `REPLACED` and more may be left.
+
+    Args:
+        path: the folder; the one that it lies in is made where it does not exist.
+        replace: whether it takes the place of one that is there.
+
+    Raises:
+        OSError: there is something already, and it is not to be replaced.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished, replaced = _beside(path, UNFINISHED), _beside(path, REPLACED)
+    try:
+        unfinished.mkdir()
+        yield unfinished
+        with deferred():  # between the two there is neither the old folder nor the new one
+            if replace and path.exists():
+                path.rename(replaced)
+            unfinished.rename(path)
+        shutil.rmtree(replaced, ignore_errors=True)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _beside(path: Path, mark: str) -> Path:
+    """A name that no other process or thread gives."""
+    return path.with_name(f"{path.name}{mark}{os.getpid()}-{uuid.uuid4().hex[:8]}")
 
 
 def set_aside(path: Path) -> Path:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import logging
-import os
-import shutil
-import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from pave_lightning.errors import PaveError
-from pave_lightning.system.files import UNFINISHED, file_sha256, naming_file
+from pave_lightning.system.files import UNFINISHED, file_sha256, naming_file, set_aside
 
 log = logging.getLogger("pave_lightning")
 
-DAMAGED = ".damaged"
 DIGITS = 32
 
 
@@ -33,21 +30,16 @@ def kept_copy(folder: Path, stem: str, make: Callable[[Path], None]) -> Path:
         if path.name.removeprefix(f"{stem}-") == f"{_digest(path)}.arrow":
             return path
         with suppress(FileNotFoundError):  # another process may have set it aside
-            path.replace(path.with_name(path.name + DAMAGED))
-            log.warning("%s is damaged; it is set aside as %s and made anew", path, path.name + DAMAGED)
+            log.warning("%s is damaged; it is set aside as %s and made anew", path, set_aside(path).name)
     folder.mkdir(parents=True, exist_ok=True)
     # Written beside and renamed: two processes may do this at once, and whoever is last replaces equal by equal.
     # In a folder of its own, since `datasets` writes to further names beside the one that it is given.
-    place = folder / f".{stem}{UNFINISHED}{os.getpid()}-{uuid.uuid4().hex}"
-    try:
-        with naming_file(folder):
-            place.mkdir()
-            unfinished = place / "rows.arrow"
-            make(unfinished)
-            path = folder / f"{stem}-{_digest(unfinished)}.arrow"
-            unfinished.replace(path)
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
+    place = TemporaryDirectory(prefix=f"{stem}{UNFINISHED}", dir=folder, ignore_cleanup_errors=True)
+    with naming_file(folder), place:
+        unfinished = Path(place.name) / "rows.arrow"
+        make(unfinished)
+        path = folder / f"{stem}-{_digest(unfinished)}.arrow"
+        unfinished.replace(path)
     return path
 
 

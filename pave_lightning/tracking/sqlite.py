@@ -15,6 +15,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from pave_lightning.system.files import UNFINISHED, replacing
 from pave_lightning.tracking.uris import sqlite_uri
 
 # How long a store that is in use is waited for, at the start and later alike, and when that is told.
@@ -85,17 +86,13 @@ def _make_database(path: Path) -> None:
     """Make a database under another name and rename it, so that a killed process leaves no half of one."""
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-    _remove(path.parent, f".{path.name}.making-")  # of killed processes; no other one makes it now
-    making = path.with_name(f".{path.name}.making-{os.getpid()}")
-    try:
+    for file in path.parent.iterdir():
+        if file.name.startswith(f"{path.name}{UNFINISHED}"):  # of a killed process; no other one makes it now
+            file.unlink(missing_ok=True)
+    with replacing(path, durable=True) as making:
         with _unsynced(making):
             store = SqlAlchemyStore(sqlite_uri(making), (path.parent / "artifacts").as_uri())
         store.engine.dispose()
-        with making.open("rb+") as stream:
-            os.fsync(stream.fileno())
-        making.replace(path)
-    finally:
-        _remove(path.parent, making.name)
 
 
 @contextmanager
@@ -116,12 +113,6 @@ def _unsynced(path: Path) -> Iterator[None]:
         yield
     finally:
         event.remove(Engine, "connect", configure)
-
-
-def _remove(folder: Path, start: str) -> None:
-    for file in folder.iterdir():
-        if file.name.startswith(start):
-            file.unlink(missing_ok=True)
 
 
 def _heal(path: Path, uri: str, version: str | None) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pave_lightning.credentials import without_secrets
-from pave_lightning.errors import Interrupted
+from pave_lightning.errors import Interrupted, reason
 from pave_lightning.system.interrupts import deferred
 from pave_lightning.tracking import runs
 from pave_lightning.tracking.naming import clean_path, tag_text
@@ -28,7 +28,6 @@ ORIGIN_TAG = "pave.continues"
 
 # How long a stopped program waits for a locked database before it leaves the record as it is.
 STOPPING_SECONDS = 5.0
-REASON_LENGTH = 400
 
 _log = logging.getLogger("pave_lightning")
 
@@ -36,9 +35,23 @@ _log = logging.getLogger("pave_lightning")
 class Tracker:
     """One MLflow run tree a recipe run.
 
-    The driver makes it with `start`, before any process is launched; a stage in another process joins with `attach`.
-    Whatever goes wrong with the store, the program goes on: the record continues in a local database, and one warning
-    says where. Should that fail too, nothing more is recorded and every method does nothing.
+    The driver makes one and begins it with `recorded` or `start`, before any process is launched; a stage in another
+    process joins with `attach`. Whatever goes wrong with the store, the program goes on: the record continues in a
+    local database, and one warning says where. Should that fail too, nothing more is recorded and every method does
+    nothing.
+
+    Args:
+        uri: MLflow tracking URI: a database or a server.
+        experiment: Experiment of the parent run; made where it does not exist.
+        run_name: Name of the parent run.
+        key: Says which run this is. A run with the same key is taken up again: its status goes back to RUNNING, and
+            children that a killed process left RUNNING become KILLED.
+        params: Parameters of a new parent run; nested mappings are flattened with dots.
+        tags: Tags of a new parent run.
+        fallback_uri: Local store (sqlite) that is used when the first cannot be.
+
+    Raises:
+        PaveError: If `uri` is a folder, or an sqlite URI without a file.
 
     Attributes:
         uri: The store in use: the one asked for, made absolute, or the local one after a failure; empty when nothing is
@@ -46,14 +59,24 @@ class Tracker:
         parent_run_id: The parent run in that store.
     """
 
-    def __init__(self, uri: str, experiment: str, parent: Entry, key: str, fallback_uri: str) -> None:
-        self.uri = uri
+    def __init__(
+        self,
+        uri: str,
+        experiment: str,
+        run_name: str,
+        *,
+        key: str,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+        fallback_uri: str = FALLBACK_URI,
+    ) -> None:
+        self.uri = resolve_uri(uri)
         self.parent_run_id = ""
         self._experiment = experiment
         self._experiment_id = ""
-        self._parent = parent
+        self._parent = Entry(run_name, dict(params), dict(tags))
         self._key = key.replace("'", "_")
-        self._fallback_uri = fallback_uri
+        self._fallback_uri = resolve_uri(fallback_uri)
         self._fallen_back = False
         self._attached = False
         self._client: Any = None
@@ -63,74 +86,18 @@ class Tracker:
         # Children as they were found last, by name, until this process changes them
         self._seen: dict[str, Any] = {}
 
-    @classmethod
-    def start(
-        cls,
-        uri: str,
-        experiment: str,
-        run_name: str,
-        *,
-        key: str,
-        params: Mapping[str, Any],
-        tags: Mapping[str, str],
-        fallback_uri: str = FALLBACK_URI,
-    ) -> Tracker:
+    def start(self) -> Tracker:
         """Open the store and find or make the parent run.
 
-        Args:
-            uri: MLflow tracking URI: a database or a server.
-            experiment: Experiment of the parent run; made where it does not exist.
-            run_name: Name of the parent run.
-            key: Says which run this is. A run with the same key is taken up again: its status goes back to RUNNING, and
-                children that a killed process left RUNNING become KILLED.
-            params: Parameters of a new parent run; nested mappings are flattened with dots.
-            tags: Tags of a new parent run.
-            fallback_uri: Local store (sqlite) that is used when the first cannot be.
-
-        Raises:
-            PaveError: If `uri` is a folder, or an sqlite URI without a file.
+        Returns:
+            The tracker itself.
         """
-        tracker = cls._unopened(uri, experiment, run_name, key=key, params=params, tags=tags, fallback_uri=fallback_uri)
-        tracker._start()
-        return tracker
-
-    @classmethod
-    @contextmanager
-    def recorded(cls, uri: str, experiment: str, run_name: str, **details: Any) -> Iterator[Tracker]:
-        """`start` and `recording` in one, so that a run is ended whenever it was begun.
-
-        Args:
-            uri: As in `start`, and so are all others.
-            experiment: Experiment of the parent run.
-            run_name: Name of the parent run.
-            details: What else `start` takes.
-        """
-        tracker = cls._unopened(uri, experiment, run_name, **details)
-        with tracker.recording():
-            tracker._start()
-            yield tracker
-
-    @classmethod
-    def _unopened(
-        cls,
-        uri: str,
-        experiment: str,
-        run_name: str,
-        *,
-        key: str,
-        params: Mapping[str, Any],
-        tags: Mapping[str, str],
-        fallback_uri: str = FALLBACK_URI,
-    ) -> Tracker:
-        entry = Entry(run_name, dict(params), dict(tags))
-        return cls(resolve_uri(uri), experiment, entry, key, resolve_uri(fallback_uri))
-
-    def _start(self) -> None:
         try:
             self._open(self.uri)
         except Exception as error:
             self._change_store(error)
         self.sweep()
+        return self
 
     @classmethod
     def attach(
@@ -151,11 +118,14 @@ class Tracker:
             experiment: Likewise.
             fallback_uri: Local store (sqlite) that is used when the first cannot be.
         """
-        tracker = cls("", experiment, Entry(parent_run_id), key or parent_run_id, resolve_uri(fallback_uri))
+        key = key or parent_run_id
+        tracker = cls(
+            uri or fallback_uri, experiment, parent_run_id, key=key, params={}, tags={}, fallback_uri=fallback_uri
+        )
         tracker._attached = True
         if not uri:  # the process that started the run records nothing any more
+            tracker.uri = ""
             return tracker
-        tracker.uri = resolve_uri(uri)
         try:
             tracker._client = connect(tracker.uri)
             run = tracker._client.get_run(parent_run_id)
@@ -353,7 +323,7 @@ class Tracker:
                 _log.warning(
                     "MLflow at %s cannot be told that the run was stopped (%s); the next run of the recipe mends that",
                     self._shown(self.uri),
-                    self._reason(error),
+                    reason(error, self.uri),
                 )
 
     @contextmanager
@@ -368,6 +338,12 @@ class Tracker:
             self.close("FAILED")
             raise
         self.close("FINISHED")
+
+    @contextmanager
+    def recorded(self) -> Iterator[Tracker]:
+        """`start` and `recording` in one, so that a run is ended whenever it was begun."""
+        with self.recording():
+            yield self.start()
 
     def __getstate__(self) -> dict[str, Any]:
         # Spawned training processes receive a copy; connections stay behind
@@ -387,7 +363,7 @@ class Tracker:
     def _change_store(self, error: Exception) -> None:
         """Go on in the local store, or without a record when that fails too."""
         failed, failed_parent = self.uri, self.parent_run_id
-        failure = f"{self._shown(failed)} cannot be used ({self._reason(error)})"
+        failure = f"{self._shown(failed)} cannot be used ({reason(error, self.uri)})"
         self._client, self._present, self._seen = None, {}, {}
         if self._fallen_back:
             self._stop(failure)
@@ -401,7 +377,7 @@ class Tracker:
                 self._present[failed_parent] = self.parent_run_id
                 self._client.set_tag(self.parent_run_id, ORIGIN_TAG, tag_text(f"{failed} {failed_parent}"))
         except Exception as second_error:
-            self._stop(f"{failure}, and neither can {local} ({self._reason(second_error)})")
+            self._stop(f"{failure}, and neither can {local} ({reason(second_error, self.uri)})")
             return
         _log.warning(
             "MLflow at %s. The run goes on and is recorded in %s; to look at it: mlflow ui --backend-store-uri %s",
@@ -485,8 +461,3 @@ class Tracker:
 
     def _shown(self, uri: str) -> str:
         return without_secrets(uri, uri)
-
-    def _reason(self, error: Exception) -> str:
-        lines = str(error).strip().splitlines()
-        text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-        return without_secrets(text, self.uri)[:REASON_LENGTH]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
+
+from pave_lightning.system.files import replacing
 
 T = TypeVar("T")
 
@@ -40,9 +41,8 @@ def remembered(kind: type[T], key: Any, find: Callable[[], T]) -> T:
         content = adapter.dump_json(found, fallback=str)
         # What the next process will read, so that both see the same: tuples, texts for keys.
         found = adapter.validate_json(content, strict=False)
-        with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as stream:
-            stream.write(content)
-        Path(stream.name).replace(file)
+        with replacing(file) as unfinished:
+            unfinished.write_bytes(content)
     return found
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pave_lightning.reporting.scores import Model, Score, ScoreTable, model_of, replacing
+from pave_lightning.reporting.scores import Model, Score, ScoreTable, model_of
 
 
 def score(model, task, value, *, form="static", vectors="", metric="accuracy", is_primary=True):
@@ -153,21 +153,6 @@ def test_contradictions_are_refused():
 
 def test_model_of():
     assert model_of(score("ties", "a", 0.1, vectors="plain")) == Model("ties", "plain", "static")
-
-
-def test_replacing_leaves_the_old_file_when_writing_fails(tmp_path):
-    path = tmp_path / "file.txt"
-    path.write_text("old")
-
-    def write_half():
-        with replacing(path) as temporary:
-            temporary.write_text("half")
-            raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        write_half()
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(("constant", "told"), [(0.5, False), (0.8, True), (0.9, True)])

@@ -19,7 +19,7 @@ from pave_lightning.merging.modulators import Modulator
 from pave_lightning.statistics import LayerMoment, TaskStatistics
 from pave_lightning.statistics.gradients import TaskGradients
 from pave_lightning.system import files
-from pave_lightning.system.files import file_sha256, save_hashes, write_tensors
+from pave_lightning.system.files import file_sha256, making_folder, replacing, save_hashes, write_tensors
 from pave_lightning.weights import Checkpoint, ShardWriter
 
 
@@ -105,6 +105,58 @@ def test_what_was_written_a_moment_ago_is_not_remembered(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "file_facts", lambda path: frozen)  # a second change within one tick of the clock
     path.write_bytes(b"two")
     assert file_sha256(path) == hashlib.sha256(b"two").hexdigest()
+
+
+@pytest.mark.parametrize("durable", [False, True])
+def test_a_file_is_replaced_when_it_is_whole(tmp_path, monkeypatch, durable):
+    path = tmp_path / "deep" / "file.txt"
+    synced = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    for text in ("one", "two"):
+        with replacing(path, durable=durable) as unfinished:
+            assert unfinished.parent == path.parent  # of the same file system, so that renaming is atomic
+            unfinished.write_text(text)
+            assert not path.exists() or path.read_text() == "one"
+        assert path.read_text() == text
+    assert list(path.parent.iterdir()) == [path]
+    assert len(synced) == (2 if durable else 0)
+
+
+@pytest.mark.parametrize("ends", [OSError("disk full"), KeyboardInterrupt()])
+def test_what_is_not_written_to_its_end_leaves_what_was_there(tmp_path, ends):
+    file, folder = tmp_path / "file", tmp_path / "folder"
+    file.write_text("old")
+    folder.mkdir()
+    (folder / "old").touch()
+
+    def write_half():
+        with replacing(file) as unfinished:
+            unfinished.write_text("half")
+            raise ends
+
+    def fill_half():
+        with making_folder(folder, replace=True) as unfinished:
+            (unfinished / "half").touch()
+            raise ends
+
+    for write in (write_half, fill_half):
+        with pytest.raises(type(ends)):
+            write()
+    assert file.read_text() == "old"
+    assert [found.name for found in folder.iterdir()] == ["old"]
+    assert sorted(tmp_path.iterdir()) == [file, folder]
+
+
+def test_a_folder_is_replaced_only_where_that_is_asked_for(tmp_path):
+    path = tmp_path / "deep" / "folder"
+    for name, replace in (("one", False), ("two", True)):
+        with making_folder(path, replace=replace) as unfinished:
+            (unfinished / name).touch()
+        assert [found.name for found in path.iterdir()] == [name]
+    with pytest.raises(OSError, match="not empty"), making_folder(path) as unfinished:
+        (unfinished / "three").touch()
+    assert [found.name for found in path.iterdir()] == ["two"]
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_a_note_of_hashes_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):

@@ -31,8 +31,8 @@ def test_a_damaged_copy_is_set_aside_told_and_made_anew(damage, make, caplog):
     path.write_bytes(damage)
     assert make.kept() == path
     assert path.read_bytes() == b"content" * 100
-    assert path.with_name(path.name + ".damaged").read_bytes() == damage
-    assert f"{path} is damaged; it is set aside as {path.name}.damaged and made anew" in caplog.text
+    assert path.with_name(path.name + ".damaged-1").read_bytes() == damage
+    assert f"{path} is damaged; it is set aside as {path.name}.damaged-1 and made anew" in caplog.text
     assert make.kept() == path
     assert len(make.calls) == 2
 

@@ -13,7 +13,7 @@ MERGE = {"scale": 0.5, "rho": 0.9, "options": {"k": 1}, "cost": {"seconds": 2.0,
 
 
 def start(uri):
-    return Tracker.start(uri, "experiment", "demo", key="abc", params={"seed": 1}, tags={})
+    return Tracker(uri, "experiment", "demo", key="abc", params={"seed": 1}, tags={}).start()
 
 
 def points(tracker, name):
@@ -172,7 +172,7 @@ def test_secrets_reach_no_store(store):
 
     uri = "http://user:hunter2@host"
     params = {"base": uri, "data": {"train": [uri]}, "both": (uri,)}
-    tracker = Tracker.start(store, "experiment", "demo", key="secret", params=params, tags={"origin": uri})
+    tracker = Tracker(store, "experiment", "demo", key="secret", params=params, tags={"origin": uri}).start()
     tracker.child("expert:a", stage="fit", params=params, tags={"from": uri})
     client = MlflowClient(store)
     found = client.search_runs([client.get_experiment_by_name("experiment").experiment_id])

@@ -17,7 +17,7 @@ STARTS = """
 import sys
 from pave_lightning.tracking import Tracker
 uri, name = sys.argv[1:]
-tracker = Tracker.start(uri, "experiment", name, key=name, params={"seed": 1}, tags={})
+tracker = Tracker(uri, "experiment", name, key=name, params={"seed": 1}, tags={}).start()
 assert tracker.uri == uri, tracker.uri
 tracker.close("FINISHED")
 """
@@ -30,7 +30,7 @@ def names_of_runs(uri):
 
 
 def start(uri, **changes):
-    return Tracker.start(uri, "experiment", "demo", **{"key": "abc", "params": {}, "tags": {}} | changes)
+    return Tracker(uri, "experiment", "demo", **{"key": "abc", "params": {}, "tags": {}} | changes).start()
 
 
 @pytest.fixture

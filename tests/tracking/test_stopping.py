@@ -18,14 +18,14 @@ from pave_lightning.tracking import Tracker, record_stage
 
 uri, delays, other = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
 # Loads all that is loaded late, with a database of its own: connections must not be handed to forked processes
-warm = Tracker.start(other, "experiment", "warm", key="warm", params={"a": 1}, tags={})
+warm = Tracker(other, "experiment", "warm", key="warm", params={"a": 1}, tags={}).start()
 warm.log_text(warm.child("warm", stage="fit"), "text", "a.txt")
 warm.close("FINISHED")
 
 def work(name, ready):
     with stoppable():
         os.write(ready, b"x")
-        with Tracker.recorded(uri, "experiment", name, key=name, params={"a": 1}, tags={}) as tracker, stoppable():
+        with Tracker(uri, "experiment", name, key=name, params={"a": 1}, tags={}).recorded() as tracker, stoppable():
             number, driver = 0, os.getppid()
             while os.getppid() == driver:  # never for ever, should the tests be killed
                 number += 1

@@ -16,7 +16,7 @@ from pave_lightning.tracking.stores import connect
 
 def start(uri, **changes):
     given = {"key": "abc", "params": {}, "tags": {}} | changes
-    return Tracker.start(uri, "experiment", "demo", **given)
+    return Tracker(uri, "experiment", "demo", **given).start()
 
 
 def run_of(tracker, run_id, uri=None):
@@ -312,3 +312,20 @@ def test_messages_of_the_store_stay_quiet(store, capfd):
     start(store)
     assert capfd.readouterr() == ("", "")
     assert logging.getLogger("mlflow").level >= logging.WARNING
+
+
+def test_what_a_server_answers_is_told_without_its_secrets(store, monkeypatch, caplog):
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    uri = "http://user:hunter2@tracking.example"
+
+    def refuse(client, *given, **more):
+        raise MlflowException(f"API request to {uri}/api failed. Password hunter2: Connection refused")
+
+    monkeypatch.setattr(MlflowClient, "get_experiment_by_name", refuse)
+    monkeypatch.setattr("pave_lightning.tracking.tracker.connect", lambda uri: MlflowClient(store))
+    assert start(uri, fallback_uri=store).uri == ""
+    (message,) = warnings_of(caplog)
+    assert "MlflowException: API request to http://user:***@tracking.example/api failed" in message
+    assert "hunter2" not in message

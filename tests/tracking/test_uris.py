@@ -67,7 +67,7 @@ def test_records_and_artifacts_land_in_the_folder(name, new_database, tmp_path, 
     folder = tmp_path / name
     new_database(folder / "mlruns" / "mlflow.db")
     monkeypatch.chdir(folder)
-    tracker = Tracker.start("sqlite:///mlruns/mlflow.db", "experiment", "demo", key="abc", params={}, tags={})
+    tracker = Tracker("sqlite:///mlruns/mlflow.db", "experiment", "demo", key="abc", params={}, tags={}).start()
     assert caplog.messages == []
     tracker.log_text(tracker.parent_run_id, "hello", "notes/hello.txt")
     run_folder = folder / "mlruns" / "artifacts" / "experiment" / tracker.parent_run_id / "artifacts"
