@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     import pandas as pd
 
-Vectors = Literal["", "plain", "purified"]
 Form = Literal["base", "expert", "static", "per-task"]
 
 FORMS: tuple[Form, ...] = ("base", "expert", "static", "per-task")
@@ -32,7 +31,8 @@ class Score:
 
     Args:
         model: Name of the model; base and experts are models too. The experts together are one model.
-        vectors: Which task vectors were merged; empty for base and experts.
+        vectors: Which task vectors were merged (plain, purified, or the name of another stack of transforms); empty for
+            base and experts.
         form: base, expert, static (one set of weights for all tasks), or per-task (keeps something extra for a task).
         task: Name of the task.
         metric: Name of the metric.
@@ -42,7 +42,7 @@ class Score:
     """
 
     model: str
-    vectors: Vectors
+    vectors: str
     form: Form
     task: str
     metric: str
@@ -56,7 +56,7 @@ class Model:
     """What a row of a table is about: a model's name, which vectors were merged, and its form."""
 
     name: str
-    vectors: Vectors
+    vectors: str
     form: Form
 
 

@@ -13,7 +13,7 @@ from pave_lightning.pipeline.stages.export import ExportStage
 from pave_lightning.pipeline.stages.fit import FitStage, existing_folder
 from pave_lightning.pipeline.stages.gradients import GradientStage
 from pave_lightning.pipeline.stages.merge import MergeStage
-from pave_lightning.pipeline.stages.purify import PurifyStage, purifications, ratios
+from pave_lightning.pipeline.stages.purify import PurifyStage, purifications
 
 __all__ = [
     "KINDS",
@@ -29,7 +29,6 @@ __all__ = [
     "existing_folder",
     "kind_of",
     "purifications",
-    "ratios",
     "stages_of",
 ]
 
