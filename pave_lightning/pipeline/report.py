@@ -160,8 +160,9 @@ def _write_cards(runner: Runner, table: ScoreTable) -> None:
         step, vectors = merge.step, merge.vectors
         facts = runner.results.finished(merge).result
         found = f"best of {len(facts['search'])} on the validation splits" if "search" in facts else ""
-        purify = _purification(merge)
-        purification = None if purify is None or not merge.stack.is_built_in else purify.model_dump()
+        made = _as_chosen(merge)
+        purify = made.purification
+        purification = None if purify is None or not made.is_built_in else purify.model_dump()
         if purification is not None and "rho_search" in facts:
             purification["rho_origin"] = (
                 f"best of {len({entry[0] for entry in facts['rho_search']})} on the validation splits"
@@ -178,9 +179,9 @@ def _write_cards(runner: Runner, table: ScoreTable) -> None:
             scale=facts["scale"],
             scale_origin=found,
             purification=purification,
-            transforms=() if merge.stack.is_built_in else _as_chosen(merge).described(),
+            transforms=() if made.is_built_in else made.described(),
             untouched=() if purify is None else _untouched(runner, purify),
-            left_out=runner.context.coverage.sections(captures=purify is not None),
+            left_out=runner.context.coverage.sections(captures=made.rho is not None),
             experts=experts,
             scores=ScoreTable(
                 (

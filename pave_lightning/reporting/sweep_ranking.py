@@ -44,17 +44,7 @@ def ranking(best: pd.DataFrame) -> list[str]:
         order = rows.groupby("model")["mean"].max().sort_values(ascending=False, kind="stable").index
         others = others_of(rows["vectors"])
         lines = [_line(str(model), rows[rows["model"] == model], others) for model in order]
-        header = (
-            "model",
-            "plain",
-            "purified",
-            *map(escaped, others),
-            "difference",
-            "lowest task",
-            "seconds",
-            "peak MB",
-        )
-        parts += [f"### {title}", table(header, lines)]
+        parts += [f"### {title}", table([*FIRST, *map(escaped, others), *LAST], lines)]
     if parts and best["seconds"].notna().any():
         parts.append(NOTE)
     return parts

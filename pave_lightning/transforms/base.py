@@ -17,7 +17,7 @@ from pave_lightning.errors import PaveError, Problems, nearest
 from pave_lightning.merging import Evidence, Need
 from pave_lightning.purification.options import Compute
 from pave_lightning.system.plug_ins import import_files, load_plug_in
-from pave_lightning.weights import TaskVectors
+from pave_lightning.weights import DerivedTaskVectors, TaskVectors
 
 # Where the transforms of this package lie, which import this module.
 TRANSFORMS = "pave_lightning.transforms"
@@ -33,13 +33,14 @@ class Transform(ABC, Generic[OptionsT_co]):
 
     Stacks of transforms are named in recipes; the next one is given what the one before gave. What comes out is read
     as any source is, parameter by parameter and in blocks of rows, so it must depend neither on the order of reading
-    nor on the size of the blocks; `DerivedTaskVectors` is a start.
+    nor on the size of the blocks.
 
     Attributes:
         name: how recipes call it; set by `vector_transform`.
         summary: the idea in one line.
         source: paper and year, or where else it is from.
-        needs: what it needs besides the task vectors; an anchor it cannot have, which is made of transformed ones.
+        needs: what it needs besides the task vectors, see `wanted`; an anchor it cannot have, which is made of
+            transformed ones.
         keeps_factors: whether what comes out has low-rank factors where what goes in has them.
         ordered: whether the order of the tasks matters.
         section: name of the section of recipes and merge steps that holds its options, over which a stack may write
@@ -64,6 +65,14 @@ class Transform(ABC, Generic[OptionsT_co]):
         """On how many unlabelled examples a task it runs models, by its option of that name; or else 0."""
         return int(getattr(self.options, "examples", 0))
 
+    def wanted(self, *, changed: bool) -> frozenset[Need]:
+        """What it needs with its options.
+
+        Args:
+            changed: whether another transform comes before it, so that its experts are not those that were fine-tuned.
+        """
+        return self.needs
+
     def problems(self, vectors: TaskVectors) -> Iterator[str]:
         """What keeps it from transforming these task vectors, from names and shapes alone.
 
@@ -73,7 +82,7 @@ class Transform(ABC, Generic[OptionsT_co]):
 
     @abstractmethod
     def apply(self, vectors: TaskVectors, evidence: Evidence, compute: Compute) -> TaskVectors:
-        """The transformed task vectors, computed as they are read.
+        """The transformed task vectors, computed as they are read: a `DerivedTaskVectors`, or the very same object.
 
         Args:
             vectors: what is transformed.
@@ -169,10 +178,17 @@ def transformed(
 
     Raises:
         PaveError: lists everything that keeps a transform from being used.
+        TypeError: a transform gives something else than `DerivedTaskVectors`.
     """
+    evidence = evidence or Evidence()
     for transform in transforms:
+        changed = isinstance(vectors, DerivedTaskVectors)
         problems = Problems(f"transform '{transform.name}' cannot be used on these task vectors:")
         problems.extend(transform.problems(vectors))
+        problems.extend(evidence.lacking(transform.wanted(changed=changed), vectors))
         problems.raise_if_any()
-        vectors = transform.apply(vectors, evidence or Evidence(), compute or Compute())
+        found = transform.apply(vectors, evidence, compute or Compute())
+        if found is not vectors and not isinstance(found, DerivedTaskVectors):
+            raise TypeError(f"transform '{transform.name}' gives no DerivedTaskVectors, but {type(found).__name__}")
+        vectors = found
     return vectors

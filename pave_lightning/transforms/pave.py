@@ -17,8 +17,8 @@ from pave_lightning.weights import ParameterKind, TaskVectors
 class Pave(Transform[Purify]):
     """Purification; see `PurifiedTaskVectors`.
 
-    Behind another transform it purifies that one's result, by the second moments of the experts as they were
-    fine-tuned.
+    Behind another transform it purifies that one's result, by the second moments of the inputs that the experts saw as
+    they were fine-tuned. Moments in other forms hold the expert's own weight, which is another one by then.
 
     Source: An, Yang, Torr, Ghanem, *Purifying Task Vectors in Knowledge-Aware Subspace for Model Merging*
     (arXiv 2510.14697).
@@ -26,9 +26,15 @@ class Pave(Transform[Purify]):
 
     summary = "keep the output directions that the task itself excites"
     source = "An et al. 2025, arXiv 2510.14697"
-    needs = frozenset({Need.MOMENTS})
+    needs = frozenset({Need.MOMENTS, Need.INPUT_MOMENTS})
     section = "purify"
     Options = Purify
+
+    def wanted(self, *, changed: bool) -> frozenset[Need]:
+        """Moments of inputs where the experts were changed, else of any form; none where none are read."""
+        if not self.options.reads_statistics or self.options.rho == 1:
+            return frozenset()
+        return frozenset({Need.INPUT_MOMENTS if changed else Need.MOMENTS})
 
     def problems(self, vectors: TaskVectors) -> Iterator[str]:
         """Tasks that there are not, and ratios out of reach, of all ratios that are tried."""

@@ -182,28 +182,32 @@ def _transform_problems(recipe: Recipe, vectors: PlannedTaskVectors) -> Iterator
     used = [(name, step) for step in recipe.merge for name in step.vectors]
     known = {name for name, _ in used}
     others = [*recipe.vectors, *(["purified"] if purified else [])]
-    told: set[tuple[str, str]] = set()
+    told: set[tuple[str, str, bool]] = set()
     for name, step in [*used, *((name, None) for name in others if name not in known)]:
         try:
             stack = stack_of(recipe, name, step)
         except PaveError as error:
             yield str(error)
             continue
-        for transform, place, section in zip(stack.transforms, stack.places, stack.inherited, strict=True):
-            what = (transform.name, transform.options.model_dump_json())
+        placed = zip(stack.transforms, stack.places, stack.inherited, strict=True)
+        for index, (transform, place, section) in enumerate(placed):
+            what = (transform.name, transform.options.model_dump_json(), index > 0)
             if what not in told:
                 told.add(what)
                 own = step is not None and transform.options != getattr(recipe, section, None)
-                where = place if not section else f"merge.{step.name}.{section}" if step and own else section
-                found = [*_capture_problems(transform, recipe.capture.moments), *transform.problems(vectors)]
+                where = f"merge.{step.name}.{section}" if step and own else section
+                found = [*_capture_problems(transform, index > 0, recipe.capture.moments), *transform.problems(vectors)]
+                where = where if section and not index else place
                 yield from (f"{where}: {problem}" for problem in found)
 
 
-def _capture_problems(transform: Transform, moments: Moments) -> Iterator[str]:
-    """What a purification needs of what is captured."""
+def _capture_problems(transform: Transform, changed: bool, moments: Moments) -> Iterator[str]:
+    """What a purification, behind another transform or not, needs of what is captured."""
     if not isinstance(transform, Pave) or not transform.options.reads_statistics:
         return
     what, metric = transform.options.needs_inputs, transform.options.metric
+    if not what and Need.INPUT_MOMENTS in transform.wanted(changed=changed):
+        what = "pave behind another transform"
     if what and moments != "input":
         yield f"{what} needs the second moments of all inputs; set capture.moments: input"
     if moments == "output" and metric != "root":
