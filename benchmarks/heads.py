@@ -1,8 +1,8 @@
 """What fitting heads costs beside the forward passes: eight MiniLM experts, 512 rows a task.
 
 Run alone: ``python benchmarks/heads.py``, a few minutes on two cores. The experts are the base with noise in every
-weight and heads at random, which cost what trained ones do. The last line of output is one JSON object: "overhead" is the time
-of all solves over that of the passes of one model and the experts, "seconds" that of the solves.
+weight and heads at random, which cost what trained ones do. The last line of output is one JSON object: "overhead" is
+the time of all solves over that of the passes of one model and the experts, "seconds" that of the solves.
 """
 
 from __future__ import annotations

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from pave_lightning.errors import Problems, nearest, shortened
 
 Span = Annotated[tuple[float, float], Field(strict=False)]  # strict would refuse a list, which is all that YAML has
 
@@ -61,6 +64,51 @@ def unless_wrong(section: AnySection, wrong: list[str]) -> AnySection:
     if wrong:
         raise ValueError("\n".join(wrong))
     return section
+
+
+AnyOptions = TypeVar("AnyOptions", bound=BaseModel)
+
+
+def options_of(kind: type[AnyOptions], given: Mapping[str, Any], whose: str) -> AnyOptions:
+    """Options made of plain values.
+
+    Args:
+        kind: their class.
+        given: names and values.
+        whose: what they are options of, in messages.
+
+    Raises:
+        PaveError: an option is unknown, or an option's value is not possible; all is told at once.
+    """
+    try:
+        return kind.model_validate(dict(given))
+    except ValidationError as error:
+        problems = Problems(f"the options of {whose}:")
+        for found in error.errors():
+            key = _key_of(found["loc"], given)
+            if found["type"] == "extra_forbidden":
+                problems.add(f"{key}: unknown option; {nearest(key, list(kind.model_fields))}")
+            elif found["type"] == "missing":
+                problems.add(f"{key}: is missing, and has no default")
+            else:
+                wrong = found["msg"].removeprefix("Input ").removeprefix("Value error, ")
+                problems.add(f"{key}: {wrong}, found {shortened(repr(found['input']))}")
+        problems.raise_if_any()
+        raise
+
+
+def _key_of(location: Sequence[str | int], given: Any) -> str:
+    """Where an error is, as far as its location leads into what was given; the rest names members of unions."""
+    words: list[str] = []
+    for part in location:
+        if isinstance(given, Mapping):
+            given = given.get(part)
+        elif isinstance(given, list | tuple) and isinstance(part, int) and part < len(given):
+            given = given[part]
+        else:
+            break
+        words.append(str(part))
+    return ".".join(words)
 
 
 def slug(text: str) -> str:

@@ -18,6 +18,7 @@ from pave_lightning.weights import Parameter, ParameterKind, TaskVectors
 class Need(StrEnum):
     """What a method needs besides the weights."""
 
+    MOMENTS = "second moments"
     INPUT_MOMENTS = "input moments"
     LOW_RANK = "low-rank adapters"
     NORM_MOMENTS = "norm moments"

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import inspect
-import logging
-import pkgutil
 from collections.abc import Callable, Mapping
 from functools import cache
-from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from typing import Any
 
-from pydantic import ValidationError, create_model
+from pydantic import create_model
 from torch import Tensor
 
-from pave_lightning.errors import PaveError, Problems, nearest, reason, shortened, visible
+from pave_lightning.config import options_of
+from pave_lightning.errors import PaveError, nearest
 from pave_lightning.merging.base import MergeMethod, MethodOptions, StaticMethod
+from pave_lightning.system.plug_ins import import_files, load_plug_in
 from pave_lightning.weights import Parameter
-
-log = logging.getLogger("pave_lightning")
 
 # Where the methods of this package lie, which import this module.
 METHODS = "pave_lightning.merging.methods"
@@ -110,40 +107,14 @@ def known_methods() -> dict[str, type[MergeMethod]]:
 
 @cache
 def _load_own() -> None:
-    """Load every file of methods of this package, once."""
-    for module in pkgutil.iter_modules(import_module(METHODS).__path__, f"{METHODS}."):
-        import_module(module.name)
+    import_files(METHODS)
 
 
 @cache
 def _load_plug_ins() -> None:
     """Load what other packages add, once: to find it, the files of every installed package are read."""
     for entry in entry_points(group=ENTRY_POINTS):
-        _load_plug_in(entry)
-
-
-def _load_plug_in(entry: EntryPoint) -> None:
-    """Load what another package adds; where it cannot be used, say so and go on without it."""
-    before = dict(_registry)
-    package = entry.dist.name if entry.dist is not None else entry.value
-    try:
-        loaded = entry.load()
-    except (Exception, SystemExit) as error:  # code of others, which may fail in any way
-        for name in set(_registry) - set(before):
-            del _registry[name]
-        log.warning(
-            "the merge method '%s' of the package %s is left out, since it cannot be loaded (%s); update the package, "
-            "or tell its authors",
-            *(visible(text) for text in (entry.name, package, reason(error))),
-        )
-        return
-    module = entry.value.partition(":")[0].strip()
-    its_own = [method for method in _registry.values() if method.__module__.startswith(module)]
-    if not its_own and loaded not in _registry.values() and _registry == before:
-        log.warning(
-            "the entry point '%s' of the package %s registers no merge method and is left out",
-            *(visible(text) for text in (entry.name, package)),
-        )
+        load_plug_in(entry, _registry, "merge method")
 
 
 def method_named(name: str) -> type[MergeMethod]:
@@ -173,16 +144,4 @@ def make_method(name: str, options: Mapping[str, Any]) -> MergeMethod:
         0.5
     """
     kind = method_named(name)
-    try:
-        return kind(kind.Options.model_validate(options))
-    except ValidationError as error:
-        problems = Problems(f"the options of merge method '{name}':")
-        for found in error.errors():
-            key = ".".join(str(part) for part in found["loc"])
-            if found["type"] == "extra_forbidden":
-                problems.add(f"{key}: unknown option; {nearest(key, list(kind.Options.model_fields))}")
-            else:
-                wrong = found["msg"].removeprefix("Input ").removeprefix("Value error, ")
-                problems.add(f"{key}: {wrong}, found {shortened(repr(found['input']))}")
-        problems.raise_if_any()
-        raise
+    return kind(options_of(kind.Options, options, f"merge method '{name}'"))

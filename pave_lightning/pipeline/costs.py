@@ -95,6 +95,7 @@ def predict_cost(
     *,
     options: Purify | Sequence[Purify] | None = None,
     methods: Sequence[type[MergeMethod]] = (),
+    when_read: Sequence[Purify] = (),
     new_experts: int = 0,
     timed: bool = True,
 ) -> Cost:
@@ -107,14 +108,15 @@ def predict_cost(
         kinds: which second moment each matrix layer has or will have, by layer name; what reads statistics purifies no
             other layers. Empty where nothing is captured. See `expected_kinds`.
         options: the purification, or all that are made one after the other; None where nothing is purified.
-        methods: the method of each merged model that is made, from plain or purified task vectors.
+        methods: the method of each merged model that is made, from whatever task vectors.
+        when_read: purifications that are computed while merging reads their result, once each time, and not written.
         new_experts: checkpoints that are still to be written, as experts are that are trained; others are read where
             they are.
         timed: whether to time small solves of each shape, which takes about a second.
     """
     asked = (options,) if isinstance(options, Purify) else tuple(options or ())
     baseline = resident_bytes()
-    peak = merging_bytes(parameters, tasks, methods) if methods else 0
+    merging = peak = merging_bytes(parameters, tasks, methods) if methods else 0
     layers: list[LayerCost] = []
     known: dict[Hashable, float] = {}
     for one in asked:
@@ -127,6 +129,16 @@ def predict_cost(
         peaks = (batch_bytes(batch, purified, workers, one) for batch in batches(ordered, purified, workers))
         highest = max(peaks, default=0)
         peak = max(peak, highest + pending + THREAD_BYTES * min(workers, purified * together))
+        layers += found
+    for one in when_read:
+        matrices = purified_matrices(parameters, kinds, one)
+        purified = len(one.tasks or range(tasks))
+        found = purification_costs(matrices, purified, workers, one, timed=timed, known=known)
+        # One layer at a time, beside what merging holds, and the purified weights of all tasks.
+        highest = max(
+            (batch_bytes([(p.matrix_shape, kind)], purified, workers, one) for p, kind in matrices.items()), default=0
+        )
+        peak = max(peak, merging + highest + THREAD_BYTES * min(workers, purified))
         layers += found
     return Cost(
         baseline_bytes=baseline,

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from pave_lightning.pipeline.results import Results
 from pave_lightning.pipeline.runner import Runner
+from pave_lightning.pipeline.stacks import TransformStack, stack_of
 from pave_lightning.pipeline.stages import CaptureStage, EvaluateStage, MergeStage, PurifyStage, captures, stages_of
 from pave_lightning.pipeline.stages.evaluate import scored_models
 from pave_lightning.pipeline.stages.fit import expert_digests
@@ -94,15 +95,22 @@ def _draw_ranks(runner: Runner) -> list[Path]:
 
 def _purifications(results: Results) -> dict[str, Purify]:
     """The distinct purifications that merged models were made with, by what they are called in names of folders."""
-    used = filter(None, (_purification(merge) for merge in MergeStage.all(results)))
+    used = filter(None, map(_purification, MergeStage.all(results)))
     return {label(options): options for options in used if options.rho != 1}
 
 
 def _purification(merge: MergeStage) -> Purify | None:
-    """The purification that a merged model was made with: the chosen ratio where the recipe says auto."""
-    if merge.vectors == "plain":
-        return None
-    return merge.step.purify.model_copy(update={"rho": merge.results.finished(merge).result["rho"]})
+    """The stored purification that a merged model was made with: the chosen ratio where the recipe says auto."""
+    return _as_chosen(merge).purification
+
+
+def _as_chosen(merge: MergeStage) -> TransformStack:
+    """What was done to the task vectors of a merged model, with the ratio that was chosen."""
+    step = merge.step
+    if merge.stack.is_chosen:
+        chosen = merge.results.finished(merge).result["rho"]
+        step = step.model_copy(update={"purify": step.purify.model_copy(update={"rho": chosen})})
+    return stack_of(merge.results.recipe, merge.vectors, step)
 
 
 def _made(runner: Runner, options: Purify) -> dict[str, Any]:
@@ -153,8 +161,9 @@ def _write_cards(runner: Runner, table: ScoreTable) -> None:
         step, vectors = merge.step, merge.vectors
         facts = runner.results.finished(merge).result
         found = f"best of {len(facts['search'])} on the validation splits" if "search" in facts else ""
-        purify = _purification(merge)
-        purification = None if purify is None else purify.model_dump()
+        made = _as_chosen(merge)
+        purify = made.purification
+        purification = None if purify is None or not made.is_built_in else purify.model_dump()
         if purification is not None and "rho_search" in facts:
             purification["rho_origin"] = (
                 f"best of {len({entry[0] for entry in facts['rho_search']})} on the validation splits"
@@ -171,8 +180,9 @@ def _write_cards(runner: Runner, table: ScoreTable) -> None:
             scale=facts["scale"],
             scale_origin=found,
             purification=purification,
+            transforms=() if made.is_built_in else made.described(),
             untouched=() if purify is None else _untouched(runner, purify),
-            left_out=runner.context.coverage.sections(captures=purify is not None),
+            left_out=runner.context.coverage.sections(captures=made.rho is not None),
             experts=experts,
             scores=ScoreTable(
                 (

@@ -14,10 +14,11 @@ from pave_lightning.errors import naming
 from pave_lightning.evaluation import Candidate, MergedCandidate
 from pave_lightning.evaluation.options import ScaleSearch
 from pave_lightning.evaluation.scale_search import NoFiniteScoreError, ScaleSearcher
-from pave_lightning.merging import Evidence, MergedVectors, MergeMethod, make_method, merge
-from pave_lightning.pipeline.method_seed import with_seed
-from pave_lightning.purification.options import AUTO_RATIOS, Purify
-from pave_lightning.recipe.merge_step import MergeStep, Vectors
+from pave_lightning.merging import Evidence, MergedVectors, MergeMethod, make_method, merge, method_named
+from pave_lightning.pipeline.seeds import with_seed
+from pave_lightning.pipeline.stacks import stack_of
+from pave_lightning.purification.options import AUTO_RATIOS
+from pave_lightning.recipe.merge_step import MergeStep
 from pave_lightning.recipe.schema import Recipe
 from pave_lightning.weights import TaskVectors
 from pave_lightning.weights.memory import Cost, measured
@@ -78,13 +79,13 @@ class _Chosen:
 
 
 class Chooser:
-    """Chooses ratio, options and scale of merge steps, once for each step and kind of task vectors.
+    """Chooses ratio, options and scale of merge steps, once for each step and stack of transforms.
 
     What was chosen is remembered for all steps, merged models are not: one at a time is kept, the last anchor.
 
     Args:
         recipe: the recipe.
-        source: gives the task vectors of a purification; the plain ones for None.
+        source: gives the task vectors of a step whose ratio is fixed, by the name of their stack.
         evidence: gives what a method needs besides the weights, for a step whose ratio is fixed and its task vectors.
         searcher: gives what scores candidates on the validation splits.
         merged_before: gives the facts of a step's finished merge, where there is one of the same inputs.
@@ -93,10 +94,10 @@ class Chooser:
     def __init__(
         self,
         recipe: Recipe,
-        source: Callable[[Purify | None], TaskVectors],
-        evidence: Callable[[MergeMethod, MergeStep, Vectors], Evidence],
+        source: Callable[[MergeStep, str], TaskVectors],
+        evidence: Callable[[MergeMethod, MergeStep, str], Evidence],
         searcher: Callable[[], ScaleSearcher],
-        merged_before: Callable[[MergeStep, Vectors], Mapping[str, Any] | None] = lambda step, vectors: None,
+        merged_before: Callable[[MergeStep, str], Mapping[str, Any] | None] = lambda step, vectors: None,
     ) -> None:
         self._recipe, self._source, self._evidence, self._searcher = recipe, source, evidence, searcher
         self._merged_before = merged_before
@@ -104,18 +105,18 @@ class Chooser:
         self._without_scores: dict[str, str] = {}  # what was told of steps for which nothing gives finite scores
         self._last_anchor: tuple[str, dict[str, Tensor]] = ("", {})
 
-    def choose(self, step: MergeStep, vectors: Vectors) -> MergeChoice:
+    def choose(self, step: MergeStep, vectors: str) -> MergeChoice:
         """What a merge step comes to once ratio, options and scale are chosen, where the recipe leaves them.
 
         Raises:
             NoFiniteScoreError: nothing that was tried gives finite scores.
         """
-        key = _what_counts(step, vectors)
+        key = self._what_counts(step, vectors)
         with naming(f"merge {step.name} ({vectors})"):
             if key in self._chosen:
                 known = self._chosen[key]
                 fixed = step.model_copy(update={"scale": known.scale})
-                choice = self._chosen_scale(fixed, known.rho, known.options, scored=False)
+                choice = self._chosen_scale(fixed, vectors, known.rho, known.options, scored=False)
                 return replace(choice, average=known.average, facts=known.facts)
             if key in self._without_scores:
                 raise NoFiniteScoreError(self._without_scores[key])
@@ -128,19 +129,18 @@ class Chooser:
         self._chosen[key] = _Chosen(choice.facts.get("rho"), options, choice.scale, choice.average, choice.facts)
         return choice
 
-    def _choose(self, step: MergeStep, vectors: Vectors) -> MergeChoice:
-        ratios: tuple[Any, ...] = (None,)
-        if vectors == "purified":
-            ratios = AUTO_RATIOS if step.purify.rho == "auto" else (step.purify.rho,)
+    def _choose(self, step: MergeStep, vectors: str) -> MergeChoice:
+        stack = stack_of(self._recipe, vectors, step)
+        ratios: tuple[Any, ...] = AUTO_RATIOS if stack.is_chosen else (stack.rho,)
         settings = [(rho, options) for rho in ratios for options in step.tuned_options]
         if len(settings) == 1:
-            return self._chosen_scale(step, *settings[0], scored=False)
+            return self._chosen_scale(step, vectors, *settings[0], scored=False)
         best: MergeChoice | None = None  # one merge result is held at a time, besides the one that is made
         best_key = (-math.inf, 0.0)
         tried: list[tuple[Any, dict[str, Any], float | None, float]] = []
         for rho, options in settings:
             try:
-                choice = self._chosen_scale(step, rho, options, scored=True)
+                choice = self._chosen_scale(step, vectors, rho, options, scored=True)
             except NoFiniteScoreError:
                 tried.append((rho, options, None, math.nan))
                 continue
@@ -165,21 +165,22 @@ class Chooser:
         return replace(best, facts=facts)
 
     def _chosen_scale(
-        self, step: MergeStep, rho: float | None, options: dict[str, Any], *, scored: bool
+        self, step: MergeStep, vectors: str, rho: float | None, options: dict[str, Any], *, scored: bool
     ) -> MergeChoice:
         """The merge with its scale; with its validation score where the scale is searched or ``scored`` asks for it.
 
         Args:
             step: the merge step.
-            rho: rank ratio of the purification; None for plain task vectors.
+            vectors: name of the stack that makes its task vectors.
+            rho: rank ratio of the purification in it; None where nothing is purified.
             options: the method's options.
             scored: whether the validation score is wanted in any case.
         """
-        vectors: Vectors = "plain" if rho is None else "purified"
         ratio: dict[str, Any] = {} if rho is None else {"rho": rho}
-        step = step.model_copy(update={"purify": step.purify.model_copy(update=ratio)})
-        source = self._source(None if rho is None else step.purify)
-        method = make_method(step.method, with_seed(step.method, options, self._recipe.seed))
+        if step.purify.rho == "auto":
+            step = step.model_copy(update={"purify": step.purify.model_copy(update=ratio)})
+        source = self._source(step, vectors)
+        method = make_method(step.method, with_seed(method_named(step.method).Options, options, self._recipe.seed))
         scale = step.scale if step.scale is not None else method.default_scale
         evidence = self._evidence(method, step, vectors)
         if not scored and not isinstance(scale, ScaleSearch):
@@ -193,15 +194,15 @@ class Chooser:
         average = self._searcher().average(MergedCandidate(source, merged, 1.0 if scale is None else scale), None)
         return MergeChoice(method, source, evidence, scale, merged, average, {"scale": scale, **ratio}, cost)
 
-    def anchor(self, step: MergeStep, vectors: Vectors) -> dict[str, Tensor]:
+    def anchor(self, step: MergeStep, vectors: str) -> dict[str, Tensor]:
         """The scaled task vector of a step's anchor, run on the same task vectors; the last one is kept.
 
         Args:
             step: the step, with a fixed ratio.
-            vectors: what its task vectors are.
+            vectors: name of the stack that makes its task vectors.
         """
         anchor = self._recipe.step(str(step.anchor)).model_copy(update={"purify": step.purify})
-        key = _what_counts(anchor, vectors)
+        key = self._what_counts(anchor, vectors)
         if self._last_anchor[0] != key:
             self._last_anchor = ("", {})
             log.info("  anchor: %s ...", anchor.name)
@@ -211,11 +212,10 @@ class Chooser:
             self._last_anchor = (key, {name: scale * vector for name, vector in choice.result().vectors.items()})
         return self._last_anchor[1]
 
-
-def _what_counts(step: MergeStep, vectors: Vectors) -> str:
-    """What the result of a step depends on, of all that the recipe says about it."""
-    purify = {"purify"} if vectors == "purified" else set()
-    return f"{vectors} {step.model_dump_json(include={'method', 'scale', 'options', 'anchor', 'tune'} | purify)}"
+    def _what_counts(self, step: MergeStep, vectors: str) -> str:
+        """What the result of a step depends on, of all that the recipe says about it."""
+        stack = stack_of(self._recipe, vectors, step)
+        return f"{stack.described()} {step.model_dump_json(include={'method', 'scale', 'options', 'anchor', 'tune'})}"
 
 
 def _as_merged(step: MergeStep, facts: Mapping[str, Any]) -> MergeStep:

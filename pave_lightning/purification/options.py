@@ -80,6 +80,12 @@ class Purify(Section):
         return ", ".join(words)
 
 
+def ratios(options: Purify) -> list[Purify]:
+    """The purifications that are made: several where the ratio is chosen on validation data, none of a ratio of 1."""
+    tried = AUTO_RATIOS if options.rho == "auto" else (options.rho,)
+    return [options.model_copy(update={"rho": rho}) for rho in tried if rho != 1]
+
+
 class Compute(Section):
     """How purification uses the machine; the results do not depend on it beyond rounding."""
 

@@ -15,6 +15,7 @@ from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.nodes import SequenceNode
 from ruamel.yaml.representer import SafeRepresenter
 
+from pave_lightning.config import NAME_PATTERN
 from pave_lightning.credentials import mask_values
 from pave_lightning.errors import PaveError, Problems, nearest, reason, shortened
 from pave_lightning.recipe.limits import count_values, limit_problems
@@ -22,6 +23,7 @@ from pave_lightning.recipe.merge_step import MergeStep
 from pave_lightning.recipe.overrides import apply_overrides
 from pave_lightning.recipe.problems import check_recipe
 from pave_lightning.recipe.schema import Recipe
+from pave_lightning.recipe.stacks import BUILT_IN
 from pave_lightning.recipe.wording import show
 from pave_lightning.recipe.yaml_text import MOST_BYTES, MOST_VALUES, YAMLReadError, read_yaml
 from pave_lightning.tasks.suites import suite_task_names
@@ -122,6 +124,8 @@ def recipe_schema() -> dict[str, Any]:
     ):
         for key in handed_down:
             del section["properties"][key]["default"]  # it is the recipe's own section
+    names_of_stacks: dict[str, Any] = {"anyOf": [{"enum": list(BUILT_IN)}, {"type": "string", "pattern": NAME_PATTERN}]}
+    step["properties"]["vectors"]["items"] = names_of_stacks
     step["properties"]["name"] = _or(step["properties"]["name"], {"type": "null"})
     step["properties"]["scale"] = _or(step["properties"]["scale"], {"const": "search"})
     use = {"enum": suite_task_names(), "description": "Name of a known task; the other keys change it."}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
@@ -13,11 +13,9 @@ from pave_lightning.evaluation.options import HeadList, Scale
 from pave_lightning.purification.options import Purify
 from pave_lightning.recipe.limits import MOST_COMBINATIONS, repeats
 
-Vectors = Literal["plain", "purified"]
-
 
 class MergeStep(Section):
-    """One merge method, run on plain task vectors, on purified ones, or on both."""
+    """One merge method, run on plain task vectors, on purified ones, or on what other transforms make of them."""
 
     method: str
     """The merge method; `pave methods` lists them."""
@@ -29,8 +27,8 @@ class MergeStep(Section):
     """What the merged task vector is multiplied with: a number, search (chosen on the validation split, starting at the
     method's default), or {search: [lowest, highest]}. The method's default where nothing is said; only for methods that
     have a scale."""
-    vectors: list[Vectors] = Field(default=["plain", "purified"], min_length=1)
-    """Which task vectors the method is run on."""
+    vectors: list[str] = Field(default=["plain", "purified"], min_length=1)
+    """Which task vectors the method is run on: plain, purified, and names of stacks of the recipe's section vectors."""
     purify: Purify = Purify()
     """Purification for this step; keys that are not given come from the recipe's purify section."""
     heads: HeadList | None = None
@@ -71,7 +69,7 @@ class MergeStep(Section):
 
     @field_validator("vectors")
     @classmethod
-    def _differ(cls, value: list[Vectors]) -> list[Vectors]:
+    def _differ(cls, value: list[str]) -> list[str]:
         if len(set(value)) != len(value):
             raise ValueError("must not name the same vectors twice")
         return value

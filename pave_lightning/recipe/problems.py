@@ -339,8 +339,10 @@ class _Check:
 
 
 def _changes_names(fault: Fault) -> bool:
-    """Whether a fault makes it unsure what tasks and merge steps are called."""
+    """Whether a fault makes it unsure what tasks, merge steps and stacks are called."""
     path = (*fault.keys, fault.subject)
+    if path[0] == "vectors":
+        return True
     if path[0] not in SHORT_FORMS:
         return False
     return len(fault.keys) < 2 or path[2] in (None, "name", "use", "method") or (fault.unknown and len(path) == 4)

@@ -10,10 +10,11 @@ from pydantic import Field, model_validator
 
 from pave_lightning.callbacks.options import Capture
 from pave_lightning.config import MOST_TOLD, FolderPath, Name, Section, unless_wrong
-from pave_lightning.errors import listed, nearest
+from pave_lightning.errors import listed, nearest, shortened
 from pave_lightning.evaluation.options import EXPERT_HEADS, ControlList, Evaluate, HeadList
 from pave_lightning.purification.options import Compute, Purify
 from pave_lightning.recipe.merge_step import MergeStep
+from pave_lightning.recipe.stacks import BUILT_IN, Stack, folder_problems, named_transform, stack_name_problems
 from pave_lightning.recipe.sweep import Sweep
 from pave_lightning.tasks.options import Examples, Training
 from pave_lightning.tasks.suites import suite_task
@@ -54,6 +55,10 @@ class Recipe(Section):
     """Purification, unless a merge step says otherwise."""
     compute: Compute = Compute()
     """How purification uses the machine."""
+    vectors: dict[str, Stack] = {}
+    """Stacks of transforms of task vectors, by names that the key vectors of merge steps may use: lists of transforms
+    in their order, with options where needed, such as {lighter: [{task_weights: {movie: 0.5}}, pave]}. Built in are
+    plain, the empty stack, and purified, [pave]; pave without options has those of the section purify."""
     merge: list[MergeStep] = []
     """The merge methods to run."""
     heads: HeadList = [EXPERT_HEADS]
@@ -115,6 +120,14 @@ class Recipe(Section):
                 for name in [name for name in chosen or [] if name not in known][:MOST_TOLD]
             ]
         wrong += self._anchor_problems()
+        wrong += stack_name_problems(self.vectors)
+        wrong += folder_problems((step.name, stack) for step in self.merge for stack in step.vectors)
+        stacks = [*BUILT_IN, *self.vectors]
+        wrong += [
+            f"merge step '{step.name}': vectors: no stack is named '{shortened(name)}'; {nearest(name, stacks)}"
+            for step in self.merge[:MOST_TOLD]
+            for name in [name for name in step.vectors if name not in stacks][:MOST_TOLD]
+        ]
         for reserved in ("base", "experts"):
             if reserved in [step.name for step in self.merge]:
                 wrong.append(f"a merge step cannot be named '{reserved}': the tables use that name")
@@ -140,6 +153,10 @@ class Recipe(Section):
     def auto_models(self) -> tuple[str, ...]:
         """Names of the classes of transformers that build the tasks' models, each once, in their order."""
         return auto_models(self.tasks)
+
+    def stack(self, name: str) -> list[tuple[str, Mapping[str, Any]]]:
+        """Names and options of the transforms of a stack, in order."""
+        return [named_transform(entry) for entry in BUILT_IN.get(name) or self.vectors.get(name, [])]
 
     def step(self, name: str) -> MergeStep:
         """The merge step of that name."""

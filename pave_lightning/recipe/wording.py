@@ -20,6 +20,7 @@ from pave_lightning.evaluation.options import ScaleSearch
 from pave_lightning.purification.options import Purify
 from pave_lightning.recipe.merge_step import MergeStep
 from pave_lightning.recipe.schema import Recipe
+from pave_lightning.recipe.stacks import StackedTransform
 from pave_lightning.tasks.task import Task, known_kinds
 
 A_SLIP = 0.85
@@ -46,6 +47,8 @@ EXPECTED: dict[tuple[type[Section] | None, str], str] = {
     (Task, "metrics"): "the name of a metric, or a list of names",
     (Task, "use"): "the name of a known task, such as pocket/movie",
     (MergeStep, "method"): "the name of a merge method",
+    (MergeStep, "vectors"): "a list of plain, purified and names of stacks",
+    (Recipe, "vectors"): "a mapping of names to lists of transforms, such as {lighter: [{task_weights: {movie: 0.5}}]}",
     (Purify, "rho"): "a number in (0, 1], or auto",
     (MergeStep, "scale"): "a number, search, or {search: [lowest, highest]}",
     (ScaleSearch, "search"): "two numbers [lowest, highest], or auto",
@@ -330,7 +333,9 @@ def _describe(annotation: Any) -> str:
     elif origin is dict:
         words = "a mapping of options"
     elif origin is list:
-        several = {str: "texts", int: "whole numbers", Any: "values", MergeStep: "merge steps"}.get(inner[0])
+        known: dict[Any, str] = {str: "texts", int: "whole numbers", Any: "values", MergeStep: "merge steps"}
+        known[StackedTransform] = "transforms"
+        several = known.get(inner[0])
         if any(_is_section(entry) and _is_task(_bare(entry)) for entry in _options(inner[0])):
             several = "tasks"
         words = f"a list of {several or ', '.join(get_args(inner[0]))}"

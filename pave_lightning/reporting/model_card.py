@@ -57,12 +57,13 @@ def model_card(
     base_model: str,
     method: str,
     form: Literal["static", "per-task"],
-    vectors: Literal["plain", "purified"],
+    vectors: str,
     tasks: Sequence[str],
     options: Mapping[str, Any] | None = None,
     scale: float | None = None,
     scale_origin: str = "",
     purification: Mapping[str, Any] | None = None,
+    transforms: Sequence[Mapping[str, Any]] = (),
     untouched: Sequence[Sequence[str]] = (),
     left_out: Mapping[str, Sequence[str]] | None = None,
     experts: Sequence[ExpertSource] = (),
@@ -77,13 +78,14 @@ def model_card(
         base_model: Hub id or folder of the base. Only a hub id is put into the front matter.
         method: The merge method.
         form: static, or per-task when something extra is kept for each task.
-        vectors: Which task vectors were merged.
+        vectors: Which task vectors were merged: plain, purified, or the name of a stack of transforms.
         tasks: Names of the tasks.
         options: The method's options.
         scale: What the merged task vector was multiplied with, if the method has a scale.
         scale_origin: How the scale was found, such as "best of 7 on the validation split".
         purification: Options of the purification, for purified vectors.
-        untouched: Task, layer and reason of each layer that purification left as it is, for purified vectors.
+        transforms: Name and options of each transform of the stack, in order, for other vectors.
+        untouched: Task, layer and reason of each layer that purification left as it is, where vectors were purified.
         left_out: Lines on what was not merged or purified whatever the task, by heading.
         experts: Where the experts came from.
         scores: Scores of base, experts and this model (others are left out), once they are known.
@@ -115,11 +117,14 @@ def model_card(
     ]
     if options:
         parts += ["## Options of the method", _yaml_block(options)]
+    if transforms:
+        parts += ["## Transforms of the task vectors", _yaml_block({"transforms": transforms})]
     if purification and vectors == "purified":
         parts += ["## Purification", _yaml_block(purification)]
-        if untouched:
-            lines = [f"- {escaped(line)}" for line in untouched_lines(untouched)]
-            parts += ["These layers were left as they are:", "\n".join(lines)]
+    if untouched and vectors != "plain":
+        lines = [f"- {escaped(line)}" for line in untouched_lines(untouched)]
+        what = "Purification left these layers as they were:" if transforms else "These layers were left as they are:"
+        parts += [what, "\n".join(lines)]
     if left_out:
         parts += ["## Left out"]
         for heading, reasons in left_out.items():

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pave_lightning.reporting.scores import Form, Model, ScoreTable
+from pave_lightning.reporting.vectors import colour_of, in_order
 from pave_lightning.system.files import replacing
 
 if TYPE_CHECKING:
@@ -19,20 +20,19 @@ if TYPE_CHECKING:
 
 DPI = 150
 
-# Okabe and Ito's palette, told apart with any colour vision
-COLOURS = {"plain": "#999999", "purified": "#0072B2", "": "#999999"}
 SHADE, HATCH = "#F2F2F2", "//"
 EXPERT_COLOUR, BASE_COLOUR = "#009E73", "#D55E00"
 TASK_MARKERS = "osD^vP<>X*"
 
-BAR_WIDTH = 0.38
+BAR_WIDTH, BARS_WIDTH = 0.38, 0.8
+"""Width of a bar at most, and of all bars of a model with the gaps between them."""
 NOTE_SIZE, LETTERS_PER_INCH = 8, 15
 # One value far below zero must not flatten all others
 LOWEST, HIGHEST = -0.3, 1.5
 
 
 def normalised_scores(table: ScoreTable, path: Path | str) -> None:
-    """Draw the normalised averages of the merged models as bars, plain and purified side by side, one dot a task.
+    """Draw the normalised averages of the merged models as bars, those of one model side by side, one dot a task.
 
     Values that do not exist are marked n/a; values beyond the axis are drawn at its edge. A line at the foot names
     tasks that are left out.
@@ -43,7 +43,9 @@ def normalised_scores(table: ScoreTable, path: Path | str) -> None:
     """
     merged = [model for model in table.models() if model.form in ("static", "per-task")]
     rows: list[tuple[str, Form]] = list(dict.fromkeys((model.name, model.form) for model in merged))
-    kinds = [kind for kind in ("plain", "purified", "") if any(model.vectors == kind for model in merged)]
+    kinds = in_order(model.vectors for model in merged)
+    most = max((sum((model.name, model.form) == row for model in merged) for row in rows), default=1)
+    width = min(BAR_WIDTH, BARS_WIDTH / most - 0.02)
     tasks = table.tasks()
 
     figure = new_figure(max(6.4, 2.6 + 1.3 * len(rows)), 5.0)
@@ -52,8 +54,8 @@ def normalised_scores(table: ScoreTable, path: Path | str) -> None:
     for row, (name, form) in enumerate(rows):
         own = [model for model in merged if (model.name, model.form) == (name, form)]
         for index, model in enumerate(own):
-            place = row + (index - (len(own) - 1) / 2) * (BAR_WIDTH + 0.02)
-            shown += _draw_model(axes, table, model, place, tasks)
+            place = row + (index - (len(own) - 1) / 2) * (width + 0.02)
+            shown += _draw_model(axes, table, model, (place, width), colour_of(model.vectors, kinds))
     axes.set_ylim(min(shown) - (0.06 if min(shown) < 0 else 0), max(shown) + 0.06)
     axes.set_xlim(-0.6, max(len(rows), 1) - 0.4)
     axes.set_xticks(
@@ -135,15 +137,17 @@ def short_layer_names(layers: Sequence[str]) -> list[str]:
     return short if len(set(short)) == len(set(layers)) else list(layers)
 
 
-def _draw_model(axes: Axes, table: ScoreTable, model: Model, place: float, tasks: list[str]) -> list[float]:
+def _draw_model(axes: Axes, table: ScoreTable, model: Model, bar: tuple[float, float], colour: str) -> list[float]:
+    """Draw a model's bar, with its place and width, and its dots; what heights they have."""
+    tasks, (place, width) = table.tasks(), bar
     average = table.normalised_average(model)
     values = [table.normalised_value(model, task) for task in tasks]
     if math.isfinite(average):
         axes.bar(
             place,
             _clamped(average),
-            BAR_WIDTH,
-            color=COLOURS[model.vectors],
+            width,
+            color=colour,
             edgecolor="white",
             hatch=HATCH if model.form == "per-task" else None,
             zorder=2,
@@ -160,7 +164,7 @@ def _draw_model(axes: Axes, table: ScoreTable, model: Model, place: float, tasks
         bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.9},
         zorder=5,
     )
-    step = BAR_WIDTH * 0.8 / max(len(tasks) - 1, 1)
+    step = width * 0.8 / max(len(tasks) - 1, 1)
     for index, value in enumerate(values):
         if not math.isnan(value):
             axes.plot(
@@ -195,8 +199,9 @@ def _draw_legend(axes: Axes, kinds: list[str], tasks: list[str], *, with_per_tas
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    names = {"plain": "plain task vectors", "purified": "purified task vectors", "": "merged"}
-    handles: list[Patch | Line2D] = [Patch(color=COLOURS[kind], label=names[kind]) for kind in kinds]
+    handles: list[Patch | Line2D] = [
+        Patch(color=colour_of(kind, kinds), label=f"{kind} task vectors" if kind else "merged") for kind in kinds
+    ]
     if with_per_task:
         label = "per-task: keeps something\nextra for each task"
         handles.append(Patch(facecolor=SHADE, edgecolor="#888888", hatch=HATCH, label=label))

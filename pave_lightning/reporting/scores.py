@@ -18,7 +18,6 @@ from pave_lightning.system.files import replacing
 if TYPE_CHECKING:
     import pandas as pd
 
-Vectors = Literal["", "plain", "purified"]
 Form = Literal["base", "expert", "static", "per-task"]
 
 # What the heads that experts come with are called.
@@ -34,7 +33,8 @@ class Score:
 
     Args:
         model: Name of the model; base and experts are models too. The experts together are one model.
-        vectors: Which task vectors were merged; empty for base and experts.
+        vectors: Which task vectors were merged (plain, purified, or the name of another stack of transforms); empty for
+            base and experts.
         form: base, expert, static (one set of weights for all tasks), or per-task (keeps something extra for a task).
         task: Name of the task.
         metric: Name of the metric.
@@ -45,7 +45,7 @@ class Score:
     """
 
     model: str
-    vectors: Vectors
+    vectors: str
     form: Form
     task: str
     metric: str
@@ -65,7 +65,7 @@ class Model:
     """What a row of a table is about: a model's name, which vectors were merged, its form, and its heads."""
 
     name: str
-    vectors: Vectors
+    vectors: str
     form: Form
     heads: str = EXPERT_HEADS
 

@@ -14,7 +14,6 @@ import pandas as pd
 
 from pave_lightning.reporting.plots import (
     BASE_COLOUR,
-    COLOURS,
     EXPERT_COLOUR,
     HATCH,
     HIGHEST,
@@ -24,6 +23,7 @@ from pave_lightning.reporting.plots import (
 )
 from pave_lightning.reporting.sweep_table import SweepScores, is_number, plainly
 from pave_lightning.reporting.sweep_view import SweepView
+from pave_lightning.reporting.vectors import COLOURS, colour_of, in_order, others_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,7 +72,7 @@ class Line:
         cell: Its values of the view's lines.
         label: What the legend calls it.
         form: static, per-task or expert.
-        vectors: plain, purified, or empty where both are averaged.
+        vectors: plain, purified, or the name of another stack; empty where several are averaged.
         points: By x: mean, sd and the single seeds' scores.
         level: Whether it does not depend on x and is drawn across.
     """
@@ -264,7 +264,10 @@ def _panels(lines: Sequence[Line]) -> dict[str, list[Line]]:
 
 
 def _looks(lines: Sequence[Line], panelled: str) -> dict[str, Look]:
-    """Colours by the first field that differs within a panel, markers by the others; plain is dotted and hollow."""
+    """Colours by the first field that differs within a panel, markers by the others; plain is dotted and hollow.
+
+    Plain and purified share a colour; other stacks of transforms have colours of their own.
+    """
     fields = [field for field in (lines[0].cell if lines else ()) if field not in ("vectors", panelled)]
     values = {
         field: list(dict.fromkeys(line.cell[field] for line in lines if line.cell[field] is not None))
@@ -276,13 +279,16 @@ def _looks(lines: Sequence[Line], panelled: str) -> dict[str, Look]:
     varying = [field for field in fields if len({line.cell[field] for line in merged} - {None}) > 1]
     others = [tuple(line.cell[field] for field in varying[1:]) for line in lines]
     known = list(dict.fromkeys(other for other in others if None not in other))
+    vectors = in_order(line.vectors for line in lines)
     looks = {}
     for line, other in zip(lines, others, strict=True):
-        colour = COLOURS.get(line.vectors, COLOURS[""])
+        colour = colour_of(line.vectors, vectors)
         if line.form == "expert" and panelled != "model" and beside_merged:
             colour = EXPERT_COLOUR
         elif varying and line.cell[varying[0]] is not None:
-            colour = LINE_COLOURS[values[varying[0]].index(line.cell[varying[0]]) % len(LINE_COLOURS)]
+            own = values[varying[0]]
+            stack = 0 if line.vectors not in others_of(vectors) else 1 + others_of(vectors).index(line.vectors)
+            colour = LINE_COLOURS[(own.index(line.cell[varying[0]]) + stack * len(own)) % len(LINE_COLOURS)]
         elif not varying and line.vectors == "":
             colour = COLOURS["purified"]
         marker = MARKERS[known.index(other) % len(MARKERS)] if other in known else "o"

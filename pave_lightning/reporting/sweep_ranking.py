@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
 from pave_lightning.reporting.markdown import escaped, table
 from pave_lightning.reporting.sweep_table import SCORE, signed
+from pave_lightning.reporting.vectors import others_of
 
 # Form of a merged model -> what such models have.
 TITLES = {"static": "One set of weights for all tasks", "per-task": "Something extra for each task"}
 NOTE = (
-    "Seconds and memory are those of merging alone, on average over plain and purified. Capturing statistics,"
+    "Seconds and memory are those of merging alone, on average over all task vectors. Capturing statistics,"
     " gradients, the merge of an anchor and the search for a scale come on top."
 )
-HEADER = ("model", "plain", "purified", "difference", "lowest task", "seconds", "peak MB")
+
+FIRST, LAST = ("model", "plain", "purified"), ("difference", "lowest task", "seconds", "peak MB")
+"""Headings before and behind those of other task vectors."""
 
 
 def ranking(best: pd.DataFrame) -> list[str]:
@@ -28,9 +31,10 @@ def ranking(best: pd.DataFrame) -> list[str]:
 
     Returns:
         A heading and a table for each form of merged models that is there. Models stand in the order of their higher
-        mean of plain and purified. ``difference`` is purified minus plain, with its standard deviation over seeds;
-        ``lowest task`` is the task that the better of the two does worst, with its mean; ``seconds`` and ``peak MB``
-        are what merging took, on average over plain and purified. A line behind the tables says what is not in them.
+        mean of plain, purified and other vectors, which have a column each where there are any. ``difference`` is
+        purified minus plain, with its standard deviation over seeds; ``lowest task`` is the task that the best of them
+        does worst, with its mean; ``seconds`` and ``peak MB`` are what merging took, on average over all of them. A
+        line behind the tables says what is not in them.
     """
     parts = []
     for form, title in TITLES.items():
@@ -38,20 +42,21 @@ def ranking(best: pd.DataFrame) -> list[str]:
         if rows.empty:
             continue
         order = rows.groupby("model")["mean"].max().sort_values(ascending=False, kind="stable").index
-        lines = [_line(str(model), rows[rows["model"] == model]) for model in order]
-        parts += [f"### {title}", table(HEADER, lines)]
+        others = others_of(rows["vectors"])
+        lines = [_line(str(model), rows[rows["model"] == model], others) for model in order]
+        parts += [f"### {title}", table([*FIRST, *map(escaped, others), *LAST], lines)]
     if parts and best["seconds"].notna().any():
         parts.append(NOTE)
     return parts
 
 
-def _line(model: str, rows: pd.DataFrame) -> tuple[str, ...]:
+def _line(model: str, rows: pd.DataFrame, others: Sequence[str]) -> tuple[str, ...]:
     by_vectors: dict[Any, Mapping[Any, Any]] = {row["vectors"]: dict(row) for _, row in rows.iterrows()}
-    plain, purified = (_mean(by_vectors.get(vectors)) for vectors in ("plain", "purified"))
+    means = [_mean(by_vectors.get(vectors)) for vectors in ("plain", "purified", *others)]
     difference = _with_spread(*(by_vectors.get("purified", {}).get(key) for key in ("difference", "difference_sd")))
     better = rows.loc[rows["mean"].idxmax()] if rows["mean"].notna().any() else rows.iloc[0]
     seconds, peak = _number(rows["seconds"].mean(), ".1f"), _number(rows["peak_megabytes"].mean(), ".0f")
-    return escaped(model), plain, purified, difference, _lowest(better), seconds, peak
+    return escaped(model), *means, difference, _lowest(better), seconds, peak
 
 
 def _mean(row: Mapping[Any, Any] | None) -> str:

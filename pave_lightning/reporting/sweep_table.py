@@ -17,9 +17,9 @@ import pandas as pd
 from pave_lightning.errors import PaveError
 from pave_lightning.reporting.scores import FORMS
 from pave_lightning.reporting.sweep_view import CARRIED_COLUMNS, COST_COLUMNS, FIXED_COLUMNS, SweepView
+from pave_lightning.reporting.vectors import in_order
 
 PURIFICATION_SECTIONS = {"purify", "capture"}
-KINDS = ("", "plain", "purified")
 IDENTITY = ("model", "vectors", "form")
 # Differences below this are rounding
 TINY = 1e-12
@@ -135,7 +135,7 @@ class SweepScores:
             return self.values[column]
         rows = self.merged()
         if column == "vectors":
-            return [kind for kind in KINDS if kind in set(rows["vectors"])]
+            return in_order(rows["vectors"])
         forms = rows.drop_duplicates("model").set_index("model")["form"]
         return sorted(forms.index, key=lambda name: _rank(FORMS, forms[name]))
 
@@ -239,11 +239,11 @@ def summary_of(scores: SweepScores) -> pd.DataFrame:
             row[f"{task}/difference"] = _mean(here["difference"].dropna())
         found.append(row)
     summary = _table(found, list(found[0]) if found else by, scores.keys)
-    models = list(dict.fromkeys(summary["model"]))
+    models, vectors = list(dict.fromkeys(summary["model"])), in_order(summary["vectors"])
 
     def place(row: Any) -> tuple[int, ...]:
         cell = (_rank(scores.values[key], row[key]) for key in scores.keys)
-        return _rank(FORMS, row["form"]), models.index(row["model"]), _rank(KINDS, row["vectors"]), *cell
+        return _rank(FORMS, row["form"]), models.index(row["model"]), _rank(vectors, row["vectors"]), *cell
 
     order = sorted(summary.index, key=lambda index: place(summary.loc[index]))
     return summary.loc[order].reset_index(drop=True)
@@ -329,7 +329,8 @@ def _collapsed(rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
             others = [name for name in left if name != key]
             spread = part.groupby([*others, "seed", "task"], dropna=False)["value"].agg(["min", "max", "count"])
             equal = not ((spread["max"] - spread["min"]) > TINY).any()
-            needless = of_purification or form in ("base", "expert")
+            # Of other stacks of transforms it is not known here whether they purify.
+            needless = (of_purification and vectors in ("", "plain")) or form in ("base", "expert")
             if equal and (needless or ((spread["count"] > 1).any() and part[key].nunique() > 1)):
                 left = others
                 part = part.assign(**{key: pd.Series([None] * len(part), index=part.index, dtype=object)})

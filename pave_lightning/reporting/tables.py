@@ -27,6 +27,7 @@ GAP = 2
 NUMBER_WIDTH = 6
 TASK_WIDTH = 12
 MODEL_WIDTH = 24
+VECTORS_WIDTH = 16
 WORD_WIDTH = 30
 
 
@@ -45,7 +46,7 @@ def render(table: ScoreTable, width: int = 100) -> Table:
         A table for a rich console; where the tasks do not fit beside each other, a grid of tables.
     """
     tasks = table.tasks()
-    free = width - _model_width(table) - (GAP + len("purified")) - _heads_width(table)
+    free = width - _model_width(table) - (GAP + _vectors_width(table)) - _heads_width(table)
     averages = GAP + len("average") + GAP + len("normalised")
     if sum(_width(table, task) for task in tasks) + averages <= free:
         whole = _part(table, tasks, with_averages=True)
@@ -66,7 +67,7 @@ def render(table: ScoreTable, width: int = 100) -> Table:
 def _part(table: ScoreTable, tasks: list[str], *, with_averages: bool) -> Table:
     part = Table(box=box.HORIZONTALS, show_edge=False, pad_edge=False, padding=(0, GAP - 1, 0, 0))
     part.add_column("model", overflow="fold", width=_model_width(table))
-    part.add_column("vectors", no_wrap=True)
+    part.add_column("vectors", overflow="fold", max_width=_vectors_width(table))
     if _heads_width(table):
         part.add_column("heads", no_wrap=True)
     for task in tasks:
@@ -80,7 +81,10 @@ def _part(table: ScoreTable, tasks: list[str], *, with_averages: bool) -> Table:
     for model in table.models():
         if previous is not None and _section(model) != _section(previous):
             part.add_section()
-        cells = [Text("\n".join(lines_of(_label(model), MODEL_WIDTH))), Text(model.vectors)]
+        cells = [
+            Text("\n".join(lines_of(_label(model), MODEL_WIDTH))),
+            Text("\n".join(lines_of(model.vectors, VECTORS_WIDTH))),
+        ]
         cells += [Text(model.heads)] if _heads_width(table) else []
         cells += [Text(_number(table.value(model, task)) + _mark(table, model, task)) for task in tasks]
         if with_averages:
@@ -114,6 +118,11 @@ def _heads_width(table: ScoreTable) -> int:
     """Width of the column that says under which heads models are scored; 0 where all have the experts'."""
     heads = {model.heads for model in table.models()}
     return 0 if heads <= {EXPERT_HEADS} else GAP + max(map(len, {"heads", *heads}))
+
+
+def _vectors_width(table: ScoreTable) -> int:
+    lines = [line for model in table.models() for line in lines_of(model.vectors, VECTORS_WIDTH)]
+    return min(max([len("purified"), *map(len, lines)]), WORD_WIDTH)
 
 
 def _width(table: ScoreTable, task: str) -> int:

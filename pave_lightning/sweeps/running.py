@@ -29,7 +29,7 @@ from pave_lightning.pipeline.stages import CaptureStage, EvaluateStage, FitStage
 from pave_lightning.pipeline.stages.evaluate import ScoredMerge, ScoredPurifiedExperts, untouched_models
 from pave_lightning.pipeline.stages.merge import chooser
 from pave_lightning.recipe.loading import find_sweep, load_recipe
-from pave_lightning.recipe.merge_step import MergeStep, Vectors
+from pave_lightning.recipe.merge_step import MergeStep
 from pave_lightning.recipe.schema import Recipe
 from pave_lightning.recipe.sweep import Sweep
 from pave_lightning.reporting.sweep_view import CARRIED_COLUMNS
@@ -179,7 +179,7 @@ def _check(cells: Sequence[Cell], view: SweepView, folder: RunFolder) -> None:
             break
     looked_at: set[str] = set()
     for cell in (cell for cell in cells if cell.seed == cells[0].seed):
-        others = cell.recipe.model_dump_json(exclude={"purify", "merge"})
+        others = cell.recipe.model_dump_json(exclude={"purify", "vectors", "merge"})
         setting = ", ".join(f"{key}={value}" for key, value in cell.values.items())
         where = f"{setting}: " if setting else ""
         if others in looked_at:
@@ -226,7 +226,7 @@ class TriedMerge(ScoredMerge):
 
     may_fail = True
 
-    def __init__(self, results: Results, step: MergeStep, vectors: Vectors) -> None:
+    def __init__(self, results: Results, step: MergeStep, vectors: str) -> None:
         super().__init__(results, step, vectors)
         self.words = f"{self.model} ({vectors})"
 

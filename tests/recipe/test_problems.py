@@ -28,7 +28,6 @@ WRONG = [
     ("evaluate: {zzz: 5}", ["evaluate.zzz: unknown key; known are: batch_size, precision, purified_experts"]),
     ("learning_rate: 3", ["learning_rate: unknown key; it belongs under 'training'"]),
     ("training: {rho: 1}", ["training.rho: unknown key; it belongs under 'purify'"]),
-    ("vectors: [plain]", ["vectors: unknown key; it belongs under 'merge.N'"]),
     ("label: x", ["label: unknown key; it belongs under 'tasks.N'"]),
     (
         "training: {max_epochs: 3}",
@@ -201,11 +200,11 @@ WRONG = [
     ),
     (
         "merge: [{method: x, vectors: plain}]",
-        ["merge.0 (x).vectors: must be a list of plain, purified, found 'plain'; write [plain]"],
+        ["merge.0 (x).vectors: must be a list of plain, purified and names of stacks, found 'plain'; write [plain]"],
     ),
     (
         "merge: [{method: x, vectors: [pure]}]",
-        ["merge.0 (x).vectors.0: 'pure' is not allowed; did you mean 'purified'?"],
+        ["merge step 'x': vectors: no stack is named 'pure'; did you mean 'purified'?"],
     ),
     ("merge: [{method: x, vectors: []}]", ["merge.0 (x).vectors: needs at least 1 entry, found 0"]),
     (
@@ -521,6 +520,7 @@ OUTSIDE_THE_SCHEMA = (
     "name: 0",
     "[ties, ties]",
     "[base]",
+    "[pure]",
     ".inf",
     ".nan",
 )

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pave_lightning.errors import PaveError
 from pave_lightning.experts.loading import quiet_transformers
+from pave_lightning.merging import method_named
 from pave_lightning.merging.blocks import MODEL_FAILURES, BlockStack
 from pave_lightning.merging.passes import misnamed
 from pave_lightning.pipeline.providers import providers_of
@@ -203,6 +204,6 @@ def _added_by_classifier(classifier: nn.Module, batch: dict[str, Tensor]) -> set
 
 def _runs_the_model(method: str) -> bool:
     try:
-        return any(provider.loads_weights for provider in providers_of(method))
+        return any(provider.loads_weights for provider in providers_of(method_named(method).needs))
     except PaveError:  # there is no such method, which is told elsewhere
         return False

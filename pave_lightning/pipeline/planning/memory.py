@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from pave_lightning.evaluation.options import ScaleSearch
 from pave_lightning.pipeline.planning.models import is_wrapped
+from pave_lightning.pipeline.stacks import TransformStack
 from pave_lightning.recipe.merge_step import MergeStep
 from pave_lightning.tasks.task import Task
 from pave_lightning.weights import Parameter
@@ -56,7 +57,10 @@ def fit_bytes(parameters: Sequence[Parameter], task: Task) -> int:
 
 
 def search_bytes(
-    parameters: Sequence[Parameter], steps: Iterable[MergeStep], tasks: Sequence[Task], batch_size: int
+    parameters: Sequence[Parameter],
+    merges: Iterable[tuple[MergeStep, TransformStack]],
+    tasks: Sequence[Task],
+    batch_size: int,
 ) -> int:
     """The most that scoring merged models in memory holds, the program itself aside; 0 where nothing is searched.
 
@@ -64,7 +68,7 @@ def search_bytes(
 
     Args:
         parameters: the parameters of the backbone.
-        steps: the merge steps that are made.
+        merges: the merge steps that are made, each with what is done to its task vectors before.
         tasks: their ``max_length`` bounds a batch.
         batch_size: examples a forward pass.
     """
@@ -72,10 +76,7 @@ def search_bytes(
     widest = max((sum(parameter.matrix_shape) for parameter in parameters if parameter.is_matrix), default=0)
     longest = max((task.training.max_length for task in tasks), default=0)
     passing = 4 * PASS_TENSORS * batch_size * longest * widest
-    models = [2 + _chooses(step) for step in steps if isinstance(step.scale, ScaleSearch) or _chooses(step)]
+    # Where options or ratios are chosen, the best merge result so far is kept beside the next one.
+    chosen = [(step.scale, bool(step.tune) or stack.is_chosen) for step, stack in merges]
+    models = [2 + chooses for scale, chooses in chosen if isinstance(scale, ScaleSearch) or chooses]
     return max(models) * weights + passing if models else 0
-
-
-def _chooses(step: MergeStep) -> bool:
-    """Whether options or ratios are chosen, so that the best merge result so far is kept beside the next one."""
-    return bool(step.tune) or ("purified" in step.vectors and step.purify.rho == "auto")

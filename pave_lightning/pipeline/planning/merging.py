@@ -1,4 +1,4 @@
-"""What is wrong with the merge steps and purifications of a recipe, whatever its experts will be."""
+"""What is wrong with the merge steps and transforms of a recipe, whatever its experts will be."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from pave_lightning.merging.low_rank import LowRankMethod, quoted
 from pave_lightning.pipeline.planning.blocks import block_problem, naming_problems
 from pave_lightning.pipeline.planning.models import adapter_of, is_wrapped
 from pave_lightning.pipeline.providers import known_providers
-from pave_lightning.pipeline.stages import existing_folder, purifications, ratios
-from pave_lightning.purification.vectors import budget_problems
+from pave_lightning.pipeline.stacks import stack_of
+from pave_lightning.pipeline.stages import existing_folder, purifications
 from pave_lightning.recipe.merge_step import MergeStep
 from pave_lightning.recipe.schema import Recipe
+from pave_lightning.statistics import Moments
 from pave_lightning.tasks.task import Task
-from pave_lightning.weights import Adapter, Architecture, Checkpoint, Parameter, ParameterKind, locate_model
+from pave_lightning.transforms import Transform
+from pave_lightning.transforms.pave import Pave
+from pave_lightning.weights import Adapter, Architecture, Checkpoint, Parameter, locate_model
 from pave_lightning.weights.adapters import ADAPTER_CONFIG, ADAPTER_FOLDER
 from pave_lightning.weights.architecture import lies_in
 from pave_lightning.weights.task_vectors import (
@@ -30,7 +33,7 @@ TRAINED_WHOLE = "they are trained whole; set training.lora"
 
 
 def merge_problems(recipe: Recipe) -> Iterator[str]:
-    """What is wrong with the merge steps and purifications of a recipe, whatever its experts will be."""
+    """What is wrong with the merge steps and transforms of a recipe, whatever its experts will be."""
     architecture: Architecture | None = None
     parameters: list[Parameter] = []
     try:
@@ -50,8 +53,7 @@ def merge_problems(recipe: Recipe) -> Iterator[str]:
             yield from _step_problems(step, recipe, vectors, evidence)
         except PaveError as error:
             yield str(error)
-    layers = None if architecture is None else list(architecture.parameters.values())
-    yield from _purification_problems(recipe, layers)
+    yield from _transform_problems(recipe, vectors)
 
 
 def stored_parameters(base: Checkpoint, architecture: Architecture) -> Iterator[Parameter]:
@@ -169,29 +171,44 @@ def _missing_adapters(method: MergeMethod, wanted: Collection[Need], vectors: Pl
         yield f"{method.name} merges low-rank adapters, but the experts of {quoted(tasks)} have none: {reason}"
 
 
-def _purification_problems(recipe: Recipe, parameters: Sequence[Parameter] | None) -> Iterator[str]:
-    if recipe.evaluate.purified_experts:
+def _transform_problems(recipe: Recipe, vectors: PlannedTaskVectors) -> Iterator[str]:
+    """What is wrong with the transforms of task vectors, of stacks that no merge step uses as well."""
+    purified = recipe.evaluate.purified_experts
+    if purified:
         try:
             purifications(recipe)
         except PaveError as error:
             yield f"evaluate.purified_experts: {error}"
-    if parameters is None:
+    used = [(name, step) for step in recipe.merge for name in step.vectors]
+    known = {name for name, _ in used}
+    others = [*recipe.vectors, *(["purified"] if purified else [])]
+    told: set[tuple[str, str, bool]] = set()
+    for name, step in [*used, *((name, None) for name in others if name not in known)]:
+        try:
+            stack = stack_of(recipe, name, step)
+        except PaveError as error:
+            yield str(error)
+            continue
+        placed = zip(stack.transforms, stack.places, stack.inherited, strict=True)
+        for index, (transform, place, section) in enumerate(placed):
+            what = (transform.name, transform.options.model_dump_json(), index > 0)
+            if what not in told:
+                told.add(what)
+                own = step is not None and transform.options != getattr(recipe, section, None)
+                where = f"merge.{step.name}.{section}" if step and own else section
+                found = [*_capture_problems(transform, index > 0, recipe.capture.moments), *transform.problems(vectors)]
+                where = where if section and not index else place
+                yield from (f"{where}: {problem}" for problem in found)
+
+
+def _capture_problems(transform: Transform, changed: bool, moments: Moments) -> Iterator[str]:
+    """What a purification, behind another transform or not, needs of what is captured."""
+    if not isinstance(transform, Pave) or not transform.options.reads_statistics:
         return
-    layers = [parameter for parameter in parameters if parameter.kind is ParameterKind.LINEAR]
-    asked = {step.name: step.purify for step in recipe.merge if "purified" in step.vectors}
-    if recipe.evaluate.purified_experts and not asked:
-        asked = {"": recipe.purify}
-    for options in dict.fromkeys(asked.values()):
-        where = (
-            "purify" if options == recipe.purify else next(f"merge.{n}.purify" for n in asked if asked[n] == options)
-        )
-        moments = recipe.capture.moments
-        if options.reads_statistics:
-            if options.needs_inputs and moments != "input":
-                what = options.needs_inputs
-                yield f"{where}: {what} needs the second moments of all inputs; set capture.moments: input"
-            if moments == "output" and options.metric != "root":
-                yield f"{where}: capture.moments: output serves the metric root alone, found {options.metric}"
-        tasks = len(options.tasks or recipe.tasks)
-        for ratio in ratios(options):
-            yield from (f"{where}: {problem}" for problem in budget_problems(ratio, layers, tasks))
+    what, metric = transform.options.needs_inputs, transform.options.metric
+    if not what and Need.INPUT_MOMENTS in transform.wanted(changed=changed):
+        what = "pave behind another transform"
+    if what and moments != "input":
+        yield f"{what} needs the second moments of all inputs; set capture.moments: input"
+    if moments == "output" and metric != "root":
+        yield f"capture.moments: output serves the metric root alone, found {metric}"

@@ -16,6 +16,7 @@ from pave_lightning.pipeline.planning.memory import fit_bytes, later_bytes, sear
 from pave_lightning.pipeline.planning.merging import stored_parameters
 from pave_lightning.pipeline.results import Results
 from pave_lightning.pipeline.run_folder import RunFolder
+from pave_lightning.pipeline.stacks import stacks_of
 from pave_lightning.pipeline.stage import Stage
 from pave_lightning.pipeline.stages import EvaluateStage, ExportStage, MergeStage, PurifyStage, captures, stages_of
 from pave_lightning.purification.vectors import workers_of
@@ -79,7 +80,7 @@ def added_memory(recipe: Recipe) -> dict[str, int]:
     trained = [fit_bytes(parameters, task) for task in recipe.tasks if task.expert is None]
     return {
         "training": max(trained, default=0),
-        "scale search": search_bytes(parameters, recipe.merge, recipe.tasks, recipe.evaluate.batch_size),
+        "scale search": search_bytes(parameters, stacks_of(recipe), recipe.tasks, recipe.evaluate.batch_size),
     }
 
 
@@ -91,6 +92,7 @@ def predicted_cost(recipe: Recipe, folder: RunFolder) -> Cost:
     architecture = Architecture.of_folder(base_folder, *recipe.auto_models)
     parameters = list(stored_parameters(architecture.base_checkpoint(base_folder), architecture))
     capture = recipe.capture
+    merges = [stage for stage in stages if isinstance(stage, MergeStage)]
     planned = [stage.options for stage in stages if isinstance(stage, PurifyStage | ExportStage)]
     kinds = expected_kinds(parameters, capture.moments, convolutions=capture.convolutions)
     exported = 0 if _purifies_in_a_run(recipe) else sum(len(one.tasks or recipe.tasks) for one in planned)
@@ -100,7 +102,8 @@ def predicted_cost(recipe: Recipe, folder: RunFolder) -> Cost:
         workers_of(recipe.compute),
         kinds if captures(results) else {},
         options=planned,
-        methods=[method_named(stage.step.method) for stage in stages if isinstance(stage, MergeStage)],
+        methods=[method_named(merge.step.method) for merge in merges],
+        when_read=[options for merge in merges for options in merge.stack.purified_when_read],
         new_experts=sum(task.expert is None for task in recipe.tasks) + exported,
     )
     later = later_bytes()

@@ -1,6 +1,7 @@
-"""Where merge methods get from what they need besides the weights: one file a need, found without a list."""
+"""Where merge methods and transforms get from what they need besides the weights: one file a need."""
 
 from pave_lightning.pipeline.providers.base import (
+    Asking,
     MergeRequest,
     Provider,
     evidence,
@@ -9,4 +10,4 @@ from pave_lightning.pipeline.providers.base import (
     provides,
 )
 
-__all__ = ["MergeRequest", "Provider", "evidence", "known_providers", "providers_of", "provides"]
+__all__ = ["Asking", "MergeRequest", "Provider", "evidence", "known_providers", "providers_of", "provides"]

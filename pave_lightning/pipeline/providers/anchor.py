@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from pave_lightning.merging import Evidence, MergeMethod, Need, method_named
+from pave_lightning.merging import Evidence, Need, method_named
 from pave_lightning.pipeline.context import Context
-from pave_lightning.pipeline.providers.base import MergeRequest, Provider, provides
+from pave_lightning.pipeline.providers.base import Asking, MergeRequest, Provider, provides
 from pave_lightning.pipeline.stage import Stage
 from pave_lightning.pipeline.stages.merge import MergeStage, chooser
 from pave_lightning.recipe.merge_step import MergeStep
@@ -35,7 +35,7 @@ class Anchor(Provider):
         """What the anchor depends on."""
         return {"anchor": _anchor(request).inputs()}
 
-    def provide(self, evidence: Evidence, context: Context, method: MergeMethod, request: MergeRequest) -> Evidence:
+    def provide(self, evidence: Evidence, context: Context, asking: Asking, request: MergeRequest) -> Evidence:
         """The evidence with the anchor's task vector."""
         return replace(evidence, anchor=chooser(context).anchor(request.step, request.vectors))
 

@@ -2,45 +2,54 @@
 
 from __future__ import annotations
 
-import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 from pave_lightning.errors import PaveError, listed
-from pave_lightning.merging import Evidence, MergeMethod, Need, method_named
+from pave_lightning.merging import Evidence, MergeMethod, Need
 from pave_lightning.pipeline.context import Context, shared
 from pave_lightning.pipeline.results import Results
+from pave_lightning.pipeline.stacks import TransformStack, stack_of
 from pave_lightning.pipeline.stage import Stage
-from pave_lightning.recipe.merge_step import MergeStep, Vectors
+from pave_lightning.recipe.merge_step import MergeStep
 from pave_lightning.recipe.schema import Recipe
+from pave_lightning.system.plug_ins import import_files
+from pave_lightning.transforms import Transform
 
 # Where the providers of this package lie, which import this module.
 PROVIDERS = "pave_lightning.pipeline.providers"
+
+# What asks for evidence: by what it needs, and for how many examples.
+Asking: TypeAlias = MergeMethod | Transform
 
 _registry: dict[Need, type[Provider]] = {}
 
 
 @dataclass(frozen=True)
 class MergeRequest:
-    """What providers are asked for: evidence for one merge step on one kind of task vectors.
+    """What providers are asked for: evidence for one merge step on one stack of transforms.
 
     Attributes:
         results: the recipe, and what is there of it.
         step: the merge step; while it is merged, with the ratio of its purification that is tried.
-        vectors: what its task vectors are.
+        vectors: name of the stack that makes its task vectors.
     """
 
     results: Results
     step: MergeStep
-    vectors: Vectors
+    vectors: str
+
+    @property
+    def stack(self) -> TransformStack:
+        """The stack that makes its task vectors."""
+        return stack_of(self.results.recipe, self.vectors, self.step)
 
 
 class Provider(ABC):
-    """Where merge methods get one thing from that they need besides the weights.
+    """Where merge methods and transforms get one thing from that they need besides the weights.
 
     One is made for all merge steps of a run, so that it may keep what it gave the last time. Plans ask one as well, but
     for `provide`; what only that takes is imported there.
@@ -74,13 +83,13 @@ class Provider(ABC):
         return {}
 
     @abstractmethod
-    def provide(self, evidence: Evidence, context: Context, method: MergeMethod, request: MergeRequest) -> Evidence:
+    def provide(self, evidence: Evidence, context: Context, asking: Asking, request: MergeRequest) -> Evidence:
         """The evidence with what is needed.
 
         Args:
             evidence: what other providers gave.
             context: what the stages of the recipe share.
-            method: the method, with the options that are tried.
+            asking: the method, with the options that are tried, or a transform of its task vectors.
             request: the step; what it says of `stages` is there.
         """
 
@@ -110,16 +119,16 @@ def known_providers() -> dict[Need, type[Provider]]:
     return dict(_registry)
 
 
-def providers_of(method: str) -> list[Provider]:
-    """The providers of what a merge method needs, by the method's name.
+def providers_of(needs: Collection[Need]) -> list[Provider]:
+    """The providers of what is needed.
 
     Raises:
-        PaveError: no method has the name, or nothing provides what it needs.
+        PaveError: nothing provides some of it.
     """
-    known, needs = known_providers(), sorted(method_named(method).needs)
-    if without := [need for need in needs if need not in known]:
-        raise PaveError(f"merge method '{method}' needs {listed(without, 3)}, for which there is no provider")
-    return [known[need]() for need in needs]
+    known = known_providers()
+    if without := [need for need in sorted(needs) if need not in known]:
+        raise PaveError(f"nothing provides {listed(without, 3)}, which a merge needs")
+    return [known[need]() for need in sorted(needs)]
 
 
 @shared
@@ -127,16 +136,14 @@ def _providers(context: Context) -> dict[Need, Provider]:
     return {need: kind() for need, kind in known_providers().items()}
 
 
-def evidence(context: Context, method: MergeMethod, request: MergeRequest) -> Evidence:
-    """What a method needs besides the weights, once all stages that it needs are there."""
+def evidence(context: Context, asking: Asking, request: MergeRequest) -> Evidence:
+    """What a method or transform needs besides the weights, once all stages that it needs are there."""
     found = Evidence()
-    for need in sorted(method.needs):
-        found = _providers(context)[need].provide(found, context, method, request)
+    for need in sorted(asking.needs):
+        found = _providers(context)[need].provide(found, context, asking, request)
     return found
 
 
 @cache
 def _load_own() -> None:
-    """Load every file of providers of this package, once."""
-    for module in pkgutil.iter_modules(import_module(PROVIDERS).__path__, f"{PROVIDERS}."):
-        import_module(module.name)
+    import_files(PROVIDERS)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from pave_lightning.merging import Evidence, MergeMethod, Need
+from pave_lightning.merging import Evidence, Need
 from pave_lightning.pipeline.context import Context
-from pave_lightning.pipeline.providers.base import MergeRequest, Provider, provides
+from pave_lightning.pipeline.providers.base import Asking, MergeRequest, Provider, provides
 from pave_lightning.pipeline.stage import Stage
 from pave_lightning.pipeline.stages.gradients import gradient_stages
 
@@ -25,7 +25,7 @@ class Fisher(Provider):
         """What the gradients depend on."""
         return {"fisher": {stage.of.name: stage.inputs() for stage in gradient_stages(request.results, "fisher")}}
 
-    def provide(self, evidence: Evidence, context: Context, method: MergeMethod, request: MergeRequest) -> Evidence:
+    def provide(self, evidence: Evidence, context: Context, asking: Asking, request: MergeRequest) -> Evidence:
         """The evidence with the Fisher information of all tasks."""
         found = {stage.of.name: stage.load() for stage in gradient_stages(context.results, "fisher")}
         return replace(evidence, fisher=found)

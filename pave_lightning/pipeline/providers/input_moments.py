@@ -2,33 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterator
 
-from pave_lightning.merging import Evidence, MergeMethod, Need
-from pave_lightning.pipeline.context import Context
-from pave_lightning.pipeline.providers.base import MergeRequest, Provider, provides
-from pave_lightning.pipeline.stage import Stage
-from pave_lightning.pipeline.stages.capture import CaptureStage, statistics, statistics_digests
+from pave_lightning.merging import Need
+from pave_lightning.pipeline.providers.base import provides
+from pave_lightning.pipeline.providers.moments import CapturedStatistics
 from pave_lightning.recipe.merge_step import MergeStep
 from pave_lightning.recipe.schema import Recipe
-
-
-class CapturedStatistics(Provider):
-    """What the experts' layers saw, from the capture stages."""
-
-    def stages(self, request: MergeRequest) -> Sequence[Stage]:
-        """The captures of all tasks."""
-        return CaptureStage.all(request.results)
-
-    def inputs(self, request: MergeRequest) -> dict[str, Any]:
-        """What was captured."""
-        return {"statistics": statistics_digests(request.results)}
-
-    def provide(self, evidence: Evidence, context: Context, method: MergeMethod, request: MergeRequest) -> Evidence:
-        """The evidence with the statistics of all tasks."""
-        return replace(evidence, statistics=statistics(context))
 
 
 @provides(Need.INPUT_MOMENTS)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from pave_lightning.merging import Need
 from pave_lightning.pipeline.providers.base import provides
-from pave_lightning.pipeline.providers.input_moments import CapturedStatistics
+from pave_lightning.pipeline.providers.moments import CapturedStatistics
 from pave_lightning.recipe.merge_step import MergeStep
 from pave_lightning.recipe.schema import Recipe
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from pave_lightning.merging import Evidence, MergeMethod, Need
+from pave_lightning.merging import Evidence, Need
 from pave_lightning.merging.passes import ForwardPasses, load_parameters
 from pave_lightning.pipeline.context import Context
-from pave_lightning.pipeline.providers.base import MergeRequest, Provider, provides
+from pave_lightning.pipeline.providers.base import Asking, MergeRequest, Provider, provides
 from pave_lightning.pipeline.stages.capture import shown_examples
 from pave_lightning.pipeline.stages.fit import classifier, expert_folder, experts, plain_vectors
 from pave_lightning.weights.architecture import backbone_of, empty_model
@@ -34,10 +34,10 @@ class UnlabelledExamples(Provider):
         tasks = request.results.recipe.tasks
         return {"examples": {task.name: shown_examples(request.results, task) for task in tasks}}
 
-    def provide(self, evidence: Evidence, context: Context, method: MergeMethod, request: MergeRequest) -> Evidence:
-        """The evidence with passes on as many examples a task as the method asks for."""
-        if self._last is None or self._last[0] != method.examples:
-            self._last = (method.examples, _passes(context, method.examples))
+    def provide(self, evidence: Evidence, context: Context, asking: Asking, request: MergeRequest) -> Evidence:
+        """The evidence with passes on as many examples a task as are asked for."""
+        if self._last is None or self._last[0] != asking.examples:
+            self._last = (asking.examples, _passes(context, asking.examples))
         return replace(evidence, passes=self._last[1])
 
 

@@ -14,7 +14,7 @@ from pave_lightning.pipeline.stages.fit import FitStage, existing_folder
 from pave_lightning.pipeline.stages.gradients import GradientStage
 from pave_lightning.pipeline.stages.heads import HeadsStage
 from pave_lightning.pipeline.stages.merge import MergeStage
-from pave_lightning.pipeline.stages.purify import PurifyStage, purifications, ratios
+from pave_lightning.pipeline.stages.purify import PurifyStage, purifications
 
 __all__ = [
     "KINDS",
@@ -31,7 +31,6 @@ __all__ = [
     "existing_folder",
     "kind_of",
     "purifications",
-    "ratios",
     "stages_of",
 ]
 

@@ -19,7 +19,7 @@ from pave_lightning.pipeline.stages.heads import HeadsStage
 from pave_lightning.pipeline.stages.merge import MergeStage
 from pave_lightning.pipeline.stages.purify import label, needed_for, purification_inputs, purifications, task_vectors
 from pave_lightning.purification.options import Purify
-from pave_lightning.recipe.merge_step import MergeStep, Vectors
+from pave_lightning.recipe.merge_step import MergeStep
 from pave_lightning.recipe.schema import Recipe
 from pave_lightning.system.processes import is_rank_zero
 from pave_lightning.tasks.task import Task
@@ -27,7 +27,6 @@ from pave_lightning.tasks.task import Task
 if TYPE_CHECKING:
     from pave_lightning.evaluation import Candidate
     from pave_lightning.reporting.scores import Form
-    from pave_lightning.reporting.scores import Vectors as TableVectors
 
 log = logging.getLogger("pave_lightning")
 
@@ -40,7 +39,7 @@ class ScoredModel(ABC):
     Attributes:
         label: what tells it from others in the names of folders.
         model: its name in tables.
-        vectors: plain, purified, or empty where that is no question.
+        vectors: name of the stack that made its task vectors; empty where that is no question.
         heads: under which heads it is scored, in tables.
         words: it in words, in messages.
         may_fail: whether outputs that are not finite only cost it its scores, instead of stopping the work.
@@ -49,7 +48,7 @@ class ScoredModel(ABC):
     label: str
     model: str
     words: str
-    vectors: TableVectors = ""
+    vectors: str = ""
     heads: str = EXPERT_HEADS.label
     may_fail: ClassVar[bool] = False
 
@@ -148,7 +147,7 @@ class ScoredPurifiedExperts(ScoredModel):
 class ScoredMerge(ScoredModel):
     """A merged model as it lies in the run folder."""
 
-    def __init__(self, results: Results, step: MergeStep, vectors: Vectors) -> None:
+    def __init__(self, results: Results, step: MergeStep, vectors: str) -> None:
         super().__init__(results)
         self.merge = MergeStage(results, step, vectors)
         self.label, self.model, self.vectors = self.merge.label, step.name, vectors

@@ -1,10 +1,9 @@
-"""A merged model: all experts merged by one method, on plain or on purified task vectors."""
+"""A merged model: all experts merged by one method, on task vectors that one stack of transforms makes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pave_lightning.errors import doing
@@ -12,34 +11,38 @@ from pave_lightning.evaluation.options import ScaleSearch
 from pave_lightning.merging import Evidence, MergeMethod, method_named
 from pave_lightning.merging.folders import MergeContext, write_merged
 from pave_lightning.pipeline.context import Context, shared
-from pave_lightning.pipeline.method_seed import with_seed
-from pave_lightning.pipeline.providers import MergeRequest, evidence, providers_of
+from pave_lightning.pipeline.providers import MergeRequest, Provider, evidence, providers_of
 from pave_lightning.pipeline.results import Results
 from pave_lightning.pipeline.run_folder import Manifest
 from pave_lightning.pipeline.scoring import score_inputs
+from pave_lightning.pipeline.seeds import with_seed
+from pave_lightning.pipeline.stacks import TransformStack
 from pave_lightning.pipeline.stage import Stage
 from pave_lightning.pipeline.stages.fit import FitStage, expert_digests, experts
-from pave_lightning.pipeline.stages.purify import needed_for, purification_inputs, task_vectors
-from pave_lightning.recipe.merge_step import MergeStep, Vectors
+from pave_lightning.pipeline.stages.purify import purification_inputs, purify_stages, task_vectors
+from pave_lightning.recipe.merge_step import MergeStep
+from pave_lightning.transforms import transformed
+from pave_lightning.transforms.pave import Pave
+from pave_lightning.weights import TaskVectors
 
 if TYPE_CHECKING:
     from pave_lightning.pipeline.tuning import Chooser
 
-FORMAT = 2
+FORMAT = 3
 
 
 class MergeStage(Stage):
-    """A merge step on one kind of task vectors.
+    """A merge step on the task vectors of one stack of transforms.
 
     Args:
         results: the recipe, and what is there of it.
         step: the merge step.
-        vectors: what its task vectors are; all that follows from it is in `needs`, `depends_on` and `params`.
+        vectors: name of the stack.
     """
 
     command = "merge"
 
-    def __init__(self, results: Results, step: MergeStep, vectors: Vectors) -> None:
+    def __init__(self, results: Results, step: MergeStep, vectors: str) -> None:
         super().__init__(results)
         self.step, self.vectors = step, vectors
 
@@ -63,6 +66,16 @@ class MergeStage(Stage):
         """What providers are asked for."""
         return MergeRequest(self.results, self.step, self.vectors)
 
+    @property
+    def stack(self) -> TransformStack:
+        """What is done to the task vectors before they are merged."""
+        return self.request.stack
+
+    @property
+    def providers(self) -> list[Provider]:
+        """The providers of what the method and the transforms need."""
+        return providers_of(method_named(self.step.method).needs | self.stack.needs)
+
     def about(self) -> str:
         """Method and scale."""
         scale = self.step.scale
@@ -70,16 +83,15 @@ class MergeStage(Stage):
         return f"{self.step.method}{told}"
 
     def needs(self) -> list[Stage]:
-        """Experts, statistics and purified weights, and what the method's evidence is made of."""
-        purified = needed_for(self.results, self.step.purify) if self.vectors == "purified" else []
-        given: Iterable[Stage] = (
-            stage for provider in providers_of(self.step.method) for stage in provider.stages(self.request)
-        )
-        return [*FitStage.all(self.results), *purified, *given]
+        """Experts, what the evidence for method and transforms is made of, and purified weights."""
+        given = [stage for provider in self.providers for stage in provider.stages(self.request)]
+        purification = self.stack.purification
+        purified = [] if purification is None else purify_stages(self.results, purification)
+        return [*FitStage.all(self.results), *given, *purified]
 
     def depends_on(self) -> dict[str, Any]:
         """Experts, base, options, task vectors and evidence; what anything is chosen on."""
-        recipe, step, method = self.results.recipe, self.step, method_named(self.step.method)
+        recipe, step, method, stack = self.results.recipe, self.step, method_named(self.step.method), self.stack
         experts = expert_digests(self.results)
         inputs: dict[str, Any] = {
             "format": FORMAT,
@@ -87,21 +99,23 @@ class MergeStage(Stage):
             "base": self.results.base_digest,
             "step": step.model_dump(include={"method", "scale", "options"}),
         }
-        if self.vectors == "purified":
-            inputs["purified"] = purification_inputs(self.results, step.purify)
-        if with_seed(step.method, step.options, recipe.seed) != step.options:
+        if stack.transforms:
+            inputs["transforms"] = stack.described()
+            inputs["purified"] = [
+                purification_inputs(self.results, one.options) for one in stack.transforms if isinstance(one, Pave)
+            ]
+        if with_seed(method.Options, step.options, recipe.seed) != step.options:
             inputs["seed"] = recipe.seed
-        if method.ordered:
+        if method.ordered or any(transform.ordered for transform in stack.transforms):
             # Inputs are compared without their order.
             inputs["order"] = [task.name for task in recipe.tasks]
         if method.batched:
             inputs["batch_size"] = recipe.capture.batch_size
-        for provider in providers_of(step.method):
+        for provider in self.providers:
             inputs |= provider.inputs(self.request)
         if step.tune:
             inputs["tune"] = step.tune
-        chosen = step.tune or (self.vectors == "purified" and step.purify.rho == "auto")
-        if isinstance(step.scale, ScaleSearch) or chosen:
+        if isinstance(step.scale, ScaleSearch) or step.tune or stack.is_chosen:
             inputs["search"] = score_inputs(recipe, experts, "validation")
         return inputs
 
@@ -138,11 +152,12 @@ class MergeStage(Stage):
 
     def params(self) -> dict[str, Any]:
         """What MLflow notes of the merge."""
-        step = self.step
+        step, stack = self.step, self.stack
         params = {"method": step.method, "vectors": self.vectors, "asked_scale": step.scale, "options": step.options}
         params |= {"anchor": step.anchor} if step.anchor else {}
         params |= {"tune": step.tune} if step.tune else {}
-        return {**params, "purify": step.purify.model_dump()} if self.vectors == "purified" else params
+        params |= {"purify": step.purify.model_dump()} if "purify" in stack.inherited else {}
+        return params if stack.is_built_in else {**params, "transforms": stack.described()}
 
 
 @shared
@@ -153,12 +168,27 @@ def chooser(context: Context) -> Chooser:
 
     results = context.results
 
-    def evidence_for(method: MergeMethod, step: MergeStep, vectors: Vectors) -> Evidence:
+    def vectors_of(step: MergeStep, vectors: str) -> TaskVectors:
+        return stacked_vectors(context, MergeRequest(results, step, vectors))
+
+    def evidence_for(method: MergeMethod, step: MergeStep, vectors: str) -> Evidence:
         return evidence(context, method, MergeRequest(results, step, vectors))
 
-    def merged_before(step: MergeStep, vectors: Vectors) -> Mapping[str, Any] | None:
+    def merged_before(step: MergeStep, vectors: str) -> Mapping[str, Any] | None:
         found = results.current(MergeStage(results, step, vectors))
         return None if found is None else found.result
 
-    vectors_of = partial(task_vectors, context)
     return Chooser(context.recipe, vectors_of, evidence_for, lambda: searcher(context), merged_before)
+
+
+def stacked_vectors(context: Context, request: MergeRequest) -> TaskVectors:
+    """The task vectors of a merge step whose ratio is fixed, once all that they need is there.
+
+    A purification at the beginning of the stack was stored; what comes behind it is computed as it is read.
+    """
+    stack = request.stack
+    vectors, computed = task_vectors(context, stack.purification), stack.transforms
+    for transform in computed if stack.purification is None else computed[1:]:
+        given = evidence(context, transform, request)
+        vectors = transformed(vectors, [transform], given, context.recipe.compute)
+    return vectors

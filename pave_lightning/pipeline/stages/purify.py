@@ -8,11 +8,12 @@ from pave_lightning.config import slug
 from pave_lightning.errors import PaveError, doing
 from pave_lightning.pipeline.context import Context
 from pave_lightning.pipeline.results import Results, short_digest
+from pave_lightning.pipeline.stacks import stacks_of
 from pave_lightning.pipeline.stage import Stage
 from pave_lightning.pipeline.stages.capture import CaptureStage, statistics, statistics_digests
 from pave_lightning.pipeline.stages.fit import FitStage, expert_digests, plain_vectors
 from pave_lightning.purification import PurifiedTaskVectors, StoredPurification, write_purified
-from pave_lightning.purification.options import AUTO_RATIOS, Purify
+from pave_lightning.purification.options import Purify, ratios
 from pave_lightning.recipe.schema import Recipe
 from pave_lightning.weights import Checkpoint, TaskVectors
 
@@ -120,24 +121,20 @@ def needed_for(results: Results, options: Purify) -> list[Stage]:
 
 
 def purifications(recipe: Recipe) -> list[Purify]:
-    """Every distinct purification with a ratio of its own: those of the merge steps, or else the recipe's.
+    """Every distinct purification of plain task vectors with a ratio of its own.
+
+    Those with which the stacks of the merge steps begin, or else the recipe's.
 
     Raises:
-        PaveError: there is none, because every ratio is to be chosen on validation data.
+        PaveError: there is none, because every ratio is to be chosen on validation data; or a transform is wrong.
     """
-    steps = [step for step in recipe.merge if "purified" in step.vectors]
-    asked = [step.purify for step in steps] or [recipe.purify]
-    found = [options for options in dict.fromkeys(asked) if options.rho != "auto"]
+    asked = [(step.name, options) for step, stack in stacks_of(recipe) if (options := stack.purification) is not None]
+    distinct = dict.fromkeys(options for _, options in asked) or [recipe.purify]
+    found = [options for options in distinct if options.rho != "auto"]
     if not found:
-        own = [f"merge.{step.name}.purify.rho" for step in steps] if recipe.purify.rho != "auto" else ["purify.rho"]
+        own = [f"merge.{name}.purify.rho" for name, _ in asked] if recipe.purify.rho != "auto" else ["purify.rho"]
         raise PaveError(
             "the ratios of all purifications are 'auto', which only merging chooses; "
             f"give a number at {' or '.join(own)}"
         )
     return found
-
-
-def ratios(options: Purify) -> list[Purify]:
-    """The purifications that a merge step needs: several where its ratio is chosen on validation data."""
-    tried = AUTO_RATIOS if options.rho == "auto" else (options.rho,)
-    return [options.model_copy(update={"rho": rho}) for rho in tried if rho != 1]

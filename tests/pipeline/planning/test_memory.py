@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from pave_lightning.pipeline.planning.memory import fit_bytes, search_bytes
-from pave_lightning.recipe.merge_step import MergeStep
+from pave_lightning.pipeline.stacks import stacks_of
+from pave_lightning.recipe.schema import Recipe
 from pave_lightning.tasks.task import Task
 from pave_lightning.weights import Parameter, ParameterKind, memory
 
@@ -57,8 +58,8 @@ def test_adapters_train_their_factors_alone():
 def test_searching_by_hand(steps, models):
     passing = 4 * 3 * 16 * 8 * (60 + 20)
     expected = models * 4 * TOTAL + passing if models else 0
-    made = [MergeStep.model_validate(step) for step in steps]
-    assert search_bytes(PARAMETERS, made, [task()], 16) == expected
+    recipe = Recipe.model_validate({"name": "r", "base": "b", "tasks": [task().model_dump()], "merge": steps})
+    assert search_bytes(PARAMETERS, stacks_of(recipe), [task()], 16) == expected
 
 
 MEASURED = """

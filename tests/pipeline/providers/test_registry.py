@@ -36,9 +36,9 @@ def test_a_need_has_one_provider():
 def test_a_need_without_provider_is_told(monkeypatch):
     known_providers()
     monkeypatch.setattr(base, "_registry", {})
-    with pytest.raises(PaveError, match="'fisher' needs Fisher information, for which there is no provider"):
-        providers_of("fisher")
-    assert providers_of("average") == []
+    with pytest.raises(PaveError, match="nothing provides Fisher information, which a merge needs"):
+        providers_of({Need.FISHER})
+    assert providers_of(frozenset()) == []
 
 
 class Extra(StrEnum):
