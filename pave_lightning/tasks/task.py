@@ -6,13 +6,10 @@ parties register theirs by the entry point ``pave_lightning.tasks``, which names
 
 from __future__ import annotations
 
-import logging
-import pkgutil
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, reduce
-from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from operator import or_
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
@@ -20,7 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 from pydantic import Discriminator, Field, Tag, TypeAdapter, model_validator
 
 from pave_lightning.config import Name, Section, unless_wrong
-from pave_lightning.errors import PaveError, nearest, reason, visible
+from pave_lightning.errors import PaveError, nearest
+from pave_lightning.system.plug_ins import import_files, load_plug_in
 from pave_lightning.tasks.heads import HeadForm, Misfit, Predictions
 from pave_lightning.tasks.options import Data, Examples, Expert, MetricName, Training
 
@@ -36,8 +34,6 @@ if TYPE_CHECKING:  # what a recipe is read with loads none of these
     from pave_lightning.tasks.rows import ColumnForm, Rows
 
 Batch = Mapping[str, "Tensor"]
-
-log = logging.getLogger("pave_lightning")
 
 FOLDER = "pave_lightning.tasks.kinds"
 GROUP = "pave_lightning.tasks"
@@ -402,19 +398,10 @@ def task_kind(kind: type[KindT]) -> type[KindT]:
 @cache
 def known_kinds() -> dict[str, type[Task]]:
     """All kinds of task by name, sorted; a third party's that cannot be loaded is told and left out."""
-    kinds = import_module(FOLDER)
-    for module in pkgutil.iter_modules(kinds.__path__):
-        import_module(f"{FOLDER}.{module.name}")
+    import_files(FOLDER)
     for entry in entry_points(group=GROUP):
-        _load(entry)
+        load_plug_in(entry, _kinds, "kind of task")
     return dict(sorted(_kinds.items()))
-
-
-def _load(entry: EntryPoint) -> None:
-    try:
-        entry.load()
-    except Exception as error:  # whatever the code of others raises
-        log.warning("the kind of task %s cannot be loaded and is left out: %s", visible(entry.name), reason(error))
 
 
 def kind_named(name: str) -> type[Task]:

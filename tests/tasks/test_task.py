@@ -145,5 +145,5 @@ print("Doubled" in recipe_schema()["$defs"])
         env={**os.environ, "PYTHONPATH": f"{tmp_path}:{PACKAGE.parent}"},
     )
     assert done.stdout.splitlines() == ["Doubled 3.0 3.0", "True"]
-    assert "the kind of task broken cannot be loaded and is left out" in done.stderr
+    assert "the kind of task 'broken' of the package other is left out" in done.stderr
     assert "not today" in done.stderr
