@@ -58,11 +58,11 @@ class ScaleSearch(Section):
 
 
 def _scale_form(value: Any) -> str:
-    return "search" if isinstance(value, (dict, ScaleSearch)) or value == "search" else "number"
+    return "a search" if isinstance(value, (dict, ScaleSearch)) or value == "search" else "a number"
 
 
 Scale = Annotated[
-    Annotated[float, Tag("number")] | Annotated[ScaleSearch, Tag("search")],
+    Annotated[float, Tag("a number")] | Annotated[ScaleSearch, Tag("a search")],
     Discriminator(_scale_form),
 ]
 

@@ -16,10 +16,10 @@ from pave_lightning.recipe.merge_step import MergeStep
 from pave_lightning.recipe.overrides import SHORT_FORMS, entry_name
 from pave_lightning.recipe.schema import Recipe
 from pave_lightning.recipe.wording import (
-    EXPECTED,
+    A_TASK_NAME,
     Keys,
     Spot,
-    is_judged_whole,
+    is_of_section,
     locate,
     near_key,
     of_other_kinds,
@@ -28,7 +28,6 @@ from pave_lightning.recipe.wording import (
     words_for,
 )
 from pave_lightning.tasks.suites import suite_task_names
-from pave_lightning.tasks.task import Task
 
 ROUNDS = 6
 LONGEST_WORD = 100
@@ -36,6 +35,8 @@ MOST_WORDED = 100
 """Faults of one round that are told in full; no more than the first 20 in the file are shown."""
 HANDED_DOWN = {"tasks": ("examples", "training", "trainer"), "merge": ("purify",)}
 JUDGED_TOGETHER = {"use", "kind", "classes", "value_range", "metrics", "primary_metric"}
+TOGETHER = "taken together"
+"""The subject of a fault that speaks of several keys of its place."""
 NO_TASK = "the key 'use' with the name of a known task is missing, or else the keys name, data and text"
 
 
@@ -93,28 +94,23 @@ def check_recipe(
     return recipe
 
 
-def _plain(value: Any, tell: Callable[[Keys, str], None], keys: Keys = (), above: tuple[int, ...] = ()) -> Any:
+def _plain(value: Any, tell: Callable[[Keys, str], None], keys: Keys = ()) -> Any:
     """A copy made of mappings with text keys, lists and simple values only.
 
     Args:
         value: what was read.
         tell: is called with place and words for everything else that is found; the copy has a stand-in there.
         keys: where the value stands.
-        above: identities of the containers around it.
     """
-    if id(value) in above:
-        tell(keys, "contains itself through a YAML alias")
-        return None
-    above = (*above, id(value))
     if isinstance(value, dict):
         copied: dict[str, Any] = {}
         for key, item in value.items():
             if not isinstance(key, str):
                 tell((*keys, str(key)), f"the key {show(key)} is not a text; put it in quotes")
-            copied[str(key)] = _plain(item, tell, (*keys, str(key)), above)
+            copied[str(key)] = _plain(item, tell, (*keys, str(key)))
         return copied
     if isinstance(value, list):
-        return [_plain(item, tell, (*keys, index), above) for index, item in enumerate(value)]
+        return [_plain(item, tell, (*keys, index)) for index, item in enumerate(value)]
     if isinstance(value, float) and not math.isfinite(value):
         tell(keys, f"must be a finite number, found {show(value)}")
     elif isinstance(value, datetime.date):
@@ -138,11 +134,8 @@ def place(keys: Keys, raw: Any) -> str:
     return ".".join(words)
 
 
-class _Absent:
-    """Stands for a value that is not there."""
-
-
-_ABSENT = _Absent()
+_ABSENT = object()
+"""Stands for a value that is not there."""
 
 
 def _value_at(raw: Any, keys: Keys) -> Any:
@@ -225,15 +218,15 @@ class _Check:
             if isinstance(used, str):
                 self._tell(keys, f"unknown task '{shortened(used)}'; {nearest(used, known)}")
             else:
-                self._tell(keys, f"must be {EXPECTED[Task, 'use']}, found {show(used)}")
+                self._tell(keys, f"must be {A_TASK_NAME}, found {show(used)}")
             close = near(str(used), known) or known[0]
             own = entry if isinstance(entry, dict) else {}
             entries[index] = {"name": f"stand-in-{index}", **own, "use": close}
 
     def _take(self, error: ValidationError) -> bool:
         """Note what one round of validation found, and repair it for the next."""
-        found = [(details, locate(details["loc"])) for details in error.errors(include_url=False)]
-        own = [(details, self._own(details, spot)) for details, spot in found]
+        found = [(details, locate(details)) for details in error.errors(include_url=False)]
+        own = [(details, self._own(spot)) for details, spot in found]
         hinted = {
             (*spot.keys[:-1], near)
             for details, spot in [each for each in own if each[0]["type"] == "extra_forbidden"][:MOST_WORDED]
@@ -241,42 +234,42 @@ class _Check:
         }
         told = {fault.keys for fault in self.faults if fault.subject is None}
         missing = {spot.keys for details, spot in own if details["type"] == "missing"} - hinted
-        before = len(self.faults)
         outer = {spot.keys[:depth] for _, spot in own for depth in range(len(spot.keys))}
+        before = len(self.faults)
         for details, spot in own:
-            inner = spot.keys in outer
-            if self._follows(details, spot, told, hinted) or (inner and spot.branch is not spot.expected):
-                continue
-            if details["type"] == "missing" and spot.field is not None and spot.keys[-1] not in self._keys_at(spot):
-                entry, key = spot.keys[:-1], spot.keys[-1]
-                if entry[:1] == ("tasks",) and {(*entry, "data"), (*entry, "text")} <= missing:
-                    self._tell(entry, NO_TASK, subject="use")
-                else:
-                    self._tell(entry, f"the key '{key}' is missing ({purpose(spot.field)})", subject=key)
-                continue
-            together = "taken together" if details["type"] == "value_error" and is_judged_whole(spot.branch) else None
-            unknown = details["type"] == "extra_forbidden"
-            if unknown and (misplaced := of_other_kinds(spot)) is not None:
-                self._tell(spot.keys[:-1], misplaced, subject="taken together")
-                continue
-            if len(self.faults) - before >= MOST_WORDED:  # to look for the nearest key takes its time
-                self._tell(spot.keys, "unknown key" if unknown else "is wrong", unknown=unknown)
-                continue
-            for line in words_for(details, spot, self._found(details, spot)):
-                self._tell(spot.keys, line, together, unknown)
+            other_form = spot.keys in outer and details["type"] != "missing"  # of a union, which is not what was meant
+            if not other_form and not self._follows(details, spot, told, hinted):
+                self._word(details, spot, missing, at_length=len(self.faults) - before < MOST_WORDED)
         for (details, spot), (_, told_at) in zip(found, own, strict=True):
+            unknown = details["type"] == "extra_forbidden"
             entry = _value_at(self.repaired, spot.keys[:-1])
-            if details["type"] == "extra_forbidden" and isinstance(entry, dict) and of_other_kinds(spot):
+            if unknown and isinstance(entry, dict) and of_other_kinds(spot):
                 entry[str(spot.keys[-1])] = None  # which also takes back what a known task says
                 continue
             for keys in (spot.keys, told_at.keys):
-                self._repair(keys, unknown=details["type"] == "extra_forbidden")
+                self._repair(keys, unknown)
         return len(self.faults) > before
 
-    def _own(self, details: Mapping[str, Any], spot: Spot) -> Spot:
+    def _word(self, details: Mapping[str, Any], spot: Spot, missing: set[Keys], at_length: bool) -> None:
+        """Tell one error; not ``at_length`` where there are very many, since to look for the nearest key takes time."""
+        unknown = details["type"] == "extra_forbidden"
+        value = _value_at(self.raw, spot.keys)
+        entry, key = spot.keys[:-1], next(reversed(spot.keys), None)
+        if details["type"] == "missing" and value is _ABSENT:
+            if entry[:1] == ("tasks",) and {(*entry, "data"), (*entry, "text")} <= missing:
+                self._tell(entry, NO_TASK, subject="use")
+            else:
+                self._tell(entry, f"the key '{key}' is missing ({purpose(spot.schema)})", subject=key)
+        elif unknown and (misplaced := of_other_kinds(spot)) is not None:
+            self._tell(entry, misplaced, subject=TOGETHER)
+        elif not at_length:
+            self._tell(spot.keys, "unknown key" if unknown else "is wrong", unknown=unknown)
+        else:
+            for line in words_for(details, spot, details["input"] if value is _ABSENT else value):
+                self._tell(spot.keys, line, TOGETHER if is_of_section(details) else None, unknown)
+
+    def _own(self, spot: Spot) -> Spot:
         """The same spot where the user wrote it: in a shared section, in a short form, under another key."""
-        if details["type"] == "missing" and isinstance(spot.keys[-1], int):  # one of two numbers
-            spot = locate(details["loc"][:-1])
         keys = spot.keys
         if len(keys) > 3 and keys[2] in HANDED_DOWN.get(str(keys[0]), ()):
             entry = self.raw[keys[0]][keys[1]]
@@ -290,22 +283,15 @@ class _Check:
     def _written(self, keys: Keys) -> Keys:
         """The path as far as the user wrote mappings and lists; the rest comes from a short form such as text: body."""
         for depth in range(len(keys)):
-            if not isinstance(_value_at(self.raw, keys[:depth]), dict | list | _Absent):
+            value = _value_at(self.raw, keys[:depth])
+            if value is not _ABSENT and not isinstance(value, dict | list):
                 return keys[:depth]
         return keys
-
-    def _keys_at(self, spot: Spot) -> Any:
-        parent = _value_at(self.raw, spot.keys[:-1])
-        return parent if isinstance(parent, dict) else ()
-
-    def _found(self, details: Mapping[str, Any], spot: Spot) -> Any:
-        value = _value_at(self.raw, spot.keys)
-        return details["input"] if value is _ABSENT else value
 
     def _follows(self, details: Mapping[str, Any], spot: Spot, told: set[Keys], hinted: set[Keys]) -> bool:
         """Whether an error merely follows from another one."""
         keys = spot.keys
-        if details["type"] == "value_error" and is_judged_whole(spot.branch):
+        if is_of_section(details):
             if not keys:
                 return any(_changes_names(fault) for fault in self.faults)
             return any(

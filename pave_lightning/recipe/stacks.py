@@ -25,7 +25,7 @@ def _entry(value: Any) -> Any:
 
 
 Named = Annotated[dict[str, dict[str, Any]], Field(min_length=1, max_length=1)]
-StackedTransform = Annotated[str | Named, BeforeValidator(_entry)]
+StackedTransform = Annotated[str | Named, BeforeValidator(_entry), Field(title="Transform")]
 Stack = Annotated[list[StackedTransform], Field(min_length=1, max_length=MOST_TRANSFORMS)]
 
 

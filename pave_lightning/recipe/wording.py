@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import math
-import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from itertools import islice
-from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_origin
+from typing import Any
 
-from pydantic import Tag
-from pydantic.fields import FieldInfo
-
-from pave_lightning.config import Section
 from pave_lightning.credentials import without_secrets
 from pave_lightning.errors import near, nearest
-from pave_lightning.evaluation.options import ScaleSearch
-from pave_lightning.purification.options import Purify
-from pave_lightning.recipe.merge_step import MergeStep
 from pave_lightning.recipe.schema import Recipe
-from pave_lightning.recipe.stacks import StackedTransform
-from pave_lightning.tasks.task import Task, known_kinds
+from pave_lightning.tasks.task import known_kinds
+
+Schema = Mapping[str, Any]
+"""JSON schema of a value."""
 
 A_SLIP = 0.85
 """How like two keys are where one is the other with a letter too many, too few or wrong (`metric` for `metrics`)."""
@@ -41,23 +35,40 @@ LIGHTNING_OPTIONS = {
 _SYNONYMS = {"lr": "learning_rate", "use": "method", "columns": "text", "labels": "classes"}
 """What other programs call a key."""
 
-EXPECTED: dict[tuple[type[Section] | None, str], str] = {
-    (Task, "text"): "the name of a column, or a list of one or two",
-    (Task, "classes"): "the number of classes, or a list of their names",
-    (Task, "metrics"): "the name of a metric, or a list of names",
-    (Task, "use"): "the name of a known task, such as pocket/movie",
-    (MergeStep, "method"): "the name of a merge method",
-    (MergeStep, "vectors"): "a list of plain, purified and names of stacks",
-    (Recipe, "vectors"): "a mapping of names to lists of transforms, such as {lighter: [{task_weights: {movie: 0.5}}]}",
-    (Purify, "rho"): "a number in (0, 1], or auto",
-    (MergeStep, "scale"): "a number, search, or {search: [lowest, highest]}",
-    (ScaleSearch, "search"): "two numbers [lowest, highest], or auto",
+A_TASK_NAME = "the name of a known task, such as pocket/movie"
+HEADS = "the name of a fit such as logits, a mapping with the key 'fit', or a list of these"
+TASK, TRAINER = "Task", "trainer"
+_EXPECTED: dict[tuple[Any, str | int], str] = {
+    (TASK, "text"): "the name of a column, or a list of one or two",
+    (TASK, "classes"): "the number of classes, or a list of their names",
+    (TASK, "metrics"): "the name of a metric, or a list of names",
+    ("MergeStep", "method"): "the name of a merge method",
+    ("MergeStep", "vectors"): "a list of plain, purified and names of stacks",
+    ("MergeStep", "heads"): HEADS,
+    ("Recipe", "heads"): HEADS,
+    (
+        "Recipe",
+        "vectors",
+    ): "a mapping of names to lists of transforms, such as {lighter: [{task_weights: {movie: 0.5}}]}",
+    ("MergeStep", "scale"): "a number, search, or {search: [lowest, highest]}",
+    ("Purify", "rho"): "a number in (0, 1], or auto",
+    ("ScaleSearch", "search"): "two numbers [lowest, highest], or auto",
 }
-_EXPECTED_SECTION: dict[type[Section], str] = {
-    Task: "the name of a task such as pocket/movie, or a mapping that describes one",
-    MergeStep: "the name of a merge method, or a mapping with the key 'method'",
-    ScaleSearch: "search or {search: [lowest, highest]}",
+"""What belongs at a key of a section, where its schema does not say it well."""
+_EXPECTED_SECTION: dict[Any, str] = {
+    TASK: "the name of a task such as pocket/movie, or a mapping that describes one",
+    "MergeStep": "the name of a merge method, or a mapping with the key 'method'",
+    "ScaleSearch": "search or {search: [lowest, highest]}",
 }
+_SIMPLE = {
+    **{"number": "a number", "integer": "a whole number", "boolean": "true or false", "string": "a text"},
+    "object": "a mapping of options",
+}
+_ENTRIES: dict[Any, str] = {
+    **{TASK: "tasks", "MergeStep": "merge steps", "Transform": "transforms"},
+    **{"string": "texts", "integer": "whole numbers", "number": "numbers"},
+}
+_LIMITS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
 
 
 @dataclass(frozen=True)
@@ -66,17 +77,15 @@ class Spot:
 
     Attributes:
         keys: the path to it.
-        expected: the type annotation of what belongs there.
-        branch: the member of a union that is meant, where an error speaks of one.
-        owner: the section that the last key belongs to; None for list entries and options.
-        field: that key's field; None where the key is unknown.
+        schema: what belongs there, with description and default; empty where the key is unknown.
+        forms: the forms that it may have there.
+        owner: the section that the last key belongs to; empty for list entries and options.
     """
 
     keys: Keys
-    expected: Any
-    branch: Any
-    owner: type[Section] | None = None
-    field: FieldInfo | None = None
+    schema: Schema
+    forms: tuple[Schema, ...]
+    owner: Schema
 
 
 def show(value: Any) -> str:
@@ -96,97 +105,77 @@ def show(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def locate(loc: Sequence[str | int]) -> Spot:
-    """Follow an error's location through the recipe's fields, without tags and labels of unions."""
-    spot = Spot((), Recipe, Recipe)
-    for part in loc:
-        spot = _step(spot, part)
+# --- the schema -------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _recipe_schema() -> Schema:
+    """The schema of what a recipe says when short forms are written out; what names a kind of task may name any."""
+    schema = Recipe.model_json_schema(by_alias=True)
+    for form in schema["$defs"].values():
+        kind = form.get("properties", {}).get("kind", {}).get("const")
+        if kind in known_kinds():
+            form |= {"title": TASK, "kind": kind}
+            form["properties"]["kind"] = {"enum": list(known_kinds())}
+    return schema
+
+
+def _forms(schema: Schema) -> tuple[Schema, ...]:
+    """The forms that a value may have: a section, a list, a number, ...; null is none."""
+    if "$ref" in schema:
+        return _forms(_recipe_schema()["$defs"][schema["$ref"].rpartition("/")[2]])
+    if members := schema.get("anyOf") or schema.get("oneOf"):
+        return tuple(form for member in members for form in _forms(member))
+    return () if schema.get("type") == "null" else (schema,)
+
+
+def _inner(form: Schema, part: str | int) -> Schema | None:
+    """What belongs under a key or index of one form; None if that has no such thing."""
+    if isinstance(part, int):
+        return form["prefixItems"][part] if "prefixItems" in form else form.get("items")
+    others = form.get("additionalProperties")
+    found: Schema | None = form.get("properties", {}).get(part, {} if others is True else others or None)
+    return found
+
+
+def locate(details: Mapping[str, Any]) -> Spot:
+    """Follow an error's location through the schema, without the labels that pydantic gives to members of unions."""
+    spot = Spot((), {}, (_recipe_schema(),), {})
+    loc = details["loc"]
+    if details["type"] == "missing" and isinstance(loc[-1], int):  # one of two numbers
+        loc = loc[:-1]
+    for depth, part in enumerate(loc, 1):
+        owner, inner = next(
+            ((form, inner) for form in spot.forms if (inner := _inner(form, part)) is not None), ({}, None)
+        )
+        if details["type"] == "extra_forbidden" and depth == len(loc):
+            owner, inner = next(form for form in spot.forms if "properties" in form), {}
+        if inner is None:  # a label, which may be that of one kind of task
+            spot = replace(spot, forms=tuple(form for form in spot.forms if form.get("kind") == part) or spot.forms)
+        else:
+            spot = Spot((*spot.keys, part), inner, _forms(inner), owner if "properties" in owner else {})
     return spot
 
 
-def _step(spot: Spot, part: str | int) -> Spot:
-    options = list(_options(spot.branch))
-    if part == "[key]":
-        return spot
-    if len(options) > 1:
-        return replace(spot, branch=next((option for option in options if _labelled(option, str(part))), Any))
-    kind = _bare(options[0]) if options else Any
-    keys = (*spot.keys, part)
-    if _is_section(kind):
-        field = _fields(kind).get(str(part))
-        expected: Any = field.annotation if field else Any
-        if part == "kind" and _is_task(kind):  # a kind that nobody knows is judged as one of the default kind
-            kinds: Any = tuple(known_kinds())
-            expected = Literal[kinds]
-        return Spot(keys, expected, expected, kind, field)
-    inner = get_args(kind)
-    expected = Any if not inner else inner[1] if get_origin(kind) is dict else inner[0]
-    return Spot(keys, expected, expected)
+def _is_task(section: Schema) -> bool:
+    return section.get("title") == TASK
 
 
-def _options(annotation: Any) -> Iterator[Any]:
-    """The members of a union, without None; a type that is no union is its only member."""
-    bare = _bare(annotation)
-    if get_origin(bare) in (Union, types.UnionType):
-        for member in get_args(bare):
-            nested = _bare(member)
-            if get_origin(nested) in (Union, types.UnionType):
-                yield from _options(nested)
-            elif nested is not types.NoneType:
-                yield member
-    else:
-        yield annotation
+def _known_keys(section: Schema) -> list[str]:
+    return [*(["use"] if _is_task(section) else []), *section.get("properties", ())]
 
 
-def _bare(annotation: Any) -> Any:
-    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
-
-
-def _labelled(option: Any, label: str) -> bool:
-    tags = [extra.tag for extra in get_args(option)[1:] if isinstance(extra, Tag)]
-    bare = _bare(option)
-    origin = get_origin(bare) or bare
-    return label in tags or label.startswith("literal" if origin is Literal else str(getattr(origin, "__name__", "?")))
-
-
-def _is_section(annotation: Any) -> TypeGuard[type[Section]]:
-    bare = _bare(annotation)
-    return isinstance(bare, type) and issubclass(bare, Section)
-
-
-def _is_task(section: type[Section] | None) -> bool:
-    """Whether a section describes a task, of whatever kind."""
-    return section is not None and issubclass(section, Task)
-
-
-def is_judged_whole(annotation: Any) -> bool:
-    """Whether it is a section, or a section that may be left out."""
-    options = list(_options(annotation))
-    return len(options) == 1 and _is_section(options[0])
-
-
-def _fields(section: type[Section]) -> dict[str, FieldInfo]:
-    """A section's fields by the keys that a recipe uses."""
-    return {field.alias or name: field for name, field in section.model_fields.items()}
-
-
-def _known_keys(section: type[Section]) -> list[str]:
-    return [*(["use"] if _is_task(section) else []), *_fields(section)]
-
-
-def _homes(section: type[Section] = Recipe, path: str = "") -> Iterator[tuple[str, str]]:
-    """Every key of the recipe, and the path of the section it belongs to."""
-    for key, field in _fields(section).items():
+def _homes(section: Schema, path: str = "") -> Iterator[tuple[str, str]]:
+    """Every key of a section and of those in it, and the path of the section it belongs to."""
+    for key, schema in section["properties"].items():
         yield key, path
         inner = f"{path}.{key}" if path else key
-        for option in _options(field.annotation):
-            bare = _bare(option)
-            if get_origin(bare) is list:
-                for entry in _options(get_args(bare)[0]):
-                    if _is_section(entry):
-                        yield from _homes(_bare(entry), f"{inner}.N")
-            elif _is_section(bare) and not (path.endswith(".N") and _fields(Recipe).get(key)):
-                yield from _homes(bare, inner)
+        for form in _forms(schema):
+            for entry in _forms(form.get("items", {})):
+                if "properties" in entry:
+                    yield from _homes(entry, f"{inner}.N")
+            if "properties" in form and not (path.endswith(".N") and key in _recipe_schema()["properties"]):
+                yield from _homes(form, inner)
 
 
 # --- words ------------------------------------------------------------------------------------------------------------
@@ -198,70 +187,64 @@ def near_key(spot: Spot) -> str | None:
     One of the same section that differs by a slip comes first; one that is merely like it counts only where no other
     section has a key of that very name.
     """
-    if spot.owner is None:
-        return None
-    key, known = str(spot.keys[-1]), _known_keys(spot.owner)
-    if _SYNONYMS.get(key) in known and not _belongs(spot):
+    key, known, elsewhere = str(spot.keys[-1]), _known_keys(spot.owner), _home(spot)
+    if not elsewhere and _SYNONYMS.get(key) in known:
         return _SYNONYMS[key]
-    return near(key, known, A_SLIP) or (None if _belongs(spot) else near(key, known))
+    return near(key, known, A_SLIP) or (None if elsewhere else near(key, known))
 
 
-@lru_cache(maxsize=1)
+@cache
 def _all_homes() -> dict[str, list[str]]:
     """The paths of the sections that have a key of each name."""
     found: dict[str, list[str]] = {}
-    for key, path in dict.fromkeys(_homes()):
+    for key, path in dict.fromkeys(_homes(_recipe_schema())):
         found.setdefault(key, []).append(path)
     return found
 
 
-def _belongs(spot: Spot) -> str | None:
+def _home(spot: Spot) -> str | None:
     """The one other section that has a key of that very name."""
     key = str(spot.keys[-1])
-    homes = _all_homes().get(key, ())
-    if len(homes) == 1 and homes[0]:
-        return homes[0]
-    return "trainer" if key in LIGHTNING_OPTIONS and not homes else None
+    homes = _all_homes().get(key, [TRAINER] if key in LIGHTNING_OPTIONS else [])
+    return homes[0] if len(homes) == 1 and homes[0] else None
 
 
 def of_other_kinds(spot: Spot) -> str | None:
     """What to say of a key that tasks of this kind have not, and others have; None for all other keys."""
     key = str(spot.keys[-1])
-    kinds = [name for name, kind in known_kinds().items() if _is_task(spot.owner) and key in _fields(kind)]
+    tasks = _forms(_recipe_schema()["properties"]["tasks"]["items"]) if _is_task(spot.owner) else ()
+    kinds = [task["kind"] for task in tasks if key in task["properties"]]
     return f"'{key}' belongs to {' and '.join(kinds)} tasks" if kinds else None
 
 
 def _unknown_key(spot: Spot) -> str:
-    key, known = str(spot.keys[-1]), _known_keys(spot.owner) if spot.owner else []
-    home = None if near(key, known, A_SLIP) else _belongs(spot)
-    if home == "trainer":
+    meant, home = near_key(spot), _home(spot)
+    if meant or not home:
+        return f"unknown key; {nearest(meant or str(spot.keys[-1]), _known_keys(spot.owner))}"
+    if home == TRAINER:
         return "unknown key; it is an option of lightning.Trainer and belongs under 'trainer'"
-    if home:
-        return f"unknown key; it belongs under '{home}'"
-    return f"unknown key; {nearest(near_key(spot) or key, known)}"
+    return f"unknown key; it belongs under '{home}'"
 
 
-def purpose(field: FieldInfo) -> str:
-    """What a field is for, in the words of its description."""
-    sentence = (field.description or "").partition(".")[0].partition(":")[0]
+def purpose(schema: Schema) -> str:
+    """What a key is for, in the words of its description."""
+    sentence = str(schema.get("description", "")).replace("\n", " ").partition(".")[0].partition(":")[0]
     return sentence[:1].lower() + sentence[1:]
 
 
 def words_for(details: Mapping[str, Any], spot: Spot, found: Any) -> list[str]:
     """One error in readable words; several lines where a section tells several things at once."""
-    kind, context = details["type"], details.get("ctx", {})
-    shown = show(found)
-    allowed = list(_options(spot.expected))
+    kind, context, shown, form = details["type"], details.get("ctx", {}), show(found), spot.forms[0]
     message = f"must be {_expected(spot)}, found {shown}{_remedy(spot, found)}"
     if kind == "extra_forbidden":
         message = _unknown_key(spot)
     elif kind == "value_error":
         lines = str(context["error"]).split("\n")
-        return lines if is_judged_whole(spot.branch) else [f"{line}, found {shown}" for line in lines]
+        return lines if is_of_section(details) else [f"{line}, found {shown}" for line in lines]
     elif kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
         bounds = _bounds(spot)
         message = f"{shown} is outside {bounds}" if "," in bounds else f"must be {bounds}, found {shown}"
-    elif kind in ("too_short", "too_long") and get_origin(_bare(spot.branch)) is not tuple:
+    elif kind in ("too_short", "too_long") and not any("prefixItems" in form for form in spot.forms):
         limit = f"at least {context['min_length']}" if kind == "too_short" else f"at most {context['max_length']}"
         message = f"needs {limit} {'entry' if limit.endswith(' 1') else 'entries'}, found {context['actual_length']}"
     elif kind == "string_too_long":
@@ -270,28 +253,40 @@ def words_for(details: Mapping[str, Any], spot: Spot, found: Any) -> list[str]:
         message = f"{shown} is no name: use letters, digits, '_', '.' and '-', a letter or digit first"
     elif kind == "finite_number":
         message = f"must be a finite number, found {shown}"
-    elif kind == "literal_error" and len(allowed) == 1:
-        message = f"{shown} is not allowed; {nearest(str(found), get_args(_bare(allowed[0])))}"
+    elif kind == "literal_error" and len(spot.forms) == 1:
+        message = f"{shown} is not allowed; {nearest(str(found), _words(form))}"
     return [message]
+
+
+def is_of_section(details: Mapping[str, Any]) -> bool:
+    """Whether an error speaks of keys of a section that do not go together."""
+    return details["type"] == "value_error" and isinstance(details["input"], dict)
+
+
+def _words(form: Schema) -> list[str]:
+    """The words out of which one is to be chosen; none where it is no such choice."""
+    return list(form.get("enum") or ([form["const"]] if "const" in form else []))
 
 
 def _remedy(spot: Spot, found: Any) -> str:
     """What to do about a value of the wrong kind, where that is plain."""
-    kinds = [_bare(option) for option in _options(spot.expected)]
-    if kinds == [str] and isinstance(found, bool | int | float):
-        return "; put it in quotes"
-    if all(kind in (int, float) or get_origin(kind) is Literal for kind in kinds) and _is_number(found):
-        return "; leave the quotes out"
-    if kinds == [int] and isinstance(found, float) and found.is_integer():
-        return f"; write {int(found)}"
-    if found is None and spot.field is not None and not spot.field.is_required():
-        return "; give it a value or leave the key out"
-    if get_origin(kinds[0]) is list and not (_is_task(spot.owner) and spot.keys[-1] != "tasks"):
-        (entry,) = get_args(kinds[0])
-        fits = entry is not int if isinstance(found, str) else entry in (Any, type(found))
-        if fits and isinstance(found, str | int | float):
-            return f"; write [{found if isinstance(found, str) else show(found)}]"
-    return ""
+    kinds = ["word" if _words(form) else form.get("type") for form in spot.forms]
+    remedy = ""
+    if kinds == ["string"] and isinstance(found, bool | int | float):
+        remedy = "; put it in quotes"
+    elif set(kinds) <= {"integer", "number", "word"} and _is_number(found):
+        remedy = "; leave the quotes out"
+    elif kinds == ["integer"] and isinstance(found, float) and found.is_integer():
+        remedy = f"; write {int(found)}"
+    elif found is None and "default" in spot.schema:
+        remedy = "; give it a value or leave the key out"
+    elif "items" in spot.forms[0] and not _is_task(spot.owner):
+        entry = _forms(spot.forms[0]["items"])[0].get("type")
+        if isinstance(found, str) and entry != "integer":
+            remedy = f"; write [{found}]"
+        elif isinstance(found, int | float) and (entry is None or (entry == "integer" and type(found) is int)):
+            remedy = f"; write [{show(found)}]"
+    return remedy
 
 
 def _is_number(text: Any) -> bool:
@@ -306,57 +301,32 @@ def _is_number(text: Any) -> bool:
 
 
 def _expected(spot: Spot) -> str:
-    owner = Task if _is_task(spot.owner) else spot.owner
-    own = EXPECTED.get((owner, str(spot.keys[-1]) if spot.keys else ""))
-    if own:
-        return own
-    words = " or ".join(dict.fromkeys(_describe(option) for option in _options(spot.expected)))
+    words = " or ".join(dict.fromkeys(_describe(form) for form in spot.forms))
     bounds = _bounds(spot)
-    if not bounds:
-        return words
-    return f"{words} in {bounds}" if "," in bounds else f"{words}, {bounds}"
+    if bounds:
+        words += f" in {bounds}" if "," in bounds else f", {bounds}"
+    return _EXPECTED.get((spot.owner.get("title"), spot.keys[-1]), words) if spot.keys else words
 
 
-def _describe(annotation: Any) -> str:
-    bare: Any = _bare(annotation)
-    origin, inner = get_origin(bare), get_args(bare)
-    simple = {float: "a number", int: "a whole number", bool: "true or false", str: "a text"}
-    words = simple.get(bare, "something else")
-    if _is_section(bare):
-        words = _EXPECTED_SECTION.get(
-            Task if _is_task(bare) else bare, f"a mapping with keys such as {', '.join(list(_fields(bare))[:3])}"
-        )
-    elif origin is Literal:
-        words = " or ".join(f"'{value}'" for value in inner)
-    elif origin is tuple:
-        words = "two numbers [lowest, highest]"
-    elif origin is dict:
-        words = "a mapping of options"
-    elif origin is list:
-        known: dict[Any, str] = {str: "texts", int: "whole numbers", Any: "values", MergeStep: "merge steps"}
-        known[StackedTransform] = "transforms"
-        several = known.get(inner[0])
-        if any(_is_section(entry) and _is_task(_bare(entry)) for entry in _options(inner[0])):
-            several = "tasks"
-        words = f"a list of {several or ', '.join(get_args(inner[0]))}"
-    return words
+def _describe(form: Schema) -> str:
+    if keys := list(form.get("properties", ())):
+        return _EXPECTED_SECTION.get(form.get("title"), f"a mapping with keys such as {', '.join(keys[:3])}")
+    if words := _words(form):
+        return " or ".join(f"'{word}'" for word in words)
+    if "prefixItems" in form:
+        return "two numbers [lowest, highest]"
+    if "items" in form:
+        entry = _forms(form["items"])[0]
+        kind = form["items"].get("title") or entry.get("title" if "properties" in entry else "type")
+        return f"a list of {', '.join(_words(entry)) or _ENTRIES.get(kind, 'values')}"
+    return _SIMPLE.get(form.get("type", ""), "something else")
 
 
 def _bounds(spot: Spot) -> str:
     """The range of a number: ``(0, 1]``, ``at least 1``, ``above 0``, or nothing."""
-    low = high = left = right = ""
-    of_branch = [extra for extra in get_args(spot.branch)[1:] if isinstance(extra, FieldInfo)]
-    fields = of_branch if get_origin(spot.branch) is Annotated and of_branch else [spot.field] if spot.field else []
-    for constraint in [constraint for field in fields for constraint in field.metadata]:
-        for name in ("ge", "gt", "le", "lt"):
-            if (bound := getattr(constraint, name, None)) is None:
-                continue
-            if name in ("ge", "gt"):
-                low, left = str(bound), "[" if name == "ge" else "("
-            else:
-                high, right = str(bound), "]" if name == "le" else ")"
-    if low and high:
-        return f"{left}{low}, {high}{right}"
-    if low:
-        return f"{'at least' if left == '[' else 'above'} {low}"
-    return f"{'at most' if right == ']' else 'below'} {high}" if high else ""
+    found = {name: form[name] for name in _LIMITS for form in spot.forms if name in form}
+    if len(found) == 2:  # a lower one and an upper one
+        low, high = found
+        left, right = "[" if low == "minimum" else "(", "]" if high == "maximum" else ")"
+        return f"{left}{found[low]}, {found[high]}{right}"
+    return "".join(f"{_LIMITS[name]} {limit}" for name, limit in found.items())

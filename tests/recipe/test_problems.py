@@ -362,6 +362,13 @@ WRONG_TASKS = [
         ["tasks.0 (own).value_range: must be two numbers [lowest, highest], found [0]"],
     ),
     (
+        f"[{{{OWN}, kind: regression, value_range: [a]}}]",
+        [
+            "tasks.0 (own).value_range: must be two numbers [lowest, highest], found ['a']",
+            "tasks.0 (own).value_range.0: must be a number, found 'a'",
+        ],
+    ),
+    (
         f"[{{{OWN}, classes: 2, expert: a/b}}]",
         ["tasks.0 (own).expert: must be a mapping with keys such as from, accept, found 'a/b'"],
     ),
