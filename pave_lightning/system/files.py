@@ -1,4 +1,4 @@
-"""Where files are, also inside installed packages (``package:NAME/PATH``), who may read them, what identifies them."""
+"""Where files are, also inside installed packages (``package:NAME/PATH``); written whole, read safely, identified."""
 
 from __future__ import annotations
 
