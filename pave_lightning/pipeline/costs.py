@@ -66,7 +66,7 @@ class LayerCost:
 
 
 @dataclass(frozen=True)
-class Cost:
+class PredictedCost:
     """What purification and merging take.
 
     Attributes:
@@ -98,7 +98,7 @@ def predict_cost(
     when_read: Sequence[Purify] = (),
     new_experts: int = 0,
     timed: bool = True,
-) -> Cost:
+) -> PredictedCost:
     """What purifying and merging experts will take.
 
     Args:
@@ -140,7 +140,7 @@ def predict_cost(
         )
         peak = max(peak, merging + highest + THREAD_BYTES * min(workers, purified))
         layers += found
-    return Cost(
+    return PredictedCost(
         baseline_bytes=baseline,
         peak_bytes=baseline + peak,
         disk_bytes=disk_bytes(parameters, tasks, kinds, purifications=asked, methods=methods, new_experts=new_experts),

@@ -21,7 +21,7 @@ from pave_lightning.purification.options import AUTO_RATIOS
 from pave_lightning.recipe.merge_step import MergeStep
 from pave_lightning.recipe.schema import Recipe
 from pave_lightning.weights import TaskVectors
-from pave_lightning.weights.memory import Cost, measured
+from pave_lightning.weights.memory import MeasuredCost, measured
 
 log = logging.getLogger("pave_lightning")
 
@@ -48,7 +48,7 @@ class MergeChoice:
     merged: MergedVectors | None
     average: float
     facts: dict[str, Any]
-    cost: Cost = field(default_factory=Cost)
+    cost: MeasuredCost = field(default_factory=MeasuredCost)
 
     def candidate(self) -> Candidate:
         """The merged model, in memory."""

@@ -21,7 +21,7 @@ from pave_lightning.errors import PaveError, Problems, nearest, reason, shortene
 from pave_lightning.recipe.limits import count_values, limit_problems
 from pave_lightning.recipe.merge_step import MergeStep
 from pave_lightning.recipe.overrides import apply_overrides
-from pave_lightning.recipe.problems import check_recipe
+from pave_lightning.recipe.problems import validated_recipe
 from pave_lightning.recipe.schema import Recipe
 from pave_lightning.recipe.stacks import BUILT_IN
 from pave_lightning.recipe.wording import show
@@ -63,7 +63,7 @@ def load_recipe(
     excess = Problems(f"the recipe {path} asks for too much:")
     excess.extend(limit_problems(raw))
     excess.raise_if_any()
-    recipe = check_recipe(raw, problems, complete=applied, step_problems=step_problems)
+    recipe = validated_recipe(raw, problems, complete=applied, step_problems=step_problems)
     problems.raise_if_any()
     if recipe is None:  # cannot be: a recipe is refused with words
         raise PaveError(problems.headline)

@@ -61,14 +61,14 @@ class Fault:
         return (*self.keys, self.subject)[len(entry)]
 
 
-def check_recipe(
+def validated_recipe(
     raw: Any,
     problems: Problems,
     *,
     complete: bool = True,
     step_problems: Callable[[MergeStep], Iterable[str]] | None = None,
 ) -> Recipe | None:
-    """Validate a recipe as it was read.
+    """The recipe that was read, if nothing is wrong with it.
 
     A wrong value is told once, then replaced by one that is surely right, and the rest is validated again; so mistakes
     that only show when everything else is right (metrics that do not fit the kind of task, names that stand twice) are

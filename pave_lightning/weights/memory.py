@@ -42,7 +42,7 @@ def freed_memory_returned() -> Iterator[None]:
 
 
 @dataclass
-class Cost:
+class MeasuredCost:
     """What a piece of work took.
 
     Attributes:
@@ -56,12 +56,12 @@ class Cost:
 
 
 @contextmanager
-def measured() -> Iterator[Cost]:
+def measured() -> Iterator[MeasuredCost]:
     """Measure the time and the memory of what is done within; the result is filled in at the end.
 
     Memory is told by Linux alone, which lets a process forget its highest mark.
     """
-    cost = Cost()
+    cost = MeasuredCost()
     _trim()  # else what was freed before would be used again, and not count
     before = _status("VmRSS")
     forgotten = _forget_highest()

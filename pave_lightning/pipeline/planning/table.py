@@ -11,7 +11,7 @@ from rich.table import Table
 
 from pave_lightning.errors import PaveError
 from pave_lightning.merging import method_named
-from pave_lightning.pipeline.costs import Cost, expected_kinds, predict_cost
+from pave_lightning.pipeline.costs import PredictedCost, expected_kinds, predict_cost
 from pave_lightning.pipeline.planning.memory import fit_bytes, later_bytes, search_bytes
 from pave_lightning.pipeline.planning.merging import stored_parameters
 from pave_lightning.pipeline.results import Results
@@ -84,7 +84,7 @@ def added_memory(recipe: Recipe) -> dict[str, int]:
     }
 
 
-def predicted_cost(recipe: Recipe, folder: RunFolder) -> Cost:
+def predicted_cost(recipe: Recipe, folder: RunFolder) -> PredictedCost:
     """Memory, time and disk that the recipe's purification and merging will take, from headers and small trials."""
     results = Results(recipe, folder)
     stages = _planned(results)
