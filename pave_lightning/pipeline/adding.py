@@ -151,6 +151,7 @@ def _card(merged: Path, place: Path, output: Path, task: str, expert: Path) -> s
         method=str(facts["method"]),
         form="static",
         vectors=facts.get("vectors", "plain"),
+        transforms=facts.get("transforms", ()),
         tasks=sorted(head.name for head in (place / "heads").iterdir()),
         options=facts.get("options"),
         scale=facts.get("scale"),

@@ -11,7 +11,6 @@ from rich.console import Console
 
 from pave_lightning.pipeline.results import Results
 from pave_lightning.pipeline.runner import Runner
-from pave_lightning.pipeline.stacks import TransformStack, stack_of
 from pave_lightning.pipeline.stages import CaptureStage, EvaluateStage, MergeStage, PurifyStage, captures, stages_of
 from pave_lightning.pipeline.stages.evaluate import scored_models
 from pave_lightning.pipeline.stages.fit import expert_digests
@@ -95,22 +94,9 @@ def _draw_ranks(runner: Runner) -> list[Path]:
 
 def _purifications(results: Results) -> dict[str, Purify]:
     """The distinct purifications that merged models were made with, by what they are called in names of folders."""
-    used = filter(None, map(_purification, MergeStage.all(results)))
-    return {label(options): options for options in used if options.rho != 1}
-
-
-def _purification(merge: MergeStage) -> Purify | None:
-    """The stored purification that a merged model was made with: the chosen ratio where the recipe says auto."""
-    return _as_chosen(merge).purification
-
-
-def _as_chosen(merge: MergeStage) -> TransformStack:
-    """What was done to the task vectors of a merged model, with the ratio that was chosen."""
-    step = merge.step
-    if merge.stack.is_chosen:
-        chosen = merge.results.finished(merge).result["rho"]
-        step = step.model_copy(update={"purify": step.purify.model_copy(update={"rho": chosen})})
-    return stack_of(merge.results.recipe, merge.vectors, step)
+    merges = MergeStage.all(results)
+    used = [merge.stack_as_chosen(results.finished(merge).result).purification for merge in merges]
+    return {label(options): options for options in used if options is not None and options.rho != 1}
 
 
 def _made(runner: Runner, options: Purify) -> dict[str, Any]:
@@ -161,7 +147,7 @@ def _write_cards(runner: Runner, table: ScoreTable) -> None:
         step, vectors = merge.step, merge.vectors
         facts = runner.results.finished(merge).result
         found = f"best of {len(facts['search'])} on the validation splits" if "search" in facts else ""
-        made = _as_chosen(merge)
+        made = merge.stack_as_chosen(facts)
         purify = made.purification
         purification = None if purify is None or not made.is_built_in else purify.model_dump()
         if purification is not None and "rho_search" in facts:
@@ -180,7 +166,7 @@ def _write_cards(runner: Runner, table: ScoreTable) -> None:
             scale=facts["scale"],
             scale_origin=found,
             purification=purification,
-            transforms=() if made.is_built_in else made.described(),
+            transforms=facts.get("transforms", ()),
             untouched=() if purify is None else _untouched(runner, purify),
             left_out=runner.context.coverage.sections(captures=made.rho is not None),
             experts=experts,

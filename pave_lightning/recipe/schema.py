@@ -156,7 +156,7 @@ class Recipe(Section):
 
     def stack(self, name: str) -> list[tuple[str, Mapping[str, Any]]]:
         """Names and options of the transforms of a stack, in order."""
-        return [named_transform(entry) for entry in BUILT_IN.get(name) or self.vectors.get(name, [])]
+        return [named_transform(entry) for entry in (BUILT_IN[name] if name in BUILT_IN else self.vectors[name])]
 
     def step(self, name: str) -> MergeStep:
         """The merge step of that name."""

@@ -143,7 +143,9 @@ def test_a_whole_run_shows_stacks_by_their_names(recipe, capsys, tracking_uri):
     assert "rho: 0.9" in card
     assert "## Purification" not in card
     assert "## Purification" in (folder / "merged/task_arithmetic-purified/README.md").read_text()
-    assert json.loads((folder / "merged/task_arithmetic-halved/pave.json").read_text())["vectors"] == "halved"
+    facts = json.loads((folder / "merged/task_arithmetic-halved/pave.json").read_text())
+    assert facts["vectors"] == "halved"
+    assert facts["transforms"] == [{"name": "task_weights", "options": {"words": 0.5}}]
 
     from mlflow import MlflowClient
 
@@ -206,6 +208,9 @@ def test_a_ratio_in_the_middle_of_a_stack_is_tried_out(settings, ready_runner, c
     chosen = choose(runner, recipe.merge[0], "dropped_then_pave")
     assert chosen.facts["rho"] == AUTO_RATIOS[2]
     assert [tried[0] for tried in chosen.facts["rho_search"]] == list(AUTO_RATIOS)
+    (stage,) = [merge for merge in MergeStage.all(runner.results) if merge.vectors != "plain"]
+    assert stage.stack_as_chosen(chosen.facts).described()[1]["options"]["rho"] == AUTO_RATIOS[2]
+    assert stage.about() == "average, after dare, pave"
     assert chosen.source.options == recipe.purify.model_copy(update={"rho": AUTO_RATIOS[2]})
     assert "rho" not in choose(runner, recipe.merge[0], "plain").facts
 

@@ -16,7 +16,7 @@ from pave_lightning.pipeline.results import Results
 from pave_lightning.pipeline.run_folder import Manifest
 from pave_lightning.pipeline.scoring import score_inputs
 from pave_lightning.pipeline.seeds import with_seed
-from pave_lightning.pipeline.stacks import TransformStack
+from pave_lightning.pipeline.stacks import TransformStack, stack_of
 from pave_lightning.pipeline.stage import Stage
 from pave_lightning.pipeline.stages.fit import FitStage, expert_digests, experts
 from pave_lightning.pipeline.stages.purify import purification_inputs, purify_stages, task_vectors
@@ -71,16 +71,24 @@ class MergeStage(Stage):
         """What is done to the task vectors before they are merged."""
         return self.request.stack
 
+    def stack_as_chosen(self, facts: Mapping[str, Any]) -> TransformStack:
+        """The stack with the ratio that was chosen, as the facts of the finished merge say."""
+        if not self.stack.is_chosen:
+            return self.stack
+        purify = self.step.purify.model_copy(update={"rho": facts["rho"]})
+        return stack_of(self.results.recipe, self.vectors, self.step.model_copy(update={"purify": purify}))
+
     @property
     def providers(self) -> list[Provider]:
         """The providers of what the method and the transforms need."""
         return providers_of(method_named(self.step.method).needs | self.stack.needs)
 
     def about(self) -> str:
-        """Method and scale."""
-        scale = self.step.scale
+        """Method and scale; the transforms where their stack's name alone does not say it."""
+        scale, stack = self.step.scale, self.stack
         told = "" if scale is None else f", scale {scale if isinstance(scale, float) else 'searched'}"
-        return f"{self.step.method}{told}"
+        before = "" if stack.is_built_in else f", after {', '.join(transform.name for transform in stack.transforms)}"
+        return f"{self.step.method}{told}{before}"
 
     def needs(self) -> list[Stage]:
         """Experts, what the evidence for method and transforms is made of, and purified weights."""
@@ -127,6 +135,8 @@ class MergeStage(Stage):
             chosen = chooser(context).choose(step, self.vectors)
             facts = {"vectors": self.vectors, "options": chosen.method.options.model_dump(), **chosen.facts}
             facts |= {"anchor": step.anchor} if step.anchor else {}
+            stack = self.stack_as_chosen(facts)
+            facts |= {} if stack.is_built_in else {"transforms": stack.described()}
             written = MergeContext(context.recipe.base, context.base, experts(context), context.architecture, facts)
             merged = None if chosen.merged is None else chosen.merged.vectors
             write_merged(
