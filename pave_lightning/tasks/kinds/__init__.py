@@ -1,1 +1,1 @@
-"""Kinds of task, one file each; they are found without a list, see `pave_lightning.tasks.task`."""
+"""Kinds of task, one file each, found without a list; `texts` and `tokens` hold what some of them share."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -113,9 +114,9 @@ class TextTask(Task):
         """The labels of usable rows as a model takes them."""
         return self.encoded_labels(rows[self.label][:])
 
+    @abstractmethod
     def encoded_labels(self, labels: list[Any]) -> npt.NDArray[np.int64] | npt.NDArray[np.float32]:
         """Checked labels as a model takes them."""
-        raise NotImplementedError
 
     # ---- examples --------------------------------------------------------------------------------------------------
 
@@ -175,6 +176,6 @@ class TextTask(Task):
         outputs = self.outputs(model, batch)
         return Predictions(self.chosen(outputs), batch.get("labels"), non_finite_rows(outputs))
 
+    @abstractmethod
     def chosen(self, outputs: Tensor) -> Tensor:
         """What the outputs, shape ``(n, output_size)``, predict: shape ``(n,)``."""
-        raise NotImplementedError
