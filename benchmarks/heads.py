@@ -60,7 +60,7 @@ def main() -> None:
         for fit in arguments.fits:
             begun = time.perf_counter()
             for task in tasks:
-                layer = evaluator.last_layer(task.name)
+                layer = evaluator.last_layer(task.name)[1]
                 assert layer is not None
                 fit_head(task, Heads(fit=fit), mine[task.name], theirs[task.name], layer)
             seconds[fit] = time.perf_counter() - begun

@@ -192,12 +192,12 @@ class Evaluator(L.LightningModule):
         self._adapted, self._loaded = {}, None
         return found
 
-    def last_layer(self, task: str) -> nn.Linear | None:
-        """The linear layer that gives the outputs of a task's head, as its expert has it; None where it has none."""
+    def last_layer(self, task: str) -> tuple[str | None, nn.Linear | None]:
+        """Name and layer of what gives the outputs of a task's head, as its expert has it; None where it has none."""
         index = [one.name for one in self.tasks].index(task)
         name = last_layer(self.tasks[index], self._models[index])
         found = None if name is None else self._models[index].get_submodule(name)
-        return found if isinstance(found, nn.Linear) else None
+        return name, found if isinstance(found, nn.Linear) else None
 
     def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Load the weights of the task whose loader begins, and let the candidate adapt the model to the task."""

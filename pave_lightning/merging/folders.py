@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from pave_lightning.errors import PaveError, foreign, nearest
@@ -35,6 +36,8 @@ from pave_lightning.weights.memory import freed_memory_returned
 from pave_lightning.weights.task_vectors import absent_children, own_token_rows
 
 FACTS_FILE = "pave.json"
+# What heads that were fitted to a model are kept in, those of all tasks together.
+FITTED_HEADS_FILE = "heads.safetensors"
 HEAD_FILE = "head.safetensors"
 # Beside the head of a task whose expert has more tokens than the base: their rows of the token embedding.
 TOKENS_FILE = "tokens.safetensors"
@@ -258,35 +261,39 @@ def _kept(file: Path) -> dict[str, Tensor]:
     return {name: Checkpoint.read(tensor) for name, tensor in stored_tensors(file, "merge again").items()}
 
 
-def load_merged(folder: str | Path, task: str, base: str | None = None) -> nn.Module:
+def load_merged(
+    folder: str | Path, task: str, base: str | None = None, *, heads: str | Path | None = None
+) -> nn.Module:
     """A merged model with one task's head, ready to use, in eval mode.
 
     Args:
         folder: a merged folder as `write_merged` left it.
         task: the task whose head is used, and for per-task models what else is kept for it.
         base: the base model, for per-task models only; the one named in the folder where nothing is given.
+        heads: folder of heads that were fitted to this model, such as ``RUN/heads/MODEL-logits``; the expert's head
+            where nothing is given.
 
     Returns:
         A Hugging Face model, float32. It reads the tokens of the tokenizer in
         ``heads/TASK``, where the task has one of its own, or else of that in the folder.
 
     Raises:
-        PaveError: the folder is no merged model, or has no such task.
+        PaveError: the folder is no merged model, or has no such task; the heads are none, or of another model.
     """
     folder = Path(folder)
     facts = merged_facts(folder)
     per_task = facts["form"] == PerTaskMethod.form
-    heads = folder / "heads"
-    tasks = sorted(child.name for child in heads.iterdir()) if heads.is_dir() else []
+    kept = folder / "heads"
+    tasks = sorted(child.name for child in kept.iterdir()) if kept.is_dir() else []
     if task not in tasks:
         raise PaveError(f"{folder} has no head for task '{task}': {nearest(task, tasks)}")
-    model = empty_model(heads / task, device="cpu").float()
+    model = empty_model(kept / task, device="cpu").float()
     prefix = str(model.base_model_prefix)
     checkpoint = Checkpoint(folder, prefix)
     state = {name: checkpoint.tensor(name).float() for name in checkpoint if checkpoint.backbone[name].is_floating}
     if per_task:
         modulator = Modulator(folder / "modulators" / f"{task}.safetensors")
-        origin = Architecture.of_folder(heads / task).checkpoint(locate_model(base or facts["base"], role="base"))
+        origin = Architecture.of_folder(kept / task).checkpoint(locate_model(base or facts["base"], role="base"))
         for name in modulator:
             if name not in origin.backbone or name not in state:
                 raise PaveError(f"{folder}: what is kept for '{task}' names the weight {name}, which is not there")
@@ -294,8 +301,8 @@ def load_merged(folder: str | Path, task: str, base: str | None = None) -> nn.Mo
             if start.shape != state[name].shape:
                 raise PaveError(f"{folder}: the weight {name} has another shape than that of the base")
             state[name] = start + modulator.apply(name, state[name] - start)
-    head, architecture = _kept(heads / task / HEAD_FILE), Architecture.of_folder(heads / task)
-    own_rows = _kept(heads / task / TOKENS_FILE) if (heads / task / TOKENS_FILE).exists() else {}
+    head, architecture = _kept(kept / task / HEAD_FILE), Architecture.of_folder(kept / task)
+    own_rows = _kept(kept / task / TOKENS_FILE) if (kept / task / TOKENS_FILE).exists() else {}
     for name in architecture.token_embeddings:
         if name in state:  # the merged rows, and what the task has beyond them; fewer where its expert had fewer
             rows = torch.cat([state[name], own_rows[name].float()]) if name in own_rows else state[name]
@@ -311,4 +318,25 @@ def load_merged(folder: str | Path, task: str, base: str | None = None) -> nn.Mo
             f"{folder} lacks {len(lacking)} weights, among them {lacking[0]}, or holds them under other names than the "
             "model knows; merge again"
         )
+    if heads is not None:
+        _exchange_head(model, task, Path(heads) / FITTED_HEADS_FILE)
     return model.eval()
+
+
+@torch.no_grad()
+def _exchange_head(model: nn.Module, task: str, file: Path) -> None:
+    """Give a model the last layer of its head from a file of fitted heads."""
+    found = stored_tensors(file, "fit the heads again")
+    with safe_open(file, framework="pt") as opened:
+        layers = json.loads((opened.metadata() or {}).get("layers", "{}"))
+    name, stored = layers.get(task), found.get(f"{task}.weight")
+    layer = dict(model.named_modules()).get(name or "")
+    if name is None or stored is None:
+        raise PaveError(f"{file} has no head for task '{task}': {nearest(task, sorted(layers))}")
+    if not isinstance(layer, nn.Linear) or tuple(layer.weight.shape) != stored.shape:
+        raise PaveError(
+            f"{file}: the head of task '{task}' does not fit this model; give the heads that were fitted to it"
+        )
+    layer.weight.copy_(Checkpoint.read(stored))
+    bias = Checkpoint.read(found[f"{task}.bias"]).float()
+    layer.bias = nn.Parameter(bias)  # also where the expert's layer had none

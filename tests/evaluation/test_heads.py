@@ -173,7 +173,7 @@ def test_fitted_heads_are_scored(make_suite, tmp_path):
     theirs = evaluator.head_rows(ExpertsCandidate(suite.checkpoints()), batches)
     heads = {
         task.name: fit_head(
-            task, Heads(fit="logits"), mine[task.name], theirs[task.name], evaluator.last_layer(task.name)
+            task, Heads(fit="logits"), mine[task.name], theirs[task.name], evaluator.last_layer(task.name)[1]
         )
         for task in suite.tasks
     }

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pave_lightning.errors import PaveError, doing
 from pave_lightning.evaluation.options import Heads
+from pave_lightning.merging.folders import FITTED_HEADS_FILE
 from pave_lightning.pipeline.context import Context, shared
 from pave_lightning.pipeline.results import Results
 from pave_lightning.pipeline.stage import Stage
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
     from pave_lightning.subspace.linear_fit import LinearFit
 
 FORMAT = 1
-HEADS_FILE = "heads.safetensors"
 
 
 class Featured(Protocol):
@@ -101,17 +102,19 @@ class HeadsStage(Stage):
             theirs = expert_rows(context)(self.heads.rows)
             passed = perf_counter()
             tensors: dict[str, Tensor] = {}
+            names: dict[str, str] = {}
             for task in context.recipe.tasks:
-                layer = evaluator(context).last_layer(task.name)
-                if layer is None:
+                name, layer = evaluator(context).last_layer(task.name)
+                if name is None or layer is None:
                     raise PaveError(
                         f"task '{task.name}': its head does not end in a linear layer; fit none of its heads"
                     )
                 rows = mine[task.name], theirs[task.name]
                 fit = fit_head(task, self.heads, *rows, layer, seed=context.recipe.seed)
                 tensors |= {f"{task.name}.weight": fit.weight, f"{task.name}.bias": fit.bias}
+                names[task.name] = name
                 writer.result.setdefault("strengths", {})[task.name] = fit.strength
-            write_tensors(writer.path / HEADS_FILE, tensors)
+            write_tensors(writer.path / FITTED_HEADS_FILE, tensors, {"layers": json.dumps(names)})
             writer.result["seconds"] = {"passes": passed - started, "fits": perf_counter() - passed}
 
     def load(self) -> dict[str, LinearFit]:
@@ -120,7 +123,7 @@ class HeadsStage(Stage):
 
         from pave_lightning.subspace.linear_fit import LinearFit
 
-        found = load_file(self.results.path(self) / HEADS_FILE)
+        found = load_file(self.results.path(self) / FITTED_HEADS_FILE)
         tasks = self.results.recipe.tasks
         return {task.name: LinearFit(found[f"{task.name}.weight"], found[f"{task.name}.bias"]) for task in tasks}
 

@@ -3,8 +3,9 @@
 import csv
 
 import pytest
+import torch
 
-from pave_lightning import Recipe, plan_recipe, run_recipe
+from pave_lightning import Recipe, load_merged, plan_recipe, run_recipe
 from pave_lightning.errors import PaveError
 from pave_lightning.evaluation import CheckpointCandidate
 from pave_lightning.pipeline.commands import open_folder
@@ -76,6 +77,19 @@ def test_a_run_with_fitted_heads(fitted_settings, capsys):
     chosen = (seen.features.double() @ fit.weight.T + fit.bias).argmax(1)
     right = float((chosen == seen.targets).double().mean())
     assert float(rows["base", "logits-24"]["words/accuracy"]) == pytest.approx(right, abs=1e-6)
+
+    for label in ("task_arithmetic-plain", "emr-plain"):
+        model = load_merged(folder / "merged" / label, task.name, heads=folder / "heads" / f"{label}-logits-24")
+        data.setup("test")
+        with torch.no_grad():
+            said = [task.predict(model, batch) for batch in data.test_dataloader()]
+        right = torch.cat([one.values == one.targets for one in said]).double().mean()
+        name = label.partition("-")[0]
+        assert float(rows[name, "logits-24"]["words/accuracy"]) == pytest.approx(float(right), abs=1e-6)
+    with pytest.raises(PaveError, match="has no head for task 'word'"):
+        load_merged(folder / "merged" / "emr-plain", "word")
+    with pytest.raises(PaveError, match=r"heads\.safetensors"):
+        load_merged(folder / "merged" / "emr-plain", "words", heads=folder / "heads")
 
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("manifest.json")}
     run_recipe(recipe)
