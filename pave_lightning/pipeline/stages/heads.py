@@ -72,7 +72,7 @@ class HeadsStage(Stage):
 
     def about(self) -> str:
         """How they are fitted, and on how many rows."""
-        return f"fitted to {self.heads.fit}, {self.heads.rows} training rows a task"
+        return f"fitted to {self.heads.fit}, at most {self.heads.rows} training rows a task"
 
     def needs(self) -> list[Stage]:
         """The experts and the model."""
