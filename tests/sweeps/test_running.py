@@ -334,3 +334,21 @@ def test_settings_that_change_nothing_are_refused(ready_settings, tmp_path, noth
     path = written(tmp_path, {**ready_settings, "merge": [own]}, vary={"purify.rho": list(RATIOS)})
     with pytest.raises(PaveError, match=r"0.75 does the very same as .*0.9: its keys are overruled"):
         run_sweep(path)
+
+
+def test_a_sweep_over_an_option_of_a_transform(ready_settings, tmp_path):
+    """A weight of 1 is plain; what is plain does not depend on the weight."""
+    settings = {
+        **ready_settings,
+        "name": "weights",
+        "vectors": {"weighed": [{"task_weights": {"words": 0.5}}]},
+        "merge": [{"method": "task_arithmetic", "scale": 0.5, "vectors": ["plain", "weighed"]}],
+    }
+    key = "vectors.weighed.0.task_weights.words"
+    root = run_sweep(written(tmp_path, settings, seeds=[0], vary={key: [1.0, -30.0]}))
+    summary = pd.read_csv(root / "summary.csv", keep_default_na=False)
+    merged = summary[summary["model"] == "task_arithmetic"].set_index(["vectors", key])["mean"]
+    assert sorted(merged.index) == [("plain", ""), ("weighed", "-30.0"), ("weighed", "1.0")]
+    assert merged["weighed", "1.0"] == merged["plain", ""]
+    assert "weighed" in (root / "findings.md").read_text()
+    assert (root / "figure.png").is_file()
