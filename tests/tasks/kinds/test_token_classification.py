@@ -100,6 +100,28 @@ def test_class_names_of_a_dataset_that_was_saved_as_parquet(make_task, tmp_path)
 
 
 @pytest.mark.parametrize(
+    ("words", "labels"),
+    [
+        (pa.list_(pa.string_view()), pa.large_list(pa.string_view())),
+        (pa.large_list(pa.large_string()), pa.list_(pa.large_string())),
+        (pa.list_(pa.string(), 2), pa.list_(pa.string_view(), 2)),
+        (pa.list_(pa.dictionary(pa.int32(), pa.string())), pa.large_list(pa.dictionary(pa.int8(), pa.string()))),
+    ],
+)
+def test_lists_in_every_form_that_parquet_files_hold(make_task, tmp_path, words, labels):
+    """Texts as views, lists of one fixed length, and entries that are categories, as other programs write them."""
+    rows = {"words": [["w1", "w90"], ["w40", "w41"]], "labels": [["low", "high"], ["middle", "middle"]]}
+    task = make_task([], ".parquet")
+    columns = [pa.array(rows["words"]), pa.array(rows["labels"])]
+    table = pa.table([column.cast(kind) for column, kind in zip(columns, (words, labels), strict=True)], list(rows))
+    pq.write_table(table, task.data.train)
+    assert problems_of(task, tmp_path) == []
+    loaded = load_split(task, "train", seed=0, cache_dir=tmp_path / "cache")
+    assert loaded["words"][:] == rows["words"]
+    assert task.answers(loaded).tolist() == [0, 2, 1, 1]
+
+
+@pytest.mark.parametrize(
     ("wrong", "told"),
     [
         ({"words": ["w1", "w2"], "labels": ["low"]}, "lists of one length, but have 2 and 1 entries in row 2"),
