@@ -1,5 +1,6 @@
 """Words with a class each: what is read, what a model is given, what is scored, and a whole run beside another kind."""
 
+import copy
 import csv
 import json
 import random
@@ -10,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import nn
 from transformers import (
     AutoModelForTokenClassification,
@@ -24,6 +25,7 @@ from pave_lightning import Recipe, Task, TaskDataModule, load_merged, run_recipe
 from pave_lightning.errors import PaveError
 from pave_lightning.evaluation import Evaluator, ExpertsCandidate, SuiteData
 from pave_lightning.experts.gradients import fisher_diagonal
+from pave_lightning.experts.task_expert import TaskExpert
 from pave_lightning.experts.trainers import build_trainer
 from pave_lightning.tasks.data import check_task, load_split
 from pave_lightning.weights import Checkpoint
@@ -248,6 +250,38 @@ def test_broken_outputs_count_by_row_and_padding_does_not_matter(make_task, tmp_
             return type("Output", (), {"logits": logits})
 
     assert int(task.predict(Broken(), batch).broken) == 1
+
+
+def test_batches_of_which_a_tokenizer_leaves_no_word(make_task, tmp_path, tiny_tokenizer):
+    """They cost nothing and count for nothing."""
+    rows = [{"words": ["w1", "w2"], "labels": ["low", "high"]}]
+    gone = [{"words": ["\u200b"], "labels": ["high"]}]
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
+    model = model_of()
+    model.config.id2label = dict(enumerate(CLASSES))
+    model.save_pretrained(tmp_path / "expert")
+    tokenizer.save_pretrained(tmp_path / "expert")
+    expert = Checkpoint(tmp_path / "expert", "bert")
+    scored, validated = [], []
+    for given in (rows, [*gone, *rows, *gone]):
+        task = make_task(given)
+        data = module_of(task, tokenizer, tmp_path, batch_size=1)
+        evaluator = Evaluator([task], {"tags": expert}, expert)
+        trainer = build_trainer({"accelerator": "cpu", "devices": 1}, root=tmp_path, precision="32-true")
+        found = evaluator.score(ExpertsCandidate({"tags": expert}), SuiteData([data], "test"), trainer)
+        scored.append(found["tags"].metrics)
+        trainer = build_trainer({"accelerator": "cpu", "devices": 1}, root=tmp_path, precision="32-true")
+        validated.append(trainer.validate(TaskExpert(model, task), data, verbose=False))
+    assert scored[0] == scored[1]
+    assert validated[0] == validated[1]
+    model.requires_grad_(True)
+    empty = [batch for batch in data.val_dataloader() if not task.read_positions(batch).any()]
+    assert len(empty) == 2
+    loss = task.loss(model, empty[0])
+    loss.backward()
+    assert loss == 0
+    assert not any(parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)
 
 
 def test_metrics_are_over_words(make_task, tmp_path, tiny_tokenizer, make_base):
