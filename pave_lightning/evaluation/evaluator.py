@@ -253,7 +253,8 @@ class Evaluator(L.LightningModule):
         task = self.tasks[dataloader_idx]
         found = task.predict(self._adapted[task.name], batch)
         self._broken[dataloader_idx] += found.broken
-        self._metrics[dataloader_idx].update(found.values, found.targets)
+        if len(found.values):  # of some rows a tokenizer leaves nothing that is predicted
+            self._metrics[dataloader_idx].update(found.values, found.targets)
         self._counts[dataloader_idx] += len(batch["labels"])
 
     def on_test_epoch_end(self) -> None:

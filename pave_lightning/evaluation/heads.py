@@ -110,7 +110,9 @@ def fit_head(
     if len(mine.features) < least:
         raise PaveError(f"{where}: fitting its head takes at least {least} rows, found {len(mine.features)}")
     if float(mine.features.double().var(dim=0).max()) == 0:
-        raise PaveError(f"{where}: the model gives all rows the same features, so no head can be fitted to them")
+        raise PaveError(
+            f"{where}: the model gives all rows the same features, so no head can be fitted to them; set heads: expert"
+        )
     if fit == "orthogonal":
         turn = fit_turn(mine.features, expert.features)
         weight, bias = layer.weight.detach().double().cpu(), _bias(layer)

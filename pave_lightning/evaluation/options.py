@@ -108,9 +108,11 @@ class Heads(Section):
     @property
     def label(self) -> str:
         """What tells it from others in tables and in the names of folders."""
+        if self.fit == "expert":  # of which rows and strength say nothing
+            return self.fit
         usual = Heads.model_fields["rows"].default
         words = [self.fit, *([] if self.rows == usual else [str(self.rows)])]
-        return "-".join([*words, *([] if isinstance(self.strength, str) else [f"{self.strength:g}"])])
+        return "-".join([*words, *([] if isinstance(self.strength, str) else [f"strength-{self.strength:g}"])])
 
 
 EXPERT_HEADS = Heads(fit="expert")
@@ -137,4 +139,10 @@ def _control_list(raw: Any) -> Any:
     return list(CONTROLS) if raw is True else [] if raw is False else raw
 
 
-ControlList = Annotated[list[Control], BeforeValidator(_control_list)]
+def _differing_controls(controls: list[Control]) -> list[Control]:
+    if len(set(controls)) != len(controls):
+        raise ValueError("must not name the same control twice")
+    return controls
+
+
+ControlList = Annotated[list[Control], BeforeValidator(_control_list), AfterValidator(_differing_controls)]

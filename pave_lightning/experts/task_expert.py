@@ -72,8 +72,9 @@ class TaskExpert(L.LightningModule):
         found = self.task.predict(self.model, batch)
         self._broken += found.broken
         if found.targets is not None:
-            self.validation_metrics.update(found.values, found.targets)
             self._labelled = True
+            if len(found.targets):
+                self.validation_metrics.update(found.values, found.targets)
 
     def on_validation_epoch_end(self) -> None:
         """Log ``validation/METRIC`` over all processes.

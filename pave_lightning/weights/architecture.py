@@ -63,6 +63,7 @@ class Architecture:
 
     Attributes:
         model_class: name of the class of transformers.
+        backbone_class: that of its backbone.
         prefix: name under which the whole model holds its backbone (``bert``, ``roberta``, ...).
         parameters: the backbone's parameters by name, in the order of the modules.
         weights: all parameters of the whole model, by their names in it.
@@ -98,6 +99,7 @@ class Architecture:
     token_embeddings: tuple[str, ...] = ()
     positions: int | None = None
     private: frozenset[str] = frozenset()
+    backbone_class: str = ""
 
     @classmethod
     def of_folder(cls, folder: Path, *auto_models: str, **changes: Any) -> Architecture:
@@ -148,6 +150,7 @@ class Architecture:
         values = config.to_dict()
         return cls(
             model_class=type(model).__name__,
+            backbone_class=type(backbone).__name__,
             prefix=str(model.base_model_prefix),
             parameters=parameters,
             weights=tuple(Weight(tuple(names), shapes[key]) for key, names in aliases.items()),

@@ -34,7 +34,7 @@ def remembered(kind: type[T], key: Any, find: Callable[[], T]) -> T:
         file = _folder() / f"{hashlib.sha256(parts.encode()).hexdigest()}.json"
         with suppress(OSError, ValueError):
             return adapter.validate_json(file.read_bytes(), strict=False)
-    except OSError:
+    except (OSError, ValueError):  # huggingface_hub tells a file where a folder should be by a ValueError
         return find()
     found = find()
     with suppress(OSError, ValueError):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from pave_lightning.errors import PaveError
 from pave_lightning.evaluation.heads import least_rows
-from pave_lightning.pipeline.stages.evaluate import heads_of
+from pave_lightning.pipeline.results import Results
+from pave_lightning.pipeline.stages.evaluate import heads_of, scored_models
 from pave_lightning.recipe.schema import Recipe
 from pave_lightning.tasks.data import load_split
 
@@ -32,4 +34,17 @@ def head_problems(recipe: Recipe, cache: Path) -> Iterator[str]:
                 yield (
                     f"task '{task.name}': fitting its head ({heads.label}) takes at least {least} rows, but {found}; "
                     "give more, or set heads: expert"
+                )
+
+
+def score_folder_problems(results: Results) -> Iterator[str]:
+    """Models whose scores would be written into one folder, which those under fitted heads share with merged ones."""
+    first: dict[str, str] = {}
+    with suppress(PaveError):  # stacks that cannot be made are told with the merge steps
+        for model in scored_models(results):
+            other = first.setdefault(model.label.lower(), model.words)
+            if other != model.words:
+                yield (
+                    f"the scores of {other} and of {model.words} would be written into one folder, "
+                    f"scores/{model.label}, at least on some file systems; give a merge step or a stack another name"
                 )

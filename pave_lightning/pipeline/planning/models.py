@@ -52,6 +52,13 @@ def check_models(recipe: Recipe, problems: Problems) -> None:
         PaveError: The base cannot be read, so that nothing else can be asked.
     """
     base_folder = locate_model(recipe.base, role="base")
+    of_kinds = [Architecture.of_folder(base_folder, name) for name in recipe.auto_models]
+    if len({one.backbone_class for one in of_kinds}) > 1:
+        found = ", ".join(f"{one.model_class} on {one.backbone_class}" for one in of_kinds)
+        raise PaveError(
+            f"base: the tasks' models are built on different backbones ({found}), so they cannot share one; "
+            "give tasks of different kinds recipes of their own"
+        )
     architecture = Architecture.of_folder(base_folder, *recipe.auto_models)
     base = architecture.base_checkpoint(base_folder)
     unnamed = naming_problem(architecture, architecture.base_checkpoint(base_folder))
@@ -74,7 +81,6 @@ def check_models(recipe: Recipe, problems: Problems) -> None:
             f"({foreign[0]}, for {unset[0]} and the like); such architectures are not supported yet"
         )
     else:
-        of_kinds = (Architecture.of_folder(base_folder, name) for name in recipe.auto_models)
         incomplete = next(filter(None, (base_problem(base_folder, one) for one in of_kinds)), None)
         if incomplete is not None:
             problems.add(f"base: {incomplete}")

@@ -234,9 +234,11 @@ class TokenClassification(Task):
         return batch["labels"][self.read_positions(batch)]
 
     def output_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy, the mean over words."""
+        """Cross-entropy, the mean over words; 0 where a tokenizer leaves no word of any row."""
         from torch.nn import functional
 
+        if not len(targets):
+            return outputs.float().sum()
         return functional.cross_entropy(outputs.float(), targets)
 
     def likelihood_directions(self, outputs: Tensor) -> Tensor:

@@ -24,6 +24,8 @@ from transformers import (
     LlamaForSequenceClassification,
     SqueezeBertConfig,
     SqueezeBertModel,
+    T5Config,
+    T5Model,
 )
 
 from pave_lightning import Recipe
@@ -86,6 +88,27 @@ def test_a_base_that_takes_no_attention_mask_is_refused(problems, recipe_setting
     config = FNetConfig(hidden_size=16, num_hidden_layers=1, intermediate_size=24, vocab_size=100)
     FNetForSequenceClassification(config).save_pretrained(base)
     assert "takes no attention mask, so it would read padding as text" in problems(base=str(base))
+
+
+def test_kinds_of_task_whose_models_have_different_backbones_are_refused(problems, recipe_settings, tmp_path):
+    """T5 classifies words with its encoder alone."""
+    base = tmp_path / "base"
+    shutil.copytree(recipe_settings["base"], base)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 100}
+    T5Model(T5Config(**sizes, pad_token_id=0, decoder_start_token_id=0)).save_pretrained(base)
+    rows = [{"words": ["w1", "w2"], "labels": ["low", "high"]}, {"words": ["w3"], "labels": ["high"]}]
+    for split in ("train", "validation", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tags = {
+        "name": "tags",
+        "kind": "token_classification",
+        "classes": ["low", "high"],
+        "data": {split: str(tmp_path / f"{split}.jsonl") for split in ("train", "validation", "test")},
+    }
+    words = recipe_settings["tasks"][0]
+    told = problems(base=str(base), tasks=[words, tags], merge=["average"])
+    assert "T5ForSequenceClassification on T5Model, T5ForTokenClassification on T5EncoderModel" in told
+    assert problems(base=str(base), tasks=[{**tags, "name": "more"}, tags], merge=["average"]) == ""
 
 
 def test_many_mistakes_are_told_at_once(problems, recipe_settings):

@@ -118,12 +118,41 @@ def test_too_few_rows_are_told(fitted_settings):
         ("logit", "logit"),
         ([], "at least 1"),
         (["logits", "logits"], "must not name the same heads twice"),
+        (["expert", {"fit": "expert", "rows": 24}], "must not name the same heads twice"),
         ({"fit": "logits", "strength": -1}, "greater than or equal to 0"),
     ],
 )
 def test_heads_that_cannot_be(fitted_settings, heads, told):
     with pytest.raises(ValueError, match=told):
         Recipe.model_validate({**fitted_settings, "heads": heads})
+
+
+def test_heads_with_so_many_rows_and_heads_of_that_strength_differ(fitted_settings):
+    heads = [{"fit": "logits", "rows": 24}, {"fit": "logits", "strength": 24.0}]
+    recipe = Recipe.model_validate({**fitted_settings, "heads": heads})
+    assert len({one.label for one in recipe.heads}) == 2
+
+
+def test_controls_that_are_named_twice(fitted_settings):
+    with pytest.raises(ValueError, match="must not name the same control twice"):
+        Recipe.model_validate({**fitted_settings, "controls": ["base", "base"]})
+
+
+@pytest.mark.parametrize(
+    ("step", "stack", "folder"),
+    [
+        ("emr", "plain-heads-logits-24", "emr-plain-heads-logits-24"),
+        ("Base-heads", "logits-24", "base-heads-logits-24"),
+        ("expert-words", "heads-logits-24", "expert-words-heads-logits-24"),
+    ],
+)
+def test_scores_that_would_lie_in_one_folder(fitted_settings, step, stack, folder):
+    """A merged model whose name is that of another model's scores under fitted heads."""
+    plain = [{"method": "emr", "vectors": ["plain"]}] if step != "emr" else []
+    named = {"method": "emr", "name": step, "vectors": [stack] if plain else ["plain", stack]}
+    settings = {**fitted_settings, "vectors": {stack: [{"task_weights": {"words": 0.5}}]}, "controls": True}
+    with pytest.raises(PaveError, match=f"(?i)would be written into one folder, scores/{folder}"):
+        plan_recipe(Recipe.model_validate({**settings, "merge": [*plain, named]}))
 
 
 def test_an_expert_under_heads_of_its_own_is_no_measure(fitted_settings):

@@ -1,5 +1,6 @@
 """Words with a class each: what is read, what a model is given, what is scored, and a whole run beside another kind."""
 
+import copy
 import csv
 import json
 import random
@@ -10,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import nn
 from transformers import (
     AutoModelForTokenClassification,
@@ -24,6 +25,7 @@ from pave_lightning import Recipe, Task, TaskDataModule, load_merged, run_recipe
 from pave_lightning.errors import PaveError
 from pave_lightning.evaluation import Evaluator, ExpertsCandidate, SuiteData
 from pave_lightning.experts.gradients import fisher_diagonal
+from pave_lightning.experts.task_expert import TaskExpert
 from pave_lightning.experts.trainers import build_trainer
 from pave_lightning.tasks.data import check_task, load_split
 from pave_lightning.weights import Checkpoint
@@ -97,6 +99,28 @@ def test_class_names_of_a_dataset_that_was_saved_as_parquet(make_task, tmp_path)
     task = task.model_copy(update={"data": data})
     assert problems_of(task, tmp_path) == []
     assert task.answers(load_split(task, "train", seed=0, cache_dir=tmp_path / "cache")).tolist() == [0, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("words", "labels"),
+    [
+        (pa.list_(pa.string_view()), pa.large_list(pa.string_view())),
+        (pa.large_list(pa.large_string()), pa.list_(pa.large_string())),
+        (pa.list_(pa.string(), 2), pa.list_(pa.string_view(), 2)),
+        (pa.list_(pa.dictionary(pa.int32(), pa.string())), pa.large_list(pa.dictionary(pa.int8(), pa.string()))),
+    ],
+)
+def test_lists_in_every_form_that_parquet_files_hold(make_task, tmp_path, words, labels):
+    """Texts as views, lists of one fixed length, and entries that are categories, as other programs write them."""
+    rows = {"words": [["w1", "w90"], ["w40", "w41"]], "labels": [["low", "high"], ["middle", "middle"]]}
+    task = make_task([], ".parquet")
+    columns = [pa.array(rows["words"]), pa.array(rows["labels"])]
+    table = pa.table([column.cast(kind) for column, kind in zip(columns, (words, labels), strict=True)], list(rows))
+    pq.write_table(table, task.data.train)
+    assert problems_of(task, tmp_path) == []
+    loaded = load_split(task, "train", seed=0, cache_dir=tmp_path / "cache")
+    assert loaded["words"][:] == rows["words"]
+    assert task.answers(loaded).tolist() == [0, 2, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -226,6 +250,38 @@ def test_broken_outputs_count_by_row_and_padding_does_not_matter(make_task, tmp_
             return type("Output", (), {"logits": logits})
 
     assert int(task.predict(Broken(), batch).broken) == 1
+
+
+def test_batches_of_which_a_tokenizer_leaves_no_word(make_task, tmp_path, tiny_tokenizer):
+    """They cost nothing and count for nothing."""
+    rows = [{"words": ["w1", "w2"], "labels": ["low", "high"]}]
+    gone = [{"words": ["\u200b"], "labels": ["high"]}]
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
+    model = model_of()
+    model.config.id2label = dict(enumerate(CLASSES))
+    model.save_pretrained(tmp_path / "expert")
+    tokenizer.save_pretrained(tmp_path / "expert")
+    expert = Checkpoint(tmp_path / "expert", "bert")
+    scored, validated = [], []
+    for given in (rows, [*gone, *rows, *gone]):
+        task = make_task(given)
+        data = module_of(task, tokenizer, tmp_path, batch_size=1)
+        evaluator = Evaluator([task], {"tags": expert}, expert)
+        trainer = build_trainer({"accelerator": "cpu", "devices": 1}, root=tmp_path, precision="32-true")
+        found = evaluator.score(ExpertsCandidate({"tags": expert}), SuiteData([data], "test"), trainer)
+        scored.append(found["tags"].metrics)
+        trainer = build_trainer({"accelerator": "cpu", "devices": 1}, root=tmp_path, precision="32-true")
+        validated.append(trainer.validate(TaskExpert(model, task), data, verbose=False))
+    assert scored[0] == scored[1]
+    assert validated[0] == validated[1]
+    model.requires_grad_(True)
+    empty = [batch for batch in data.val_dataloader() if not task.read_positions(batch).any()]
+    assert len(empty) == 2
+    loss = task.loss(model, empty[0])
+    loss.backward()
+    assert loss == 0
+    assert not any(parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)
 
 
 def test_metrics_are_over_words(make_task, tmp_path, tiny_tokenizer, make_base):
