@@ -47,9 +47,9 @@ def test_the_strength_is_that_of_the_least_held_out_loss():
     for strength in STRENGTHS:
         pair = fit_logistic(inputs, targets, (strength, strength))
         losses[strength] = pair.left_out
-    assert best.left_out == pytest.approx(min(losses.values()))
-    assert losses[best.strength] == pytest.approx(best.left_out)
-    assert min(STRENGTHS) < best.strength
+    assert best.left_out == pytest.approx(min(losses.values()), rel=1e-3)
+    assert losses[best.strength] == pytest.approx(best.left_out, rel=1e-3)
+    assert min(STRENGTHS) < best.strength < max(STRENGTHS)
 
 
 def test_rows_in_any_order_give_the_same():
