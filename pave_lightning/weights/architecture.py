@@ -290,7 +290,7 @@ def empty_model(folder: Path, auto_model: str | None = None, device: str = "meta
     import transformers
 
     config = read_config(folder, **changes)
-    named = next((name for name in config.architectures or () if hasattr(transformers, str(name))), None)
+    named = next((name for name in config.architectures or () if hasattr(transformers, name)), None)
     what = f"{folder}: its config.json gives no {form_of(auto_model)}"
     with foreign(what), torch.device(device), _counted_parameters(folder):
         if auto_model is None and named is not None:
@@ -328,6 +328,9 @@ def read_config(folder: Path, **changes: Any) -> PretrainedConfig:
     for key, value in _numbers(settings):
         if value > _most(key):
             raise PaveError(f"{file}: {shortened(key)} is {value:,}, which no model has; is it broken?")
+    named = settings.get("architectures") or []
+    if not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
+        raise PaveError(f"{file}: expected a list of names under architectures, found {shortened(str(named))}")
     from transformers import AutoConfig
 
     with foreign(f"{folder}: its config.json gives no model", _own_code(settings)):
