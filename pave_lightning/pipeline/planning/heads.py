@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pave_lightning.errors import PaveError
+from pave_lightning.errors import PaveError, counted
 from pave_lightning.evaluation.heads import least_rows
 from pave_lightning.pipeline.results import Results
 from pave_lightning.pipeline.stages.evaluate import heads_of, scored_models
 from pave_lightning.recipe.schema import Recipe
-from pave_lightning.tasks.data import load_split
+from pave_lightning.tasks.data import load_split, sample_rows
+from pave_lightning.tasks.task import Task
+
+if TYPE_CHECKING:
+    import datasets
+
+log = logging.getLogger("pave_lightning")
 
 
 def head_problems(recipe: Recipe, cache: Path) -> Iterator[str]:
     """Tasks with too few training rows for the heads that are to be fitted.
+
+    Rows that are to be fitted to and to be scored on alike are warned of.
 
     Args:
         recipe: what is checked.
@@ -26,15 +36,35 @@ def head_problems(recipe: Recipe, cache: Path) -> Iterator[str]:
         for task in recipe.tasks:
             least = least_rows(task)
             try:
-                there = len(load_split(task, "train", seed=recipe.seed, cache_dir=cache))
+                training, test = (
+                    load_split(task, split, seed=recipe.seed, cache_dir=cache) for split in ("train", "test")
+                )
             except PaveError:  # told with what is wrong with the data
                 continue
+            there = len(training)
+            fitted = training.select(sample_rows(there, heads.rows, recipe.seed))
+            if also := _rows_in_both(task, fitted, test):
+                log.warning(
+                    "task '%s': %s of the %s that its head is fitted to (%s) are in the test split as well; "
+                    "its scores under that head are too good",
+                    task.name,
+                    f"{also:,}",
+                    counted(len(fitted), "row"),
+                    heads.label,
+                )
             if min(there, heads.rows) < least:
                 found = f"heads.rows is {heads.rows}" if heads.rows < least else f"its training split has {there}"
                 yield (
                     f"task '{task.name}': fitting its head ({heads.label}) takes at least {least} rows, but {found}; "
                     "give more, or set heads: expert"
                 )
+
+
+def _rows_in_both(task: Task, fitted: datasets.Dataset, test: datasets.Dataset) -> int:
+    """How many rows that a head is fitted to a model is also shown in the test split, whatever their labels."""
+    shown = list(task.columns)[:-1]
+    tested = {repr(row) for row in test.select_columns(shown).to_list()}
+    return sum(repr(row) in tested for row in fitted.select_columns(shown).to_list())
 
 
 def score_folder_problems(results: Results) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 import csv
 
+import pandas as pd
 import pytest
 import torch
 
@@ -15,6 +16,7 @@ from pave_lightning.pipeline.results import Results
 from pave_lightning.pipeline.stages.evaluate import ScoredBase, ScoredFitted, scored_models
 from pave_lightning.pipeline.task_data import shown_batches
 from pave_lightning.subspace.linear_fit import fit_ridge
+from pave_lightning.tasks.data import sample_rows
 
 
 @pytest.fixture
@@ -110,6 +112,20 @@ def test_too_few_rows_are_told(fitted_settings):
         plan_recipe(Recipe.model_validate(fitted_settings))
     assert "task 'words'" in str(told.value)
     assert "task 'more'" in str(told.value)
+
+
+def test_rows_that_are_fitted_to_and_scored_on_are_told(fitted_settings, tmp_path, caplog):
+    words, more = fitted_settings["tasks"]
+    rows, test = (pd.read_json(words["data"][split], lines=True) for split in ("train", "test"))
+    drawn = sample_rows(len(rows), 24, 0)
+    test = test[~test["text"].isin(rows["text"])]
+    for also, file in ((rows[:0], "apart"), (pd.concat([rows.iloc[drawn[:3]], rows.drop(index=drawn)[:1]]), "shared")):
+        pd.concat([test, also]).to_json(tmp_path / f"{file}.jsonl", orient="records", lines=True)
+        data = {**words["data"], "test": str(tmp_path / f"{file}.jsonl")}
+        tasks = [{**words, "data": data}, {**more, "data": data}]
+        plan_recipe(Recipe.model_validate({**fitted_settings, "tasks": tasks}))
+        said = "task 'words': 3 of the 24 rows that its head is fitted to (logits-24) are in the test split as well"
+        assert (said in caplog.text) == (file == "shared")
 
 
 @pytest.mark.parametrize(
