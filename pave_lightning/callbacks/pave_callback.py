@@ -298,18 +298,18 @@ class PaveCallback(L.Callback):
         self._parts.clear()
         if self.mask is None or self._sampler is None:
             return
+        layers = {**self._layers, **self._norms}
+        # All at once, so that no mask takes the place, and so the identity, of another.
+        masks = {name: self._mask_of(batch, name) for name in layers}
+        if all(own is mask for own in masks.values()):
+            return
         parts: dict[int, str] = {}
-        everything = None if mask is None else torch.ones_like(mask)
-        kept = []  # so that no mask takes the place, and so the identity, of another
-        for name, modules in {**self._layers, **self._norms}.items():
-            own = self._mask_of(batch, name)
-            own = everything if own is None else own
-            if own is None or own is mask:
+        for name, own in masks.items():
+            if own is not None and own is mask:
                 continue
-            kept.append(own)
             part = parts.setdefault(id(own), f"mask {len(parts)}")
             self._sampler.add_mask(part, own)
-            self._parts.update(dict.fromkeys(modules, part))
+            self._parts.update(dict.fromkeys(layers[name], part))
 
     def _part(self, module: nn.Module, inputs: Tensor) -> str:
         """The part of the model whose mask the rows of an input have."""

@@ -37,7 +37,7 @@ class RowSampler:
         self._origin = (seed, rank)
         self._begun = 0
         self._place: tuple[int, ...] = ()
-        self._masks: dict[str, _Mask] = {}
+        self._masks: dict[str, _Mask | None] = {}
         self._chosen: dict[tuple[object, ...], tuple[Tensor | None, int]] = {}
 
     def begin_batch(self, mask: Tensor | None, batch: int = 0, loader: int = 0) -> None:
@@ -54,14 +54,14 @@ class RowSampler:
         if mask is not None:
             self._masks[""] = _Mask.of(mask)
 
-    def add_mask(self, part: str, mask: Tensor) -> None:
+    def add_mask(self, part: str, mask: Tensor | None) -> None:
         """Take the padding mask of a part of the model that sees other tokens than the rest, for this batch.
 
         Args:
             part: name of the part.
-            mask: shape ``(B, L)``, true or non-zero where a token is real.
+            mask: shape ``(B, L)``, true or non-zero where a token is real; None when all rows count.
         """
-        self._masks[part] = _Mask.of(mask)
+        self._masks[part] = None if mask is None else _Mask.of(mask)
         self._chosen.clear()
 
     def end_batch(self) -> None:
@@ -95,8 +95,9 @@ class RowSampler:
         Returns:
             Indices into the flattened rows, or None for all rows; and how many real rows there are.
         """
-        known = (self._masks[name] for name in (part, "", *self._masks) if name in self._masks)
-        mask = next((mask for mask in known if leading in mask.leading), None)
+        counts_all = part in self._masks and self._masks[part] is None
+        known = (self._masks.get(name) for name in (part, "", *self._masks) if not counts_all)
+        mask = next((mask for mask in known if mask is not None and leading in mask.leading), None)
         key = (leading, allowance, call, calls, id(mask))
         if key not in self._chosen:
             self._chosen[key] = self._choose(leading, allowance, call, calls, mask)

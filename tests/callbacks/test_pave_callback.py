@@ -663,6 +663,31 @@ def test_layers_may_have_masks_of_their_own() -> None:
             assert torch.equal(full(found[name]), full(usual[name]))
 
 
+@pytest.mark.parametrize("batch_mask", [False, True])
+def test_layers_without_a_mask_count_all_rows_beside_layers_with_one(batch_mask: bool) -> None:
+    """Whether the batch has a mask or not; inputs that layers share are counted each by its own mask."""
+    query, value = (f"encoder.layer.1.attention.self.{name}" for name in ("query", "value"))
+
+    def mask(batch: Any, layer: str) -> Tensor | None:
+        return batch["attention_mask"] if layer == query or (batch_mask and not layer) else None
+
+    module, data = Expert(bert()), batches()
+    found = validate(module, data, PaveCallback(backbone="backbone", moments="input", mask=mask, rows=None))
+    inputs: list[Tensor] = []
+    module.eval()
+    handle = module.backbone.get_submodule(value).register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    with torch.no_grad():
+        for batch in data:
+            module.validation_step(batch, 0)
+    handle.remove()
+    real = torch.cat([batch["attention_mask"].flatten() for batch in data]).bool()
+    rows = torch.cat([given.flatten(0, 1) for given in inputs]).double()
+    assert not real.all()
+    for name, counted in ((query, rows[real]), (value, rows)):
+        assert found[name].rows == len(counted)
+        assert torch.allclose(full(found[name]).double(), counted.T @ counted / len(counted), atol=1e-5)
+
+
 def test_a_mask_of_another_form_is_refused() -> None:
     with pytest.raises(PaveError, match=r"mask: must give a tensor of shape \(batch, length\) or None, found shape"):
         validate(Expert(bert()), batches(), PaveCallback(mask=lambda batch, layer: torch.ones(2)))
