@@ -23,7 +23,7 @@ log = logging.getLogger("pave_lightning")
 
 
 def head_problems(recipe: Recipe, cache: Path) -> Iterator[str]:
-    """Tasks with too few training rows for the heads that are to be fitted.
+    """Tasks whose training rows have too few labels for the heads that are to be fitted.
 
     Rows that are to be fitted to and to be scored on alike are warned of.
 
@@ -41,8 +41,7 @@ def head_problems(recipe: Recipe, cache: Path) -> Iterator[str]:
                 )
             except PaveError:  # told with what is wrong with the data
                 continue
-            there = len(training)
-            fitted = training.select(sample_rows(there, heads.rows, recipe.seed))
+            fitted = training.select(sample_rows(len(training), heads.rows, recipe.seed))
             if also := _rows_in_both(task, fitted, test):
                 log.warning(
                     "task '%s': %s of the %s that its head is fitted to (%s) are in the test split as well; "
@@ -52,11 +51,12 @@ def head_problems(recipe: Recipe, cache: Path) -> Iterator[str]:
                     counted(len(fitted), "row"),
                     heads.label,
                 )
-            if min(there, heads.rows) < least:
-                found = f"heads.rows is {heads.rows}" if heads.rows < least else f"its training split has {there}"
+            # Once a row, or once a word.
+            if (answered := len(task.answers(fitted))) < least:
+                few = f"heads.rows is {heads.rows}" if heads.rows < len(training) else f"there are {len(training)}"
                 yield (
-                    f"task '{task.name}': fitting its head ({heads.label}) takes at least {least} rows, but {found}; "
-                    "give more, or set heads: expert"
+                    f"task '{task.name}': fitting its head ({heads.label}) takes at least {least} labels in training "
+                    f"rows, but {few}, with {counted(answered, 'label')}; give more, or set heads: expert"
                 )
 
 

@@ -1,6 +1,7 @@
 """Heads fitted to merged models and to their controls, in whole runs."""
 
 import csv
+import json
 
 import pandas as pd
 import pytest
@@ -108,10 +109,24 @@ def test_heads_are_the_same_when_they_are_fitted_again(fitted_settings, tmp_path
 
 def test_too_few_rows_are_told(fitted_settings):
     fitted_settings["heads"] = {"fit": "logits", "rows": 3}
-    with pytest.raises(PaveError, match=r"takes at least 5 rows, but heads\.rows is 3") as told:
+    with pytest.raises(
+        PaveError, match=r"at least 5 labels in training rows, but heads\.rows is 3, with 3 labels"
+    ) as told:
         plan_recipe(Recipe.model_validate(fitted_settings))
     assert "task 'words'" in str(told.value)
     assert "task 'more'" in str(told.value)
+
+
+def test_rows_of_many_words_are_enough_for_many_classes(fitted_settings, tmp_path, capsys):
+    names = [f"class{number}" for number in range(12)]
+    text = pd.read_json(fitted_settings["tasks"][0]["data"]["train"], lines=True)["text"][0]
+    rows = [{"words": text.split()[:1] * 12, "labels": names}] * 6
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = dict.fromkeys(("train", "validation", "test"), str(tmp_path / "rows.jsonl"))
+    tags = {"kind": "token_classification", "words": "words", "data": data, "classes": names}
+    tasks = [{"name": name, **tags} for name in ("first", "second")]
+    plan_recipe(Recipe.model_validate({**fitted_settings, "tasks": tasks, "merge": ["average"]}))
+    assert "heads/average-plain-logits-24" in capsys.readouterr().out
 
 
 def test_rows_that_are_fitted_to_and_scored_on_are_told(fitted_settings, tmp_path, caplog):
