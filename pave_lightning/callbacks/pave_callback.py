@@ -245,6 +245,12 @@ class PaveCallback(L.Callback):
         if self._observer is None or self._norm_observer is None:
             return
         observer, norm_observer = self._observer, self._norm_observer
+        if self._sampler is not None and self._sampler.unmasked is not None and not self._sampler.has_masked:
+            rank_zero_warn(
+                f"PaveCallback: no layer was given rows that fit the padding masks (an input had the leading shape "
+                f"{self._sampler.unmasked}), so all rows were counted, padding among them; look at "
+                f"{'mask_key' if self.mask is None else 'mask'}"
+            )
         self._stop()
         observer.reduce(pl_module.device)
         norm_observer.reduce(pl_module.device)

@@ -26,6 +26,10 @@ class RowSampler:
         seed: what the sample depends on, beside the batch's number and the process.
         rank: which of the processes this is.
         processes: how many processes share ``rows``.
+
+    Attributes:
+        unmasked: leading shape of an input of several places an example that fitted no mask although there were masks.
+        has_masked: whether an input fitted one.
     """
 
     def __init__(
@@ -35,6 +39,8 @@ class RowSampler:
         self._budget = None if rows is None else rows * (rank + 1) // processes - rows * rank // processes
         self._batches = batches
         self._origin = (seed, rank)
+        self.unmasked: tuple[int, ...] | None = None
+        self.has_masked = False
         self._begun = 0
         self._place: tuple[int, ...] = ()
         self._masks: dict[str, _Mask | None] = {}
@@ -98,6 +104,10 @@ class RowSampler:
         counts_all = part in self._masks and self._masks[part] is None
         known = (self._masks.get(name) for name in (part, "", *self._masks) if not counts_all)
         mask = next((mask for mask in known if mask is not None and leading in mask.leading), None)
+        if mask is not None:
+            self.has_masked = True
+        elif not counts_all and len(leading) > 1 and any(self._masks.values()):
+            self.unmasked = leading
         key = (leading, allowance, call, calls, id(mask))
         if key not in self._chosen:
             self._chosen[key] = self._choose(leading, allowance, call, calls, mask)

@@ -688,6 +688,18 @@ def test_layers_without_a_mask_count_all_rows_beside_layers_with_one(batch_mask:
         assert torch.allclose(full(found[name]).double(), counted.T @ counted / len(counted), atol=1e-5)
 
 
+def test_masks_that_fit_no_layer_are_told() -> None:
+    def wrong(batch: Any, layer: str) -> Tensor:
+        return batch["attention_mask"][:1]
+
+    with pytest.warns(UserWarning, match=r"no layer was given rows that fit the padding masks .*look at mask$"):
+        validate(Expert(bert()), batches(), PaveCallback(mask=wrong))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        validate(Expert(bert()), batches(), PaveCallback())
+    assert not [one for one in told if "fit the padding masks" in str(one.message)]
+
+
 def test_a_mask_of_another_form_is_refused() -> None:
     with pytest.raises(PaveError, match=r"mask: must give a tensor of shape \(batch, length\) or None, found shape"):
         validate(Expert(bert()), batches(), PaveCallback(mask=lambda batch, layer: torch.ones(2)))
