@@ -78,7 +78,7 @@ def test_long_names_are_broken_in_the_terminal_and_whole_in_files(table, tmp_pat
     assert "a_stack_with_a_very_long_name" not in text
     assert "a_stack_with_a_" in text
     table.write_csv(tmp_path / "results.csv")
-    assert "ties,a_stack_with_a_very_long_name,static" in (tmp_path / "results.csv").read_text()
+    assert "ties,a_stack_with_a_very_long_name,expert,static" in (tmp_path / "results.csv").read_text()
 
 
 def test_a_key_of_purification_counts_for_the_stacks_whose_scores_it_changes():
