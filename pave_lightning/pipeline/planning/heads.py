@@ -32,17 +32,18 @@ def head_problems(recipe: Recipe, cache: Path) -> Iterator[str]:
         cache: folder of copies of rows.
     """
     asked = {one.label: one for step in recipe.merge for one in heads_of(recipe, step) if one.fit != "expert"}
+    loaded: dict[str, tuple[datasets.Dataset, set[str]]] = {}
+    for task in recipe.tasks if asked else ():
+        with suppress(PaveError):  # told with what is wrong with the data
+            training, test = (load_split(task, split, seed=recipe.seed, cache_dir=cache) for split in ("train", "test"))
+            loaded[task.name] = training, set(_shown(task, test))
     for heads in asked.values():
         for task in recipe.tasks:
-            least = least_rows(task)
-            try:
-                training, test = (
-                    load_split(task, split, seed=recipe.seed, cache_dir=cache) for split in ("train", "test")
-                )
-            except PaveError:  # told with what is wrong with the data
+            if task.name not in loaded:
                 continue
+            least, (training, tested) = least_rows(task), loaded[task.name]
             fitted = training.select(sample_rows(len(training), heads.rows, recipe.seed))
-            if also := _rows_in_both(task, fitted, test):
+            if also := sum(row in tested for row in _shown(task, fitted)):
                 log.warning(
                     "task '%s': %s of the %s that its head is fitted to (%s) are in the test split as well; "
                     "its scores under that head are too good",
@@ -60,11 +61,9 @@ def head_problems(recipe: Recipe, cache: Path) -> Iterator[str]:
                 )
 
 
-def _rows_in_both(task: Task, fitted: datasets.Dataset, test: datasets.Dataset) -> int:
-    """How many rows that a head is fitted to a model is also shown in the test split, whatever their labels."""
-    shown = list(task.columns)[:-1]
-    tested = {repr(row) for row in test.select_columns(shown).to_list()}
-    return sum(repr(row) in tested for row in fitted.select_columns(shown).to_list())
+def _shown(task: Task, rows: datasets.Dataset) -> Iterator[str]:
+    """What a model is shown of each row, which its labels are not."""
+    return map(repr, rows.select_columns(list(task.columns)[:-1]).to_list())
 
 
 def score_folder_problems(results: Results) -> Iterator[str]:
