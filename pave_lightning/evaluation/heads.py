@@ -24,6 +24,14 @@ from pave_lightning.subspace.logistic_fit import FOLDS, fit_logistic
 from pave_lightning.tasks.task import Batch, Task
 
 
+class NotFiniteError(PaveError):
+    """The features or outputs of a model hold NaN or infinity."""
+
+
+class UnvaryingError(PaveError):
+    """A model gives all rows the same features, so no head can be fitted to them."""
+
+
 @dataclass(frozen=True)
 class HeadRows:
     """What the last layer of a head is given for some rows, and what the head says of them.
@@ -67,7 +75,8 @@ def head_rows(task: Task, model: nn.Module, batches: Iterable[Batch]) -> HeadRow
         batches: the rows, on the model's device.
 
     Raises:
-        PaveError: the head does not end in a linear layer, there are no rows, or values are not finite.
+        PaveError: the head does not end in a linear layer, or there are no rows.
+        NotFiniteError: values are not finite.
     """
     name = last_layer(task, model)
     if name is None:
@@ -84,7 +93,7 @@ def head_rows(task: Task, model: nn.Module, batches: Iterable[Batch]) -> HeadRow
         raise PaveError(f"task '{task.name}': there are no rows to fit its head on")
     found = HeadRows(torch.cat(features), torch.cat(outputs), torch.cat(targets) if targets else None)
     if not (torch.isfinite(found.features).all() and torch.isfinite(found.outputs).all()):
-        raise PaveError(f"task '{task.name}': the features or outputs of its model hold NaN or infinity")
+        raise NotFiniteError(f"task '{task.name}': the features or outputs of its model hold NaN or infinity")
     return found
 
 
@@ -102,7 +111,8 @@ def fit_head(
         seed: of the folds of logistic fits.
 
     Raises:
-        PaveError: there are too few rows, the features do not vary, or labels are needed and not there.
+        PaveError: there are too few rows, or labels are needed and not there.
+        UnvaryingError: the features do not vary.
     """
     fit, strength = heads.fit, heads.strength
     where = f"task '{task.name}'"
@@ -110,9 +120,7 @@ def fit_head(
     if len(mine.features) < least:
         raise PaveError(f"{where}: fitting its head takes at least {least} rows, found {len(mine.features)}")
     if float(mine.features.double().var(dim=0).max()) == 0:
-        raise PaveError(
-            f"{where}: the model gives all rows the same features, so no head can be fitted to them; set heads: expert"
-        )
+        raise UnvaryingError(f"{where}: the model gives all rows the same features, so no head can be fitted to them")
     if fit == "orthogonal":
         turn = fit_turn(mine.features, expert.features)
         weight, bias = layer.weight.detach().double().cpu(), _bias(layer)

@@ -104,15 +104,24 @@ class Heads(Section):
     strength: Strength = "auto"
     """The penalty of ridge and logistic regression, as a multiple of the mean square of a centred feature; auto: by
     leave-one-out error (ridge), or cross-validation (logistic)."""
+    search: bool = True
+    """Whether scales, tuned options and an automatic rank ratio are chosen under these heads, which are fitted to every
+    model that is tried; with false those stay that were chosen under the experts' heads."""
+
+    @property
+    def fitted(self) -> bool:
+        """Whether a head is fitted at all."""
+        return self.fit != "expert"
 
     @property
     def label(self) -> str:
         """What tells it from others in tables and in the names of folders."""
-        if self.fit == "expert":  # of which rows and strength say nothing
+        if not self.fitted:  # of which the other keys say nothing
             return self.fit
         usual = Heads.model_fields["rows"].default
         words = [self.fit, *([] if self.rows == usual else [str(self.rows)])]
-        return "-".join([*words, *([] if isinstance(self.strength, str) else [f"strength-{self.strength:g}"])])
+        words += [] if isinstance(self.strength, str) else [f"strength-{self.strength:g}"]
+        return "-".join([*words, *([] if self.search else ["after-search"])])
 
 
 EXPERT_HEADS = Heads(fit="expert")

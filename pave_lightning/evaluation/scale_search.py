@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 from pave_lightning.errors import PaveError
 from pave_lightning.evaluation.candidates import Candidate, ExpertsCandidate, MergedCandidate
 from pave_lightning.evaluation.evaluator import Evaluator, SuiteData, refuse_non_finite
+from pave_lightning.evaluation.heads import NotFiniteError
 from pave_lightning.evaluation.options import DEFAULT_POINTS, ScaleSearch
 from pave_lightning.experts.trainers import build_trainer, quiet_lightning
 from pave_lightning.merging.running import MergedVectors
@@ -32,6 +35,23 @@ REFINEMENTS = 2
 
 class NoFiniteScoreError(PaveError):
     """Nothing that was tried gives finite scores on the validation splits."""
+
+
+@dataclass(frozen=True)
+class FoundScale:
+    """The best scale, and every scale that was tried.
+
+    Attributes:
+        scale: the best one.
+        average: its average of normalised scores on the validation splits.
+        tried: every scale with its score, in the order of the scales.
+        candidate: the model at the best scale, with the heads that were fitted to it where that is done.
+    """
+
+    scale: float
+    average: float
+    tried: list[tuple[float, float]]
+    candidate: Candidate
 
 
 class ScaleSearcher:
@@ -67,10 +87,19 @@ class ScaleSearcher:
         self.options, self.precision, self.root = options, precision, root
         self._references = references if references is not None else {}
         self._data: dict[int | None, SuiteData] = {}
+        self._fit: Callable[[Candidate], Candidate] = lambda candidate: candidate
 
-    def best(
-        self, source: TaskVectors, merged: MergedVectors, search: ScaleSearch, start: float = 1.0
-    ) -> dict[str, Any]:
+    def under(self, fit: Callable[[Candidate], Candidate]) -> ScaleSearcher:
+        """A searcher on the same data that scores what is made of each candidate, such as heads fitted to it.
+
+        Args:
+            fit: gives what is scored; of one that it refuses with `NotFiniteError` the score is NaN.
+        """
+        other = copy(self)
+        other._fit = fit
+        return other
+
+    def best(self, source: TaskVectors, merged: MergedVectors, search: ScaleSearch, start: float = 1.0) -> FoundScale:
         """The best scale for merged task vectors, and every scale that was tried with its score.
 
         Args:
@@ -79,16 +108,14 @@ class ScaleSearcher:
             search: which scales are tried, and on how many rows.
             start: where an automatic search begins, the method's default scale; above zero.
 
-        Returns:
-            ``{"scale": best, "average": its score, "tried": [[scale, average normalised validation score], ...]}``
-
         Raises:
             PaveError: no expert has a positive score, so nothing can be normalised.
             NoFiniteScoreError: no scale gives finite scores.
         """
+        candidates: dict[float, Candidate] = {}
 
         def average_at(scale: float) -> float:
-            average = self.average(MergedCandidate(source, merged, scale), search.examples)
+            candidates[scale], average = self.scored(MergedCandidate(source, merged, scale), search.examples)
             log.info("  scale %.4g: %.4f of the experts on validation", scale, average)
             return average
 
@@ -101,7 +128,15 @@ class ScaleSearcher:
         advice = _advice(tried, best, search)
         if advice is not None:
             log.warning("  %s", advice)
-        return {"scale": best, "average": tried[best], "tried": [[scale, tried[scale]] for scale in sorted(tried)]}
+        return FoundScale(best, tried[best], sorted(tried.items()), candidates[best])
+
+    def scored(self, candidate: Candidate, examples: int | None) -> tuple[Candidate, float]:
+        """What is scored of a candidate (see `under`), and its average; NaN where anything is not finite."""
+        try:
+            candidate = self._fit(candidate)
+        except NotFiniteError:
+            return candidate, math.nan
+        return candidate, self.average(candidate, examples)
 
     def average(self, candidate: Candidate, examples: int | None) -> float:
         """A candidate's scores on the validation splits, divided by the experts', on average over the tasks.

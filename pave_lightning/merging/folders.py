@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from pave_lightning.errors import PaveError, foreign, nearest
@@ -19,7 +18,8 @@ from pave_lightning.merging.modulators import Modulator, ModulatorWriter
 from pave_lightning.merging.running import merge_per_task, merge_static, within
 from pave_lightning.merging.sequential import SequentialMethod
 from pave_lightning.statistics.gradients import EXPERT_DIGEST, TaskGradients
-from pave_lightning.system.files import read_json, write_tensors
+from pave_lightning.subspace.linear_fit import LinearFit
+from pave_lightning.system.files import read_json, replacing, write_tensors
 from pave_lightning.weights import (
     Architecture,
     Checkpoint,
@@ -36,9 +36,9 @@ from pave_lightning.weights.memory import freed_memory_returned
 from pave_lightning.weights.task_vectors import absent_children, own_token_rows
 
 FACTS_FILE = "pave.json"
-# What heads that were fitted to a model are kept in, those of all tasks together.
-FITTED_HEADS_FILE = "heads.safetensors"
 HEAD_FILE = "head.safetensors"
+# Beside a head whose last layer was fitted to the merged model: the head as its expert has it.
+EXPERT_HEAD_FILE = "expert-head.safetensors"
 # Beside the head of a task whose expert has more tokens than the base: their rows of the token embedding.
 TOKENS_FILE = "tokens.safetensors"
 # What a sequential method keeps for adding experts: a folder for each of its tensors, with names as in the model.
@@ -261,24 +261,65 @@ def _kept(file: Path) -> dict[str, Tensor]:
     return {name: Checkpoint.read(tensor) for name, tensor in stored_tensors(file, "merge again").items()}
 
 
-def load_merged(
-    folder: str | Path, task: str, base: str | None = None, *, heads: str | Path | None = None
-) -> nn.Module:
+def write_fitted_heads(
+    folder: Path, architecture: Architecture, fits: Mapping[str, tuple[str, LinearFit]], facts: Mapping[str, Any]
+) -> None:
+    """Give the tasks of a merged folder heads that were fitted to it; their experts' heads stay beside them.
+
+    Args:
+        folder: a merged folder as `write_merged` left it.
+        architecture: the experts' architecture.
+        fits: for each task that has one the name of its head's last layer, and the fit.
+        facts: how they were fitted, noted under ``heads`` in ``pave.json``.
+    """
+    for task, (layer, fit) in fits.items():
+        file, kept = (folder / "heads" / task / name for name in (HEAD_FILE, EXPERT_HEAD_FILE))
+        file.rename(kept)
+        head = {name: Checkpoint.read(tensor) for name, tensor in stored_tensors(kept, "merge again").items()}
+        write_tensors(file, head | _stored_layer(head, architecture, layer, fit))
+    noted = {**facts, "layers": {task: layer for task, (layer, _) in fits.items()}}
+    with replacing(folder / FACTS_FILE) as unfinished:
+        unfinished.write_text(json.dumps({**merged_facts(folder), "heads": noted}, indent=2))
+
+
+def _stored_layer(
+    head: Mapping[str, Tensor], architecture: Architecture, layer: str, fit: LinearFit
+) -> dict[str, Tensor]:
+    """A fitted layer under the names that a head's file has for it; its bias also where there was none."""
+    names = architecture.stored_names
+    weight = next(name for name in head if names.get(name, name) == f"{layer}.weight")
+    bias = f"{weight.removesuffix('weight')}bias"
+    return {weight: fit.weight.float().contiguous(), bias: fit.bias.float().contiguous()}
+
+
+def load_fitted_heads(folder: Path, architecture: Architecture) -> dict[str, LinearFit]:
+    """The fitted last layers in a merged folder, by task; float64, with float32's digits."""
+    found = {}
+    for task, layer in merged_facts(folder).get("heads", {}).get("layers", {}).items():
+        head = {architecture.stored_names.get(name, name): value for name, value in _kept_head(folder, task).items()}
+        found[task] = LinearFit(head[f"{layer}.weight"].double(), head[f"{layer}.bias"].double())
+    return found
+
+
+def _kept_head(folder: Path, task: str, file: str = HEAD_FILE) -> dict[str, Tensor]:
+    return _kept(folder / "heads" / task / file)
+
+
+def load_merged(folder: str | Path, task: str, base: str | None = None, *, expert_head: bool = False) -> nn.Module:
     """A merged model with one task's head, ready to use, in eval mode.
 
     Args:
         folder: a merged folder as `write_merged` left it.
         task: the task whose head is used, and for per-task models what else is kept for it.
         base: the base model, for per-task models only; the one named in the folder where nothing is given.
-        heads: folder of heads that were fitted to this model, such as ``RUN/heads/MODEL-logits``; the expert's head
-            where nothing is given.
+        expert_head: whether the task's head is that of its expert, where one was fitted to the merged model.
 
     Returns:
         A Hugging Face model, float32. It reads the tokens of the tokenizer in
         ``heads/TASK``, where the task has one of its own, or else of that in the folder.
 
     Raises:
-        PaveError: the folder is no merged model, or has no such task; the heads are none, or of another model.
+        PaveError: the folder is no merged model, or has no such task.
     """
     folder = Path(folder)
     facts = merged_facts(folder)
@@ -301,7 +342,9 @@ def load_merged(
             if start.shape != state[name].shape:
                 raise PaveError(f"{folder}: the weight {name} has another shape than that of the base")
             state[name] = start + modulator.apply(name, state[name] - start)
-    head, architecture = _kept(kept / task / HEAD_FILE), Architecture.of_folder(kept / task)
+    as_expert = expert_head and (kept / task / EXPERT_HEAD_FILE).exists()
+    head = _kept_head(folder, task, EXPERT_HEAD_FILE if as_expert else HEAD_FILE)
+    architecture = Architecture.of_folder(kept / task)
     own_rows = _kept(kept / task / TOKENS_FILE) if (kept / task / TOKENS_FILE).exists() else {}
     for name in architecture.token_embeddings:
         if name in state:  # the merged rows, and what the task has beyond them; fewer where its expert had fewer
@@ -310,6 +353,10 @@ def load_merged(
     names = architecture.stored_names
     whole = {f"{prefix}.{names.get(name, name)}": tensor for name, tensor in state.items()}
     whole |= {names.get(name, name): tensor for name, tensor in head.items()}
+    for name, layer in model.named_modules():
+        # What is fitted has an intercept, also where the expert's layer had none.
+        if isinstance(layer, nn.Linear) and f"{name}.bias" in whole and "bias" not in dict(layer.named_parameters()):
+            layer.bias = nn.Parameter(whole[f"{name}.bias"])
     with foreign(f"{folder} does not fit its own config.json", "merge again"):
         missing, _ = model.load_state_dict(whole, strict=False)
     lacking = [name for name in missing if name in dict(model.named_parameters())]
@@ -318,25 +365,4 @@ def load_merged(
             f"{folder} lacks {len(lacking)} weights, among them {lacking[0]}, or holds them under other names than the "
             "model knows; merge again"
         )
-    if heads is not None:
-        _exchange_head(model, task, Path(heads) / FITTED_HEADS_FILE)
     return model.eval()
-
-
-@torch.no_grad()
-def _exchange_head(model: nn.Module, task: str, file: Path) -> None:
-    """Give a model the last layer of its head from a file of fitted heads."""
-    found = stored_tensors(file, "fit the heads again")
-    with safe_open(file, framework="pt") as opened:
-        layers = json.loads((opened.metadata() or {}).get("layers", "{}"))
-    name, stored = layers.get(task), found.get(f"{task}.weight")
-    layer = dict(model.named_modules()).get(name or "")
-    if name is None or stored is None:
-        raise PaveError(f"{file} has no head for task '{task}': {nearest(task, sorted(layers))}")
-    if not isinstance(layer, nn.Linear) or tuple(layer.weight.shape) != stored.shape:
-        raise PaveError(
-            f"{file}: the head of task '{task}' does not fit this model; give the heads that were fitted to it"
-        )
-    layer.weight.copy_(Checkpoint.read(stored))
-    bias = Checkpoint.read(found[f"{task}.bias"]).float()
-    layer.bias = nn.Parameter(bias)  # also where the expert's layer had none

@@ -19,7 +19,15 @@ from pave_lightning.experts.fitting import save_expert
 from pave_lightning.experts.loading import expert_problem
 from pave_lightning.experts.vocabulary import differing_tokens, expert_notes, row_problems, token_rows
 from pave_lightning.merging import Evidence, Need, SequentialMethod, known_methods, make_method, method_named
-from pave_lightning.merging.folders import MergeContext, load_gradients, load_kept, merged_facts, write_merged
+from pave_lightning.merging.folders import (
+    EXPERT_HEAD_FILE,
+    HEAD_FILE,
+    MergeContext,
+    load_gradients,
+    load_kept,
+    merged_facts,
+    write_merged,
+)
 from pave_lightning.reporting.model_card import ExpertSource, as_code, model_card
 from pave_lightning.system.files import making_folder
 from pave_lightning.tasks.tokenizers import load_tokenizer
@@ -116,13 +124,19 @@ def add_expert(
         if not isinstance(method, SequentialMethod):
             raise PaveError(_not_sequential(merged, facts))
         method.start_from(facts["sequential"], load_kept(merged, method.keeps, architecture.prefix))
-        kept = {key: value for key, value in facts.items() if key not in ("method", "form", "base", "sequential")}
+        # Heads that were fitted to the model do not fit what it becomes.
+        dropped = ("method", "form", "base", "sequential", "heads")
+        kept = {key: value for key, value in facts.items() if key not in dropped}
         kept["added"] = [*facts.get("added", []), task]  # as it was fine-tuned, also where the others were purified
         context = MergeContext(str(facts["base"]), base_weights, {task: new}, architecture, kept)
         with making_folder(output) as place:
             write_merged(place, method, source, facts.get("scale"), context, evidence=evidence)
             for head in sorted(found for found in heads.iterdir() if found.is_dir()):
                 shutil.copytree(head, place / "heads" / head.name)
+                if (own := place / "heads" / head.name / EXPERT_HEAD_FILE).exists():
+                    own.replace(own.with_name(HEAD_FILE))
+            if "heads" in facts:
+                log.info("the heads are those of the experts again: those fitted to %s do not fit the result", merged)
             (place / "README.md").write_text(_card(merged, place, output, task, named))
     return output
 

@@ -156,7 +156,7 @@ def _write_cards(runner: Runner, table: ScoreTable) -> None:
             )
         card = model_card(
             name=step.name,
-            title=f"{recipe.name}: {step.name} ({vectors})",
+            title=f"{recipe.name}: {merge.words}",
             base_model=recipe.base,
             method=step.method,
             form=facts["form"],
@@ -205,7 +205,7 @@ def _record(runner: Runner, tracker: Tracker, table: ScoreTable, files: list[Pat
         tracker.complete(f"expert:{task.name}", stage="fit", part="report", metrics=values)
     for merge in MergeStage.all(runner.results):
         name, params = merge.run_name, merge.params()
-        metrics = _model_metrics(table, merge.step.name, merge.vectors)
+        metrics = _model_metrics(table, merge)
         tracker.complete(name, stage="merge", part="report", metrics=metrics, params=params)
         if runner.results.recipe.tracking.upload_models:
             run = tracker.child(name, stage="merge", params=params)
@@ -213,8 +213,12 @@ def _record(runner: Runner, tracker: Tracker, table: ScoreTable, files: list[Pat
             tracker.end(run, "FINISHED")
 
 
-def _model_metrics(table: ScoreTable, name: str, vectors: str) -> dict[str, float]:
-    model = next(m for m in table.models() if (m.name, m.vectors) == (name, vectors))
+def _model_metrics(table: ScoreTable, merge: MergeStage) -> dict[str, float]:
+    """The scores of a merged model; none of one that is only there because another one has its weights."""
+    name = (merge.step.name, merge.vectors, merge.heads.label)
+    model = next((found for found in table.models() if (found.name, found.vectors, found.heads) == name), None)
+    if model is None:
+        return {}
     metrics = {"average": table.average(model), "normalised_average": table.normalised_average(model)}
     for score in table.scores:
         if model_of(score) == model:

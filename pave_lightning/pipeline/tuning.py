@@ -1,7 +1,12 @@
-"""What a merge step comes to once everything that the recipe leaves open is chosen on validation data."""
+"""What a merge step comes to once everything that the recipe leaves open is chosen on validation data.
+
+Chosen is what does best under the heads that the model is to have: the experts' own, or heads that are fitted anew to
+every model that is tried.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -12,7 +17,8 @@ from torch import Tensor
 
 from pave_lightning.errors import naming
 from pave_lightning.evaluation import Candidate, MergedCandidate
-from pave_lightning.evaluation.options import ScaleSearch
+from pave_lightning.evaluation.heads import FittedHeads
+from pave_lightning.evaluation.options import EXPERT_HEADS, Heads, ScaleSearch
 from pave_lightning.evaluation.scale_search import NoFiniteScoreError, ScaleSearcher
 from pave_lightning.merging import Evidence, MergedVectors, MergeMethod, make_method, merge, method_named
 from pave_lightning.pipeline.seeds import with_seed
@@ -39,6 +45,7 @@ class MergeChoice:
         average: its normalised average on validation data; NaN where it was not scored.
         facts: what was chosen and what was tried, as plain JSON values.
         cost: what merging took, where the result is known.
+        fitted: the model with the heads that were fitted to it in choosing; None where none were.
     """
 
     method: MergeMethod
@@ -49,6 +56,7 @@ class MergeChoice:
     average: float
     facts: dict[str, Any]
     cost: MeasuredCost = field(default_factory=MeasuredCost)
+    fitted: FittedHeads | None = None
 
     def candidate(self) -> Candidate:
         """The merged model, in memory."""
@@ -57,14 +65,6 @@ class MergeChoice:
     def result(self) -> MergedVectors:
         """The merge result, computed now unless it is known."""
         return self.merged if self.merged is not None else merge(self.method, self.source, self.evidence)
-
-    def completed(self) -> MergeChoice:
-        """The same with its merge result and what merging took."""
-        if self.merged is not None:
-            return self
-        with measured() as cost:
-            merged = self.result()
-        return replace(self, merged=merged, cost=cost)
 
 
 @dataclass(frozen=True)
@@ -78,16 +78,28 @@ class _Chosen:
     facts: dict[str, Any]
 
 
-class Chooser:
-    """Chooses ratio, options and scale of merge steps, once for each step and stack of transforms.
+@dataclass(frozen=True)
+class _Merge:
+    """A method run on task vectors, before any scale."""
 
-    What was chosen is remembered for all steps, merged models are not: one at a time is kept, the last anchor.
+    method: MergeMethod
+    source: TaskVectors
+    evidence: Evidence
+    merged: MergedVectors
+    cost: MeasuredCost
+
+
+class Chooser:
+    """Chooses ratio, options and scale of merge steps, once for each step, stack of transforms and kind of heads.
+
+    What was chosen is remembered for all steps, merged models are not. At most two are kept: the last anchor, and where
+    a step is asked for under several kinds of heads its last merge result, of which each kind chooses a scale.
 
     Args:
         recipe: the recipe.
         source: gives the task vectors of a step whose ratio is fixed, by the name of their stack.
         evidence: gives what a method needs besides the weights, for a step whose ratio is fixed and its task vectors.
-        searcher: gives what scores candidates on the validation splits.
+        searcher: gives what scores candidates on the validation splits under such heads.
         merged_before: gives the facts of a step's finished merge, where there is one of the same inputs.
     """
 
@@ -96,7 +108,7 @@ class Chooser:
         recipe: Recipe,
         source: Callable[[MergeStep, str], TaskVectors],
         evidence: Callable[[MergeMethod, MergeStep, str], Evidence],
-        searcher: Callable[[], ScaleSearcher],
+        searcher: Callable[[Heads], ScaleSearcher],
         merged_before: Callable[[MergeStep, str], Mapping[str, Any] | None] = lambda step, vectors: None,
     ) -> None:
         self._recipe, self._source, self._evidence, self._searcher = recipe, source, evidence, searcher
@@ -104,24 +116,34 @@ class Chooser:
         self._chosen: dict[str, _Chosen] = {}
         self._without_scores: dict[str, str] = {}  # what was told of steps for which nothing gives finite scores
         self._last_anchor: tuple[str, dict[str, Tensor]] = ("", {})
+        self._last_merge: tuple[str, _Merge] | None = None
 
-    def choose(self, step: MergeStep, vectors: str) -> MergeChoice:
+    def choose(
+        self, step: MergeStep, vectors: str, heads: Heads = EXPERT_HEADS, *, complete: bool = False
+    ) -> MergeChoice:
         """What a merge step comes to once ratio, options and scale are chosen, where the recipe leaves them.
+
+        Args:
+            step: the step.
+            vectors: name of the stack that makes its task vectors.
+            heads: under which heads the models that are tried are scored.
+            complete: whether the merge result is wanted, and what merging took, also where nothing is searched.
 
         Raises:
             NoFiniteScoreError: nothing that was tried gives finite scores.
         """
-        key = self._what_counts(step, vectors)
-        with naming(f"merge {step.name} ({vectors})"):
+        key = f"{self._what_counts(step, vectors)} {heads.label}"
+        under = f", heads {heads.label}" if heads.fitted else ""
+        with naming(f"merge {step.name} ({vectors}{under})"):
             if key in self._chosen:
                 known = self._chosen[key]
                 fixed = step.model_copy(update={"scale": known.scale})
-                choice = self._chosen_scale(fixed, vectors, known.rho, known.options, scored=False)
+                choice = self._chosen_scale(fixed, vectors, heads, known.rho, known.options, complete=complete)
                 return replace(choice, average=known.average, facts=known.facts)
             if key in self._without_scores:
                 raise NoFiniteScoreError(self._without_scores[key])
             try:
-                choice = self._choose(step, vectors)
+                choice = self._choose(step, vectors, heads, complete=complete)
             except NoFiniteScoreError as error:
                 self._without_scores[key] = str(error)
                 raise
@@ -129,18 +151,18 @@ class Chooser:
         self._chosen[key] = _Chosen(choice.facts.get("rho"), options, choice.scale, choice.average, choice.facts)
         return choice
 
-    def _choose(self, step: MergeStep, vectors: str) -> MergeChoice:
+    def _choose(self, step: MergeStep, vectors: str, heads: Heads, *, complete: bool) -> MergeChoice:
         stack = stack_of(self._recipe, vectors, step)
         ratios: tuple[Any, ...] = AUTO_RATIOS if stack.is_chosen else (stack.rho,)
         settings = [(rho, options) for rho in ratios for options in step.tuned_options]
         if len(settings) == 1:
-            return self._chosen_scale(step, vectors, *settings[0], scored=False)
+            return self._chosen_scale(step, vectors, heads, *settings[0], complete=complete)
         best: MergeChoice | None = None  # one merge result is held at a time, besides the one that is made
         best_key = (-math.inf, 0.0)
         tried: list[tuple[Any, dict[str, Any], float | None, float]] = []
         for rho, options in settings:
             try:
-                choice = self._chosen_scale(step, vectors, rho, options, scored=True)
+                choice = self._chosen_scale(step, vectors, heads, rho, options, scored=True)
             except NoFiniteScoreError:
                 tried.append((rho, options, None, math.nan))
                 continue
@@ -165,34 +187,76 @@ class Chooser:
         return replace(best, facts=facts)
 
     def _chosen_scale(
-        self, step: MergeStep, vectors: str, rho: float | None, options: dict[str, Any], *, scored: bool
+        self,
+        step: MergeStep,
+        vectors: str,
+        heads: Heads,
+        rho: float | None,
+        options: dict[str, Any],
+        *,
+        scored: bool = False,
+        complete: bool = False,
     ) -> MergeChoice:
         """The merge with its scale; with its validation score where the scale is searched or ``scored`` asks for it.
 
         Args:
             step: the merge step.
             vectors: name of the stack that makes its task vectors.
+            heads: under which heads scores are taken.
             rho: rank ratio of the purification in it; None where nothing is purified.
             options: the method's options.
             scored: whether the validation score is wanted in any case.
+            complete: whether the merge result is wanted in any case.
         """
         ratio: dict[str, Any] = {} if rho is None else {"rho": rho}
         if step.purify.rho == "auto":
             step = step.model_copy(update={"purify": step.purify.model_copy(update=ratio)})
-        source = self._source(step, vectors)
-        method = make_method(step.method, with_seed(method_named(step.method).Options, options, self._recipe.seed))
-        scale = step.scale if step.scale is not None else method.default_scale
-        evidence = self._evidence(method, step, vectors)
-        if not scored and not isinstance(scale, ScaleSearch):
+        options = with_seed(method_named(step.method).Options, options, self._recipe.seed)
+        default = method_named(step.method).default_scale
+        scale = step.scale if step.scale is not None else default
+        known = self._known_merge(step, vectors, options)
+        if known is None and not (scored or complete or isinstance(scale, ScaleSearch)):
+            method = make_method(step.method, options)
+            source = self._source(step, vectors)
+            evidence = self._evidence(method, step, vectors)
             return MergeChoice(method, source, evidence, scale, None, math.nan, {"scale": scale, **ratio})
+        made = known or self._merge(step, vectors, options)
+        average, facts, candidate = math.nan, {"scale": scale, **ratio}, None
+        if isinstance(scale, ScaleSearch):
+            found = self._searcher(heads).best(made.source, made.merged, scale, start=default or 1.0)
+            scale, average, candidate = found.scale, found.average, found.candidate
+            facts = {"scale": scale, "search": [list(tried) for tried in found.tried], **ratio}
+        elif scored:
+            tried = MergedCandidate(made.source, made.merged, 1.0 if scale is None else scale)
+            candidate, average = self._searcher(heads).scored(tried, None)
+        fitted = candidate if isinstance(candidate, FittedHeads) else None
+        return MergeChoice(
+            made.method, made.source, made.evidence, scale, made.merged, average, facts, made.cost, fitted
+        )
+
+    def _merge(self, step: MergeStep, vectors: str, options: dict[str, Any]) -> _Merge:
+        """Run the method; the result is kept where the step is asked for under several kinds of heads."""
+        self._last_merge = None
+        method = make_method(step.method, options)
+        source = self._source(step, vectors)
+        evidence = self._evidence(method, step, vectors)
         with measured() as cost:
             merged = merge(method, source, evidence)
-        if isinstance(scale, ScaleSearch):
-            found = self._searcher().best(source, merged, scale, start=method.default_scale or 1.0)
-            facts = {"scale": float(found["scale"]), "search": found["tried"], **ratio}
-            return MergeChoice(method, source, evidence, facts["scale"], merged, found["average"], facts, cost)
-        average = self._searcher().average(MergedCandidate(source, merged, 1.0 if scale is None else scale), None)
-        return MergeChoice(method, source, evidence, scale, merged, average, {"scale": scale, **ratio}, cost)
+        made = _Merge(method, source, evidence, merged, cost)
+        if len(self._recipe.heads_of(step)) > 1:
+            self._last_merge = self._unscaled(step, vectors, options), made
+        return made
+
+    def _known_merge(self, step: MergeStep, vectors: str, options: dict[str, Any]) -> _Merge | None:
+        """The merge result that is kept, if it is this one."""
+        if self._last_merge is None or self._last_merge[0] != self._unscaled(step, vectors, options):
+            return None
+        return self._last_merge[1]
+
+    def _unscaled(self, step: MergeStep, vectors: str, options: dict[str, Any]) -> str:
+        """What a merge result depends on before it is scaled."""
+        stack = stack_of(self._recipe, vectors, step)
+        return f"{stack.described()} {step.method} {json.dumps(options, sort_keys=True)} {step.anchor}"
 
     def anchor(self, step: MergeStep, vectors: str) -> dict[str, Tensor]:
         """The scaled task vector of a step's anchor, run on the same task vectors; the last one is kept.
@@ -206,7 +270,8 @@ class Chooser:
         if self._last_anchor[0] != key:
             self._last_anchor = ("", {})
             log.info("  anchor: %s ...", anchor.name)
-            found = None if key in self._chosen else self._merged_before(anchor, vectors)
+            known = f"{key} {EXPERT_HEADS.label}" in self._chosen
+            found = None if known else self._merged_before(anchor, vectors)
             choice = self.choose(anchor if found is None else _as_merged(anchor, found), vectors)
             scale = 1.0 if choice.scale is None else choice.scale
             self._last_anchor = (key, {name: scale * vector for name, vector in choice.result().vectors.items()})

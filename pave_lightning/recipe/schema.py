@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from pave_lightning.callbacks.options import Capture
 from pave_lightning.config import MOST_TOLD, FolderPath, Name, Section, unless_wrong
 from pave_lightning.errors import listed, nearest, shortened
-from pave_lightning.evaluation.options import EXPERT_HEADS, ControlList, Evaluate, HeadList
+from pave_lightning.evaluation.options import EXPERT_HEADS, ControlList, Evaluate, HeadList, Heads
 from pave_lightning.purification.options import Compute, Purify
 from pave_lightning.recipe.merge_step import MergeStep
 from pave_lightning.recipe.stacks import BUILT_IN, Stack, folder_problems, named_transform, stack_name_problems
@@ -161,6 +161,17 @@ class Recipe(Section):
     def step(self, name: str) -> MergeStep:
         """The merge step of that name."""
         return next(step for step in self.merge if step.name == name)
+
+    def heads_of(self, step: MergeStep) -> list[Heads]:
+        """The heads under which a merge step's models are scored."""
+        return self.heads if step.heads is None else step.heads
+
+    @property
+    def fitted_heads(self) -> list[Heads]:
+        """The fits that any merge step asks for, each once, however scales are chosen."""
+        asked = [heads for step in self.merge for heads in self.heads_of(step) if heads.fitted]
+        fits = [heads.model_copy(update={"search": True}) for heads in asked]
+        return list({heads.label: heads for heads in fits}.values())
 
     def task(self, name: str) -> Task:
         """The task of that name."""

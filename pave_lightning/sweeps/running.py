@@ -18,6 +18,7 @@ from rich.table import Table
 
 from pave_lightning.errors import PaveError, Problems
 from pave_lightning.evaluation import Candidate
+from pave_lightning.evaluation.options import EXPERT_HEADS, Heads
 from pave_lightning.pipeline.commands import open_folder, planning_folder, print_under, read_recipe, working
 from pave_lightning.pipeline.context import Context
 from pave_lightning.pipeline.planning import check_recipe, merge_problems
@@ -25,8 +26,9 @@ from pave_lightning.pipeline.results import Results, short_digest
 from pave_lightning.pipeline.run_folder import RunFolder
 from pave_lightning.pipeline.runner import Runner
 from pave_lightning.pipeline.stage import Stage
-from pave_lightning.pipeline.stages import CaptureStage, EvaluateStage, FitStage, MergeStage, purifications, stages_of
-from pave_lightning.pipeline.stages.evaluate import ScoredMerge, ScoredPurifiedExperts, untouched_models
+from pave_lightning.pipeline.stages import CaptureStage, EvaluateStage, FitStage, purifications, stages_of
+from pave_lightning.pipeline.stages.evaluate import ScoredMerge, ScoredPurifiedExperts, controls, untouched_models
+from pave_lightning.pipeline.stages.heads import fit_heads, head_inputs
 from pave_lightning.pipeline.stages.merge import chooser
 from pave_lightning.recipe.loading import find_sweep, load_recipe
 from pave_lightning.recipe.merge_step import MergeStep
@@ -38,6 +40,8 @@ from pave_lightning.system.files import DAMAGED
 from pave_lightning.system.terminal import terminal
 
 log = logging.getLogger("pave_lightning")
+
+HEADS = "heads"
 
 
 @dataclass(frozen=True)
@@ -79,15 +83,16 @@ def run_sweep(name: str, overrides: Sequence[str] = (), *, verify: bool = False)
     with working(recipe, verify=verify) as runner:
         root = runner.results.folder.root
         rows: list[dict[str, Any]] = []
+        told = HEADS in keys_of(cells)
         for number, cell in enumerate(cells, start=1):
             log.info("%d of %d: %s", number, len(cells), cell.label)
-            rows += cell_rows(cell, runner)
+            rows += cell_rows(cell, runner, heads=told)
         files = write_sweep(pd.DataFrame(rows), view_of(recipe), root)
         tracker = runner.context.tracker
         if tracker is not None:
             for file in files:
                 tracker.log_file(tracker.parent_run_id, file)
-            tracker.complete_parent("summary", _summary_metrics(files, list(cells[0].values)))
+            tracker.complete_parent("summary", _summary_metrics(files, keys_of(cells)))
     return root
 
 
@@ -120,6 +125,12 @@ def plan_sweep(
             table.add_row(str(number), cell.label, _told(experts), _told(scores))
         table.caption, table.caption_justify = f"{len(cells)} settings, {undone} to do", "left"
         print_under(f"sweep {recipe.name} in {folder.root}", table, console or terminal())
+
+
+def keys_of(cells: Sequence[Cell]) -> list[str]:
+    """What tells the settings of a sweep apart: the varied keys, and the heads where any are fitted."""
+    fitted = any(cell.recipe.fitted_heads for cell in cells)
+    return list(dict.fromkeys([*cells[0].values, *([HEADS] if fitted else [])]))
 
 
 def _told(there: Sequence[bool]) -> str:
@@ -171,7 +182,7 @@ def _check(cells: Sequence[Cell], view: SweepView, folder: RunFolder) -> None:
     Data, models and trainer are looked at once for all settings that have them in common; seeds change nothing here.
     """
     problems = Problems(f"the sweep {cells[0].recipe.name} cannot be run:")
-    problems.extend(f"sweep.{problem}" for problem in view.problems(list(cells[0].values)))
+    problems.extend(f"sweep.{problem}" for problem in view.problems(keys_of(cells)))
     problems.extend(_idle_settings(cells))
     for cell in cells:
         if cell.recipe.evaluate.purified_experts and len(purifications(cell.recipe)) > 1:
@@ -226,23 +237,27 @@ class TriedMerge(ScoredMerge):
 
     may_fail = True
 
-    def __init__(self, results: Results, step: MergeStep, vectors: str) -> None:
-        super().__init__(results, step, vectors)
-        self.words = f"{self.model} ({vectors})"
-
     def needs(self) -> Sequence[Stage]:
         """What the merge needs."""
-        return self.merge.needs()
+        (weights,) = self.merge.weights_from or [self.merge]
+        return weights.needs()
 
     def depends_on(self) -> dict[str, Any]:
         """What the merged model depends on."""
-        return {"merge": self.merge.inputs()}
+        (weights,) = self.merge.weights_from or [self.merge]
+        fitted = {"fitted": head_inputs(self.results, self.merge.heads)} if self.merge.weights_from else {}
+        return {"merge": weights.inputs(), **fitted}
 
     def candidate(self, context: Context) -> tuple[Candidate, dict[str, Any]]:
         """The merge result, and what was chosen and what it took."""
-        chosen = chooser(context).choose(self.merge.step, self.merge.vectors).completed()
+        heads, merge = self.merge.heads, self.merge
+        under = EXPERT_HEADS if merge.weights_from else heads
+        chosen = chooser(context).choose(merge.step, merge.vectors, under, complete=True)
         known = {**chosen.facts, **vars(chosen.cost)}
-        return chosen.candidate(), {key: value for key, value in known.items() if key in CARRIED_COLUMNS}
+        candidate: Candidate = chosen.fitted or chosen.candidate()
+        if heads.fitted and chosen.fitted is None:
+            candidate = fit_heads(context, candidate, heads)
+        return candidate, {key: value for key, value in known.items() if key in CARRIED_COLUMNS}
 
 
 class CellScores(EvaluateStage):
@@ -251,8 +266,14 @@ class CellScores(EvaluateStage):
     @classmethod
     def all(cls, results: Results) -> Sequence[CellScores]:
         """Those of every model of a cell, in the order of work."""
-        merged = (TriedMerge(results, merge.step, merge.vectors) for merge in MergeStage.all(results))
-        return [cls(results, model) for model in (*untouched_models(results), *merged)]
+        recipe = results.recipe
+        merged = (
+            TriedMerge(results, step, vectors, heads)
+            for step in recipe.merge
+            for vectors in step.vectors
+            for heads in recipe.heads_of(step)
+        )
+        return [cls(results, model) for model in (*untouched_models(results), *controls(results), *merged)]
 
     @property
     def name(self) -> str:
@@ -267,7 +288,8 @@ class CellScores(EvaluateStage):
     def doing(self) -> str:
         """What is done, in the log and in messages."""
         model = self.model
-        told = f"{model.model} ({model.vectors})" if model.vectors else model.model
+        about = filter(None, [model.vectors, "" if model.heads == EXPERT_HEADS.label else f"heads {model.heads}"])
+        told = f"{model.model} ({', '.join(about)})".removesuffix(" ()")
         return f"{'merge' if isinstance(model, TriedMerge) else 'score'} {told}"
 
     @property
@@ -276,12 +298,13 @@ class CellScores(EvaluateStage):
         return
 
 
-def cell_rows(cell: Cell, driver: Runner) -> Iterator[dict[str, Any]]:
+def cell_rows(cell: Cell, driver: Runner, *, heads: bool = False) -> Iterator[dict[str, Any]]:
     """Make what is not there of one cell; one row for every model, task and metric.
 
     Args:
         cell: the setting.
         driver: runs the sweep, whose folder and record are used.
+        heads: whether the rows say under which heads a model was scored.
     """
     trained = cell.recipe.model_dump(mode="json", by_alias=True, include={"base", "trainer", "tasks"})
     results = Results(cell.recipe, driver.results.folder)
@@ -300,7 +323,7 @@ def cell_rows(cell: Cell, driver: Runner) -> Iterator[dict[str, Any]]:
     for folder in _purified_folders(results.folder) - there:
         shutil.rmtree(folder, ignore_errors=True)
     for stage in scores:
-        yield from _scored(cell, stage)
+        yield from ({**row, HEADS: stage.model.heads} if heads else row for row in _scored(cell, stage))
 
 
 def _purified_folders(folder: RunFolder) -> set[Path]:

@@ -60,7 +60,7 @@ def test_a_scale_that_overflows_only_loses(suite, tmp_path):
         precision="32-true",
         root=tmp_path,
     )
-    tried = dict(searcher.best(source, MergedVectors(merged), ScaleSearch(search=(0.0, 4.0), points=3))["tried"])
+    tried = dict(searcher.best(source, MergedVectors(merged), ScaleSearch(search=(0.0, 4.0), points=3)).tried)
     assert math.isfinite(tried[0.0])
     assert math.isnan(tried[2.0])
     assert math.isnan(tried[4.0])

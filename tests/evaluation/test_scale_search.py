@@ -82,20 +82,20 @@ def test_the_best_average_of_normalised_scores_wins(searcher):
     curve = {0.0: (0, 0, 0), 0.25: (0.5, 0.2, 0.1), 0.5: (0.5, 0.1, 0.1), 0.75: (0.6, 0, 0), 1.0: (0.9, 0.1, 0.1)}
     _, search = searcher((0.9, 0.2, 0.1), curve.get)
     found = find(search)
-    assert found["scale"] == 0.25
+    assert found.scale == 0.25
     averages = [(a / 0.9 + b / 0.2 + c / 0.1) / 3 for a, b, c in curve.values()]
-    assert [scale for scale, _ in found["tried"]] == list(curve)
-    assert [average for _, average in found["tried"]] == pytest.approx(averages)
+    assert [scale for scale, _ in found.tried] == list(curve)
+    assert [average for _, average in found.tried] == pytest.approx(averages)
 
 
 def test_among_equals_the_smaller_scale_wins(searcher):
     _, search = searcher((1, 1, 1), lambda scale: (0.5, 0.5, 0.5) if scale > 0.2 else (0, 0, 0))
-    assert find(search)["scale"] == 0.25
+    assert find(search).scale == 0.25
 
 
 def test_both_ends_are_tried(searcher):
     stub, search = searcher((1, 1, 1), lambda scale: (scale, scale, scale))
-    assert find(search, (-0.2, 1.4), 3)["scale"] == 1.4
+    assert find(search, (-0.2, 1.4), 3).scale == 1.4
     assert [scale for _, scale, _ in stub.asked] == [None, -0.2, 0.6, 1.4]
 
 
@@ -105,7 +105,7 @@ def test_both_ends_are_tried(searcher):
 )
 def test_a_best_scale_at_the_end_of_the_search_is_told(searcher, caplog, best, search, told):
     _, found = searcher([1.0, 1.0, 1.0], lambda scale: [1 - abs(scale - best)] * 3)
-    assert find(found, search=search)["scale"] == best
+    assert find(found, search=search).scale == best
     assert [told] * bool(told) == [word for word in ("largest", "smallest") if f"is the {word} that was" in caplog.text]
 
 
@@ -126,13 +126,13 @@ def test_an_automatic_search_goes_by_factors_of_two_until_the_score_has_fallen_o
     found, tried = find_from(searcher((1, 1, 1), peak(best)), 1.0)
     assert tried[: len(asked)] == asked
     assert len(tried) == len(asked) + 4  # two refinements, on both sides of the best
-    assert max(found["scale"] / best, best / found["scale"]) < 2**0.25
-    assert [scale for scale, _ in found["tried"]] == pytest.approx(sorted(tried), abs=1e-6)
+    assert max(found.scale / best, best / found.scale) < 2**0.25
+    assert [scale for scale, _ in found.tried] == pytest.approx(sorted(tried), abs=1e-6)
 
 
 def test_an_automatic_search_finds_a_best_scale_far_beyond_a_usual_range(searcher):
     found, tried = find_from(searcher((1, 1, 1), peak(7.3)), 1.0)
-    assert found["scale"] == pytest.approx(7.3, rel=0.1)
+    assert found.scale == pytest.approx(7.3, rel=0.1)
     assert max(tried) == 16.0
 
 
@@ -144,16 +144,16 @@ def test_an_automatic_search_begins_at_the_default_scale(searcher):
 @pytest.mark.parametrize(("direction", "end"), [(1, "largest"), (-1, "smallest")])
 def test_an_automatic_search_ends_after_twelve_scales_and_tells_that_its_end_is_open(searcher, caplog, direction, end):
     found, _ = find_from(searcher((1, 1, 1), lambda scale: [direction * math.log2(scale)] * 3), 1.0)
-    powers = [math.log2(scale) for scale, _ in found["tried"]]
+    powers = [math.log2(scale) for scale, _ in found.tried]
     assert sum(power == round(power) for power in powers) == 12
-    assert found["scale"] == 2.0 ** (10 * direction)
+    assert found.scale == 2.0 ** (10 * direction)
     assert f"the best scale is the {end} of the {len(powers)} that were tried" in caplog.text
 
 
 def test_a_plateau_ends_an_automatic_search(searcher, caplog):
     found, tried = find_from(searcher((1, 1, 1), lambda scale: [0.5] * 3), 1.0)
     assert sorted(tried) == [0.5, 1.0, 2.0]
-    assert found["scale"] == 0.5
+    assert found.scale == 0.5
     assert "larger ones do as well" in caplog.text
 
 
@@ -165,19 +165,19 @@ def test_a_plateau_at_larger_scales_is_not_walked_along(searcher):
 def test_scales_without_finite_scores_end_a_side(searcher):
     found, tried = find_from(searcher((1, 1, 1), lambda scale: [math.nan if scale > 3 else scale] * 3), 1.0)
     assert max(tried) == 4.0
-    assert 2.0 <= found["scale"] <= 3.0
+    assert 2.0 <= found.scale <= 3.0
 
 
 def test_an_automatic_search_goes_down_while_nothing_is_finite(searcher):
     found, _ = find_from(searcher((1, 1, 1), lambda scale: [math.nan if scale > 0.3 else scale] * 3), 1.0)
-    assert 0.25 <= found["scale"] <= 0.3
+    assert 0.25 <= found.scale <= 0.3
     with pytest.raises(PaveError, match="no scale that was tried gives finite scores"):
         find_from(searcher((1, 1, 1), lambda scale: [math.nan] * 3), 1.0)
 
 
 def test_an_end_of_a_range_is_told_with_what_goes_beyond_it(searcher, caplog):
     _, search = searcher((1, 1, 1), lambda scale: [scale] * 3)
-    assert find(search, search=(1.0, 3.0), points=3)["scale"] == 3.0
+    assert find(search, search=(1.0, 3.0), points=3).scale == 3.0
     assert "`scale: search` continues past the end of a range" in caplog.text
 
 
@@ -191,7 +191,7 @@ def test_an_end_of_a_range_is_told_with_what_goes_beyond_it(searcher, caplog):
 )
 def test_a_plateau_at_the_end_of_a_range_is_told(searcher, caplog, curve, plateau):
     _, search = searcher((1, 1, 1), lambda scale: [curve(scale)] * 3)
-    assert find(search, search=(1.0, 3.0), points=3)["scale"] == 1.0
+    assert find(search, search=(1.0, 3.0), points=3).scale == 1.0
     assert ("larger ones do as well" in caplog.text) == plateau
 
 
@@ -231,7 +231,7 @@ def test_the_rows_of_a_search_are_found_once(searcher, suite):
 
 def test_scores_that_are_no_numbers_never_win(searcher):
     _, search = searcher((1, 1, 1), lambda scale: (math.nan, 1, 1) if scale > 0.6 else (scale, 0, 0))
-    assert find(search)["scale"] == 0.5
+    assert find(search).scale == 0.5
 
 
 def test_no_scale_with_finite_scores(searcher):
@@ -249,8 +249,8 @@ def test_an_expert_without_finite_scores_is_named(searcher):
 def test_tasks_whose_expert_scores_nothing_do_not_count(searcher):
     _, search = searcher((1, 0, -0.1), lambda scale: (1 - scale, scale, scale))
     found = find(search)
-    assert found["scale"] == 0.0
-    assert found["tried"][0][1] == pytest.approx(1.0)
+    assert found.scale == 0.0
+    assert found.tried[0][1] == pytest.approx(1.0)
 
 
 def test_an_expert_that_scores_next_to_nothing_is_told_once(searcher, caplog):
@@ -301,6 +301,6 @@ def test_a_search_with_models_never_touches_the_test_split(suite, tmp_path):
     for scale in (0.0, 0.5, 1.0):
         backbone = {name: value + scale * 2 * (expert[f"bert.{name}"] - value) for name, value in start.items()}
         expected.append(accuracy(expert_folder, backbone, rows, suite.tokenizer) / reference)
-    assert [average for _, average in found["tried"]] == pytest.approx(expected, abs=1e-6)
+    assert [average for _, average in found.tried] == pytest.approx(expected, abs=1e-6)
     assert len(set(expected)) > 1
-    assert found["scale"] == (0.0, 0.5, 1.0)[int(np.argmax(expected))]
+    assert found.scale == (0.0, 0.5, 1.0)[int(np.argmax(expected))]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from pave_lightning.errors import PaveError, counted
 from pave_lightning.evaluation.heads import least_rows
 from pave_lightning.pipeline.results import Results
-from pave_lightning.pipeline.stages.evaluate import heads_of, scored_models
+from pave_lightning.pipeline.stages.evaluate import ScoredModel, scored_models
 from pave_lightning.recipe.schema import Recipe
 from pave_lightning.tasks.data import load_split, sample_rows
 from pave_lightning.tasks.task import Task
@@ -31,13 +31,13 @@ def head_problems(recipe: Recipe, cache: Path) -> Iterator[str]:
         recipe: what is checked.
         cache: folder of copies of rows.
     """
-    asked = {one.label: one for step in recipe.merge for one in heads_of(recipe, step) if one.fit != "expert"}
+    asked = recipe.fitted_heads
     loaded: dict[str, tuple[datasets.Dataset, set[str]]] = {}
     for task in recipe.tasks if asked else ():
         with suppress(PaveError):  # told with what is wrong with the data
             training, test = (load_split(task, split, seed=recipe.seed, cache_dir=cache) for split in ("train", "test"))
             loaded[task.name] = training, set(_shown(task, test))
-    for heads in asked.values():
+    for heads in asked:
         for task in recipe.tasks:
             if task.name not in loaded:
                 continue
@@ -68,12 +68,12 @@ def _shown(task: Task, rows: datasets.Dataset) -> Iterator[str]:
 
 def score_folder_problems(results: Results) -> Iterator[str]:
     """Models whose scores would be written into one folder, which those under fitted heads share with merged ones."""
-    first: dict[str, str] = {}
+    first: dict[str, ScoredModel] = {}
     with suppress(PaveError):  # stacks that cannot be made are told with the merge steps
         for model in scored_models(results):
-            other = first.setdefault(model.label.lower(), model.words)
-            if other != model.words:
+            other = first.setdefault(model.label.lower(), model)
+            if (other.model, other.vectors, other.heads) != (model.model, model.vectors, model.heads):
                 yield (
-                    f"the scores of {other} and of {model.words} would be written into one folder, "
+                    f"the scores of {other.words} and of {model.words} would be written into one folder, "
                     f"scores/{model.label}, at least on some file systems; give a merge step or a stack another name"
                 )

@@ -92,7 +92,7 @@ def predicted_cost(recipe: Recipe, folder: RunFolder) -> PredictedCost:
     architecture = Architecture.of_folder(base_folder, *recipe.auto_models)
     parameters = list(stored_parameters(architecture.base_checkpoint(base_folder), architecture))
     capture = recipe.capture
-    merges = [stage for stage in stages if isinstance(stage, MergeStage)]
+    merges = [stage for stage in stages if isinstance(stage, MergeStage) and not stage.weights_from]
     planned = [stage.options for stage in stages if isinstance(stage, PurifyStage | ExportStage)]
     kinds = expected_kinds(parameters, capture.moments, convolutions=capture.convolutions)
     exported = 0 if _purifies_in_a_run(recipe) else sum(len(one.tasks or recipe.tasks) for one in planned)

@@ -16,11 +16,10 @@ from pave_lightning.pipeline.scoring import score_inputs
 from pave_lightning.pipeline.stage import Stage
 from pave_lightning.pipeline.stages.fit import FitStage, expert_digests, experts
 from pave_lightning.pipeline.stages.heads import HeadsStage
-from pave_lightning.pipeline.stages.merge import MergeStage
+from pave_lightning.pipeline.stages.merge import MergeStage, merged_model
 from pave_lightning.pipeline.stages.purify import label, needed_for, purification_inputs, purifications, task_vectors
 from pave_lightning.purification.options import Purify
 from pave_lightning.recipe.merge_step import MergeStep
-from pave_lightning.recipe.schema import Recipe
 from pave_lightning.system.processes import is_rank_zero
 from pave_lightning.tasks.task import Task
 
@@ -145,13 +144,13 @@ class ScoredPurifiedExperts(ScoredModel):
 
 
 class ScoredMerge(ScoredModel):
-    """A merged model as it lies in the run folder."""
+    """A merged model as it lies in the run folder, with the heads in it."""
 
-    def __init__(self, results: Results, step: MergeStep, vectors: str) -> None:
+    def __init__(self, results: Results, step: MergeStep, vectors: str, heads: Heads = EXPERT_HEADS) -> None:
         super().__init__(results)
-        self.merge = MergeStage(results, step, vectors)
-        self.label, self.model, self.vectors = self.merge.label, step.name, vectors
-        self.words = f"the model {self.label}"
+        self.merge = MergeStage(results, step, vectors, heads)
+        self.label, self.model, self.vectors, self.heads = self.merge.label, step.name, vectors, heads.label
+        self.words = f"the model {self.merge.words}"
 
     @property
     def form(self) -> Form:
@@ -168,16 +167,7 @@ class ScoredMerge(ScoredModel):
 
     def candidate(self, context: Context) -> tuple[Candidate, dict[str, Any]]:
         """The checkpoint in the folder, with what is kept for each task where there is something."""
-        from pave_lightning.evaluation import CheckpointCandidate, ModulatedCandidate
-        from pave_lightning.merging import Modulator
-        from pave_lightning.weights import Checkpoint
-
-        folder = self.results.path(self.merge)
-        checkpoint, kept = Checkpoint(folder, context.architecture.prefix), folder / "modulators"
-        if not kept.is_dir():
-            return CheckpointCandidate(checkpoint), {}
-        modulators = {task.name: Modulator(kept / f"{task.name}.safetensors") for task in context.recipe.tasks}
-        return ModulatedCandidate(context.base, checkpoint, modulators), {}
+        return merged_model(context, self.results.path(self.merge)), {}
 
 
 class ScoredExpert(ScoredModel):
@@ -203,7 +193,7 @@ class ScoredExpert(ScoredModel):
 
 
 class ScoredFitted(ScoredModel):
-    """A model under heads whose last layers are fitted to it.
+    """A model that is not merged, under heads whose last layers are fitted to it.
 
     Args:
         results: the recipe, and what is there of it.
@@ -309,24 +299,17 @@ def scored_models(results: Results) -> Iterator[ScoredModel]:
     """Every model that a run scores, in the order of its tables."""
     yield from untouched_models(results)
     yield from controls(results)
-    for merge in MergeStage.all(results):
-        model = ScoredMerge(results, merge.step, merge.vectors)
-        for heads in heads_of(results.recipe, merge.step):
-            yield model if heads.fit == "expert" else ScoredFitted(results, model, heads)
-
-
-def heads_of(recipe: Recipe, step: MergeStep) -> list[Heads]:
-    """The heads under which a merge step's models are scored."""
-    return recipe.heads if step.heads is None else step.heads
+    for step in results.recipe.merge:
+        for vectors in step.vectors:
+            yield from (ScoredMerge(results, step, vectors, heads) for heads in results.recipe.heads_of(step))
 
 
 def controls(results: Results) -> Iterator[ScoredModel]:
     """What merged models under fitted heads are to be compared with; nothing where no head is fitted."""
     recipe = results.recipe
-    asked = {heads.label: heads for step in recipe.merge for heads in heads_of(recipe, step) if heads.fit != "expert"}
-    if not asked:
+    fits = recipe.fitted_heads
+    if not fits:
         return
-    fits = list(asked.values())
     if "base" in recipe.controls:
         yield from (ScoredFitted(results, ScoredBase(results), heads) for heads in fits)
     if "probe" in recipe.controls and not any(heads.fit == "labels" for heads in fits if "base" in recipe.controls):

@@ -1,15 +1,13 @@
-"""The heads of one model, their last layers fitted to its features."""
+"""Heads whose last layers are fitted to the features of one model."""
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Sequence
-from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pave_lightning.errors import PaveError, doing
+from pave_lightning.errors import doing
 from pave_lightning.evaluation.options import Heads
-from pave_lightning.merging.folders import FITTED_HEADS_FILE
 from pave_lightning.pipeline.context import Context, shared
 from pave_lightning.pipeline.results import Results
 from pave_lightning.pipeline.stage import Stage
@@ -18,13 +16,17 @@ from pave_lightning.pipeline.stages.fit import FitStage, expert_digests, experts
 from pave_lightning.system.files import write_tensors
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from pave_lightning.evaluation import Candidate
-    from pave_lightning.evaluation.heads import HeadRows
+    from pave_lightning.evaluation.heads import FittedHeads, HeadRows
     from pave_lightning.subspace.linear_fit import LinearFit
+    from pave_lightning.tasks.task import Batch
 
-FORMAT = 1
+log = logging.getLogger("pave_lightning")
+
+# Raised when fits change meaning, so that older ones are made anew.
+FORMAT = 2
+# The fitted last layers of all tasks' heads.
+FITTED_HEADS_FILE = "heads.safetensors"
 
 
 class Featured(Protocol):
@@ -80,66 +82,88 @@ class HeadsStage(Stage):
 
     def depends_on(self) -> dict[str, Any]:
         """The model, the experts, the rows, and the labels where they are used."""
-        tasks = self.results.recipe.tasks
-        labels = {task.name: task.labelled_by for task in tasks} if self.heads.fit == "labels" else {}
-        return {
-            "format": FORMAT,
-            **self.model.depends_on(),
-            "experts": expert_digests(self.results),
-            "heads": self.heads.model_dump(),
-            "rows": {task.name: shown_examples(self.results, task) for task in tasks},
-            **({"labelled": labels} if labels else {}),
-        }
+        return {**self.model.depends_on(), **head_inputs(self.results, self.heads)}
 
     def run(self, context: Context) -> None:
         """Run the model and the experts on the rows, and solve for every task's last layer."""
-        from pave_lightning.evaluation.heads import fit_head
-        from pave_lightning.pipeline.evaluating import evaluator
-
         with doing(f"fit heads of {self.model.label} ({self.heads.label})"), context.writing(self) as writer:
-            started = perf_counter()
-            mine = rows_of(context, self.model, self.heads.rows)
-            theirs = expert_rows(context)(self.heads.rows)
-            passed = perf_counter()
-            tensors: dict[str, Tensor] = {}
-            names: dict[str, str] = {}
-            for task in context.recipe.tasks:
-                name, layer = evaluator(context).last_layer(task.name)
-                if name is None or layer is None:
-                    raise PaveError(
-                        f"task '{task.name}': its head does not end in a linear layer; fit none of its heads"
-                    )
-                rows = mine[task.name], theirs[task.name]
-                fit = fit_head(task, self.heads, *rows, layer, seed=context.recipe.seed)
-                tensors |= {f"{task.name}.weight": fit.weight, f"{task.name}.bias": fit.bias}
-                names[task.name] = name
-                writer.result.setdefault("strengths", {})[task.name] = fit.strength
-            write_tensors(writer.path / FITTED_HEADS_FILE, tensors, {"layers": json.dumps(names)})
-            writer.result["seconds"] = {"passes": passed - started, "fits": perf_counter() - passed}
+            fits = fit_heads(context, self.model.candidate(context)[0], self.heads).heads
+            tensors = {
+                f"{task}.{part}": tensor
+                for task, fit in fits.items()
+                for part, tensor in (("weight", fit.weight), ("bias", fit.bias))
+            }
+            write_tensors(writer.path / FITTED_HEADS_FILE, tensors)
+            writer.result.update(strengths={task: fit.strength for task, fit in fits.items()})
 
     def load(self) -> dict[str, LinearFit]:
-        """The last layers by task."""
+        """The last layers of those tasks that have a fitted one."""
         from safetensors.torch import load_file
 
         from pave_lightning.subspace.linear_fit import LinearFit
 
         found = load_file(self.results.path(self) / FITTED_HEADS_FILE)
-        tasks = self.results.recipe.tasks
-        return {task.name: LinearFit(found[f"{task.name}.weight"], found[f"{task.name}.bias"]) for task in tasks}
+        tasks = self.results.finished(self).result["strengths"]
+        return {task: LinearFit(found[f"{task}.weight"], found[f"{task}.bias"]) for task in tasks}
 
 
-def rows_of(context: Context, model: Featured, rows: int) -> dict[str, HeadRows]:
-    """What the tasks' heads are given by a model for a sample of training rows, and say of them."""
+def head_inputs(results: Results, heads: Heads) -> dict[str, Any]:
+    """What fitted heads depend on besides the model: options, experts, rows, and labels where they are used."""
+    tasks = results.recipe.tasks
+    labels = {task.name: task.labelled_by for task in tasks} if heads.fit == "labels" else {}
+    return {
+        "format": FORMAT,
+        "experts": expert_digests(results),
+        "heads": heads.model_dump(),
+        "rows": {task.name: shown_examples(results, task) for task in tasks},
+        **({"labelled": labels} if labels else {}),
+    }
+
+
+def fit_heads(context: Context, candidate: Candidate, heads: Heads) -> FittedHeads:
+    """A model under heads whose last layers are fitted to it.
+
+    A task keeps its expert's head, with a word in the log, where that does not end in a linear layer, or where the
+    model gives all rows the same features.
+
+    Args:
+        context: what the stages share.
+        candidate: the model.
+        heads: how they are fitted.
+
+    Raises:
+        PaveError: a task has too few rows, or no labels where they are needed.
+        NotFiniteError: features or outputs hold NaN or infinity.
+    """
+    from pave_lightning.evaluation.heads import FittedHeads, UnvaryingError, fit_head
+    from pave_lightning.pipeline.evaluating import evaluator
+
+    model, theirs = evaluator(context), _expert_rows(context)(heads.rows)
+    mine = model.head_rows(candidate, _batches(context, heads.rows))
+    fits = {}
+    for task in context.recipe.tasks:
+        _, layer = model.last_layer(task.name)
+        if layer is None:  # told when the experts' rows were made
+            continue
+        try:
+            rows = mine[task.name], theirs[task.name]
+            fits[task.name] = fit_head(task, heads, *rows, layer, seed=context.recipe.seed)
+        except UnvaryingError as error:
+            log.warning("  %s; it keeps its expert's head", error)
+    return FittedHeads(candidate, fits, {task.name: task for task in context.recipe.tasks})
+
+
+def _batches(context: Context, rows: int) -> dict[str, Sequence[Batch]]:
+    """Rows of those tasks whose head ends in a linear layer."""
     from pave_lightning.pipeline.evaluating import evaluator
     from pave_lightning.pipeline.task_data import shown_batches
 
-    batches = {task.name: shown_batches(context, task, rows) for task in context.recipe.tasks}
-    return evaluator(context).head_rows(model.candidate(context)[0], batches)
+    fitted = [task for task in context.recipe.tasks if evaluator(context).last_layer(task.name)[1] is not None]
+    return {task.name: shown_batches(context, task, rows) for task in fitted}
 
 
 @shared
-def expert_rows(context: Context) -> RowsOfExperts:
-    """What the experts give their own heads, made once for each number of rows."""
+def _expert_rows(context: Context) -> RowsOfExperts:
     return RowsOfExperts(context)
 
 
@@ -154,10 +178,12 @@ class RowsOfExperts:
         """The rows by task."""
         from pave_lightning.evaluation import ExpertsCandidate
         from pave_lightning.pipeline.evaluating import evaluator
-        from pave_lightning.pipeline.task_data import shown_batches
 
         if rows not in self._known:
-            batches = {task.name: shown_batches(self._context, task, rows) for task in self._context.recipe.tasks}
+            batches = _batches(self._context, rows)
+            for task in self._context.recipe.tasks:
+                if task.name not in batches:
+                    log.warning("  task '%s': its head does not end in a linear layer, so it is kept", task.name)
             candidate = ExpertsCandidate(experts(self._context))
             self._known[rows] = evaluator(self._context).head_rows(candidate, batches)
         return self._known[rows]

@@ -1,65 +1,96 @@
-"""A merged model: all experts merged by one method, on task vectors that one stack of transforms makes."""
+"""A merged model: all experts merged by one method, on task vectors that one stack of transforms makes.
+
+It has the heads of its experts, or heads that were fitted to it.
+"""
 
 from __future__ import annotations
 
 import math
+import os
+import shutil
 from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pave_lightning.errors import doing
-from pave_lightning.evaluation.options import ScaleSearch
+from pave_lightning.evaluation.options import EXPERT_HEADS, Heads, ScaleSearch
 from pave_lightning.merging import Evidence, MergeMethod, method_named
-from pave_lightning.merging.folders import MergeContext, write_merged
+from pave_lightning.merging.folders import MergeContext, load_fitted_heads, write_fitted_heads, write_merged
 from pave_lightning.pipeline.context import Context, shared
 from pave_lightning.pipeline.providers import MergeRequest, Provider, evidence, providers_of
 from pave_lightning.pipeline.results import Results
-from pave_lightning.pipeline.run_folder import Manifest
+from pave_lightning.pipeline.run_folder import Manifest, StageWriter
 from pave_lightning.pipeline.scoring import score_inputs
 from pave_lightning.pipeline.seeds import with_seed
 from pave_lightning.pipeline.stacks import TransformStack, stack_of
 from pave_lightning.pipeline.stage import Stage
 from pave_lightning.pipeline.stages.fit import FitStage, expert_digests, experts
+from pave_lightning.pipeline.stages.heads import fit_heads, head_inputs
 from pave_lightning.pipeline.stages.purify import purification_inputs, purify_stages, task_vectors
 from pave_lightning.recipe.merge_step import MergeStep
 from pave_lightning.transforms import transformed
 from pave_lightning.transforms.pave import Pave
-from pave_lightning.weights import TaskVectors
+from pave_lightning.weights import Checkpoint, TaskVectors
 
 if TYPE_CHECKING:
-    from pave_lightning.pipeline.tuning import Chooser
+    from pave_lightning.evaluation import Candidate
+    from pave_lightning.evaluation.heads import FittedHeads
+    from pave_lightning.pipeline.tuning import Chooser, MergeChoice
 
 FORMAT = 3
 
 
 class MergeStage(Stage):
-    """A merge step on the task vectors of one stack of transforms.
+    """A merge step on the task vectors of one stack of transforms, with one kind of heads.
+
+    Where anything is chosen on validation data, it is chosen under these heads, so that models with other heads may
+    have other weights. Where nothing is, or the heads say so (``search: false``), the weights are those of the model
+    with its experts' heads.
 
     Args:
         results: the recipe, and what is there of it.
         step: the merge step.
         vectors: name of the stack.
+        heads: the heads that it has.
     """
 
     command = "merge"
 
-    def __init__(self, results: Results, step: MergeStep, vectors: str) -> None:
+    def __init__(self, results: Results, step: MergeStep, vectors: str, heads: Heads = EXPERT_HEADS) -> None:
         super().__init__(results)
-        self.step, self.vectors = step, vectors
+        self.step, self.vectors, self.heads = step, vectors, heads
 
     @classmethod
     def all(cls, results: Results) -> list[MergeStage]:
-        """Every merged model that the recipe asks for."""
-        return [cls(results, step, vectors) for step in results.recipe.merge for vectors in step.vectors]
+        """Every merged model that the recipe asks for, each after the one whose weights it has."""
+        found: dict[tuple[str, str, str], MergeStage] = {}
+        for step in results.recipe.merge:
+            for vectors in step.vectors:
+                for heads in results.recipe.heads_of(step):
+                    stage = cls(results, step, vectors, heads)
+                    for one in (*stage.weights_from, stage):
+                        found.setdefault((step.name, vectors, one.heads.label), one)
+        return list(found.values())
 
     @property
     def name(self) -> str:
-        """``merged/NAME-VECTORS``."""
+        """``merged/NAME-VECTORS``, and ``-heads-FIT`` for heads that are fitted."""
         return f"merged/{self.label}"
 
     @property
     def label(self) -> str:
         """What tells the model from others in the names of folders."""
-        return f"{self.step.name}-{self.vectors}"
+        fitted = f"-heads-{self.heads.label}" if self.heads.fitted else ""
+        return f"{self.step.name}-{self.vectors}{fitted}"
+
+    @property
+    def weights_from(self) -> list[MergeStage]:
+        """The model whose weights it has; none where it is merged itself."""
+        searched = isinstance(self.step.scale, ScaleSearch) or self.step.tune or self.stack.is_chosen
+        if not self.heads.fitted or (searched and self.heads.search):
+            return []
+        return [MergeStage(self.results, self.step, self.vectors)]
 
     @property
     def request(self) -> MergeRequest:
@@ -88,17 +119,26 @@ class MergeStage(Stage):
         scale, stack = self.step.scale, self.stack
         told = "" if scale is None else f", scale {scale if isinstance(scale, float) else 'searched'}"
         before = "" if stack.is_built_in else f", after {', '.join(transform.name for transform in stack.transforms)}"
-        return f"{self.step.method}{told}{before}"
+        heads = f", heads fitted to {self.heads.fit}" if self.heads.fitted else ""
+        return f"{self.step.method}{told}{before}{heads}"
 
     def needs(self) -> list[Stage]:
-        """Experts, what the evidence for method and transforms is made of, and purified weights."""
+        """Experts, what the evidence for method and transforms is made of, and purified weights; or a merged model."""
+        if self.weights_from:
+            return [*FitStage.all(self.results), *self.weights_from]
         given = [stage for provider in self.providers for stage in provider.stages(self.request)]
         purification = self.stack.purification
         purified = [] if purification is None else purify_stages(self.results, purification)
         return [*FitStage.all(self.results), *given, *purified]
 
     def depends_on(self) -> dict[str, Any]:
-        """Experts, base, options, task vectors and evidence; what anything is chosen on."""
+        """Experts, base, options, task vectors and evidence; what anything is chosen on, what heads are fitted to."""
+        fitted = head_inputs(self.results, self.heads) if self.heads.fitted else {}
+        inputs = [self.results.finished(stage).digest() for stage in self.weights_from]
+        made: dict[str, Any] = {"weights": inputs} if inputs else self._merged_from()
+        return {**made, "fitted": fitted} if fitted else made
+
+    def _merged_from(self) -> dict[str, Any]:
         recipe, step, method, stack = self.results.recipe, self.step, method_named(self.step.method), self.stack
         experts = expert_digests(self.results)
         inputs: dict[str, Any] = {
@@ -128,37 +168,56 @@ class MergeStage(Stage):
         return inputs
 
     def run(self, context: Context) -> None:
-        """Choose what the recipe leaves open, merge, and write the model."""
-        step = self.step
+        """Choose what the recipe leaves open, merge, and write the model with its heads."""
         context.child(self.run_name, "merge", self.params())
-        with doing(f"merge {step.name} ({self.vectors})"), context.writing(self) as writer:
-            chosen = chooser(context).choose(step, self.vectors)
-            facts = {"vectors": self.vectors, "options": chosen.method.options.model_dump(), **chosen.facts}
-            facts |= {"anchor": step.anchor} if step.anchor else {}
-            stack = self.stack_as_chosen(facts)
-            facts |= {} if stack.is_built_in else {"transforms": stack.described()}
-            written = MergeContext(context.recipe.base, context.base, experts(context), context.architecture, facts)
-            merged = None if chosen.merged is None else chosen.merged.vectors
-            write_merged(
-                writer.path,
-                chosen.method,
-                chosen.source,
-                chosen.scale,
-                written,
-                merged=merged,
-                evidence=chosen.evidence,
-            )
-            cost = {name: value for name, value in vars(chosen.cost).items() if math.isfinite(value)}
-            writer.result.update(facts, form=chosen.method.form, cost=cost)
+        with doing(f"merge {self.words}"), context.writing(self) as writer:
+            for stage in self.weights_from:
+                writer.result.update(_taken(self.results.finished(stage), self.results.path(stage), writer.path))
+            chosen = None if self.weights_from else self._merge(context, writer)
+            if self.heads.fitted:
+                fitted = None if chosen is None else chosen.fitted
+                self._fit(context, writer, fitted or fit_heads(context, merged_model(context, writer.path), self.heads))
+
+    def _merge(self, context: Context, writer: StageWriter) -> MergeChoice:
+        step = self.step
+        chosen = chooser(context).choose(step, self.vectors, self.heads)
+        facts = {"vectors": self.vectors, "options": chosen.method.options.model_dump(), **chosen.facts}
+        facts |= {"anchor": step.anchor} if step.anchor else {}
+        stack = self.stack_as_chosen(facts)
+        facts |= {} if stack.is_built_in else {"transforms": stack.described()}
+        written = MergeContext(context.recipe.base, context.base, experts(context), context.architecture, facts)
+        merged = None if chosen.merged is None else chosen.merged.vectors
+        write_merged(
+            writer.path, chosen.method, chosen.source, chosen.scale, written, merged=merged, evidence=chosen.evidence
+        )
+        cost = {name: value for name, value in vars(chosen.cost).items() if math.isfinite(value)}
+        writer.result.update(facts, form=chosen.method.form, cost=cost)
+        return chosen
+
+    def _fit(self, context: Context, writer: StageWriter, fitted: FittedHeads) -> None:
+        """Write fitted heads into the folder, and how they were fitted."""
+        from pave_lightning.pipeline.evaluating import evaluator
+
+        named = {task: (str(evaluator(context).last_layer(task)[0]), fit) for task, fit in fitted.heads.items()}
+        facts = {**self.heads.model_dump(), "strengths": {task: fit.strength for task, fit in fitted.heads.items()}}
+        write_fitted_heads(writer.path, context.architecture, named, facts)
+        writer.result["heads"] = facts
 
     def record(self, context: Context, found: Manifest) -> None:
         """What was chosen and what it took, in a run of its own."""
         context.record("merge", self.run_name, found.result, self.params())
 
     @property
+    def words(self) -> str:
+        """The model in words, in the log and in messages."""
+        heads = f", heads {self.heads.label}" if self.heads.fitted else ""
+        return f"{self.step.name} ({self.vectors}{heads})"
+
+    @property
     def run_name(self) -> str:
         """The name of the model's run in MLflow."""
-        return f"merge:{self.step.name}:{self.vectors}"
+        heads = f":heads-{self.heads.label}" if self.heads.fitted else ""
+        return f"merge:{self.step.name}:{self.vectors}{heads}"
 
     def params(self) -> dict[str, Any]:
         """What MLflow notes of the merge."""
@@ -166,6 +225,7 @@ class MergeStage(Stage):
         params = {"method": step.method, "vectors": self.vectors, "asked_scale": step.scale, "options": step.options}
         params |= {"anchor": step.anchor} if step.anchor else {}
         params |= {"tune": step.tune} if step.tune else {}
+        params |= {"heads": self.heads.model_dump()} if self.heads.fitted else {}
         params |= {"purify": step.purify.model_dump()} if "purify" in stack.inherited else {}
         return params if stack.is_built_in else {**params, "transforms": stack.described()}
 
@@ -188,7 +248,39 @@ def chooser(context: Context) -> Chooser:
         found = results.current(MergeStage(results, step, vectors))
         return None if found is None else found.result
 
-    return Chooser(context.recipe, vectors_of, evidence_for, lambda: searcher(context), merged_before)
+    return Chooser(context.recipe, vectors_of, evidence_for, lambda heads: searcher(context, heads), merged_before)
+
+
+def merged_model(context: Context, folder: Path) -> Candidate:
+    """The model in a merged folder, with what is kept for each task and the heads that were fitted to it, if any."""
+    from pave_lightning.evaluation import CheckpointCandidate, ModulatedCandidate
+    from pave_lightning.evaluation.heads import FittedHeads
+    from pave_lightning.merging import Modulator
+
+    tasks = {task.name: task for task in context.recipe.tasks}
+    checkpoint, kept = Checkpoint(folder, context.architecture.prefix), folder / "modulators"
+    found: Candidate = CheckpointCandidate(checkpoint)
+    if kept.is_dir():
+        modulators = {name: Modulator(kept / f"{name}.safetensors") for name in tasks}
+        found = ModulatedCandidate(context.base, checkpoint, modulators)
+    heads = load_fitted_heads(folder, context.architecture)
+    return FittedHeads(found, heads, tasks) if heads else found
+
+
+def _taken(manifest: Manifest, source: Path, target: Path) -> dict[str, Any]:
+    """Put the files of a merged model into another folder, and return its facts.
+
+    Weights, which nobody writes to, become a second name of the same file where the file system has such names.
+    """
+    for name in manifest.files:
+        place = target / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if place.suffix == ".safetensors":
+            with suppress(OSError):
+                os.link(source / name, place)
+        if not place.exists():
+            shutil.copyfile(source / name, place)
+    return manifest.result
 
 
 def stacked_vectors(context: Context, request: MergeRequest) -> TaskVectors:

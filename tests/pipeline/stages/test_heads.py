@@ -82,7 +82,7 @@ def test_a_run_with_fitted_heads(fitted_settings, capsys):
     assert float(rows["base", "logits-24"]["words/accuracy"]) == pytest.approx(right, abs=1e-6)
 
     for label in ("task_arithmetic-plain", "emr-plain"):
-        model = load_merged(folder / "merged" / label, task.name, heads=folder / "heads" / f"{label}-logits-24")
+        model = load_merged(folder / "merged" / f"{label}-heads-logits-24", task.name)
         data.setup("test")
         with torch.no_grad():
             said = [task.predict(model, batch) for batch in data.test_dataloader()]
@@ -91,8 +91,12 @@ def test_a_run_with_fitted_heads(fitted_settings, capsys):
         assert float(rows[name, "logits-24"]["words/accuracy"]) == pytest.approx(float(right), abs=1e-6)
     with pytest.raises(PaveError, match="has no head for task 'word'"):
         load_merged(folder / "merged" / "emr-plain", "word")
-    with pytest.raises(PaveError, match=r"heads\.safetensors"):
-        load_merged(folder / "merged" / "emr-plain", "words", heads=folder / "heads")
+        own, kept = (
+            load_merged(folder / "merged" / name, task.name, expert_head=True)
+            for name in (label, f"{label}-heads-logits-24")
+        )
+        assert all(torch.equal(tensor, kept.state_dict()[name]) for name, tensor in own.state_dict().items())
+        assert not torch.equal(model.classifier.weight, own.classifier.weight)
 
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("manifest.json")}
     run_recipe(recipe)
@@ -102,9 +106,10 @@ def test_a_run_with_fitted_heads(fitted_settings, capsys):
 def test_heads_are_the_same_when_they_are_fitted_again(fitted_settings, tmp_path):
     first = run_recipe(Recipe.model_validate(fitted_settings))
     again = run_recipe(Recipe.model_validate({**fitted_settings, "output": str(tmp_path / "again")}))
-    for path in first.rglob("heads.safetensors"):
+    for path in first.rglob("head*.safetensors"):
         assert path.read_bytes() == (again / path.relative_to(first)).read_bytes()
-    assert len(list(first.rglob("heads.safetensors"))) == 4
+    assert len(list(first.rglob("heads.safetensors"))) == 2
+    assert len(list(first.rglob("expert-head.safetensors"))) == 4
 
 
 def test_too_few_rows_are_told(fitted_settings):
@@ -126,7 +131,7 @@ def test_rows_of_many_words_are_enough_for_many_classes(fitted_settings, tmp_pat
     tags = {"kind": "token_classification", "words": "words", "data": data, "classes": names}
     tasks = [{"name": name, **tags} for name in ("first", "second")]
     plan_recipe(Recipe.model_validate({**fitted_settings, "tasks": tasks, "merge": ["average"]}))
-    assert "heads/average-plain-logits-24" in capsys.readouterr().out
+    assert "heads/base-logits-24" in capsys.readouterr().out
 
 
 def test_rows_that_are_fitted_to_and_scored_on_are_told(fitted_settings, tmp_path, caplog):
@@ -190,5 +195,5 @@ def test_an_expert_under_heads_of_its_own_is_no_measure(fitted_settings):
     recipe = Recipe.model_validate(fitted_settings)
     results = Results(recipe, open_folder(recipe))
     fitted = [model for model in scored_models(results) if isinstance(model, ScoredFitted)]
-    assert [model.form for model in fitted] == ["base", "per-task", "static", "per-task"]
+    assert [model.form for model in fitted] == ["base", "per-task"]
     assert isinstance(fitted[0].inner, ScoredBase)
