@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from pave_lightning.reporting.scores import left_out_sentence
+from pave_lightning.reporting.sweep_heads import ranking_by_heads
 from pave_lightning.reporting.sweep_ranking import TITLES, ranking
 from pave_lightning.reporting.sweep_table import (
     IDENTITY,
@@ -58,6 +59,8 @@ def findings_of(scores: SweepScores, summary: pd.DataFrame) -> str:
     merged = best[best["form"] != "expert"]
     if not scores.keys and merged["model"].nunique() > 1:
         parts += ["## All models", *ranking(merged)]
+    if scores.keys == ["heads"]:
+        parts += ["## All models", *ranking_by_heads(summary, list(map(str, scores.values["heads"])))]
     for heading, lines in sections:
         if lines:
             parts += [f"## {heading}", "\n".join(f"- {line}" for line in lines)]
