@@ -23,8 +23,8 @@ class Sweep(Section):
     cases: dict[str, dict[str, Any]] = {}
     """Names of settings, each with the keys that it changes; combined with every value of vary."""
     x: str = ""
-    """What stands on the picture's horizontal axis: a varied key, case, model or vectors; where nothing is said, the
-    first varied key, or model where none is varied."""
+    """What stands on the picture's horizontal axis: a varied key, case, model, vectors, or heads where some are
+    fitted; where nothing is said, the first varied key, or model where none is varied."""
     lines: list[str] = []
     """What tells the picture's lines apart; everything else that differs where nothing is said."""
     score: Literal["normalised", "raw"] = "normalised"
@@ -42,7 +42,7 @@ class Sweep(Section):
         keys = dict.fromkeys([*self.vary, *(key for changes in self.cases.values() for key in changes)])
         wrong += [f"'{key}' cannot be varied" for key in keys if key.partition(".")[0] in fixed]
         wrong += ["'seed' is varied by the key 'seeds'"] if "seed" in keys else []
-        columns = [*self.vary, *(["case"] if self.cases else []), "model", "vectors"]
+        columns = [*self.vary, *(["case"] if self.cases else []), "model", "vectors", "heads"]
         wrong += [
             f"'{name}' is no varied key; {nearest(name, columns)}"
             for name in [*([self.x] if self.x else []), *self.lines][:MOST_TOLD]

@@ -45,9 +45,11 @@ def _best_first(rows: pd.DataFrame) -> list[tuple[tuple[str, str], pd.DataFrame]
 
 
 def _line(name: tuple[str, str], rows: pd.DataFrame, heads: list[str]) -> list[str]:
-    # What does not depend on the heads, such as the experts' scores under their own, has none.
     by_heads = {"" if pd.isna(row["heads"]) else str(row["heads"]): row for _, row in rows.iterrows()}
-    cells = [by_heads.get(one, by_heads.get("") if place == 0 else None) for place, one in enumerate(heads)]
+    # A model that scores the same under all heads stands there once; experts under their own heads do so, too.
+    same = by_heads.get("")
+    everywhere = same is not None and same["form"] != "expert"
+    cells = [by_heads.get(one, same if everywhere or not place else None) for place, one in enumerate(heads)]
     return [escaped(name[0]), escaped(name[1]), *(_cell(row) for row in cells)]
 
 

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from pave_lightning.errors import PaveError, Problems
 from pave_lightning.evaluation import Candidate
-from pave_lightning.evaluation.options import EXPERT_HEADS, Heads
+from pave_lightning.evaluation.options import EXPERT_HEADS
 from pave_lightning.pipeline.commands import open_folder, planning_folder, print_under, read_recipe, working
 from pave_lightning.pipeline.context import Context
 from pave_lightning.pipeline.planning import check_recipe, merge_problems
@@ -31,7 +31,6 @@ from pave_lightning.pipeline.stages.evaluate import ScoredMerge, ScoredPurifiedE
 from pave_lightning.pipeline.stages.heads import fit_heads, head_inputs
 from pave_lightning.pipeline.stages.merge import chooser
 from pave_lightning.recipe.loading import find_sweep, load_recipe
-from pave_lightning.recipe.merge_step import MergeStep
 from pave_lightning.recipe.schema import Recipe
 from pave_lightning.recipe.sweep import Sweep
 from pave_lightning.reporting.sweep_view import CARRIED_COLUMNS

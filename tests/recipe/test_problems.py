@@ -495,7 +495,7 @@ def test_keys_of_an_sweep_that_do_not_agree_are_told_without_the_whole_section(r
     text = SMALL + "sweep: {question: What happens?, x: purify.rho, vary: {output: [a]}}\n"
     assert recipe_problems(text) == [
         "sweep: 'output' cannot be varied",
-        "sweep: 'purify.rho' is no varied key; known are: output, model, vectors",
+        "sweep: 'purify.rho' is no varied key; known are: output, model, vectors, heads",
     ]
 
 

@@ -26,6 +26,7 @@ def test_controls_come_first_and_the_best_model_leads_its_form():
             row("iso_c", "plain", "logits", 0.9, sd=math.nan),
             row("iso_c", "purified", "logits", math.nan),
             row("emr", "plain", "expert", 0.95, "per-task"),
+            row("tall_masks", "plain", None, 0.9, "per-task"),
         ]
     )
     controls, first, static, second, per_task, third = ranking_by_heads(summary, ["expert", "logits"])
@@ -42,7 +43,10 @@ def test_controls_come_first_and_the_best_model_leads_its_form():
         "| iso\\_c | plain | 0.700 ± 0.012 | 0.900 |",
         "| ties | plain | 0.800 ± 0.012 | 0.850 ± 0.012 |",
     ]
-    assert third.splitlines()[2:] == ["| emr | plain | 0.950 ± 0.012 |  |"]
+    assert third.splitlines()[2:] == [
+        "| emr | plain | 0.950 ± 0.012 |  |",
+        "| tall\\_masks | plain | 0.900 ± 0.012 | 0.900 ± 0.012 |",
+    ]
 
 
 def test_findings_of_a_sweep_with_several_kinds_of_heads():

@@ -352,3 +352,27 @@ def test_a_sweep_over_an_option_of_a_transform(ready_settings, tmp_path):
     assert merged["weighed", "1.0"] == merged["plain", ""]
     assert "weighed" in (root / "findings.md").read_text()
     assert (root / "figure.png").is_file()
+
+
+def test_a_sweep_with_fitted_heads_has_a_row_for_each_kind(ready_settings, tmp_path, calls):
+    """The base and the experts under fitted heads are there, and the averages are those of a run."""
+    scale = {"search": [-1.0, 4.0], "points": 2, "examples": 12}
+    labels = {"fit": "labels", "rows": 24, "strength": 1e-6}
+    heads = ["expert", {**labels, "search": False}, labels]
+    step = {"method": "task_arithmetic", "scale": scale, "vectors": ["plain"]}
+    settings = {**ready_settings, "merge": [step], "heads": heads}
+    path = written(tmp_path, {**settings, "name": "heads"}, seeds=[0], x="heads", lines=["model"])
+    root = run_sweep(path)
+    summary = pd.read_csv(root / "summary.csv", keep_default_na=False).set_index(["model", "heads"])["mean"]
+    run = pd.read_csv(run_recipe(Recipe.model_validate(settings)) / "results.csv", keep_default_na=False)
+    run = run.set_index(["model", "heads"])["normalised_average"]
+    kinds = ("expert", "labels-24-strength-1e-06-after-search", "labels-24-strength-1e-06")
+    assert [summary["task_arithmetic", kind] for kind in kinds] == pytest.approx(
+        [run["task_arithmetic", kind] for kind in kinds]
+    )
+    assert summary["base", kinds[2]] == pytest.approx(run["base", kinds[2]])
+    assert "| task\\_arithmetic | plain |" in (root / "findings.md").read_text()
+    assert (root / "figure.png").is_file()
+    done = calls["score"]
+    run_sweep(path)
+    assert calls["score"] == done
