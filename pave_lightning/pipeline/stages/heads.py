@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pave_lightning.errors import doing
@@ -138,12 +138,13 @@ def fit_heads(context: Context, candidate: Candidate, heads: Heads) -> FittedHea
     from pave_lightning.evaluation.heads import FittedHeads, UnvaryingError, fit_head
     from pave_lightning.pipeline.evaluating import evaluator
 
-    model, theirs = evaluator(context), _expert_rows(context)(heads.rows)
-    mine = model.head_rows(candidate, _batches(context, heads.rows))
+    model, shown = evaluator(context), _shown_rows(context)
+    theirs = shown.of_experts(heads.rows)
+    mine = model.head_rows(candidate, shown.batches(heads.rows))
     fits = {}
     for task in context.recipe.tasks:
         _, layer = model.last_layer(task.name)
-        if layer is None:  # told when the experts' rows were made
+        if layer is None:  # told when the rows were read
             continue
         try:
             rows = mine[task.name], theirs[task.name]
@@ -153,37 +154,43 @@ def fit_heads(context: Context, candidate: Candidate, heads: Heads) -> FittedHea
     return FittedHeads(candidate, fits, {task.name: task for task in context.recipe.tasks})
 
 
-def _batches(context: Context, rows: int) -> dict[str, Sequence[Batch]]:
-    """Rows of those tasks whose head ends in a linear layer."""
-    from pave_lightning.pipeline.evaluating import evaluator
-    from pave_lightning.pipeline.task_data import shown_batches
-
-    fitted = [task for task in context.recipe.tasks if evaluator(context).last_layer(task.name)[1] is not None]
-    return {task.name: shown_batches(context, task, rows) for task in fitted}
-
-
 @shared
-def _expert_rows(context: Context) -> RowsOfExperts:
-    return RowsOfExperts(context)
+def _shown_rows(context: Context) -> ShownRows:
+    return ShownRows(context)
 
 
-class RowsOfExperts:
-    """What the experts give their own heads for so many training rows a task; made when it is first asked for."""
+class ShownRows:
+    """The training rows that heads are fitted on, and what the experts make of them; read when first asked for.
+
+    A scale search fits heads to many models on the same rows.
+    """
 
     def __init__(self, context: Context) -> None:
         self._context = context
-        self._known: dict[int, dict[str, HeadRows]] = {}
+        self._batches: dict[int, dict[str, Sequence[Batch]]] = {}
+        self._of_experts: dict[int, dict[str, HeadRows]] = {}
 
-    def __call__(self, rows: int) -> dict[str, HeadRows]:
-        """The rows by task."""
+    def batches(self, rows: int) -> Mapping[str, Sequence[Batch]]:
+        """So many rows of each task whose head ends in a linear layer."""
+        from pave_lightning.pipeline.evaluating import evaluator
+        from pave_lightning.pipeline.task_data import shown_batches
+
+        if rows not in self._batches:
+            found: dict[str, Sequence[Batch]] = {}
+            for task in self._context.recipe.tasks:
+                if evaluator(self._context).last_layer(task.name)[1] is None:
+                    log.warning("  task '%s': its head does not end in a linear layer, so it is kept", task.name)
+                else:
+                    found[task.name] = shown_batches(self._context, task, rows)
+            self._batches[rows] = found
+        return self._batches[rows]
+
+    def of_experts(self, rows: int) -> Mapping[str, HeadRows]:
+        """What the experts give their own heads for the rows of each task."""
         from pave_lightning.evaluation import ExpertsCandidate
         from pave_lightning.pipeline.evaluating import evaluator
 
-        if rows not in self._known:
-            batches = _batches(self._context, rows)
-            for task in self._context.recipe.tasks:
-                if task.name not in batches:
-                    log.warning("  task '%s': its head does not end in a linear layer, so it is kept", task.name)
+        if rows not in self._of_experts:
             candidate = ExpertsCandidate(experts(self._context))
-            self._known[rows] = evaluator(self._context).head_rows(candidate, batches)
-        return self._known[rows]
+            self._of_experts[rows] = evaluator(self._context).head_rows(candidate, self.batches(rows))
+        return self._of_experts[rows]
