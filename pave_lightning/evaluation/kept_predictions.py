@@ -80,6 +80,7 @@ def _bits(values: Tensor) -> Tensor:
 
 def _unpacked(packed: Tensor, *, floating: bool) -> TaskPredictions:
     rows = packed[:, 0].numpy().copy()
-    dtype = np.float64 if floating else np.int64
-    numbers = [packed[:, place].contiguous().view(torch.float64).numpy().astype(dtype) for place in (1, 2)]
-    return TaskPredictions.ordered(rows, *numbers)
+    values, targets = (packed[:, place].contiguous().view(torch.float64).numpy() for place in (1, 2))
+    if floating:
+        return TaskPredictions.ordered(rows, values, targets)
+    return TaskPredictions.ordered(rows, values.astype(np.int64), targets.astype(np.int64))

@@ -70,8 +70,8 @@ def write_predictions(
 ) -> None:
     """Write the predictions of one model on all tasks as one parquet file.
 
-    Its columns are ``task`` (text), ``row`` (int64), ``position`` (int32), ``prediction`` and ``target`` (float64, which
-    holds class indices exactly). Names of classes stand once, in the file's metadata.
+    Its columns are ``task`` (text), ``row`` (int64), ``position`` (int32), ``prediction`` and ``target`` (float64,
+    which holds class indices exactly). Names of classes stand once, in the file's metadata.
 
     Args:
         path: the file.
