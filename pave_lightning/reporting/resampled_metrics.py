@@ -139,8 +139,7 @@ class ResampledTask:
         return _Order(self._predictions[0].targets)
 
     def _per_row(self, values: npt.NDArray[Any]) -> Floats:
-        weights = np.asarray(values, dtype=np.float64)
-        found: Floats = np.bincount(self._row_of, weights, self._row_count).astype(np.float64)
+        found: Floats = np.bincount(self._row_of, values.astype(np.float64), self._row_count).astype(np.float64)
         return found
 
     def _class_counts(self, classes: npt.NDArray[Any], counted: npt.NDArray[np.bool_]) -> Any:
@@ -181,7 +180,8 @@ def _macro_f1(right: Floats, predicted: Floats, actual: Floats) -> Floats:
     """Mean over the classes that occur in the draw."""
     both = predicted + actual
     occurring = both > 0
-    return np.where(occurring, 2 * right / both, 0.0).sum(axis=0) / occurring.sum(axis=0)
+    found: Floats = np.where(occurring, 2 * right / both, 0.0).sum(axis=0) / occurring.sum(axis=0)
+    return found
 
 
 def _matthews(right: Floats, predicted: Floats, actual: Floats) -> Floats:
@@ -198,12 +198,12 @@ _OF_COUNTS = {"f1": _f1, "macro_f1": _macro_f1, "matthews": _matthews}
 
 def _scaled(values: npt.NDArray[Any]) -> Floats:
     """Values without their mean, the farthest at 1: moments of them lose nothing to rounding."""
-    values = np.asarray(values, dtype=np.float64)
-    if not len(values) or values.max() == values.min():
-        return np.zeros_like(values)
-    centred: Floats = values - values.mean()
-    centred /= np.abs(centred).max()
-    return centred
+    centred: Floats = values.astype(np.float64)
+    if not len(centred) or centred.max() == centred.min():
+        return np.zeros_like(centred)
+    centred -= centred.mean()
+    found: Floats = centred / np.abs(centred).max()
+    return found
 
 
 def _pearson(predictions: Floats, targets: Floats, weights: Floats) -> Floats:

@@ -88,7 +88,7 @@ def _part(table: ScoreTable, tasks: list[str], bounds: Bounds, *, with_averages:
     if _heads_width(table):
         part.add_column("heads", no_wrap=True)
     for task in tasks:
-        header = Text("\n".join([*lines_of(task, TASK_WIDTH), _short(table.primary_metrics[task])]))
+        header = Text("\n".join([*lines_of(task, TASK_WIDTH), short_metric(table.primary_metrics[task])]))
         part.add_column(header, justify="right", overflow="fold", width=_width(table, task, bounds) - GAP)
     if with_averages:
         part.add_column("average", justify="right", no_wrap=True)
@@ -148,7 +148,7 @@ def _vectors_width(table: ScoreTable) -> int:
 
 
 def _width(table: ScoreTable, task: str, bounds: Bounds) -> int:
-    lines = [*lines_of(task, TASK_WIDTH), _short(table.primary_metrics[task])]
+    lines = [*lines_of(task, TASK_WIDTH), short_metric(table.primary_metrics[task])]
     number = NUMBER_WIDTH + (HALF_WIDTH if bounds is Bounds.ALL else 0)
     return GAP + min(max([number, *map(len, lines)]), WORD_WIDTH)
 
@@ -216,7 +216,8 @@ def _label(model: Model) -> str:
     return f"{model.name} {EXTRA_MARK}" if model.form == "per-task" else model.name
 
 
-def _short(metric: str) -> str:
+def short_metric(metric: str) -> str:
+    """A metric's name in a heading."""
     return SHORT_METRICS.get(metric, metric)
 
 
