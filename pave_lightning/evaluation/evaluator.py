@@ -59,10 +59,10 @@ class SuiteData(L.LightningDataModule):
         split: which split is scored.
     """
 
-    allow_zero_length_dataloader_with_multiple_devices = True
-
     def __init__(self, modules: Sequence[TaskDataModule], split: Split) -> None:
         super().__init__()
+        # Behind super, which sets it to False: a split with fewer rows than processes leaves some without a batch.
+        self.allow_zero_length_dataloader_with_multiple_devices = True
         self.modules = list(modules)
         self.split = split
         self.orders: list[list[int]] = []

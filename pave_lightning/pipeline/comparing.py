@@ -12,7 +12,13 @@ from rich.console import Console
 from pave_lightning.errors import PaveError, Problems, counted, listed, nearest, shortened
 from pave_lightning.pipeline.kept_scores import EXPERTS, Scored, scored_labels
 from pave_lightning.reporting.bootstrap import bootstrap_intervals
-from pave_lightning.reporting.comparison import Disagreements, columns_of, comparison_table, disagreements
+from pave_lightning.reporting.comparison import (
+    Disagreements,
+    columns_of,
+    comparison_table,
+    disagreements,
+    has_all_experts,
+)
 from pave_lightning.reporting.scores import ScoreTable
 from pave_lightning.system.files import replacing
 from pave_lightning.system.terminal import terminal
@@ -77,6 +83,8 @@ def compare(
         " excludes zero." + (" Of numbers, right means nearer to the target." if numbers else ""),
         highlight=False,
     )
+    if has_all_experts(table) and table.left_out_note():
+        console.print(table.left_out_note(), highlight=False)
     texts = _Texts(run, pair.a) if rows or output else None
     if rows:
         for name, one in found.items():
@@ -218,6 +226,8 @@ class _Texts:
         recipe = self._recipe
         if recipe is None or task not in [one.name for one in recipe.tasks]:
             return nothing
+        import pyarrow as pa
+
         from pave_lightning.tasks.data import earlier_rows
 
         facts, own = self._scored.tasks[task], recipe.task(task)
@@ -231,7 +241,7 @@ class _Texts:
             return nothing
         if len(rows) and max(rows) >= len(table):
             return nothing
-        used = table.select(list(own.columns)[:-1]).take(list(rows)).to_pylist()
+        used = table.select(list(own.columns)[:-1]).take(pa.array(rows, pa.int64())).to_pylist()
         texts = [" | ".join(_text(value) for value in row.values()) for row in used]
         return texts, [int(places[row]) for row in rows]
 

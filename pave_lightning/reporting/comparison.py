@@ -95,9 +95,14 @@ def comparison_table(
         cells = _compared(table.average(first), table.average(second), pair.average)
         shown.add_row("average", "", *cells, "", "")
         values = (table.normalised_average(first), table.normalised_average(second))
-        if not any(map(math.isnan, values)):
+        if has_all_experts(table) and not any(map(math.isnan, values)):
             shown.add_row("normalised", "", *_compared(*values, pair.normalised_average), "", "")
     return shown
+
+
+def has_all_experts(table: ScoreTable) -> bool:
+    """Whether there is an expert's score of every task; otherwise a normalised average would be of fewer tasks."""
+    return {score.task for score in table.scores if score.form == "expert"} == set(table.tasks())
 
 
 def _compared(first: float, second: float, interval: Interval | None) -> list[str]:
