@@ -46,7 +46,8 @@ def difference_lines(table: ScoreTable) -> list[str]:
         found = [(model, table.difference(model, against)) for model in table.models()]
         known = [(model, one) for model, one in found if one is not None and one.interval.is_known]
         if known:
-            lines.append(f"{_title(against, [model for model, _ in known])}: {_by_verdict(known, against)}")
+            title = _title(against, [model for model, _ in known])
+            lines.append(f"{title}: {_by_verdict(known, named=title == TITLES[against])}")
             intervals += len(known)
     if not lines:
         return []
@@ -77,11 +78,12 @@ def half_width(interval: Interval) -> str:
     return f"±{half:.3f}".replace("±0.", "±.") if half < 10 else f"±{half:.3g}"
 
 
-def _by_verdict(found: Iterable[tuple[Model, Difference]], against: Against) -> str:
+def _by_verdict(found: Iterable[tuple[Model, Difference]], *, named: bool) -> str:
+    """Models by verdict; with the names of their vectors unless a title has them."""
     names: dict[str, list[str]] = {}
     for model, difference in found:
         judged = verdict(difference.interval)
-        name = _name(model, against)
+        name = _name(model, named=named)
         names.setdefault(judged, []).append(name if judged == NO_DIFFERENCE else f"{name} {_told(difference)}")
     if set(names) == {NO_DIFFERENCE}:
         return NO_DIFFERENCE
@@ -100,11 +102,8 @@ def _told(difference: Difference) -> str:
     return f"{signed(difference.value)} ({ends})"
 
 
-def _name(model: Model, against: Against) -> str:
-    """A model's name, with what tells it from others that are compared alike."""
-    parts = [model.name]
-    if model.vectors and not (against is Against.PLAIN and model.vectors == "purified"):
-        parts.append(model.vectors)
-    if model.heads != EXPERT_HEADS:
-        parts.append(f"{model.heads} heads")
-    return parts[0] if len(parts) == 1 else f"{parts[0]} ({', '.join(parts[1:])})"
+def _name(model: Model, *, named: bool) -> str:
+    """A model's name, with what tells it from others of that name."""
+    told = [model.vectors] if named and model.vectors else []
+    told += [f"{model.heads} heads"] if model.heads != EXPERT_HEADS else []
+    return f"{model.name} ({', '.join(told)})" if told else model.name
