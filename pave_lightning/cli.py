@@ -33,6 +33,7 @@ RECIPE_COMMANDS = {
     "report": "write tables and pictures from the scores that are there",
 }
 SWEEP = "run a recipe over a grid of settings and seeds; write a table, a picture and findings"
+COMPARE = "compare two models of a run: paired differences with intervals, and where they disagree"
 PER_TASK = ("fit", "capture")
 # How libraries are asked to keep their warnings to themselves.
 QUIET = {
@@ -102,6 +103,22 @@ def build_parser() -> ArgumentParser:
     sweep.add_argument("--verify", **VERIFY)
     sweep.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' own messages")
     commands.add_subcommand("sweep", sweep, help=SWEEP)
+    compare = new(description=f"{COMPARE[0].upper()}{COMPARE[1:]}.")
+    compare.add_argument("run", type=str, help="the folder of a run, such as checkpoints/quickstart")
+    for name in ("a", "b"):
+        compare.add_argument(
+            name,
+            type=str,
+            nargs="?",
+            default=None,
+            help="a model: its name below scores/; without both, all are listed",
+        )
+    compare.add_argument("--task", **single, help="only this task")
+    compare.add_argument("--metric", **single, help="this metric instead of each task's primary one")
+    compare.add_argument("--rows", type=int, default=5, help="how many rows of disagreement are shown of each task")
+    compare.add_argument("--output", **single, metavar="FILE", help="a .csv or .parquet file for all disagreements")
+    compare.add_argument("--debug", action="store_true", help="show tracebacks")
+    commands.add_subcommand("compare", compare, help=COMPARE)
     methods = new(description="List the merge methods, or the options of one.")
     methods.add_argument("method", type=str, nargs="?", default=None, help="a method, to see its options")
     methods.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -199,6 +216,11 @@ def _execute(command: str, options: Namespace) -> None:
         folder = run_sweep(options.name, options.set, verify=bool(options.verify))
         _out((folder / "findings.md").read_text().rstrip())
         return _out(f"results: {folder}")
+    if command == "compare":
+        from pave_lightning.pipeline.comparing import compare
+
+        task, metric, output = (_once(options, name) for name in ("task", "metric", "output"))
+        return compare(options.run, options.a, options.b, task=task, metric=metric, rows=options.rows, output=output)
     if command == "schema":
         import json
 

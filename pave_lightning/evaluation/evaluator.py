@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,10 +16,13 @@ from torch.utils.data import DataLoader
 from pave_lightning.errors import PaveError
 from pave_lightning.evaluation.candidates import Candidate, adapted
 from pave_lightning.evaluation.heads import HeadRows, head_rows, last_layer
+from pave_lightning.evaluation.kept_predictions import KeptPredictions
 from pave_lightning.experts.trainers import honest_interrupts, quiet_lightning
 from pave_lightning.tasks.constants import constant_scores
 from pave_lightning.tasks.data_module import TaskDataModule
 from pave_lightning.tasks.metrics import scores
+from pave_lightning.tasks.predictions import TaskPredictions
+from pave_lightning.tasks.samplers import ExactSampler
 from pave_lightning.tasks.task import Batch, Task, auto_models
 from pave_lightning.tasks.tokenizers import set_padding
 from pave_lightning.weights import Architecture, Checkpoint
@@ -39,11 +42,13 @@ class TaskScore:
         metrics: NaN where any output was not finite, of which a class would be chosen all the same.
         examples: over how many examples they were computed.
         broken: examples with NaN or infinite outputs.
+        predictions: what was predicted for each row, where it was asked for and the kind of task tells it.
     """
 
     metrics: dict[str, float]
     examples: int
     broken: int = 0
+    predictions: TaskPredictions | None = field(default=None, compare=False, repr=False)
 
 
 class SuiteData(L.LightningDataModule):
@@ -54,12 +59,14 @@ class SuiteData(L.LightningDataModule):
         split: which split is scored.
     """
 
-    allow_zero_length_dataloader_with_multiple_devices = True
-
     def __init__(self, modules: Sequence[TaskDataModule], split: Split) -> None:
         super().__init__()
+        # Behind super, which sets it to False: a split with fewer rows than processes leaves some without a batch.
+        self.allow_zero_length_dataloader_with_multiple_devices = True
         self.modules = list(modules)
         self.split = split
+        self.orders: list[list[int]] = []
+        """The rows that this process's loaders give, in their order, by task."""
 
     def prepare_data(self) -> None:
         """Tokenise what is not tokenised yet."""
@@ -73,9 +80,12 @@ class SuiteData(L.LightningDataModule):
     def test_dataloader(self) -> list[DataLoader[Any]]:
         """The tasks' loaders."""
         loaders = []
+        self.orders = []
         for module in self.modules:
             module.trainer = self.trainer
             loaders.append(module.test_dataloader() if self.split == "test" else module.val_dataloader())
+            sampler = loaders[-1].sampler
+            self.orders.append(sampler.rows if isinstance(sampler, ExactSampler) else [])
         return loaders
 
 
@@ -121,6 +131,7 @@ class Evaluator(L.LightningModule):
         self.models = nn.ModuleList(models)
         self._adapted: dict[str, nn.Module] = {}
         self._candidate: Candidate | None = None
+        self._kept: KeptPredictions | None = None
         self._loaded: str | None = None
         self._given: set[str] = set()
         self.requires_grad_(False)
@@ -160,9 +171,23 @@ class Evaluator(L.LightningModule):
                 setattr(module, attribute, parameters[f"{name}.{attribute}" if name else attribute])
         return own
 
-    def score(self, candidate: Candidate, data: SuiteData, trainer: L.Trainer) -> dict[str, TaskScore]:
-        """Score one candidate on data that holds the same tasks in the same order. Returns each task's metrics."""
+    def score(
+        self, candidate: Candidate, data: SuiteData, trainer: L.Trainer, *, keep: bool = False
+    ) -> dict[str, TaskScore]:
+        """Score one candidate.
+
+        Args:
+            candidate: the model.
+            data: the same tasks in the same order.
+            trainer: what runs it.
+            keep: whether to keep the predictions of all rows, on all processes.
+
+        Returns:
+            Each task's metrics.
+        """
         self._candidate, self._loaded = candidate, None
+        self._data = data
+        self._kept = KeptPredictions(len(self.tasks)) if keep else None
         self._counts = [0] * len(self.tasks)
         self._broken: list[int | Tensor] = [0] * len(self.tasks)
         for metrics in self._metrics:
@@ -255,16 +280,22 @@ class Evaluator(L.LightningModule):
         self._broken[dataloader_idx] += found.broken
         if len(found.values):  # of some rows a tokenizer leaves nothing that is predicted
             self._metrics[dataloader_idx].update(found.values, found.targets)
-        self._counts[dataloader_idx] += len(batch["labels"])
+        done, examples = self._counts[dataloader_idx], len(batch["labels"])
+        if self._kept is not None:
+            self._kept.add(dataloader_idx, found, self._data.orders[dataloader_idx][done : done + examples])
+        self._counts[dataloader_idx] += examples
 
     def on_test_epoch_end(self) -> None:
         """Reduce over processes and keep the scores."""
         counted = torch.tensor([self._counts, list(map(int, self._broken))], device=self.device)
         counts, broken = self.trainer.strategy.reduce(counted, reduce_op="sum").tolist()
+        kept: Sequence[TaskPredictions | None] = [None] * len(self.tasks)
+        if self._kept is not None:
+            kept = self._kept.gathered(self.trainer, self.device)
         self._scores = {}
-        for task, metrics, examples, without in zip(self.tasks, self._metrics, counts, broken, strict=True):
+        for task, metrics, examples, without, own in zip(self.tasks, self._metrics, counts, broken, kept, strict=True):
             found = {name: math.nan if without else value for name, value in scores(metrics).items()}
-            self._scores[task.name] = TaskScore(found, examples, without)
+            self._scores[task.name] = TaskScore(found, examples, without, own)
 
 
 def _widest_backbone(tasks: Sequence[Task], base: Path) -> nn.Module:

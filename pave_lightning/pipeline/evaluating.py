@@ -27,7 +27,13 @@ def evaluator(context: Context) -> Evaluator:
 
 
 def score_on_test(context: Context, candidate: Candidate, *, alone: bool = False) -> dict[str, TaskScore]:
-    """A candidate's scores on all test splits; ``alone`` in this process, whatever the trainer asks for."""
+    """A candidate's scores on all test splits, with its predictions.
+
+    Args:
+        context: the recipe, and what is loaded of it.
+        candidate: the model.
+        alone: score it in this process, whatever the trainer asks for.
+    """
     recipe = context.recipe
     data = SuiteData([data_module(context, task, recipe.evaluate.batch_size) for task in recipe.tasks], "test")
     with quiet_lightning():
@@ -36,7 +42,7 @@ def score_on_test(context: Context, candidate: Candidate, *, alone: bool = False
             root=context.folder.root,
             precision=recipe.evaluate.precision,
         )
-    return evaluator(context).score(candidate, data, trainer)
+    return evaluator(context).score(candidate, data, trainer, keep=True)
 
 
 def searcher(context: Context, heads: Heads = EXPERT_HEADS) -> ScaleSearcher:

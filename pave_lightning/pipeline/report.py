@@ -17,14 +17,17 @@ from pave_lightning.pipeline.stages.fit import expert_digests
 from pave_lightning.pipeline.stages.purify import label
 from pave_lightning.purification import KeptRank
 from pave_lightning.purification.options import Purify
+from pave_lightning.reporting.bootstrap import bootstrap_intervals
 from pave_lightning.reporting.diagnostic_plots import natural
 from pave_lightning.reporting.model_card import ExpertSource, model_card
 from pave_lightning.reporting.plots import kept_ranks, normalised_scores
 from pave_lightning.reporting.scores import EXPERT_HEADS, Model, Score, ScoreTable, model_of
 from pave_lightning.reporting.tables import render
 from pave_lightning.reporting.untouched import untouched_lines
+from pave_lightning.reporting.verdicts import difference_lines, difference_sentences
 from pave_lightning.system.terminal import terminal
 from pave_lightning.tasks.constants import constant_answer
+from pave_lightning.tasks.predictions import FILE, read_predictions
 from pave_lightning.tracking import Tracker, environment_tags
 
 log = logging.getLogger("pave_lightning")
@@ -50,27 +53,34 @@ def write_report(runner: Runner, console: Console | None = None) -> ScoreTable:
         _record(runner, runner.context.tracker, table, files)
     console = console or terminal()
     console.print(render(table, console.width))
+    for line in difference_lines(table):
+        console.print(line, markup=False, highlight=False)
     _print_untouched(runner, console)
     console.print(f"results: {root / 'results.csv'}", soft_wrap=True)
     return table
 
 
 def collect_scores(results: Results) -> ScoreTable:
-    """The scores of base, experts and merged models from the run folder.
+    """The scores of base, experts and merged models from the run folder, with their intervals.
 
     Raises:
         PaveError: scores are missing or stale.
     """
     rows: list[Score] = []
+    predictions = {}
     for model in scored_models(results):
-        found = results.finished(EvaluateStage(results, model)).result["scores"]
+        stage = EvaluateStage(results, model)
+        found = results.finished(stage).result["scores"]
+        what = Model(model.model, model.vectors, model.form, model.heads)
+        predictions[what], _ = read_predictions(results.path(stage) / FILE)
         for name, scores in found.items():
             primary = results.recipe.task(name).primary_metric
             for metric, value in scores["metrics"].items():
                 measured = {"task": name, "metric": metric, "value": value, "examples": scores["examples"]}
-                what = Model(model.model, model.vectors, model.form, model.heads)
                 rows.append(Score.of(what, is_primary=metric == primary, **measured))
-    return ScoreTable(rows, _constants(results))
+    table = ScoreTable(rows, _constants(results))
+    intervals = bootstrap_intervals(table, predictions, seed=results.recipe.seed)
+    return ScoreTable(rows, table.constants, intervals)
 
 
 def _constants(results: Results) -> dict[str, dict[str, float]]:
@@ -177,7 +187,14 @@ def _write_cards(runner: Runner, table: ScoreTable) -> None:
                     if score.form in ("base", "expert") or (score.model, score.vectors) == (step.name, vectors)
                 ),
                 table.constants,
+                table.intervals,
             ),
+            differences=[
+                sentence
+                for model in table.models()
+                if (model.name, model.vectors) == (step.name, vectors)
+                for sentence in difference_sentences(table, model)
+            ],
             versions=versions,
         )
         runner.results.folder.write_text(f"{merge.name}/README.md", card)

@@ -187,24 +187,7 @@ class RunFolder:
 
     def _read(self, stage: str) -> tuple[Manifest | None, str]:
         """A stage's manifest, or what is wrong with it; neither where there is none."""
-        folder = self.path(stage)
-        if not folder.is_dir():
-            return None, ""
-        try:
-            noted = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            seal = noted.pop(SEAL)
-            found = Manifest(**noted)
-            facts = {name: (file["size"], file["sha256"]) for name, file in found.files.items()}
-            if not isinstance(found.inputs, dict) or not isinstance(found.result, dict):
-                raise TypeError("inputs and result are mappings")
-            if seal != _sealed(noted):
-                return None, f"{folder / MANIFEST} is not what was written (its own sha256 differs)"
-        except FileNotFoundError:
-            return None, f"{folder} has no {MANIFEST}"
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            return None, f"{folder / MANIFEST} cannot be read"
-        wrong = next(filter(None, (_difference(folder / name, *noted) for name, noted in facts.items())), "")
-        return (None, wrong) if wrong else (found, "")
+        return read_manifest(self.path(stage))
 
     def current(self, stage: str, inputs: Mapping[str, Any]) -> Manifest | None:
         """The manifest of a stage that is finished and was made from these very inputs; None otherwise."""
@@ -241,6 +224,27 @@ class RunFolder:
         with replacing(path) as unfinished:
             unfinished.write_text(text)
         return path
+
+
+def read_manifest(folder: Path) -> tuple[Manifest | None, str]:
+    """The manifest in a stage's folder, or what is wrong with it or its files; neither where there is no folder."""
+    if not folder.is_dir():
+        return None, ""
+    try:
+        noted = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        seal = noted.pop(SEAL)
+        found = Manifest(**noted)
+        facts = {name: (file["size"], file["sha256"]) for name, file in found.files.items()}
+        if not isinstance(found.inputs, dict) or not isinstance(found.result, dict):
+            raise TypeError("inputs and result are mappings")
+        if seal != _sealed(noted):
+            return None, f"{folder / MANIFEST} is not what was written (its own sha256 differs)"
+    except FileNotFoundError:
+        return None, f"{folder} has no {MANIFEST}"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None, f"{folder / MANIFEST} cannot be read"
+    wrong = next(filter(None, (_difference(folder / name, *noted) for name, noted in facts.items())), "")
+    return (None, wrong) if wrong else (found, "")
 
 
 def _difference(file: Path, size: int, sha256: str) -> str:

@@ -12,9 +12,11 @@ from typing import Any, Literal
 from ruamel.yaml import YAML
 
 from pave_lightning.errors import visible
+from pave_lightning.reporting.intervals import Interval
 from pave_lightning.reporting.markdown import escaped, table
 from pave_lightning.reporting.scores import Model, ScoreTable
 from pave_lightning.reporting.untouched import untouched_lines
+from pave_lightning.reporting.verdicts import half_width
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", flags=re.ASCII)
 
@@ -68,6 +70,7 @@ def model_card(
     left_out: Mapping[str, Sequence[str]] | None = None,
     experts: Sequence[ExpertSource] = (),
     scores: ScoreTable | None = None,
+    differences: Sequence[str] = (),
     versions: Mapping[str, str] | None = None,
 ) -> str:
     """Describe a merged model.
@@ -89,6 +92,7 @@ def model_card(
         left_out: Lines on what was not merged or purified whatever the task, by heading.
         experts: Where the experts came from.
         scores: Scores of base, experts and this model (others are left out), once they are known.
+        differences: Sentences that compare this model with others, with their intervals.
         versions: Versions of the software by name.
 
     Returns:
@@ -135,7 +139,8 @@ def model_card(
         parts += [
             "## Scores",
             _scores(scores, Model(name, vectors, form)),
-            _reading(form, scores.left_out_note(), scores.not_learned_note()),
+            *(["\n".join(f"- {escaped(sentence)}" for sentence in differences)] if differences else []),
+            _reading(form, scores, bool(differences)),
         ]
     if experts:
         rows = [(escaped(expert.task), as_code(expert.source), as_code(expert.digest)) for expert in experts]
@@ -157,18 +162,22 @@ def _scores(scores: ScoreTable, merged: Model) -> str:
     rows = [
         (
             escaped(model.name),
-            *(_number(scores.value(model, task)) for task in scores.tasks()),
-            _number(scores.average(model)),
-            _number(scores.normalised_average(model)),
+            *(_number(scores.value(model, task), scores.interval(model, task)) for task in scores.tasks()),
+            _number(scores.average(model), scores.average_interval(model)),
+            _number(scores.normalised_average(model), scores.normalised_average_interval(model)),
         )
         for model in models
     ]
     return table([escaped(cell) for cell in header], rows)
 
 
-def _reading(form: str, *notes: str) -> str:
+def _reading(form: str, scores: ScoreTable, compared: bool) -> str:
     text = "*normalised*: a score divided by that of the task's expert, averaged over the tasks."
-    for note in filter(None, notes):
+    if any(scores.average_interval(model).is_known for model in scores.models()):
+        text += " ±: half the width of the 95 % interval over test rows."
+    if compared:
+        text += " Differences are of normalised averages, in brackets their 95 % interval over test rows."
+    for note in filter(None, (scores.left_out_note(), scores.not_learned_note())):
         text += f" {escaped(note)}"
     if form == "per-task":
         text += " This model keeps something extra for each task; compare it with static models with care."
@@ -213,5 +222,5 @@ def _longer_than_any_run(text: str, least: int) -> str:
     return "`" * max([least] + [len(run) + 1 for run in re.findall("`+", text)])
 
 
-def _number(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.3f}"
+def _number(value: float, interval: Interval) -> str:
+    return "-" if math.isnan(value) else f"{value:.3f} {half_width(interval)}".rstrip()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pave_lightning.reporting.intervals import NO_INTERVAL, Against, Difference, Interval, Intervals
 from pave_lightning.system.files import replacing
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ Form = Literal["base", "expert", "static", "per-task"]
 
 # What the heads that experts come with are called.
 EXPERT_HEADS = "expert"
+# Vectors of what was not changed before it was merged, or is not merged.
+UNCHANGED = ("", "plain")
 FORMS: tuple[Form, ...] = ("base", "expert", "static", "per-task")
 # Decimal digits that survive a round trip through float32, in which metrics are computed, rounded up.
 FLOAT32_DIGITS = 7
@@ -77,6 +80,7 @@ class ScoreTable:
         scores: In any order. The order in which tasks first come is kept; models are grouped by form (base, experts,
             static, per-task) and keep their order within.
         constants: What always the same answer scores, by task and metric, where it is known.
+        intervals: Of the scores, their averages and differences, where they are known.
 
     Raises:
         ValueError: If a score is given twice, if two experts have a score of the same task and metric, or if a task's
@@ -91,8 +95,14 @@ class ScoreTable:
         0.75
     """
 
-    def __init__(self, scores: Iterable[Score], constants: Mapping[str, Mapping[str, float]] | None = None) -> None:
+    def __init__(
+        self,
+        scores: Iterable[Score],
+        constants: Mapping[str, Mapping[str, float]] | None = None,
+        intervals: Intervals | None = None,
+    ) -> None:
         self.constants = dict(constants or {})
+        self.intervals = intervals or Intervals()
         self.scores: tuple[Score, ...] = tuple(scores)
         self.primary_metrics: dict[str, str] = {}
         self._values: dict[tuple[Model, str, str], Score] = {}
@@ -150,6 +160,52 @@ class ScoreTable:
         left_out = self.left_out()
         return _mean([self.normalised_value(model, task) for task in self.tasks() if task not in left_out])
 
+    def interval(self, model: Model, task: str) -> Interval:
+        """The interval of `value`."""
+        return self.intervals.values.get((model, task, self.primary_metrics.get(task, "")), NO_INTERVAL)
+
+    def average_interval(self, model: Model) -> Interval:
+        """The interval of `average`."""
+        return self.intervals.averages.get(model, NO_INTERVAL)
+
+    def normalised_average_interval(self, model: Model) -> Interval:
+        """The interval of `normalised_average`."""
+        return self.intervals.normalised_averages.get(model, NO_INTERVAL)
+
+    def partner(self, model: Model, against: Against) -> Model | None:
+        """The model that another one is compared with; None where there is none.
+
+        What was made from other than plain vectors is compared with plain ones (purified experts with the experts as
+        they are), what has fitted heads with the same under the experts' heads, and every model with the base under
+        heads that are fitted in the same way, or else under those that come first.
+        """
+        others = [other for other in self.models() if other != model]
+        match against:
+            case Against.PLAIN:
+                if model.vectors in UNCHANGED:
+                    return None
+                fitting = [o for o in others if (o.name, o.heads) == (model.name, model.heads)]
+                fitting = [other for other in fitting if other.vectors in UNCHANGED]
+            case Against.EXPERT_HEADS:
+                if model.heads == EXPERT_HEADS:
+                    return None
+                fitting = [o for o in others if (o.name, o.vectors) == (model.name, model.vectors)]
+                fitting = [other for other in fitting if other.heads == EXPERT_HEADS]
+            case Against.FITTED_BASE:
+                if model.form == "base" and model.heads != EXPERT_HEADS:
+                    return None
+                fitting = [other for other in others if other.form == "base" and other.heads != EXPERT_HEADS]
+                fitting.sort(key=lambda other: other.heads != model.heads)
+        return next(iter(fitting), None)
+
+    def difference(self, model: Model, against: Against) -> Difference | None:
+        """How much more a model's normalised average is than its partner's; None where it has none."""
+        other = self.partner(model, against)
+        if other is None:
+            return None
+        value = self.normalised_average(model) - self.normalised_average(other)
+        return Difference(value, self.intervals.pair(model, other).normalised_average, other)
+
     def left_out(self) -> dict[str, float]:
         """Tasks that no normalised average counts, with their expert's score: not positive, or NaN."""
         experts = {task: self._experts.get((task, metric), math.nan) for task, metric in self.primary_metrics.items()}
@@ -166,7 +222,7 @@ class ScoreTable:
         return left_out_sentence(len(places), places)
 
     def not_learned(self) -> dict[str, tuple[float, float]]:
-        """Tasks whose expert is no better than always the same answer: its score, and that answer's."""
+        """Tasks whose expert scores no higher than always the same answer: its score, and that answer's."""
         found = {}
         for task, metric in self.primary_metrics.items():
             expert = self._experts.get((task, metric), math.nan)
@@ -176,7 +232,7 @@ class ScoreTable:
         return found
 
     def not_learned_note(self) -> str:
-        """Which experts are no better than always the same answer, in one sentence; empty where all are."""
+        """Which experts score no higher than always the same answer, in one sentence; empty where none does."""
         places = [
             f"{task} ({self.primary_metrics[task]} {expert:.3f}, always the same answer {constant:.3f})"
             for task, (expert, constant) in self.not_learned().items()
@@ -184,21 +240,44 @@ class ScoreTable:
         if not places:
             return ""
         return (
-            f"Not learned: the expert of {', '.join(places)} is no better than always the same answer, so normalised "
-            "scores of this task and their averages say little."
+            f"Not learned: the expert of {', '.join(places)} scores no higher than always the same answer, so "
+            "normalised scores of this task and their averages say little."
         )
 
     def to_long_frame(self) -> pd.DataFrame:
-        """One row a score: the fields of `Score` and `normalised`."""
+        """One row a score: the fields of `Score` and `normalised`; their intervals; differences between values."""
         import pandas as pd
 
         columns = ["model", "vectors", "heads", "form", "task", "metric", "headline", "value", "examples"]
         frame = pd.DataFrame([{**vars(score), "headline": score.is_primary} for score in self.scores], columns=columns)
         frame.insert(columns.index("value") + 1, "normalised", [self.normalised(score) for score in self.scores])
+        keys = [(model_of(score), score.task, score.metric) for score in self.scores]
+        for prefix, known in (("", self.intervals.values), ("normalised_", self.intervals.normalised)):
+            found = [known.get(key, NO_INTERVAL) for key in keys]
+            frame[f"{prefix}low"] = [interval.low for interval in found]
+            frame[f"{prefix}high"] = [interval.high for interval in found]
+        partners = {(model, against): self.partner(model, against) for model in self.models() for against in Against}
+        for against in Against:
+            rows = [self._value_difference(key, partners[key[0], against]) for key in keys]
+            for place, end in enumerate(("", "_low", "_high")):
+                frame[f"{against}{end}"] = [row[place] for row in rows]
         return frame
 
+    def _value_difference(self, key: tuple[Model, str, str], other: Model | None) -> tuple[float, float, float]:
+        """How much more a model has than another one in one task and metric, with the interval's ends."""
+        model, task, metric = key
+        theirs = None if other is None else self._values.get((other, task, metric))
+        if theirs is None:
+            return math.nan, math.nan, math.nan
+        interval = self.intervals.pair(model, other).values.get((task, metric), NO_INTERVAL)
+        return self._values[key].value - theirs.value, interval.low, interval.high
+
     def to_wide_frame(self) -> pd.DataFrame:
-        """One row a model: values of the primary metric, their average, normalised values, their average."""
+        """One row a model: values of the primary metric, their average, normalised values, their average.
+
+        Behind them the ends of the intervals of values and averages, and the differences between normalised averages
+        (see `partner`) with theirs.
+        """
         import pandas as pd
 
         return pd.DataFrame(self._rows(), columns=self._columns())
@@ -230,7 +309,12 @@ class ScoreTable:
     def _columns(self) -> list[str]:
         values = [f"{task}/{metric}" for task, metric in self.primary_metrics.items()]
         normalised = [f"{task}/normalised" for task in self.primary_metrics]
-        return ["model", "vectors", "heads", "form", *values, "average", *normalised, "normalised_average"]
+        measured = [*values, "average", *normalised, "normalised_average"]
+        differences = [f"normalised_average/{against}" for against in Against]
+        bounded = [*values, "average", "normalised_average"]
+        ends = [column for name in bounded for column in _ends(name)]
+        ends += [column for name in differences for column in (name, *_ends(name))]
+        return ["model", "vectors", "heads", "form", *measured, *ends]
 
     def _rows(self) -> list[list[str | float]]:
         return [
@@ -243,9 +327,23 @@ class ScoreTable:
                 self.average(model),
                 *(self.normalised_value(model, task) for task in self.tasks()),
                 self.normalised_average(model),
+                *self._bounds(model),
             ]
             for model in self.models()
         ]
+
+    def _bounds(self, model: Model) -> list[float]:
+        """The ends of all intervals of a row, and the differences with theirs."""
+        intervals = [self.interval(model, task) for task in self.tasks()]
+        intervals += [self.average_interval(model), self.normalised_average_interval(model)]
+        found = [end for interval in intervals for end in (interval.low, interval.high)]
+        for against in Against:
+            difference = self.difference(model, against)
+            if difference is None:
+                found += [math.nan] * 3
+            else:
+                found += [difference.value, difference.interval.low, difference.interval.high]
+        return found
 
 
 def left_out_sentence(tasks: int, places: Sequence[str]) -> str:
@@ -266,6 +364,10 @@ def left_out_sentence(tasks: int, places: Sequence[str]) -> str:
 def model_of(score: Score) -> Model:
     """The model that a score belongs to."""
     return Model(score.model, score.vectors, score.form, score.heads)
+
+
+def _ends(name: str) -> tuple[str, str]:
+    return f"{name}/low", f"{name}/high"
 
 
 def _written(cell: str | float) -> str | float:

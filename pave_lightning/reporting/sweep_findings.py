@@ -78,11 +78,16 @@ def verdict(found: Paired) -> str:
     if found.seeds < ENOUGH_SEEDS:
         return f"{told}; two seeds settle nothing"
     told += f", 95 % interval {signed(found.low)} to {signed(found.high)}"
+    return f"{told}: {_judged(found)}"
+
+
+def _judged(found: Paired) -> str:
+    """What the interval of a difference over enough seeds lets one conclude."""
     if abs(found.mean) <= TINY and found.sd <= TINY:
-        return f"{told}: the same in every seed"
+        return "the same in every seed"
     if found.contains_zero:
-        return f"{told}: no difference beyond the spread"
-    return f"{told}: {'better' if found.mean > 0 else 'worse'}"
+        return "no difference beyond the spread"
+    return "better" if found.mean > 0 else "worse"
 
 
 def knee(points: Sequence[tuple[float, float]], tolerance: float) -> float:
@@ -294,14 +299,13 @@ def _tasks(scores: SweepScores, best: pd.DataFrame) -> list[str]:
 
         def told(task: str, by_task: dict[Any, Paired] = by_task) -> str:
             found = by_task[task]
-            return f"{task} {signed(found.mean)} (above zero in {found.better} of {found.seeds})"
+            judged = f", {_judged(found)}" if found.seeds >= ENOUGH_SEEDS else ""
+            return f"{task} {signed(found.mean)} (above zero in {found.better} of {found.seeds}{judged})"
 
         if len(ranked) == 1:
             lines.append(f"{name}: {told(ranked[0])}")
             continue
-        top = "gains most" if by_task[ranked[0]].mean > TINY else "loses least"
-        bottom = "loses most" if by_task[ranked[-1]].mean < -TINY else "gains least"
-        lines.append(f"{name}: {top} {told(ranked[0])}; {bottom} {told(ranked[-1])}")
+        lines.append(f"{name}: largest difference {told(ranked[0])}; smallest {told(ranked[-1])}")
     return lines
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import re
+from enum import Enum
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from pave_lightning.reporting.intervals import Interval
 from pave_lightning.reporting.scores import EXPERT_HEADS, Model, ScoreTable
+from pave_lightning.reporting.verdicts import half_width
 
 SHORT_METRICS = {
     "accuracy": "acc",
@@ -29,6 +32,15 @@ TASK_WIDTH = 12
 MODEL_WIDTH = 24
 VECTORS_WIDTH = 16
 WORD_WIDTH = 30
+HALF_WIDTH = len(" ±.000")
+
+
+class Bounds(Enum):
+    """Behind which numbers half their interval's width is shown; from most to least."""
+
+    ALL = "all"
+    AVERAGES = "averages"
+    NONE = "none"
 
 
 def render(table: ScoreTable, width: int = 100) -> Table:
@@ -36,7 +48,8 @@ def render(table: ScoreTable, width: int = 100) -> Table:
 
     Base and experts, static models, and per-task models are kept apart by lines, because a model that keeps something
     extra for each task is not comparable with one that does not. The best normalised average of the static models is
-    bold. Tasks that do not fit stand in further tables below.
+    bold. Tasks that do not fit stand in further tables below. Behind the averages, and behind all values where there is
+    room, stands half the width of the interval.
 
     Args:
         table: The scores.
@@ -47,16 +60,20 @@ def render(table: ScoreTable, width: int = 100) -> Table:
     """
     tasks = table.tasks()
     free = width - _model_width(table) - (GAP + _vectors_width(table)) - _heads_width(table)
-    averages = GAP + len("average") + GAP + len("normalised")
-    if sum(_width(table, task) for task in tasks) + averages <= free:
-        whole = _part(table, tasks, with_averages=True)
+    needed = {
+        bounds: sum(_width(table, task, bounds) for task in tasks) + _averages_width(table, bounds) for bounds in Bounds
+    }
+    fitting = [bounds for bounds in _useful(table) if needed[bounds] <= free]
+    if fitting:
+        whole = _part(table, tasks, fitting[0], with_averages=True)
     else:
+        alone = Bounds.AVERAGES if _averages_width(table, Bounds.AVERAGES) <= free else Bounds.NONE
         whole = Table.grid()
         whole.add_column()
-        whole.add_row(_part(table, [], with_averages=True))
-        for group in _groups(tasks, [_width(table, task) for task in tasks], free):
+        whole.add_row(_part(table, [], alone, with_averages=True))
+        for group in _groups(tasks, [_width(table, task, Bounds.NONE) for task in tasks], free):
             whole.add_row("")
-            whole.add_row(_part(table, group, with_averages=False))
+            whole.add_row(_part(table, group, Bounds.NONE, with_averages=False))
     whole.caption = Text(
         "\n" + "\n".join(filter(None, [_caption(table), table.left_out_note(), _not_learned(table)])), style="dim"
     )
@@ -64,15 +81,15 @@ def render(table: ScoreTable, width: int = 100) -> Table:
     return whole
 
 
-def _part(table: ScoreTable, tasks: list[str], *, with_averages: bool) -> Table:
+def _part(table: ScoreTable, tasks: list[str], bounds: Bounds, *, with_averages: bool) -> Table:
     part = Table(box=box.HORIZONTALS, show_edge=False, pad_edge=False, padding=(0, GAP - 1, 0, 0))
     part.add_column("model", overflow="fold", width=_model_width(table))
     part.add_column("vectors", overflow="fold", max_width=_vectors_width(table))
     if _heads_width(table):
         part.add_column("heads", no_wrap=True)
     for task in tasks:
-        header = Text("\n".join([*lines_of(task, TASK_WIDTH), _short(table.primary_metrics[task])]))
-        part.add_column(header, justify="right", overflow="fold", width=_width(table, task) - GAP)
+        header = Text("\n".join([*lines_of(task, TASK_WIDTH), short_metric(table.primary_metrics[task])]))
+        part.add_column(header, justify="right", overflow="fold", width=_width(table, task, bounds) - GAP)
     if with_averages:
         part.add_column("average", justify="right", no_wrap=True)
         part.add_column("normalised\naverage", justify="right", no_wrap=True)
@@ -86,11 +103,16 @@ def _part(table: ScoreTable, tasks: list[str], *, with_averages: bool) -> Table:
             Text("\n".join(lines_of(model.vectors, VECTORS_WIDTH))),
         ]
         cells += [Text(model.heads)] if _heads_width(table) else []
-        cells += [Text(_number(table.value(model, task)) + _mark(table, model, task)) for task in tasks]
+        for task in tasks:
+            value = _number(table.value(model, task)) + _mark(table, model, task)
+            cells.append(_with_half(value, table.interval(model, task), shown=bounds is Bounds.ALL))
         if with_averages:
             normalised = table.normalised_average(model)
             style = "bold" if model.form == "static" and normalised == best else ""
-            cells += [Text(_number(table.average(model))), Text(_number(normalised), style=style)]
+            shown = bounds is not Bounds.NONE
+            cells.append(_with_half(_number(table.average(model)), table.average_interval(model), shown=shown))
+            interval = table.normalised_average_interval(model)
+            cells.append(_with_half(_number(normalised), interval, shown=shown, style=style))
         part.add_row(*cells)
         previous = model
     return part
@@ -125,9 +147,29 @@ def _vectors_width(table: ScoreTable) -> int:
     return min(max([len("purified"), *map(len, lines)]), WORD_WIDTH)
 
 
-def _width(table: ScoreTable, task: str) -> int:
-    lines = [*lines_of(task, TASK_WIDTH), _short(table.primary_metrics[task])]
-    return GAP + min(max([NUMBER_WIDTH, *map(len, lines)]), WORD_WIDTH)
+def _width(table: ScoreTable, task: str, bounds: Bounds) -> int:
+    lines = [*lines_of(task, TASK_WIDTH), short_metric(table.primary_metrics[task])]
+    number = NUMBER_WIDTH + (HALF_WIDTH if bounds is Bounds.ALL else 0)
+    return GAP + min(max([number, *map(len, lines)]), WORD_WIDTH)
+
+
+def _averages_width(table: ScoreTable, bounds: Bounds) -> int:
+    """Width of both columns of averages."""
+    number = NUMBER_WIDTH - 1 + (HALF_WIDTH if bounds is not Bounds.NONE else 0)
+    return sum(GAP + max(number, len(word)) for word in ("average", "normalised"))
+
+
+def _useful(table: ScoreTable) -> list[Bounds]:
+    """How much of the intervals could be shown, most first; nothing of what is not known."""
+    known = any(table.average_interval(model).is_known for model in table.models())
+    known = known or any(table.interval(model, task).is_known for model in table.models() for task in table.tasks())
+    return list(Bounds) if known else [Bounds.NONE]
+
+
+def _with_half(number: str, interval: Interval, *, shown: bool, style: str = "") -> Text:
+    """A number in its style, with half its interval's width behind it where that is shown."""
+    half = half_width(interval) if shown else ""
+    return Text.assemble((number, style), (f" {half}" if half else "", "dim"))
 
 
 def _groups(tasks: list[str], widths: list[int], free: int) -> list[list[str]]:
@@ -144,13 +186,15 @@ def _groups(tasks: list[str], widths: list[int], free: int) -> list[list[str]]:
 
 def _caption(table: ScoreTable) -> str:
     text = "normalised: a score divided by that of the task's expert (1.000: as good as the expert)."
+    if _useful(table) != [Bounds.NONE]:
+        text += " ±: half the width of the 95 % interval over test rows."
     if any(model.form == "per-task" for model in table.models()):
         text += f" {EXTRA_MARK} per-task: keeps something extra for each task, so not one model for all tasks."
     return text
 
 
 def _mark(table: ScoreTable, model: Model, task: str) -> str:
-    """What follows an expert's score that is no better than always the same answer."""
+    """What follows an expert's score that is no higher than that of always the same answer."""
     return NOT_LEARNED_MARK if model.form == "expert" and task in table.not_learned() else ""
 
 
@@ -172,7 +216,8 @@ def _label(model: Model) -> str:
     return f"{model.name} {EXTRA_MARK}" if model.form == "per-task" else model.name
 
 
-def _short(metric: str) -> str:
+def short_metric(metric: str) -> str:
+    """A metric's name in a heading."""
     return SHORT_METRICS.get(metric, metric)
 
 

@@ -16,6 +16,12 @@ log = logging.getLogger("pave_lightning")
 DIGITS = 32
 
 
+def found_copy(folder: Path, stem: str) -> Path | None:
+    """The undamaged Arrow file of that stem that `kept_copy` made; None where there is none. Nothing is written."""
+    found = folder.glob(f"{stem}-*.arrow")
+    return next((path for path in sorted(found) if path.name == f"{stem}-{_digest(path)}.arrow"), None)
+
+
 def kept_copy(folder: Path, stem: str, make: Callable[[Path], None]) -> Path:
     """The Arrow file of that stem, made now if it is not there.
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 import datasets
@@ -22,7 +23,7 @@ from pave_lightning.errors import PaveError, reason
 from pave_lightning.system.files import file_sha256, local_path
 from pave_lightning.system.hub import hub_or_cache, unreached
 from pave_lightning.tasks.checks import row_problems
-from pave_lightning.tasks.copies import kept_copy
+from pave_lightning.tasks.copies import found_copy, kept_copy
 from pave_lightning.tasks.labels import LabelValues, Reading, label_reading, readings_conflict
 from pave_lightning.tasks.reading import is_text, plain_column, read_rows, reading_options
 from pave_lightning.tasks.rows import Rows, UnreadableError
@@ -36,6 +37,8 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 # Raise it when the copies of rows change their form, so that older ones are not read.
 COPY_FORMAT = 1
 REMARKS = b"pave.remarks"
+# The folder of copies of rows as they were read.
+RAW = "raw"
 
 
 def load_split(task: Task, split: Split, *, seed: int, cache_dir: str | Path) -> datasets.Dataset:
@@ -78,6 +81,37 @@ def load_rows(task: Task, split: Split, *, seed: int, cache_dir: str | Path) -> 
     rows, _ = _checked(task, split, fingerprint, Path(cache_dir))
     places = sample_rows(len(rows), getattr(task.examples, split), seed)
     return LoadedRows(rows if len(places) == len(rows) else rows.select(places), places, fingerprint)
+
+
+def earlier_rows(
+    task: Task, split: Split, fingerprint: str, *, seed: int, cache_dir: str | Path
+) -> tuple[pa.Table, npt.NDArray[np.int64]]:
+    """The rows of a split that were used when its content had a fingerprint; nothing is written.
+
+    Args:
+        task: as `load_rows`.
+        split: as `load_rows`.
+        fingerprint: the `split_fingerprint` of that time.
+        seed: as `load_rows`.
+        cache_dir: folder in which copies of local files were kept; without a copy the source itself is read.
+
+    Returns:
+        The used columns of the used rows, and the number of each row among all rows of the split.
+
+    Raises:
+        PaveError: the source is another one now, or cannot be read.
+    """
+    copy = found_copy(Path(cache_dir) / RAW, _stem(task, fingerprint))
+    if copy is not None:
+        with pa.memory_map(str(copy)) as stream:
+            table = pa.ipc.open_stream(stream).read_all()
+        places = sample_rows(len(table), getattr(task.examples, split), seed)
+        return table.take(pa.array(places)), places
+    if split_fingerprint(task, split) != fingerprint:
+        raise PaveError(f"{split_title(task, split)}: the rows have changed since")
+    with TemporaryDirectory(prefix="pave-rows-") as copies:
+        found = load_rows(task, split, seed=seed, cache_dir=copies)
+        return pa.table(found.dataset.with_format("arrow")[:]), found.places
 
 
 def check_task(task: Task, *, seed: int, cache_dir: str | Path) -> list[str]:
@@ -231,8 +265,6 @@ def _checked(task: Task, split: Split, fingerprint: str, cache_dir: Path) -> tup
         same = not is_text(labels.type) and labels.type == _arrow_column(used, label).type
         return used if same else datasets.Dataset(table), []
     path = _local_file(task, split)
-    content = [COPY_FORMAT, fingerprint, task.own_options]
-    stem = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
     def make(copy: Path) -> None:
         rows, digest = _read_local(task, split, path)
@@ -243,10 +275,16 @@ def _checked(task: Task, split: Split, fingerprint: str, cache_dir: Path) -> tup
         with pa.ipc.new_stream(copy, table.schema) as stream:
             stream.write_table(table, max_chunksize=10_000)
 
-    copy = kept_copy(cache_dir / "raw", stem, make)
+    copy = kept_copy(cache_dir / RAW, _stem(task, fingerprint), make)
     with copy.open("rb") as stream:
         metadata = pa.ipc.open_stream(stream).schema.metadata
     return datasets.Dataset.from_file(str(copy)), json.loads(metadata[REMARKS])
+
+
+def _stem(task: Task, fingerprint: str) -> str:
+    """What the copy of rows with this fingerprint is named after."""
+    content = [COPY_FORMAT, fingerprint, task.own_options]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 
 def _usable(task: Task, split: Split, rows: Rows) -> pa.Table:

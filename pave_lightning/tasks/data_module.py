@@ -59,9 +59,6 @@ class TaskDataModule(LightningDataModule):
             with its data.
     """
 
-    # A split with fewer rows than processes leaves some of them without a batch, which is exact and harmless.
-    allow_zero_length_dataloader_with_multiple_devices = True
-
     def __init__(
         self,
         task: Task,
@@ -74,6 +71,8 @@ class TaskDataModule(LightningDataModule):
         padding: int | None = None,
     ) -> None:
         super().__init__()
+        # A split with fewer rows than processes leaves some without a batch, which is exact; super sets it to False.
+        self.allow_zero_length_dataloader_with_multiple_devices = True
         self.encoded = EncodedRows(task, processor, seed=seed, cache_dir=cache_dir)
         self.task = task
         self.processor = processor

@@ -17,11 +17,14 @@ class Predictions:
         values: what is predicted, shape ``(n,)``.
         targets: what is right, shape ``(n,)``; None where the batch has no labels.
         broken: examples of which some output is NaN or infinite, int64 scalar on the outputs' device.
+        examples: of which example of the batch each value is, int64 of shape ``(n,)``, those of one example in their
+            order; None where each example has one value.
     """
 
     values: Tensor
     targets: Tensor | None
     broken: Tensor
+    examples: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from pave_lightning import Recipe, load_merged, run_recipe
 from pave_lightning.errors import PaveError
 from pave_lightning.recipe.loading import recipe_to_yaml
 from pave_lightning.statistics import TaskStatistics
+from pave_lightning.tasks.predictions import read_predictions
 
 
 @pytest.fixture
@@ -342,6 +343,12 @@ def test_two_processes_give_the_same_experts_statistics_and_scores_as_one(recipe
         first, second = (found["scores"][task] for found in scores)
         assert first["examples"] == second["examples"] == 30
         assert first["metrics"] == pytest.approx(second["metrics"], abs=1e-5)
+        one, both = (
+            read_predictions(place / "scores/experts/predictions.parquet")[0][task] for place in (folder, other)
+        )
+        assert one.same_rows(both)
+        assert one.rows.tolist() == list(range(30))
+        assert one.predictions == pytest.approx(both.predictions, abs=1e-5)
 
 
 def test_data_that_changes_during_a_fit_makes_its_result_stale(recipe_settings, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import re
 import shutil
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from pave_lightning import Recipe
 from pave_lightning.pipeline.commands import run_recipe, working
 from pave_lightning.pipeline.report import write_report
+from pave_lightning.reporting.verdicts import half_width
 
 
 @pytest.fixture
@@ -57,7 +59,11 @@ def test_cards_and_terminal_tell_scores_and_untouched_layers(settings):
         assert f"\n# tiny: {model.name} ({model.vectors})\n" in card
         values = [table.value(model, task) for task in table.tasks()]
         values += [table.average(model), table.normalised_average(model)]
-        assert f"| {model.name} | {' | '.join(f'{value:.3f}' for value in values)} |\n" in card
+        bare = re.sub(r" ±[\d.]+", "", card)
+        assert f"| {model.name} | {' | '.join(f'{value:.3f}' for value in values)} |\n" in bare
+        assert table.average_interval(model).is_known
+        assert f" {half_width(table.average_interval(model))} |" in card
+        assert ("Purified against plain: " in card) == (model.vectors == "purified")
         assert (f"- {left}" in card) == (model.vectors == "purified")
         assert ("Weights that are not captured and purified:\n\n- embedding tables: " in card) == (
             model.vectors == "purified"

@@ -91,11 +91,22 @@ def test_csv_by_hand(table, tmp_path):
     table.write_csv(tmp_path / "new" / "scores.csv")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["scores.csv"]
     header, *rows = csv.reader((tmp_path / "new" / "scores.csv").open(newline=""))
-    assert header == [
+    assert header[:10] == [
         *("model", "vectors", "heads", "form"),
         *("sst2/accuracy", "cola/matthews", "average"),
         *("sst2/normalised", "cola/normalised", "normalised_average"),
     ]
+    assert header[10:] == [
+        *("sst2/accuracy/low", "sst2/accuracy/high", "cola/matthews/low", "cola/matthews/high"),
+        *("average/low", "average/high", "normalised_average/low", "normalised_average/high"),
+        *(
+            f"normalised_average/{against}{end}"
+            for against in ("minus_plain", "minus_expert_heads", "minus_fitted_base")
+            for end in ("", "/low", "/high")
+        ),
+    ]
+    assert all(cell == "" for row in rows for cell in row[10:]), "no predictions, no intervals"
+    rows = [row[:10] for row in rows]
     assert rows[0] == ["base", "", "expert", "base", "0.5", "", "", "0.625", "", ""]
     assert rows[1] == ["experts", "", "expert", "expert", "0.8", "0.4", "0.6", "1.0", "1.0", "1.0"]
     assert rows[2] == [
@@ -117,7 +128,7 @@ def test_a_score_in_float32_is_written_as_the_decimal_that_it_stands_for(tmp_pat
     value = float(np.float32(0.4))
     assert value != 0.4
     ScoreTable([Score("base", "", "base", "sst2", "accuracy", True, value, 10)]).write_csv(tmp_path / "scores.csv")
-    assert (tmp_path / "scores.csv").read_text().splitlines()[1] == "base,,expert,base,0.4,0.4,,"
+    assert (tmp_path / "scores.csv").read_text().splitlines()[1].startswith("base,,expert,base,0.4,0.4,,")
 
 
 def test_frames(table, tmp_path):
@@ -130,7 +141,13 @@ def test_frames(table, tmp_path):
 
     assert len(long) == len(table.scores)
     assert list(long.columns) == [
-        *("model", "vectors", "heads", "form", "task", "metric", "headline", "value", "normalised", "examples")
+        *("model", "vectors", "heads", "form", "task", "metric", "headline", "value", "normalised", "examples"),
+        *("low", "high", "normalised_low", "normalised_high"),
+        *(
+            f"{against}{end}"
+            for against in ("minus_plain", "minus_expert_heads", "minus_fitted_base")
+            for end in ("", "_low", "_high")
+        ),
     ]
     row = long[(long.model == "ties") & (long.metric == "matthews")].iloc[0]
     assert (row.value, row.normalised, row.examples) == (0.1, 0.25, 100)

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pave_lightning")
 
+# Raised when what a stage leaves beside the scores changes, so that older ones are made anew.
+FORMAT = 1
 BROKEN_OUTPUTS = "look for broken weights, lower the scale of a merged model, or use a safer evaluate.precision"
 
 
@@ -231,7 +233,7 @@ class ScoredFitted(ScoredModel):
 
 
 class EvaluateStage(Stage):
-    """The scores of one model on all test splits."""
+    """The scores of one model on all test splits, and what it predicted there (``predictions.parquet``)."""
 
     command = "evaluate"
     announced = False
@@ -271,14 +273,16 @@ class EvaluateStage(Stage):
         return [*FitStage.all(self.results), *self.model.needs()]
 
     def depends_on(self) -> dict[str, Any]:
-        """Heads, rows and metrics; the model's weights."""
+        """Heads, rows and metrics; the model's weights; the form of what is kept."""
         heads = expert_digests(self.results)
-        return {**score_inputs(self.results.recipe, heads, "test"), **self.model.depends_on()}
+        scored = score_inputs(self.results.recipe, heads, "test")
+        return {**scored, "predictions": FORMAT, **self.model.depends_on()}
 
     def run(self, context: Context) -> None:
         """Score the model."""
         from pave_lightning.evaluation import refuse_non_finite
         from pave_lightning.pipeline.evaluating import score_on_test
+        from pave_lightning.tasks.predictions import FILE, write_predictions
 
         with doing(self.doing):
             candidate, facts = self.model.candidate(context)
@@ -293,6 +297,9 @@ class EvaluateStage(Stage):
                 with context.writing(self) as writer:
                     plain = {task: {"metrics": one.metrics, "examples": one.examples} for task, one in scores.items()}
                     writer.result.update(facts, scores=plain)
+                    kept = {task: one.predictions for task, one in scores.items() if one.predictions is not None}
+                    classes = {task.name: task.class_names for task in context.recipe.tasks}
+                    write_predictions(writer.path / FILE, kept, classes)
 
 
 def scored_models(results: Results) -> Iterator[ScoredModel]:

@@ -253,7 +253,8 @@ class TokenClassification(Task):
 
         logits, first = model(**self.inputs(batch)).logits, self.read_positions(batch)
         broken = non_finite_rows(logits.masked_fill(~first[..., None], 0))
-        return Predictions(logits[first].argmax(dim=-1), self.targets(batch) if "labels" in batch else None, broken)
+        targets = self.targets(batch) if "labels" in batch else None
+        return Predictions(logits[first].argmax(dim=-1), targets, broken, examples=first.nonzero()[:, 0])
 
     def misfits(self, config: Any, written: Mapping[str, Any]) -> Iterator[Misfit]:
         """Other classes."""

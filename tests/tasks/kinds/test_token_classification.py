@@ -295,9 +295,10 @@ def test_metrics_are_over_words(make_task, tmp_path, tiny_tokenizer, make_base):
     evaluator = Evaluator([task], {"tags": expert}, expert)
     trainer = build_trainer({"accelerator": "cpu", "devices": 1}, root=tmp_path, precision="32-true")
     data = SuiteData([module_of(task, tiny_tokenizer, tmp_path, batch_size=5)], "test")
-    found = evaluator.score(ExpertsCandidate({"tags": expert}), data, trainer)["tags"]
-    predicted, right = [], []
-    for row in rows:
+    found = evaluator.score(ExpertsCandidate({"tags": expert}), data, trainer, keep=True)["tags"]
+    predicted, right, places = [], [], []
+    for index, row in enumerate(rows):
+        places += [(index, word) for word in range(len(row["words"]))]
         inputs = tiny_tokenizer([row["words"]], is_split_into_words=True, return_tensors="pt")
         with torch.no_grad():
             predicted += model(**inputs).logits[0, 1:-1].argmax(-1).tolist()
@@ -307,6 +308,10 @@ def test_metrics_are_over_words(make_task, tmp_path, tiny_tokenizer, make_base):
     assert found.metrics["accuracy"] == pytest.approx(np.mean([one == other for one, other in pairs]), abs=1e-6)
     f1 = [2 * pairs.count((c, c)) / (right.count(c) + predicted.count(c)) for c in set(right) | set(predicted)]
     assert found.metrics["macro_f1"] == pytest.approx(np.mean(f1), abs=1e-6)
+    kept = found.predictions
+    assert list(zip(kept.rows, kept.positions, strict=True)) == places
+    assert kept.predictions.tolist() == predicted
+    assert kept.targets.tolist() == right
 
 
 def test_the_fisher_information_is_that_of_all_words(make_task, tmp_path, tiny_tokenizer):
