@@ -68,7 +68,7 @@ def collect_scores(results: Results) -> ScoreTable:
             primary = results.recipe.task(name).primary_metric
             for metric, value in scores["metrics"].items():
                 measured = {"task": name, "metric": metric, "value": value, "examples": scores["examples"]}
-                what = Model(model.model, model.vectors, model.form, model.heads)
+                what = Model(model.model, model.vectors, model.form, model.heads, model.is_control)
                 rows.append(Score.of(what, is_primary=metric == primary, **measured))
     return ScoreTable(rows, _constants(results))
 

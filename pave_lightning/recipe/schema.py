@@ -65,9 +65,11 @@ class Recipe(Section):
     """Heads under which merged models are scored: expert, logits, probabilities, orthogonal or labels, {fit: ...,
     rows: ...} to change some keys, or a list of these; each is a row of the tables."""
     controls: ControlList = ["base", "experts"]
-    """What is scored beside merged models where heads are fitted. base: the base under heads fitted in the same way,
+    """What is scored beside merged models. Where heads are fitted, base: the base under heads fitted in the same way,
     which merging must beat; probe: the base under heads fitted to labels; experts: each expert under its own head
-    fitted in the same way; each: every expert alone on all tasks. true stands for all of them."""
+    fitted in the same way. In any case, joint: one model that is fine-tuned on all tasks together, with as many steps
+    as all experts, under its own heads and fitted ones, which is the ceiling in practice; each: every expert alone on
+    all tasks. true stands for all of them; joint alone trains anything."""
     evaluate: Evaluate = Evaluate()
     """How models are scored."""
     tracking: Tracking = Tracking()
@@ -128,7 +130,7 @@ class Recipe(Section):
             for step in self.merge[:MOST_TOLD]
             for name in [name for name in step.vectors if name not in stacks][:MOST_TOLD]
         ]
-        for reserved in ("base", "experts"):
+        for reserved in ("base", "experts", *(["joint"] if "joint" in self.controls else [])):
             if reserved in [step.name for step in self.merge]:
                 wrong.append(f"a merge step cannot be named '{reserved}': the tables use that name")
         return unless_wrong(self, wrong)
