@@ -17,8 +17,8 @@ from pave_lightning.experts.loading import add_adapters, load_with_new_head
 from pave_lightning.experts.task_expert import TaskExpert, freeze
 from pave_lightning.tasks.constants import constant_answer
 from pave_lightning.tasks.joint_data import JointDataModule
-from pave_lightning.tasks.samplers import Turns
 from pave_lightning.tasks.task import Task, auto_models
+from pave_lightning.tasks.turns import Turns
 from pave_lightning.weights import Architecture
 from pave_lightning.weights.architecture import backbone_of, lies_in
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from pave_lightning.experts.schedule import training_schedule, training_settings
 from pave_lightning.experts.trainer_options import is_distributed, process_count
-from pave_lightning.tasks.samplers import Turns
 from pave_lightning.tasks.task import Task
+from pave_lightning.tasks.turns import Turns
 from pave_lightning.weights.architecture import lies_in
 
 # Options of the trainer by which a training of several tasks would not have the steps of all of theirs, and the values

@@ -19,8 +19,8 @@ from pave_lightning.errors import PaveError, nearest
 from pave_lightning.tasks.joint_data import TaskBatch
 from pave_lightning.tasks.metrics import scores
 from pave_lightning.tasks.options import Training
-from pave_lightning.tasks.samplers import Turns
 from pave_lightning.tasks.task import Batch, Task
+from pave_lightning.tasks.turns import Turns
 from pave_lightning.weights.architecture import backbone_of
 
 # The mean of the tasks' primary metrics, where there are several.

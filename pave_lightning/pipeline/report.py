@@ -11,8 +11,16 @@ from rich.console import Console
 
 from pave_lightning.pipeline.results import Results
 from pave_lightning.pipeline.runner import Runner
-from pave_lightning.pipeline.stages import CaptureStage, EvaluateStage, MergeStage, PurifyStage, captures, stages_of
-from pave_lightning.pipeline.stages.evaluate import scored_models
+from pave_lightning.pipeline.stages import (
+    CaptureStage,
+    EvaluateStage,
+    JointStage,
+    MergeStage,
+    PurifyStage,
+    captures,
+    stages_of,
+)
+from pave_lightning.pipeline.stages.evaluate import ScoredJoint, scored_models
 from pave_lightning.pipeline.stages.fit import expert_digests
 from pave_lightning.pipeline.stages.purify import label
 from pave_lightning.purification import KeptRank
@@ -203,6 +211,8 @@ def _record(runner: Runner, tracker: Tracker, table: ScoreTable, files: list[Pat
             values[f"test/{score.metric}/constant"] = constant
             values[f"test/{score.metric}/above_constant"] = score.value - constant
         tracker.complete(f"expert:{task.name}", stage="fit", part="report", metrics=values)
+    for joint in JointStage.asked(runner.results):
+        tracker.complete(joint.name, stage="fit", part="report", metrics=_model_metrics(table, ScoredJoint.model, ""))
     for merge in MergeStage.all(runner.results):
         name, params = merge.run_name, merge.params()
         metrics = _model_metrics(table, merge.step.name, merge.vectors)

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 Form = Literal["base", "expert", "static", "per-task"]
 Section = Literal["reference", "controls", "static", "per-task"]
 
-# What the heads that experts come with are called.
-EXPERT_HEADS = "expert"
+# What the heads that experts come with are called, and those of a control that is trained with its own.
+EXPERT_HEADS, OWN_HEADS = "expert", "own"
 FORMS: tuple[Form, ...] = ("base", "expert", "static", "per-task")
 SECTIONS: tuple[Section, ...] = ("reference", "controls", "static", "per-task")
 # Decimal digits that survive a round trip through float32, in which metrics are computed, rounded up.

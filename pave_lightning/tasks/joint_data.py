@@ -10,8 +10,9 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
 from pave_lightning.tasks.data_module import ResumableLoader, TaskDataModule, progress
-from pave_lightning.tasks.samplers import JointSampler, TaskRows, Turns
+from pave_lightning.tasks.samplers import JointSampler, TaskRows
 from pave_lightning.tasks.task import Batch
+from pave_lightning.tasks.turns import Turns
 
 
 class TaskBatch(NamedTuple):

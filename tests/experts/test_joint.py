@@ -22,8 +22,9 @@ from pave_lightning.experts.joint_schedule import (
 from pave_lightning.experts.task_expert import TaskExpert, linear_schedule
 from pave_lightning.tasks.data_module import TaskDataModule
 from pave_lightning.tasks.joint_data import JointDataModule
-from pave_lightning.tasks.samplers import JointSampler, TrainingSampler, Turns
+from pave_lightning.tasks.samplers import JointSampler, TrainingSampler
 from pave_lightning.tasks.task import Task
+from pave_lightning.tasks.turns import Turns
 
 ROWS = {"words": (48, 24), "numbers": (48, 24), "tags": (20, 12)}
 

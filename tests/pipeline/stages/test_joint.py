@@ -55,4 +55,3 @@ def test_a_run_with_joint(joint_settings, capsys):
         assert float(rows["joint", "own"][metric]) == pytest.approx(score_by_hand(context, task, model), abs=1e-5)
         model = load_merged(folder / "joint", task.name, heads=folder / "heads" / "joint-logits-24")
         assert float(rows["joint", "logits-24"][metric]) == pytest.approx(score_by_hand(context, task, model), abs=1e-5)
-    print(capsys.readouterr().out)
