@@ -1,7 +1,5 @@
 """One model trained on several tasks: whose batch is next, what is shared, rates, resuming."""
 
-import json
-import random
 from collections import Counter
 
 import numpy as np
@@ -31,21 +29,6 @@ ROWS = {"words": (48, 24), "numbers": (48, 24), "tags": (20, 12)}
 
 class StoppedError(Exception):
     """In place of a kill."""
-
-
-@pytest.fixture(scope="module")
-def tag_files(tmp_path_factory):
-    """Rows of words, each labelled by whether its number is high."""
-    folder, draw = tmp_path_factory.mktemp("tags"), random.Random(0)
-    files = {}
-    for split, rows in (("train", 20), ("validation", 12), ("test", 12)):
-        lines = []
-        for _ in range(rows):
-            numbers = draw.choices(range(96), k=draw.randrange(2, 7))
-            lines.append({"words": [f"w{n}" for n in numbers], "labels": [int(n >= 48) for n in numbers]})
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        files[split] = str(folder / f"{split}.jsonl")
-    return files
 
 
 @pytest.fixture(scope="module")
