@@ -89,8 +89,9 @@ class _Shared:
         return cls({names.get(name, name).partition(".")[0] for name in stored})
 
     def private(self, model: nn.Module) -> set[str]:
-        """Direct submodules of a model's backbone that are its own."""
-        return {name for name, _ in backbone_of(_inner(model)).named_children()} - self._children
+        """Direct submodules with weights of a model's backbone that are its own."""
+        children = backbone_of(_inner(model)).named_children()
+        return {name for name, child in children if any(True for _ in child.parameters())} - self._children
 
     def share(self, models: Sequence[nn.Module]) -> None:
         """Give all models what the first of them that has it has of what they share."""

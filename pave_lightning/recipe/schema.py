@@ -69,7 +69,7 @@ class Recipe(Section):
     which merging must beat; probe: the base under heads fitted to labels; experts: each expert under its own head
     fitted in the same way. In any case, joint: one model that is fine-tuned on all tasks together, with as many steps
     as all experts, under its own heads and fitted ones, which is the ceiling in practice; each: every expert alone on
-    all tasks. true stands for all of them; joint alone trains anything."""
+    all tasks. true stands for all of them; only joint trains anything."""
     evaluate: Evaluate = Evaluate()
     """How models are scored."""
     tracking: Tracking = Tracking()

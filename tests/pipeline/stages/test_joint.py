@@ -160,6 +160,29 @@ def test_it_is_made_alone_and_goes_on_where_it_was_killed(joint_settings, tmp_pa
         assert (root / file).read_bytes() == (other / file).read_bytes()
 
 
+@pytest.mark.slow
+def test_two_processes_train_what_one_does_with_batches_of_twice_the_size(recipe_settings, make_base, tmp_path):
+    base = make_base(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    models = []
+    for size, devices in ((16, {"devices": 1}), (8, {"devices": 2, "strategy": "ddp"})):
+        recipe = Recipe.model_validate(
+            {
+                **recipe_settings,
+                "base": str(base),
+                "output": str(tmp_path / str(size)),
+                "training": {**recipe_settings["training"], "batch_size": size},
+                "trainer": {**recipe_settings["trainer"], **devices},
+                "controls": ["joint"],
+            }
+        )
+        run_stage(recipe, "joint")
+        folder = Path(recipe.output) / recipe.name / "joint"
+        models.append([load_merged(folder, task.name).state_dict() for task in recipe.tasks])
+    torch.testing.assert_close(*models, rtol=0, atol=2e-4)
+    start = Checkpoint(base, "bert").tensor("encoder.layer.1.output.dense.weight")
+    assert float((models[0][0]["bert.encoder.layer.1.output.dense.weight"] - start).abs().max()) > 2e-3
+
+
 def test_it_depends_on_what_it_is_trained_on(joint_settings):
     def inputs(**changes):
         recipe = Recipe.model_validate({**joint_settings, **changes})
