@@ -25,6 +25,7 @@ RECIPE_COMMANDS = {
     "run": "do everything a recipe asks for: fit, capture, purify, merge, evaluate, report",
     "plan": "check everything and show what would be done; run nothing",
     "fit": "fine-tune the experts (or one of them)",
+    "joint": "fine-tune one model on all tasks together, where the recipe has it among its controls",
     "capture": "measure what the experts' layers see",
     "purify": "write the purified experts as ordinary checkpoints",
     "diagnose": "show what purification does to the task vectors, as tables and pictures",

@@ -173,6 +173,24 @@ def task_files(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def tag_files(tmp_path_factory):
+    """Rows of words, each labelled by whether its number is high."""
+    import json
+    import random
+
+    folder, draw = tmp_path_factory.mktemp("tags"), random.Random(0)
+    files = {}
+    for split, rows in (("train", 20), ("validation", 12), ("test", 12)):
+        lines = []
+        for _ in range(rows):
+            numbers = draw.choices(range(96), k=draw.randrange(2, 7))
+            lines.append({"words": [f"w{n}" for n in numbers], "labels": [int(n >= 48) for n in numbers]})
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        files[split] = str(folder / f"{split}.jsonl")
+    return files
+
+
+@pytest.fixture(scope="session")
 def hasty_databases():
     """Let databases not wait until the disk has what they write, for the end of the tests is the end of them."""
     from sqlalchemy import event

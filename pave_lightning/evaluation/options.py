@@ -125,6 +125,8 @@ class Heads(Section):
 
 
 EXPERT_HEADS = Heads(fit="expert")
+# What the heads are called that a model was trained with, where it is no expert.
+OWN_HEADS = "own"
 
 
 def _head_list(raw: Any) -> Any:
@@ -140,8 +142,8 @@ def _differing(heads: list[Heads]) -> list[Heads]:
 
 HeadList = Annotated[list[Heads], Field(min_length=1), BeforeValidator(_head_list), AfterValidator(_differing)]
 
-Control = Literal["base", "probe", "experts", "each"]
-CONTROLS: tuple[Control, ...] = ("base", "probe", "experts", "each")
+Control = Literal["base", "probe", "joint", "experts", "each"]
+CONTROLS: tuple[Control, ...] = ("base", "probe", "joint", "experts", "each")
 
 
 def _control_list(raw: Any) -> Any:

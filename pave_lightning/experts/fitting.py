@@ -1,8 +1,10 @@
-"""The fit stage: one task in, one expert folder out."""
+"""Fine-tuning with Lightning: from its last checkpoint to the weights of the best one; one expert as a folder."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +30,10 @@ from pave_lightning.experts.task_expert import TaskExpert, freeze
 from pave_lightning.experts.trainers import build_trainer, honest_interrupts, quiet_lightning
 from pave_lightning.system.files import let_others_read
 from pave_lightning.system.processes import is_launched, is_rank_zero
-from pave_lightning.tasks.constants import constant_scores
+from pave_lightning.tasks.constants import constant_answer
 from pave_lightning.tasks.data_module import TaskDataModule
 from pave_lightning.tasks.metrics import weak_experts
+from pave_lightning.tasks.options import EarlyStopping as EarlyStoppingOptions
 from pave_lightning.tasks.task import Task
 from pave_lightning.tasks.tokenizers import load_tokenizer, padding_id, padding_note
 from pave_lightning.weights import Checkpoint
@@ -43,6 +46,23 @@ log = logging.getLogger("pave_lightning")
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A training that may begin.
+
+    Attributes:
+        expert: what is trained.
+        data: its rows.
+        settings: options of the trainer.
+        early_stopping: when it stops early; None where it does not.
+    """
+
+    expert: TaskExpert
+    data: L.LightningDataModule
+    settings: Mapping[str, Any]
+    early_stopping: EarlyStoppingOptions | None
+
+
 def fit_expert(
     task: Task,
     base: Path,
@@ -53,9 +73,6 @@ def fit_expert(
     logger: Logger | None = None,
 ) -> tuple[nn.Module, dict[str, float]]:
     """Fine-tune one expert and return it with the weights of its best checkpoint.
-
-    Training goes on from the last checkpoint in ``work_folder`` where there is one that can be used. Where the last
-    steps were not validated by the trainer's own rules (``max_steps`` within an epoch), they are in the end.
 
     Args:
         task: the task, with its training and trainer options.
@@ -70,56 +87,88 @@ def fit_expert(
         primary one, and what a constant answer scores in it.
 
     Raises:
+        PaveError: as `trained` says.
+        Interrupted: training was stopped from outside.
+    """
+
+    def prepare() -> Prepared:
+        L.seed_everything(seed, workers=True, verbose=False)
+        model = load_with_new_head(base, task)
+        freeze(model, task.training.freeze)
+        if task.training.lora is not None:
+            backbone = backbone_of(model)
+            stored = Checkpoint(base, str(model.base_model_prefix), tied_names(backbone))
+            private = absent_children(stored, dict(backbone.named_parameters()))
+            frozen = task.training.freeze
+            model = add_adapters(model, task.training.lora, task.peft_type, frozen=frozen, private=private)
+        data = task_data(task, base, model, seed, cache_folder)
+        expert = TaskExpert(model, task, seed=seed)
+        return Prepared(expert, data, training_settings(task), task.training.early_stopping)
+
+    expert, score = trained(prepare, work_folder, logger=logger)
+    constant = constant_answer(task, "validation", seed=seed, cache_dir=cache_folder)
+    weak = weak_experts({task.name: score}, {task.name: constant[task.primary_metric]})
+    if weak and is_rank_zero():  # or else every process says it
+        log.warning("%s; try other learning rates or more rows", weak)
+    metrics = {expert.monitor: score, **{f"validation/{name}/constant": value for name, value in constant.items()}}
+    return expert.model.eval(), metrics
+
+
+def trained(
+    prepare: Callable[[], Prepared], work_folder: Path, *, logger: Logger | None = None
+) -> tuple[TaskExpert, float]:
+    """Train to the end; the weights are then those of the best checkpoint.
+
+    Training goes on from the last checkpoint in ``work_folder`` where there is one that can be used. Where the last
+    steps were not validated by the trainer's own rules (``max_steps`` within an epoch), they are in the end.
+
+    Args:
+        prepare: makes what is trained, from its seed.
+        work_folder: where checkpoints are kept while training.
+        logger: receives the metrics while training.
+
+    Returns:
+        What was trained, and its validation score.
+
+    Raises:
         PaveError: training gave NaN or infinite weights or outputs, nothing was trained or validated, or Lightning
             refuses the options.
         Interrupted: training was stopped from outside.
     """
-    arguments: dict[str, Any] = {"seed": seed, "cache_folder": cache_folder, "logger": logger}
+    begun = prepare()
     try:
-        return _fit(task, base, work_folder, **arguments)
+        return _trained(begun, work_folder, logger)
     except _UnusableCheckpointError as error:
-        start_anew(task.name, work_folder, f"the last checkpoint cannot be restored ({reason(error)})")
+        name = begun.expert.name
+        start_anew(name, work_folder, f"the last checkpoint cannot be restored ({reason(error)})")
         if is_launched():  # the other processes of this stage have to begin anew, too
-            raise PaveError(f"task '{task.name}': run the same command again, which trains anew") from error
-    return _fit(task, base, work_folder, **arguments)
+            raise PaveError(f"{begun.expert.title}: run the same command again, which trains anew") from error
+    return _trained(prepare(), work_folder, logger)
 
 
-def _fit(
-    task: Task, base: Path, work_folder: Path, *, seed: int, cache_folder: Path, logger: Logger | None
-) -> tuple[nn.Module, dict[str, float]]:
-    L.seed_everything(seed, workers=True, verbose=False)
-    options = task.training
-    model = load_with_new_head(base, task)
-    freeze(model, options.freeze)
-    if options.lora is not None:
-        backbone = backbone_of(model)
-        stored = Checkpoint(base, str(model.base_model_prefix), tied_names(backbone))
-        private = absent_children(stored, dict(backbone.named_parameters()))
-        model = add_adapters(model, options.lora, task.peft_type, frozen=options.freeze, private=private)
-    expert = TaskExpert(model, task, seed=seed)
-    data = _data(task, base, model, seed, cache_folder)
-    monitor = f"validation/{task.primary_metric}"
+def _trained(begun: Prepared, work_folder: Path, logger: Logger | None) -> tuple[TaskExpert, float]:
+    expert, data = begun.expert, begun.data
     checkpoint = MovableCheckpoint(
-        dirpath=work_folder, filename="best", monitor=monitor, mode="max", enable_version_counter=False
+        dirpath=work_folder, filename="best", monitor=expert.monitor, mode="max", enable_version_counter=False
     )
     # Not save_last of the other: that one writes only in epochs that are the best so far.
     each_epoch = MovableCheckpoint(dirpath=work_folder, filename="last", enable_version_counter=False)
-    begun = _Begun()
-    callbacks: list[Callback] = [checkpoint, each_epoch, begun]
-    if options.early_stopping is not None:
+    started = _Begun()
+    callbacks: list[Callback] = [checkpoint, each_epoch, started]
+    if begun.early_stopping is not None:
         # Not strict: an epoch without a validation pass has nothing to judge by, and training goes on.
-        stopping = EarlyStopping(monitor, mode="max", strict=False, **options.early_stopping.model_dump())
+        stopping = EarlyStopping(expert.monitor, mode="max", strict=False, **begun.early_stopping.model_dump())
         callbacks.append(stopping)
     if logger is not None:
         callbacks.append(LearningRateMonitor("step"))
     problem = unusable_checkpoint(work_folder, expert.state_dict())
     if problem:
-        start_anew(task.name, work_folder, problem)
+        start_anew(expert.name, work_folder, problem)
     last = work_folder / LAST
     resumed = last.is_file() and not problem
     with quiet_lightning(), honest_interrupts():
         trainer = build_trainer(
-            training_settings(task),
+            begun.settings,
             root=work_folder,
             logger=logger,
             callbacks=callbacks,
@@ -127,33 +176,28 @@ def _fit(
             reload_dataloaders_every_n_epochs=0,
         )
         if resumed:
-            log.info("%s: training goes on from its last checkpoint", task.name)
+            log.info("%s: training goes on from its last checkpoint", expert.name)
         try:
             trainer.fit(expert, datamodule=data, ckpt_path=last if resumed else None)
         except Exception as error:
-            if resumed and not begun.training and not isinstance(error, (PaveError, OSError, *OUT_OF_MEMORY)):
+            if resumed and not started.training and not isinstance(error, (PaveError, OSError, *OUT_OF_MEMORY)):
                 raise _UnusableCheckpointError(reason(error)) from error
             if isinstance(error, MisconfigurationException):
-                raise PaveError(f"task '{task.name}': trainer: {reason(error)}") from error
+                raise PaveError(f"{expert.title}: trainer: {reason(error)}") from error
             raise
     if trainer.global_step == 0:
-        raise PaveError(f"task '{task.name}': nothing was trained; the trainer needs at least one step (max_epochs)")
+        raise PaveError(f"{expert.title}: nothing was trained; the trainer needs at least one step (max_epochs)")
     score = _take_the_best(expert, checkpoint, work_folder / BEST, trainer, data)
     broken = [name for name, value in expert.model.named_parameters() if not bool(torch.isfinite(value).all())]
     if broken:
         raise PaveError(
-            f"task '{task.name}': training gave NaN or infinite weights ({len(broken)} tensors, first {broken[0]}); "
+            f"{expert.title}: training gave NaN or infinite weights ({len(broken)} tensors, first {broken[0]}); "
             "lower the learning rates or use a safer precision"
         )
-    constant = constant_scores(task, data.labels("validation"))
-    weak = weak_experts({task.name: score}, {task.name: constant[task.primary_metric]})
-    if weak and is_rank_zero():  # or else every process says it
-        log.warning("%s; try other learning rates or more rows", weak)
-    metrics = {monitor: score, **{f"validation/{name}/constant": value for name, value in constant.items()}}
-    return expert.model.eval(), metrics
+    return expert, score
 
 
-def _data(task: Task, base: Path, model: nn.Module, seed: int, cache_folder: Path) -> TaskDataModule:
+def task_data(task: Task, base: Path, model: nn.Module, seed: int, cache_folder: Path) -> TaskDataModule:
     """The rows of a task as the base's tokenizer reads them, padded with the token that the model knows."""
     tokenizer = load_tokenizer(base)
     if note := padding_note(tokenizer):
@@ -169,26 +213,25 @@ def _data(task: Task, base: Path, model: nn.Module, seed: int, cache_folder: Pat
 
 
 def _take_the_best(
-    expert: TaskExpert, checkpoint: ModelCheckpoint, best: Path, trainer: L.Trainer, data: TaskDataModule
+    expert: TaskExpert, checkpoint: ModelCheckpoint, best: Path, trainer: L.Trainer, data: L.LightningDataModule
 ) -> float:
     """Give an expert the weights with the best validation score, and return it; validates the last ones if needed."""
-    task = expert.task
     score = float("-inf") if checkpoint.best_model_score is None else float(checkpoint.best_model_score)
     if expert.validated_at != trainer.global_step:
         with quiet_lightning(), honest_interrupts():
-            (found,) = trainer.validate(expert, datamodule=data, verbose=False) or ({},)
-        last = float(found.get(f"validation/{task.primary_metric}", "nan"))
+            found, *_ = trainer.validate(expert, datamodule=data, verbose=False) or ({},)
+        last = float(found.get(expert.monitor, "nan"))
         if last > score:
             return last
     if score == float("-inf"):
         raise PaveError(
-            f"task '{task.name}': no validation pass ended, so there is no best checkpoint; the trainer needs at least "
+            f"{expert.title}: no validation pass ended, so there is no best checkpoint; the trainer needs at least "
             "one validation batch (limit_val_batches)"
         )
     problem = damage_of(best, expert.state_dict())
     if problem:
-        start_anew(task.name, best.parent, f"the best checkpoint is damaged ({problem})")
-        raise PaveError(f"task '{task.name}': the best checkpoint was damaged; run the same command again")
+        start_anew(expert.name, best.parent, f"the best checkpoint is damaged ({problem})")
+        raise PaveError(f"{expert.title}: the best checkpoint was damaged; run the same command again")
     expert.load_state_dict(torch.load(best, map_location="cpu", weights_only=True)["state_dict"])
     return score
 

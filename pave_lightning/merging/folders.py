@@ -204,6 +204,20 @@ def load_gradients(place: Path, expert: Path | None = None) -> TaskGradients:
 
 
 def _write_surroundings(folder: Path, method: MergeMethod, context: MergeContext, scale: float | None) -> None:
+    write_surroundings(folder, context)
+    facts = {"method": method.name, "form": method.form, "base": context.base_reference, **context.facts}
+    if _takes_experts_later(method, scale):
+        facts |= {"sequential": method.state(scale), "base_digest": model_digest(context.base.folder)}
+    write_facts(folder, facts)
+
+
+def write_surroundings(folder: Path, context: MergeContext) -> None:
+    """Write what stands beside the weights of a backbone: configuration, tokenizer, and the heads of the tasks.
+
+    Args:
+        folder: an existing folder.
+        context: whose heads; its facts are not written.
+    """
     # Here, so that who only loads a merged model need not load Lightning.
     from pave_lightning.tasks.tokenizers import load_tokenizer, padding_id, text_config
 
@@ -235,9 +249,10 @@ def _write_surroundings(folder: Path, method: MergeMethod, context: MergeContext
                 own_tokenizer.save_pretrained(target)
         own_config.architectures = own_config.architectures or [context.architecture.model_class]
         own_config.save_pretrained(target)
-    facts = {"method": method.name, "form": method.form, "base": context.base_reference, **context.facts}
-    if _takes_experts_later(method, scale):
-        facts |= {"sequential": method.state(scale), "base_digest": model_digest(context.base.folder)}
+
+
+def write_facts(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Note what a model is: method, form, base, and more."""
     (folder / FACTS_FILE).write_text(json.dumps(facts, indent=2))
 
 

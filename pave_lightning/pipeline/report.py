@@ -11,8 +11,16 @@ from rich.console import Console
 
 from pave_lightning.pipeline.results import Results
 from pave_lightning.pipeline.runner import Runner
-from pave_lightning.pipeline.stages import CaptureStage, EvaluateStage, MergeStage, PurifyStage, captures, stages_of
-from pave_lightning.pipeline.stages.evaluate import scored_models
+from pave_lightning.pipeline.stages import (
+    CaptureStage,
+    EvaluateStage,
+    JointStage,
+    MergeStage,
+    PurifyStage,
+    captures,
+    stages_of,
+)
+from pave_lightning.pipeline.stages.evaluate import ScoredJoint, scored_models
 from pave_lightning.pipeline.stages.fit import expert_digests
 from pave_lightning.pipeline.stages.purify import label
 from pave_lightning.purification import KeptRank
@@ -71,7 +79,7 @@ def collect_scores(results: Results) -> ScoreTable:
     for model in scored_models(results):
         stage = EvaluateStage(results, model)
         found = results.finished(stage).result["scores"]
-        what = Model(model.model, model.vectors, model.form, model.heads)
+        what = Model(model.model, model.vectors, model.form, model.heads, model.is_control)
         predictions[what], _ = read_predictions(results.path(stage) / FILE)
         for name, scores in found.items():
             primary = results.recipe.task(name).primary_metric
@@ -220,9 +228,12 @@ def _record(runner: Runner, tracker: Tracker, table: ScoreTable, files: list[Pat
             values[f"test/{score.metric}/constant"] = constant
             values[f"test/{score.metric}/above_constant"] = score.value - constant
         tracker.complete(f"expert:{task.name}", stage="fit", part="report", metrics=values)
+    joint_row = (ScoredJoint.model, ScoredJoint.vectors, ScoredJoint.heads)
+    for joint in JointStage.asked(runner.results):
+        tracker.complete(joint.name, stage="fit", part="report", metrics=_model_metrics(table, joint_row))
     for merge in MergeStage.all(runner.results):
         name, params = merge.run_name, merge.params()
-        metrics = _model_metrics(table, merge)
+        metrics = _model_metrics(table, (merge.step.name, merge.vectors, merge.heads.label))
         tracker.complete(name, stage="merge", part="report", metrics=metrics, params=params)
         if runner.results.recipe.tracking.upload_models:
             run = tracker.child(name, stage="merge", params=params)
@@ -230,10 +241,9 @@ def _record(runner: Runner, tracker: Tracker, table: ScoreTable, files: list[Pat
             tracker.end(run, "FINISHED")
 
 
-def _model_metrics(table: ScoreTable, merge: MergeStage) -> dict[str, float]:
-    """The scores of a merged model; none of one that is only there because another one has its weights."""
-    name = (merge.step.name, merge.vectors, merge.heads.label)
-    model = next((found for found in table.models() if (found.name, found.vectors, found.heads) == name), None)
+def _model_metrics(table: ScoreTable, row: tuple[str, str, str]) -> dict[str, float]:
+    """The scores of a model by its name, vectors and heads; none of one that is only there to lend its weights."""
+    model = next((found for found in table.models() if (found.name, found.vectors, found.heads) == row), None)
     if model is None:
         return {}
     metrics = {"average": table.average(model), "normalised_average": table.normalised_average(model)}

@@ -65,9 +65,11 @@ class Recipe(Section):
     """Heads under which merged models are scored: expert, logits, probabilities, orthogonal or labels, {fit: ...,
     rows: ...} to change some keys, or a list of these; each is a row of the tables."""
     controls: ControlList = ["base", "experts"]
-    """What is scored beside merged models where heads are fitted. base: the base under heads fitted in the same way,
+    """What is scored beside merged models. Where heads are fitted, base: the base under heads fitted in the same way,
     which merging must beat; probe: the base under heads fitted to labels; experts: each expert under its own head
-    fitted in the same way; each: every expert alone on all tasks. true stands for all of them."""
+    fitted in the same way. In any case, joint: one model that is fine-tuned on all tasks together, with as many steps
+    as all experts, under its own heads and fitted ones, which is the ceiling in practice; each: every expert alone on
+    all tasks. true stands for all of them; only joint trains anything."""
     evaluate: Evaluate = Evaluate()
     """How models are scored."""
     tracking: Tracking = Tracking()
@@ -128,7 +130,7 @@ class Recipe(Section):
             for step in self.merge[:MOST_TOLD]
             for name in [name for name in step.vectors if name not in stacks][:MOST_TOLD]
         ]
-        for reserved in ("base", "experts"):
+        for reserved in ("base", "experts", *(["joint"] if "joint" in self.controls else [])):
             if reserved in [step.name for step in self.merge]:
                 wrong.append(f"a merge step cannot be named '{reserved}': the tables use that name")
         return unless_wrong(self, wrong)
@@ -167,11 +169,15 @@ class Recipe(Section):
         return self.heads if step.heads is None else step.heads
 
     @property
+    def kinds_of_heads(self) -> list[Heads]:
+        """The heads that any merge step asks for, each kind once, however scales are chosen."""
+        asked = [heads.model_copy(update={"search": True}) for step in self.merge for heads in self.heads_of(step)]
+        return list({heads.label: heads for heads in asked}.values())
+
+    @property
     def fitted_heads(self) -> list[Heads]:
-        """The fits that any merge step asks for, each once, however scales are chosen."""
-        asked = [heads for step in self.merge for heads in self.heads_of(step) if heads.fitted]
-        fits = [heads.model_copy(update={"search": True}) for heads in asked]
-        return list({heads.label: heads for heads in fits}.values())
+        """Those of them that are fitted."""
+        return [heads for heads in self.kinds_of_heads if heads.fitted]
 
     def task(self, name: str) -> Task:
         """The task of that name."""

@@ -152,7 +152,7 @@ def model_card(
 
 
 def _scores(scores: ScoreTable, merged: Model) -> str:
-    models = [model for model in scores.models() if model.form in ("base", "expert") or model == merged]
+    models = [model for model in scores.models() if model.section == "reference" or model == merged]
     header = [
         "model",
         *(f"{task} ({metric})" for task, metric in scores.primary_metrics.items()),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pave_lightning.reporting.scores import Form, Model, ScoreTable
+from pave_lightning.reporting.scores import EXPERT_HEADS, OWN_HEADS, Model, ScoreTable, Section
 from pave_lightning.reporting.vectors import colour_of, in_order
 from pave_lightning.system.files import replacing
 
@@ -21,41 +22,49 @@ if TYPE_CHECKING:
 DPI = 150
 
 SHADE, HATCH = "#F2F2F2", "//"
-EXPERT_COLOUR, BASE_COLOUR = "#009E73", "#D55E00"
+EXPERT_COLOUR, BASE_COLOUR, CONTROL_COLOUR = "#009E73", "#D55E00", "#F0E442"
+# How much paler a bar is for each further kind of heads, and at most.
+PALER, PALEST = 0.5, 0.8
+UNFITTED = (EXPERT_HEADS, OWN_HEADS)
 TASK_MARKERS = "osD^vP<>X*"
 
 BAR_WIDTH, BARS_WIDTH = 0.38, 0.8
 """Width of a bar at most, and of all bars of a model with the gaps between them."""
+NARROW = 0.3
+"""Width of a bar that no number fits into unless it stands upright."""
 NOTE_SIZE, LETTERS_PER_INCH = 8, 15
 # One value far below zero must not flatten all others
 LOWEST, HIGHEST = -0.3, 1.5
 
 
 def normalised_scores(table: ScoreTable, path: Path | str) -> None:
-    """Draw the normalised averages of the merged models as bars, those of one model side by side, one dot a task.
+    """Draw the normalised averages of controls and merged models as bars, one dot a task.
 
-    Values that do not exist are marked n/a; values beyond the axis are drawn at its edge. A line at the foot names
-    tasks that are left out.
+    The bars of one model stand side by side, paler ones under further heads; controls stand apart, on the left. Values
+    that do not exist are marked n/a; values beyond the axis are drawn at its edge. A line at the foot names tasks that
+    are left out.
 
     Args:
         table: The scores.
         path: The PNG file; its folder is made where it does not exist.
     """
-    merged = [model for model in table.models() if model.form in ("static", "per-task")]
-    rows: list[tuple[str, Form]] = list(dict.fromkeys((model.name, model.form) for model in merged))
-    kinds = in_order(model.vectors for model in merged)
-    most = max((sum((model.name, model.form) == row for model in merged) for row in rows), default=1)
+    drawn = [model for model in table.models() if model.section != "reference"]
+    rows = list(dict.fromkeys((model.name, model.section) for model in drawn))
+    sections = [section for _, section in rows]
+    kinds = in_order(model.vectors for model in drawn if not model.is_control)
+    heads = [*dict.fromkeys(model.heads for model in drawn if model.heads not in UNFITTED)]
+    most = max(Counter((model.name, model.section) for model in drawn).values(), default=1)
     width = min(BAR_WIDTH, BARS_WIDTH / most - 0.02)
-    tasks = table.tasks()
 
     figure = new_figure(max(6.4, 2.6 + 1.3 * len(rows)), 5.0)
     axes = figure.add_subplot()
     shown: list[float] = [0.0, 1.1]
-    for row, (name, form) in enumerate(rows):
-        own = [model for model in merged if (model.name, model.form) == (name, form)]
+    for row, name in enumerate(rows):
+        own = [model for model in drawn if (model.name, model.section) == name]
         for index, model in enumerate(own):
             place = row + (index - (len(own) - 1) / 2) * (width + 0.02)
-            shown += _draw_model(axes, table, model, (place, width), colour_of(model.vectors, kinds))
+            colour = CONTROL_COLOUR if model.is_control else colour_of(model.vectors, kinds)
+            shown += _draw_model(axes, table, model, (place, width), _paler(colour, _paleness(model.heads, heads)))
     axes.set_ylim(min(shown) - (0.06 if min(shown) < 0 else 0), max(shown) + 0.06)
     axes.set_xlim(-0.6, max(len(rows), 1) - 0.4)
     axes.set_xticks(
@@ -65,11 +74,11 @@ def normalised_scores(table: ScoreTable, path: Path | str) -> None:
         ha="right" if len(rows) > 8 else "center",
     )
     _draw_references(axes, table)
-    _mark_per_task(axes, [form for _, form in rows])
+    _mark_sections(axes, sections)
     axes.set_ylabel("score divided by the expert's")
     axes.set_title("Normalised scores: average (bar) and single tasks (dots)", loc="left", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
-    _draw_legend(axes, kinds, tasks, with_per_task=any(form == "per-task" for _, form in rows))
+    _draw_legend(axes, kinds, heads, table.tasks(), sections)
     _draw_note(figure, table.left_out_note())
     write_figure(figure, path)
 
@@ -160,6 +169,7 @@ def _draw_model(axes: Axes, table: ScoreTable, model: Model, bar: tuple[float, f
         xytext=(0, 4),
         textcoords="offset points",
         ha="center",
+        rotation=0 if width > NARROW else 90,
         fontsize=8,
         bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.9},
         zorder=5,
@@ -186,23 +196,45 @@ def _draw_references(axes: Axes, table: ScoreTable) -> None:
     axes.axhline(0.0, color="black", linewidth=0.8, zorder=3)
     for model in table.models():
         value = table.normalised_average(model)
-        if model.form == "base" and math.isfinite(value):
+        if model.form == "base" and not model.is_control and math.isfinite(value):
             axes.axhline(_clamped(value), color=BASE_COLOUR, linewidth=1.2, linestyle="--", zorder=3, label=model.name)
 
 
-def _mark_per_task(axes: Axes, forms: list[Form]) -> None:
-    if "per-task" in forms:
-        axes.axvspan(forms.index("per-task") - 0.5, len(forms) - 0.4, color=SHADE, zorder=0)
+def _mark_sections(axes: Axes, sections: Sequence[Section]) -> None:
+    controls = sections.count("controls")
+    if 0 < controls < len(sections):
+        axes.axvline(controls - 0.5, color="black", linewidth=0.8, linestyle=":", zorder=1)
+    if "per-task" in sections:
+        axes.axvspan(sections.index("per-task") - 0.5, len(sections) - 0.4, color=SHADE, zorder=0)
 
 
-def _draw_legend(axes: Axes, kinds: list[str], tasks: list[str], *, with_per_task: bool) -> None:
+def _paleness(heads: str, fitted: Sequence[str]) -> float:
+    """How much of white is in the colour of a model under these heads."""
+    return 0.0 if heads in UNFITTED else min(PALEST, PALER * (fitted.index(heads) + 1))
+
+
+def _paler(colour: str, share: float) -> str:
+    """A colour with a share of white in it."""
+    from matplotlib.colors import to_hex, to_rgb
+
+    red, green, blue = (part + (1 - part) * share for part in to_rgb(colour))
+    return to_hex((red, green, blue))
+
+
+def _draw_legend(axes: Axes, kinds: list[str], heads: list[str], tasks: list[str], sections: Sequence[Section]) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    handles: list[Patch | Line2D] = [
+    handles: list[Patch | Line2D] = []
+    if "controls" in sections:
+        handles.append(Patch(color=CONTROL_COLOUR, label="control: not merged"))
+    handles += [
         Patch(color=colour_of(kind, kinds), label=f"{kind} task vectors" if kind else "merged") for kind in kinds
     ]
-    if with_per_task:
+    handles += [
+        Patch(color=_paler("black", _paleness(one, heads)), label=f"paler: heads fitted ({one})") for one in heads
+    ]
+    if "per-task" in sections:
         label = "per-task: keeps something\nextra for each task"
         handles.append(Patch(facecolor=SHADE, edgecolor="#888888", hatch=HATCH, label=label))
     handles += [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]

@@ -20,12 +20,14 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Form = Literal["base", "expert", "static", "per-task"]
+Section = Literal["reference", "controls", "static", "per-task"]
 
-# What the heads that experts come with are called.
-EXPERT_HEADS = "expert"
+# What the heads that experts come with are called, and those of a control that is trained with its own.
+EXPERT_HEADS, OWN_HEADS = "expert", "own"
 # Vectors of what was not changed before it was merged, or is not merged.
 UNCHANGED = ("", "plain")
 FORMS: tuple[Form, ...] = ("base", "expert", "static", "per-task")
+SECTIONS: tuple[Section, ...] = ("reference", "controls", "static", "per-task")
 # Decimal digits that survive a round trip through float32, in which metrics are computed, rounded up.
 FLOAT32_DIGITS = 7
 
@@ -45,6 +47,7 @@ class Score:
         value: The value, higher is better.
         examples: How many examples it was measured on.
         heads: Under which heads.
+        is_control: Whether the model is no merged one, but scored beside them to tell what they are worth.
     """
 
     model: str
@@ -56,28 +59,50 @@ class Score:
     value: float
     examples: int
     heads: str = EXPERT_HEADS
+    is_control: bool = False
 
     @classmethod
     def of(cls, model: Model, **measured: Any) -> Score:
         """One metric of a model; ``measured`` are the other fields."""
-        return cls(model=model.name, vectors=model.vectors, form=model.form, heads=model.heads, **measured)
+        return cls(
+            model=model.name,
+            vectors=model.vectors,
+            form=model.form,
+            heads=model.heads,
+            is_control=model.is_control,
+            **measured,
+        )
 
 
 @dataclass(frozen=True)
 class Model:
-    """What a row of a table is about: a model's name, which vectors were merged, its form, and its heads."""
+    """What a row of a table is about: a model's name, which vectors were merged, its form, and its heads.
+
+    A control is no merged model, whatever its form.
+    """
 
     name: str
     vectors: str
     form: Form
     heads: str = EXPERT_HEADS
+    is_control: bool = False
+
+    @property
+    def section(self) -> Section:
+        """The part of tables in which it stands."""
+        if self.is_control:
+            return "controls"
+        match self.form:
+            case "base" | "expert":
+                return "reference"
+        return self.form
 
 
 class ScoreTable:
     """Scores of several models on the same tasks.
 
     Args:
-        scores: In any order. The order in which tasks first come is kept; models are grouped by form (base, experts,
+        scores: In any order. The order in which tasks first come is kept; models are grouped (base, experts, controls,
             static, per-task) and keep their order within.
         constants: What always the same answer scores, by task and metric, where it is known.
         intervals: Of the scores, their averages and differences, where they are known.
@@ -126,8 +151,12 @@ class ScoreTable:
             self._experts[score.task, score.metric] = score.value
 
     def models(self) -> list[Model]:
-        """The models in order: base, experts, static, per-task."""
-        return sorted(dict.fromkeys(model for model, _, _ in self._values), key=lambda model: FORMS.index(model.form))
+        """The models in order: base, experts, controls, static, per-task."""
+
+        def place(model: Model) -> tuple[int, int]:
+            return SECTIONS.index(model.section), 0 if model.is_control else FORMS.index(model.form)
+
+        return sorted(dict.fromkeys(model for model, _, _ in self._values), key=place)
 
     def tasks(self) -> list[str]:
         """The tasks that have a score in the primary metric, in order."""
@@ -363,7 +392,7 @@ def left_out_sentence(tasks: int, places: Sequence[str]) -> str:
 
 def model_of(score: Score) -> Model:
     """The model that a score belongs to."""
-    return Model(score.model, score.vectors, score.form, score.heads)
+    return Model(score.model, score.vectors, score.form, score.heads, score.is_control)
 
 
 def _ends(name: str) -> tuple[str, str]:

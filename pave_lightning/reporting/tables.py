@@ -22,7 +22,7 @@ SHORT_METRICS = {
     "pearson": "r",
     "spearman": "rho",
 }
-EXTRA_MARK = "*"
+EXTRA_MARK, CONTROL_MARK = "*", "°"
 NOT_LEARNED_MARK = "!"
 
 # Widths in characters; longer names are broken between their words, and inside of words that are longer than the last
@@ -46,10 +46,10 @@ class Bounds(Enum):
 def render(table: ScoreTable, width: int = 100) -> Table:
     """Show the scores in the primary metric, one row a model.
 
-    Base and experts, static models, and per-task models are kept apart by lines, because a model that keeps something
-    extra for each task is not comparable with one that does not. The best normalised average of the static models is
-    bold. Tasks that do not fit stand in further tables below. Behind the averages, and behind all values where there is
-    room, stands half the width of the interval.
+    Base and experts, controls, static models, and per-task models are kept apart by lines, because a control is not
+    merged, and a model that keeps something extra for each task is not comparable with one that does not. The best
+    normalised average of the static models is bold. Tasks that do not fit stand in further tables below. Behind the
+    averages, and behind all values where there is room, stands half the width of the interval.
 
     Args:
         table: The scores.
@@ -96,7 +96,7 @@ def _part(table: ScoreTable, tasks: list[str], bounds: Bounds, *, with_averages:
     best = _best_static(table)
     previous = None
     for model in table.models():
-        if previous is not None and _section(model) != _section(previous):
+        if previous is not None and model.section != previous.section:
             part.add_section()
         cells = [
             Text("\n".join(lines_of(_label(model), MODEL_WIDTH))),
@@ -108,7 +108,7 @@ def _part(table: ScoreTable, tasks: list[str], bounds: Bounds, *, with_averages:
             cells.append(_with_half(value, table.interval(model, task), shown=bounds is Bounds.ALL))
         if with_averages:
             normalised = table.normalised_average(model)
-            style = "bold" if model.form == "static" and normalised == best else ""
+            style = "bold" if model.section == "static" and normalised == best else ""
             shown = bounds is not Bounds.NONE
             cells.append(_with_half(_number(table.average(model)), table.average_interval(model), shown=shown))
             interval = table.normalised_average_interval(model)
@@ -190,6 +190,8 @@ def _caption(table: ScoreTable) -> str:
         text += " ±: half the width of the 95 % interval over test rows."
     if any(model.form == "per-task" for model in table.models()):
         text += f" {EXTRA_MARK} per-task: keeps something extra for each task, so not one model for all tasks."
+    if any(model.is_control for model in table.models()):
+        text += f" {CONTROL_MARK} control: not merged, scored to tell what the merged models are worth."
     return text
 
 
@@ -204,16 +206,13 @@ def _not_learned(table: ScoreTable) -> str:
 
 
 def _best_static(table: ScoreTable) -> float:
-    values = [table.normalised_average(model) for model in table.models() if model.form == "static"]
+    values = [table.normalised_average(model) for model in table.models() if model.section == "static"]
     return max((value for value in values if not math.isnan(value)), default=math.nan)
 
 
-def _section(model: Model) -> str:
-    return "reference" if model.form in ("base", "expert") else model.form
-
-
 def _label(model: Model) -> str:
-    return f"{model.name} {EXTRA_MARK}" if model.form == "per-task" else model.name
+    marks = [EXTRA_MARK] * (model.form == "per-task") + [CONTROL_MARK] * model.is_control
+    return " ".join([model.name, "".join(marks)]).rstrip()
 
 
 def short_metric(metric: str) -> str:

@@ -111,13 +111,17 @@ class TaskDataModule(LightningDataModule):
         They depend only on seed, epoch and world size; Lightning tells the sampler the epoch. A run that is resumed
         from a checkpoint within an epoch gets the batches that were still to come.
         """
-        rows = self.dataset("train")
-        world, rank = self._place()
-        sampler = TrainingSampler(_lengths(rows), batch_size=self.batch_size, seed=self.seed, world=world, rank=rank)
+        sampler = self.training_sampler()
         if self.trainer is not None:
             # Told now: worker processes draw the first batches before Lightning sets the epoch.
-            sampler.resume(*_progress(self.trainer))
-        return self._loader(rows, self.batch_size, sampler, ResumableLoader)
+            sampler.resume(*progress(self.trainer))
+        return self._loader(self.dataset("train"), self.batch_size, sampler, ResumableLoader)
+
+    def training_sampler(self) -> TrainingSampler:
+        """The order in which this process trains on the rows."""
+        world, rank = self._place()
+        lengths = _lengths(self.dataset("train"))
+        return TrainingSampler(lengths, batch_size=self.batch_size, seed=self.seed, world=world, rank=rank)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Every validation row once over all processes."""
@@ -174,7 +178,7 @@ class TaskDataModule(LightningDataModule):
         return self.trainer.world_size, self.trainer.global_rank
 
 
-def _progress(trainer: Trainer) -> tuple[int, int]:
+def progress(trainer: Trainer) -> tuple[int, int]:
     """The epoch that comes next or is resumed, and how many of its batches are done."""
     epoch: Any = trainer.fit_loop.epoch_progress.current
     batch: Any = trainer.fit_loop.epoch_loop.batch_progress

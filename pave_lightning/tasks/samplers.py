@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import DistributedLengthGroupedSampler
+
+from pave_lightning.tasks.turns import Turns
 
 
 class ExactSampler(Sampler[int]):
@@ -76,3 +79,48 @@ class TrainingSampler(Sampler[int]):
 
     def __len__(self) -> int:
         return len(self._order)
+
+
+class TaskRows(NamedTuple):
+    """The rows of one batch: the index of their task, and which of its rows they are."""
+
+    task: int
+    rows: list[int]
+
+
+class JointSampler(Sampler[TaskRows]):
+    """Whole batches of several tasks, each of one task, whose batches come in the order of its own sampler.
+
+    Args:
+        samplers: the order of each task's rows in this process.
+        turns: whose batch is next; no task has more turns than its sampler has batches.
+    """
+
+    def __init__(self, samplers: Sequence[TrainingSampler], turns: Turns) -> None:
+        self.samplers, self.turns = list(samplers), turns
+        self._epoch = 0
+        self._resumed_epoch = -1
+        self._batches_done = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order comes next; Lightning calls this before every epoch."""
+        self._epoch = epoch
+        for sampler in self.samplers:
+            sampler.set_epoch(epoch)
+
+    def resume(self, epoch: int, batches_done: int) -> None:
+        """Begin in an epoch of which some batches were trained on already; later epochs are whole again."""
+        self.set_epoch(epoch)
+        self._resumed_epoch, self._batches_done = epoch, batches_done
+
+    def __iter__(self) -> Iterator[TaskRows]:
+        orders = [list(sampler) for sampler in self.samplers]
+        left = [iter(range(0, len(order), one.batch_size)) for order, one in zip(orders, self.samplers, strict=True)]
+        done = self._batches_done if self._epoch == self._resumed_epoch else 0
+        for place, task in enumerate(self.turns.of_epoch(self._epoch).tolist()):
+            first = next(left[task])
+            if place >= done:
+                yield TaskRows(task, orders[task][first : first + self.samplers[task].batch_size])
+
+    def __len__(self) -> int:
+        return len(self.turns)

@@ -60,6 +60,34 @@ def test_tasks_that_are_left_out_stand_under_the_picture(monkeypatch, tmp_path):
     assert max(map(len, notes[1].splitlines())) < 100
 
 
+def test_controls_stand_apart_from_merged_models(monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr(plots, "write_figure", lambda figure, path: figures.append(figure))
+    controls = [
+        Score("base", "", "base", "a", "accuracy", True, 0.5, 10, "logits", True),
+        Score("joint", "", "static", "a", "accuracy", True, 0.9, 10, "own", True),
+        Score("joint", "", "static", "a", "accuracy", True, 0.8, 10, "logits", True),
+    ]
+    normalised_scores(table(), tmp_path / "without.png")
+    normalised_scores(table(*controls), tmp_path / "with.png")
+    without, axes = (figure.axes[0] for figure in figures)
+    names = [label.get_text() for label in axes.get_xticklabels()]
+    assert [label.get_text() for label in without.get_xticklabels()] == names[2:] == ["ties", "emr"]
+    assert names[:2] == ["base", "joint"]
+    heights = [round(float(bar.get_height()), 3) for bar in axes.patches if bar.get_width() < 0.5]
+    assert heights == [0.625, 1.125, 1.0, 0.625, 0.75, 0.875]
+    colours = [bar.get_facecolor() for bar in axes.patches if bar.get_width() < 0.5]
+    assert len(set(colours[:3])) == 2, "heads that were fitted are paler"
+    assert not set(colours[:3]) & set(colours[3:])
+    told = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert told[0] == "control: not merged"
+    assert "paler: heads fitted (logits)" in told
+    assert told.count("base") == 1, "the line is that of the base under the experts' heads"
+    assert [text.get_text() for text in without.get_legend().get_texts()] == [
+        one for one in told if "control" not in one and "heads" not in one
+    ]
+
+
 def test_pictures_of_little(tmp_path):
     normalised_scores(ScoreTable([]), tmp_path / "none.png")
     kept_ranks([], tmp_path / "no-ranks.png")

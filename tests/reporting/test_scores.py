@@ -181,3 +181,26 @@ def test_an_expert_no_better_than_always_the_same_answer_is_told(constant, told)
     assert (f"sst2 (accuracy 0.800, always the same answer {constant:.3f})" in note) is told
     assert bool(note) is told
     assert not ScoreTable(entries).not_learned(), "nothing is said where no constant answer is known"
+
+
+def test_controls_come_behind_the_experts_and_change_no_column():
+    own = [
+        Score("ties", "plain", "static", "a", "accuracy", True, 0.5, 10),
+        Score("experts", "", "expert", "a", "accuracy", True, 0.8, 10),
+        Score("base", "", "base", "a", "accuracy", True, 0.4, 10),
+    ]
+    controls = [
+        Score("joint", "", "static", "a", "accuracy", True, 0.8, 10, "own", True),
+        Score("base", "", "base", "a", "accuracy", True, 0.6, 10, "logits", True),
+    ]
+    table, without = ScoreTable([*controls, *own]), ScoreTable(own)
+    assert [(model.name, model.heads) for model in table.models()] == [
+        ("base", "expert"),
+        ("experts", "expert"),
+        ("joint", "own"),
+        ("base", "logits"),
+        ("ties", "expert"),
+    ]
+    assert list(table.to_wide_frame().columns) == list(without.to_wide_frame().columns)
+    assert list(table.to_long_frame().columns) == list(without.to_long_frame().columns)
+    assert table.normalised_average(table.models()[2]) == 1.0

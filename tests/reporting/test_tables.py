@@ -107,6 +107,26 @@ def test_best_static_normalised_average_is_bold():
     assert "purified" in bold[0]
 
 
+def test_controls_stand_apart_and_are_never_the_best():
+    controls = [
+        Score("joint", "", "static", "a", "accuracy", True, 0.9, 10, "own", True),
+        Score("experts", "", "per-task", "a", "accuracy", True, 0.7, 10, "logits", True),
+    ]
+    text = shown(ScoreTable([*controls, *scores(["a"]).scores]), force_terminal=True, color_system="standard")
+    bold = [line for line in text.splitlines() if re.search(r"\x1b\[1m *[01]\.", line)]
+    assert len(bold) == 1
+    assert "iso-cts" in bold[0]
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in text.splitlines()]
+    begins = [line.split()[0] if line.strip() else "" for line in lines]
+    place = begins.index("joint")
+    assert lines[place].split()[:2] == ["joint", "°"]
+    assert lines[place + 1].split()[:2] == ["experts", "*°"]
+    assert begins[place - 2] == "experts"
+    assert all(set(begins[line]) == {"─"} for line in (place - 1, place + 2))
+    assert "° control: not merged" in " ".join("".join(lines).split())
+    assert "°" not in shown(scores(["a"]))
+
+
 def test_missing_values_and_markup():
     table = ScoreTable(
         [

@@ -10,6 +10,7 @@ import torch
 from pave_lightning.errors import PaveError, Problems
 from pave_lightning.experts.trainer_options import machine_options, trainer_problems
 from pave_lightning.pipeline.planning.heads import head_problems, score_folder_problems
+from pave_lightning.pipeline.planning.joint import joint_problems
 from pave_lightning.pipeline.planning.merging import merge_problems
 from pave_lightning.pipeline.planning.models import check_models
 from pave_lightning.pipeline.planning.tokenised import tokenised_problems
@@ -46,6 +47,7 @@ def check_recipe(recipe: Recipe, folder: RunFolder, *, computes: bool = True) ->
     if computes:
         problems.extend(_machine_problems(recipe))
         problems.extend(schedule_problems(recipe, folder.data))
+        problems.extend(joint_problems(recipe, folder.data))
     problems.extend(head_problems(recipe, folder.data))
     problems.extend(score_folder_problems(Results(recipe, folder)))
     attempt(partial(check_models, recipe, problems))

@@ -102,7 +102,7 @@ def check_models(recipe: Recipe, problems: Problems) -> None:
         try:
             if task.expert is not None:
                 problems.extend(_expert_problems(task, recipe.base, base, architecture))
-            else:
+            if task.expert is None or "joint" in recipe.controls:
                 problems.extend(_training_problems(task, architecture))
         except PaveError as error:
             problems.add(str(error))

@@ -10,6 +10,7 @@ from rich import filesize
 from rich.table import Table
 
 from pave_lightning.errors import PaveError
+from pave_lightning.experts.joint_schedule import common_freeze
 from pave_lightning.merging import method_named
 from pave_lightning.pipeline.costs import PredictedCost, expected_kinds, predict_cost
 from pave_lightning.pipeline.planning.memory import fit_bytes, later_bytes, search_bytes
@@ -21,6 +22,7 @@ from pave_lightning.pipeline.stage import Stage
 from pave_lightning.pipeline.stages import EvaluateStage, ExportStage, MergeStage, PurifyStage, captures, stages_of
 from pave_lightning.purification.vectors import workers_of
 from pave_lightning.recipe.schema import Recipe
+from pave_lightning.tasks.task import Task
 from pave_lightning.weights import Architecture, locate_model
 
 
@@ -78,10 +80,19 @@ def added_memory(recipe: Recipe) -> dict[str, int]:
     base_folder = locate_model(recipe.base, role="base")
     parameters = list(Architecture.of_folder(base_folder, *recipe.auto_models).parameters.values())
     trained = [fit_bytes(parameters, task) for task in recipe.tasks if task.expert is None]
+    trained += [fit_bytes(parameters, task) for task in jointly_trained(recipe)]
     return {
         "training": max(trained, default=0),
         "scale search": search_bytes(parameters, stacks_of(recipe), recipe.tasks, recipe.evaluate.batch_size),
     }
+
+
+def jointly_trained(recipe: Recipe) -> list[Task]:
+    """The tasks that one model is trained on together, with what it leaves frozen; none where none is asked for."""
+    if "joint" not in recipe.controls:
+        return []
+    frozen = {"freeze": common_freeze(recipe.tasks)}
+    return [task.model_copy(update={"training": task.training.model_copy(update=frozen)}) for task in recipe.tasks]
 
 
 def predicted_cost(recipe: Recipe, folder: RunFolder) -> PredictedCost:
@@ -104,7 +115,7 @@ def predicted_cost(recipe: Recipe, folder: RunFolder) -> PredictedCost:
         options=planned,
         methods=[method_named(merge.step.method) for merge in merges],
         when_read=[options for merge in merges for options in merge.stack.purified_when_read],
-        new_experts=sum(task.expert is None for task in recipe.tasks) + exported,
+        new_experts=sum(task.expert is None for task in recipe.tasks) + exported + ("joint" in recipe.controls),
     )
     later = later_bytes()
     return replace(found, baseline_bytes=found.baseline_bytes + later, peak_bytes=found.peak_bytes + later)

@@ -13,6 +13,7 @@ from pave_lightning.pipeline.stages.export import ExportStage
 from pave_lightning.pipeline.stages.fit import FitStage, existing_folder
 from pave_lightning.pipeline.stages.gradients import GradientStage
 from pave_lightning.pipeline.stages.heads import HeadsStage
+from pave_lightning.pipeline.stages.joint import JointStage
 from pave_lightning.pipeline.stages.merge import MergeStage
 from pave_lightning.pipeline.stages.purify import PurifyStage, purifications
 
@@ -25,6 +26,7 @@ __all__ = [
     "FitStage",
     "GradientStage",
     "HeadsStage",
+    "JointStage",
     "MergeStage",
     "PurifyStage",
     "captures",
@@ -43,6 +45,7 @@ KINDS: tuple[type[Stage], ...] = (
     MergeStage,
     ExportStage,
     DiagnoseStage,
+    JointStage,
     HeadsStage,
     EvaluateStage,
 )

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pave_lightning.errors import PaveError, doing
-from pave_lightning.evaluation.options import EXPERT_HEADS, Heads
+from pave_lightning.evaluation.options import EXPERT_HEADS, OWN_HEADS, Heads
 from pave_lightning.merging import method_named
 from pave_lightning.pipeline.context import Context
 from pave_lightning.pipeline.results import Results
@@ -16,6 +16,7 @@ from pave_lightning.pipeline.scoring import score_inputs
 from pave_lightning.pipeline.stage import Stage
 from pave_lightning.pipeline.stages.fit import FitStage, expert_digests, experts
 from pave_lightning.pipeline.stages.heads import HeadsStage
+from pave_lightning.pipeline.stages.joint import JointStage
 from pave_lightning.pipeline.stages.merge import MergeStage, merged_model
 from pave_lightning.pipeline.stages.purify import label, needed_for, purification_inputs, purifications, task_vectors
 from pave_lightning.purification.options import Purify
@@ -43,6 +44,7 @@ class ScoredModel(ABC):
         vectors: name of the stack that made its task vectors; empty where that is no question.
         heads: under which heads it is scored, in tables.
         words: it in words, in messages.
+        is_control: whether it is no merged model, but scored beside them to tell what they are worth.
         may_fail: whether outputs that are not finite only cost it its scores, instead of stopping the work.
     """
 
@@ -51,6 +53,7 @@ class ScoredModel(ABC):
     words: str
     vectors: str = ""
     heads: str = EXPERT_HEADS.label
+    is_control: bool = False
     may_fail: ClassVar[bool] = False
 
     def __init__(self, results: Results) -> None:
@@ -172,10 +175,37 @@ class ScoredMerge(ScoredModel):
         return merged_model(context, self.results.path(self.merge)), {}
 
 
+class ScoredJoint(ScoredModel):
+    """The model that is trained on all tasks together, under its own heads."""
+
+    label = model = "joint"
+    form = "static"
+    heads = OWN_HEADS
+    words = "the model that is trained on all tasks together"
+    is_control = True
+
+    def needs(self) -> Sequence[Stage]:
+        """The training."""
+        return [JointStage(self.results)]
+
+    def depends_on(self) -> dict[str, Any]:
+        """The digest of its folder."""
+        return {"model": self.results.finished(JointStage(self.results)).digest()}
+
+    def candidate(self, context: Context) -> tuple[Candidate, dict[str, Any]]:
+        """The checkpoint in the folder, with the heads in it."""
+        from pave_lightning.evaluation.own_heads import OwnHeadsCandidate
+        from pave_lightning.weights import Checkpoint
+
+        folder = self.results.path(JointStage(self.results))
+        return OwnHeadsCandidate(Checkpoint(folder, context.architecture.prefix)), {}
+
+
 class ScoredExpert(ScoredModel):
-    """One expert alone on all tasks, under heads that are fitted to it."""
+    """One expert alone on all tasks, under the heads of all experts."""
 
     form = "static"
+    is_control = True
 
     def __init__(self, results: Results, task: Task) -> None:
         super().__init__(results)
@@ -208,6 +238,7 @@ class ScoredFitted(ScoredModel):
         self.inner, self.stage = model, HeadsStage(results, model, heads)
         self.label = f"{model.label}-heads-{heads.label}"
         self.model, self.vectors, self.heads = model.model, model.vectors, heads.label
+        self.is_control = not isinstance(model, ScoredMerge)
         self.words = f"{model.words} with heads fitted to {heads.fit}"
 
     @property
@@ -312,22 +343,31 @@ def scored_models(results: Results) -> Iterator[ScoredModel]:
 
 
 def controls(results: Results) -> Iterator[ScoredModel]:
-    """What merged models under fitted heads are to be compared with; nothing where no head is fitted."""
+    """What merged models are to be compared with, under the heads that these are scored under.
+
+    Base and experts are always scored under the experts' heads, so they are controls under fitted heads only.
+    """
     recipe = results.recipe
     fits = recipe.fitted_heads
-    if not fits:
-        return
     if "base" in recipe.controls:
         yield from (ScoredFitted(results, ScoredBase(results), heads) for heads in fits)
-    if "probe" in recipe.controls and not any(heads.fit == "labels" for heads in fits if "base" in recipe.controls):
-        yield ScoredFitted(results, ScoredBase(results), fits[0].model_copy(update={"fit": "labels"}))
+    if fits and "probe" in recipe.controls:
+        there = "base" in recipe.controls and any(heads.fit == "labels" for heads in fits)
+        if not there:
+            yield ScoredFitted(results, ScoredBase(results), fits[0].model_copy(update={"fit": "labels"}))
+    if "joint" in recipe.controls:
+        yield ScoredJoint(results)
+        yield from (ScoredFitted(results, ScoredJoint(results), heads) for heads in fits)
     if "experts" in recipe.controls:
         # Turned onto itself an expert stays as it is.
         own = (heads for heads in fits if heads.fit != "orthogonal")
         yield from (ScoredFitted(results, ScoredExperts(results), heads) for heads in own)
     if "each" in recipe.controls:
         for task in recipe.tasks:
-            yield from (ScoredFitted(results, ScoredExpert(results, task), heads) for heads in fits)
+            alone = ScoredExpert(results, task)
+            yield from (
+                ScoredFitted(results, alone, heads) if heads.fitted else alone for heads in recipe.kinds_of_heads
+            )
 
 
 def untouched_models(results: Results) -> Iterator[ScoredModel]:

@@ -94,17 +94,7 @@ class FitStage(Stage):
             # An expert without tokenizer reads with the base's, which so becomes a part of it.
             weights = weights if has_tokenizer(folder) else f"{weights}+{self.results.base_digest}"
             return {**inputs, "from": str(folder), "weights": weights, "outputs": task.output_size}
-        return {
-            **inputs,
-            "seed": recipe.seed,
-            "data": [split_fingerprint(task, "train"), split_fingerprint(task, "validation")],
-            "examples": [task.examples.train, task.examples.validation],
-            "shown": task.shown_by,
-            "labelled": task.labelled_by,
-            "primary_metric": task.primary_metric,
-            "training": task.training.model_dump(),
-            "trainer": {key: value for key, value in task.trainer.items() if key not in HARMLESS_OPTIONS},
-        }
+        return {**inputs, "seed": recipe.seed, **training_inputs(task)}
 
     def run(self, context: Context) -> None:
         """Fine-tune the expert, or take in the checkpoint."""
@@ -159,22 +149,13 @@ class FitStage(Stage):
                 seed=context.recipe.seed,
                 work_folder=training / short_digest(self.inputs()),
                 cache_folder=context.folder.data,
-                logger=self._logger(context, run),
+                logger=metrics_logger(context, run, self),
             )
             if is_rank_zero():
                 with context.writing(self) as writer:
                     save_expert(model, context.base_folder, writer.path)
                     writer.result.update(metrics=metrics)
                 clear_away(training)
-
-    def _logger(self, context: Context, run: str) -> TrackingLogger | None:
-        """Takes the trainer's metrics, besides those that the run has already from a training that was broken off."""
-        if context.tracker is None or not run:
-            return None
-        from pave_lightning.tracking.logger import TrackingLogger
-
-        logged = context.tracker.continue_series(run, short_digest(self.inputs()))
-        return TrackingLogger(context.tracker, run, logged=logged)
 
     def _take_in(self, context: Context) -> None:
         """Check a checkpoint that exists; merge an adapter into the base; otherwise only note where it is."""
@@ -200,10 +181,33 @@ class FitStage(Stage):
                     writer.result["folder"] = str(folder.resolve())
 
 
+def metrics_logger(context: Context, run: str, stage: Stage) -> TrackingLogger | None:
+    """Takes a trainer's metrics, besides those that the run has already from a training that was broken off."""
+    if context.tracker is None or not run:
+        return None
+    from pave_lightning.tracking.logger import TrackingLogger
+
+    logged = context.tracker.continue_series(run, short_digest(stage.inputs()))
+    return TrackingLogger(context.tracker, run, logged=logged)
+
+
 def existing_folder(task: Task) -> Path:
     """The folder of the checkpoint that a recipe names for a task instead of training."""
     reference = task.expert.from_ if task.expert is not None else ""
     return locate_model(reference, role=f"expert of task '{task.name}'")
+
+
+def training_inputs(task: Task) -> dict[str, Any]:
+    """What a training on a task depends on, besides base and seed, as plain JSON values."""
+    return {
+        "data": [split_fingerprint(task, "train"), split_fingerprint(task, "validation")],
+        "examples": [task.examples.train, task.examples.validation],
+        "shown": task.shown_by,
+        "labelled": task.labelled_by,
+        "primary_metric": task.primary_metric,
+        "training": task.training.model_dump(),
+        "trainer": {key: value for key, value in task.trainer.items() if key not in HARMLESS_OPTIONS},
+    }
 
 
 def training_rows(task: Task, seed: int, cache: Path) -> tuple[int, int]:

@@ -37,16 +37,25 @@ def test_rows_of_the_table(fitted_settings):
     fitted = [("base", "logits-24"), ("experts", "logits-24")]
     assert labels_of(fitted_settings) == [*own, *fitted, *merged]
     assert labels_of({**fitted_settings, "controls": []}) == [*own, *merged]
-    each = [("expert of words", "logits-24"), ("expert of more", "logits-24")]
+    each = [(f"expert of {task}", heads) for task in ("words", "more") for heads in ("expert", "logits-24")]
     assert labels_of({**fitted_settings, "controls": True}) == [
         *own,
         fitted[0],
         ("base", "labels-24"),
+        ("joint", "own"),
+        ("joint", "logits-24"),
         fitted[1],
         *each,
         *merged,
     ]
-    assert labels_of({**fitted_settings, "heads": "expert", "controls": True}) == [*own, merged[0], merged[2]]
+    assert labels_of({**fitted_settings, "heads": "expert", "controls": True}) == [
+        *own,
+        ("joint", "own"),
+        *each[::2],
+        merged[0],
+        merged[2],
+    ]
+    assert labels_of({**fitted_settings, "heads": "expert"}) == [*own, merged[0], merged[2]]
     step = {**fitted_settings["merge"][0], "heads": "orthogonal"}
     assert labels_of({**fitted_settings, "heads": "expert", "merge": [step], "controls": ["experts"]}) == [
         *own,
