@@ -179,6 +179,7 @@ def _write_cards(runner: Runner, table: ScoreTable) -> None:
             method=step.method,
             form=facts["form"],
             vectors=vectors,
+            heads=facts.get("heads"),
             tasks=[task.name for task in recipe.tasks],
             options=facts["options"],
             scale=facts["scale"],

@@ -32,7 +32,19 @@ from pave_lightning import load_merged
 model = load_merged("FOLDER", task="TASK")  # a sequence-classification model with the head of that task
 ```
 
-`heads/` holds the head of each task's own expert; heads are not merged."""
+HEADS"""
+EXPERTS_HEADS = "`heads/` holds the head of each task's own expert; heads are not merged."
+FITTED_HEADS = (
+    "`heads/` holds a head for each task whose last layer was fitted to this model, and its expert's head beside it"
+    " (`expert-head.safetensors`, or `load_merged(..., expert_head=True)`)."
+)
+# Fit of a head -> what it was fitted to, and whether labels were seen.
+FITTED_TO = {
+    "logits": "the expert's logits, without labels",
+    "probabilities": "the expert's probabilities, without labels",
+    "orthogonal": "the expert's features, by an orthogonal turn, without labels",
+    "labels": "the labels of training rows, which the other fits do not see",
+}
 STATIC_USE = USE + """ The backbone alone loads with `transformers.AutoModel.from_pretrained("FOLDER")`."""
 PER_TASK_USE = USE + """ Loading needs the base model too."""
 
@@ -60,6 +72,7 @@ def model_card(
     method: str,
     form: Literal["static", "per-task"],
     vectors: str,
+    heads: Mapping[str, Any] | None = None,
     tasks: Sequence[str],
     options: Mapping[str, Any] | None = None,
     scale: float | None = None,
@@ -82,6 +95,7 @@ def model_card(
         method: The merge method.
         form: static, or per-task when something extra is kept for each task.
         vectors: Which task vectors were merged: plain, purified, or the name of a stack of transforms.
+        heads: How heads were fitted to the model; it has its experts' heads where nothing is said.
         tasks: Names of the tasks.
         options: The method's options.
         scale: What the merged task vector was multiplied with, if the method has a scale.
@@ -107,6 +121,7 @@ def model_card(
         ("base", as_code(base_model)),
         ("method", as_code(method)),
         ("task vectors", escaped(vectors)),
+        ("heads", f"fitted to {FITTED_TO[heads['fit']]}, {heads['rows']} rows a task" if heads else "the experts' own"),
         ("kind", form),
         ("tasks", ", ".join(escaped(task) for task in tasks)),
     ]
@@ -134,7 +149,9 @@ def model_card(
         for heading, reasons in left_out.items():
             listed = "\n".join(f"- {escaped(reason)}" for reason in reasons)
             parts += [f"{escaped(heading.capitalize())}:", listed]
-    parts += ["## Use", STATIC if form == "static" else PER_TASK, STATIC_USE if form == "static" else PER_TASK_USE]
+    use = STATIC_USE if form == "static" else PER_TASK_USE
+    use = use.replace("HEADS", FITTED_HEADS if heads else EXPERTS_HEADS)
+    parts += ["## Use", STATIC if form == "static" else PER_TASK, use]
     if scores is not None and scores.tasks():
         parts += [
             "## Scores",

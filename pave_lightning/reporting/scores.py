@@ -88,6 +88,11 @@ class Model:
     is_control: bool = False
 
     @property
+    def saw_labels(self) -> bool:
+        """Whether its heads were fitted to labelled rows."""
+        return self.heads.partition("-")[0] == "labels"
+
+    @property
     def section(self) -> Section:
         """The part of tables in which it stands."""
         if self.is_control:

@@ -23,6 +23,7 @@ SHORT_METRICS = {
     "spearman": "rho",
 }
 EXTRA_MARK, CONTROL_MARK = "*", "°"
+LABELS_MARK = "†"
 NOT_LEARNED_MARK = "!"
 
 # Widths in characters; longer names are broken between their words, and inside of words that are longer than the last
@@ -102,7 +103,7 @@ def _part(table: ScoreTable, tasks: list[str], bounds: Bounds, *, with_averages:
             Text("\n".join(lines_of(_label(model), MODEL_WIDTH))),
             Text("\n".join(lines_of(model.vectors, VECTORS_WIDTH))),
         ]
-        cells += [Text(model.heads)] if _heads_width(table) else []
+        cells += [Text(_heads(model))] if _heads_width(table) else []
         for task in tasks:
             value = _number(table.value(model, task)) + _mark(table, model, task)
             cells.append(_with_half(value, table.interval(model, task), shown=bounds is Bounds.ALL))
@@ -139,7 +140,7 @@ def _model_width(table: ScoreTable) -> int:
 def _heads_width(table: ScoreTable) -> int:
     """Width of the column that says under which heads models are scored; 0 where all have the experts'."""
     heads = {model.heads for model in table.models()}
-    return 0 if heads <= {EXPERT_HEADS} else GAP + max(map(len, {"heads", *heads}))
+    return 0 if heads <= {EXPERT_HEADS} else GAP + max(map(len, ["heads", *map(_heads, table.models())]))
 
 
 def _vectors_width(table: ScoreTable) -> int:
@@ -192,7 +193,13 @@ def _caption(table: ScoreTable) -> str:
         text += f" {EXTRA_MARK} per-task: keeps something extra for each task, so not one model for all tasks."
     if any(model.is_control for model in table.models()):
         text += f" {CONTROL_MARK} control: not merged, scored to tell what the merged models are worth."
+    if any(model.saw_labels for model in table.models()):
+        text += f" {LABELS_MARK} heads fitted to labelled rows, which other heads do not need."
     return text
+
+
+def _heads(model: Model) -> str:
+    return f"{model.heads} {LABELS_MARK}" if model.saw_labels else model.heads
 
 
 def _mark(table: ScoreTable, model: Model, task: str) -> str:

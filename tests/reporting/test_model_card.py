@@ -29,6 +29,17 @@ def test_front_matter():
     assert "base_model" not in front_matter(card(base_model="/data/my: base\n---"))
 
 
+def test_heads_are_told():
+    assert "| heads | the experts' own |" in card()
+    assert "holds the head of each task's own expert" in card()
+    for fit, told in (("logits", "without labels"), ("labels", "the labels of training rows")):
+        text = card(heads={"fit": fit, "rows": 512})
+        assert f"| heads | fitted to {'the expert' if fit == 'logits' else told}" in text
+        assert told in text
+        assert "512 rows a task |" in text
+        assert "`expert-head.safetensors`" in text
+
+
 def test_everything_is_told():
     scores = ScoreTable(
         [

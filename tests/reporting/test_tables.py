@@ -155,3 +155,16 @@ def test_an_expert_that_learned_nothing_is_marked_and_told():
     assert row.split() == ["experts", "0.800", "0.800!", "0.800", "1.000"]
     assert "! Not learned: the expert of bad (accuracy 0.800, always the same answer 0.800)" in " ".join(text.split())
     assert "Not learned" not in shown(scores(["good", "bad"]))
+
+
+def test_heads_that_have_seen_labels_are_marked():
+    entries = [
+        Score("ties", "plain", "static", "one", "accuracy", True, 0.5, 10, heads)
+        for heads in ("expert", "logits", "labels-24", "labels")
+    ]
+    lines = shown(ScoreTable(entries)).splitlines()
+    assert [line.split()[2:4] for line in lines if line.startswith("ties")] == [
+        *(["expert", "0.500"], ["logits", "0.500"], ["labels-24", "†"], ["labels", "†"]),
+    ]
+    assert "† heads fitted to labelled rows" in " ".join(" ".join(lines).split())
+    assert "†" not in shown(ScoreTable(entries[:2]))
