@@ -228,7 +228,10 @@ def _execute_recipe(command: str, options: Namespace) -> None:
             _say(f"note: what the recipe's sweep varies is run by `pave sweep {options.recipe}`, not here")
         commands.run_recipe(recipe, verify=bool(options.verify))
     elif command == "plan":
-        commands.plan_recipe(recipe, verify=bool(options.verify))
+        from pave_lightning.system.collecting import seldom_collected
+
+        with seldom_collected():
+            commands.plan_recipe(recipe, verify=bool(options.verify))
     else:
         commands.run_stage(recipe, command, task)
     return None

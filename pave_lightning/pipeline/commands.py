@@ -17,6 +17,7 @@ from pave_lightning.recipe.loading import load_recipe, recipe_digest, recipe_to_
 from pave_lightning.recipe.merge_step import MergeStep
 from pave_lightning.recipe.schema import Recipe
 from pave_lightning.system.interrupts import stoppable
+from pave_lightning.system.keeping import keeping
 from pave_lightning.system.processes import is_launched, refuse_foreign_launchers
 from pave_lightning.system.terminal import terminal
 
@@ -142,10 +143,11 @@ def planning_folder(recipe: Recipe, *, verify: bool = False) -> Iterator[RunFold
     refuse_foreign_launchers()
     folder = open_folder(recipe, verify=verify)
     if folder.data.is_dir():
-        yield folder
+        with keeping():
+            yield folder
         folder.note_hashes()
         return
-    with TemporaryDirectory(prefix="pave-plan-") as copies:
+    with TemporaryDirectory(prefix="pave-plan-") as copies, keeping():
         yield open_folder(recipe, Path(copies), verify=verify)
 
 

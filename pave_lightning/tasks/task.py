@@ -23,7 +23,6 @@ from pave_lightning.tasks.heads import HeadForm, Misfit, Predictions
 from pave_lightning.tasks.options import Data, Examples, Expert, MetricName, Training
 
 if TYPE_CHECKING:  # what a recipe is read with loads none of these
-    import datasets
     import numpy as np
     import numpy.typing as npt
     import pyarrow as pa
@@ -185,7 +184,7 @@ class Task(Section):
         return None
 
     @abstractmethod
-    def answers(self, rows: datasets.Dataset) -> npt.NDArray[np.int64] | npt.NDArray[np.float32]:
+    def answers(self, rows: pa.Table) -> npt.NDArray[np.int64] | npt.NDArray[np.float32]:
         """All labels of usable rows as a model takes them, shape ``(n,)``: int64 class indices, or float32 numbers."""
 
     # ---- examples --------------------------------------------------------------------------------------------------
@@ -219,9 +218,12 @@ class Task(Section):
             processor: see `load_processor`.
         """
 
-    def findings(
-        self, encoded: datasets.Dataset, processor: Any, places: npt.NDArray[np.int64]
-    ) -> tuple[list[str], list[str]]:
+    @property
+    def stored_types(self) -> dict[str, pa.DataType]:
+        """What holds entries of `encode` in a file, by name, where that is not what Arrow would choose itself."""
+        return {}
+
+    def findings(self, encoded: pa.Table, processor: Any, places: npt.NDArray[np.int64]) -> tuple[list[str], list[str]]:
         """What is wrong with encoded rows (of which nothing is left, say), and what is only worth saying.
 
         Args:
