@@ -106,6 +106,10 @@ def build_parser() -> ArgumentParser:
     methods.add_argument("method", type=str, nargs="?", default=None, help="a method, to see its options")
     methods.add_argument("--debug", action="store_true", help="show tracebacks")
     commands.add_subcommand("methods", methods, help="list the merge methods, or the options of one")
+    transforms = new(description="List the transforms of task vectors, or the options of one.")
+    transforms.add_argument("transform", type=str, nargs="?", default=None, help="a transform, to see its options")
+    transforms.add_argument("--debug", action="store_true", help="show tracebacks")
+    commands.add_subcommand("transforms", transforms, help="list the transforms of task vectors, or the options of one")
     schema = new(description="Print the JSON schema of recipes, for editors.")
     schema.add_argument("--debug", action="store_true", help="show tracebacks")
     commands.add_subcommand("schema", schema, help="print the JSON schema of recipes, for editors")
@@ -188,6 +192,10 @@ def _execute(command: str, options: Namespace) -> None:
         from pave_lightning.merging.describe import print_methods
 
         return print_methods(options.method)
+    if command == "transforms":
+        from pave_lightning.transforms.describe import print_transforms
+
+        return print_transforms(options.transform)
     if command == "sweep":
         refuse_foreign_launchers()
         from pave_lightning.pipeline import commands

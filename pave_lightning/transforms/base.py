@@ -144,7 +144,7 @@ def transform_named(name: str) -> type[Transform]:
     """
     known = known_transforms()
     if name not in known:
-        raise PaveError(f"unknown transform '{name}'; {nearest(name, sorted(known))}")
+        raise PaveError(f"unknown transform '{name}'; {nearest(name, sorted(known))} (see: pave transforms)")
     return known[name]
 
 
