@@ -13,7 +13,7 @@ from pave_lightning.transforms.describe import print_transforms
 
 @pytest.fixture(autouse=True)
 def _own_registry(monkeypatch):
-    monkeypatch.setattr(base, "_registry", known_transforms())
+    monkeypatch.setattr(base, "_registry", base._registry.copy())
 
 
 def printed(width, name=None):

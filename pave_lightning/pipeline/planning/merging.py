@@ -130,7 +130,7 @@ def option_problems(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str
     for index, step in enumerate(recipe.merge):
         yield from ((("merge", index), problem) for problem in _made(step)[1])
     for name in recipe.vectors:
-        steps = [step for step in recipe.merge if name in step.vectors]
+        steps: list[MergeStep | None] = [step for step in recipe.merge if name in step.vectors]
         for place in range(len(recipe.vectors[name])):
             told = dict.fromkeys(transform_problem(recipe, name, place, step) for step in steps or [None])
             yield from ((("vectors", name, place), problem) for problem in told if problem is not None)

@@ -447,7 +447,7 @@ def test_a_rule_for_two_experts(problems, recipe_settings):
 
 
 def test_what_is_wrong_with_every_matrix_does_not_hide_all_else(problems, monkeypatch):
-    monkeypatch.setattr(registry, "_registry", dict(known_methods()))
+    monkeypatch.setattr(registry, "_registry", registry._registry.copy())
 
     class Fussy(registry.method_named("average")):
         def problems(self, vectors, evidence):
@@ -623,7 +623,7 @@ def test_no_rule_looks_at_values_while_planning():
 
 
 def test_a_rule_of_another_package_that_looks_at_values_is_passed_over(problems, monkeypatch):
-    monkeypatch.setattr(registry, "_registry", dict(known_methods()))
+    monkeypatch.setattr(registry, "_registry", registry._registry.copy())
 
     class Curious(registry.method_named("average")):
         def problems(self, vectors, evidence):
