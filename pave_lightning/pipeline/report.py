@@ -9,12 +9,12 @@ from typing import Any
 
 from rich.console import Console
 
+from pave_lightning.pipeline.purifications import label
 from pave_lightning.pipeline.results import Results
 from pave_lightning.pipeline.runner import Runner
 from pave_lightning.pipeline.stages import CaptureStage, EvaluateStage, MergeStage, PurifyStage, captures, stages_of
 from pave_lightning.pipeline.stages.evaluate import scored_models
 from pave_lightning.pipeline.stages.fit import expert_digests
-from pave_lightning.pipeline.stages.purify import label
 from pave_lightning.purification import KeptRank
 from pave_lightning.purification.options import Purify
 from pave_lightning.reporting.diagnostic_plots import natural

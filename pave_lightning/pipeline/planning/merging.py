@@ -12,8 +12,9 @@ from pave_lightning.merging.low_rank import LowRankMethod, quoted
 from pave_lightning.pipeline.planning.blocks import block_problem, naming_problems
 from pave_lightning.pipeline.planning.models import adapter_of, is_wrapped
 from pave_lightning.pipeline.providers import known_providers
+from pave_lightning.pipeline.purifications import purifications
 from pave_lightning.pipeline.stacks import stack_of, transform_problem
-from pave_lightning.pipeline.stages import existing_folder, purifications
+from pave_lightning.pipeline.stages import existing_folder
 from pave_lightning.recipe.merge_step import MergeStep
 from pave_lightning.recipe.schema import Recipe
 from pave_lightning.statistics import Moments

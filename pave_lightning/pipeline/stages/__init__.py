@@ -14,7 +14,7 @@ from pave_lightning.pipeline.stages.fit import FitStage, existing_folder
 from pave_lightning.pipeline.stages.gradients import GradientStage
 from pave_lightning.pipeline.stages.heads import HeadsStage
 from pave_lightning.pipeline.stages.merge import MergeStage
-from pave_lightning.pipeline.stages.purify import PurifyStage, purifications
+from pave_lightning.pipeline.stages.purify import PurifyStage
 
 __all__ = [
     "KINDS",
@@ -30,7 +30,6 @@ __all__ = [
     "captures",
     "existing_folder",
     "kind_of",
-    "purifications",
     "stages_of",
 ]
 
