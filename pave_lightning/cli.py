@@ -124,6 +124,10 @@ def build_parser() -> ArgumentParser:
     methods.add_argument("method", type=str, nargs="?", default=None, help="a method, to see its options")
     methods.add_argument("--debug", action="store_true", help="show tracebacks")
     commands.add_subcommand("methods", methods, help="list the merge methods, or the options of one")
+    transforms = new(description="List the transforms of task vectors, or the options of one.")
+    transforms.add_argument("transform", type=str, nargs="?", default=None, help="a transform, to see its options")
+    transforms.add_argument("--debug", action="store_true", help="show tracebacks")
+    commands.add_subcommand("transforms", transforms, help="list the transforms of task vectors, or the options of one")
     schema = new(description="Print the JSON schema of recipes, for editors.")
     schema.add_argument("--debug", action="store_true", help="show tracebacks")
     commands.add_subcommand("schema", schema, help="print the JSON schema of recipes, for editors")
@@ -206,17 +210,10 @@ def _execute(command: str, options: Namespace) -> None:
         from pave_lightning.merging.describe import print_methods
 
         return print_methods(options.method)
-    if command == "sweep":
-        refuse_foreign_launchers()
-        from pave_lightning.pipeline import commands
-        from pave_lightning.recipe.loading import find_sweep
+    if command == "transforms":
+        from pave_lightning.transforms.describe import print_transforms
 
-        commands.read_recipe(find_sweep(options.name), options.set)  # what is wrong with it is told at once
-        from pave_lightning.sweeps.running import run_sweep
-
-        folder = run_sweep(options.name, options.set, verify=bool(options.verify))
-        _out((folder / "findings.md").read_text().rstrip())
-        return _out(f"results: {folder}")
+        return print_transforms(options.transform)
     if command == "compare":
         from pave_lightning.pipeline.comparing import compare
 
@@ -228,12 +225,27 @@ def _execute(command: str, options: Namespace) -> None:
         from pave_lightning.recipe.loading import recipe_schema
 
         return _out(json.dumps(recipe_schema(), indent=2))
-    if command == "merge" and _adds_expert(options):
-        return _out(f"results: {_add_expert(options)}")
     return _execute_recipe(command, options)
 
 
+def _execute_sweep(options: Namespace) -> None:
+    refuse_foreign_launchers()
+    from pave_lightning.pipeline import commands
+    from pave_lightning.recipe.loading import find_sweep
+
+    commands.read_recipe(find_sweep(options.name), options.set)  # what is wrong with it is told at once
+    from pave_lightning.sweeps.running import run_sweep
+
+    folder = run_sweep(options.name, options.set, verify=bool(options.verify))
+    _out((folder / "findings.md").read_text().rstrip())
+    _out(f"results: {folder}")
+
+
 def _execute_recipe(command: str, options: Namespace) -> None:
+    if command == "sweep":
+        return _execute_sweep(options)
+    if command == "merge" and _adds_expert(options):
+        return _out(f"results: {_add_expert(options)}")
     refuse_foreign_launchers()
     from pave_lightning.pipeline import commands
     from pave_lightning.recipe.loading import recipe_to_yaml
@@ -251,7 +263,10 @@ def _execute_recipe(command: str, options: Namespace) -> None:
             _say(f"note: what the recipe's sweep varies is run by `pave sweep {options.recipe}`, not here")
         commands.run_recipe(recipe, verify=bool(options.verify))
     elif command == "plan":
-        commands.plan_recipe(recipe, verify=bool(options.verify))
+        from pave_lightning.system.collecting import seldom_collected
+
+        with seldom_collected():
+            commands.plan_recipe(recipe, verify=bool(options.verify))
     else:
         commands.run_stage(recipe, command, task)
     return None

@@ -22,6 +22,7 @@ from pave_lightning.errors import PaveError, doing
 from pave_lightning.merging import known_methods
 from pave_lightning.pipeline import adding, commands
 from pave_lightning.recipe.loading import recipe_to_yaml
+from pave_lightning.transforms import known_transforms
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def test_help_is_fast_and_loads_nothing_heavy():
     assert min(took) < 1.0
 
 
-@pytest.mark.parametrize("command", [*RECIPE_COMMANDS, "sweep", "compare", "methods", "schema"])
+@pytest.mark.parametrize("command", [*RECIPE_COMMANDS, "sweep", "compare", "methods", "transforms", "schema"])
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
@@ -86,9 +87,12 @@ def test_options_that_take_one_value_are_not_taken_twice(capsys, recipe_file, mo
     assert "--task takes one value" in fails(["fit", recipe_file, "--task", "words", "--task", "numbers"], capsys)
 
 
-def test_every_method_is_explained_without_markup(capsys):
-    for name in known_methods():
-        assert main(["methods", name]) == 0
+def test_every_method_and_transform_is_explained_without_markup(capsys):
+    for command in [
+        *(["methods", name] for name in known_methods()),
+        *(["transforms", name] for name in known_transforms()),
+    ]:
+        assert main(list(command)) == 0
         shown = capsys.readouterr().out
         assert not re.search(r":[a-z]+:`|\.\. math|``|\\[a-z]", shown), shown
 
@@ -150,6 +154,21 @@ def test_mistakes_in_the_options_of_methods_are_told_beside_those_of_the_recipe(
         assert "densitty: unknown option; did you mean 'density'?" in told
 
 
+def test_mistakes_in_the_options_of_transforms_are_told_beside_those_of_the_recipe(capsys, recipe_file):
+    one, two = "one: [dare, {dare: {drop_rat: 0.2}}]", "two: [{depth: {}}, {pave: {rho: 2.0}}]"
+    stacks = f"vectors={{{one}, {two}, unused: [{{depth_scale: {{}}}}]}}"
+    step = "merge.0={method: average, vectors: [one, two]}"
+    assert main(["plan", recipe_file, "--set", stacks, "--set", step, "--set", "evaluate.zzz=5"]) == 2
+    told = capsys.readouterr().err
+    assert "evaluate.zzz: unknown key" in told
+    assert "vectors.one.1: the options of transform 'dare'" in told
+    assert "drop_rat: unknown option; did you mean 'drop_rate'?" in told
+    assert "vectors.two.0: unknown transform 'depth'" in told
+    assert "vectors.two.1: the options of transform 'pave'" in told
+    assert "vectors.unused.0: the options of transform 'depth_scale'" in told
+    assert "first: is missing" in told
+
+
 def test_print_config_shows_every_default_and_is_a_recipe_itself(capsys, recipe_file, tmp_path):
     assert main(["run", recipe_file, "--print-config", "--set", "merge.0.scale=0.4"]) == 0
     shown = capsys.readouterr().out
@@ -170,6 +189,18 @@ def test_methods_lists_all_of_them(capsys, monkeypatch):
     assert "options.density (default 0.2)" in shown
     assert "= sgn(∑_t τ\N{COMBINING CIRCUMFLEX ACCENT}_t)." in shown
     assert "did you mean 'ties'" in fails(["methods", "tiess"], capsys)
+
+
+def test_transforms_lists_all_of_them(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["transforms"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in known_transforms())
+    assert main(["transforms", "depth_scale"]) == 0
+    shown = capsys.readouterr().out
+    assert "first (required): Factor of the first block" in shown
+    assert "last (default 1.0)" in shown
+    assert "did you mean 'pave'" in fails(["transforms", "pavee"], capsys)
 
 
 def test_schema_is_json(capsys):

@@ -152,60 +152,16 @@ class Evidence:
         return self.gradients[task].read(parameter.name, rows)
 
     def lacking(self, needs: Collection[Need], vectors: TaskVectors) -> Iterator[str]:
-        """What of the needs is not there, one line a task, with what to do about it."""
-        if Need.INPUT_MOMENTS in needs:
-            yield from self._lacking_moments(vectors)
-        if Need.LOW_RANK in needs:
-            for task in vectors.tasks:
-                reason = vectors.without_factors(task)
-                if reason is not None:
-                    yield f"task '{task}' has no low-rank adapters: {reason}"
-        if Need.NORM_MOMENTS in needs:
-            yield from self._lacking_norms(vectors)
-        if Need.UNLABELLED_EXAMPLES in needs:
-            batches = {} if self.passes is None else self.passes.batches
-            for task in vectors.tasks:
-                if not batches.get(task):
-                    yield f"task '{task}': unlabelled examples are needed, but none were given"
-        if Need.ANCHOR in needs and self.anchor is None:
-            yield (
-                "it starts from a model that another method has merged, its anchor, but none was given; in a recipe "
-                "name that method's merge step with the key 'anchor', from Python give the vectors as "
-                "Evidence(anchor=...)"
-            )
-        if Need.FISHER in needs:
-            yield from _lacking_gradients(self.fisher, Need.FISHER, "fisher", vectors)
-        if Need.GRADIENTS in needs:
-            yield from _lacking_gradients(self.gradients, Need.GRADIENTS, "absolute", vectors)
+        """What of the needs is not there, one line a task, with what to do about it; see `LACKING`."""
+        for need, lacking in LACKING.items():
+            if need in needs:
+                yield from lacking(self, vectors)
+        for need in sorted(set(needs) - set(LACKING) - set(self.further)):
+            yield f"{need} are needed, but none were given; from Python give them as Evidence(further={{...}})"
 
     def block_problems(self) -> Iterator[str]:
         """Why the backbone cannot be walked through block by block; here nothing, as `ForwardPasses.stack` tells it."""
         return iter(())
-
-    def _lacking_moments(self, vectors: TaskVectors) -> Iterator[str]:
-        matrices = [parameter for parameter in vectors.parameters if parameter.is_matrix]
-        for task in vectors.tasks:
-            if task not in self.statistics:
-                yield f"task '{task}' has no captured statistics; run `pave capture`"
-                continue
-            statistics = self.statistics[task]
-            reduced = [p.layer for p in matrices if p.layer in statistics and not _whole(statistics, p.layer)]
-            if reduced:
-                yield (
-                    f"task '{task}': the second moments of the inputs of {len(reduced)} layers are needed, such as "
-                    f"{reduced[0]}, but reduced ones were captured; set capture.moments: input"
-                )
-
-    def _lacking_norms(self, vectors: TaskVectors) -> Iterator[str]:
-        scales = [parameter.layer for parameter in vectors.parameters if parameter.kind is ParameterKind.NORM_SCALE]
-        for task in vectors.tasks if scales else ():
-            if task not in self.statistics:
-                yield f"task '{task}' has no captured statistics; run `pave capture`"
-            elif not self.statistics[task].norms:
-                yield (
-                    f"task '{task}': the moments of what {len(scales)} norms scale are needed, such as {scales[0]}, "
-                    "but none were captured; set capture.norms: true"
-                )
 
 
 @dataclass(frozen=True)
@@ -229,13 +185,69 @@ class PlannedEvidence(Evidence):
             yield problem
 
 
+def _lacking_moments(evidence: Evidence, vectors: TaskVectors) -> Iterator[str]:
+    matrices = [parameter for parameter in vectors.parameters if parameter.is_matrix]
+    for task in vectors.tasks:
+        if task not in evidence.statistics:
+            yield f"task '{task}' has no captured statistics; run `pave capture`"
+            continue
+        statistics = evidence.statistics[task]
+        reduced = [p.layer for p in matrices if p.layer in statistics and not _whole(statistics, p.layer)]
+        if reduced:
+            yield (
+                f"task '{task}': the second moments of the inputs of {len(reduced)} layers are needed, such as "
+                f"{reduced[0]}, but reduced ones were captured; set capture.moments: input"
+            )
+
+
+def _lacking_norms(evidence: Evidence, vectors: TaskVectors) -> Iterator[str]:
+    scales = [parameter.layer for parameter in vectors.parameters if parameter.kind is ParameterKind.NORM_SCALE]
+    for task in vectors.tasks if scales else ():
+        if task not in evidence.statistics:
+            yield f"task '{task}' has no captured statistics; run `pave capture`"
+        elif not evidence.statistics[task].norms:
+            yield (
+                f"task '{task}': the moments of what {len(scales)} norms scale are needed, such as {scales[0]}, "
+                "but none were captured; set capture.norms: true"
+            )
+
+
 def _whole(statistics: TaskStatistics, layer: str) -> bool:
     return statistics.kind(layer) in ("input", "rows")
 
 
-def _lacking_gradients(
-    given: Mapping[str, TaskGradients], need: Need, kind: GradientKind, vectors: TaskVectors
-) -> Iterator[str]:
+def _lacking_adapters(evidence: Evidence, vectors: TaskVectors) -> Iterator[str]:
+    for task in vectors.tasks:
+        reason = vectors.without_factors(task)
+        if reason is not None:
+            yield f"task '{task}' has no low-rank adapters: {reason}"
+
+
+def _lacking_examples(evidence: Evidence, vectors: TaskVectors) -> Iterator[str]:
+    batches = {} if evidence.passes is None else evidence.passes.batches
+    for task in vectors.tasks:
+        if not batches.get(task):
+            yield f"task '{task}': unlabelled examples are needed, but none were given"
+
+
+def _lacking_anchor(evidence: Evidence, vectors: TaskVectors) -> Iterator[str]:
+    if evidence.anchor is None:
+        yield (
+            "it starts from a model that another method has merged, its anchor, but none was given; in a recipe name "
+            "that method's merge step with the key 'anchor', from Python give the vectors as Evidence(anchor=...)"
+        )
+
+
+def _lacking_fisher(evidence: Evidence, vectors: TaskVectors) -> Iterator[str]:
+    return _lacking_gradients(evidence.fisher, "fisher", vectors)
+
+
+def _lacking_labelled_gradients(evidence: Evidence, vectors: TaskVectors) -> Iterator[str]:
+    return _lacking_gradients(evidence.gradients, "absolute", vectors)
+
+
+def _lacking_gradients(given: Mapping[str, TaskGradients], kind: GradientKind, vectors: TaskVectors) -> Iterator[str]:
+    need = KINDS[kind]
     shapes = {parameter.name: parameter.shape for parameter in vectors.parameters}
     for task in vectors.tasks:
         if task not in given:
@@ -248,3 +260,17 @@ def _lacking_gradients(
         else:
             for misfit in given[task].misfits(shapes):
                 yield f"task '{task}': the {need}: {misfit}; take it anew for these experts"
+
+
+# Tells what of each need is not there. Second moments in any form are looked at layer by layer, where they are read.
+# What is not named here is one of the further needs.
+LACKING: dict[Need, Callable[[Evidence, TaskVectors], Iterator[str]]] = {
+    Need.MOMENTS: lambda evidence, vectors: iter(()),
+    Need.INPUT_MOMENTS: _lacking_moments,
+    Need.LOW_RANK: _lacking_adapters,
+    Need.NORM_MOMENTS: _lacking_norms,
+    Need.UNLABELLED_EXAMPLES: _lacking_examples,
+    Need.ANCHOR: _lacking_anchor,
+    Need.FISHER: _lacking_fisher,
+    Need.GRADIENTS: _lacking_labelled_gradients,
+}

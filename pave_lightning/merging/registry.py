@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from functools import cache
-from importlib.metadata import entry_points
 from typing import Any
 
 from pydantic import create_model
 from torch import Tensor
 
 from pave_lightning.config import options_of
-from pave_lightning.errors import PaveError, nearest
 from pave_lightning.merging.base import MergeMethod, MethodOptions, StaticMethod
-from pave_lightning.system.plug_ins import import_files, load_plug_in
+from pave_lightning.system.plug_ins import Registry
 from pave_lightning.weights import Parameter
 
 # Where the methods of this package lie, which import this module.
 METHODS = "pave_lightning.merging.methods"
 ENTRY_POINTS = "pave_lightning.methods"
 
-_registry: dict[str, type[MergeMethod]] = {}
+_registry = Registry[MergeMethod]("merge method", METHODS, ENTRY_POINTS, command="pave methods")
 
 
 def merge_method(name: str, **facts: Any) -> Callable[[Any], Any]:
@@ -59,10 +56,8 @@ def merge_method(name: str, **facts: Any) -> Callable[[Any], Any]:
             raise TypeError(f"merge method '{name}' does not say its {', '.join(lacking)}")
         if not kind.parallel and not kind.serial_because:
             raise TypeError(f"merge method '{name}' does not say why it is not parallel; set serial_because")
-        if name in _registry and _registry[name] is not kind:
-            raise ValueError(f"two merge methods are named '{name}': {_registry[name].__name__} and {kind.__name__}")
+        _registry.add(name, kind)
         kind.name = name
-        _registry[name] = kind
         return kind
 
     return add
@@ -100,21 +95,7 @@ def _class_of(name: str, function: Callable[..., Tensor], facts: Mapping[str, An
 
 def known_methods() -> dict[str, type[MergeMethod]]:
     """Every known method by name: those of this package and those that installed packages register."""
-    _load_own()
-    _load_plug_ins()
-    return dict(_registry)
-
-
-@cache
-def _load_own() -> None:
-    import_files(METHODS)
-
-
-@cache
-def _load_plug_ins() -> None:
-    """Load what other packages add, once: to find it, the files of every installed package are read."""
-    for entry in entry_points(group=ENTRY_POINTS):
-        load_plug_in(entry, _registry, "merge method")
+    return _registry.known()
 
 
 def method_named(name: str) -> type[MergeMethod]:
@@ -127,10 +108,7 @@ def method_named(name: str) -> type[MergeMethod]:
         >>> method_named("ties").default_scale
         1.0
     """
-    known = known_methods()
-    if name not in known:
-        raise PaveError(f"unknown merge method '{name}': {nearest(name, sorted(known))} (see: pave methods)")
-    return known[name]
+    return _registry.named(name)
 
 
 def make_method(name: str, options: Mapping[str, Any]) -> MergeMethod:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,9 +14,9 @@ from rich.table import Table
 from pave_lightning.errors import PaveError, nearest
 from pave_lightning.pipeline.run_folder import RunFolder
 from pave_lightning.recipe.loading import load_recipe, recipe_digest, recipe_to_yaml
-from pave_lightning.recipe.merge_step import MergeStep
 from pave_lightning.recipe.schema import Recipe
 from pave_lightning.system.interrupts import stoppable
+from pave_lightning.system.keeping import keeping
 from pave_lightning.system.processes import is_launched, refuse_foreign_launchers
 from pave_lightning.system.terminal import terminal
 
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """`load_recipe`, with mistakes in the options of merge methods told beside those of the recipe."""
+    """`load_recipe`, with mistakes in the options of merge methods and transforms told beside those of the recipe."""
 
-    def problems(step: MergeStep) -> list[str]:
+    def problems(recipe: Recipe) -> Iterable[tuple[tuple[str | int, ...], str]]:
         from pave_lightning.pipeline.planning import option_problems
 
-        return option_problems(step)
+        return option_problems(recipe)
 
-    return load_recipe(path, overrides, step_problems=problems)
+    return load_recipe(path, overrides, option_problems=problems)
 
 
 def run_recipe(recipe: Recipe, *, verify: bool = False) -> Path:
@@ -142,10 +142,11 @@ def planning_folder(recipe: Recipe, *, verify: bool = False) -> Iterator[RunFold
     refuse_foreign_launchers()
     folder = open_folder(recipe, verify=verify)
     if folder.data.is_dir():
-        yield folder
+        with keeping():
+            yield folder
         folder.note_hashes()
         return
-    with TemporaryDirectory(prefix="pave-plan-") as copies:
+    with TemporaryDirectory(prefix="pave-plan-") as copies, keeping():
         yield open_folder(recipe, Path(copies), verify=verify)
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+import os
+import platform
 import time
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from heapq import nlargest
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from pave_lightning import purification, subspace
 from pave_lightning.merging.base import MergeMethod, PerTaskMethod
 from pave_lightning.purification.moments import random_moment, row_moment
 from pave_lightning.purification.options import Purify
@@ -21,6 +25,7 @@ from pave_lightning.statistics import Moments, captured_kind
 from pave_lightning.subspace import MomentKind, in_parallel, knowledge_spectrum, project
 from pave_lightning.weights import Parameter, ParameterKind
 from pave_lightning.weights.memory import resident_bytes
+from pave_lightning.weights.remembered import remembered
 from pave_lightning.weights.task_vectors import BLOCK_ELEMENTS
 from pave_lightning.weights.writing import SHARD_BYTES, SMALL_SHARD_BYTES
 
@@ -37,6 +42,8 @@ TIMED_WORK_EXACT = TIMED_WORK // 8
 # Each is timed at least twice, because the first solve also loads libraries, and small ones as often as fit in here.
 TIMED_SECONDS, TIMED_TIMES = 0.1, 5
 ASSUMED_RHO = 0.97
+# For how long times are kept for other plans on this machine, which may be busier or idler later.
+KEPT_SECONDS = 60 * 60
 # Ratios are timed in steps of this share, because neighbours take the same time.
 RHO_STEPS = 16
 
@@ -112,7 +119,7 @@ def predict_cost(
         when_read: purifications that are computed while merging reads their result, once each time, and not written.
         new_experts: checkpoints that are still to be written, as experts are that are trained; others are read where
             they are.
-        timed: whether to time small solves of each shape, which takes about a second.
+        timed: whether to time small solves of each shape, which takes about a second where no plan did within the hour.
     """
     asked = (options,) if isinstance(options, Purify) else tuple(options or ())
     baseline = resident_bytes()
@@ -210,7 +217,7 @@ def purification_costs(
         if timed:
             same = (shape, kind, busy, *_timed_as(options))
             if same not in known:
-                known[same] = solve_seconds(shape, kind, options, busy)
+                known[same] = _known_seconds(shape, kind, options, busy)
             single = known[same]
         seconds = single * rounds * passes * layers
         peak = batch_bytes([(shape, kind)] * min(together, layers), tasks, workers, options)
@@ -303,6 +310,36 @@ def _moment_bytes(weight: int, moment: int, kind: MomentKind | None, options: Pu
         return 4 * weight + (2 * 4 + 4 + 4) * moment
     # The weight, the task vector and its rows in float64; the moment, scaled, and as it is kept.
     return (4 + 4 + 8) * weight + (8 + 8 + 4) * moment
+
+
+@dataclass(frozen=True)
+class TimedSolve:
+    """What a trial took.
+
+    Attributes:
+        seconds: see `solve_seconds`.
+    """
+
+    seconds: float
+
+
+def _known_seconds(shape: Shape, kind: MomentKind | None, options: Purify, workers: int) -> float:
+    """As `solve_seconds`; what another plan on this machine found within the hour is taken from there."""
+    found = remembered(
+        TimedSolve,
+        [shape, kind, *_timed_as(options), workers, *_machine()],
+        lambda: TimedSolve(solve_seconds(shape, kind, options, workers)),
+        topic="solves",
+        code=[Path(__file__).parent, *(Path(room.__path__[0]) for room in (purification, subspace))],
+        lasts=KEPT_SECONDS,
+    )
+    return found.seconds
+
+
+def _machine() -> list[Hashable]:
+    """What tells machines apart, and what of this one may be used."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return [*platform.uname(), usable, torch.get_num_threads()]
 
 
 def solve_seconds(shape: Shape, kind: MomentKind | None, options: Purify, workers: int) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from pave_lightning.pipeline.purifications import label
 from pave_lightning.pipeline.results import Results
 from pave_lightning.pipeline.runner import Runner
 from pave_lightning.pipeline.stages import (
@@ -22,7 +23,6 @@ from pave_lightning.pipeline.stages import (
 )
 from pave_lightning.pipeline.stages.evaluate import ScoredJoint, scored_models
 from pave_lightning.pipeline.stages.fit import expert_digests
-from pave_lightning.pipeline.stages.purify import label
 from pave_lightning.purification import KeptRank
 from pave_lightning.purification.options import Purify
 from pave_lightning.reporting.bootstrap import bootstrap_intervals

@@ -100,15 +100,35 @@ def stack_of(recipe: Recipe, name: str, step: MergeStep | None = None) -> Transf
     for index, (kind_name, given) in enumerate(recipe.stack(name)):
         place = f"vectors.{name}.{index} ({kind_name})"
         try:
-            kind = transform_named(kind_name)
-            transforms.append(kind(_options(kind, given, recipe, step)))
+            transforms.append(_transform(kind_name, given, recipe, step))
         except PaveError as error:
             problems.add(f"{place}: {error}")
             continue
         places.append(place)
-        inherited.append("" if given else kind.section)
+        inherited.append("" if given else transforms[-1].section)
     problems.raise_if_any()
     return TransformStack(name, tuple(transforms), tuple(places), tuple(inherited))
+
+
+def transform_problem(recipe: Recipe, name: str, place: int, step: MergeStep | None = None) -> str | None:
+    """What is wrong with a transform of a stack, or with its options; None where nothing is.
+
+    Args:
+        recipe: the recipe.
+        name: name of the stack.
+        place: which transform of the stack.
+        step: as `stack_of` takes it.
+    """
+    try:
+        _transform(*recipe.stack(name)[place], recipe, step)
+    except PaveError as error:
+        return str(error)
+    return None
+
+
+def _transform(name: str, given: Mapping[str, Any], recipe: Recipe, step: MergeStep | None) -> Transform:
+    kind = transform_named(name)
+    return kind(_options(kind, given, recipe, step))
 
 
 def _options(kind: type[Transform], given: Mapping[str, Any], recipe: Recipe, step: MergeStep | None) -> BaseModel:

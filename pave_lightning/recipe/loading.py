@@ -6,7 +6,7 @@ import copy
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,8 @@ from pave_lightning.config import NAME_PATTERN
 from pave_lightning.credentials import mask_values
 from pave_lightning.errors import PaveError, Problems, nearest, reason, shortened
 from pave_lightning.recipe.limits import count_values, limit_problems
-from pave_lightning.recipe.merge_step import MergeStep
 from pave_lightning.recipe.overrides import apply_overrides
-from pave_lightning.recipe.problems import validated_recipe
+from pave_lightning.recipe.problems import OptionProblems, validated_recipe
 from pave_lightning.recipe.schema import Recipe
 from pave_lightning.recipe.stacks import BUILT_IN
 from pave_lightning.recipe.wording import show
@@ -41,7 +40,7 @@ def load_recipe(
     path: str | Path,
     overrides: Sequence[str] = (),
     *,
-    step_problems: Callable[[MergeStep], Iterable[str]] | None = None,
+    option_problems: OptionProblems | None = None,
 ) -> Recipe:
     """Read and check a recipe.
 
@@ -50,8 +49,8 @@ def load_recipe(
         overrides: ``key.key=value`` texts that are written over the file's keys before anything is checked, values in
             YAML. List entries are addressed by number (one past the last appends), entries of ``tasks`` and ``merge``
             also by name: ``tasks.movie.examples.train=100``, ``merge.ties.scale={search: [0.1, 1]}``.
-        step_problems: what is wrong with the method and options of a merge step, told together with what is wrong
-            with the recipe itself; a recipe that is right in itself is not asked about.
+        option_problems: what is wrong with merge methods, transforms and their options, told together with what is
+            wrong with the recipe itself; a recipe that is right in itself is not asked about.
 
     Raises:
         PaveError: the file cannot be read, or something is wrong with the recipe; the message tells everything that is.
@@ -63,7 +62,7 @@ def load_recipe(
     excess = Problems(f"the recipe {path} asks for too much:")
     excess.extend(limit_problems(raw))
     excess.raise_if_any()
-    recipe = validated_recipe(raw, problems, complete=applied, step_problems=step_problems)
+    recipe = validated_recipe(raw, problems, complete=applied, option_problems=option_problems)
     problems.raise_if_any()
     if recipe is None:  # cannot be: a recipe is refused with words
         raise PaveError(problems.headline)

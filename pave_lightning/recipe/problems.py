@@ -7,12 +7,11 @@ import datetime
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 from pydantic import ValidationError
 
 from pave_lightning.errors import LISTED_PROBLEMS, Problems, near, nearest, shortened
-from pave_lightning.recipe.merge_step import MergeStep
 from pave_lightning.recipe.overrides import SHORT_FORMS, entry_name
 from pave_lightning.recipe.schema import Recipe
 from pave_lightning.recipe.wording import (
@@ -28,6 +27,9 @@ from pave_lightning.recipe.wording import (
     words_for,
 )
 from pave_lightning.tasks.suites import suite_task_names
+
+OptionProblems: TypeAlias = Callable[[Recipe], Iterable[tuple[Keys, str]]]
+"""Tells where in a recipe what is wrong with merge methods, transforms and their options."""
 
 ROUNDS = 6
 LONGEST_WORD = 100
@@ -66,7 +68,7 @@ def validated_recipe(
     problems: Problems,
     *,
     complete: bool = True,
-    step_problems: Callable[[MergeStep], Iterable[str]] | None = None,
+    option_problems: OptionProblems | None = None,
 ) -> Recipe | None:
     """The recipe that was read, if nothing is wrong with it.
 
@@ -78,17 +80,17 @@ def validated_recipe(
         raw: the recipe's mapping; not changed.
         problems: is told everything that is wrong, in the order of the file.
         complete: False if something could not be written into the recipe, so that a missing key means nothing.
-        step_problems: what is wrong with a merge step's method and options, which recipes know nothing of; asked only
-            where something else is wrong, so that both are told.
+        option_problems: what is wrong with merge methods, transforms and their options, which recipes know nothing of;
+            asked only where something else is wrong, so that both are told.
 
     Returns:
         The recipe, or None if something is wrong with it.
     """
     check = _Check(raw, complete)
     recipe = check.run()
-    # What loads the merge methods; where there are more faults than are shown, it would tell nothing.
-    if step_problems is not None and 0 < len(check.faults) < LISTED_PROBLEMS:
-        check.look_at_steps(step_problems)
+    # What loads methods and transforms; where there are more faults than are shown, it would tell nothing.
+    if option_problems is not None and 0 < len(check.faults) < LISTED_PROBLEMS:
+        check.look_at_options(option_problems)
     for fault in sorted(check.faults, key=lambda fault: _order(check.raw, fault.keys)):
         problems.add(f"{place(fault.keys, check.raw)}: {fault.message}" if fault.keys else fault.message)
     return recipe
@@ -190,13 +192,15 @@ class _Check:
                 return None if self.faults else recipe
         return None
 
-    def look_at_steps(self, step_problems: Callable[[MergeStep], Iterable[str]]) -> None:
-        """Tell what is wrong with the methods and options of the merge steps that are left after all repairs."""
-        for index, step in enumerate(self.rest.merge if self.rest is not None else ()):
-            entry = self.raw["merge"][index]
-            if step.method == (entry.get("method") if isinstance(entry, dict) else entry):
-                for line in step_problems(step):
-                    self._tell(("merge", index), line)
+    def look_at_options(self, option_problems: OptionProblems) -> None:
+        """Tell what is wrong with methods, transforms and their options, of what is left after all repairs."""
+        if self.rest is None or not (self.rest.merge or self.rest.vectors):
+            return
+        for keys, line in option_problems(self.rest):
+            # Of an entry of `merge` other keys may have been repaired, which are told.
+            own = (*keys, "method") if isinstance(_value_at(self.raw, keys), dict) and keys[0] == "merge" else keys
+            if _value_at(self.raw, own) == _value_at(self.repaired, own):
+                self._tell(keys, line)
 
     def _tell(self, keys: Keys, message: str, subject: str | int | None = None, unknown: bool = False) -> None:
         fault = Fault(keys, message, subject, unknown)
@@ -313,6 +317,10 @@ class _Check:
                 name = entry_name(self.raw[keys[0]][index]) or f"stand-in-{index}"
                 entries[index] = _stand_in_task(name) if keys[0] == "tasks" else f"stand-in-{index}"
                 return
+        stack = _value_at(self.repaired, keys[:2]) if keys[:1] == ("vectors",) and len(keys) > 2 else None
+        if isinstance(stack, list):
+            stack[int(keys[2])] = "stand-in"
+            return
         for depth in range(len(keys), 0, -1):
             parent, key = _value_at(self.repaired, keys[: depth - 1]), keys[depth - 1]
             if isinstance(parent, dict):

@@ -10,7 +10,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.linalg import cython_lapack
 from torch import Tensor
 
 Array = NDArray[np.float64]
@@ -203,7 +202,7 @@ def lapack(name: str) -> Callable[..., int]:
         raise RuntimeError(f"SciPy's LAPACK routine {name} does not take 32-bit integers")
     get_pointer = ctypes.pythonapi.PyCapsule_GetPointer
     get_pointer.restype, get_pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-    address = get_pointer(cython_lapack.__pyx_capi__[name], signature)
+    address = get_pointer(_capsules()[name], signature)
     routine = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * (signature.count(b",") + 1))(address)
 
     def call(*arguments: Any) -> int:
@@ -222,10 +221,17 @@ def _pointer(argument: Any) -> Any:
     return argument if isinstance(argument, bytes) else ctypes.addressof(argument)
 
 
+def _capsules() -> dict[str, Any]:
+    """SciPy's LAPACK routines by name; imported here, since it takes long and a plan seldom solves anything."""
+    from scipy.linalg import cython_lapack
+
+    return getattr(cython_lapack, "__pyx_capi__", {})
+
+
 def _signature(name: str) -> bytes | None:
     """The C signature of a routine; None where its integers are not plain ints."""
     get_name = ctypes.pythonapi.PyCapsule_GetName
     get_name.restype, get_name.argtypes = ctypes.c_char_p, [ctypes.py_object]
-    capsule = getattr(cython_lapack, "__pyx_capi__", {}).get(name)
+    capsule = _capsules().get(name)
     signature: bytes | None = None if capsule is None else get_name(capsule)
     return signature if signature is not None and b"int *" in signature and b"int64" not in signature else None

@@ -22,11 +22,12 @@ from pave_lightning.evaluation.options import EXPERT_HEADS
 from pave_lightning.pipeline.commands import open_folder, planning_folder, print_under, read_recipe, working
 from pave_lightning.pipeline.context import Context
 from pave_lightning.pipeline.planning import check_recipe, merge_problems
+from pave_lightning.pipeline.purifications import purifications
 from pave_lightning.pipeline.results import Results, short_digest
 from pave_lightning.pipeline.run_folder import RunFolder
 from pave_lightning.pipeline.runner import Runner
 from pave_lightning.pipeline.stage import Stage
-from pave_lightning.pipeline.stages import CaptureStage, EvaluateStage, FitStage, purifications, stages_of
+from pave_lightning.pipeline.stages import CaptureStage, EvaluateStage, FitStage, stages_of
 from pave_lightning.pipeline.stages.evaluate import ScoredMerge, ScoredPurifiedExperts, controls, untouched_models
 from pave_lightning.pipeline.stages.heads import fit_heads, head_inputs
 from pave_lightning.pipeline.stages.merge import chooser

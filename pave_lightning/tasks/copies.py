@@ -8,6 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import pyarrow as pa
+
 from pave_lightning.errors import PaveError
 from pave_lightning.system.files import UNFINISHED, file_sha256, naming_file, set_aside
 
@@ -47,6 +49,12 @@ def kept_copy(folder: Path, stem: str, make: Callable[[Path], None]) -> Path:
         path = folder / f"{stem}-{_digest(unfinished)}.arrow"
         unfinished.replace(path)
     return path
+
+
+def read_copy(path: Path) -> pa.Table:
+    """The rows of an Arrow file, memory-mapped."""
+    with pa.memory_map(str(path)) as mapped, pa.ipc.open_stream(mapped) as stream:
+        return stream.read_all()
 
 
 def _digest(path: Path) -> str:

@@ -12,9 +12,8 @@ from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import datasets
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -23,11 +22,14 @@ from pave_lightning.errors import PaveError, reason
 from pave_lightning.system.files import file_sha256, local_path
 from pave_lightning.system.hub import hub_or_cache, unreached
 from pave_lightning.tasks.checks import row_problems
-from pave_lightning.tasks.copies import found_copy, kept_copy
+from pave_lightning.tasks.copies import found_copy, kept_copy, read_copy
 from pave_lightning.tasks.labels import LabelValues, Reading, label_reading, readings_conflict
-from pave_lightning.tasks.reading import is_text, plain_column, read_rows, reading_options
+from pave_lightning.tasks.reading import plain_column, read_rows, reading_options
 from pave_lightning.tasks.rows import Rows, UnreadableError
 from pave_lightning.tasks.task import Task
+
+if TYPE_CHECKING:  # it loads pandas and more; plans read rows from copies of their own without it
+    import datasets
 
 log = logging.getLogger("pave_lightning")
 
@@ -41,7 +43,7 @@ REMARKS = b"pave.remarks"
 RAW = "raw"
 
 
-def load_split(task: Task, split: Split, *, seed: int, cache_dir: str | Path) -> datasets.Dataset:
+def load_split(task: Task, split: Split, *, seed: int, cache_dir: str | Path) -> pa.Table:
     """The rows of one split that a task uses, in their original order.
 
     Args:
@@ -51,13 +53,13 @@ def load_split(task: Task, split: Split, *, seed: int, cache_dir: str | Path) ->
         cache_dir: folder in which Arrow copies of local files are kept; hub datasets stay in the hub's own cache.
 
     Returns:
-        A dataset with the columns that the task uses. Labels are numbers (regression), class indices, or class names
-        as ``classes`` spells them.
+        A table with the columns that the task uses, memory-mapped where all rows of a file are used. Labels are numbers
+        (regression), class indices, or class names as ``classes`` spells them.
 
     Raises:
         PaveError: the split cannot be read, or a text or label of it cannot be used.
     """
-    return load_rows(task, split, seed=seed, cache_dir=cache_dir).dataset
+    return load_rows(task, split, seed=seed, cache_dir=cache_dir).table
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,12 @@ class LoadedRows:
     """The rows of a split that are used.
 
     Attributes:
-        dataset: see `load_split`.
+        table: see `load_split`.
         places: int64 of shape ``(n,)``: the number of each row among all rows of the split, counted from 0.
         fingerprint: the `split_fingerprint` of the content that they were read from.
     """
 
-    dataset: datasets.Dataset
+    table: pa.Table
     places: npt.NDArray[np.int64]
     fingerprint: str
 
@@ -80,7 +82,7 @@ def load_rows(task: Task, split: Split, *, seed: int, cache_dir: str | Path) -> 
     fingerprint = split_fingerprint(task, split)
     rows, _ = _checked(task, split, fingerprint, Path(cache_dir))
     places = sample_rows(len(rows), getattr(task.examples, split), seed)
-    return LoadedRows(rows if len(places) == len(rows) else rows.select(places), places, fingerprint)
+    return LoadedRows(rows if len(places) == len(rows) else rows.take(places), places, fingerprint)
 
 
 def earlier_rows(
@@ -103,15 +105,14 @@ def earlier_rows(
     """
     copy = found_copy(Path(cache_dir) / RAW, _stem(task, fingerprint))
     if copy is not None:
-        with pa.memory_map(str(copy)) as stream:
-            table = pa.ipc.open_stream(stream).read_all()
+        table = read_copy(copy)
         places = sample_rows(len(table), getattr(task.examples, split), seed)
         return table.take(pa.array(places)), places
     if split_fingerprint(task, split) != fingerprint:
         raise PaveError(f"{split_title(task, split)}: the rows have changed since")
     with TemporaryDirectory(prefix="pave-rows-") as copies:
         found = load_rows(task, split, seed=seed, cache_dir=copies)
-        return pa.table(found.dataset.with_format("arrow")[:]), found.places
+        return found.table, found.places
 
 
 def check_task(task: Task, *, seed: int, cache_dir: str | Path) -> list[str]:
@@ -141,7 +142,7 @@ def check_task(task: Task, *, seed: int, cache_dir: str | Path) -> list[str]:
         for remark in remarks:
             log.warning("%s: %s", split_title(task, split), remark)
         if split == "test":
-            used = rows.select(sample_rows(len(rows), task.examples.test, seed))
+            used = rows.take(sample_rows(len(rows), task.examples.test, seed))
             if len(np.unique(task.answers(used))) < 2:
                 problems.append(
                     f"{split_title(task, split)}: all {len(used)} rows that are used carry the same label in column "
@@ -191,6 +192,8 @@ def sample_rows(rows: int, wanted: int | None, seed: int) -> npt.NDArray[np.int6
 @contextmanager
 def quiet_datasets() -> Iterator[None]:
     """No progress bars of `datasets`: a task has many small splits, and each would draw several."""
+    import datasets
+
     shown = datasets.are_progress_bars_disabled() is False
     datasets.disable_progress_bars()
     try:
@@ -249,21 +252,14 @@ def _source_fingerprint(task: Task, split: Split) -> str:
     return file_sha256(path) + (f" {json.dumps(options)}" if options else "")
 
 
-def _checked(task: Task, split: Split, fingerprint: str, cache_dir: Path) -> tuple[datasets.Dataset, list[str]]:
+def _checked(task: Task, split: Split, fingerprint: str, cache_dir: Path) -> tuple[pa.Table, list[str]]:
     """The rows of a split that has a fingerprint, as the task takes them, and what is worth saying of their file.
 
     Raises:
         PaveError: the split cannot be read, or something is wrong with its rows: one line a problem.
     """
     if task.data.hub is not None:
-        dataset = _read_hub(task, split)
-        table = _usable(task, split, _hub_rows(task, dataset))
-        used = dataset.select_columns(list(task.columns))
-        # Numbers that are left as they are keep their feature, which may name the classes.
-        label = list(task.columns)[-1]
-        labels = table.column(label)
-        same = not is_text(labels.type) and labels.type == _arrow_column(used, label).type
-        return used if same else datasets.Dataset(table), []
+        return _usable(task, split, _hub_rows(task, _read_hub(task, split))), []
     path = _local_file(task, split)
 
     def make(copy: Path) -> None:
@@ -275,10 +271,8 @@ def _checked(task: Task, split: Split, fingerprint: str, cache_dir: Path) -> tup
         with pa.ipc.new_stream(copy, table.schema) as stream:
             stream.write_table(table, max_chunksize=10_000)
 
-    copy = kept_copy(cache_dir / RAW, _stem(task, fingerprint), make)
-    with copy.open("rb") as stream:
-        metadata = pa.ipc.open_stream(stream).schema.metadata
-    return datasets.Dataset.from_file(str(copy)), json.loads(metadata[REMARKS])
+    rows = read_copy(kept_copy(cache_dir / RAW, _stem(task, fingerprint), make))
+    return rows.replace_schema_metadata(None), json.loads(rows.schema.metadata[REMARKS])
 
 
 def _stem(task: Task, fingerprint: str) -> str:
@@ -312,6 +306,8 @@ def _read_local(task: Task, split: Split, path: Path) -> tuple[Rows, str]:
 
 
 def _read_hub(task: Task, split: Split) -> datasets.Dataset:
+    import datasets
+
     data = task.data
     try:
         with hub_or_cache(), quiet_datasets():

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
+import pyarrow as pa
 
 from pave_lightning.errors import PaveError, naming
-from pave_lightning.tasks.copies import kept_copy
-from pave_lightning.tasks.data import Split, changing, load_rows, quiet_datasets, split_fingerprint, split_title
+from pave_lightning.tasks.copies import kept_copy, read_copy
+from pave_lightning.tasks.data import Split, changing, load_rows, split_fingerprint, split_title
 from pave_lightning.tasks.task import Task
+
+if TYPE_CHECKING:
+    import datasets
 
 # Raise it when the files change their form, so that older ones are not read.
 CACHE_FORMAT = 2
+# Rows that are encoded, and written, at a time.
+BATCH = 1000
 
 
 class EncodedRows:
@@ -48,9 +55,15 @@ class EncodedRows:
         Raises:
             PaveError: the split cannot be read, or a text or label of it cannot be used.
         """
+        import datasets
+
         if split not in self._datasets:
             self._datasets[split] = datasets.Dataset.from_file(str(self.file(split)))
         return self._datasets[split]
+
+    def table(self, split: Split) -> pa.Table:
+        """As `dataset`, as an Arrow table, for which `datasets` is not loaded."""
+        return read_copy(self.file(split))
 
     def remarks(self, split: Split) -> list[str]:
         """What is worth saying of a split's encoded rows although it is no mistake: a vocabulary that hardly fits.
@@ -59,7 +72,7 @@ class EncodedRows:
             PaveError: as `dataset`.
         """
         places = load_rows(self.task, split, seed=self.seed, cache_dir=self.cache_dir).places
-        _, remarks = self.task.findings(self.dataset(split), self.processor, places)
+        _, remarks = self.task.findings(self.table(split), self.processor, places)
         return [f"{split_title(self.task, split)}: {remark}" for remark in remarks]
 
     def file(self, split: Split) -> Path:
@@ -72,20 +85,20 @@ class EncodedRows:
         loaded = load_rows(self.task, split, seed=self.seed, cache_dir=self.cache_dir)
         if loaded.fingerprint != fingerprint:
             raise changing(self.task, split)
-        rows = loaded.dataset.select_columns(list(self.task.columns))
-        with quiet_datasets():
-            encoded = rows.map(
-                self._encode,
-                batched=True,
-                remove_columns=rows.column_names,
-                cache_file_name=str(path),
-                load_from_cache_file=False,
-                # Given, so that datasets need not pickle and hash the processor.
-                new_fingerprint=self._digest(split, fingerprint)[:32],
-            )
-        problems, _ = self.task.findings(encoded, self.processor, loaded.places)
+        batches = self._encoded(loaded.table.select(list(self.task.columns)))
+        first = next(batches)
+        with pa.ipc.new_stream(path, first.schema) as stream:
+            for batch in chain([first], batches):
+                stream.write_table(batch.cast(first.schema))
+        problems, _ = self.task.findings(read_copy(path), self.processor, loaded.places)
         if problems:
             raise PaveError("\n".join(f"{split_title(self.task, split)}: {problem}" for problem in problems))
+
+    def _encoded(self, rows: pa.Table) -> Iterator[pa.Table]:
+        types = self.task.stored_types
+        for start in range(0, len(rows), BATCH):
+            columns = self._encode(rows.slice(start, BATCH).to_pydict())
+            yield pa.table({name: pa.array(values, types.get(name)) for name, values in columns.items()})
 
     def _encode(self, batch: dict[str, list[Any]]) -> dict[str, Any]:
         with naming(f"task '{self.task.name}'"):

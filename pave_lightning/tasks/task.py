@@ -9,7 +9,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, reduce
-from importlib.metadata import entry_points
 from operator import or_
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
@@ -17,13 +16,12 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 from pydantic import Discriminator, Field, Tag, TypeAdapter, model_validator
 
 from pave_lightning.config import Name, Section, unless_wrong
-from pave_lightning.errors import PaveError, nearest
-from pave_lightning.system.plug_ins import import_files, load_plug_in
+from pave_lightning.errors import PaveError
+from pave_lightning.system.plug_ins import Registry
 from pave_lightning.tasks.heads import HeadForm, Misfit, Predictions
 from pave_lightning.tasks.options import Data, Examples, Expert, MetricName, Training
 
 if TYPE_CHECKING:  # what a recipe is read with loads none of these
-    import datasets
     import numpy as np
     import numpy.typing as npt
     import pyarrow as pa
@@ -185,7 +183,7 @@ class Task(Section):
         return None
 
     @abstractmethod
-    def answers(self, rows: datasets.Dataset) -> npt.NDArray[np.int64] | npt.NDArray[np.float32]:
+    def answers(self, rows: pa.Table) -> npt.NDArray[np.int64] | npt.NDArray[np.float32]:
         """All labels of usable rows as a model takes them, shape ``(n,)``: int64 class indices, or float32 numbers."""
 
     # ---- examples --------------------------------------------------------------------------------------------------
@@ -219,9 +217,12 @@ class Task(Section):
             processor: see `load_processor`.
         """
 
-    def findings(
-        self, encoded: datasets.Dataset, processor: Any, places: npt.NDArray[np.int64]
-    ) -> tuple[list[str], list[str]]:
+    @property
+    def stored_types(self) -> dict[str, pa.DataType]:
+        """What holds entries of `encode` in a file, by name, where that is not what Arrow would choose itself."""
+        return {}
+
+    def findings(self, encoded: pa.Table, processor: Any, places: npt.NDArray[np.int64]) -> tuple[list[str], list[str]]:
         """What is wrong with encoded rows (of which nothing is left, say), and what is only worth saying.
 
         Args:
@@ -377,7 +378,7 @@ def auto_models(tasks: Iterable[Task]) -> tuple[str, ...]:
 
 KindT = TypeVar("KindT", bound=Task)
 
-_kinds: dict[str, type[Task]] = {}
+_registry = Registry[Task]("kind of task", FOLDER, GROUP, several="kinds of task")
 
 
 def task_kind(kind: type[KindT]) -> type[KindT]:
@@ -389,19 +390,13 @@ def task_kind(kind: type[KindT]) -> type[KindT]:
     name = kind.model_fields["kind"].default
     if not isinstance(name, str):
         raise ValueError(f'{kind.__name__}: expected a field kind: Literal["name"] = "name"')
-    other = _kinds.setdefault(name, kind)
-    if other is not kind:
-        raise ValueError(f"the kind of task '{name}' is registered twice: {other.__module__} and {kind.__module__}")
+    _registry.add(name, kind)
     return kind
 
 
-@cache
 def known_kinds() -> dict[str, type[Task]]:
     """All kinds of task by name, sorted; a third party's that cannot be loaded is told and left out."""
-    import_files(FOLDER)
-    for entry in entry_points(group=GROUP):
-        load_plug_in(entry, _kinds, "kind of task")
-    return dict(sorted(_kinds.items()))
+    return _registry.known()
 
 
 def kind_named(name: str) -> type[Task]:
@@ -410,10 +405,7 @@ def kind_named(name: str) -> type[Task]:
     Raises:
         PaveError: there is none.
     """
-    kinds = known_kinds()
-    if name not in kinds:
-        raise PaveError(f"there is no kind of task '{name}'; {nearest(name, list(kinds))}")
-    return kinds[name]
+    return _registry.named(name)
 
 
 def kind_of(raw: Any) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pave_lightning.errors import PaveError, foreign
 from pave_lightning.system.files import check_sizes
+from pave_lightning.system.keeping import kept
 from pave_lightning.weights.architecture import read_config
 from pave_lightning.weights.locate import has_tokenizer
 
@@ -31,11 +32,18 @@ def load_tokenizer(folder: Path, base: Path | None = None, *, words: bool = Fals
         base: folder of the base model, whose tokenizer an expert without any tokenizer files has.
         words: whether it is given lists of words; those that tell a word by the space before it then put one there.
 
+    Inside of `keeping` it is read once, and must not be changed.
+
     Raises:
         PaveError: there is none, it cannot be read, its vocabulary is empty, or it has no token to pad with.
     """
     place = tokenizer_folder(folder, base)
-    config = read_config(folder if (folder / "config.json").is_file() or base is None else base)
+    configured = folder if (folder / "config.json").is_file() or base is None else base
+    return kept(("tokenizer", place, configured, words), lambda: _usable(place, configured, words=words))
+
+
+def _usable(place: Path, configured: Path, *, words: bool) -> PreTrainedTokenizerBase:
+    config = read_config(configured)
     tokenizer = _read(place, config, {"add_prefix_space": True} if words else {})
     _refuse_missing_files(place, tokenizer)
     tokens = tokenizer.get_vocab()

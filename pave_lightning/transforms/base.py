@@ -5,25 +5,21 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import cache
-from importlib.metadata import entry_points
 from typing import Any, ClassVar, Generic, cast
 
 from pydantic import BaseModel
 from typing_extensions import TypeVar
 
 from pave_lightning.config import Section, options_of
-from pave_lightning.errors import PaveError, Problems, nearest
+from pave_lightning.errors import Problems
 from pave_lightning.merging import Evidence, Need
 from pave_lightning.purification.options import Compute
-from pave_lightning.system.plug_ins import import_files, load_plug_in
+from pave_lightning.system.plug_ins import Registry
 from pave_lightning.weights import DerivedTaskVectors, TaskVectors
 
 # Where the transforms of this package lie, which import this module.
 TRANSFORMS = "pave_lightning.transforms"
 ENTRY_POINTS = "pave_lightning.transforms"
-
-_registry: dict[str, type[Transform]] = {}
 
 OptionsT_co = TypeVar("OptionsT_co", bound=BaseModel, default=BaseModel, covariant=True)
 
@@ -91,6 +87,9 @@ class Transform(ABC, Generic[OptionsT_co]):
         """
 
 
+_registry = Registry[Transform]("transform", TRANSFORMS, ENTRY_POINTS, command="pave transforms")
+
+
 def vector_transform(name: str) -> Callable[[type[Any]], type[Any]]:
     """Decorator that makes a class known as a transform by a name; a name can be given once.
 
@@ -109,10 +108,8 @@ def vector_transform(name: str) -> Callable[[type[Any]], type[Any]]:
             raise TypeError(f"transform '{name}' does not say its {', '.join(lacking)}")
         if Need.ANCHOR in kind.needs:
             raise TypeError(f"transform '{name}' needs an anchor, which is made of transformed task vectors itself")
-        if name in _registry and _registry[name] is not kind:
-            raise ValueError(f"two transforms are named '{name}': {_registry[name].__name__} and {kind.__name__}")
+        _registry.add(name, kind)
         kind.name = name
-        _registry[name] = kind
         return kind
 
     return add
@@ -120,20 +117,7 @@ def vector_transform(name: str) -> Callable[[type[Any]], type[Any]]:
 
 def known_transforms() -> dict[str, type[Transform]]:
     """Every known transform by name: those of this package and those that installed packages register."""
-    _load_own()
-    _load_plug_ins()
-    return dict(_registry)
-
-
-@cache
-def _load_own() -> None:
-    import_files(TRANSFORMS)
-
-
-@cache
-def _load_plug_ins() -> None:
-    for entry in entry_points(group=ENTRY_POINTS):
-        load_plug_in(entry, _registry, "transform")
+    return _registry.known()
 
 
 def transform_named(name: str) -> type[Transform]:
@@ -142,10 +126,7 @@ def transform_named(name: str) -> type[Transform]:
     Raises:
         PaveError: no transform has the name; the nearest one is told.
     """
-    known = known_transforms()
-    if name not in known:
-        raise PaveError(f"unknown transform '{name}'; {nearest(name, sorted(known))}")
-    return known[name]
+    return _registry.named(name)
 
 
 def make_transform(name: str, options: Mapping[str, Any]) -> Transform:

@@ -1,10 +1,12 @@
-"""What is costly to find out about a model, kept for the next process."""
+"""What is costly to find out about a model, or about this machine, kept for the next process."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+import math
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -17,23 +19,35 @@ from pave_lightning.system.files import replacing
 T = TypeVar("T")
 
 
-def remembered(kind: type[T], key: Any, find: Callable[[], T]) -> T:
+def remembered(
+    kind: type[T],
+    key: Any,
+    find: Callable[[], T],
+    *,
+    topic: str = "architectures",
+    code: Sequence[Path] = (Path(__file__).parent,),
+    lasts: float = math.inf,
+) -> T:
     """What was found for a key before, or else what is found now; kept in the folder of Hugging Face's caches.
 
-    The versions of transformers and torch and the code of this folder are parts of the key. Where nothing can be read
-    or written, it is found anew each time.
+    The versions of transformers and torch and the code that finds it are parts of the key. Where nothing can be read or
+    written, it is found anew each time.
 
     Args:
         kind: the dataclass that is kept.
         key: plain values that it depends on.
         find: finds it.
+        topic: name of the folder that holds what is alike.
+        code: the folders of the code that finds it.
+        lasts: for how many seconds it is true; after that it is found anew.
     """
     adapter = TypeAdapter(kind)
-    parts = json.dumps([kind.__name__, key, _versions()], sort_keys=True, default=str)
+    parts = json.dumps([kind.__name__, key, _versions(*code)], sort_keys=True, default=str)
     try:
-        file = _folder() / f"{hashlib.sha256(parts.encode()).hexdigest()}.json"
+        file = _folder(topic) / f"{hashlib.sha256(parts.encode()).hexdigest()}.json"
         with suppress(OSError, ValueError):
-            return adapter.validate_json(file.read_bytes(), strict=False)
+            if time.time() - file.stat().st_mtime < lasts:
+                return adapter.validate_json(file.read_bytes(), strict=False)
     except (OSError, ValueError):  # huggingface_hub tells a file where a folder should be by a ValueError
         return find()
     found = find()
@@ -46,15 +60,15 @@ def remembered(kind: type[T], key: Any, find: Callable[[], T]) -> T:
     return found
 
 
-def _folder() -> Path:
+def _folder(topic: str) -> Path:
     from huggingface_hub import cached_assets_path
 
-    return cached_assets_path("pave-lightning", namespace="models", subfolder="architectures")
+    return cached_assets_path("pave-lightning", namespace="models", subfolder=topic)
 
 
 @cache
-def _versions() -> list[str]:
+def _versions(*code: Path) -> list[str]:
     from importlib.metadata import version
 
-    own = b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
+    own = b"".join(file.read_bytes() for folder in code for file in sorted(folder.glob("*.py")))
     return [version("transformers"), version("torch"), hashlib.sha256(own).hexdigest()]

@@ -14,13 +14,13 @@ from pave_lightning.merging import StaticMethod, known_methods, make_method, mer
 from pave_lightning.merging.methods import ties
 from pave_lightning.merging.methods.average import Average
 from pave_lightning.merging.methods.ties import Ties
+from pave_lightning.system import plug_ins
 
 
 @pytest.fixture(autouse=True)
 def _own_registry(monkeypatch):
-    monkeypatch.setattr(registry, "_registry", known_methods())
+    monkeypatch.setattr(registry, "_registry", registry._registry.copy())
     monkeypatch.setattr(logging.getLogger("pave_lightning"), "propagate", True)
-    registry._load_plug_ins.cache_clear()
 
 
 class Nothing(StaticMethod):
@@ -50,7 +50,7 @@ def test_the_same_class_may_be_registered_again():
 
 
 def test_an_unknown_method_is_told_with_the_nearest_one():
-    with pytest.raises(PaveError, match="unknown merge method 'task_arithmatic': did you mean 'task_arithmetic'"):
+    with pytest.raises(PaveError, match="unknown merge method 'task_arithmatic'; did you mean 'task_arithmetic'"):
         method_named("task_arithmatic")
     with pytest.raises(PaveError, match=r"known are: ace, average, awd, .*wudi"):
         method_named("qqqqqqqq")
@@ -64,7 +64,7 @@ def test_methods_of_other_packages_are_loaded(monkeypatch):
     def entry_points(*, group):
         return [Entry("elsewhere", "elsewhere.methods", group)] if group == "pave_lightning.methods" else []
 
-    monkeypatch.setattr(registry, "entry_points", entry_points)
+    monkeypatch.setattr(plug_ins, "entry_points", entry_points)
     assert method_named("from_elsewhere") is Nothing
 
 
@@ -102,8 +102,8 @@ def test_a_broken_plug_in_is_named_and_left_out(monkeypatch, tmp_path, caplog, c
     monkeypatch.syspath_prepend(tmp_path)
     group = "pave_lightning.methods"
     entries = [EntryPoint("broken", "broken_plug_in", group), EntryPoint("fine", "fine_plug_in", group)]
-    monkeypatch.setattr(registry, "entry_points", lambda *, group: entries)
-    known = set(registry._registry)
+    known = set(registry._registry._kinds)
+    monkeypatch.setattr(plug_ins, "entry_points", lambda *, group: entries)
     try:
         with caplog.at_level("WARNING", logger="pave_lightning"):
             found = known_methods()

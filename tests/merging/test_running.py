@@ -127,7 +127,7 @@ def test_a_method_may_be_called_by_its_name(source_of, random_vectors):
         assert found.vectors.keys() == expected.vectors.keys() != set()
         assert all(torch.equal(found.vectors[key], value) for key, value in expected.vectors.items())
         assert found.rescalers == expected.rescalers
-    with pytest.raises(PaveError, match="unknown merge method 'tiess': did you mean 'ties'"):
+    with pytest.raises(PaveError, match="unknown merge method 'tiess'; did you mean 'ties'"):
         merge("tiess", source)
     with pytest.raises(TypeError, match=r"expected a merge method such as Ties\(\), or the name of one, found <class"):
         merge(Ties, source)

@@ -103,8 +103,8 @@ def test_scores_are_those_of_the_folders_that_are_left(recipe, finished):
     task = recipe.task("words")
     rows = load_split(task, "test", seed=0, cache_dir=folder / "data")
     tokenizer = AutoTokenizer.from_pretrained(folder / "experts" / "words")
-    encoded = tokenizer(list(rows["text"]), padding=True, truncation=True, max_length=16, return_tensors="pt")
-    labels = torch.tensor(rows["label"])
+    encoded = tokenizer(rows["text"].to_pylist(), padding=True, truncation=True, max_length=16, return_tensors="pt")
+    labels = torch.tensor(rows["label"].to_pylist())
     table = {(row["model"], row["vectors"]): row for row in csv.DictReader((folder / "results.csv").open())}
     for model, vectors in (("task_arithmetic", "purified"), ("emr", "plain"), ("emr", "purified")):
         merged = load_merged(folder / "merged" / f"{model}-{vectors}", "words")

@@ -3,6 +3,7 @@
 import json
 import math
 import mmap
+import os
 import subprocess
 import sys
 import time
@@ -17,6 +18,11 @@ from pave_lightning.purification.options import Purify
 from pave_lightning.weights import Parameter, ParameterKind, memory
 
 LINUX = pytest.mark.skipif(not memory.STATUS.is_file(), reason="measures by /proc")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_remembered(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", str(tmp_path / "assets"))
 
 
 def linear(name, height, width):
@@ -186,6 +192,25 @@ def test_purifications_add_up_in_time_and_disk_but_not_in_memory():
     assert peaks[0] != peaks[1]
 
 
+def test_times_are_kept_for_other_plans_of_this_machine_for_a_while(monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr(costs, "solve_seconds", lambda *given: calls.append(given) or float(len(calls)))
+    first = predict()
+    assert len(calls) == 3  # shapes
+    assert predict() == first
+    assert len(calls) == 3
+    predict(workers=1)  # other threads
+    predict(options=Purify(metric="root"))
+    assert len(calls) == 3 + 3 + 3
+    monkeypatch.setattr(costs, "_machine", lambda: ["another"])
+    predict()
+    assert len(calls) == 9 + 3
+    for file in (tmp_path / "assets").rglob("*.json"):
+        os.utime(file, (time.time() - 3601,) * 2)
+    assert predict().seconds != first.seconds
+    assert len(calls) == 12 + 3
+
+
 def test_ratios_close_to_each_other_are_timed_once(monkeypatch):
     calls = []
     monkeypatch.setattr(costs, "solve_seconds", lambda *given: calls.append(given) or 1.0)
@@ -194,7 +219,7 @@ def test_ratios_close_to_each_other_are_timed_once(monkeypatch):
     assert len(calls) == 3  # shapes
     assert len(found.layers) == 9
     predict(options=[*close, Purify(rho=0.5), Purify(metric="root")])
-    assert len(calls) == 3 + 3 * 3
+    assert len(calls) == 3 + 2 * 3
 
 
 @pytest.mark.parametrize("statistics", ["random", "task_vector"])

@@ -13,15 +13,16 @@ from pave_lightning.errors import PaveError
 from pave_lightning.merging.methods.dare import DareOptions, DroppedTaskVectors
 from pave_lightning.pipeline.commands import open_folder
 from pave_lightning.pipeline.planning import check_recipe, plan_rows, predicted_cost
+from pave_lightning.pipeline.purifications import purifications
 from pave_lightning.pipeline.results import Results
 from pave_lightning.pipeline.stacks import stack_of
 from pave_lightning.pipeline.stages import CaptureStage, MergeStage, PurifyStage
 from pave_lightning.pipeline.stages.fit import plain_vectors
 from pave_lightning.pipeline.stages.merge import stacked_vectors
-from pave_lightning.pipeline.stages.purify import purifications, task_vectors
+from pave_lightning.pipeline.stages.purify import task_vectors
 from pave_lightning.purification import PurifiedTaskVectors
 from pave_lightning.purification.options import AUTO_RATIOS
-from pave_lightning.transforms import Transform, base, known_transforms, vector_transform
+from pave_lightning.transforms import Transform, base, vector_transform
 from pave_lightning.weights import DerivedTaskVectors
 
 STACKS = {
@@ -188,7 +189,7 @@ class Doubled(Transform[Section]):
 
 
 def test_a_transform_of_ones_own_goes_through_a_whole_recipe(settings, monkeypatch):
-    monkeypatch.setattr(base, "_registry", known_transforms())
+    monkeypatch.setattr(base, "_registry", base._registry.copy())
     vector_transform("doubled")(Doubled)
     steps = [
         {"method": "task_arithmetic", "name": "half", "scale": 0.25, "vectors": ["twice"]},

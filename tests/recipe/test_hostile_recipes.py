@@ -82,7 +82,7 @@ ATTACKS = {
 def test_attacks_are_refused(write_recipe, attack):
     text, told = ATTACKS[attack]
     with pytest.raises(PaveError, match=rf"(?s){told}") as caught:
-        load_recipe(write_recipe(text), step_problems=lambda step: pytest.fail("the merge methods were asked"))
+        load_recipe(write_recipe(text), option_problems=lambda recipe: pytest.fail("the merge methods were asked"))
     assert len(str(caught.value)) < 10_000
 
 

@@ -1,13 +1,13 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from pave_lightning.errors import PaveError
 from pave_lightning.recipe.loading import load_recipe
-from pave_lightning.recipe.merge_step import MergeStep
+from pave_lightning.recipe.schema import Recipe
 
 Write = Callable[[str], Path]
 Problems = Callable[..., list[str]]
@@ -479,15 +479,19 @@ def test_long_values_are_shortened(recipe_problems: Problems) -> None:
     assert told.endswith("xxx...")
 
 
-# --- methods of merge steps, which recipes know nothing of ---
+# --- merge methods and transforms, which recipes know nothing of ---
 
 
-def lines_with_steps(path: Path) -> list[str]:
-    def judged(step: MergeStep) -> list[str]:
-        return [f"{step.method} takes no {key}" for key in step.options]
+def lines_with_options(path: Path) -> list[str]:
+    def judged(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
+        for index, step in enumerate(recipe.merge):
+            yield from ((("merge", index), f"{step.method} takes no {key}") for key in step.options)
+        for name in recipe.vectors:
+            for place, (kind, options) in enumerate(recipe.stack(name)):
+                yield from ((("vectors", name, place), f"{kind} takes no {key}") for key in options)
 
     with pytest.raises(PaveError) as caught:
-        load_recipe(path, step_problems=judged)
+        load_recipe(path, option_problems=judged)
     return [line.removeprefix("  - ") for line in str(caught.value).splitlines()[1:]]
 
 
@@ -501,7 +505,7 @@ def test_keys_of_an_sweep_that_do_not_agree_are_told_without_the_whole_section(r
 
 def test_mistakes_of_the_recipe_do_not_hide_those_of_its_methods(write_recipe: Write) -> None:
     steps = "merge: [ties, {method: x, options: {a: 1}, tune: {b: 2}}, {method: y, options: {c: 1}}, 5]\n"
-    assert lines_with_steps(write_recipe(SMALL + "sead: 1\n" + steps)) == [
+    assert lines_with_options(write_recipe(SMALL + "sead: 1\n" + steps)) == [
         "sead: unknown key; did you mean 'seed'?",
         "merge.1 (x): x takes no a",
         "merge.1 (x).tune.b: must be a list of values, found 2; write [2]",
@@ -510,9 +514,22 @@ def test_mistakes_of_the_recipe_do_not_hide_those_of_its_methods(write_recipe: W
     ]
 
 
-def test_methods_of_a_recipe_that_is_right_are_left_to_others(write_recipe: Write) -> None:
-    path = write_recipe(SMALL + "merge: [{method: x, options: {a: 1}}]\n")
-    assert load_recipe(path, step_problems=lambda step: pytest.fail("asked")).merge[0].method == "x"
+def test_mistakes_of_the_recipe_do_not_hide_those_of_its_transforms(write_recipe: Write) -> None:
+    stacks = (
+        "vectors: {one: [dare, {dare: {a: 1}}], two: [{pave: {b: 1}}, {dare: {}, pave: {}}], three: {dare: {c: 1}}}\n"
+    )
+    assert lines_with_options(write_recipe(SMALL + stacks + "sead: 1\n")) == [
+        "vectors.one.1: dare takes no a",
+        "vectors.two.0: pave takes no b",
+        "vectors.two.1: must be the name of a transform, or {NAME: {...}} with its options",
+        "vectors.three: must be a list of transforms, found {dare: {c: 1}}",
+        "sead: unknown key; did you mean 'seed'?",
+    ]
+
+
+def test_options_of_a_recipe_that_is_right_are_left_to_others(write_recipe: Write) -> None:
+    path = write_recipe(SMALL + "vectors: {one: [{x: {a: 1}}]}\nmerge: [{method: x, options: {a: 1}}]\n")
+    assert load_recipe(path, option_problems=lambda recipe: pytest.fail("asked")).merge[0].method == "x"
 
 
 # --- what the schema can tell -----------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pave_lightning.recipe.schema as recipe_module
 from pave_lightning.config import Section, slug
 from pave_lightning.errors import PaveError
 from pave_lightning.evaluation.options import ScaleSearch
-from pave_lightning.pipeline.stages import purifications
+from pave_lightning.pipeline.purifications import purifications
 from pave_lightning.purification.options import Purify
 from pave_lightning.recipe.merge_step import MergeStep
 from pave_lightning.recipe.schema import Recipe

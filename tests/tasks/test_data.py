@@ -53,7 +53,7 @@ def test_every_format_gives_the_same_rows(ending, make_task, load, check, tmp_pa
             frame.to_parquet(path)
     task = make_task(data=dict.fromkeys(SPLITS, str(path)))
     assert check(task) == []
-    assert load(task).to_list() == ROWS
+    assert load(task).to_pylist() == ROWS
 
 
 def test_paths_are_not_patterns(make_task, load, tmp_path):
@@ -139,8 +139,8 @@ def test_samples_are_the_same_for_ever():
 def test_examples_choose_rows_of_each_split(make_task, load):
     task = make_task(examples={"train": 5, "test": 4})
     assert [len(load(task, split)) for split in SPLITS] == [5, 23, 4]
-    assert load(task).to_list() == load(task).to_list()
-    assert load(task).to_list() != load(task, seed=1).to_list()
+    assert load(task).to_pylist() == load(task).to_pylist()
+    assert load(task).to_pylist() != load(task, seed=1).to_pylist()
 
 
 # --- what is wrong with a file ---------------------------------------------------------------------------------------
@@ -314,7 +314,7 @@ def test_labels_with_names_of_their_own_are_mapped(make_task, check, load, tmp_p
     ]:
         task = make_task(data=data, classes=classes)
         assert check(task) == []
-        assert load(task)["label"][:] == labels
+        assert load(task)["label"].to_pylist() == labels
     messages = check(make_task(data=data, classes=["no", "perhaps"]))
     assert len(messages) == 3
     assert "in the order Yes, no, but 'classes' in the order no, perhaps" in messages[0]

@@ -1,8 +1,8 @@
 from types import SimpleNamespace
 
-import datasets
 import lightning.pytorch as L
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given
@@ -13,7 +13,9 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from pave_lightning.errors import PaveError
+from pave_lightning.tasks import encoded
 from pave_lightning.tasks.data_module import TaskDataModule
+from pave_lightning.tasks.encoded import EncodedRows
 from pave_lightning.tasks.kinds.tokens import tokenizer_fingerprint
 from pave_lightning.tasks.samplers import ExactSampler, TrainingSampler
 
@@ -247,13 +249,13 @@ def test_random_tokens_are_words_within_the_special_tokens_of_a_real_text(world,
 def maps(monkeypatch):
     """Counts how often rows are tokenised."""
     calls = []
-    original = datasets.Dataset.map
+    original = EncodedRows._encoded
 
-    def counted(self, *args, **kwargs):
-        calls.append(len(self))
-        return original(self, *args, **kwargs)
+    def counted(self, rows):
+        calls.append(len(rows))
+        return original(self, rows)
 
-    monkeypatch.setattr(datasets.Dataset, "map", counted)
+    monkeypatch.setattr(EncodedRows, "_encoded", counted)
     return calls
 
 
@@ -309,6 +311,24 @@ def test_a_failed_write_leaves_nothing(make_module, make_task, tmp_path, monkeyp
     with pytest.raises(ZeroDivisionError):
         module.dataset("train")
     assert list((tmp_path / "cache" / "encoded").iterdir()) == []
+
+
+def test_rows_are_encoded_and_written_in_parts(make_module, make_task, monkeypatch):
+    task = make_task()
+    whole = make_module(task).encoded.table("train")
+    other = make_module(task.model_copy(update={"name": "other"}))
+    monkeypatch.setattr(encoded, "BATCH", 5)
+    parts = other.encoded.table("train")
+    assert [len(batch) for batch in parts.to_batches()] == [5, 5, 5, 5, 3]
+    assert parts.to_pylist() == whole.to_pylist() == make_module(task).dataset("train").to_list()
+
+
+def test_encoded_rows_take_little_room(make_module, make_task):
+    for numbers, kind in ((False, pa.int64()), (True, pa.float32())):
+        schema = make_module(make_task(numbers=numbers)).encoded.table("train").schema
+        small = {"input_ids": pa.int32(), "token_type_ids": pa.int8(), "attention_mask": pa.int8()}
+        lists = {name: pa.list_(found) for name, found in small.items()}
+        assert dict(zip(schema.names, schema.types, strict=True)) == {**lists, "labels": kind, "length": pa.int64()}
 
 
 def test_two_processes_may_tokenise_at_once(make_module, make_task, tmp_path, monkeypatch):

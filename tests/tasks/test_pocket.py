@@ -70,7 +70,7 @@ def test_only_listed_tasks_have_a_folder():
 def test_a_sample_of_a_pocket_task_keeps_the_order(tmp_path):
     task = Task.model_validate({**suite_task("pocket/isa"), "examples": {"train": 40}})
     whole = tables(task)["train"].to_pylist()
-    rows = load_split(task, "train", seed=5, cache_dir=tmp_path).to_list()
+    rows = load_split(task, "train", seed=5, cache_dir=tmp_path).to_pylist()
     places = [whole.index(row) for row in rows]
     assert len(rows) == 40
     assert all(a < b for a, b in pairwise(places))

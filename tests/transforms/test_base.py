@@ -10,6 +10,7 @@ import pytest
 from pave_lightning.config import Section
 from pave_lightning.errors import PaveError
 from pave_lightning.merging import Need
+from pave_lightning.system import plug_ins
 from pave_lightning.transforms import (
     Transform,
     base,
@@ -26,9 +27,8 @@ from pave_lightning.weights import DerivedTaskVectors
 
 @pytest.fixture(autouse=True)
 def _own_registry(monkeypatch):
-    monkeypatch.setattr(base, "_registry", known_transforms())
+    monkeypatch.setattr(base, "_registry", base._registry.copy())
     monkeypatch.setattr(logging.getLogger("pave_lightning"), "propagate", True)
-    base._load_plug_ins.cache_clear()
 
 
 class Nothing(Transform[Section]):
@@ -103,8 +103,8 @@ def test_plug_ins_are_loaded_and_a_broken_one_is_named_and_left_out(monkeypatch,
     monkeypatch.syspath_prepend(tmp_path)
     group = "pave_lightning.transforms"
     entries = [EntryPoint("broken", "broken_transforms", group), EntryPoint("fine", "fine_transforms", group)]
-    monkeypatch.setattr(base, "entry_points", lambda *, group: entries if group == "pave_lightning.transforms" else [])
-    known = set(base._registry)
+    known = set(base._registry._kinds)
+    monkeypatch.setattr(plug_ins, "entry_points", lambda *, group: entries if group == base.ENTRY_POINTS else [])
     try:
         with caplog.at_level("WARNING", logger="pave_lightning"):
             found = known_transforms()

@@ -1,5 +1,7 @@
 """What is kept of models for the next process, in a cache that may hold anything."""
 
+import os
+import time
 from dataclasses import dataclass
 
 import pytest
@@ -22,7 +24,7 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "assets"
 
 
-def times_found(*keys):
+def times_found(*keys, **how):
     """How often something had to be found for some keys, all of which give the same."""
     found = []
 
@@ -31,7 +33,7 @@ def times_found(*keys):
         return FOUND
 
     for key in keys:
-        assert remembered(Found, key, find) == FOUND
+        assert remembered(Found, key, find, **how) == FOUND
     return len(found)
 
 
@@ -43,6 +45,24 @@ def test_what_was_found_is_not_found_again(cache):
     assert times_found(["a", 1], ["a", 1], ["a", 2]) == 2
     assert times_found(["a", 1], ["a", 2]) == 0
     assert len(kept(cache)) == 2
+
+
+def test_what_lasts_for_a_while_is_found_anew_after_that(cache):
+    assert times_found("key", "key", lasts=60) == 1
+    (file,) = kept(cache)
+    os.utime(file, (time.time() - 61,) * 2)
+    assert times_found("key", "key", lasts=60) == 1
+    assert times_found("key", lasts=60) == 0
+    assert kept(cache) == [file]
+
+
+def test_topics_and_the_code_that_finds_are_told_apart(cache, tmp_path):
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "one.py").write_text("1")
+    assert times_found("key", code=[tmp_path / "code"]) == 1
+    assert times_found("key", topic="others", code=[tmp_path / "code"]) == 1
+    assert times_found("key") == 1
+    assert sorted(file.parent.name for file in kept(cache)) == ["architectures", "architectures", "others"]
 
 
 @pytest.mark.parametrize(

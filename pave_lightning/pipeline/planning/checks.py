@@ -19,6 +19,7 @@ from pave_lightning.pipeline.planning.training import schedule_problems
 from pave_lightning.pipeline.results import Results
 from pave_lightning.pipeline.run_folder import RunFolder
 from pave_lightning.recipe.schema import Recipe
+from pave_lightning.system.keeping import keeping
 from pave_lightning.tasks.data import check_task
 from pave_lightning.tracking import resolve_uri
 
@@ -34,6 +35,11 @@ def check_recipe(recipe: Recipe, folder: RunFolder, *, computes: bool = True) ->
     Raises:
         PaveError: lists everything that is wrong, up to 20 problems.
     """
+    with keeping():
+        _problems(recipe, folder, computes=computes).raise_if_any()
+
+
+def _problems(recipe: Recipe, folder: RunFolder, *, computes: bool) -> Problems:
     problems = Problems(f"recipe '{recipe.name}' cannot be run:")
 
     def attempt(check: Callable[[], object]) -> None:
@@ -57,7 +63,7 @@ def check_recipe(recipe: Recipe, folder: RunFolder, *, computes: bool = True) ->
     if recipe.merge and len(recipe.tasks) < 2:
         problems.add("merging needs at least two tasks; the recipe has one")
     attempt(partial(resolve_uri, recipe.tracking.uri))
-    problems.raise_if_any()
+    return problems
 
 
 def _machine_problems(recipe: Recipe) -> Iterator[str]:

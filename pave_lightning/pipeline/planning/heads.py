@@ -17,7 +17,7 @@ from pave_lightning.tasks.data import load_split, sample_rows
 from pave_lightning.tasks.task import Task
 
 if TYPE_CHECKING:
-    import datasets
+    import pyarrow as pa
 
 log = logging.getLogger("pave_lightning")
 
@@ -32,7 +32,7 @@ def head_problems(recipe: Recipe, cache: Path) -> Iterator[str]:
         cache: folder of copies of rows.
     """
     asked = recipe.fitted_heads
-    loaded: dict[str, tuple[datasets.Dataset, set[str]]] = {}
+    loaded: dict[str, tuple[pa.Table, set[str]]] = {}
     for task in recipe.tasks if asked else ():
         with suppress(PaveError):  # told with what is wrong with the data
             training, test = (load_split(task, split, seed=recipe.seed, cache_dir=cache) for split in ("train", "test"))
@@ -42,7 +42,7 @@ def head_problems(recipe: Recipe, cache: Path) -> Iterator[str]:
             if task.name not in loaded:
                 continue
             least, (training, tested) = least_rows(task), loaded[task.name]
-            fitted = training.select(sample_rows(len(training), heads.rows, recipe.seed))
+            fitted = training.take(sample_rows(len(training), heads.rows, recipe.seed))
             if also := sum(row in tested for row in _shown(task, fitted)):
                 log.warning(
                     "task '%s': %s of the %s that its head is fitted to (%s) are in the test split as well; "
@@ -61,9 +61,9 @@ def head_problems(recipe: Recipe, cache: Path) -> Iterator[str]:
                 )
 
 
-def _shown(task: Task, rows: datasets.Dataset) -> Iterator[str]:
+def _shown(task: Task, rows: pa.Table) -> Iterator[str]:
     """What a model is shown of each row, which its labels are not."""
-    return map(repr, rows.select_columns(list(task.columns)[:-1]).to_list())
+    return map(repr, rows.select(list(task.columns)[:-1]).to_pylist())
 
 
 def score_folder_problems(results: Results) -> Iterator[str]:

@@ -12,8 +12,9 @@ from pave_lightning.merging.low_rank import LowRankMethod, quoted
 from pave_lightning.pipeline.planning.blocks import block_problem, naming_problems
 from pave_lightning.pipeline.planning.models import adapter_of, is_wrapped
 from pave_lightning.pipeline.providers import known_providers
-from pave_lightning.pipeline.stacks import stack_of
-from pave_lightning.pipeline.stages import existing_folder, purifications
+from pave_lightning.pipeline.purifications import purifications
+from pave_lightning.pipeline.stacks import stack_of, transform_problem
+from pave_lightning.pipeline.stages import existing_folder
 from pave_lightning.recipe.merge_step import MergeStep
 from pave_lightning.recipe.schema import Recipe
 from pave_lightning.statistics import Moments
@@ -118,9 +119,22 @@ def _step_problems(
         )
 
 
-def option_problems(step: MergeStep) -> list[str]:
-    """What is wrong with a merge step's method and options, whatever else the recipe says."""
-    return _made(step)[1]
+def option_problems(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """What is wrong with merge methods, transforms and their options, whatever else the recipe says.
+
+    Args:
+        recipe: what is left of a recipe, in which other things are wrong.
+
+    Yields:
+        The keys that lead to a merge step, or to an entry of a stack, and what is wrong with it.
+    """
+    for index, step in enumerate(recipe.merge):
+        yield from ((("merge", index), problem) for problem in _made(step)[1])
+    for name in recipe.vectors:
+        steps: list[MergeStep | None] = [step for step in recipe.merge if name in step.vectors]
+        for place in range(len(recipe.vectors[name])):
+            told = dict.fromkeys(transform_problem(recipe, name, place, step) for step in steps or [None])
+            yield from ((("vectors", name, place), problem) for problem in told if problem is not None)
 
 
 def _made(step: MergeStep) -> tuple[list[MergeMethod], list[str]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
 from pave_lightning.errors import PaveError, listed
@@ -16,7 +15,7 @@ from pave_lightning.pipeline.stacks import TransformStack, stack_of
 from pave_lightning.pipeline.stage import Stage
 from pave_lightning.recipe.merge_step import MergeStep
 from pave_lightning.recipe.schema import Recipe
-from pave_lightning.system.plug_ins import import_files
+from pave_lightning.system.plug_ins import Registry
 from pave_lightning.transforms import Transform
 
 # Where the providers of this package lie, which import this module.
@@ -24,8 +23,6 @@ PROVIDERS = "pave_lightning.pipeline.providers"
 
 # What asks for evidence: by what it needs, and for how many examples.
 Asking: TypeAlias = MergeMethod | Transform
-
-_registry: dict[Need, type[Provider]] = {}
 
 
 @dataclass(frozen=True)
@@ -94,6 +91,8 @@ class Provider(ABC):
         """
 
 
+_registry = Registry[Provider]("provider", PROVIDERS)
+
 ProviderT = TypeVar("ProviderT", bound=type[Provider])
 
 
@@ -105,18 +104,15 @@ def provides(need: Need) -> Callable[[ProviderT], ProviderT]:
     """
 
     def add(kind: ProviderT) -> ProviderT:
-        if need in _registry:
-            raise ValueError(f"two providers of {need}: {_registry[need].__name__} and {kind.__name__}")
-        _registry[need] = kind
+        _registry.add(need, kind)
         return kind
 
     return add
 
 
-def known_providers() -> dict[Need, type[Provider]]:
+def known_providers() -> dict[str, type[Provider]]:
     """Every provider by its need."""
-    _load_own()
-    return dict(_registry)
+    return _registry.known()
 
 
 def providers_of(needs: Collection[Need]) -> list[Provider]:
@@ -132,7 +128,7 @@ def providers_of(needs: Collection[Need]) -> list[Provider]:
 
 
 @shared
-def _providers(context: Context) -> dict[Need, Provider]:
+def _providers(context: Context) -> dict[str, Provider]:
     return {need: kind() for need, kind in known_providers().items()}
 
 
@@ -142,8 +138,3 @@ def evidence(context: Context, asking: Asking, request: MergeRequest) -> Evidenc
     for need in sorted(asking.needs):
         found = _providers(context)[need].provide(found, context, asking, request)
     return found
-
-
-@cache
-def _load_own() -> None:
-    import_files(PROVIDERS)

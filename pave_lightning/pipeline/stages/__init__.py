@@ -15,7 +15,7 @@ from pave_lightning.pipeline.stages.gradients import GradientStage
 from pave_lightning.pipeline.stages.heads import HeadsStage
 from pave_lightning.pipeline.stages.joint import JointStage
 from pave_lightning.pipeline.stages.merge import MergeStage
-from pave_lightning.pipeline.stages.purify import PurifyStage, purifications
+from pave_lightning.pipeline.stages.purify import PurifyStage
 
 __all__ = [
     "KINDS",
@@ -32,7 +32,6 @@ __all__ = [
     "captures",
     "existing_folder",
     "kind_of",
-    "purifications",
     "stages_of",
 ]
 

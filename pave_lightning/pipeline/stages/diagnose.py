@@ -6,45 +6,22 @@ import logging
 from typing import Any
 
 from pave_lightning.pipeline.context import Context
-from pave_lightning.pipeline.results import Results
+from pave_lightning.pipeline.purifications import PurificationStage
 from pave_lightning.pipeline.stage import Stage
 from pave_lightning.pipeline.stages.capture import CaptureStage, statistics
 from pave_lightning.pipeline.stages.fit import FitStage, plain_vectors
-from pave_lightning.pipeline.stages.purify import label, purification_inputs, purifications, purified_now
-from pave_lightning.purification.options import Purify
+from pave_lightning.pipeline.stages.purify import purification_inputs, purified_now
 
 log = logging.getLogger("pave_lightning")
 
 FORMAT = 1
 
 
-class DiagnoseStage(Stage):
+class DiagnoseStage(PurificationStage):
     """A look at one purification."""
 
     command = "diagnose"
-
-    def __init__(self, results: Results, options: Purify) -> None:
-        super().__init__(results)
-        self.options = options
-
-    @classmethod
-    def all(cls, results: Results) -> list[DiagnoseStage]:
-        """One for each distinct purification of the recipe; see `purifications`."""
-        return [cls(results, options) for options in purifications(results.recipe)]
-
-    @classmethod
-    def asked(cls, results: Results) -> tuple[()]:
-        """None: this is a command of its own."""
-        return ()
-
-    @property
-    def name(self) -> str:
-        """``diagnostics/LABEL``."""
-        return f"diagnostics/{label(self.options)}"
-
-    def about(self) -> str:
-        """The purification, and the command."""
-        return f"{self.options.summary}, with `pave diagnose`"
+    place = "diagnostics"
 
     def needs(self) -> list[Stage]:
         """Experts and statistics."""

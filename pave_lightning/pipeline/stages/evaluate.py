@@ -11,6 +11,7 @@ from pave_lightning.errors import PaveError, doing
 from pave_lightning.evaluation.options import EXPERT_HEADS, OWN_HEADS, Heads
 from pave_lightning.merging import method_named
 from pave_lightning.pipeline.context import Context
+from pave_lightning.pipeline.purifications import label, purifications
 from pave_lightning.pipeline.results import Results
 from pave_lightning.pipeline.scoring import score_inputs
 from pave_lightning.pipeline.stage import Stage
@@ -18,7 +19,7 @@ from pave_lightning.pipeline.stages.fit import FitStage, expert_digests, experts
 from pave_lightning.pipeline.stages.heads import HeadsStage
 from pave_lightning.pipeline.stages.joint import JointStage
 from pave_lightning.pipeline.stages.merge import MergeStage, merged_model
-from pave_lightning.pipeline.stages.purify import label, needed_for, purification_inputs, purifications, task_vectors
+from pave_lightning.pipeline.stages.purify import needed_for, purification_inputs, task_vectors
 from pave_lightning.purification.options import Purify
 from pave_lightning.recipe.merge_step import MergeStep
 from pave_lightning.system.processes import is_rank_zero

@@ -6,49 +6,19 @@ from typing import Any
 
 from pave_lightning.errors import doing
 from pave_lightning.pipeline.context import Context
-from pave_lightning.pipeline.results import Results
+from pave_lightning.pipeline.purifications import PurificationStage
 from pave_lightning.pipeline.stage import Stage
 from pave_lightning.pipeline.stages.fit import experts
-from pave_lightning.pipeline.stages.purify import (
-    label,
-    needed_for,
-    purification_inputs,
-    purifications,
-    purify_stages,
-    task_vectors,
-)
+from pave_lightning.pipeline.stages.purify import needed_for, purification_inputs, purify_stages, task_vectors
 from pave_lightning.purification import KeptRank
-from pave_lightning.purification.options import Purify
 from pave_lightning.weights.locate import has_tokenizer
 
 
-class ExportStage(Stage):
+class ExportStage(PurificationStage):
     """The experts of one purification."""
 
     command = "purify"
-
-    def __init__(self, results: Results, options: Purify) -> None:
-        super().__init__(results)
-        self.options = options
-
-    @classmethod
-    def all(cls, results: Results) -> list[ExportStage]:
-        """One for each distinct purification of the recipe; see `purifications`."""
-        return [cls(results, options) for options in purifications(results.recipe)]
-
-    @classmethod
-    def asked(cls, results: Results) -> tuple[()]:
-        """None: this is a command of its own."""
-        return ()
-
-    @property
-    def name(self) -> str:
-        """``purified-experts/LABEL``."""
-        return f"purified-experts/{label(self.options)}"
-
-    def about(self) -> str:
-        """The purification, and the command."""
-        return f"{self.options.summary}, with `pave purify`"
+    place = "purified-experts"
 
     def needs(self) -> list[Stage]:
         """Statistics and purified weights."""

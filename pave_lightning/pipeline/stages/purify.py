@@ -1,20 +1,18 @@
-"""The experts' matrix weights, purified; and which purifications a recipe asks for."""
+"""The experts' matrix weights, purified."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from pave_lightning.config import slug
-from pave_lightning.errors import PaveError, doing
+from pave_lightning.errors import doing
 from pave_lightning.pipeline.context import Context
-from pave_lightning.pipeline.results import Results, short_digest
-from pave_lightning.pipeline.stacks import stacks_of
+from pave_lightning.pipeline.purifications import label
+from pave_lightning.pipeline.results import Results
 from pave_lightning.pipeline.stage import Stage
 from pave_lightning.pipeline.stages.capture import CaptureStage, statistics, statistics_digests
 from pave_lightning.pipeline.stages.fit import FitStage, expert_digests, plain_vectors
 from pave_lightning.purification import PurifiedTaskVectors, StoredPurification, write_purified
 from pave_lightning.purification.options import Purify, ratios
-from pave_lightning.recipe.schema import Recipe
 from pave_lightning.weights import Checkpoint, TaskVectors
 
 FORMAT = 3
@@ -87,12 +85,6 @@ def task_vectors(context: Context, options: Purify | None) -> TaskVectors:
     return StoredPurification(plain, {name: Checkpoint(folder / name, prefix) for name in tasks})
 
 
-def label(options: Purify) -> str:
-    """What tells a purification from others in the names of folders and pictures."""
-    ratio = options.rho if isinstance(options.rho, str) else f"{options.rho:g}"
-    return slug(f"rho{ratio}-{options.metric}-{options.allocation}-{short_digest(options.model_dump())}")
-
-
 def purification_inputs(results: Results, options: Purify) -> dict[str, Any]:
     """What purified weights depend on.
 
@@ -118,23 +110,3 @@ def purify_stages(results: Results, options: Purify) -> list[PurifyStage]:
 def needed_for(results: Results, options: Purify) -> list[Stage]:
     """The stages that purified task vectors take; of a ratio of 1 the statistics count although nothing reads them."""
     return [*CaptureStage.all(results), *purify_stages(results, options)]
-
-
-def purifications(recipe: Recipe) -> list[Purify]:
-    """Every distinct purification of plain task vectors with a ratio of its own.
-
-    Those with which the stacks of the merge steps begin, or else the recipe's.
-
-    Raises:
-        PaveError: there is none, because every ratio is to be chosen on validation data; or a transform is wrong.
-    """
-    asked = [(step.name, options) for step, stack in stacks_of(recipe) if (options := stack.purification) is not None]
-    distinct = dict.fromkeys(options for _, options in asked) or [recipe.purify]
-    found = [options for options in distinct if options.rho != "auto"]
-    if not found:
-        own = [f"merge.{name}.purify.rho" for name, _ in asked] if recipe.purify.rho != "auto" else ["purify.rho"]
-        raise PaveError(
-            "the ratios of all purifications are 'auto', which only merging chooses; "
-            f"give a number at {' or '.join(own)}"
-        )
-    return found

@@ -15,13 +15,13 @@ from pave_lightning.tasks.kinds.tokens import (
     padding_problem,
     random_tokens,
     token_findings,
+    token_types,
     tokenise,
     tokenizer_fingerprint,
 )
 from pave_lightning.tasks.task import Batch, Task
 
 if TYPE_CHECKING:
-    import datasets
     import numpy as np
     import numpy.typing as npt
     import pyarrow as pa
@@ -110,9 +110,9 @@ class TextTask(Task):
         labels = self.label_column(rows, None)
         return labels.values if labels.is_plain else None
 
-    def answers(self, rows: datasets.Dataset) -> npt.NDArray[np.int64] | npt.NDArray[np.float32]:
+    def answers(self, rows: pa.Table) -> npt.NDArray[np.int64] | npt.NDArray[np.float32]:
         """The labels of usable rows as a model takes them."""
-        return self.encoded_labels(rows[self.label][:])
+        return self.encoded_labels(rows.column(self.label).to_pylist())
 
     @abstractmethod
     def encoded_labels(self, labels: list[Any]) -> npt.NDArray[np.int64] | npt.NDArray[np.float32]:
@@ -141,8 +141,13 @@ class TextTask(Task):
         lengths = [len(mask) for mask in tokens["attention_mask"]]
         return {**tokens, "labels": self.encoded_labels(rows[self.label]), "length": lengths}
 
+    @property
+    def stored_types(self) -> dict[str, pa.DataType]:
+        """Small numbers, of tokens."""
+        return token_types()
+
     def findings(
-        self, encoded: datasets.Dataset, processor: PreTrainedTokenizerBase, places: npt.NDArray[np.int64]
+        self, encoded: pa.Table, processor: PreTrainedTokenizerBase, places: npt.NDArray[np.int64]
     ) -> tuple[list[str], list[str]]:
         """Rows of which the tokenizer leaves nothing, or nothing that it knows."""
         return token_findings(encoded, processor, places)

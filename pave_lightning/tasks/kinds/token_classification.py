@@ -21,6 +21,7 @@ from pave_lightning.tasks.kinds.tokens import (
     padding_problem,
     random_tokens,
     token_findings,
+    token_types,
     tokenise,
     tokenizer_fingerprint,
 )
@@ -28,7 +29,6 @@ from pave_lightning.tasks.options import MetricName
 from pave_lightning.tasks.task import Batch, Task, task_kind
 
 if TYPE_CHECKING:
-    import datasets
     import numpy as np
     import numpy.typing as npt
     import pyarrow as pa
@@ -137,9 +137,9 @@ class TokenClassification(Task):
 
         return LabelColumn(entries(rows, self.label), self.label, reading, classes=self.classes)
 
-    def answers(self, rows: datasets.Dataset) -> npt.NDArray[np.int64]:
+    def answers(self, rows: pa.Table) -> npt.NDArray[np.int64]:
         """The class indices of all words."""
-        return self._indices([label for labels in rows[self.label][:] for label in labels])
+        return self._indices([label for labels in rows.column(self.label).to_pylist() for label in labels])
 
     def _indices(self, labels: list[Any]) -> npt.NDArray[np.int64]:
         from pave_lightning.tasks.labels import class_indices
@@ -182,8 +182,13 @@ class TokenClassification(Task):
         lengths = [len(row) for row in first]
         return {**dict(tokens), FIRST: first, "labels": labels, "length": lengths}
 
+    @property
+    def stored_types(self) -> dict[str, pa.DataType]:
+        """Small numbers, of tokens."""
+        return token_types()
+
     def findings(
-        self, encoded: datasets.Dataset, processor: PreTrainedTokenizerBase, places: npt.NDArray[np.int64]
+        self, encoded: pa.Table, processor: PreTrainedTokenizerBase, places: npt.NDArray[np.int64]
     ) -> tuple[list[str], list[str]]:
         """Rows of which the tokenizer leaves nothing, or nothing that it knows."""
         return token_findings(encoded, processor, places)

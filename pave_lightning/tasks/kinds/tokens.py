@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pave_lightning.errors import PaveError
+from pave_lightning.system.keeping import kept
 
 if TYPE_CHECKING:  # what a recipe is read with loads none of these
-    import datasets
     import numpy as np
     import numpy.typing as npt
     import pyarrow as pa
@@ -41,7 +41,14 @@ def tokenizer_name(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of all that decides how a tokenizer encodes; the same in every process and before and after use."""
+    """SHA-256 of all that decides how a tokenizer encodes; the same in every process and before and after use.
+
+    Inside of `keeping` it is computed once.
+    """
+    return kept(("fingerprint", tokenizer), lambda: _fingerprint(tokenizer))
+
+
+def _fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         content = json.loads(backend.to_str())
@@ -156,8 +163,16 @@ def random_tokens(
     return table, [slice(len(before), len(row) - len(after)) for row in rows]
 
 
+def token_types() -> dict[str, pa.DataType]:
+    """What holds lists of tokens and of marks of tokens in a file, by the names that tokenizers give them."""
+    import pyarrow as pa
+
+    marks = pa.list_(pa.int8())
+    return {TOKENS: pa.list_(pa.int32()), MASK: marks, "token_type_ids": marks}
+
+
 def token_findings(
-    rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, places: npt.NDArray[np.int64]
+    rows: pa.Table, tokenizer: PreTrainedTokenizerBase, places: npt.NDArray[np.int64]
 ) -> tuple[list[str], list[str]]:
     """What is wrong with tokenised rows, and what is only worth saying.
 
@@ -170,13 +185,12 @@ def token_findings(
         Problems: rows without any token, or no text of which a token is in the vocabulary. Remarks: rows of which only
         special tokens are left, or a vocabulary that knows less than half of the texts.
     """
-    table = rows.with_format("arrow")[:]
     name = tokenizer_name(tokenizer)
-    empty = table.column("length").to_numpy() == 0
+    empty = rows.column("length").to_numpy() == 0
     if empty.any():
         found = _rows(places[empty])
         return [f"the tokenizer {name} makes no tokens of the text in {found}; correct or leave out these rows"], []
-    known, unknown, words = _count(table.column(TOKENS), tokenizer)
+    known, unknown, words = _count(rows.column(TOKENS), tokenizer)
     mark = tokenizer.unk_token
     if unknown and not known:
         return [

@@ -32,9 +32,11 @@ from pave_lightning import Recipe
 from pave_lightning.errors import PaveError
 from pave_lightning.merging import known_methods, make_method, merge_method, registry
 from pave_lightning.merging.evidence import PlannedEvidence
-from pave_lightning.pipeline.commands import open_folder, run_stage
+from pave_lightning.pipeline.commands import open_folder, plan_recipe, run_stage
 from pave_lightning.pipeline.planning import check_recipe, cost_table, plan_rows, predicted_cost
 from pave_lightning.pipeline.run_folder import RunFolder
+from pave_lightning.tasks import tokenizers
+from pave_lightning.tasks.kinds import tokens
 from pave_lightning.weights import Parameter, ParameterKind
 from pave_lightning.weights.task_vectors import PlannedTaskVectors
 
@@ -445,7 +447,7 @@ def test_a_rule_for_two_experts(problems, recipe_settings):
 
 
 def test_what_is_wrong_with_every_matrix_does_not_hide_all_else(problems, monkeypatch):
-    monkeypatch.setattr(registry, "_registry", dict(known_methods()))
+    monkeypatch.setattr(registry, "_registry", registry._registry.copy())
 
     class Fussy(registry.method_named("average")):
         def problems(self, vectors, evidence):
@@ -621,7 +623,7 @@ def test_no_rule_looks_at_values_while_planning():
 
 
 def test_a_rule_of_another_package_that_looks_at_values_is_passed_over(problems, monkeypatch):
-    monkeypatch.setattr(registry, "_registry", dict(known_methods()))
+    monkeypatch.setattr(registry, "_registry", registry._registry.copy())
 
     class Curious(registry.method_named("average")):
         def problems(self, vectors, evidence):
@@ -709,6 +711,16 @@ def test_captured_convolutions_are_counted(planned, tiny_tokenizer, tmp_path):
     assert count(convolutions=True) == 7
 
 
+def test_tokenizers_are_read_and_fingerprinted_once(recipe_settings, monkeypatch):
+    read, taken = [], []
+    reading, taking = tokenizers._usable, tokens._fingerprint
+    monkeypatch.setattr(tokenizers, "_usable", lambda *given, **how: read.append(given) or reading(*given, **how))
+    monkeypatch.setattr(tokens, "_fingerprint", lambda given: taken.append(given) or taking(given))
+    plan_recipe(Recipe.model_validate(recipe_settings), Console(file=StringIO()))
+    assert len(recipe_settings["tasks"]) > 1
+    assert (len(read), len(taken)) == (1, 1)
+
+
 @pytest.mark.slow
 def test_the_plan_of_a_plain_recipe_loads_nothing_that_only_work_needs(recipe_settings, tmp_path):
     recipe = tmp_path / "recipe.json"
@@ -716,7 +728,7 @@ def test_the_plan_of_a_plain_recipe_loads_nothing_that_only_work_needs(recipe_se
     code = (
         "import sys; from pathlib import Path; import pave_lightning as p; "
         f"p.plan_recipe(p.load_recipe(Path({str(recipe)!r}))); "
-        "heavy = {'lightning', 'torchmetrics', 'peft', 'mlflow', 'matplotlib'} & set(sys.modules); "
+        "heavy = {'lightning', 'torchmetrics', 'peft', 'mlflow', 'matplotlib', 'datasets'} & set(sys.modules); "
         "sys.exit(', '.join(sorted(heavy)) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

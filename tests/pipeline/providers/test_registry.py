@@ -9,12 +9,12 @@ import torch
 from pave_lightning import Recipe
 from pave_lightning.errors import PaveError
 from pave_lightning.merging import MethodOptions, Need, StaticMethod, merge_method, registry
-from pave_lightning.merging.registry import known_methods
 from pave_lightning.pipeline import stages
 from pave_lightning.pipeline.commands import open_folder, run_stage
 from pave_lightning.pipeline.planning import check_recipe, plan_rows
 from pave_lightning.pipeline.providers import Provider, base, known_providers, providers_of, provides
 from pave_lightning.pipeline.stage import Stage
+from pave_lightning.system.plug_ins import Registry
 from pave_lightning.weights import Checkpoint
 
 
@@ -23,7 +23,7 @@ def test_every_need_has_its_provider():
 
 
 def test_a_need_has_one_provider():
-    with pytest.raises(ValueError, match="two providers of an anchor: Anchor and Second"):
+    with pytest.raises(ValueError, match="two providers are named 'an anchor': Anchor and Second"):
 
         @provides(Need.ANCHOR)
         class Second(Provider):
@@ -34,8 +34,8 @@ def test_a_need_has_one_provider():
 
 
 def test_a_need_without_provider_is_told(monkeypatch):
-    known_providers()
-    monkeypatch.setattr(base, "_registry", {})
+    monkeypatch.setattr(base, "_registry", Registry("provider", "pave_lightning.pipeline.providers"))
+    monkeypatch.setattr(base._registry, "known", dict)
     with pytest.raises(PaveError, match="nothing provides Fisher information, which a merge needs"):
         providers_of({Need.FISHER})
     assert providers_of(frozenset()) == []
@@ -73,9 +73,8 @@ class FactorStage(Stage):
 @pytest.fixture
 def weighted(monkeypatch, ready_settings):
     """The settings of a recipe whose method needs what only a new provider gives."""
-    known_providers()
-    monkeypatch.setattr(base, "_registry", dict(base._registry))
-    monkeypatch.setattr(registry, "_registry", dict(known_methods()))
+    monkeypatch.setattr(base, "_registry", base._registry.copy())
+    monkeypatch.setattr(registry, "_registry", registry._registry.copy())
     monkeypatch.setattr(stages, "KINDS", (*stages.KINDS, FactorStage))
     asked = []
 

@@ -79,7 +79,7 @@ def test_rows_are_read_alike_from_every_format(make_task, tmp_path, ending, by_i
     task = make_task(given, ending)
     assert problems_of(task, tmp_path) == []
     loaded = load_split(task, "train", seed=0, cache_dir=tmp_path / "cache")
-    assert loaded["words"][:] == [row["words"] for row in rows]
+    assert loaded["words"].to_pylist() == [row["words"] for row in rows]
     assert task.answers(loaded).tolist() == [CLASSES.index(label) for row in rows for label in row["labels"]]
 
 
@@ -119,7 +119,7 @@ def test_lists_in_every_form_that_parquet_files_hold(make_task, tmp_path, words,
     pq.write_table(table, task.data.train)
     assert problems_of(task, tmp_path) == []
     loaded = load_split(task, "train", seed=0, cache_dir=tmp_path / "cache")
-    assert loaded["words"][:] == rows["words"]
+    assert loaded["words"].to_pylist() == rows["words"]
     assert task.answers(loaded).tolist() == [0, 2, 1, 1]
 
 

@@ -1,5 +1,5 @@
-import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import BPE, WordLevel
@@ -13,7 +13,7 @@ from pave_lightning.tasks.kinds.tokens import token_findings
 
 def findings(tokenizer, texts, places=None):
     ids = tokenizer(texts)["input_ids"]
-    rows = datasets.Dataset.from_dict({"input_ids": ids, "length": [len(row) for row in ids]})
+    rows = pa.table({"input_ids": ids, "length": [len(row) for row in ids]})
     return token_findings(rows, tokenizer, np.arange(len(texts)) if places is None else np.asarray(places))
 
 
