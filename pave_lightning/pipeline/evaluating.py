@@ -8,14 +8,12 @@ from typing import Any
 import torch
 
 from pave_lightning.evaluation import Candidate, Evaluator, ExpertsCandidate, SuiteData, TaskScore
-from pave_lightning.evaluation.options import EXPERT_HEADS, Heads
 from pave_lightning.evaluation.scale_search import ScaleSearcher
 from pave_lightning.experts.trainer_options import machine_options
 from pave_lightning.experts.trainers import build_trainer, quiet_lightning
 from pave_lightning.pipeline.context import Context, shared
 from pave_lightning.pipeline.scoring import score_inputs
 from pave_lightning.pipeline.stages.fit import expert_digests, experts
-from pave_lightning.pipeline.stages.heads import fit_heads
 from pave_lightning.pipeline.task_data import data_module
 
 
@@ -45,14 +43,9 @@ def score_on_test(context: Context, candidate: Candidate, *, alone: bool = False
     return evaluator(context).score(candidate, data, trainer, keep=True)
 
 
-def searcher(context: Context, heads: Heads = EXPERT_HEADS) -> ScaleSearcher:
-    """What scores candidates on the validation splits, under the experts' heads or under heads fitted to each."""
-    found = _searcher(context)
-    return found.under(lambda candidate: fit_heads(context, candidate, heads)) if heads.fitted else found
-
-
 @shared
-def _searcher(context: Context) -> ScaleSearcher:
+def searcher(context: Context) -> ScaleSearcher:
+    """What scores candidates on the validation splits."""
     recipe = context.recipe
     depends_on = score_inputs(recipe, expert_digests(context.results), "validation")
     return ScaleSearcher(

@@ -36,6 +36,7 @@ from pave_lightning.weights import Checkpoint, TaskVectors
 if TYPE_CHECKING:
     from pave_lightning.evaluation import Candidate
     from pave_lightning.evaluation.heads import FittedHeads
+    from pave_lightning.evaluation.scale_search import ScaleSearcher
     from pave_lightning.pipeline.tuning import Chooser, MergeChoice
 
 FORMAT = 3
@@ -233,7 +234,6 @@ class MergeStage(Stage):
 @shared
 def chooser(context: Context) -> Chooser:
     """Chooses what merge steps leave open, and remembers it."""
-    from pave_lightning.pipeline.evaluating import searcher
     from pave_lightning.pipeline.tuning import Chooser
 
     results = context.results
@@ -248,7 +248,17 @@ def chooser(context: Context) -> Chooser:
         found = results.current(MergeStage(results, step, vectors))
         return None if found is None else found.result
 
-    return Chooser(context.recipe, vectors_of, evidence_for, lambda heads: searcher(context, heads), merged_before)
+    return Chooser(
+        context.recipe, vectors_of, evidence_for, lambda heads: searcher_under(context, heads), merged_before
+    )
+
+
+def searcher_under(context: Context, heads: Heads) -> ScaleSearcher:
+    """What scores candidates on the validation splits, under the experts' heads or under heads fitted to each."""
+    from pave_lightning.pipeline.evaluating import searcher
+
+    found = searcher(context)
+    return found.under(lambda candidate: fit_heads(context, candidate, heads)) if heads.fitted else found
 
 
 def merged_model(context: Context, folder: Path) -> Candidate:

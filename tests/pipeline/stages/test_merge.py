@@ -19,12 +19,12 @@ from pave_lightning.pipeline import tuning
 from pave_lightning.pipeline.adding import add_expert
 from pave_lightning.pipeline.commands import open_folder
 from pave_lightning.pipeline.context import Context
-from pave_lightning.pipeline.evaluating import evaluator, searcher
+from pave_lightning.pipeline.evaluating import evaluator
 from pave_lightning.pipeline.results import Results
 from pave_lightning.pipeline.stages import MergeStage
 from pave_lightning.pipeline.stages.fit import plain_vectors
 from pave_lightning.pipeline.stages.heads import fit_heads
-from pave_lightning.pipeline.stages.merge import chooser
+from pave_lightning.pipeline.stages.merge import chooser, searcher_under
 from pave_lightning.pipeline.task_data import data_module, shown_batches
 from pave_lightning.subspace.linear_fit import LinearFit
 from pave_lightning.subspace.logistic_fit import fit_logistic
@@ -130,7 +130,7 @@ def test_candidates_with_broken_features_lose(settings, ready_runner):
     runner = ready_runner(Recipe.model_validate(settings))
     source = plain_vectors(runner.context)
     broken = MergedVectors({p.name: torch.full_like(source.base(p), math.nan) for p in source.parameters})
-    _, average = searcher(runner.context, Heads(**LOGITS)).scored(MergedCandidate(source, broken, 1.0), None)
+    _, average = searcher_under(runner.context, Heads(**LOGITS)).scored(MergedCandidate(source, broken, 1.0), None)
     assert math.isnan(average)
 
 
