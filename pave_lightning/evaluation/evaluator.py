@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning.pytorch as L
 import torch
@@ -84,8 +84,7 @@ class SuiteData(L.LightningDataModule):
         for module in self.modules:
             module.trainer = self.trainer
             loaders.append(module.test_dataloader() if self.split == "test" else module.val_dataloader())
-            sampler = loaders[-1].sampler
-            self.orders.append(sampler.rows if isinstance(sampler, ExactSampler) else [])
+            self.orders.append(cast(ExactSampler, loaders[-1].sampler).rows)
         return loaders
 
 
