@@ -125,8 +125,6 @@ class Heads(Section):
 
 
 EXPERT_HEADS = Heads(fit="expert")
-# What the heads are called that a model was trained with, where it is no expert.
-OWN_HEADS = "own"
 
 
 def _head_list(raw: Any) -> Any:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Form = Literal["base", "expert", "static", "per-task"]
 Section = Literal["reference", "controls", "static", "per-task"]
 
-# What the heads that experts come with are called, and those of a control that is trained with its own.
+# What the heads that experts come with are called, and those that a control is trained with.
 EXPERT_HEADS, OWN_HEADS = "expert", "own"
 # Vectors of what was not changed before it was merged, or is not merged.
 UNCHANGED = ("", "plain")
@@ -47,7 +47,7 @@ class Score:
         value: The value, higher is better.
         examples: How many examples it was measured on.
         heads: Under which heads.
-        is_control: Whether the model is no merged one, but scored beside them to tell what they are worth.
+        is_control: Whether it is not a merged model, but scored beside them to compare with.
     """
 
     model: str
@@ -78,7 +78,7 @@ class Score:
 class Model:
     """What a row of a table is about: a model's name, which vectors were merged, its form, and its heads.
 
-    A control is no merged model, whatever its form.
+    A control is not a merged model, whatever its form.
     """
 
     name: str

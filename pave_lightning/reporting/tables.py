@@ -192,7 +192,7 @@ def _caption(table: ScoreTable) -> str:
     if any(model.form == "per-task" for model in table.models()):
         text += f" {EXTRA_MARK} per-task: keeps something extra for each task, so not one model for all tasks."
     if any(model.is_control for model in table.models()):
-        text += f" {CONTROL_MARK} control: not merged, scored to tell what the merged models are worth."
+        text += f" {CONTROL_MARK} control: not merged, scored to compare with."
     if any(model.saw_labels for model in table.models()):
         text += f" {LABELS_MARK} heads fitted to labelled rows, which other heads do not need."
     return text

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pave_lightning.errors import PaveError, doing
-from pave_lightning.evaluation.options import EXPERT_HEADS, OWN_HEADS, Heads
+from pave_lightning.evaluation.options import EXPERT_HEADS, Heads
 from pave_lightning.merging import method_named
 from pave_lightning.pipeline.context import Context
 from pave_lightning.pipeline.purifications import label, purifications
@@ -22,6 +22,7 @@ from pave_lightning.pipeline.stages.merge import MergeStage, merged_model
 from pave_lightning.pipeline.stages.purify import needed_for, purification_inputs, task_vectors
 from pave_lightning.purification.options import Purify
 from pave_lightning.recipe.merge_step import MergeStep
+from pave_lightning.reporting.scores import OWN_HEADS
 from pave_lightning.system.processes import is_rank_zero
 from pave_lightning.tasks.task import Task
 
@@ -45,7 +46,7 @@ class ScoredModel(ABC):
         vectors: name of the stack that made its task vectors; empty where that is no question.
         heads: under which heads it is scored, in tables.
         words: it in words, in messages.
-        is_control: whether it is no merged model, but scored beside them to tell what they are worth.
+        is_control: whether it is not a merged model, but scored beside them to compare with.
         may_fail: whether outputs that are not finite only cost it its scores, instead of stopping the work.
     """
 
