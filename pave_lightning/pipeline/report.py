@@ -14,7 +14,7 @@ from pave_lightning.pipeline.results import Results
 from pave_lightning.pipeline.runner import Runner
 from pave_lightning.pipeline.stages import CaptureStage, EvaluateStage, MergeStage, PurifyStage, captures, stages_of
 from pave_lightning.pipeline.stages.evaluate import scored_models
-from pave_lightning.pipeline.stages.fit import expert_digests
+from pave_lightning.pipeline.stages.fit import encoded_rows, expert_digests
 from pave_lightning.purification import KeptRank
 from pave_lightning.purification.options import Purify
 from pave_lightning.reporting.diagnostic_plots import natural
@@ -23,6 +23,7 @@ from pave_lightning.reporting.plots import kept_ranks, normalised_scores
 from pave_lightning.reporting.scores import EXPERT_HEADS, Model, Score, ScoreTable, model_of
 from pave_lightning.reporting.tables import render
 from pave_lightning.reporting.untouched import untouched_lines
+from pave_lightning.system.keeping import keeping
 from pave_lightning.system.terminal import terminal
 from pave_lightning.tasks.constants import constant_answer
 from pave_lightning.tracking import Tracker, environment_tags
@@ -76,7 +77,8 @@ def collect_scores(results: Results) -> ScoreTable:
 def _constants(results: Results) -> dict[str, dict[str, float]]:
     """What always the same answer scores on each test split, by task and metric."""
     recipe, cache = results.recipe, results.folder.data
-    return {task.name: constant_answer(task, "test", seed=recipe.seed, cache_dir=cache) for task in recipe.tasks}
+    with keeping():  # most tasks have the base's tokenizer
+        return {task.name: constant_answer(encoded_rows(recipe, task, cache), "test") for task in recipe.tasks}
 
 
 def _draw_ranks(runner: Runner) -> list[Path]:
