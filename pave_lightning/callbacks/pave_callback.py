@@ -93,7 +93,8 @@ class PaveCallback(L.Callback):
         mask_key: key of the padding mask in batches that are mappings: true or non-zero where a token is real, as the
             ``attention_mask`` of tokenizers, not as the ``key_padding_mask`` of ``torch.nn.MultiheadAttention``.
         mask: which positions of what a layer is given are data, from the batch and the layer's name, as the mask above
-            or None for all; in place of ``mask_key`` where layers differ, or batches are something else.
+            or None for all; in place of ``mask_key`` where layers differ, or batches are something else. One of another
+            batch size than the layer's input is refused.
         metadata: strings to be kept with the statistics.
         share_inputs: whether layers with the same input share one covariance; False gives each layer its own.
         rows: how many rows a layer counts at most over the whole pass and all processes; None counts all.
@@ -158,6 +159,7 @@ class PaveCallback(L.Callback):
         self._norms: dict[str, list[nn.Module]] = {}
         self._sampler: RowSampler | None = None
         self._parts: dict[nn.Module, str] = {}
+        self._sizes: dict[nn.Module, tuple[str, tuple[int, ...], int]] = {}
         self._examples = 0
         self._switches = ExitStack()
 
@@ -284,6 +286,7 @@ class PaveCallback(L.Callback):
         self._switches.close()
         self._padding = self._sampler = None
         self._parts.clear()
+        self._sizes.clear()
 
     def _find_backbone(self, pl_module: L.LightningModule) -> nn.Module:
         if self.backbone is None:
@@ -302,11 +305,16 @@ class PaveCallback(L.Callback):
     def _tell_parts(self, batch: Any, mask: Tensor | None) -> None:
         """Let layers that have masks of their own be counted by these; layers with one mask may share a moment."""
         self._parts.clear()
+        self._sizes.clear()
         if self.mask is None or self._sampler is None:
             return
         layers = {**self._layers, **self._norms}
         # All at once, so that no mask takes the place, and so the identity, of another.
         masks = {name: self._mask_of(batch, name) for name in layers}
+        examples = _count_examples(batch)
+        for name, own in masks.items():
+            if own is not None and len(own) != examples:
+                self._sizes.update(dict.fromkeys(layers[name], (name, tuple(own.shape), examples)))
         if all(own is mask for own in masks.values()):
             return
         parts: dict[int, str] = {}
@@ -319,6 +327,8 @@ class PaveCallback(L.Callback):
 
     def _part(self, module: nn.Module, inputs: Tensor) -> str:
         """The part of the model whose mask the rows of an input have."""
+        if module in self._sizes:
+            _refuse_other_batch(inputs, *self._sizes[module])
         if module in self._parts or self._padding is None:
             return self._parts.get(module, "")
         return self._padding.part(module, inputs)
@@ -344,6 +354,30 @@ class PaveCallback(L.Callback):
 
 def _is_capturing(trainer: L.Trainer) -> bool:
     return trainer.state.fn == TrainerFn.VALIDATING and not trainer.sanity_checking
+
+
+def _refuse_other_batch(inputs: Tensor, layer: str, mask: tuple[int, ...], examples: int) -> None:
+    """Refuse a mask that belongs to another batch than the input of a layer.
+
+    Args:
+        inputs: what the layer is given, shape ``(B, L, d_in)``, ``(L, B, d_in)``, ``(B * L, d_in)`` or another one.
+        layer: name of the layer.
+        mask: shape of its mask, of another number of examples than the batch has.
+        examples: that number.
+
+    Raises:
+        PaveError: the input holds the batch's examples one by one, and the mask does not.
+    """
+    size, length = mask
+    leading = tuple(inputs.shape[:-1])
+    if leading not in ((size, length), (length, size), (size * length,)) and leading[:1] in (
+        (examples,),
+        (examples * length,),
+    ):
+        raise PaveError(
+            f"mask: the mask of '{layer}' has the shape {mask}, but the layer is given {tuple(inputs.shape)}, a batch "
+            f"of {examples}; give one row for each example of the batch, or None where all positions count"
+        )
 
 
 def _count_examples(batch: Any) -> int:

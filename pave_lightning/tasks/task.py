@@ -225,7 +225,7 @@ class Task(Section):
         """
         import numpy as np
 
-        return np.array(encoded.column("labels"))  # a copy, which may be changed
+        return np.asarray(encoded.column("labels")).copy()  # the file's own memory cannot be written to
 
     @property
     def stored_types(self) -> dict[str, pa.DataType]:
