@@ -46,9 +46,10 @@ class PaveCallback(L.Callback):
     less often, goes on with a copy of the sums. Products are float32, sums float64, whatever the Trainer's precision.
     Memory is that of the moments and does not grow with the data.
 
-    Rows are tokens. Where the batch holds a mask of shape ``(B, L)``, rows of padded positions are dropped from inputs
-    of shape ``(B, L, d_in)``, ``(L, B, d_in)`` and ``(B * L, d_in)``. Inputs of any other leading shape, such as
-    ``(B, d_in)`` after pooling, count in full, and so does everything when there is no mask.
+    Rows are rows of a layer's input (tokens), not of a file. Where the batch holds a mask of shape ``(B, L)``, rows of
+    padded positions are dropped from inputs of shape ``(B, L, d_in)``, ``(L, B, d_in)`` and ``(B * L, d_in)``. Inputs
+    of any other leading shape, such as ``(B, d_in)`` after pooling, count in full, and so does everything when there is
+    no mask.
 
     A decoder beside an encoder, told by a forward pass that takes ``encoder_hidden_states`` and ``input_ids``, has a
     mask of its own: the ``attention_mask`` that it is given. Where it is given none, its words are masked as the
@@ -97,7 +98,8 @@ class PaveCallback(L.Callback):
             batch size than the layer's input is refused.
         metadata: strings to be kept with the statistics.
         share_inputs: whether layers with the same input share one covariance; False gives each layer its own.
-        rows: how many rows a layer counts at most over the whole pass and all processes; None counts all.
+        rows: how many rows of a layer's input (tokens) are counted at most over the whole pass and all processes; None
+            counts all.
         seed: what the sample of rows depends on.
         convolutions: whether to capture convolutions whose patches do not overlap (patch embeddings, and 1 x 1
             convolutions), as matrix products: a row is a patch, laid out as one output channel's kernel is.
@@ -136,7 +138,10 @@ class PaveCallback(L.Callback):
         if moments not in get_args(Moments):
             raise ValueError(f"moments must be one of {', '.join(get_args(Moments))}, found '{moments}'")
         if rows is not None and rows < 1:
-            raise ValueError(f"rows must be at least 1, or None for all, found {rows}")
+            raise ValueError(
+                "rows, the most rows of a layer's input (tokens) to count, must be at least 1, or None for all, found "
+                f"{rows}"
+            )
         self.path = None if path is None else Path(path)
         self.backbone = backbone
         self.moments: Moments = moments
@@ -249,8 +254,8 @@ class PaveCallback(L.Callback):
         observer, norm_observer = self._observer, self._norm_observer
         if self._sampler is not None and self._sampler.unmasked is not None and not self._sampler.has_masked:
             rank_zero_warn(
-                f"PaveCallback: no layer was given rows that fit the padding masks (an input had the leading shape "
-                f"{self._sampler.unmasked}), so all rows were counted, padding among them; look at "
+                "PaveCallback: no layer's input has rows (tokens) that fit the padding masks (one had the leading "
+                f"shape {self._sampler.unmasked}), so all rows were counted, padding among them; look at "
                 f"{'mask_key' if self.mask is None else 'mask'}"
             )
         self._stop()

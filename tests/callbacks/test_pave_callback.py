@@ -448,7 +448,9 @@ def test_a_layer_that_joins_late_has_its_own_matrix() -> None:
 def test_says_what_is_wrong() -> None:
     with pytest.raises(ValueError, match="moments must be one of smallest, input, output"):
         PaveCallback(moments="largest")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="rows must be at least 1, or None for all, found 0"):
+    with pytest.raises(
+        ValueError, match=r"rows of a layer's input \(tokens\) to count, must be at least 1, or None for all, found 0"
+    ):
         PaveCallback(rows=0)
     with pytest.raises(PaveError, match=r"no submodule 'backbon'.*did you mean 'backbone'"):
         validate(Expert(bert()), batches(), PaveCallback(backbone="backbon"))
@@ -693,7 +695,9 @@ def test_masks_that_fit_no_layer_are_told() -> None:
     def wrong(batch: Any, layer: str) -> Tensor:
         return batch["attention_mask"][:, 1:]
 
-    with pytest.warns(UserWarning, match=r"no layer was given rows that fit the padding masks .*look at mask$"):
+    with pytest.warns(
+        UserWarning, match=r"no layer's input has rows \(tokens\) that fit the padding masks .*look at mask$"
+    ):
         validate(Expert(bert()), batches(), PaveCallback(mask=wrong))
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
