@@ -88,8 +88,8 @@ class NormObserver:
         for name, mean in means.items():
             if not torch.isfinite(mean.squares).all():
                 raise PaveError(
-                    f"norm '{name}' has seen NaN or infinite values in the {mean.rows} rows of this pass: "
-                    "check the expert's weights and the precision of the Trainer"
+                    f"norm '{name}' has seen NaN or infinite values in the {mean.rows} rows of its input (tokens) that "
+                    "this pass counted: check the expert's weights and the precision of the Trainer"
                 )
         return means
 

@@ -149,8 +149,8 @@ class LinearObserver:
             mean = moment.moment()
             if not torch.isfinite(mean.matrix).all():
                 raise PaveError(
-                    f"layer '{members[0]}' has seen NaN or infinite values in the {mean.rows} rows of this pass: "
-                    "check the expert's weights and the precision of the Trainer"
+                    f"layer '{members[0]}' has seen NaN or infinite values in the {mean.rows} rows of its input "
+                    "(tokens) that this pass counted: check the expert's weights and the precision of the Trainer"
                 )
             means.update(dict.fromkeys(members, mean))
         return {name: means[name] for name in self._layers if name in means}

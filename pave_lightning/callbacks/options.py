@@ -17,10 +17,11 @@ class Capture(Section):
     batch_size: int = Field(default=32, ge=1)
     """Examples a forward pass."""
     source: Literal["train", "random_tokens"] = "train"
-    """train: rows of the task's training split; random_tokens: no data at all, sequences of tokens drawn uniformly from
-    the vocabulary, as long as the base reads (max_length)."""
+    """train: examples of the task's training split; random_tokens: no data at all, sequences of tokens drawn uniformly
+    from the vocabulary, as long as the base reads (max_length)."""
     rows: int | None = Field(default=8192, ge=1)
-    """Most rows (tokens) that a layer counts, as a seeded uniform sample of every batch's rows; null counts all."""
+    """Most rows of a layer's input (tokens) that are counted, a seeded uniform sample of those of every batch; null
+    counts all. Rows of a file are not meant: how many of these are shown is said by examples."""
     moments: Literal["smallest", "input", "output"] = "smallest"
     """smallest: where a layer narrows (d_in > d_out) the cross moment W C, which is all that purification needs and
     cheaper; input: the second moment C of the input for every layer (needed by target delta); output: the second moment

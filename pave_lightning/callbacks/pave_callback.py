@@ -46,9 +46,10 @@ class PaveCallback(L.Callback):
     less often, goes on with a copy of the sums. Products are float32, sums float64, whatever the Trainer's precision.
     Memory is that of the moments and does not grow with the data.
 
-    Rows are tokens. Where the batch holds a mask of shape ``(B, L)``, rows of padded positions are dropped from inputs
-    of shape ``(B, L, d_in)``, ``(L, B, d_in)`` and ``(B * L, d_in)``. Inputs of any other leading shape, such as
-    ``(B, d_in)`` after pooling, count in full, and so does everything when there is no mask.
+    Rows are rows of a layer's input (tokens), not of a file. Where the batch holds a mask of shape ``(B, L)``, rows of
+    padded positions are dropped from inputs of shape ``(B, L, d_in)``, ``(L, B, d_in)`` and ``(B * L, d_in)``. Inputs
+    of any other leading shape, such as ``(B, d_in)`` after pooling, count in full, and so does everything when there is
+    no mask.
 
     A decoder beside an encoder, told by a forward pass that takes ``encoder_hidden_states`` and ``input_ids``, has a
     mask of its own: the ``attention_mask`` that it is given. Where it is given none, its words are masked as the
@@ -93,10 +94,12 @@ class PaveCallback(L.Callback):
         mask_key: key of the padding mask in batches that are mappings: true or non-zero where a token is real, as the
             ``attention_mask`` of tokenizers, not as the ``key_padding_mask`` of ``torch.nn.MultiheadAttention``.
         mask: which positions of what a layer is given are data, from the batch and the layer's name, as the mask above
-            or None for all; in place of ``mask_key`` where layers differ, or batches are something else.
+            or None for all; in place of ``mask_key`` where layers differ, or batches are something else. One of another
+            batch size than the layer's input is refused.
         metadata: strings to be kept with the statistics.
         share_inputs: whether layers with the same input share one covariance; False gives each layer its own.
-        rows: how many rows a layer counts at most over the whole pass and all processes; None counts all.
+        rows: how many rows of a layer's input (tokens) are counted at most over the whole pass and all processes; None
+            counts all.
         seed: what the sample of rows depends on.
         convolutions: whether to capture convolutions whose patches do not overlap (patch embeddings, and 1 x 1
             convolutions), as matrix products: a row is a patch, laid out as one output channel's kernel is.
@@ -135,7 +138,10 @@ class PaveCallback(L.Callback):
         if moments not in get_args(Moments):
             raise ValueError(f"moments must be one of {', '.join(get_args(Moments))}, found '{moments}'")
         if rows is not None and rows < 1:
-            raise ValueError(f"rows must be at least 1, or None for all, found {rows}")
+            raise ValueError(
+                "rows, the most rows of a layer's input (tokens) to count, must be at least 1, or None for all, found "
+                f"{rows}"
+            )
         self.path = None if path is None else Path(path)
         self.backbone = backbone
         self.moments: Moments = moments
@@ -158,6 +164,7 @@ class PaveCallback(L.Callback):
         self._norms: dict[str, list[nn.Module]] = {}
         self._sampler: RowSampler | None = None
         self._parts: dict[nn.Module, str] = {}
+        self._sizes: dict[nn.Module, tuple[str, tuple[int, ...], int]] = {}
         self._examples = 0
         self._switches = ExitStack()
 
@@ -247,8 +254,8 @@ class PaveCallback(L.Callback):
         observer, norm_observer = self._observer, self._norm_observer
         if self._sampler is not None and self._sampler.unmasked is not None and not self._sampler.has_masked:
             rank_zero_warn(
-                f"PaveCallback: no layer was given rows that fit the padding masks (an input had the leading shape "
-                f"{self._sampler.unmasked}), so all rows were counted, padding among them; look at "
+                "PaveCallback: no layer's input has rows (tokens) that fit the padding masks (one had the leading "
+                f"shape {self._sampler.unmasked}), so all rows were counted, padding among them; look at "
                 f"{'mask_key' if self.mask is None else 'mask'}"
             )
         self._stop()
@@ -284,6 +291,7 @@ class PaveCallback(L.Callback):
         self._switches.close()
         self._padding = self._sampler = None
         self._parts.clear()
+        self._sizes.clear()
 
     def _find_backbone(self, pl_module: L.LightningModule) -> nn.Module:
         if self.backbone is None:
@@ -302,11 +310,16 @@ class PaveCallback(L.Callback):
     def _tell_parts(self, batch: Any, mask: Tensor | None) -> None:
         """Let layers that have masks of their own be counted by these; layers with one mask may share a moment."""
         self._parts.clear()
+        self._sizes.clear()
         if self.mask is None or self._sampler is None:
             return
         layers = {**self._layers, **self._norms}
         # All at once, so that no mask takes the place, and so the identity, of another.
         masks = {name: self._mask_of(batch, name) for name in layers}
+        examples = _count_examples(batch)
+        for name, own in masks.items():
+            if own is not None and len(own) != examples:
+                self._sizes.update(dict.fromkeys(layers[name], (name, tuple(own.shape), examples)))
         if all(own is mask for own in masks.values()):
             return
         parts: dict[int, str] = {}
@@ -319,6 +332,8 @@ class PaveCallback(L.Callback):
 
     def _part(self, module: nn.Module, inputs: Tensor) -> str:
         """The part of the model whose mask the rows of an input have."""
+        if module in self._sizes:
+            _refuse_other_batch(inputs, *self._sizes[module])
         if module in self._parts or self._padding is None:
             return self._parts.get(module, "")
         return self._padding.part(module, inputs)
@@ -344,6 +359,30 @@ class PaveCallback(L.Callback):
 
 def _is_capturing(trainer: L.Trainer) -> bool:
     return trainer.state.fn == TrainerFn.VALIDATING and not trainer.sanity_checking
+
+
+def _refuse_other_batch(inputs: Tensor, layer: str, mask: tuple[int, ...], examples: int) -> None:
+    """Refuse a mask that belongs to another batch than the input of a layer.
+
+    Args:
+        inputs: what the layer is given, shape ``(B, L, d_in)``, ``(L, B, d_in)``, ``(B * L, d_in)`` or another one.
+        layer: name of the layer.
+        mask: shape of its mask, of another number of examples than the batch has.
+        examples: that number.
+
+    Raises:
+        PaveError: the input holds the batch's examples one by one, and the mask does not.
+    """
+    size, length = mask
+    leading = tuple(inputs.shape[:-1])
+    if leading not in ((size, length), (length, size), (size * length,)) and leading[:1] in (
+        (examples,),
+        (examples * length,),
+    ):
+        raise PaveError(
+            f"mask: the mask of '{layer}' has the shape {mask}, but the layer is given {tuple(inputs.shape)}, a batch "
+            f"of {examples}; give one row for each example of the batch, or None where all positions count"
+        )
 
 
 def _count_examples(batch: Any) -> int:

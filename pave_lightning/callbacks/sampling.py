@@ -1,4 +1,4 @@
-"""Which rows of a batch are counted."""
+"""Which rows of a layer's input (tokens) are counted of each batch."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ ASSUMED_BATCHES = 32
 
 
 class RowSampler:
-    """Draws the rows to count, a uniform sample of each batch's real rows that depends on nothing but seed and place.
+    """Draws which rows of layers' inputs (tokens) to count: a uniform sample of each batch's real ones.
+
+    It depends on nothing but seed and place.
 
     All inputs of a batch with the same leading shape are sampled from one random order of their rows, so that layers
     that look at the same tokens count the same ones.
 
     Args:
-        rows: how many rows a layer counts at most, over all processes; None for all.
+        rows: how many rows of a layer's input (tokens) are counted at most, over all processes; None for all.
         batches: how many batches this process will see; infinity when unknown.
         seed: what the sample depends on, beside the batch's number and the process.
         rank: which of the processes this is.

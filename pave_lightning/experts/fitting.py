@@ -32,6 +32,7 @@ from pave_lightning.system.files import let_others_read
 from pave_lightning.system.processes import is_launched, is_rank_zero
 from pave_lightning.tasks.constants import constant_answer
 from pave_lightning.tasks.data_module import TaskDataModule
+from pave_lightning.tasks.encoded import EncodedRows
 from pave_lightning.tasks.metrics import weak_experts
 from pave_lightning.tasks.options import EarlyStopping as EarlyStoppingOptions
 from pave_lightning.tasks.task import Task
@@ -106,7 +107,8 @@ def fit_expert(
         return Prepared(expert, data, training_settings(task), task.training.early_stopping)
 
     expert, score = trained(prepare, work_folder, logger=logger)
-    constant = constant_answer(task, "validation", seed=seed, cache_dir=cache_folder)
+    rows = EncodedRows(task, task.load_processor(base, base), seed=seed, cache_dir=cache_folder)
+    constant = constant_answer(rows, "validation")
     weak = weak_experts({task.name: score}, {task.name: constant[task.primary_metric]})
     if weak and is_rank_zero():  # or else every process says it
         log.warning("%s; try other learning rates or more rows", weak)

@@ -16,6 +16,7 @@ from pave_lightning.experts.joint_schedule import common_freeze, joint_settings
 from pave_lightning.experts.loading import add_adapters, load_with_new_head
 from pave_lightning.experts.task_expert import TaskExpert, freeze
 from pave_lightning.tasks.constants import constant_answer
+from pave_lightning.tasks.encoded import EncodedRows
 from pave_lightning.tasks.joint_data import JointDataModule
 from pave_lightning.tasks.task import Task, auto_models
 from pave_lightning.tasks.turns import Turns
@@ -65,7 +66,8 @@ def fit_joint(
     expert, score = trained(prepare, work_folder, logger=logger)
     metrics = {expert.monitor: score}
     for task in tasks:
-        constant = constant_answer(task, "validation", seed=turns.seed, cache_dir=cache_folder)
+        rows = EncodedRows(task, task.load_processor(base, base), seed=turns.seed, cache_dir=cache_folder)
+        constant = constant_answer(rows, "validation")
         metrics |= {f"validation/{task.name}/{name}/constant": value for name, value in constant.items()}
     return _without_adapters(expert.models, _Shared.of(tasks, base)), metrics
 

@@ -22,7 +22,7 @@ from pave_lightning.pipeline.stages import (
     stages_of,
 )
 from pave_lightning.pipeline.stages.evaluate import ScoredJoint, scored_models
-from pave_lightning.pipeline.stages.fit import expert_digests
+from pave_lightning.pipeline.stages.fit import encoded_rows, expert_digests
 from pave_lightning.purification import KeptRank
 from pave_lightning.purification.options import Purify
 from pave_lightning.reporting.bootstrap import bootstrap_intervals
@@ -33,6 +33,7 @@ from pave_lightning.reporting.scores import EXPERT_HEADS, Model, Score, ScoreTab
 from pave_lightning.reporting.tables import render
 from pave_lightning.reporting.untouched import untouched_lines
 from pave_lightning.reporting.verdicts import difference_lines, difference_sentences
+from pave_lightning.system.keeping import keeping
 from pave_lightning.system.terminal import terminal
 from pave_lightning.tasks.constants import constant_answer
 from pave_lightning.tasks.predictions import FILE, read_predictions
@@ -94,7 +95,8 @@ def collect_scores(results: Results) -> ScoreTable:
 def _constants(results: Results) -> dict[str, dict[str, float]]:
     """What always the same answer scores on each test split, by task and metric."""
     recipe, cache = results.recipe, results.folder.data
-    return {task.name: constant_answer(task, "test", seed=recipe.seed, cache_dir=cache) for task in recipe.tasks}
+    with keeping():  # most tasks have the base's tokenizer
+        return {task.name: constant_answer(encoded_rows(recipe, task, cache), "test") for task in recipe.tasks}
 
 
 def _draw_ranks(runner: Runner) -> list[Path]:

@@ -15,7 +15,7 @@ class NormMoment:
 
     Attributes:
         squares: the mean of the squared normalised activations, shape ``(d,)``, float32.
-        rows: how many rows (tokens, not sequences) the mean was taken over.
+        rows: how many rows of the norm's input (tokens, not sequences) the mean was taken over.
         seen: how many rows there were, of which ``rows`` were counted; None where that is not known.
     """
 
@@ -82,6 +82,6 @@ class NormSquares:
             ValueError: no rows have been added.
         """
         if not self.rows:
-            raise ValueError("the mean of norm squares needs at least one row, found none")
+            raise ValueError("the mean of norm squares needs at least one row of its input (token), found none")
         with torch.inference_mode(False), torch.no_grad():
             return NormMoment((self._total / self.rows).float().cpu(), self.rows, self.seen)

@@ -62,7 +62,7 @@ class LayerMoment:
     Attributes:
         kind: which of the above.
         matrix: float32.
-        rows: how many rows (tokens, not sequences) ``n`` the mean was taken over.
+        rows: how many rows of the layer's input (tokens, not sequences) ``n`` the mean was taken over.
         seen: how many rows there were, of which ``rows`` were counted; None where that is not known.
 
     Example:
@@ -233,7 +233,9 @@ class SecondMoment:
             ValueError: no rows have been added.
         """
         if not self.rows:
-            raise ValueError("the mean of a second moment needs at least one row, found none")
+            raise ValueError(
+                "the mean of a second moment needs at least one row of the layer's input (token), found none"
+            )
         with torch.inference_mode(False), torch.no_grad():
             if self._is_kept and self._waiting is not None:
                 kept = self._waiting[0][: self.rows]

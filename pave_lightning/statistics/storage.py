@@ -89,7 +89,7 @@ class TaskStatistics(Mapping[str, LayerMoment]):
             height, width = moment.matrix.shape
             self._entries[name] = _Entry(owner, moment.kind, moment.rows, _seen(moment), (height, width))
             if self._entries[name] != self._entries[owner]:
-                raise PaveError(f"layers '{owner}' and '{name}' share a matrix but differ in kind or number of rows")
+                raise PaveError(f"layers '{owner}' and '{name}' share a matrix but differ in kind or number of tokens")
         self.norms = {name: norms[name] for name in sorted(norms)} if norms else {}
         for name, norm in self.norms.items():
             _check_norm(name, norm)
@@ -174,11 +174,11 @@ class TaskStatistics(Mapping[str, LayerMoment]):
         return self._entry(layer).kind
 
     def rows(self, layer: str) -> int:
-        """How many rows were counted for a layer's moment, without reading its matrix."""
+        """How many rows of a layer's input (tokens) were counted for its moment, without reading its matrix."""
         return self._entry(layer).rows
 
     def seen(self, layer: str) -> int:
-        """How many rows reached a layer, whether or not they were counted."""
+        """How many rows of its input (tokens) reached a layer, whether or not they were counted."""
         return self._entry(layer).seen
 
     def owner(self, layer: str) -> str:
@@ -280,7 +280,9 @@ def _misfit(kind: MomentKind, shape: tuple[int, ...], rows: int, seen: int) -> s
 
 def _miscounted(rows: int, seen: int) -> str | None:
     if not 0 < rows <= seen:
-        return f"expected at least one row and no more than were seen, found {rows} of {seen}"
+        return (
+            f"expected at least one row of a layer's input (token), and no more than were seen, found {rows} of {seen}"
+        )
     return None
 
 

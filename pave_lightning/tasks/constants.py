@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import math
 
 import torch
 from torch import Tensor
 
-from pave_lightning.tasks.data import Split, load_split
+from pave_lightning.tasks.data import Split
+from pave_lightning.tasks.encoded import EncodedRows
 from pave_lightning.tasks.options import MetricName
 from pave_lightning.tasks.task import Task
 
 
-def constant_answer(task: Task, split: Split, *, seed: int, cache_dir: Path) -> dict[str, float]:
+def constant_answer(rows: EncodedRows, split: Split) -> dict[str, float]:
     """What always the same answer scores on a split, by metric; see `constant_scores`.
 
     Args:
-        task: the task.
+        rows: the rows of a task, as its model is given them: what is cut off of them is not scored.
         split: the split.
-        seed: of the sample of rows.
-        cache_dir: folder in which Arrow copies of local files are kept.
 
     Raises:
         PaveError: the split cannot be read.
     """
-    rows = load_split(task, split, seed=seed, cache_dir=cache_dir)
-    return constant_scores(task, torch.from_numpy(task.answers(rows)))
+    return constant_scores(rows.task, torch.from_numpy(rows.labels(split)))
 
 
 def constant_scores(task: Task, labels: Tensor) -> dict[str, float]:
@@ -35,8 +33,13 @@ def constant_scores(task: Task, labels: Tensor) -> dict[str, float]:
 
     Args:
         task: its ``metrics`` are used.
-        labels: encoded labels of shape ``(n,)``, int64 class indices or floating-point numbers; at least one.
+        labels: encoded labels of shape ``(n,)``, int64 class indices or floating-point numbers.
+
+    Returns:
+        A score for each metric; NaN where there are no labels.
     """
+    if not len(labels):
+        return dict.fromkeys(task.metrics, math.nan)
     return {name: _constant_score(name, labels) for name in task.metrics}
 
 

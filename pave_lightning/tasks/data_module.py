@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader, Sampler
 
-from pave_lightning.tasks.data import SPLITS, Split, load_split, sample_rows
+from pave_lightning.tasks.data import SPLITS, Split, sample_rows
 from pave_lightning.tasks.encoded import EncodedRows
 from pave_lightning.tasks.samplers import ExactSampler, TrainingSampler
 from pave_lightning.tasks.task import Task
@@ -101,9 +101,8 @@ class TaskDataModule(LightningDataModule):
         return self.encoded.dataset(split)
 
     def labels(self, split: Split) -> torch.Tensor:
-        """All labels of a split, shape ``(n,)``: int64 class indices, or float32 numbers."""
-        rows = load_split(self.task, split, seed=self.seed, cache_dir=self.encoded.cache_dir)
-        return torch.from_numpy(self.task.answers(rows))
+        """The labels of a split that are scored, shape ``(n,)``: int64 class indices, or float32 numbers."""
+        return torch.from_numpy(self.encoded.labels(split))
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Random batches of rows of similar length.

@@ -10,6 +10,8 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from pave_lightning.errors import PaveError, naming
@@ -64,6 +66,14 @@ class EncodedRows:
     def table(self, split: Split) -> pa.Table:
         """As `dataset`, as an Arrow table, for which `datasets` is not loaded."""
         return read_copy(self.file(split))
+
+    def labels(self, split: Split) -> npt.NDArray[np.int64] | npt.NDArray[np.float32]:
+        """The labels that scores count, see `Task.scored_labels`.
+
+        Raises:
+            PaveError: as `dataset`.
+        """
+        return self.task.scored_labels(self.table(split))
 
     def remarks(self, split: Split) -> list[str]:
         """What is worth saying of a split's encoded rows although it is no mistake: a vocabulary that hardly fits.

@@ -217,6 +217,16 @@ class Task(Section):
             processor: see `load_processor`.
         """
 
+    def scored_labels(self, encoded: pa.Table) -> npt.NDArray[np.int64] | npt.NDArray[np.float32]:
+        """The labels that scores count, shape ``(n,)``: int64 class indices, or float32 numbers.
+
+        Args:
+            encoded: rows as `encode` makes them.
+        """
+        import numpy as np
+
+        return np.asarray(encoded.column("labels")).copy()  # the file's own memory cannot be written to
+
     @property
     def stored_types(self) -> dict[str, pa.DataType]:
         """What holds entries of `encode` in a file, by name, where that is not what Arrow would choose itself."""

@@ -1,4 +1,5 @@
 import gc
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -447,7 +448,9 @@ def test_a_layer_that_joins_late_has_its_own_matrix() -> None:
 def test_says_what_is_wrong() -> None:
     with pytest.raises(ValueError, match="moments must be one of smallest, input, output"):
         PaveCallback(moments="largest")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="rows must be at least 1, or None for all, found 0"):
+    with pytest.raises(
+        ValueError, match=r"rows of a layer's input \(tokens\) to count, must be at least 1, or None for all, found 0"
+    ):
         PaveCallback(rows=0)
     with pytest.raises(PaveError, match=r"no submodule 'backbon'.*did you mean 'backbone'"):
         validate(Expert(bert()), batches(), PaveCallback(backbone="backbon"))
@@ -690,14 +693,54 @@ def test_layers_without_a_mask_count_all_rows_beside_layers_with_one(batch_mask:
 
 def test_masks_that_fit_no_layer_are_told() -> None:
     def wrong(batch: Any, layer: str) -> Tensor:
-        return batch["attention_mask"][:1]
+        return batch["attention_mask"][:, 1:]
 
-    with pytest.warns(UserWarning, match=r"no layer was given rows that fit the padding masks .*look at mask$"):
+    with pytest.warns(
+        UserWarning, match=r"no layer's input has rows \(tokens\) that fit the padding masks .*look at mask$"
+    ):
         validate(Expert(bert()), batches(), PaveCallback(mask=wrong))
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         validate(Expert(bert()), batches(), PaveCallback())
     assert not [one for one in told if "fit the padding masks" in str(one.message)]
+
+
+@pytest.mark.parametrize("rows", [1, -1, "twice"])
+@pytest.mark.parametrize("of_all", [False, True])
+def test_a_mask_of_another_batch_is_refused(rows: int | str, of_all: bool) -> None:
+    """Of one layer alone, or of all; of fewer examples or of more."""
+    own = "encoder.layer.1.attention.self.key"
+
+    def wrong(batch: Any, layer: str) -> Tensor:
+        real: Tensor = batch["attention_mask"]
+        if not of_all and layer != own:
+            return real
+        return real.repeat(2, 1) if isinstance(rows, str) else real[:rows]
+
+    module, size = Expert(bert()), {1: 1, -1: 2, "twice": 6}[rows]
+    named = own if not of_all else "encoder.layer.0.attention.self.query"
+    told = f"the mask of '{named}' has the shape ({size}, {LENGTH}), but the layer is given (3, {LENGTH}, {HIDDEN})"
+    with pytest.raises(PaveError, match=re.escape(told)):
+        validate(module, batches()[1:2], PaveCallback(backbone="backbone", mask=wrong))
+    assert hooks_in(module) == 0
+
+
+def test_a_mask_may_have_other_rows_where_a_layer_does_not_see_the_examples_one_by_one() -> None:
+    """Each example is cut into two windows, and each window has its row of the mask."""
+
+    class Windows(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(HIDDEN, 3)
+
+        def validation_step(self, batch: dict[str, Tensor], _: int) -> None:
+            self.layer(batch["x"].reshape(6, 4, HIDDEN))
+
+    batch = {"x": torch.randn(3, 8, HIDDEN), "real": torch.arange(24).reshape(6, 4) % 5 > 0}
+    found = validate(Windows(), [batch], PaveCallback(mask=lambda batch, layer: batch["real"], moments="input"))
+    rows = batch["x"].reshape(24, HIDDEN)[batch["real"].flatten()].double()
+    assert found["layer"].rows == 19
+    assert torch.allclose(full(found["layer"]).double(), rows.T @ rows / 19, atol=1e-5)
 
 
 def test_a_mask_of_another_form_is_refused() -> None:

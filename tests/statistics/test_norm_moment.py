@@ -41,10 +41,10 @@ def test_what_is_begun_in_an_inference_pass_can_be_added_to_after_it() -> None:
 
 def test_says_what_is_wrong() -> None:
     squares = NormSquares(3)
-    with pytest.raises(ValueError, match="at least one row, found none"):
+    with pytest.raises(ValueError, match=r"at least one row of its input \(token\), found none"):
         squares.moment()
     squares.update(torch.empty(0, 3), seen=4)
-    with pytest.raises(ValueError, match="at least one row, found none"):
+    with pytest.raises(ValueError, match=r"at least one row of its input \(token\), found none"):
         squares.moment()
     for wrong in (torch.ones(2, 4), torch.ones(3), torch.ones(2, 3, 1)):
         with pytest.raises(ValueError, match="norm squares of width 3 cannot take rows of shape"):

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -18,6 +20,13 @@ def test_what_always_the_same_answer_scores():
     assert constant_scores(two, torch.tensor([0] * 7 + [1] * 3)) == pytest.approx({"f1": 6 / 13, "accuracy": 0.7})
     number = make_constant_task(["pearson", "spearman"], kind="regression")
     assert constant_scores(number, torch.tensor([0.1, 0.7, 3.0])) == {"pearson": 0, "spearman": 0}
+
+
+def test_where_nothing_is_scored_there_is_no_score():
+    task = make_constant_task(["accuracy", "macro_f1", "matthews"], classes=["a", "b", "c"])
+    found = constant_scores(task, torch.tensor([], dtype=torch.long))
+    assert list(found) == ["accuracy", "macro_f1", "matthews"]
+    assert all(math.isnan(value) for value in found.values())
 
 
 def make_constant_task(metrics, **head):

@@ -12,6 +12,7 @@ from pave_lightning.errors import PaveError, counted
 from pave_lightning.evaluation.heads import least_rows
 from pave_lightning.pipeline.results import Results
 from pave_lightning.pipeline.stages.evaluate import ScoredModel, scored_models
+from pave_lightning.pipeline.stages.fit import encoded_rows
 from pave_lightning.recipe.schema import Recipe
 from pave_lightning.tasks.data import load_split, sample_rows
 from pave_lightning.tasks.task import Task
@@ -32,17 +33,19 @@ def head_problems(recipe: Recipe, cache: Path) -> Iterator[str]:
         cache: folder of copies of rows.
     """
     asked = recipe.fitted_heads
-    loaded: dict[str, tuple[pa.Table, set[str]]] = {}
+    loaded: dict[str, tuple[pa.Table, set[str], pa.Table]] = {}
     for task in recipe.tasks if asked else ():
         with suppress(PaveError):  # told with what is wrong with the data
             training, test = (load_split(task, split, seed=recipe.seed, cache_dir=cache) for split in ("train", "test"))
-            loaded[task.name] = training, set(_shown(task, test))
+            encoded = encoded_rows(recipe, task, cache).table("train")
+            loaded[task.name] = training, set(_shown(task, test)), encoded
     for heads in asked:
         for task in recipe.tasks:
             if task.name not in loaded:
                 continue
-            least, (training, tested) = least_rows(task), loaded[task.name]
-            fitted = training.take(sample_rows(len(training), heads.rows, recipe.seed))
+            least, (training, tested, encoded) = least_rows(task), loaded[task.name]
+            places = sample_rows(len(training), heads.rows, recipe.seed)
+            fitted = training.take(places)
             if also := sum(row in tested for row in _shown(task, fitted)):
                 log.warning(
                     "task '%s': %s of the %s that its head is fitted to (%s) are in the test split as well; "
@@ -52,8 +55,8 @@ def head_problems(recipe: Recipe, cache: Path) -> Iterator[str]:
                     counted(len(fitted), "row"),
                     heads.label,
                 )
-            # Once a row, or once a word.
-            if (answered := len(task.answers(fitted))) < least:
+            # Once a row, or once a word that is left.
+            if (answered := len(task.scored_labels(encoded.take(places)))) < least:
                 few = f"heads.rows is {heads.rows}" if heads.rows < len(training) else f"there are {len(training)}"
                 yield (
                     f"task '{task.name}': fitting its head ({heads.label}) takes at least {least} labels in training "

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+
+import numpy as np
 
 from pave_lightning.errors import PaveError
 from pave_lightning.pipeline.run_folder import RunFolder
-from pave_lightning.pipeline.stages import existing_folder
+from pave_lightning.pipeline.stages.fit import encoded_rows
 from pave_lightning.recipe.schema import Recipe
-from pave_lightning.tasks.data import SPLITS
+from pave_lightning.tasks.data import SPLITS, load_split, split_title
 from pave_lightning.tasks.encoded import EncodedRows
-from pave_lightning.tasks.task import Task
 from pave_lightning.weights import locate_model
 
 log = logging.getLogger("pave_lightning")
@@ -29,19 +28,29 @@ def tokenised_problems(recipe: Recipe, folder: RunFolder) -> Iterator[str]:
     Raises:
         PaveError: There is no base.
     """
-    base = locate_model(recipe.base, role="base")
-    loaded: dict[tuple[type[Task], Path], Any] = {}  # most tasks have the base's
+    locate_model(recipe.base, role="base")
     for task in recipe.tasks:
         try:
-            place = base if task.expert is None else existing_folder(task)
-            key = (type(task), place)
-            processor = loaded[key] if key in loaded else loaded.setdefault(key, task.load_processor(place, base))
+            rows = encoded_rows(recipe, task, folder.data)
         except PaveError:  # told with what is wrong with tokenizers
             continue
-        rows = EncodedRows(task, processor, seed=recipe.seed, cache_dir=folder.data)
         for split in SPLITS:
             try:
                 for remark in rows.remarks(split):
                     log.warning("%s", remark)
+                if split == "test":
+                    yield from _alike(rows)
             except PaveError as error:
                 yield from str(error).split("\n")
+
+
+def _alike(rows: EncodedRows) -> Iterator[str]:
+    """Why no score can be made of test rows, where that comes of what is cut off; else it is told with the data."""
+    task, labels = rows.task, rows.labels("test")
+    given = task.answers(load_split(task, "test", seed=rows.seed, cache_dir=rows.cache_dir))
+    if len(np.unique(labels)) < 2 <= len(np.unique(given)):
+        yield (
+            f"{split_title(task, 'test')}: of {len(given):,} labels {len(labels):,} are left once texts are cut "
+            f"(training.max_length is {task.training.max_length}), all the same, so no metric can tell a good model "
+            "from a bad one; raise it, or use more rows or another split"
+        )

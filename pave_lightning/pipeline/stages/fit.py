@@ -17,9 +17,11 @@ from pave_lightning.pipeline.context import Context, shared
 from pave_lightning.pipeline.results import Results, short_digest
 from pave_lightning.pipeline.run_folder import Manifest
 from pave_lightning.pipeline.stage import Stage
+from pave_lightning.recipe.schema import Recipe
 from pave_lightning.system.processes import is_rank_zero
 from pave_lightning.tasks.constants import constant_answer
 from pave_lightning.tasks.data import SPLITS, load_split, split_fingerprint
+from pave_lightning.tasks.encoded import EncodedRows
 from pave_lightning.tasks.task import Task
 from pave_lightning.weights import Checkpoint, ExpertTaskVectors, TaskVectors, locate_model, model_digest
 from pave_lightning.weights.adapters import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS
@@ -74,7 +76,7 @@ class FitStage(Stage):
     def about(self) -> str:
         """How long it is trained, and what always the same answer scores on the validation split."""
         recipe, task, rows = self.results.recipe, self.task, self.results.folder.data
-        constant = constant_answer(task, "validation", seed=recipe.seed, cache_dir=rows)[task.primary_metric]
+        constant = constant_answer(encoded_rows(recipe, task, rows), "validation")[task.primary_metric]
         told = f"; always the same answer: {task.primary_metric} {constant:.3f}"
         if task.expert is not None:
             return f"from {task.expert.from_}{told}"
@@ -208,6 +210,22 @@ def training_inputs(task: Task) -> dict[str, Any]:
         "training": task.training.model_dump(),
         "trainer": {key: value for key, value in task.trainer.items() if key not in HARMLESS_OPTIONS},
     }
+
+
+def encoded_rows(recipe: Recipe, task: Task, cache: Path) -> EncodedRows:
+    """The rows of a task as its expert is given them, before there is one.
+
+    Args:
+        recipe: names the base, whose tokenizer experts have that are still to be trained.
+        task: the task.
+        cache: where copies of the rows are.
+
+    Raises:
+        PaveError: there is no base or no such expert, or the tokenizer cannot be used.
+    """
+    base = locate_model(recipe.base, role="base")
+    processor = task.load_processor(base if task.expert is None else existing_folder(task), base)
+    return EncodedRows(task, processor, seed=recipe.seed, cache_dir=cache)
 
 
 def training_rows(task: Task, seed: int, cache: Path) -> tuple[int, int]:

@@ -24,6 +24,7 @@ from pave_lightning.tasks.kinds.tokens import (
     token_types,
     tokenise,
     tokenizer_fingerprint,
+    tokenizer_name,
 )
 from pave_lightning.tasks.options import MetricName
 from pave_lightning.tasks.task import Batch, Task, task_kind
@@ -182,6 +183,15 @@ class TokenClassification(Task):
         lengths = [len(row) for row in first]
         return {**dict(tokens), FIRST: first, "labels": labels, "length": lengths}
 
+    def scored_labels(self, encoded: pa.Table) -> npt.NDArray[np.int64]:
+        """The class indices of all words that are left."""
+        import numpy as np
+        import pyarrow.compute as pc
+
+        labels = np.asarray(pc.list_flatten(encoded.column("labels")), dtype=np.int64)
+        scored: npt.NDArray[np.int64] = labels[labels != UNLABELLED]
+        return scored
+
     @property
     def stored_types(self) -> dict[str, pa.DataType]:
         """Small numbers, of tokens."""
@@ -190,8 +200,15 @@ class TokenClassification(Task):
     def findings(
         self, encoded: pa.Table, processor: PreTrainedTokenizerBase, places: npt.NDArray[np.int64]
     ) -> tuple[list[str], list[str]]:
-        """Rows of which the tokenizer leaves nothing, or nothing that it knows."""
-        return token_findings(encoded, processor, places)
+        """Rows of which the tokenizer leaves nothing, or nothing that it knows; or no word at all."""
+        problems, remarks = token_findings(encoded, processor, places)
+        if not problems and not len(self.scored_labels(encoded)):
+            problems = [
+                f"the tokenizer {tokenizer_name(processor)} leaves no word of any row within training.max_length "
+                f"{self.training.max_length}, so there is nothing to learn from and to score; correct the words, or "
+                "raise it"
+            ]
+        return problems, remarks
 
     def collate(
         self, processor: PreTrainedTokenizerBase, padding: int | None = None

@@ -27,7 +27,11 @@ from pave_lightning.evaluation import Evaluator, ExpertsCandidate, SuiteData
 from pave_lightning.experts.gradients import fisher_diagonal
 from pave_lightning.experts.task_expert import TaskExpert
 from pave_lightning.experts.trainers import build_trainer
+from pave_lightning.pipeline.planning import check_recipe
+from pave_lightning.pipeline.run_folder import RunFolder
+from pave_lightning.tasks.constants import constant_answer
 from pave_lightning.tasks.data import check_task, load_split
+from pave_lightning.tasks.metrics import scores
 from pave_lightning.weights import Checkpoint
 
 CLASSES = ["low", "middle", "high"]
@@ -202,6 +206,52 @@ def test_what_is_cut_off_is_not_scored(make_task, tmp_path, tiny_tokenizer):
     batch = next(iter(module_of(task, tiny_tokenizer, tmp_path).val_dataloader()))
     assert batch["input_ids"].shape == (1, 12)
     assert len(task.targets(batch)) == 10
+
+
+def test_a_constant_answer_counts_the_words_that_are_scored(make_task, tmp_path, tiny_tokenizer):
+    """Of the words that are cut off most are of another class than of those that are left."""
+    rows = [{"words": ["w1"] * 3 + ["w90"] * 9, "labels": ["low"] * 3 + ["high"] * 9}]
+    rows += [{"words": ["w90"], "labels": ["high"]}]
+    task = make_task(rows, training={"max_length": 5})
+    module = module_of(task, tiny_tokenizer, tmp_path)
+    targets = torch.cat([task.targets(batch) for batch in module.test_dataloader()])
+    assert module.labels("test").tolist() == [0, 0, 0, 2]
+    assert sorted(module.labels("test").tolist()) == sorted(targets.tolist())
+    best = {}
+    for answer in range(3):
+        metrics = task.build_metrics()
+        metrics.update(torch.full_like(targets, answer), targets)
+        best = {name: max(value, best.get(name, 0)) for name, value in scores(metrics).items()}
+    assert constant_answer(module.encoded, "test") == pytest.approx(best)
+    assert best["accuracy"] == 0.75
+
+
+def test_rows_of_which_no_word_is_left_are_refused(make_task, tmp_path, tiny_tokenizer):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("w1", "")
+    task = make_task([{"words": ["w1", "w1"], "labels": ["low", "high"]}] * 2)
+    module = module_of(task, tokenizer, tmp_path)
+    with pytest.raises(
+        PaveError, match=r"task 'tags', test split .*leaves no word of any row within training\.max_length"
+    ):
+        module.labels("test")
+    assert len(module_of(task, tiny_tokenizer, tmp_path).labels("test")) == 4
+
+
+def test_a_plan_tells_labels_that_are_the_same_once_texts_are_cut(make_task, recipe_settings, tmp_path):
+    def told(length):
+        row = {"words": ["w1"] * 6 + ["w90"], "labels": ["low"] * 6 + ["high"]}
+        task = make_task([row, row], training={"max_length": length}).model_dump(by_alias=True)
+        recipe = Recipe.model_validate({**recipe_settings, "tasks": [task], "merge": []})
+        try:
+            check_recipe(recipe, RunFolder(tmp_path / "run"))
+        except PaveError as error:
+            return str(error)
+        return ""
+
+    assert told(9) == ""
+    assert "task 'tags', test split (" in told(8)
+    assert "of 14 labels 12 are left once texts are cut (training.max_length is 8), all the same" in told(8)
 
 
 def model_of(**options):
