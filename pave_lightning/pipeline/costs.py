@@ -339,7 +339,7 @@ def _known_seconds(shape: Shape, kind: MomentKind | None, options: Purify, worke
 def _machine() -> list[Hashable]:
     """What tells machines apart, and what of this one may be used."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return [*platform.uname(), usable, torch.get_num_threads()]
+    return [platform.node(), platform.machine(), usable, torch.get_num_threads()]
 
 
 def solve_seconds(shape: Shape, kind: MomentKind | None, options: Purify, workers: int) -> float:

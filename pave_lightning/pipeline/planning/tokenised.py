@@ -9,7 +9,7 @@ import numpy as np
 
 from pave_lightning.errors import PaveError
 from pave_lightning.pipeline.run_folder import RunFolder
-from pave_lightning.pipeline.stages.fit import encoded_rows
+from pave_lightning.pipeline.stages.fit import processor_of
 from pave_lightning.recipe.schema import Recipe
 from pave_lightning.tasks.data import SPLITS, load_split, split_title
 from pave_lightning.tasks.encoded import EncodedRows
@@ -31,8 +31,13 @@ def tokenised_problems(recipe: Recipe, folder: RunFolder) -> Iterator[str]:
     locate_model(recipe.base, role="base")
     for task in recipe.tasks:
         try:
-            rows = encoded_rows(recipe, task, folder.data)
+            processor = processor_of(recipe, task)
         except PaveError:  # told with what is wrong with tokenizers
+            continue
+        try:
+            rows = EncodedRows(task, processor, seed=recipe.seed, cache_dir=folder.data)
+        except PaveError as error:
+            yield str(error)
             continue
         for split in SPLITS:
             try:

@@ -223,9 +223,21 @@ def encoded_rows(recipe: Recipe, task: Task, cache: Path) -> EncodedRows:
     Raises:
         PaveError: there is no base or no such expert, or the tokenizer cannot be used.
     """
+    return EncodedRows(task, processor_of(recipe, task), seed=recipe.seed, cache_dir=cache)
+
+
+def processor_of(recipe: Recipe, task: Task) -> Any:
+    """What the rows of a task are encoded with: the base's tokenizer, or that of the expert that is named.
+
+    Args:
+        recipe: names the base.
+        task: the task.
+
+    Raises:
+        PaveError: there is no base or no such expert, or the tokenizer cannot be read.
+    """
     base = locate_model(recipe.base, role="base")
-    processor = task.load_processor(base if task.expert is None else existing_folder(task), base)
-    return EncodedRows(task, processor, seed=recipe.seed, cache_dir=cache)
+    return task.load_processor(base if task.expert is None else existing_folder(task), base)
 
 
 def training_rows(task: Task, seed: int, cache: Path) -> tuple[int, int]:

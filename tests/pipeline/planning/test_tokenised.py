@@ -9,6 +9,7 @@ from pave_lightning import Recipe
 from pave_lightning.errors import PaveError
 from pave_lightning.pipeline.planning import check_recipe
 from pave_lightning.pipeline.run_folder import RunFolder
+from pave_lightning.tasks.kinds.texts import TextTask
 
 
 @pytest.fixture
@@ -44,3 +45,11 @@ def test_texts_that_it_hardly_knows_are_told(told, caplog, recipe_settings):
     text = next(value for value in known.values() if isinstance(value, str)).split()[0]
     assert told([f"{text} ξένος λόγος άγνωστος", "μηδέν"]) == ""
     assert "of the tokens of the texts are unknown to the tokenizer" in caplog.text
+
+
+def test_tokenizers_that_a_kind_of_task_cannot_use_are_told_for_each_task(recipe_settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(TextTask, "processor_problem", lambda self, processor: "its tokenizer is of no use")
+    with pytest.raises(PaveError) as caught:
+        check_recipe(Recipe.model_validate(recipe_settings), RunFolder(tmp_path / "run"))
+    for task in recipe_settings["tasks"]:
+        assert f"task '{task['name']}': its tokenizer is of no use" in str(caught.value)
