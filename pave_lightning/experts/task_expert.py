@@ -157,7 +157,9 @@ class TaskExpert(L.LightningModule):
         if math.isinf(found):
             raise PaveError("trainer: training would have no end; set max_epochs or max_steps")
         steps = int(found)
-        fused = self.device.type in ("cpu", "cuda")
+        # Lightning clips no gradients that a fused step unscales itself, and asks so of every mixed precision.
+        clips = bool(self.trainer.gradient_clip_val) and str(self.trainer.precision).endswith("mixed")
+        fused = self.device.type in ("cpu", "cuda") and not clips
         optimizer = AdamW([group for group, _ in groups], fused=fused)
         warm_up = sum(round(task.training.warmup_share * steps * share) for task, share in self._shares())
         rates = [self._rate(shared, warm_up, steps) for _, shared in groups]

@@ -188,6 +188,8 @@ def _check(cells: Sequence[Cell], view: SweepView, folder: RunFolder) -> None:
         if cell.recipe.evaluate.purified_experts and len(purifications(cell.recipe)) > 1:
             problems.add("evaluate.purified_experts: a sweep scores the experts of one purification, found several")
             break
+    if any("joint" in cell.recipe.controls for cell in cells):
+        problems.add("controls: a sweep trains no joint model; set controls: [base, probe, experts, each], or fewer")
     looked_at: set[str] = set()
     for cell in (cell for cell in cells if cell.seed == cells[0].seed):
         others = cell.recipe.model_dump_json(exclude={"purify", "vectors", "merge"})

@@ -170,6 +170,19 @@ def test_what_lightning_refuses_when_fitting_begins_is_a_mistake_of_the_user(bas
         fit(make_task(trainer={"limit_val_batches": 0.01}), base_folder)
 
 
+def test_gradients_are_clipped_under_a_mixed_precision(base_folder, make_task, tmp_path):
+    """What is left of the gradients here is far below AdamW's epsilon, so hardly anything moves."""
+    start = load_with_new_head(base_folder, make_task()).bert
+    moved = []
+    for options in ({"gradient_clip_val": 1e-12}, {}):
+        task = make_task(trainer={"precision": "bf16-mixed", **options}, weight_decay=0.0)
+        places = {"work_folder": tmp_path / f"work{len(moved)}", "cache_folder": tmp_path / "data"}
+        found, _ = fit_expert(task, base_folder, seed=0, **places)
+        pairs = zip(found.bert.encoder.parameters(), start.encoder.parameters(), strict=True)
+        moved.append(max(float((one - other).abs().max()) for one, other in pairs))
+    assert moved[0] < 0.1 * moved[1]
+
+
 def test_diverged_training_is_told(base_folder, make_task, fit):
     with pytest.raises(PaveError, match="NaN or infinite outputs; training has diverged by step 3: lower"):
         fit(make_task(learning_rate=1e30, head_learning_rate=1e30, warmup_share=0.0), base_folder)

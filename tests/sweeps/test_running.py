@@ -354,6 +354,11 @@ def test_a_sweep_over_an_option_of_a_transform(ready_settings, tmp_path):
     assert (root / "figure.png").is_file()
 
 
+def test_a_sweep_trains_no_joint_model(ready_settings, tmp_path, nothing_runs):
+    with pytest.raises(PaveError, match=r"controls: a sweep trains no joint model; set controls: \[base, probe,"):
+        run_sweep(written(tmp_path, {**ready_settings, "controls": True}, seeds=[0]))
+
+
 def test_a_sweep_with_fitted_heads_has_a_row_for_each_kind(ready_settings, tmp_path, calls):
     """The base and the experts under fitted heads are there, and the averages are those of a run."""
     scale = {"search": [-1.0, 4.0], "points": 2, "examples": 12}
