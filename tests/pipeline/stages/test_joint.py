@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from mlflow import MlflowClient
 from safetensors.torch import load_file
 
 from pave_lightning import Recipe, load_merged, plan_recipe, run_recipe
@@ -113,6 +112,8 @@ def test_a_run_of_three_kinds(recipe_settings, tag_files):
             poolers.append(model.bert.pooler.dense.weight)
     first, second = poolers
     assert not torch.equal(first, second)
+
+    from mlflow import MlflowClient
 
     client = MlflowClient(recipe.tracking.uri)
     experiment = client.get_experiment_by_name(recipe.tracking.experiment).experiment_id
