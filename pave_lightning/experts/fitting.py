@@ -107,8 +107,7 @@ def fit_expert(
         return Prepared(expert, data, training_settings(task), task.training.early_stopping)
 
     expert, score = trained(prepare, work_folder, logger=logger)
-    rows = EncodedRows(task, task.load_processor(base, base), seed=seed, cache_dir=cache_folder)
-    constant = constant_answer(rows, "validation")
+    constant = validation_constants(task, base, seed, cache_folder)
     weak = weak_experts({task.name: score}, {task.name: constant[task.primary_metric]})
     if weak and is_rank_zero():  # or else every process says it
         log.warning("%s; try other learning rates or more rows", weak)
@@ -212,6 +211,12 @@ def task_data(task: Task, base: Path, model: nn.Module, seed: int, cache_folder:
         batch_size=task.training.batch_size,
         padding=padding_id(model.config, tokenizer),
     )
+
+
+def validation_constants(task: Task, base: Path, seed: int, cache_folder: Path) -> dict[str, float]:
+    """What always the same answer scores on the validation split of a task, as the base's tokenizer reads it."""
+    rows = EncodedRows(task, task.load_processor(base, base), seed=seed, cache_dir=cache_folder)
+    return constant_answer(rows, "validation")
 
 
 def _take_the_best(

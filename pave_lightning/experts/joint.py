@@ -11,12 +11,10 @@ from lightning.pytorch.loggers import Logger
 from peft import PeftModel
 from torch import nn
 
-from pave_lightning.experts.fitting import Prepared, task_data, trained
+from pave_lightning.experts.fitting import Prepared, task_data, trained, validation_constants
 from pave_lightning.experts.joint_schedule import common_freeze, joint_settings
 from pave_lightning.experts.loading import add_adapters, load_with_new_head
 from pave_lightning.experts.task_expert import TaskExpert, freeze
-from pave_lightning.tasks.constants import constant_answer
-from pave_lightning.tasks.encoded import EncodedRows
 from pave_lightning.tasks.joint_data import JointDataModule
 from pave_lightning.tasks.task import Task, auto_models
 from pave_lightning.tasks.turns import Turns
@@ -66,8 +64,7 @@ def fit_joint(
     expert, score = trained(prepare, work_folder, logger=logger)
     metrics = {expert.monitor: score}
     for task in tasks:
-        rows = EncodedRows(task, task.load_processor(base, base), seed=turns.seed, cache_dir=cache_folder)
-        constant = constant_answer(rows, "validation")
+        constant = validation_constants(task, base, turns.seed, cache_folder)
         metrics |= {f"validation/{task.name}/{name}/constant": value for name, value in constant.items()}
     return _without_adapters(expert.models, _Shared.of(tasks, base)), metrics
 

@@ -19,7 +19,7 @@ from pave_lightning.merging.running import merge_per_task, merge_static, within
 from pave_lightning.merging.sequential import SequentialMethod
 from pave_lightning.statistics.gradients import EXPERT_DIGEST, TaskGradients
 from pave_lightning.subspace.linear_fit import LinearFit
-from pave_lightning.system.files import read_json, replacing, write_tensors
+from pave_lightning.system.files import read_json, write_tensors
 from pave_lightning.weights import (
     Architecture,
     Checkpoint,
@@ -290,11 +290,10 @@ def write_fitted_heads(
     for task, (layer, fit) in fits.items():
         file, kept = (folder / "heads" / task / name for name in (HEAD_FILE, EXPERT_HEAD_FILE))
         file.rename(kept)
-        head = {name: Checkpoint.read(tensor) for name, tensor in stored_tensors(kept, "merge again").items()}
+        head = _kept(kept)
         write_tensors(file, head | _stored_layer(head, architecture, layer, fit))
     noted = {**facts, "layers": {task: layer for task, (layer, _) in fits.items()}}
-    with replacing(folder / FACTS_FILE) as unfinished:
-        unfinished.write_text(json.dumps({**merged_facts(folder), "heads": noted}, indent=2))
+    write_facts(folder, {**merged_facts(folder), "heads": noted})
 
 
 def _stored_layer(

@@ -132,7 +132,7 @@ class Chooser:
         Raises:
             NoFiniteScoreError: nothing that was tried gives finite scores.
         """
-        key = f"{self._what_counts(step, vectors)} {heads.label}"
+        key = self._what_counts(step, vectors, heads)
         under = f", heads {heads.label}" if heads.fitted else ""
         with naming(f"merge {step.name} ({vectors}{under})"):
             if key in self._chosen:
@@ -216,10 +216,8 @@ class Chooser:
         scale = step.scale if step.scale is not None else default
         known = self._known_merge(step, vectors, options)
         if known is None and not (scored or complete or isinstance(scale, ScaleSearch)):
-            method = make_method(step.method, options)
-            source = self._source(step, vectors)
-            evidence = self._evidence(method, step, vectors)
-            return MergeChoice(method, source, evidence, scale, None, math.nan, {"scale": scale, **ratio})
+            given = self._given(step, vectors, options)
+            return MergeChoice(*given, scale, None, math.nan, {"scale": scale, **ratio})
         made = known or self._merge(step, vectors, options)
         average, facts, candidate = math.nan, {"scale": scale, **ratio}, None
         if isinstance(scale, ScaleSearch):
@@ -237,15 +235,21 @@ class Chooser:
     def _merge(self, step: MergeStep, vectors: str, options: dict[str, Any]) -> _Merge:
         """Run the method; the result is kept where the step is asked for under several kinds of heads."""
         self._last_merge = None
-        method = make_method(step.method, options)
-        source = self._source(step, vectors)
-        evidence = self._evidence(method, step, vectors)
+        given = self._given(step, vectors, options)
         with measured() as cost:
-            merged = merge(method, source, evidence)
-        made = _Merge(method, source, evidence, merged, cost)
+            merged = merge(*given)
+        made = _Merge(*given, merged, cost)
         if len(self._recipe.heads_of(step)) > 1:
             self._last_merge = self._unscaled(step, vectors, options), made
         return made
+
+    def _given(
+        self, step: MergeStep, vectors: str, options: dict[str, Any]
+    ) -> tuple[MergeMethod, TaskVectors, Evidence]:
+        """The method, the task vectors that it is run on, and what else it knows."""
+        method = make_method(step.method, options)
+        source = self._source(step, vectors)
+        return method, source, self._evidence(method, step, vectors)
 
     def _known_merge(self, step: MergeStep, vectors: str, options: dict[str, Any]) -> _Merge | None:
         """The merge result that is kept, if it is this one."""
@@ -266,21 +270,21 @@ class Chooser:
             vectors: name of the stack that makes its task vectors.
         """
         anchor = self._recipe.step(str(step.anchor)).model_copy(update={"purify": step.purify})
-        key = self._what_counts(anchor, vectors)
+        key = self._what_counts(anchor, vectors, EXPERT_HEADS)
         if self._last_anchor[0] != key:
             self._last_anchor = ("", {})
             log.info("  anchor: %s ...", anchor.name)
-            known = f"{key} {EXPERT_HEADS.label}" in self._chosen
-            found = None if known else self._merged_before(anchor, vectors)
+            found = None if key in self._chosen else self._merged_before(anchor, vectors)
             choice = self.choose(anchor if found is None else _as_merged(anchor, found), vectors)
             scale = 1.0 if choice.scale is None else choice.scale
             self._last_anchor = (key, {name: scale * vector for name, vector in choice.result().vectors.items()})
         return self._last_anchor[1]
 
-    def _what_counts(self, step: MergeStep, vectors: str) -> str:
-        """What the result of a step depends on, of all that the recipe says about it."""
+    def _what_counts(self, step: MergeStep, vectors: str, heads: Heads) -> str:
+        """What is chosen for a step depends on this, of all that the recipe says about it."""
         stack = stack_of(self._recipe, vectors, step)
-        return f"{stack.described()} {step.model_dump_json(include={'method', 'scale', 'options', 'anchor', 'tune'})}"
+        said = step.model_dump_json(include={"method", "scale", "options", "anchor", "tune"})
+        return f"{stack.described()} {said} {heads.label}"
 
 
 def _as_merged(step: MergeStep, facts: Mapping[str, Any]) -> MergeStep:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
@@ -167,6 +167,13 @@ class Recipe(Section):
     def heads_of(self, step: MergeStep) -> list[Heads]:
         """The heads under which a merge step's models are scored."""
         return self.heads if step.heads is None else step.heads
+
+    def merged_models(self) -> Iterator[tuple[MergeStep, str, Heads]]:
+        """Every merged model that is asked for: its step, the name of its stack, and its heads."""
+        for step in self.merge:
+            for vectors in step.vectors:
+                for heads in self.heads_of(step):
+                    yield step, vectors, heads
 
     @property
     def kinds_of_heads(self) -> list[Heads]:

@@ -35,7 +35,7 @@ def ranking_by_heads(summary: pd.DataFrame, heads: list[str]) -> list[str]:
 
 
 def _is_control(model: str, form: str) -> bool:
-    return form in ("base", "expert") or model in ("experts", "joint") or model.startswith("expert of ")
+    return form in ("base", "expert") or model == "experts" or model.startswith("expert of ")
 
 
 def _best_first(rows: pd.DataFrame) -> list[tuple[tuple[str, str], pd.DataFrame]]:

@@ -27,7 +27,7 @@ from pave_lightning.pipeline.results import Results, short_digest
 from pave_lightning.pipeline.run_folder import RunFolder
 from pave_lightning.pipeline.runner import Runner
 from pave_lightning.pipeline.stage import Stage
-from pave_lightning.pipeline.stages import CaptureStage, EvaluateStage, FitStage, stages_of
+from pave_lightning.pipeline.stages import CaptureStage, EvaluateStage, FitStage, MergeStage, stages_of
 from pave_lightning.pipeline.stages.evaluate import ScoredMerge, ScoredPurifiedExperts, controls, untouched_models
 from pave_lightning.pipeline.stages.heads import fit_heads, head_inputs
 from pave_lightning.pipeline.stages.merge import chooser
@@ -239,22 +239,25 @@ class TriedMerge(ScoredMerge):
 
     may_fail = True
 
+    @property
+    def weights(self) -> MergeStage:
+        """The merge that gives its weights, of which nothing is written."""
+        (weights,) = self.merge.weights_from or [self.merge]
+        return weights
+
     def needs(self) -> Sequence[Stage]:
         """What the merge needs."""
-        (weights,) = self.merge.weights_from or [self.merge]
-        return weights.needs()
+        return self.weights.needs()
 
     def depends_on(self) -> dict[str, Any]:
         """What the merged model depends on."""
-        (weights,) = self.merge.weights_from or [self.merge]
         fitted = {"fitted": head_inputs(self.results, self.merge.heads)} if self.merge.weights_from else {}
-        return {"merge": weights.inputs(), **fitted}
+        return {"merge": self.weights.inputs(), **fitted}
 
     def candidate(self, context: Context) -> tuple[Candidate, dict[str, Any]]:
         """The merge result, and what was chosen and what it took."""
-        heads, merge = self.merge.heads, self.merge
-        under = EXPERT_HEADS if merge.weights_from else heads
-        chosen = chooser(context).choose(merge.step, merge.vectors, under, complete=True)
+        heads, merge = self.merge.heads, self.weights
+        chosen = chooser(context).choose(merge.step, merge.vectors, merge.heads, complete=True)
         known = {**chosen.facts, **vars(chosen.cost)}
         candidate: Candidate = chosen.fitted or chosen.candidate()
         if heads.fitted and chosen.fitted is None:
@@ -268,13 +271,7 @@ class CellScores(EvaluateStage):
     @classmethod
     def all(cls, results: Results) -> Sequence[CellScores]:
         """Those of every model of a cell, in the order of work."""
-        recipe = results.recipe
-        merged = (
-            TriedMerge(results, step, vectors, heads)
-            for step in recipe.merge
-            for vectors in step.vectors
-            for heads in recipe.heads_of(step)
-        )
+        merged = (TriedMerge(results, *asked) for asked in results.recipe.merged_models())
         return [cls(results, model) for model in (*untouched_models(results), *controls(results), *merged)]
 
     @property

@@ -235,12 +235,13 @@ class ScoredFitted(ScoredModel):
         heads: how they are fitted.
     """
 
+    is_control = True
+
     def __init__(self, results: Results, model: ScoredModel, heads: Heads) -> None:
         super().__init__(results)
         self.inner, self.stage = model, HeadsStage(results, model, heads)
         self.label = f"{model.label}-heads-{heads.label}"
         self.model, self.vectors, self.heads = model.model, model.vectors, heads.label
-        self.is_control = not isinstance(model, ScoredMerge)
         self.words = f"{model.words} with heads fitted to {heads.fit}"
 
     @property
@@ -339,9 +340,7 @@ def scored_models(results: Results) -> Iterator[ScoredModel]:
     """Every model that a run scores, in the order of its tables."""
     yield from untouched_models(results)
     yield from controls(results)
-    for step in results.recipe.merge:
-        for vectors in step.vectors:
-            yield from (ScoredMerge(results, step, vectors, heads) for heads in results.recipe.heads_of(step))
+    yield from (ScoredMerge(results, *asked) for asked in results.recipe.merged_models())
 
 
 def controls(results: Results) -> Iterator[ScoredModel]:

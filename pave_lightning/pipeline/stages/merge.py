@@ -66,12 +66,10 @@ class MergeStage(Stage):
     def all(cls, results: Results) -> list[MergeStage]:
         """Every merged model that the recipe asks for, each after the one whose weights it has."""
         found: dict[tuple[str, str, str], MergeStage] = {}
-        for step in results.recipe.merge:
-            for vectors in step.vectors:
-                for heads in results.recipe.heads_of(step):
-                    stage = cls(results, step, vectors, heads)
-                    for one in (*stage.weights_from, stage):
-                        found.setdefault((step.name, vectors, one.heads.label), one)
+        for step, vectors, heads in results.recipe.merged_models():
+            stage = cls(results, step, vectors, heads)
+            for one in (*stage.weights_from, stage):
+                found.setdefault((step.name, vectors, one.heads.label), one)
         return list(found.values())
 
     @property
