@@ -32,6 +32,7 @@ from pave_lightning.weights import (
 from pave_lightning.weights.architecture import backbone_of, empty_model, read_config
 from pave_lightning.weights.checkpoint import model_digest, stored_tensors
 from pave_lightning.weights.configuration import merged_configuration
+from pave_lightning.weights.locate import has_tokenizer
 from pave_lightning.weights.memory import freed_memory_returned
 from pave_lightning.weights.task_vectors import absent_children, own_token_rows
 
@@ -227,7 +228,8 @@ def write_surroundings(folder: Path, context: MergeContext) -> None:
     config.architectures = [type(backbone_of(empty_model(first))).__name__]
     config.dtype = "float32"
     config.save_pretrained(folder)
-    tokenizer = load_tokenizer(base) if context.architecture.token_embeddings else None
+    # Whoever merges weights alone needs no tokenizer.
+    tokenizer = load_tokenizer(base) if context.architecture.token_embeddings and has_tokenizer(base) else None
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     for task, expert in context.experts.items():
