@@ -82,6 +82,11 @@ class Matrix:
     of_layer: Outputs | None = None
 
     @property
+    def is_whole(self) -> bool:
+        """Whether it is all of the parameter."""
+        return self.expert is None and self.outputs is None
+
+    @property
     def rows(self) -> slice | None:
         """The rows of the parameter's first axis that hold it; None for all."""
         return None if self.expert is None else slice(self.expert, self.expert + 1)
