@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from pave_lightning.layers import CONVOLUTIONS, matrix_weight
+from pave_lightning.layers import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, matrix_weight
 
 
 class ParameterKind(StrEnum):
@@ -37,8 +37,8 @@ class Parameter:
         kind: what it does in its layer.
         shape: its shape.
         input_axis: the axis of a matrix weight that meets the layer's input: 1 for ``nn.Linear`` (d_out x d_in), fused
-            projections and convolutions that are matrix products, 0 for the transposed ``Conv1D`` of GPT-2; None for
-            everything that multiplies with no matrix.
+            projections and convolutions without groups, 0 for the transposed ``Conv1D`` of GPT-2; None for everything
+            that multiplies with no matrix.
         module: name of the module that owns it, where checkpoints store the parameter under another name; else None.
         rows: which rows of its first axis are meant, where a block of them is merged apart from the others; None for
             all. Name, shape and number of elements are those of the whole parameter, and so are equality and hash.
@@ -112,7 +112,7 @@ def kind_of(module: nn.Module, attribute: str) -> tuple[ParameterKind, int | Non
     found: tuple[ParameterKind, int | None] = ParameterKind.OTHER, None
     if attribute in ("bias", "in_proj_bias"):
         found = (ParameterKind.NORM_SHIFT if is_norm else ParameterKind.BIAS), None
-    elif attribute == "weight" and isinstance(module, CONVOLUTIONS):
+    elif attribute == "weight" and isinstance(module, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS):
         found = ParameterKind.CONVOLUTION, axis
     elif attribute == name:
         found = ParameterKind.LINEAR, axis
