@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import TypeAlias
 
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 ConvolutionLayer: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
+# What modules call the number of their experts.
+_EXPERTS = re.compile(r"(^|_)experts$")
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -76,6 +79,27 @@ def matrix_weight(module: nn.Module) -> tuple[str, int] | None:
     if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
         return "in_proj_weight", 1
     return None
+
+
+def stacked_axis(module: nn.Module, attribute: str) -> int | None:
+    """The axis of a mixture's experts, three-dimensional weights, that meets the input; None for other parameters.
+
+    The first axis counts the experts, as the module itself does. Which of the others meets the input says the module
+    (``is_transposed``, of transformers), or else the shapes: what the first of two such weights gives, or half of it
+    where it is gated, the second takes.
+    """
+    own = dict(module.named_parameters(recurse=False))
+    counts = {value for name, value in vars(module).items() if _EXPERTS.search(name) and isinstance(value, int)}
+    stacks = {name: tuple(tensor.shape) for name, tensor in own.items() if tensor.ndim == 3 and len(tensor) in counts}
+    if attribute not in stacks:
+        return None
+    transposed = getattr(module, "is_transposed", None)
+    if not isinstance(transposed, bool):
+        first, last = stacks[next(iter(stacks))], stacks[list(stacks)[-1]]
+        plain = first[2] == last[1] and first[1] in (last[2], 2 * last[2])
+        swapped = first[1] == last[2] and first[2] in (last[1], 2 * last[1])
+        transposed = len(stacks) > 1 and swapped and not plain
+    return 1 if transposed else 2
 
 
 def _is_transposed(module: nn.Module) -> bool:

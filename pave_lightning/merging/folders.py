@@ -234,7 +234,7 @@ def write_surroundings(folder: Path, context: MergeContext) -> None:
         tokenizer.save_pretrained(folder)
     for task, expert in context.experts.items():
         private = absent_children(context.base, expert)
-        prefix = f"{context.architecture.prefix}."
+        prefix = context.architecture.start
         head = expert.head_tensors()
         head |= {prefix + name: expert.tensor(name) for name in expert if name.partition(".")[0] in private}
         target = folder / "heads" / task
@@ -345,12 +345,12 @@ def load_merged(folder: str | Path, task: str, base: str | None = None, *, exper
     if task not in tasks:
         raise PaveError(f"{folder} has no head for task '{task}': {nearest(task, tasks)}")
     model = empty_model(kept / task, device="cpu").float()
-    prefix = str(model.base_model_prefix)
-    checkpoint = Checkpoint(folder, prefix)
+    architecture = Architecture.of_folder(kept / task)
+    checkpoint = Checkpoint(folder, architecture.prefix)
     state = {name: checkpoint.tensor(name).float() for name in checkpoint if checkpoint.backbone[name].is_floating}
     if per_task:
         modulator = Modulator(folder / "modulators" / f"{task}.safetensors")
-        origin = Architecture.of_folder(kept / task).checkpoint(locate_model(base or facts["base"], role="base"))
+        origin = architecture.checkpoint(locate_model(base or facts["base"], role="base"))
         for name in modulator:
             if name not in origin.backbone or name not in state:
                 raise PaveError(f"{folder}: what is kept for '{task}' names the weight {name}, which is not there")
@@ -360,14 +360,17 @@ def load_merged(folder: str | Path, task: str, base: str | None = None, *, exper
             state[name] = start + modulator.apply(name, state[name] - start)
     as_expert = expert_head and (kept / task / EXPERT_HEAD_FILE).exists()
     head = _kept_head(folder, task, EXPERT_HEAD_FILE if as_expert else HEAD_FILE)
-    architecture = Architecture.of_folder(kept / task)
     own_rows = _kept(kept / task / TOKENS_FILE) if (kept / task / TOKENS_FILE).exists() else {}
     for name in architecture.token_embeddings:
         if name in state:  # the merged rows, and what the task has beyond them; fewer where its expert had fewer
             rows = torch.cat([state[name], own_rows[name].float()]) if name in own_rows else state[name]
             state[name] = rows[: architecture.vocabulary]
-    names = architecture.stored_names
-    whole = {f"{prefix}.{names.get(name, name)}": tensor for name, tensor in state.items()}
+    names, start = architecture.stored_names, "" if backbone_of(model) is model else architecture.start
+    placed = {name: place for name, place in architecture.places.items() if name.removeprefix(start) in state}
+    parameters = {name: parameter.data for name, parameter in model.named_parameters()}
+    for name, place in placed.items():
+        place.copy_into(parameters, state.pop(name.removeprefix(start)))
+    whole = {f"{start}{names.get(name, name)}": tensor for name, tensor in state.items()}
     whole |= {names.get(name, name): tensor for name, tensor in head.items()}
     for name, layer in model.named_modules():
         # What is fitted has an intercept, also where the expert's layer had none.
@@ -375,7 +378,8 @@ def load_merged(folder: str | Path, task: str, base: str | None = None, *, exper
             layer.bias = nn.Parameter(whole[f"{name}.bias"])
     with foreign(f"{folder} does not fit its own config.json", "merge again"):
         missing, _ = model.load_state_dict(whole, strict=False)
-    lacking = [name for name in missing if name in dict(model.named_parameters())]
+    given = {piece.parameter for place in placed.values() for piece in place.pieces}
+    lacking = [name for name in missing if name in parameters and name not in given]
     if lacking:
         raise PaveError(
             f"{folder} lacks {len(lacking)} weights, among them {lacking[0]}, or holds them under other names than the "

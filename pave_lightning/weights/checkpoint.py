@@ -68,6 +68,8 @@ class Checkpoint:
         prefix: the architecture's backbone prefix, without the dot.
         tied: other names of backbone tensors that the architecture ties to each other -> the one that they go by.
         without: direct submodules of the backbone whose tensors are passed over.
+        inner: where there is no prefix, the submodule whose name stored names may lack, all of them.
+        outer: other direct submodules, whose names stand as they are.
 
     Attributes:
         backbone: the backbone's tensors by name; of tied ones one, whatever the file calls it.
@@ -84,12 +86,20 @@ class Checkpoint:
         prefix: str,
         tied: Mapping[str, str] | None = None,
         without: Collection[str] = (),
+        *,
+        inner: str = "",
+        outer: Collection[str] = (),
     ) -> None:
         self.folder = Path(folder)
         self.tied = dict(tied or {})
         self.files = weight_files(self.folder)
         stored = {name: tensor for file in self.files for name, tensor in stored_tensors(file).items()}
         start = f"{prefix}."
+        if inner and not any(name.startswith(f"{inner}.") for name in stored):
+            stored = {
+                name if name.partition(".")[0] in outer else f"{inner}.{name}": tensor
+                for name, tensor in stored.items()
+            }
         if any(name.startswith(start) for name in stored):
             self.backbone = {
                 name.removeprefix(start): tensor for name, tensor in stored.items() if name.startswith(start)

@@ -62,26 +62,24 @@ class Coverage:
 
 
 def _not_merged(base: Checkpoint, architecture: Architecture) -> Iterator[tuple[str, str]]:
-    known = architecture.parameters.keys() | architecture.stored_names.keys()
     for name, own in base.tied.items():
         if name in base.copies:
             yield name, f"tied to {own}, with which it is merged"
     for name, stored in base.backbone.items():
         if name in architecture.buffers:
             yield name, BUFFER_REASONS[architecture.buffers[name]]
-        elif name not in known:
+        elif not architecture.knows(name):
             yield name, "stored, but the model has no such weight"
         elif not stored.is_floating:
             yield name, f"stored as {stored.dtype}"
-    stored_as = {own: name for name, own in architecture.stored_names.items()}
     for name in architecture.parameters:
-        if name not in base.backbone and stored_as.get(name) not in base.backbone:
+        if name not in base.backbone and not any(one in base.backbone for one in architecture.stored_for(name)):
             yield name, "not in the base, so that each task keeps its own"
 
 
 def _not_linear(architecture: Architecture, convolutions: bool) -> Iterator[tuple[str, str]]:
     for name, parameter in architecture.parameters.items():
-        if len(parameter.shape) < 2 or parameter.kind is ParameterKind.LINEAR:
+        if len(parameter.shape) < 2 or parameter.kind in (ParameterKind.LINEAR, ParameterKind.EXPERTS):
             continue
         if parameter.kind is ParameterKind.EMBEDDING:
             yield name, "embedding tables"
@@ -97,7 +95,7 @@ def unmergeable(checkpoint: Checkpoint, architecture: Architecture) -> Iterator[
     """Weights that are stored in a format that cannot be merged, such as 8-bit ones, a line for each format."""
     found: dict[str, list[str]] = {}
     for name, stored in checkpoint.backbone.items():
-        if not stored.is_floating and (name in architecture.parameters or name in architecture.stored_names):
+        if not stored.is_floating and architecture.knows(name):
             found.setdefault(stored.dtype, []).append(name)
     for dtype, names in found.items():
         yield (

@@ -402,6 +402,8 @@ def differences(task: str, base: Checkpoint, expert: Checkpoint, architecture: A
     for name, stored in base.backbone.items():
         # A child that the expert lacks altogether (a pooler its architecture drops) stays as it is in the base.
         matters = stored.is_floating and architecture.compares(name) and name.partition(".")[0] in of_expert
+        if architecture.inner and not architecture.knows(name) and not architecture.averages(name):
+            matters = False  # the pooler of a base whose experts are language models
         if name not in expert.backbone and matters:
             found.append(f"task '{task}': {name} {list(stored.shape)} is in the base, but not in the expert")
     return found
