@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 import sys
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+ConvolutionLayer: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
 # What modules call the number of their experts.
 _EXPERTS = re.compile(r"(^|_)experts$")
 
@@ -19,13 +22,12 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def is_matrix_convolution(module: nn.Module) -> bool:
-    """Whether a convolution is a matrix product of non-overlapping patches: patch embeddings and 1 x 1 convolutions."""
-    if not isinstance(module, CONVOLUTIONS) or module.transposed or module.groups != 1:
-        return False
-    pointwise = all(size == 1 for size in module.kernel_size)
-    unpadded = module.padding == "valid" or not any(size for size in module.padding if not isinstance(size, str))
-    dense = all(step == 1 for step in module.dilation)
-    return bool(unpadded and (pointwise or (dense and module.kernel_size == module.stride)))
+    """Whether a convolution multiplies each patch of its input with one matrix: all but grouped and transposed ones.
+
+    The matrix has one row an output channel. In a grouped convolution the rows of each group multiply channels of
+    their own; in a depthwise one a row is all there is of a group, so that there are no directions to choose from.
+    """
+    return isinstance(module, CONVOLUTIONS) and module.groups == 1
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -69,8 +71,8 @@ def is_scaled(
 def matrix_weight(module: nn.Module) -> tuple[str, int] | None:
     """Name of the weight by which a module multiplies its input as one matrix, and its axis that meets the input.
 
-    Linear layers, the fused projection of ``nn.MultiheadAttention``, and convolutions that are matrix products; None
-    for all other modules.
+    Linear layers, the fused projection of ``nn.MultiheadAttention``, and convolutions without groups, whose kernels are
+    one row an output channel; None for all other modules.
     """
     if is_linear(module) or is_matrix_convolution(module):
         return "weight", 0 if _is_transposed(module) else 1

@@ -36,8 +36,8 @@ class PaveCallback(L.Callback):
     needs nothing of it but that its forward pass goes through modules of the kinds below.
 
     Captured are `torch.nn.Linear`, transformers' `Conv1D`, the fused projection of `torch.nn.MultiheadAttention` where
-    query, key and value are the same tensor (under the name of the attention module), and on demand convolutions of
-    non-overlapping patches. Layers that hold the same weight have one moment, under the name of the first; so has a
+    query, key and value are the same tensor (under the name of the attention module), and on demand convolutions
+    without groups. Layers that hold the same weight have one moment, under the name of the first; so has a
     layer that is called several times.
 
     What is captured for each layer is its input covariance ``C = X^T X / n``, or, where that is smaller, the cross
@@ -104,8 +104,9 @@ class PaveCallback(L.Callback):
         rows: how many rows of a layer's input (tokens) are counted at most over the whole pass and all processes; None
             counts all.
         seed: what the sample of rows depends on.
-        convolutions: whether to capture convolutions whose patches do not overlap (patch embeddings, and 1 x 1
-            convolutions), as matrix products: a row is a patch, laid out as one output channel's kernel is.
+        convolutions: whether to capture convolutions without groups, as matrix products: a row is a patch of the
+            (padded) input, laid out as one output channel's kernel is. Those whose outputs are not that product, since
+            a subclass pads otherwise or changes its kernels, are listed in ``unreached``.
         keep_rows: whether a layer that has counted fewer rows than it is wide keeps the rows; otherwise it always gets
             its moment. Rows are what the expert made of single tokens: switch this off for statistics that leave the
             place where private data must stay.
@@ -198,8 +199,10 @@ class PaveCallback(L.Callback):
         backbone = self._find_backbone(pl_module)
         layers = matrix_layers(backbone, convolutions=self.convolutions)
         if not layers:
+            found = len(matrix_layers(backbone, convolutions=True))
             raise PaveError(
                 f"found no linear layers below {self.backbone or type(pl_module).__name__}: there is nothing to capture"
+                + (f"; it has {found} convolutions, which convolutions=True captures" if found else "")
             )
         if "torch._dynamo" in sys.modules:
             # Code that was compiled before the hooks were registered would pass them over in silence.

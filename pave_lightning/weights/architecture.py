@@ -291,9 +291,7 @@ class Architecture:
 
     def base_checkpoint(self, folder: Path) -> Checkpoint:
         """The weights of a base, without the parts of the backbone that not every model of the tasks has."""
-        return Checkpoint(
-            folder, self.prefix, self.tied, without=self.private, inner=self.inner, outer=self._outer
-        )
+        return Checkpoint(folder, self.prefix, self.tied, without=self.private, inner=self.inner, outer=self._outer)
 
     @property
     def _outer(self) -> frozenset[str]:

@@ -97,7 +97,8 @@ class Checkpoint:
         start = f"{prefix}."
         if inner and not any(name.startswith(f"{inner}.") for name in stored):
             stored = {
-                name if name.partition(".")[0] in outer else f"{inner}.{name}": tensor for name, tensor in stored.items()
+                name if name.partition(".")[0] in outer else f"{inner}.{name}": tensor
+                for name, tensor in stored.items()
             }
         if any(name.startswith(start) for name in stored):
             self.backbone = {

@@ -41,7 +41,7 @@ class Coverage:
         Args:
             base: the base's checkpoint.
             architecture: the experts' architecture.
-            convolutions: whether convolutions that are matrix products are captured.
+            convolutions: whether convolutions without groups are captured.
         """
         not_merged = dict(_not_merged(base, architecture))
         kept = {name: reason for name, reason in _not_linear(architecture, convolutions) if name not in not_merged}
@@ -86,7 +86,7 @@ def _not_linear(architecture: Architecture, convolutions: bool) -> Iterator[tupl
         elif parameter.kind is not ParameterKind.CONVOLUTION:
             yield name, "no linear layer multiplies with them as one matrix"
         elif not parameter.is_matrix:
-            yield name, "convolutions of overlapping or grouped patches"
+            yield name, "grouped, depthwise or transposed convolutions"
         elif not convolutions:
             yield name, "convolutions, which capture.convolutions leaves out"
 

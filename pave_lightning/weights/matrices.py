@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+
 @dataclass(frozen=True)
 class Outputs:
     """Some outputs of a matrix: blocks of its rows at equal distances.

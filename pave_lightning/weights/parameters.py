@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from pave_lightning.layers import CONVOLUTIONS, matrix_weight, stacked_axis
+from pave_lightning.layers import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, matrix_weight, stacked_axis
 from pave_lightning.weights.matrices import Matrix, Outputs, Part
 
 
@@ -42,8 +42,8 @@ class Parameter:
         kind: what it does in its layer.
         shape: its shape.
         input_axis: the axis of a matrix weight that meets the layer's input: 1 for ``nn.Linear`` (d_out x d_in), fused
-            projections and convolutions that are matrix products, 0 for the transposed ``Conv1D`` of GPT-2; 2 or 1 for
-            the matrices of experts, whose first axis counts them; None for everything that multiplies with no matrix.
+            projections and convolutions without groups, 0 for the transposed ``Conv1D`` of GPT-2; 2 or 1 for the
+            matrices of experts, whose first axis counts them; None for everything that multiplies with no matrix.
         module: name of the layer, where checkpoints store the parameter under another name; else None.
         parts: the projections that a fused weight holds beside each other; none where there is one, or where nobody
             knows.
@@ -182,7 +182,7 @@ def kind_of(module: nn.Module, attribute: str) -> tuple[ParameterKind, int | Non
         found = ParameterKind.EXPERTS, stacked
     elif attribute in ("bias", "in_proj_bias"):
         found = (ParameterKind.NORM_SHIFT if is_norm else ParameterKind.BIAS), None
-    elif attribute == "weight" and isinstance(module, CONVOLUTIONS):
+    elif attribute == "weight" and isinstance(module, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS):
         found = ParameterKind.CONVOLUTION, axis
     elif attribute == name:
         found = ParameterKind.LINEAR, axis

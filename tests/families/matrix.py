@@ -1,6 +1,7 @@
 """What a walk through a family comes to, and the page that shows it."""
 
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +24,7 @@ class Row:
         layers: how many layers multiply with a matrix.
         purified: how many of these were purified.
         merged: how many weights were merged.
-        weights: how many weights the backbone has.
+        apart: names of stored tensors that are not merged -> what is done with them.
         reload: with what the merged model was loaded again.
         left: names of weights that purification does not reach -> the reason.
     """
@@ -33,19 +34,21 @@ class Row:
     layers: int
     purified: int
     merged: int
-    weights: int
+    apart: dict[str, str]
     reload: str
     left: dict[str, str] = field(default_factory=dict)
 
     def cells(self) -> list[str]:
         """The cells of the row, as the page shows them."""
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self.captured.items()))
+        apart = Counter(self.apart.values())
+        merged = [f"{self.merged} weights", *(f"{count} {what}" for what, count in apart.items())]
         left = "; ".join(re.sub(r"([\w.*]*[._*][\w.*]*)", r"`\1`", line) for line in reason_lines(self.left))
         return [
             self.model,
             kinds,
             f"{self.purified} of {self.layers} layers",
-            f"{self.merged} of {self.weights} weights",
+            "; ".join(merged),
             f"{self.reload}: same outputs",
             left or "nothing",
         ]

@@ -122,7 +122,7 @@ class Pretrained:
             layers=len({p.layer for p in source.parameters if p.is_matrix}),
             purified=len(own),
             merged=len(source.parameters),
-            weights=len(source.parameters) + len(coverage.not_merged),
+            apart=dict(coverage.not_merged),
             reload="transformers",
             left=dict(coverage.not_purified),
         )
@@ -157,9 +157,7 @@ class Pretrained:
                 expected = matrix_of(layers[name]) @ expected
             matrix = found.matrix.double()
             matrix = matrix.T @ matrix if found.kind == "rows" else matrix
-            torch.testing.assert_close(
-                matrix, expected, atol=1e-5, rtol=1e-4, msg=lambda text, at=name: f"{at}: {text}"
-            )
+            torch.testing.assert_close(matrix, expected, atol=1e-5, rtol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
 
     def _merged(self, folder: Path, source: Any, experts: Path) -> dict[str, nn.Module]:
         """Each task's model, loaded from a merged folder."""
@@ -198,7 +196,7 @@ class Pretrained:
     def _kinds(layers: dict[str, nn.Module]) -> dict[str, int]:
         kinds: dict[str, int] = {}
         for layer in layers.values():
-            size = "×".join(map(str, layer.kernel_size)) if isinstance(layer, CONVOLUTIONS) else ""
+            size = "x".join(map(str, layer.kernel_size)) if isinstance(layer, CONVOLUTIONS) else ""
             kind = f"{type(layer).__name__} {size}".strip()
             kinds[kind] = kinds.get(kind, 0) + 1
         return kinds

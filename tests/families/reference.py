@@ -21,6 +21,7 @@ def answers(model: nn.Module, batch: Any) -> list[Tensor]:
 def patches(layer: nn.Module, inputs: Tensor) -> Tensor:
     """The patches that a convolution multiplies with its kernels, one a row: channels first, then the kernel's axes."""
     unfold: dict[str, Any] = {key: getattr(layer, key) for key in ("kernel_size", "dilation", "padding", "stride")}
+    unfold["padding"] = (0, 0) if layer.padding == "valid" else layer.padding
     if isinstance(layer, nn.Conv1d):
         inputs, one = inputs.unsqueeze(2), {"padding": 0}
         unfold = {key: (one.get(key, 1), *value) for key, value in unfold.items()}
@@ -80,5 +81,5 @@ def scrambled(model: nn.Module, seed: int) -> nn.Module:
             value.add_(0.05 * torch.randn(value.shape, generator=random))
         for name, buffer in model.named_buffers():
             if name.endswith(("running_mean", "running_var")):
-                buffer.add_(torch.rand(buffer.shape, generator=random))
+                buffer.add_(0.1 * torch.rand(buffer.shape, generator=random))
     return model
