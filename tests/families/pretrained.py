@@ -1,9 +1,9 @@
 """A family of transformers: tiny random checkpoints, captured, purified, merged, saved and loaded again."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from families.matrix import Row
-from families.reference import CONVOLUTIONS, answers, matrix_of, projected, put_matrix, scrambled, watched
+from families.reference import CONVOLUTIONS, answers, matrix_view, projected, scrambled, watched
 from pave_lightning import PaveCallback, PurifiedTaskVectors, Purify, TaskStatistics, load_merged, task_vectors
 from pave_lightning.merging.folders import MergeContext, write_merged
 from pave_lightning.merging.methods.average import Average
@@ -72,6 +72,7 @@ class Pretrained:
         heads: names of what each expert has for itself, in front of which stands no backbone.
         sizes: how the experts' configurations differ.
         slow: whether it is left to the long tests.
+        parts: last part of a fused layer's name -> names of what it fuses -> which rows of so many these are.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Pretrained:
     heads: tuple[str, ...] = ("classifier",)
     sizes: tuple[dict[str, Any], dict[str, Any]] = ({"num_labels": 2}, {"num_labels": 3})
     slow: bool = False
+    parts: Mapping[str, Mapping[str, Callable[[int], Any]]] = field(default_factory=dict)
 
     def walk(self, folder: Path) -> Row:
         """Go all the way from checkpoints to a merged one, and compare each step with its definition."""
@@ -96,21 +98,22 @@ class Pretrained:
         for task, expert in experts.items():
             inside = self._inside(expert)
             layers = multiplying(inside)
-            with watched(layers, batches[0].get("attention_mask")) as rows:
+            with self._watched(inside, layers, batches[0]) as rows:
                 statistics[task] = capture(expert, batches, f"model.{self.backbone}".rstrip("."))
             seen[task] = {name: torch.cat(found) for name, found in rows.items() if found}
-            self._check_moments(statistics[task], layers, seen[task])
+            self._check_moments(statistics[task], inside, seen[task])
             reference[task] = deepcopy(expert)
         purified = PurifiedTaskVectors(source, statistics, OPTIONS)
         plain_model = self._merged(folder / "plain", source, folder)
         purified_model = self._merged(folder / "purified", purified, folder)
-        own = {p.layer for p in purified.layers}
+        own = {matrix.layer for p in purified.layers for matrix in p.matrices}
         assert own
-        assert not purified.untouched
-        for (task, layer), kept in purified.ranks.items():
-            module = self._inside(reference[task]).get_submodule(layer)
-            rows = seen[task][layer]
-            put_matrix(module, projected(matrix_of(module), rows, kept.rank, OPTIONS.damping))
+        assert not purified.untouched, purified.untouched
+        for (task, name), kept in purified.ranks.items():
+            layer, index = self._part(name)
+            matrix = self._matrix(self._inside(reference[task]), layer)
+            part = slice(None) if index is None else index(len(matrix))
+            matrix[part] = projected(matrix[part].double(), seen[task][layer], kept.rank, OPTIONS.damping).float()
         for models, found in ((experts, plain_model), (reference, purified_model)):
             self._check_merged(models, found, batches[0])
         architecture = Architecture.of_folder(folder / "first")
@@ -118,8 +121,8 @@ class Pretrained:
         layers = {name: layer for name, layer in multiplying(self._inside(experts["first"])).items() if name in own}
         return Row(
             model=self.expert,
-            captured=self._kinds(layers),
-            layers=len({p.layer for p in source.parameters if p.is_matrix}),
+            captured=self._kinds(layers) | self._further_kinds(purified),
+            layers=len({matrix.layer for p in source.parameters for matrix in p.matrices}),
             purified=len(own),
             merged=len(source.parameters),
             apart=dict(coverage.not_merged),
@@ -143,18 +146,38 @@ class Pretrained:
     def _inside(self, model: nn.Module) -> nn.Module:
         return model.get_submodule(self.backbone)
 
+    @staticmethod
+    def _watched(inside: nn.Module, layers: dict[str, nn.Module], batch: Any) -> Any:
+        """What layers are given, by the batch's masks."""
+        return watched(layers, [value for name, value in batch.items() if name.endswith("attention_mask")])
+
+    def _part(self, name: str) -> tuple[str, Callable[[int], Any] | None]:
+        """The layer of a purified matrix, and which rows of so many are its own; None for all."""
+        layer, _, part = name.rpartition(".")
+        index = self.parts.get(layer.rpartition(".")[2], {}).get(part)
+        return (name, None) if index is None else (layer, index)
+
+    @staticmethod
+    def _matrix(inside: nn.Module, layer: str) -> Tensor:
+        """The weight of a layer as ``(d_out, d_in)``, a view."""
+        return matrix_view(inside.get_submodule(layer))
+
+    @staticmethod
+    def _further_kinds(purified: PurifiedTaskVectors) -> dict[str, int]:
+        parts = sum(len(p.matrices) for p in purified.layers if p.parts)
+        return {"fused parts": parts} if parts else {}
+
     def _is_head(self, name: str) -> bool:
         inside = not self.backbone or name.startswith(f"{self.backbone}.")
         return not inside or any(name == head or name.startswith(f"{head}.") for head in self.heads)
 
-    @staticmethod
-    def _check_moments(statistics: TaskStatistics, layers: dict[str, nn.Module], seen: dict[str, Tensor]) -> None:
+    def _check_moments(self, statistics: TaskStatistics, inside: nn.Module, seen: dict[str, Tensor]) -> None:
         assert set(statistics.layers()) == set(seen)
         for name in statistics.layers():
             rows, found = seen[name], statistics[name]
             expected = rows.T @ rows / len(rows)
             if found.kind == "cross":
-                expected = matrix_of(layers[name]) @ expected
+                expected = self._matrix(inside, name).double() @ expected
             matrix = found.matrix.double()
             matrix = matrix.T @ matrix if found.kind == "rows" else matrix
             torch.testing.assert_close(matrix, expected, atol=1e-5, rtol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
@@ -170,7 +193,8 @@ class Pretrained:
         return {task: load_merged(folder, task) for task in source.tasks} | {"": self._reloaded(folder)}
 
     def _reloaded(self, folder: Path) -> nn.Module:
-        model, info = hf.AutoModel.from_pretrained(folder, output_loading_info=True)
+        reader = hf.AutoModel if self.backbone or self.base != self.expert else getattr(hf, self.expert)
+        model, info = reader.from_pretrained(folder, output_loading_info=True)
         assert not info["missing_keys"], info["missing_keys"]
         assert not info["unexpected_keys"]
         return model.eval()

@@ -1,6 +1,6 @@
 """What capture and purification should come to, by definition and without any of the code that they check."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,8 +29,11 @@ def patches(layer: nn.Module, inputs: Tensor) -> Tensor:
 
 
 @contextmanager
-def watched(layers: dict[str, nn.Module], mask: Tensor | None = None) -> Iterator[dict[str, list[Tensor]]]:
-    """The inputs of layers, row by row, float64; without the rows of padded positions where a mask is given."""
+def watched(layers: dict[str, nn.Module], masks: Sequence[Tensor] = ()) -> Iterator[dict[str, list[Tensor]]]:
+    """The inputs of layers, row by row, float64; without the rows of padded positions of the mask that has their shape.
+
+    Masks of encoder and decoder are told apart by their lengths.
+    """
     seen: dict[str, list[Tensor]] = {name: [] for name in layers}
 
     def watch(name: str) -> Callable[..., None]:
@@ -38,8 +41,8 @@ def watched(layers: dict[str, nn.Module], mask: Tensor | None = None) -> Iterato
             rows = args[0].detach().double()
             if isinstance(module, CONVOLUTIONS):
                 rows = patches(module, rows)
-            elif mask is not None and rows.shape[:-1] == mask.shape:
-                rows = rows[mask.bool()]
+            else:
+                rows = without_padding(rows, masks)
             seen[name].append(rows.flatten(0, -2))
 
         return hook
@@ -52,18 +55,20 @@ def watched(layers: dict[str, nn.Module], mask: Tensor | None = None) -> Iterato
             handle.remove()
 
 
-def matrix_of(layer: nn.Module) -> Tensor:
-    """The weight by which a layer multiplies, ``(d_out, d_in)``, float64."""
-    weight: Tensor = layer.weight.detach().double()  # type: ignore[operator, union-attr]
+def without_padding(rows: Tensor, masks: Sequence[Tensor]) -> Tensor:
+    """Rows of shape ``(B, L, d)`` or ``(B * L, d)`` without those that are padding."""
+    for mask in masks:
+        if rows.shape[:-1] == mask.shape:
+            return rows[mask.bool()]
+        if rows.shape[:-1] == (mask.numel(),):
+            return rows[mask.bool().flatten()]
+    return rows
+
+
+def matrix_view(layer: nn.Module) -> Tensor:
+    """The weight by which a layer multiplies, ``(d_out, d_in)``; writing to it changes the layer."""
+    weight: Tensor = layer.weight.data  # type: ignore[assignment, union-attr]
     return weight.T if type(layer).__name__ == "Conv1D" else weight.flatten(1)
-
-
-def put_matrix(layer: nn.Module, matrix: Tensor) -> None:
-    """The reverse."""
-    weight: Tensor = layer.weight  # type: ignore[assignment]
-    own = matrix.T if type(layer).__name__ == "Conv1D" else matrix
-    with torch.no_grad():
-        weight.copy_(own.reshape(weight.shape))
 
 
 def projected(weight: Tensor, rows: Tensor, rank: int, damping: float) -> Tensor:

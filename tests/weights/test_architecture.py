@@ -53,8 +53,9 @@ def test_it_agrees_with_the_model_that_transformers_builds(base_folder):
 def test_gpt2_holds_its_linear_weights_transposed(gpt2_folder):
     found = Architecture.of_folder(gpt2_folder)
     assert found.prefix == "transformer"
+    parts = tuple(Part(name, Outputs(8 * place, 8)) for place, name in enumerate(("query", "key", "value")))
     assert found.parameters["h.0.attn.c_attn.weight"] == Parameter(
-        "h.0.attn.c_attn.weight", ParameterKind.LINEAR, (8, 24), 0
+        "h.0.attn.c_attn.weight", ParameterKind.LINEAR, (8, 24), 0, parts=parts
     )
     assert found.parameters["h.0.mlp.c_proj.weight"].input_axis == 0
     assert found.parameters["h.0.mlp.c_proj.weight"].shape == (32, 8)
@@ -63,7 +64,8 @@ def test_gpt2_holds_its_linear_weights_transposed(gpt2_folder):
 
 
 def test_convolutions_and_bare_parameters(tmp_path):
-    from pave_lightning.weights.parameters import kind_of
+    from pave_lightning.weights.matrices import Outputs, Part
+from pave_lightning.weights.parameters import kind_of
 
     config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=8)
     config.patch_size = 4
