@@ -104,9 +104,9 @@ class Pretrained:
         purified = PurifiedTaskVectors(source, statistics, OPTIONS)
         plain_model = self._merged(folder / "plain", source, folder)
         purified_model = self._merged(folder / "purified", purified, folder)
-        own = {p.layer for p in purified.layers}
+        untouched = {layer: reason for (_, layer), reason in purified.untouched.items()}
+        own = {p.layer for p in purified.layers} - untouched.keys()
         assert own
-        assert not purified.untouched
         for (task, layer), kept in purified.ranks.items():
             module = self._inside(reference[task]).get_submodule(layer)
             rows = seen[task][layer]
@@ -114,7 +114,7 @@ class Pretrained:
         for models, found in ((experts, plain_model), (reference, purified_model)):
             self._check_merged(models, found, batches[0])
         architecture = Architecture.of_folder(folder / "first")
-        coverage = Coverage.of(source.checkpoint("first"), architecture, convolutions=True)
+        coverage = Coverage.of(architecture.checkpoint(folder / "base"), architecture, convolutions=True)
         layers = {name: layer for name, layer in multiplying(self._inside(experts["first"])).items() if name in own}
         return Row(
             model=self.expert,
@@ -124,7 +124,7 @@ class Pretrained:
             merged=len(source.parameters),
             apart=dict(coverage.not_merged),
             reload="transformers",
-            left=dict(coverage.not_purified),
+            left={**coverage.not_purified, **untouched},
         )
 
     def _experts(self, folder: Path) -> dict[str, nn.Module]:
