@@ -29,7 +29,7 @@ from pave_lightning.weights import (
     is_finite,
     locate_model,
 )
-from pave_lightning.weights.architecture import backbone_of, empty_model, read_config
+from pave_lightning.weights.architecture import empty_model, read_config
 from pave_lightning.weights.checkpoint import model_digest, stored_tensors
 from pave_lightning.weights.configuration import merged_configuration
 from pave_lightning.weights.locate import has_tokenizer
@@ -225,7 +225,7 @@ def write_surroundings(folder: Path, context: MergeContext) -> None:
     first = next(iter(context.experts.values())).folder
     base = context.base.folder
     config = read_config(base)
-    config.architectures = [type(backbone_of(empty_model(first))).__name__]
+    config.architectures = [Architecture.of_folder(first).backbone_class]
     config.dtype = "float32"
     config.save_pretrained(folder)
     # Whoever merges weights alone needs no tokenizer.
@@ -365,7 +365,7 @@ def load_merged(folder: str | Path, task: str, base: str | None = None, *, exper
         if name in state:  # the merged rows, and what the task has beyond them; fewer where its expert had fewer
             rows = torch.cat([state[name], own_rows[name].float()]) if name in own_rows else state[name]
             state[name] = rows[: architecture.vocabulary]
-    names, start = architecture.stored_names, "" if backbone_of(model) is model else architecture.start
+    names, start = architecture.stored_names, architecture.start
     placed = {name: place for name, place in architecture.places.items() if name.removeprefix(start) in state}
     parameters = {name: parameter.data for name, parameter in model.named_parameters()}
     for name, place in placed.items():

@@ -37,8 +37,8 @@ def origin_problems(
     if matrices.keys().isdisjoint(statistics):
         found = _listed(statistics.layers(), "layer") if len(statistics) else "no layer at all"
         yield (
-            f"the statistics hold none of the model's linear layers: expected names such as {next(iter(matrices))}, found "
-            f"{found}: {remedy}"
+            f"the statistics hold none of the model's linear layers: expected names such as {next(iter(matrices))}, "
+            f"found {found}: {remedy}"
             if layers
             else f"the model has no linear layers, but the statistics hold {found}"
         )

@@ -20,8 +20,8 @@ from pave_lightning.subspace import MomentKind
 PARTIAL_ROWS = 4096
 # Rows that wait for each other, since one product of many rows is much cheaper than many products of a few.
 WAITING_ROWS = 512
-# Products of fewer columns are taken in float64: libraries add up their rows one after the other, which in float32 costs
-# the small eigenvalues of rows that are much alike (hundreds of roundings of the largest one; 3 where there are more).
+# Products of fewer columns are taken in float64: libraries add up their rows one after the other, which in float32
+# costs the small eigenvalues of rows that are much alike (hundreds of roundings of the largest; 3 of wider products).
 THIN = 16
 SMALLEST_BLOCK = 64
 BLOCKS = 8

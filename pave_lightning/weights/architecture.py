@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
 import json
@@ -79,6 +80,8 @@ class Architecture:
             Mixtral) -> where they lie in it.
         children: direct submodules of the backbone -> whether they hold embeddings or a stack of blocks.
         private: direct submodules of the backbone that not every model of the tasks has.
+        beside: direct submodules and parameters of the whole model that are its head, where the backbone is no
+            submodule of its own but all the others (CLIPForImageClassification); else none.
         token_embeddings: names of the weight that has one row a token; several where it is shared, none where there is
             no such table.
         config: the configuration, as plain values and with its defaults.
@@ -108,6 +111,7 @@ class Architecture:
     token_embeddings: tuple[str, ...] = ()
     positions: int | None = None
     private: frozenset[str] = frozenset()
+    beside: frozenset[str] = frozenset()
     backbone_class: str = ""
 
     @classmethod
@@ -133,7 +137,8 @@ class Architecture:
     @classmethod
     def of_model(cls, model: nn.Module) -> Architecture:
         """The architecture of a Hugging Face model; nothing but names, shapes and kinds is looked at."""
-        backbone, inner = backbone_of(model), str(model.base_model_prefix)
+        beside, inner = heads_beside(model), str(model.base_model_prefix)
+        backbone = model if beside else backbone_of(model)
         is_language_model = has_language_head(model)
         prefix = "" if backbone is model else f"{inner}."
         kinds: dict[str, tuple[ParameterKind, int | None]] = {}
@@ -145,6 +150,7 @@ class Architecture:
         parameters = {
             name: Parameter(name, kinds[name][0], tuple(tensor.shape), kinds[name][1], parts=parts.get(name, ()))
             for name, tensor in backbone.named_parameters()
+            if not lies_in(name, beside)
         }
         shapes_of_all = {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
         renamed, places = {}, {}
@@ -168,13 +174,14 @@ class Architecture:
         values = config.to_dict()
         return cls(
             model_class=type(model).__name__,
-            backbone_class=type(backbone).__name__,
-            prefix="" if is_language_model else inner,
+            backbone_class=_bare_class(model.config) if beside else type(backbone).__name__,
+            beside=beside,
+            prefix="" if is_language_model or beside else inner,
             inner=inner if is_language_model and hasattr(model, inner) else "",
             parameters=parameters,
             weights=tuple(Weight(tuple(names), shapes[key]) for key, names in aliases.items()),
             state=frozenset(model.state_dict()),
-            children={name: _is_trunk(child) for name, child in backbone.named_children()},
+            children={name: _is_trunk(child) for name, child in backbone.named_children() if name not in beside},
             config=values,
             main_input=str(model.main_input_name),
             takes_mask="attention_mask" in inspect.signature(model.forward).parameters,
@@ -182,15 +189,19 @@ class Architecture:
             renamed=renamed,
             places=places,
             tied={files_call.get(name, name): files_call.get(own, own) for name, own in tied_names(backbone).items()},
-            buffers={files_call.get(name, name): kind for name, kind in buffer_kinds(backbone).items()},
+            buffers={
+                files_call.get(name, name): kind
+                for name, kind in buffer_kinds(backbone).items()
+                if not lies_in(name, beside)
+            },
             token_embeddings=tuple(token_embeddings(backbone)),
             positions=longest_sequence(backbone, values),
         )
 
     @property
     def start(self) -> str:
-        """What the names of the backbone's weights begin with in the whole model; empty where all of it is merged."""
-        return f"{self.prefix}." if self.prefix else ""
+        """What names of the backbone's weights begin with in the whole model; empty where it is the model itself."""
+        return f"{self.prefix}." if self.prefix and self.model_class != self.backbone_class else ""
 
     @cached_property
     def stored_places(self) -> dict[str, Place]:
@@ -287,15 +298,15 @@ class Architecture:
 
     def checkpoint(self, folder: Path) -> Checkpoint:
         """The weights of a model folder of this architecture, in which tied tensors count once."""
-        return Checkpoint(folder, self.prefix, self.tied, inner=self.inner, outer=self._outer)
+        return self._checkpoint(folder, frozenset())
 
     def base_checkpoint(self, folder: Path) -> Checkpoint:
         """The weights of a base, without the parts of the backbone that not every model of the tasks has."""
-        return Checkpoint(folder, self.prefix, self.tied, without=self.private, inner=self.inner, outer=self._outer)
+        return self._checkpoint(folder, self.private)
 
-    @property
-    def _outer(self) -> frozenset[str]:
-        return frozenset(self.children) - {self.inner}
+    def _checkpoint(self, folder: Path, without: frozenset[str]) -> Checkpoint:
+        outer = frozenset(self.children) - {self.inner}
+        return Checkpoint(folder, self.prefix, self.tied, without, inner=self.inner, outer=outer, beside=self.beside)
 
 
 def _placed(name: str, shape: tuple[int, ...], place: Place, parameters: Mapping[str, Parameter]) -> Parameter:
@@ -363,9 +374,13 @@ def _in_common(found: list[Architecture]) -> Architecture:
 def _architecture(folder: Path, auto_model: str | None, changes: str, stamp: tuple[int, ...]) -> Architecture:
     config = read_config(folder)  # which refuses what no model has, in the words of the file
     key = [auto_model, changes, config.to_json_string(use_diff=False)]
-    return remembered(
+    found = remembered(
         Architecture, key, lambda: Architecture.of_model(empty_model(folder, auto_model, **json.loads(changes)))
     )
+    if auto_model is not None and found.beside:
+        # Models of tasks exchange their backbones as one submodule.
+        raise PaveError(f"{found.model_class} has no backbone named '{found.config.get('model_type')}'")
+    return found
 
 
 def _stamp(folder: Path) -> tuple[int, ...]:
@@ -515,8 +530,38 @@ def has_language_head(model: nn.Module) -> bool:
         return False
 
 
+def heads_beside(model: nn.Module) -> frozenset[str]:
+    """Direct submodules and parameters of a model that are its head, where its backbone is not one of its submodules.
+
+    The backbone is then all that the bare model of the same configuration has too. Empty for all other models.
+    """
+    if isinstance(getattr(model, str(model.base_model_prefix), None), nn.Module) or has_language_head(model):
+        return frozenset()
+    bare = _bare_class(getattr(model, "config", None))
+    if not bare or type(model).__name__ in _bare_classes(getattr(model, "config", None)):
+        return frozenset()
+    with torch.device("meta"):
+        known = _own_names(auto_class(bare)._from_config(copy.deepcopy(model.config)))
+    own = _own_names(model)
+    return frozenset(own - known) if own & known else frozenset()
+
+
+def _own_names(model: nn.Module) -> set[str]:
+    """The direct submodules that have parameters, and the parameters beside them."""
+    return {name.partition(".")[0] for name, _ in model.named_parameters()}
+
+
 def _is_bare(model: nn.Module) -> bool:
+    return type(model).__name__ in _bare_classes(getattr(model, "config", None))
+
+
+def _bare_classes(config: Any) -> tuple[str, ...]:
     from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
-    known = MODEL_MAPPING_NAMES.get(getattr(getattr(model, "config", None), "model_type", ""), ())
-    return type(model).__name__ in ((known,) if isinstance(known, str) else known)
+    known = MODEL_MAPPING_NAMES.get(getattr(config, "model_type", ""), ())
+    return (known,) if isinstance(known, str) else tuple(known)
+
+
+def _bare_class(config: Any) -> str:
+    """Name of the class of models without head; empty where there is none."""
+    return next(iter(_bare_classes(config)), "")

@@ -70,6 +70,7 @@ class Checkpoint:
         without: direct submodules of the backbone whose tensors are passed over.
         inner: where there is no prefix, the submodule whose name stored names may lack, all of them.
         outer: other direct submodules, whose names stand as they are.
+        beside: where there is no prefix, direct submodules and parameters that are of the head.
 
     Attributes:
         backbone: the backbone's tensors by name; of tied ones one, whatever the file calls it.
@@ -89,6 +90,7 @@ class Checkpoint:
         *,
         inner: str = "",
         outer: Collection[str] = (),
+        beside: Collection[str] = (),
     ) -> None:
         self.folder = Path(folder)
         self.tied = dict(tied or {})
@@ -106,7 +108,8 @@ class Checkpoint:
             }
             self.head = {name: tensor for name, tensor in stored.items() if not name.startswith(start)}
         else:
-            self.backbone, self.head = stored, {}
+            self.head = {name: tensor for name, tensor in stored.items() if name.partition(".")[0] in beside}
+            self.backbone = {name: tensor for name, tensor in stored.items() if name not in self.head}
         for name in [name for name in self.backbone if name.partition(".")[0] in without]:
             del self.backbone[name]
         legacy = {".gamma": ".weight", ".beta": ".bias"}

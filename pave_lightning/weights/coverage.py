@@ -69,7 +69,7 @@ def _not_merged(base: Checkpoint, architecture: Architecture) -> Iterator[tuple[
         if name in architecture.buffers:
             yield name, BUFFER_REASONS[architecture.buffers[name]]
         elif not architecture.knows(name):
-            yield name, "stored, but the model has no such weight"
+            yield name, "not in the model of the experts, so that it stays as it is in the base"
         elif not stored.is_floating:
             yield name, f"stored as {stored.dtype}"
     for name in architecture.parameters:

@@ -95,7 +95,6 @@ FAMILIES = [
         "WhisperModel",
         "WhisperForConditionalGeneration",
         transcribed,
-        "model",
         heads=(),
         sizes=BOTH,
     ),
@@ -105,6 +104,6 @@ FAMILIES = [
         "WhisperModel",
         "WhisperForAudioClassification",
         spectra,
-        heads=("projector", "classifier"),
+        heads=("projector", "classifier", "layer_weights"),
     ),
 ]

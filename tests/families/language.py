@@ -80,7 +80,7 @@ def grouped(groups: int) -> Callable[[int], dict[str, range]]:
 
 
 def halves(height: int) -> dict[str, range]:
-    return {"gate": range(height // 2), "up": range(height // 2, height)}
+    return {"first": range(height // 2), "second": range(height // 2, height)}
 
 
 def fused(**layouts: Callable[[int], Any]) -> dict[str, dict[str, Callable[[int], Any]]]:
@@ -88,7 +88,7 @@ def fused(**layouts: Callable[[int], Any]) -> dict[str, dict[str, Callable[[int]
     return {
         layer: {
             part: lambda height, layout=layout, part=part: torch.tensor(list(layout(height)[part]))
-            for part in ("query", "key", "value", "gate", "up")
+            for part in ("query", "key", "value", "first", "second")
             if part in layout(3 * HEADS * 2)
         }
         for layer, layout in layouts.items()
@@ -127,7 +127,7 @@ CLASSIFIERS = [
     classifier("ELECTRA", "Electra", lambda: hf.ElectraConfig(**STANDARD, embedding_size=8), "electra"),
     classifier("MPNet", "MPNet", lambda: hf.MPNetConfig(**STANDARD), "mpnet"),
     classifier("XLM-R", "XLMRoberta", lambda: hf.XLMRobertaConfig(**STANDARD), "roberta"),
-    classifier("DeBERTa", "Deberta", lambda: hf.DebertaConfig(**STANDARD, **SPAN), "deberta"),
+    classifier("DeBERTa", "Deberta", lambda: hf.DebertaConfig(**STANDARD, **SPAN), "deberta", parts=fused(in_proj=by_head)),
     classifier(
         "DeBERTa-v3",
         "DebertaV2",
@@ -184,7 +184,7 @@ GENERATORS = [
     causal("Phi-3", "Phi3ForCausalLM", lambda: hf.Phi3Config(**GROUPED), parts=PHI),
     causal("Mamba", "MambaForCausalLM", lambda: hf.MambaConfig(
         **VOCABULARY, hidden_size=WIDTH, num_hidden_layers=LAYERS, state_size=4, intermediate_size=INSIDE,
-    ), inputs=words),
+    ), inputs=words, parts=fused(in_proj=halves)),
     causal(
         "Mixtral",
         "MixtralForCausalLM",

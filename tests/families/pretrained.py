@@ -106,9 +106,9 @@ class Pretrained:
         purified = PurifiedTaskVectors(source, statistics, OPTIONS)
         plain_model = self._merged(folder / "plain", source, folder)
         purified_model = self._merged(folder / "purified", purified, folder)
-        own = {matrix.layer for p in purified.layers for matrix in p.matrices}
+        untouched = {name: reason for (_, name), reason in purified.untouched.items()}
+        own = {matrix.layer for p in purified.layers for matrix in p.matrices if matrix.name not in untouched}
         assert own
-        assert not purified.untouched, purified.untouched
         for (task, name), kept in purified.ranks.items():
             layer, index = self._part(name)
             matrix = self._matrix(self._inside(reference[task]), layer)
@@ -117,7 +117,7 @@ class Pretrained:
         for models, found in ((experts, plain_model), (reference, purified_model)):
             self._check_merged(models, found, batches[0])
         architecture = Architecture.of_folder(folder / "first")
-        coverage = Coverage.of(source.checkpoint("first"), architecture, convolutions=True)
+        coverage = Coverage.of(architecture.checkpoint(folder / "base"), architecture, convolutions=True)
         layers = {name: layer for name, layer in multiplying(self._inside(experts["first"])).items() if name in own}
         return Row(
             model=self.expert,
@@ -127,7 +127,7 @@ class Pretrained:
             merged=len(source.parameters),
             apart=dict(coverage.not_merged),
             reload="transformers",
-            left=dict(coverage.not_purified),
+            left={**coverage.not_purified, **untouched},
         )
 
     def _experts(self, folder: Path) -> dict[str, nn.Module]:

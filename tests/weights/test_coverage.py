@@ -56,7 +56,7 @@ def test_what_is_not_merged_is_listed(tmp_path):
 
     assert coverage_of(T5, tmp_path, change).not_merged == {
         "encoder.embed_tokens.weight": "tied to shared.weight, with which it is merged",
-        "lm_head.weight": "stored, but the model has no such weight",
+        "lm_head.weight": "not in the model of the experts, so that it stays as it is in the base",
     }
 
 
