@@ -35,6 +35,7 @@ from pave_lightning.weights.configuration import merged_configuration
 from pave_lightning.weights.locate import has_tokenizer
 from pave_lightning.weights.memory import freed_memory_returned
 from pave_lightning.weights.task_vectors import absent_children, own_token_rows
+from pave_lightning.weights.ties import tied_names
 
 FACTS_FILE = "pave.json"
 HEAD_FILE = "head.safetensors"
@@ -376,6 +377,10 @@ def load_merged(folder: str | Path, task: str, base: str | None = None, *, exper
         # What is fitted has an intercept, also where the expert's layer had none.
         if isinstance(layer, nn.Linear) and f"{name}.bias" in whole and "bias" not in dict(layer.named_parameters()):
             layer.bias = nn.Parameter(whole[f"{name}.bias"])
+    for name, own in tied_names(model).items():
+        if name in whole and own in whole and not torch.equal(whole[name], whole[own]):  # as transformers has it
+            owner, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, nn.Parameter(torch.empty_like(whole[name])))
     with foreign(f"{folder} does not fit its own config.json", "merge again"):
         missing, _ = model.load_state_dict(whole, strict=False)
     given = {piece.parameter for place in placed.values() for piece in place.pieces}

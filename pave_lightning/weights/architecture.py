@@ -87,6 +87,8 @@ class Architecture:
         config: the configuration, as plain values and with its defaults.
         obsolete: patterns of tensors that older releases of transformers stored and the model no longer has.
         tied: other names under which checkpoints may store a backbone tensor -> the name that it goes by here.
+        aliases: these other names -> what a parameter of that name is, where a checkpoint has untied it.
+        copied: names of parameters that some checkpoints of an untied model tie -> the parameter whose values they have.
         buffers: kinds of the backbone's buffers, by the names under which checkpoints store them.
         positions: longest sequence in tokens; None where no table of positions limits it.
         main_input: name of what the model reads.
@@ -107,6 +109,8 @@ class Architecture:
     places: dict[str, Place] = field(default_factory=dict, repr=False)
     inner: str = ""
     tied: dict[str, str] = field(default_factory=dict, repr=False)
+    aliases: dict[str, Parameter] = field(default_factory=dict, repr=False)
+    copied: dict[str, str] = field(default_factory=dict, repr=False)
     buffers: dict[str, BufferKind] = field(default_factory=dict, repr=False)
     token_embeddings: tuple[str, ...] = ()
     positions: int | None = None
@@ -152,6 +156,12 @@ class Architecture:
             for name, tensor in backbone.named_parameters()
             if not lies_in(name, beside)
         }
+        tied_to = tied_names(backbone)
+        aliases_of = {
+            name: replace(parameters[own], name=name, kind=kinds[name][0], input_axis=kinds[name][1], parts=())
+            for name, own in tied_to.items()
+            if own in parameters and name in kinds
+        }
         shapes_of_all = {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
         renamed, places = {}, {}
         for stored, place in stored_places(model).items():
@@ -188,7 +198,8 @@ class Architecture:
             obsolete=tuple(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),
             renamed=renamed,
             places=places,
-            tied={files_call.get(name, name): files_call.get(own, own) for name, own in tied_names(backbone).items()},
+            tied={files_call.get(name, name): files_call.get(own, own) for name, own in tied_to.items()},
+            aliases=aliases_of,
             buffers={
                 files_call.get(name, name): kind
                 for name, kind in buffer_kinds(backbone).items()
@@ -296,6 +307,20 @@ class Architecture:
         """Whether base and experts must both store a floating-point tensor of that name, in one shape."""
         return self.merges(name) or self.averages(name)
 
+    def untied(self, copied: Mapping[str, str]) -> Architecture:
+        """The same model with weights apart that it could tie.
+
+        Args:
+            copied: names of parameters that checkpoints may tie -> the parameter that they are then tied to.
+        """
+        names = [name for name in copied if name in self.aliases and name in self.tied]
+        return replace(
+            self,
+            parameters=self.parameters | {name: self.aliases[name] for name in names},
+            tied={name: own for name, own in self.tied.items() if name not in names},
+            copied={**self.copied, **copied},
+        )
+
     def checkpoint(self, folder: Path) -> Checkpoint:
         """The weights of a model folder of this architecture, in which tied tensors count once."""
         return self._checkpoint(folder, frozenset())
@@ -306,7 +331,16 @@ class Architecture:
 
     def _checkpoint(self, folder: Path, without: frozenset[str]) -> Checkpoint:
         outer = frozenset(self.children) - {self.inner}
-        return Checkpoint(folder, self.prefix, self.tied, without, inner=self.inner, outer=outer, beside=self.beside)
+        return Checkpoint(
+            folder,
+            self.prefix,
+            self.tied,
+            without,
+            inner=self.inner,
+            outer=outer,
+            beside=self.beside,
+            copied=self.copied,
+        )
 
 
 def _placed(name: str, shape: tuple[int, ...], place: Place, parameters: Mapping[str, Parameter]) -> Parameter:
