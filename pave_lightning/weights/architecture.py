@@ -40,7 +40,7 @@ MOST_LABELS = 100_000
 MOST_PARAMETERS = 20_000
 LARGEST_SIZE = 2**31 - 1
 # Keys that count what a model is built of, and keys of sizes that only look like them.
-_LAYERS = re.compile(r"layer|depth|block|stage")
+_LAYERS = re.compile(r"layer|depth(?!wise)|block|stage")
 _PARTS = re.compile(r"expert|group|head")
 _SIZES = re.compile(r"size|dim|_ids?$|length|position")
 
@@ -330,7 +330,9 @@ class Architecture:
         return self._checkpoint(folder, self.private)
 
     def _checkpoint(self, folder: Path, without: frozenset[str]) -> Checkpoint:
-        outer = frozenset(self.children) - {self.inner}
+        # Checkpoints may have names of their own for all of it (models of several modalities).
+        renamed = {name.partition(".")[0] for name in (*self.renamed, *self.places)}
+        outer = (renamed | self.children.keys()) - {self.inner}
         return Checkpoint(
             folder,
             self.prefix,

@@ -69,7 +69,11 @@ def stored_places(model: nn.Module) -> dict[str, Place]:
     tensors = [*model.named_parameters(), *model.named_buffers()]
     weights = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in tensors}
     names = {_storage(tensor): name for name, tensor in weights.items()}
-    with _Followed() as followed:
+    followed = _Followed()
+    try:
+        with followed:
+            stored = revert_weight_conversion(model, dict(weights))
+    except RuntimeError:  # rows are permuted, so that the copy that was passed over is one
         stored = revert_weight_conversion(model, dict(weights))
     places = {}
     for name, tensor in stored.items():
