@@ -27,6 +27,7 @@ from pave_lightning.statistics.second_moment import full_precision
 # Functions whose second factor is a weight, and which of its last two axes they sum over.
 _PRODUCTS = {"linear": -1, "matmul": -2, "__matmul__": -2, "mm": -2, "bmm": -2}
 _INDEXED = ("__getitem__", "index_select")
+_JOINED = ("cat", "concat", "concatenate")
 _DIVIDED = ("split", "chunk", "tensor_split", "unbind")
 # Rows of an expert are chosen among those that reached it: the padding is out already.
 _PART = "experts"
@@ -206,22 +207,24 @@ class ExpertObserver:
         if any(watch.stacks is stacks for watch in self._watches if watch is not None):
             self._watches.append(None)  # for what leaves this module
             return
-        given = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim > 1), None)
+        given = next(
+            (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim > 1), None
+        )
         real = None
         if given is not None and self._sampler.has_padding:
             leading = tuple(given.shape[:-1])
-            index, count = self._sampler.choose(leading, part=self._part_of(module, given))
+            index, _ = self._sampler.choose(leading, part=self._part_of(module, given))
             if index is not None:
                 real = torch.zeros(math.prod(leading), dtype=torch.bool, device=given.device)
                 real[index.to(real.device)] = True
         watch = _Products(stacks, self._count, given, real, pads=self._sampler.has_padding)
         self._watches.append(watch)
-        watch.__enter__()
+        watch.__enter__()  # type: ignore[no-untyped-call]
 
     def _leave(self, *_: Any) -> None:
         watch = self._watches.pop() if self._watches else None
         if watch is not None:
-            watch.__exit__(None, None, None)
+            watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def _count(self, stack: _Stack, number: int, rows: Tensor, is_padding_known: bool) -> None:
@@ -273,7 +276,7 @@ class _Products(TorchFunctionMode):
         if name in _PRODUCTS and len(args) > 1:
             self._watch(args[0], args[1], _PRODUCTS[name])
         if self._pads:
-            self._follow(name, args, kwargs or {}, found)
+            self._follow(name, args, found)
         return found
 
     def _watch(self, rows: Tensor, factor: Tensor, summed: int) -> None:
@@ -295,7 +298,12 @@ class _Products(TorchFunctionMode):
                 if bool(reached.any()):
                     self._count(stack, one, own[reached], known)
 
-    def _follow(self, name: str, args: Sequence[Any], kwargs: Any, found: Any) -> None:
+    def _follow(self, name: str, args: Sequence[Any], found: Any) -> None:
+        if name in _JOINED and args and isinstance(args[0], tuple | list):
+            pieces = [self._real.get(one) for one in args[0]]
+            if all(real is not None for real in pieces) and sum(map(len, pieces)) == len(found):
+                self._real[found] = torch.cat(pieces)
+            return
         source = next((value for value in args if isinstance(value, Tensor) and value in self._real), None)
         if source is None:
             return

@@ -88,7 +88,7 @@ class Architecture:
         obsolete: patterns of tensors that older releases of transformers stored and the model no longer has.
         tied: other names under which checkpoints may store a backbone tensor -> the name that it goes by here.
         aliases: these other names -> what a parameter of that name is, where a checkpoint has untied it.
-        copied: names of parameters that some checkpoints of an untied model tie -> the parameter whose values they have.
+        copied: names of parameters that some checkpoints tie and others do not -> the one that they are then tied to.
         buffers: kinds of the backbone's buffers, by the names under which checkpoints store them.
         positions: longest sequence in tokens; None where no table of positions limits it.
         main_input: name of what the model reads.

@@ -120,15 +120,19 @@ class Checkpoint:
                 if name.endswith(f"LayerNorm{old}"):
                     self.backbone[name.removesuffix(old) + new] = self.backbone.pop(name)
         self.copies: dict[str, StoredTensor] = {}
+        self._tie()
+        for pair in (copied or {}).items():
+            for name, other in (pair, pair[::-1]):
+                if name not in self.backbone and other in self.backbone:
+                    self.backbone[name] = self.backbone[other]
+
+    def _tie(self) -> None:
+        """Let tied tensors count once, by the name that they go by."""
         for name, own in self.tied.items():
             if name in self.backbone and own in self.backbone:
                 self.copies[name] = self.backbone.pop(name)
             elif name in self.backbone:
                 self.backbone[own] = self.backbone.pop(name)
-        for pair in (copied or {}).items():
-            for name, other in (pair, pair[::-1]):
-                if name not in self.backbone and other in self.backbone:
-                    self.backbone[name] = self.backbone[other]
 
     def tensor(self, name: str, rows: slice | None = None) -> Tensor:
         """A backbone tensor in its stored shape and dtype; with ``rows``, only these rows are read."""

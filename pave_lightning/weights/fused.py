@@ -182,11 +182,11 @@ def _no_values(model: nn.Module) -> dict[str, Tensor]:
     return given
 
 
-class _Tracing(TorchDispatchMode):
+class _Tracing(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Within, steps that take outputs of watched layers, all or some of them, are noted."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.used: dict[str, list[frozenset[int]]] = {}
         self._watched: dict[int, tuple[str, Tensor]] = {}
 
@@ -210,7 +210,7 @@ class _Tracing(TorchDispatchMode):
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _columns(view: Tensor, width: int) -> frozenset[int]:
@@ -219,4 +219,3 @@ def _columns(view: Tensor, width: int) -> frozenset[int]:
     for length, stride in zip(view.shape, view.stride(), strict=True):
         place = torch.unique((place[..., None] + stride * torch.arange(length, device="cpu")) % width)
     return frozenset(place.tolist())
-

@@ -83,7 +83,7 @@ def stored_places(model: nn.Module) -> dict[str, Place]:
     return places
 
 
-class _Followed(TorchDispatchMode):
+class _Followed(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Within, copies are the views that they are made of, and what is joined is known to be.
 
     Attributes:
@@ -92,7 +92,7 @@ class _Followed(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.joined: dict[int, list[Tensor]] = {}
         self.kept: list[Tensor] = []
 
@@ -107,7 +107,7 @@ class _Followed(TorchDispatchMode):
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _pieces(tensor: Tensor, names: Mapping[int, str], joined: Mapping[int, list[Tensor]]) -> Iterator[Piece]:

@@ -10,6 +10,7 @@ from pave_lightning.callbacks import PaveCallback
 from pave_lightning.errors import PaveError
 from pave_lightning.weights import Architecture, Checkpoint, ExpertTaskVectors, Parameter, ParameterKind
 from pave_lightning.weights.architecture import backbone_of, empty_model
+from pave_lightning.weights.matrices import Outputs, Part
 
 IMAGES = "AutoModelForImageClassification"
 
@@ -64,8 +65,7 @@ def test_gpt2_holds_its_linear_weights_transposed(gpt2_folder):
 
 
 def test_convolutions_and_bare_parameters(tmp_path):
-    from pave_lightning.weights.matrices import Outputs, Part
-from pave_lightning.weights.parameters import kind_of
+    from pave_lightning.weights.parameters import kind_of
 
     config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=8)
     config.patch_size = 4

@@ -11,8 +11,10 @@ from pave_lightning import load_merged, merge, task_vectors
 from pave_lightning.merging import make_method
 from pave_lightning.merging.folders import MergeContext, write_merged
 
-LLAMA = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
-T5 = {"vocab_size": 20, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+SMALL = {"vocab_size": 20, "num_attention_heads": 2}
+LLAMA = {**SMALL, "hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 8}
+T5 = {"vocab_size": 20, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+T5 = {**T5, "decoder_start_token_id": 0}
 
 
 def noisy(model, seed):
