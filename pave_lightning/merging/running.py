@@ -14,6 +14,7 @@ from pave_lightning.merging.base import MergeMethod, Modulated, PerTaskMethod, S
 from pave_lightning.merging.evidence import Evidence
 from pave_lightning.merging.modulators import LowRank, modulated
 from pave_lightning.merging.registry import make_method
+from pave_lightning.merging.stacks import EachExpert, as_method_sees
 from pave_lightning.weights import Parameter, TaskVectors
 
 
@@ -60,12 +61,12 @@ def merge_static(
     Raises:
         PaveError: there is nothing to merge, or the method cannot merge it.
     """
-    _begin(method, source, evidence)
-    if not method.rescales:
-        yield from _merged(method, source)
-        return
-    for parameter, merged in list(_merged(method, source)):
-        yield parameter, merged.mul_(method.factor(parameter))
+    given = as_method_sees(method, source)
+    _begin(method, given, evidence)
+    found: Iterable[tuple[Parameter, Tensor]] = _merged(method, given)
+    if method.rescales:
+        found = ((parameter, merged.mul_(method.factor(parameter))) for parameter, merged in list(found))
+    yield from given.together(found) if isinstance(given, EachExpert) else found
 
 
 def _merged(method: StaticMethod, source: TaskVectors) -> Iterator[tuple[Parameter, Tensor]]:

@@ -23,6 +23,7 @@ from pave_lightning.system.files import file_facts, read_json
 from pave_lightning.weights.buffers import BufferKind, buffer_kinds
 from pave_lightning.weights.checkpoint import Checkpoint
 from pave_lightning.weights.embeddings import token_embeddings
+from pave_lightning.weights.fused import fused_parts
 from pave_lightning.weights.matrices import Outputs, Part
 from pave_lightning.weights.parameters import Parameter, ParameterKind, kind_of
 from pave_lightning.weights.places import Piece, Place, stored_places
@@ -145,8 +146,9 @@ class Architecture:
             for attribute, _ in module.named_parameters(recurse=False):
                 name = f"{module_name}.{attribute}" if module_name else attribute
                 kinds[name] = kind_of(module, attribute)
+        parts = {name.removeprefix(prefix): found for name, found in fused_parts(model).items()}
         parameters = {
-            name: Parameter(name, kinds[name][0], tuple(tensor.shape), kinds[name][1])
+            name: Parameter(name, kinds[name][0], tuple(tensor.shape), kinds[name][1], parts=parts.get(name, ()))
             for name, tensor in backbone.named_parameters()
             if not lies_in(name, beside)
         }

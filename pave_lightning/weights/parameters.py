@@ -49,6 +49,7 @@ class Parameter:
             knows.
         of_layer: which outputs of the layer the weight gives, where checkpoints store apart what the model has fused;
             None for all of them.
+        of_stack: name of the stack of which it is one expert's matrix, and its number there; None for all others.
         rows: which rows of its first axis are meant, where a block of them is merged apart from the others; None for
             all. Name, shape and number of elements are those of the whole parameter, and so are equality and hash.
     """
@@ -60,6 +61,7 @@ class Parameter:
     module: str | None = None
     parts: tuple[Part, ...] = ()
     of_layer: Outputs | None = None
+    of_stack: tuple[str, int] | None = None
     rows: slice | None = field(default=None, compare=False)
 
     # What remembers architectures takes a slice as it is; there is never one in them.
@@ -113,7 +115,13 @@ class Parameter:
             shape=self.shape[1:],
             input_axis=axis,
             module=layer,
+            of_stack=(self.name, number),
         )
+
+    @property
+    def apart(self) -> tuple[Parameter, ...]:
+        """The experts' matrices of a stack, each a parameter of its own; the parameter itself where it is no stack."""
+        return tuple(self.expert(number) for number in range(self.shape[0])) if self.is_stack else (self,)
 
     @property
     def matrices(self) -> tuple[Matrix, ...]:
@@ -121,9 +129,8 @@ class Parameter:
         if self.input_axis is None:
             return ()
         if self.is_stack:
-            experts = (self.expert(number) for number in range(self.shape[0]))
             return tuple(
-                replace(matrix, expert=number) for number, one in enumerate(experts) for matrix in one.matrices
+                replace(matrix, expert=number) for number, one in enumerate(self.apart) for matrix in one.matrices
             )
         height, width = self.matrix_shape
         whole = Matrix(self.layer, self.layer, (height, width), self.input_axis, of_layer=self.of_layer)
