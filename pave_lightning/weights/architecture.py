@@ -25,7 +25,7 @@ from pave_lightning.weights.checkpoint import Checkpoint
 from pave_lightning.weights.embeddings import token_embeddings
 from pave_lightning.weights.fused import fused_parts
 from pave_lightning.weights.matrices import Outputs, Part
-from pave_lightning.weights.parameters import Parameter, ParameterKind, kind_of
+from pave_lightning.weights.parameters import Parameter, ParameterKind, parameters_of
 from pave_lightning.weights.places import Piece, Place, stored_places
 from pave_lightning.weights.positions import longest_sequence
 from pave_lightning.weights.remembered import remembered
@@ -141,17 +141,8 @@ class Architecture:
         backbone = model if beside else backbone_of(model)
         is_language_model = has_language_head(model)
         prefix = "" if backbone is model else f"{inner}."
-        kinds: dict[str, tuple[ParameterKind, int | None]] = {}
-        for module_name, module in backbone.named_modules():
-            for attribute, _ in module.named_parameters(recurse=False):
-                name = f"{module_name}.{attribute}" if module_name else attribute
-                kinds[name] = kind_of(module, attribute)
         parts = {name.removeprefix(prefix): found for name, found in fused_parts(model).items()}
-        parameters = {
-            name: Parameter(name, kinds[name][0], tuple(tensor.shape), kinds[name][1], parts=parts.get(name, ()))
-            for name, tensor in backbone.named_parameters()
-            if not lies_in(name, beside)
-        }
+        parameters = {name: one for name, one in parameters_of(backbone, parts).items() if not lies_in(name, beside)}
         shapes_of_all = {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
         renamed, places = {}, {}
         for stored, place in stored_places(model).items():

@@ -16,7 +16,16 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from families.matrix import Row
-from families.reference import CONVOLUTIONS, answers, matrix_of, projected, put_matrix, scrambled, watched
+from families.reference import (
+    CONVOLUTIONS,
+    answers,
+    check_moments,
+    matrix_of,
+    projected,
+    put_matrix,
+    scrambled,
+    watched,
+)
 from pave_lightning import PaveCallback, PurifiedTaskVectors, Purify, TaskStatistics, load_merged, task_vectors
 from pave_lightning.merging.folders import MergeContext, write_merged
 from pave_lightning.merging.methods.average import Average
@@ -56,6 +65,16 @@ def multiplying(model: nn.Module) -> dict[str, nn.Module]:
         for name, layer in model.named_modules()
         if isinstance(layer, kinds) and getattr(layer, "groups", 1) == 1
     }
+
+
+def kinds_of(layers: dict[str, nn.Module]) -> dict[str, int]:
+    """How many layers there are of each kind."""
+    kinds: dict[str, int] = {}
+    for layer in layers.values():
+        size = "x".join(map(str, layer.kernel_size)) if isinstance(layer, CONVOLUTIONS) else ""
+        kind = f"{type(layer).__name__} {size}".strip()
+        kinds[kind] = kinds.get(kind, 0) + 1
+    return kinds
 
 
 @dataclass(frozen=True)
@@ -99,7 +118,7 @@ class Pretrained:
             with watched(layers, batches[0].get("attention_mask")) as rows:
                 statistics[task] = capture(expert, batches, f"model.{self.backbone}".rstrip("."))
             seen[task] = {name: torch.cat(found) for name, found in rows.items() if found}
-            self._check_moments(statistics[task], layers, seen[task])
+            check_moments(statistics[task], layers, seen[task])
             reference[task] = deepcopy(expert)
         purified = PurifiedTaskVectors(source, statistics, OPTIONS)
         plain_model = self._merged(folder / "plain", source, folder)
@@ -118,7 +137,7 @@ class Pretrained:
         layers = {name: layer for name, layer in multiplying(self._inside(experts["first"])).items() if name in own}
         return Row(
             model=self.expert,
-            captured=self._kinds(layers),
+            captured=kinds_of(layers),
             layers=len({p.layer for p in source.parameters if p.is_matrix}),
             purified=len(own),
             merged=len(source.parameters),
@@ -146,18 +165,6 @@ class Pretrained:
     def _is_head(self, name: str) -> bool:
         inside = not self.backbone or name.startswith(f"{self.backbone}.")
         return not inside or any(name == head or name.startswith(f"{head}.") for head in self.heads)
-
-    @staticmethod
-    def _check_moments(statistics: TaskStatistics, layers: dict[str, nn.Module], seen: dict[str, Tensor]) -> None:
-        assert set(statistics.layers()) == set(seen)
-        for name in statistics.layers():
-            rows, found = seen[name], statistics[name]
-            expected = rows.T @ rows / len(rows)
-            if found.kind == "cross":
-                expected = matrix_of(layers[name]) @ expected
-            matrix = found.matrix.double()
-            matrix = matrix.T @ matrix if found.kind == "rows" else matrix
-            torch.testing.assert_close(matrix, expected, atol=1e-5, rtol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
 
     def _merged(self, folder: Path, source: Any, experts: Path) -> dict[str, nn.Module]:
         """Each task's model, loaded from a merged folder."""
@@ -191,12 +198,3 @@ class Pretrained:
             if type(inside) is type(found[""]):
                 for expected, own in zip(answers(inside, batch), answers(found[""], batch), strict=False):
                     torch.testing.assert_close(own, expected, atol=2e-4, rtol=1e-3)
-
-    @staticmethod
-    def _kinds(layers: dict[str, nn.Module]) -> dict[str, int]:
-        kinds: dict[str, int] = {}
-        for layer in layers.values():
-            size = "x".join(map(str, layer.kernel_size)) if isinstance(layer, CONVOLUTIONS) else ""
-            kind = f"{type(layer).__name__} {size}".strip()
-            kinds[kind] = kinds.get(kind, 0) + 1
-        return kinds

@@ -83,3 +83,15 @@ def scrambled(model: nn.Module, seed: int) -> nn.Module:
             if name.endswith(("running_mean", "running_var")):
                 buffer.add_(0.1 * torch.rand(buffer.shape, generator=random))
     return model
+
+
+def check_moments(statistics: Any, layers: dict[str, nn.Module], seen: dict[str, Tensor]) -> None:
+    """Compare what was captured of layers with the moments of what they were given."""
+    assert set(seen) <= set(statistics.layers())
+    for name, rows in seen.items():
+        found, expected = statistics[name], rows.T @ rows / len(rows)
+        if found.kind == "cross":
+            expected = matrix_of(layers[name]) @ expected
+        matrix = found.matrix.double()
+        matrix = matrix.T @ matrix if found.kind == "rows" else matrix
+        torch.testing.assert_close(matrix, expected, atol=1e-5, rtol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
