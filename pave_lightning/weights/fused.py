@@ -23,7 +23,7 @@ _PLACE = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
 def fused_parts(model: nn.Module) -> dict[str, Layout]:
-    """The parts of a model's fused weights, by name: query, key and value, or gate and up.
+    """The parts of a model's fused weights, by name: query, key and value, or two halves (gate and up).
 
     The configuration tells the sizes that parts may have, and the model itself how they lie: a pass without values, on
     the meta device, shows which outputs of a layer go into one further step. A layout is taken only if no step mixes
@@ -70,7 +70,7 @@ def _of_experts(model: nn.Module) -> Iterator[tuple[str, Layout]]:
             if axis is not None and "gate" in name:
                 half = weight.shape[3 - axis] // 2
                 halves = _blocks(("gate", half), ("up", half))
-                yield f"{path}.{name}", halves if concatenated else _alternating(half)
+                yield f"{path}.{name}", halves if concatenated else _alternating(half, ("gate", "up"))
 
 
 def _of_attention(model: nn.Module) -> Iterator[tuple[str, Layout]]:
@@ -99,7 +99,7 @@ def _guesses(model: nn.Module) -> Iterator[tuple[str, list[Layout]]]:
             # What gate and up make together is half as wide when it goes on.
             others = [width for other, width in widths.items() if other != name]
             if height % 2 == 0 and height // 2 in others and height not in others:
-                layouts += [_blocks(("gate", height // 2), ("up", height // 2)), _alternating(height // 2)]
+                layouts += [_blocks(("first", height // 2), ("second", height // 2)), _alternating(height // 2)]
             yield f"{path}.{name}".lstrip("."), list(dict.fromkeys(layouts))
 
 
@@ -142,8 +142,8 @@ def _blocks(*sizes: tuple[str, int]) -> Layout:
     return tuple(parts)
 
 
-def _alternating(half: int) -> Layout:
-    return Part("gate", Outputs(0, 1, 2, half)), Part("up", Outputs(1, 1, 2, half))
+def _alternating(half: int, names: tuple[str, str] = ("first", "second")) -> Layout:
+    return Part(names[0], Outputs(0, 1, 2, half)), Part(names[1], Outputs(1, 1, 2, half))
 
 
 def _explained(layout: Layout, used: Sequence[frozenset[int]]) -> int:
@@ -205,6 +205,8 @@ class _Tracing(TorchDispatchMode):
             self._watched[_storage(output)] = name, output
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 0  # what a model asks of values, such as whether there is padding, has no answer here
         found = func(*args, **(kwargs or {}))
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         views = {_storage(leaf) for leaf in tree_leaves(found) if isinstance(leaf, Tensor)}

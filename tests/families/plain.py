@@ -1,6 +1,6 @@
 """Models of plain torch, and of timm where it can be imported, handed over as modules."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from families.matrix import Row
 from families.pretrained import OPTIONS, capture, kinds_of, multiplying
-from families.reference import answers, check_moments, matrix_of, projected, put_matrix, scrambled, watched
+from families.reference import answers, check_moments, matrix_view, projected, scrambled, watched
 from pave_lightning import PurifiedTaskVectors, merge, task_vectors
 from pave_lightning.weights.coverage import purification_reasons
 
@@ -142,6 +142,23 @@ def words(seed: int) -> Tensor:
     return torch.randint(30, (4, 7), generator=torch.Generator().manual_seed(seed))
 
 
+def _layers(model: nn.Module) -> dict[str, nn.Module]:
+    fused = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.MultiheadAttention)}
+    return multiplying(model) | fused
+
+
+def _matrix(model: nn.Module, layer: str) -> Tensor:
+    return matrix_view(model.get_submodule(layer))
+
+
+def _part(name: str, layers: Container[str]) -> tuple[str, Callable[[Tensor], Tensor]]:
+    """The layer of a purified matrix, and what picks its rows: a third of fused attention."""
+    if name in layers:
+        return name, lambda matrix: matrix
+    layer, _, part = name.rpartition(".")
+    return layer, lambda matrix: matrix.chunk(3)[("query", "key", "value").index(part)]
+
+
 @dataclass(frozen=True)
 class Plain:
     """A family of modules that no library need know.
@@ -176,32 +193,34 @@ class Plain:
         statistics, reference = {}, {}
         seen: dict[str, dict[str, Tensor]] = {}
         for task, expert in experts.items():
-            layers = multiplying(expert)
-            with watched(layers) as rows:
+            with watched(_layers(expert), ()) as rows:
                 statistics[task] = capture(expert, batches, "model")
             seen[task] = {name: torch.cat(found) for name, found in rows.items() if found}
-            check_moments(statistics[task], layers, seen[task])
+            check_moments(
+                statistics[task], lambda name, model=expert: matrix_view(model.get_submodule(name)), seen[task]
+            )
             reference[task] = deepcopy(expert)
         purified = PurifiedTaskVectors(source, statistics, OPTIONS)
         merged = merge("average", purified)
         untouched = {layer: reason for (_, layer), reason in purified.untouched.items()}
-        for (task, layer), kept in purified.ranks.items():
-            module = reference[task].get_submodule(layer)
-            put_matrix(module, projected(matrix_of(module), seen[task][layer], kept.rank, OPTIONS.damping))
+        for (task, name), kept in purified.ranks.items():
+            layer, part = _part(name, seen[task])
+            own = part(_matrix(reference[task], layer))
+            own.copy_(projected(own.double(), seen[task][layer], kept.rank, OPTIONS.damping))
         for models, found in ((experts, merge("average", source)), (reference, merged)):
-            for task in experts:
+            for task, expert in experts.items():
                 model = found.model(task)
                 save_model(model, str(folder / "merged.safetensors"))
-                loaded = deepcopy(experts[task])
+                loaded = deepcopy(expert)
                 load_model(loaded, str(folder / "merged.safetensors"))
                 self._check(models, task, loaded, batches[0])
-        own = {p.layer for p in purified.layers} - untouched.keys()
-        layers = {name: layer for name, layer in multiplying(experts["first"]).items() if name in own}
+        matrices = {matrix.layer for p in source.parameters for matrix in p.matrices}
+        reached = {matrix.layer for p in purified.layers for matrix in p.matrices} - untouched.keys()
         return Row(
             model=type(base).__name__,
-            captured=kinds_of(layers),
-            layers=len({p.layer for p in source.parameters if p.is_matrix}),
-            purified=len(own),
+            captured=kinds_of({name: layer for name, layer in _layers(experts["first"]).items() if name in reached}),
+            layers=len(matrices),
+            purified=len(reached),
             merged=len(source.parameters),
             apart=dict.fromkeys((name for name, _ in source.running_statistics()), "running statistics, averaged"),
             reload="safetensors",

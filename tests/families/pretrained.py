@@ -1,9 +1,10 @@
 """A family of transformers: tiny random checkpoints, captured, purified, merged, saved and loaded again."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from families.matrix import Row
-from families.reference import (
-    CONVOLUTIONS,
-    answers,
-    check_moments,
-    matrix_of,
-    projected,
-    put_matrix,
-    scrambled,
-    watched,
-)
+from families.reference import CONVOLUTIONS, answers, check_moments, matrix_view, projected, scrambled, watched
 from pave_lightning import PaveCallback, PurifiedTaskVectors, Purify, TaskStatistics, load_merged, task_vectors
 from pave_lightning.merging.folders import MergeContext, write_merged
 from pave_lightning.merging.methods.average import Average
@@ -91,6 +83,7 @@ class Pretrained:
         heads: names of what each expert has for itself, in front of which stands no backbone.
         sizes: how the experts' configurations differ.
         slow: whether it is left to the long tests.
+        parts: last part of a fused layer's name -> names of what it fuses -> which rows of so many these are.
     """
 
     name: str
@@ -102,6 +95,7 @@ class Pretrained:
     heads: tuple[str, ...] = ("classifier",)
     sizes: tuple[dict[str, Any], dict[str, Any]] = ({"num_labels": 2}, {"num_labels": 3})
     slow: bool = False
+    parts: Mapping[str, Mapping[str, Callable[[int], Any]]] = field(default_factory=dict)
 
     def walk(self, folder: Path) -> Row:
         """Go all the way from checkpoints to a merged one, and compare each step with its definition."""
@@ -115,21 +109,23 @@ class Pretrained:
         for task, expert in experts.items():
             inside = self._inside(expert)
             layers = multiplying(inside)
-            with watched(layers, batches[0].get("attention_mask")) as rows:
+            with self._watched(inside, layers, batches[0]) as rows:
                 statistics[task] = capture(expert, batches, f"model.{self.backbone}".rstrip("."))
             seen[task] = {name: torch.cat(found) for name, found in rows.items() if found}
-            check_moments(statistics[task], layers, seen[task])
+            assert set(statistics[task].layers()) == set(seen[task])
+            check_moments(statistics[task], partial(self._matrix, inside), seen[task])
             reference[task] = deepcopy(expert)
         purified = PurifiedTaskVectors(source, statistics, OPTIONS)
         plain_model = self._merged(folder / "plain", source, folder)
         purified_model = self._merged(folder / "purified", purified, folder)
-        untouched = {layer: reason for (_, layer), reason in purified.untouched.items()}
-        own = {p.layer for p in purified.layers} - untouched.keys()
+        untouched = {name: reason for (_, name), reason in purified.untouched.items()}
+        own = {matrix.layer for p in purified.layers for matrix in p.matrices if matrix.name not in untouched}
         assert own
-        for (task, layer), kept in purified.ranks.items():
-            module = self._inside(reference[task]).get_submodule(layer)
-            rows = seen[task][layer]
-            put_matrix(module, projected(matrix_of(module), rows, kept.rank, OPTIONS.damping))
+        for (task, name), kept in purified.ranks.items():
+            layer, index = self._part(name)
+            matrix = self._matrix(self._inside(reference[task]), layer)
+            part = slice(None) if index is None else index(len(matrix))
+            matrix[part] = projected(matrix[part].double(), seen[task][layer], kept.rank, OPTIONS.damping).float()
         for models, found in ((experts, plain_model), (reference, purified_model)):
             self._check_merged(models, found, batches[0])
         architecture = Architecture.of_folder(folder / "first")
@@ -137,8 +133,8 @@ class Pretrained:
         layers = {name: layer for name, layer in multiplying(self._inside(experts["first"])).items() if name in own}
         return Row(
             model=self.expert,
-            captured=kinds_of(layers),
-            layers=len({p.layer for p in source.parameters if p.is_matrix}),
+            captured=kinds_of(layers) | self._further_kinds(purified),
+            layers=len({matrix.layer for p in source.parameters for matrix in p.matrices}),
             purified=len(own),
             merged=len(source.parameters),
             apart=dict(coverage.not_merged),
@@ -162,6 +158,27 @@ class Pretrained:
     def _inside(self, model: nn.Module) -> nn.Module:
         return model.get_submodule(self.backbone)
 
+    @staticmethod
+    def _watched(inside: nn.Module, layers: dict[str, nn.Module], batch: Any) -> Any:
+        """What layers are given, by the batch's masks."""
+        return watched(layers, [value for name, value in batch.items() if name.endswith("attention_mask")])
+
+    def _part(self, name: str) -> tuple[str, Callable[[int], Any] | None]:
+        """The layer of a purified matrix, and which rows of so many are its own; None for all."""
+        layer, _, part = name.rpartition(".")
+        index = self.parts.get(layer.rpartition(".")[2], {}).get(part)
+        return (name, None) if index is None else (layer, index)
+
+    @staticmethod
+    def _matrix(inside: nn.Module, layer: str) -> Tensor:
+        """The weight of a layer as ``(d_out, d_in)``, a view."""
+        return matrix_view(inside.get_submodule(layer))
+
+    @staticmethod
+    def _further_kinds(purified: PurifiedTaskVectors) -> dict[str, int]:
+        parts = sum(len(p.matrices) for p in purified.layers if p.parts)
+        return {"fused parts": parts} if parts else {}
+
     def _is_head(self, name: str) -> bool:
         inside = not self.backbone or name.startswith(f"{self.backbone}.")
         return not inside or any(name == head or name.startswith(f"{head}.") for head in self.heads)
@@ -177,7 +194,8 @@ class Pretrained:
         return {task: load_merged(folder, task) for task in source.tasks} | {"": self._reloaded(folder)}
 
     def _reloaded(self, folder: Path) -> nn.Module:
-        model, info = hf.AutoModel.from_pretrained(folder, output_loading_info=True)
+        reader = hf.AutoModel if self.backbone or self.base != self.expert else getattr(hf, self.expert)
+        model, info = reader.from_pretrained(folder, output_loading_info=True)
         assert not info["missing_keys"], info["missing_keys"]
         assert not info["unexpected_keys"]
         return model.eval()

@@ -1,6 +1,6 @@
 """What capture and purification should come to, by definition and without any of the code that they check."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,8 +29,11 @@ def patches(layer: nn.Module, inputs: Tensor) -> Tensor:
 
 
 @contextmanager
-def watched(layers: dict[str, nn.Module], mask: Tensor | None = None) -> Iterator[dict[str, list[Tensor]]]:
-    """The inputs of layers, row by row, float64; without the rows of padded positions where a mask is given."""
+def watched(layers: dict[str, nn.Module], masks: Sequence[Tensor] = ()) -> Iterator[dict[str, list[Tensor]]]:
+    """The inputs of layers, row by row, float64; without the rows of padded positions of the mask that has their shape.
+
+    Masks of encoder and decoder are told apart by their lengths.
+    """
     seen: dict[str, list[Tensor]] = {name: [] for name in layers}
 
     def watch(name: str) -> Callable[..., None]:
@@ -38,8 +41,8 @@ def watched(layers: dict[str, nn.Module], mask: Tensor | None = None) -> Iterato
             rows = args[0].detach().double()
             if isinstance(module, CONVOLUTIONS):
                 rows = patches(module, rows)
-            elif mask is not None and rows.shape[:-1] == mask.shape:
-                rows = rows[mask.bool()]
+            else:
+                rows = without_padding(rows, masks)
             seen[name].append(rows.flatten(0, -2))
 
         return hook
@@ -52,18 +55,21 @@ def watched(layers: dict[str, nn.Module], mask: Tensor | None = None) -> Iterato
             handle.remove()
 
 
-def matrix_of(layer: nn.Module) -> Tensor:
-    """The weight by which a layer multiplies, ``(d_out, d_in)``, float64."""
-    weight: Tensor = layer.weight.detach().double()  # type: ignore[operator, union-attr]
+def without_padding(rows: Tensor, masks: Sequence[Tensor]) -> Tensor:
+    """Rows of shape ``(B, L, d)`` or ``(B * L, d)`` without those that are padding."""
+    for mask in masks:
+        if rows.shape[:-1] == mask.shape:
+            return rows[mask.bool()]
+        if rows.shape[:-1] == (mask.numel(),):
+            return rows[mask.bool().flatten()]
+    return rows
+
+
+def matrix_view(layer: nn.Module) -> Tensor:
+    """The weight by which a layer multiplies, ``(d_out, d_in)``; writing to it changes the layer."""
+    fused = isinstance(layer, nn.MultiheadAttention)
+    weight: Tensor = (layer.in_proj_weight if fused else layer.weight).data  # type: ignore[assignment, union-attr]
     return weight.T if type(layer).__name__ == "Conv1D" else weight.flatten(1)
-
-
-def put_matrix(layer: nn.Module, matrix: Tensor) -> None:
-    """The reverse."""
-    weight: Tensor = layer.weight  # type: ignore[assignment]
-    own = matrix.T if type(layer).__name__ == "Conv1D" else matrix
-    with torch.no_grad():
-        weight.copy_(own.reshape(weight.shape))
 
 
 def projected(weight: Tensor, rows: Tensor, rank: int, damping: float) -> Tensor:
@@ -85,13 +91,12 @@ def scrambled(model: nn.Module, seed: int) -> nn.Module:
     return model
 
 
-def check_moments(statistics: Any, layers: dict[str, nn.Module], seen: dict[str, Tensor]) -> None:
+def check_moments(statistics: Any, matrix_of: Callable[[str], Tensor], seen: dict[str, Tensor]) -> None:
     """Compare what was captured of layers with the moments of what they were given."""
-    assert set(seen) <= set(statistics.layers())
     for name, rows in seen.items():
         found, expected = statistics[name], rows.T @ rows / len(rows)
         if found.kind == "cross":
-            expected = matrix_of(layers[name]) @ expected
+            expected = matrix_of(name).double() @ expected
         matrix = found.matrix.double()
         matrix = matrix.T @ matrix if found.kind == "rows" else matrix
         torch.testing.assert_close(matrix, expected, atol=1e-5, rtol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
