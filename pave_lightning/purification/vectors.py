@@ -71,8 +71,8 @@ class PurifiedTaskVectors(DerivedTaskVectors):
     (``scope``). Fused projections are purified part by part where the parts are known (`Parameter.parts`), experts of
     mixtures one by one. With the target ``delta`` the task vector :math:`\tau_t` takes the place of :math:`W_t` in
     all of this; with ``delta_by_expert`` it is projected on the directions of :math:`W_t`. All else stays as it is, and
-    a weight that keeps its full rank stays the same bit for bit. Computed one layer at a time, when it is asked for; only
-    the last layer is held; `purified` gives all of them in turn. The scopes ``model`` and ``global`` look at all
+    a weight that keeps its full rank stays the same bit for bit. Computed one layer at a time, when it is asked for;
+    only the last layer is held; `purified` gives all of them in turn. The scopes ``model`` and ``global`` look at all
     spectra once before that.
 
     Source: An, Yang, Torr, Ghanem, *Purifying Task Vectors in Knowledge-Aware Subspace for Model Merging*

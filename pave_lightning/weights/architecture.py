@@ -25,7 +25,7 @@ from pave_lightning.weights.checkpoint import Checkpoint
 from pave_lightning.weights.embeddings import token_embeddings
 from pave_lightning.weights.fused import fused_parts
 from pave_lightning.weights.matrices import Outputs, Part
-from pave_lightning.weights.parameters import Parameter, ParameterKind, kind_of
+from pave_lightning.weights.parameters import Parameter, ParameterKind, kind_of, parameters_of
 from pave_lightning.weights.places import Piece, Place, stored_places
 from pave_lightning.weights.positions import longest_sequence
 from pave_lightning.weights.remembered import remembered
@@ -145,22 +145,11 @@ class Architecture:
         backbone = model if beside else backbone_of(model)
         is_language_model = has_language_head(model)
         prefix = "" if backbone is model else f"{inner}."
-        kinds: dict[str, tuple[ParameterKind, int | None]] = {}
-        for module_name, module in backbone.named_modules():
-            for attribute, _ in module.named_parameters(recurse=False):
-                name = f"{module_name}.{attribute}" if module_name else attribute
-                kinds[name] = kind_of(module, attribute)
         parts = {name.removeprefix(prefix): found for name, found in fused_parts(model).items()}
-        parameters = {
-            name: Parameter(name, kinds[name][0], tuple(tensor.shape), kinds[name][1], parts=parts.get(name, ()))
-            for name, tensor in backbone.named_parameters()
-            if not lies_in(name, beside)
-        }
+        parameters = {name: one for name, one in parameters_of(backbone, parts).items() if not lies_in(name, beside)}
         tied_to = tied_names(backbone)
-        aliases_of = {
-            name: replace(parameters[own], name=name, kind=kinds[name][0], input_axis=kinds[name][1], parts=())
-            for name, own in tied_to.items()
-            if own in parameters and name in kinds
+        untied = {
+            name: _as_alias(backbone, name, parameters[own]) for name, own in tied_to.items() if own in parameters
         }
         shapes_of_all = {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
         renamed, places = {}, {}
@@ -199,7 +188,7 @@ class Architecture:
             renamed=renamed,
             places=places,
             tied={files_call.get(name, name): files_call.get(own, own) for name, own in tied_to.items()},
-            aliases=aliases_of,
+            aliases=untied,
             buffers={
                 files_call.get(name, name): kind
                 for name, kind in buffer_kinds(backbone).items()
@@ -343,6 +332,13 @@ class Architecture:
             beside=self.beside,
             copied=self.copied,
         )
+
+
+def _as_alias(backbone: nn.Module, name: str, own: Parameter) -> Parameter:
+    """What a tied parameter is under another name: a head, where it is an embedding."""
+    path, _, attribute = name.rpartition(".")
+    kind, axis = kind_of(backbone.get_submodule(path), attribute)
+    return replace(own, name=name, kind=kind, input_axis=axis, parts=())
 
 
 def _placed(name: str, shape: tuple[int, ...], place: Place, parameters: Mapping[str, Parameter]) -> Parameter:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from pave_lightning.weights.architecture import Architecture
 from pave_lightning.weights.buffers import BufferKind
 from pave_lightning.weights.checkpoint import FLOATING, Checkpoint
-from pave_lightning.weights.parameters import ParameterKind
+from pave_lightning.weights.parameters import Parameter, ParameterKind
 
 # Patterns of names that are shown for one reason; a family of models has few.
 SHOWN_PATTERNS = 12
@@ -44,7 +44,8 @@ class Coverage:
             convolutions: whether convolutions without groups are captured.
         """
         not_merged = dict(_not_merged(base, architecture))
-        kept = {name: reason for name, reason in _not_linear(architecture, convolutions) if name not in not_merged}
+        reasons = purification_reasons(architecture.parameters.values(), convolutions=convolutions)
+        kept = {name: reason for name, reason in reasons if name not in not_merged}
         return cls(not_merged, kept)
 
     def sections(self, *, merges: bool = True, captures: bool = True) -> dict[str, list[str]]:
@@ -77,8 +78,15 @@ def _not_merged(base: Checkpoint, architecture: Architecture) -> Iterator[tuple[
             yield name, "not in the base, so that each task keeps its own"
 
 
-def _not_linear(architecture: Architecture, convolutions: bool) -> Iterator[tuple[str, str]]:
-    for name, parameter in architecture.parameters.items():
+def purification_reasons(parameters: Iterable[Parameter], *, convolutions: bool = True) -> Iterator[tuple[str, str]]:
+    """Name of each weight with two axes or more that is not captured and purified, and why.
+
+    Args:
+        parameters: the parameters.
+        convolutions: whether convolutions without groups are captured.
+    """
+    for parameter in parameters:
+        name = parameter.name
         if len(parameter.shape) < 2 or parameter.kind in (ParameterKind.LINEAR, ParameterKind.EXPERTS):
             continue
         if parameter.kind is ParameterKind.EMBEDDING:

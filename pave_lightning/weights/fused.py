@@ -29,12 +29,13 @@ def fused_parts(model: nn.Module) -> dict[str, Layout]:
     the meta device, shows which outputs of a layer go into one further step. A layout is taken only if no step mixes
     outputs of two of its parts, some step takes just one of them, and no other layout explains as many steps. Layers
     that such a pass does not come to (behind a mixture, whose routes depend on values) are as those of the same name
-    and size. Experts of mixtures say how gate and up lie. Key and value are named in the usual order.
+    and size. Experts of mixtures say how gate and up lie, and so does `torch.nn.MultiheadAttention`. Key and value are
+    named in the usual order.
 
     Args:
         model: a Hugging Face model on the meta device; weights of others are taken whole.
     """
-    found = dict(_of_experts(model))
+    found = {**dict(_of_experts(model)), **dict(_of_attention(model))}
     guesses = {name: layouts for name, layouts in _guesses(model) if layouts}
     if not guesses or not all(parameter.is_meta for parameter in model.parameters()):
         return found
@@ -70,6 +71,14 @@ def _of_experts(model: nn.Module) -> Iterator[tuple[str, Layout]]:
                 half = weight.shape[3 - axis] // 2
                 halves = _blocks(("gate", half), ("up", half))
                 yield f"{path}.{name}", halves if concatenated else _alternating(half, ("gate", "up"))
+
+
+def _of_attention(model: nn.Module) -> Iterator[tuple[str, Layout]]:
+    """Query, key and value of torch's own attention, which lie in one weight where they read inputs of one width."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
+            width = module.embed_dim
+            yield f"{path}.in_proj_weight".lstrip("."), _blocks(("query", width), ("key", width), ("value", width))
 
 
 def _guesses(model: nn.Module) -> Iterator[tuple[str, list[Layout]]]:

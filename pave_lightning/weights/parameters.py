@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import ClassVar
@@ -190,4 +191,19 @@ def kind_of(module: nn.Module, attribute: str) -> tuple[ParameterKind, int | Non
         found = ParameterKind.EMBEDDING, None
     elif attribute == "weight" and is_norm:
         found = ParameterKind.NORM_SCALE, None
+    return found
+
+
+def parameters_of(backbone: nn.Module, parts: Mapping[str, tuple[Part, ...]]) -> dict[str, Parameter]:
+    """All parameters of a module by name, in the order of its modules; shared ones once, under their first name.
+
+    Args:
+        backbone: the module.
+        parts: the parts of fused weights, by the name of the weight in the module.
+    """
+    found = {}
+    for name, tensor in backbone.named_parameters():
+        owner, _, attribute = name.rpartition(".")
+        kind, axis = kind_of(backbone.get_submodule(owner), attribute)
+        found[name] = Parameter(name, kind, tuple(tensor.shape), axis, parts=parts.get(name, ()))
     return found

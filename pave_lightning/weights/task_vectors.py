@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pave_lightning.errors import PaveError, Problems
 from pave_lightning.subspace import is_finite
@@ -111,6 +111,20 @@ class TaskVectors(ABC):
         """What an expert was read from; None where there is no such thing."""
         return None
 
+    def model(self, weights: Mapping[str, Tensor], task: str | None = None) -> nn.Module:
+        """A model with these weights in place of the base's, by the names of parameters and running statistics.
+
+        Args:
+            weights: the weights, in the shapes of the parameters.
+            task: whose head it has; the base's where None.
+
+        Raises:
+            PaveError: these task vectors are not of modules in memory.
+        """
+        raise PaveError(
+            "only task vectors of modules in memory make a module; load_merged(folder, task) loads one from a folder"
+        )
+
     def running_statistics(self) -> Iterator[tuple[str, Tensor]]:
         """Name and merged value (float32) of each running statistic, such as the variances of batch norms.
 
@@ -146,6 +160,10 @@ class DerivedTaskVectors(TaskVectors):
     def checkpoint(self, task: str) -> Checkpoint | None:
         """What the expert was read from that this one is made of."""
         return self.source.checkpoint(task)
+
+    def model(self, weights: Mapping[str, Tensor], task: str | None = None) -> nn.Module:
+        """What the source makes of these weights."""
+        return self.source.model(weights, task)
 
     def running_statistics(self) -> Iterator[tuple[str, Tensor]]:
         """The averages, as they are."""
@@ -414,7 +432,7 @@ def differences(task: str, base: Checkpoint, expert: Checkpoint, architecture: A
     return found
 
 
-def task_vectors(base: str, experts: Mapping[str, str]) -> ExpertTaskVectors:
+def checkpoint_vectors(base: str, experts: Mapping[str, str]) -> ExpertTaskVectors:
     """Task vectors of fine-tuned checkpoints, read lazily.
 
     Of models with heads for tasks the backbones are compared. Language models, whose heads score tokens, are compared

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from families.matrix import Row
-from families.reference import CONVOLUTIONS, answers, matrix_view, projected, scrambled, watched
+from families.reference import CONVOLUTIONS, answers, check_moments, matrix_view, projected, scrambled, watched
 from pave_lightning import PaveCallback, PurifiedTaskVectors, Purify, TaskStatistics, load_merged, task_vectors
 from pave_lightning.merging.folders import MergeContext, write_merged
 from pave_lightning.merging.methods.average import Average
@@ -56,6 +57,16 @@ def multiplying(model: nn.Module) -> dict[str, nn.Module]:
         for name, layer in model.named_modules()
         if isinstance(layer, kinds) and getattr(layer, "groups", 1) == 1
     }
+
+
+def kinds_of(layers: dict[str, nn.Module]) -> dict[str, int]:
+    """How many layers there are of each kind."""
+    kinds: dict[str, int] = {}
+    for layer in layers.values():
+        size = "x".join(map(str, layer.kernel_size)) if isinstance(layer, CONVOLUTIONS) else ""
+        kind = f"{type(layer).__name__} {size}".strip()
+        kinds[kind] = kinds.get(kind, 0) + 1
+    return kinds
 
 
 @dataclass(frozen=True)
@@ -101,7 +112,8 @@ class Pretrained:
             with self._watched(inside, layers, batches[0]) as rows:
                 statistics[task] = capture(expert, batches, f"model.{self.backbone}".rstrip("."))
             seen[task] = {name: torch.cat(found) for name, found in rows.items() if found}
-            self._check_moments(statistics[task], inside, seen[task])
+            assert set(statistics[task].layers()) == set(seen[task])
+            check_moments(statistics[task], partial(self._matrix, inside), seen[task])
             reference[task] = deepcopy(expert)
         purified = PurifiedTaskVectors(source, statistics, OPTIONS)
         plain_model = self._merged(folder / "plain", source, folder)
@@ -121,7 +133,7 @@ class Pretrained:
         layers = {name: layer for name, layer in multiplying(self._inside(experts["first"])).items() if name in own}
         return Row(
             model=self.expert,
-            captured=self._kinds(layers) | self._further_kinds(purified),
+            captured=kinds_of(layers) | self._further_kinds(purified),
             layers=len({matrix.layer for p in source.parameters for matrix in p.matrices}),
             purified=len(own),
             merged=len(source.parameters),
@@ -171,17 +183,6 @@ class Pretrained:
         inside = not self.backbone or name.startswith(f"{self.backbone}.")
         return not inside or any(name == head or name.startswith(f"{head}.") for head in self.heads)
 
-    def _check_moments(self, statistics: TaskStatistics, inside: nn.Module, seen: dict[str, Tensor]) -> None:
-        assert set(statistics.layers()) == set(seen)
-        for name in statistics.layers():
-            rows, found = seen[name], statistics[name]
-            expected = rows.T @ rows / len(rows)
-            if found.kind == "cross":
-                expected = self._matrix(inside, name).double() @ expected
-            matrix = found.matrix.double()
-            matrix = matrix.T @ matrix if found.kind == "rows" else matrix
-            torch.testing.assert_close(matrix, expected, atol=1e-5, rtol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
-
     def _merged(self, folder: Path, source: Any, experts: Path) -> dict[str, nn.Module]:
         """Each task's model, loaded from a merged folder."""
         folder.mkdir()
@@ -215,12 +216,3 @@ class Pretrained:
             if type(inside) is type(found[""]):
                 for expected, own in zip(answers(inside, batch), answers(found[""], batch), strict=False):
                     torch.testing.assert_close(own, expected, atol=2e-4, rtol=1e-3)
-
-    @staticmethod
-    def _kinds(layers: dict[str, nn.Module]) -> dict[str, int]:
-        kinds: dict[str, int] = {}
-        for layer in layers.values():
-            size = "x".join(map(str, layer.kernel_size)) if isinstance(layer, CONVOLUTIONS) else ""
-            kind = f"{type(layer).__name__} {size}".strip()
-            kinds[kind] = kinds.get(kind, 0) + 1
-        return kinds

@@ -64,7 +64,8 @@ def without_padding(rows: Tensor, masks: Sequence[Tensor]) -> Tensor:
 
 def matrix_view(layer: nn.Module) -> Tensor:
     """The weight by which a layer multiplies, ``(d_out, d_in)``; writing to it changes the layer."""
-    weight: Tensor = layer.weight.data  # type: ignore[assignment, union-attr]
+    fused = isinstance(layer, nn.MultiheadAttention)
+    weight: Tensor = (layer.in_proj_weight if fused else layer.weight).data  # type: ignore[assignment, union-attr]
     return weight.T if type(layer).__name__ == "Conv1D" else weight.flatten(1)
 
 
@@ -85,3 +86,14 @@ def scrambled(model: nn.Module, seed: int) -> nn.Module:
             if name.endswith(("running_mean", "running_var")):
                 buffer.add_(0.1 * torch.rand(buffer.shape, generator=random))
     return model
+
+
+def check_moments(statistics: Any, matrix_of: Callable[[str], Tensor], seen: dict[str, Tensor]) -> None:
+    """Compare what was captured of layers with the moments of what they were given."""
+    for name, rows in seen.items():
+        found, expected = statistics[name], rows.T @ rows / len(rows)
+        if found.kind == "cross":
+            expected = matrix_of(name).double() @ expected
+        matrix = found.matrix.double()
+        matrix = matrix.T @ matrix if found.kind == "rows" else matrix
+        torch.testing.assert_close(matrix, expected, atol=1e-5, rtol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
