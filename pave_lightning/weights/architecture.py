@@ -352,7 +352,8 @@ def _placed(name: str, shape: tuple[int, ...], place: Place, parameters: Mapping
                 Part(owner.layer, Outputs(start, owner.shape[0]), layer=owner.layer)
                 for owner, start in zip(owners, starts, strict=False)
             )
-            return Parameter(name, first.kind, shape, 1, parts=parts)
+            # What a file has fused reads one input: statistics of the first layer are those of all.
+            return Parameter(name, first.kind, shape, 1, module=first.layer, parts=parts)
         return Parameter(name, ParameterKind.OTHER if first.input_axis is not None else first.kind, shape)
     if first.input_axis is None:
         return Parameter(name, first.kind, shape)

@@ -61,8 +61,7 @@ def merge_problems(recipe: Recipe) -> Iterator[str]:
 def stored_parameters(base: Checkpoint, architecture: Architecture) -> Iterator[Parameter]:
     """The parameters that experts of a base will share with it."""
     for name, stored in sorted(base.backbone.items()):
-        known = name in architecture.parameters or name in architecture.stored_names
-        if known and stored.is_floating:
+        if architecture.knows(name) and stored.is_floating:
             yield architecture.describe(name, stored.shape)
 
 

@@ -72,9 +72,9 @@ def check_models(recipe: Recipe, problems: Problems) -> None:
     weights = [
         name for name, stored in base.backbone.items() if stored.is_floating and name not in architecture.buffers
     ]
-    stored = {architecture.stored_names.get(name, name) for name in weights}
-    foreign = sorted(name for name in stored if name not in architecture.parameters and not architecture.ignores(name))
-    unset = [name for name in architecture.parameters if name not in stored]
+    foreign = sorted(name for name in weights if not architecture.knows(name) and not architecture.ignores(name))
+    unset = [name for name in architecture.parameters if architecture.stored_for(name).isdisjoint(weights)]
+    unset = [name for name in unset if name not in base.backbone]
     if foreign and unset:
         problems.add(
             f"base: {architecture.config.get('model_type')} stores weights in other pieces than the model has "
