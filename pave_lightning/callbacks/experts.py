@@ -27,6 +27,7 @@ from pave_lightning.statistics.second_moment import full_precision
 # Functions whose second factor is a weight, and which of its last two axes they sum over.
 _PRODUCTS = {"linear": -1, "matmul": -2, "__matmul__": -2, "mm": -2, "bmm": -2}
 _INDEXED = ("__getitem__", "index_select")
+_JOINED = ("cat", "concat", "concatenate")
 _DIVIDED = ("split", "chunk", "tensor_split", "unbind")
 # Rows of an expert are chosen among those that reached it: the padding is out already.
 _PART = "experts"
@@ -133,14 +134,16 @@ class ExpertObserver:
         ]
         self._handles: list[RemovableHandle] = []
         self._switches = ExitStack()
-        self._watches: list[_Products] = []
+        self._watches: list[_Products | None] = []
         parents = {module: parent for parent in backbone.modules() for module in parent.children()}
         mixtures: dict[nn.Module, list[_Stack]] = {}
         for stack in self._stacks:
             mixtures.setdefault(parents.get(stack.module, stack.module), []).append(stack)
         for mixture, stacks in mixtures.items():
-            self._handles.append(mixture.register_forward_pre_hook(partial(self._enter, stacks), with_kwargs=True))
-            self._handles.append(mixture.register_forward_hook(self._leave, always_call=True))
+            # The module around the experts may have other methods called than its forward.
+            for module in dict.fromkeys([mixture, *(stack.module for stack in stacks)]):
+                self._handles.append(module.register_forward_pre_hook(partial(self._enter, stacks), with_kwargs=True))
+                self._handles.append(module.register_forward_hook(self._leave, always_call=True))
         for config in {id(c): c for s in self._stacks for c in [getattr(s.module, "config", None)] if c}.values():
             implementation = getattr(config, "_experts_implementation", None)
             if implementation is not None:
@@ -201,21 +204,27 @@ class ExpertObserver:
     def _enter(
         self, stacks: Sequence[_Stack], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim > 1]
+        if any(watch.stacks is stacks for watch in self._watches if watch is not None):
+            self._watches.append(None)  # for what leaves this module
+            return
+        given = next(
+            (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim > 1), None
+        )
         real = None
-        if given and given[0].is_floating_point():
-            leading = tuple(given[0].shape[:-1])
-            index, _ = self._sampler.choose(leading, part=self._part_of(module, given[0]))
+        if given is not None and self._sampler.has_padding:
+            leading = tuple(given.shape[:-1])
+            index, _ = self._sampler.choose(leading, part=self._part_of(module, given))
             if index is not None:
-                real = torch.zeros(math.prod(leading), dtype=torch.bool, device=given[0].device)
+                real = torch.zeros(math.prod(leading), dtype=torch.bool, device=given.device)
                 real[index.to(real.device)] = True
-        watch = _Products(stacks, self._count, given[0] if real is not None else None, real)
+        watch = _Products(stacks, self._count, given, real, pads=self._sampler.has_padding)
         self._watches.append(watch)
-        watch.__enter__()
+        watch.__enter__()  # type: ignore[no-untyped-call]
 
     def _leave(self, *_: Any) -> None:
-        if self._watches:
-            self._watches.pop().__exit__(None, None, None)
+        watch = self._watches.pop() if self._watches else None
+        if watch is not None:
+            watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def _count(self, stack: _Stack, number: int, rows: Tensor, is_padding_known: bool) -> None:
@@ -240,8 +249,9 @@ class _Products(TorchFunctionMode):
     Args:
         stacks: whose products.
         count: is given a stack, an expert's number, the rows that it multiplies, and whether padding was told apart.
-        given: what the mixture is given, ``(..., d)``; None where none of it is padding.
-        real: which rows of it are no padding.
+        given: what the mixture is given, ``(..., d)``.
+        real: which rows of it are no padding; None where nobody knows, or all are.
+        pads: whether there is padding in the batch.
     """
 
     def __init__(
@@ -250,10 +260,12 @@ class _Products(TorchFunctionMode):
         count: Callable[[_Stack, int, Tensor, bool], None],
         given: Tensor | None,
         real: Tensor | None,
+        *,
+        pads: bool,
     ) -> None:
         super().__init__()
-        self._stacks, self._count = stacks, count
-        self._pads = given is not None
+        self.stacks, self._count = stacks, count
+        self._pads = pads
         self._real: Any = WeakIdKeyDictionary()  # tensors are told apart by identity
         if given is not None and real is not None:
             self._real[given] = real
@@ -264,11 +276,11 @@ class _Products(TorchFunctionMode):
         if name in _PRODUCTS and len(args) > 1:
             self._watch(args[0], args[1], _PRODUCTS[name])
         if self._pads:
-            self._follow(name, args, kwargs or {}, found)
+            self._follow(name, args, found)
         return found
 
     def _watch(self, rows: Tensor, factor: Tensor, summed: int) -> None:
-        for stack in self._stacks:
+        for stack in self.stacks:
             number = stack.number_of(factor)
             # A product along the other axis is not that of the layer.
             if number is None or factor.stride(summed) != stack.weight.stride(stack.axis):
@@ -286,7 +298,12 @@ class _Products(TorchFunctionMode):
                 if bool(reached.any()):
                     self._count(stack, one, own[reached], known)
 
-    def _follow(self, name: str, args: Sequence[Any], kwargs: Any, found: Any) -> None:
+    def _follow(self, name: str, args: Sequence[Any], found: Any) -> None:
+        if name in _JOINED and args and isinstance(args[0], tuple | list):
+            pieces = [self._real.get(one) for one in args[0]]
+            if all(real is not None for real in pieces) and sum(map(len, pieces)) == len(found):
+                self._real[found] = torch.cat(pieces)
+            return
         source = next((value for value in args if isinstance(value, Tensor) and value in self._real), None)
         if source is None:
             return

@@ -35,6 +35,7 @@ from pave_lightning.weights.configuration import merged_configuration
 from pave_lightning.weights.locate import has_tokenizer
 from pave_lightning.weights.memory import freed_memory_returned
 from pave_lightning.weights.task_vectors import absent_children, own_token_rows
+from pave_lightning.weights.ties import tied_names
 
 FACTS_FILE = "pave.json"
 HEAD_FILE = "head.safetensors"
@@ -365,24 +366,43 @@ def load_merged(folder: str | Path, task: str, base: str | None = None, *, exper
         if name in state:  # the merged rows, and what the task has beyond them; fewer where its expert had fewer
             rows = torch.cat([state[name], own_rows[name].float()]) if name in own_rows else state[name]
             state[name] = rows[: architecture.vocabulary]
-    names, start = architecture.stored_names, architecture.start
-    placed = {name: place for name, place in architecture.places.items() if name.removeprefix(start) in state}
-    parameters = {name: parameter.data for name, parameter in model.named_parameters()}
-    for name, place in placed.items():
-        place.copy_into(parameters, state.pop(name.removeprefix(start)))
-    whole = {f"{start}{names.get(name, name)}": tensor for name, tensor in state.items()}
-    whole |= {names.get(name, name): tensor for name, tensor in head.items()}
-    for name, layer in model.named_modules():
-        # What is fitted has an intercept, also where the expert's layer had none.
-        if isinstance(layer, nn.Linear) and f"{name}.bias" in whole and "bias" not in dict(layer.named_parameters()):
-            layer.bias = nn.Parameter(whole[f"{name}.bias"])
-    with foreign(f"{folder} does not fit its own config.json", "merge again"):
-        missing, _ = model.load_state_dict(whole, strict=False)
-    given = {piece.parameter for place in placed.values() for piece in place.pieces}
-    lacking = [name for name in missing if name in parameters and name not in given]
+    lacking = _fill(model, architecture, state, head, folder)
     if lacking:
         raise PaveError(
             f"{folder} lacks {len(lacking)} weights, among them {lacking[0]}, or holds them under other names than the "
             "model knows; merge again"
         )
     return model.eval()
+
+
+def _fill(
+    model: nn.Module,
+    architecture: Architecture,
+    backbone: Mapping[str, Tensor],
+    head: Mapping[str, Tensor],
+    folder: Path,
+) -> list[str]:
+    """Put stored tensors into a model; the names of parameters that none of them fills."""
+    names, start = architecture.stored_names, architecture.start
+    parameters = {name: parameter.data for name, parameter in model.named_parameters()}
+    given: set[str] = set()
+    whole: dict[str, Tensor] = {}
+    for name, tensor in backbone.items():
+        place = architecture.places.get(f"{start}{name}")
+        if place is None:
+            whole[f"{start}{names.get(name, name)}"] = tensor
+        else:
+            place.copy_into(parameters, tensor)
+            given |= {piece.parameter for piece in place.pieces}
+    whole |= {names.get(name, name): tensor for name, tensor in head.items()}
+    for path, layer in model.named_modules():
+        # What is fitted has an intercept, also where the expert's layer had none.
+        if isinstance(layer, nn.Linear) and f"{path}.bias" in whole and "bias" not in dict(layer.named_parameters()):
+            layer.bias = nn.Parameter(whole[f"{path}.bias"])
+    for alias, own in tied_names(model).items():
+        if alias in whole and own in whole and not torch.equal(whole[alias], whole[own]):  # as transformers has it
+            owner, _, attribute = alias.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, nn.Parameter(torch.empty_like(whole[alias])))
+    with foreign(f"{folder} does not fit its own config.json", "merge again"):
+        missing, _ = model.load_state_dict(whole, strict=False)
+    return [name for name in missing if name in parameters and name not in given]

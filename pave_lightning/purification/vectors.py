@@ -69,10 +69,10 @@ class PurifiedTaskVectors(DerivedTaskVectors):
     Every matrix weight :math:`W_t` becomes :math:`U_r U_r^T W_t`, where :math:`U_r` are the leading left singular
     vectors of :math:`W_t (C_t + \epsilon I)` and the ranks are shared out over the tasks of a layer, or of all layers
     (``scope``). Fused projections are purified part by part where the parts are known (`Parameter.parts`), experts of
-    mixtures one by one. With the target ``delta`` the task vector :math:`\tau_t` takes the place of :math:`W_t` in all of
-    this; with ``delta_by_expert`` it is projected on the directions of :math:`W_t`. All else stays as it is, and a
-    weight that keeps its full rank stays the same bit for bit. Computed one layer at a time, when it is asked for; only
-    the last layer is held; `purified` gives all of them in turn. The scopes ``model`` and ``global`` look at all
+    mixtures one by one. With the target ``delta`` the task vector :math:`\tau_t` takes the place of :math:`W_t` in
+    all of this; with ``delta_by_expert`` it is projected on the directions of :math:`W_t`. All else stays as it is, and
+    a weight that keeps its full rank stays the same bit for bit. Computed one layer at a time, when it is asked for;
+    only the last layer is held; `purified` gives all of them in turn. The scopes ``model`` and ``global`` look at all
     spectra once before that.
 
     Source: An, Yang, Torr, Ghanem, *Purifying Task Vectors in Knowledge-Aware Subspace for Model Merging*

@@ -25,7 +25,7 @@ from pave_lightning.weights.checkpoint import Checkpoint
 from pave_lightning.weights.embeddings import token_embeddings
 from pave_lightning.weights.fused import fused_parts
 from pave_lightning.weights.matrices import Outputs, Part
-from pave_lightning.weights.parameters import Parameter, ParameterKind, parameters_of
+from pave_lightning.weights.parameters import Parameter, ParameterKind, kind_of, parameters_of
 from pave_lightning.weights.places import Piece, Place, stored_places
 from pave_lightning.weights.positions import longest_sequence
 from pave_lightning.weights.remembered import remembered
@@ -40,7 +40,7 @@ MOST_LABELS = 100_000
 MOST_PARAMETERS = 20_000
 LARGEST_SIZE = 2**31 - 1
 # Keys that count what a model is built of, and keys of sizes that only look like them.
-_LAYERS = re.compile(r"layer|depth|block|stage")
+_LAYERS = re.compile(r"layer|depth(?!wise)|block|stage")
 _PARTS = re.compile(r"expert|group|head")
 _SIZES = re.compile(r"size|dim|_ids?$|length|position")
 
@@ -87,6 +87,8 @@ class Architecture:
         config: the configuration, as plain values and with its defaults.
         obsolete: patterns of tensors that older releases of transformers stored and the model no longer has.
         tied: other names under which checkpoints may store a backbone tensor -> the name that it goes by here.
+        aliases: these other names -> what a parameter of that name is, where a checkpoint has untied it.
+        copied: names of parameters that some checkpoints tie and others do not -> the one that they are then tied to.
         buffers: kinds of the backbone's buffers, by the names under which checkpoints store them.
         positions: longest sequence in tokens; None where no table of positions limits it.
         main_input: name of what the model reads.
@@ -107,6 +109,8 @@ class Architecture:
     places: dict[str, Place] = field(default_factory=dict, repr=False)
     inner: str = ""
     tied: dict[str, str] = field(default_factory=dict, repr=False)
+    aliases: dict[str, Parameter] = field(default_factory=dict, repr=False)
+    copied: dict[str, str] = field(default_factory=dict, repr=False)
     buffers: dict[str, BufferKind] = field(default_factory=dict, repr=False)
     token_embeddings: tuple[str, ...] = ()
     positions: int | None = None
@@ -143,6 +147,10 @@ class Architecture:
         prefix = "" if backbone is model else f"{inner}."
         parts = {name.removeprefix(prefix): found for name, found in fused_parts(model).items()}
         parameters = {name: one for name, one in parameters_of(backbone, parts).items() if not lies_in(name, beside)}
+        tied_to = tied_names(backbone)
+        untied = {
+            name: _as_alias(backbone, name, parameters[own]) for name, own in tied_to.items() if own in parameters
+        }
         shapes_of_all = {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
         renamed, places = {}, {}
         for stored, place in stored_places(model).items():
@@ -179,7 +187,8 @@ class Architecture:
             obsolete=tuple(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),
             renamed=renamed,
             places=places,
-            tied={files_call.get(name, name): files_call.get(own, own) for name, own in tied_names(backbone).items()},
+            tied={files_call.get(name, name): files_call.get(own, own) for name, own in tied_to.items()},
+            aliases=untied,
             buffers={
                 files_call.get(name, name): kind
                 for name, kind in buffer_kinds(backbone).items()
@@ -287,6 +296,20 @@ class Architecture:
         """Whether base and experts must both store a floating-point tensor of that name, in one shape."""
         return self.merges(name) or self.averages(name)
 
+    def untied(self, copied: Mapping[str, str]) -> Architecture:
+        """The same model with weights apart that it could tie.
+
+        Args:
+            copied: names of parameters that checkpoints may tie -> the parameter that they are then tied to.
+        """
+        names = [name for name in copied if name in self.aliases and name in self.tied]
+        return replace(
+            self,
+            parameters=self.parameters | {name: self.aliases[name] for name in names},
+            tied={name: own for name, own in self.tied.items() if name not in names},
+            copied={**self.copied, **copied},
+        )
+
     def checkpoint(self, folder: Path) -> Checkpoint:
         """The weights of a model folder of this architecture, in which tied tensors count once."""
         return self._checkpoint(folder, frozenset())
@@ -296,8 +319,26 @@ class Architecture:
         return self._checkpoint(folder, self.private)
 
     def _checkpoint(self, folder: Path, without: frozenset[str]) -> Checkpoint:
-        outer = frozenset(self.children) - {self.inner}
-        return Checkpoint(folder, self.prefix, self.tied, without, inner=self.inner, outer=outer, beside=self.beside)
+        # Checkpoints may have names of their own for all of it (models of several modalities).
+        renamed = {name.partition(".")[0] for name in (*self.renamed, *self.places)}
+        outer = (renamed | self.children.keys()) - {self.inner}
+        return Checkpoint(
+            folder,
+            self.prefix,
+            self.tied,
+            without,
+            inner=self.inner,
+            outer=outer,
+            beside=self.beside,
+            copied=self.copied,
+        )
+
+
+def _as_alias(backbone: nn.Module, name: str, own: Parameter) -> Parameter:
+    """What a tied parameter is under another name: a head, where it is an embedding."""
+    path, _, attribute = name.rpartition(".")
+    kind, axis = kind_of(backbone.get_submodule(path), attribute)
+    return replace(own, name=name, kind=kind, input_axis=axis, parts=())
 
 
 def _placed(name: str, shape: tuple[int, ...], place: Place, parameters: Mapping[str, Parameter]) -> Parameter:

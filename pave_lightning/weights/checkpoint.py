@@ -71,6 +71,7 @@ class Checkpoint:
         inner: where there is no prefix, the submodule whose name stored names may lack, all of them.
         outer: other direct submodules, whose names stand as they are.
         beside: where there is no prefix, direct submodules and parameters that are of the head.
+        copied: names of backbone tensors -> others whose values they have where the files lack them, or the reverse.
 
     Attributes:
         backbone: the backbone's tensors by name; of tied ones one, whatever the file calls it.
@@ -91,6 +92,7 @@ class Checkpoint:
         inner: str = "",
         outer: Collection[str] = (),
         beside: Collection[str] = (),
+        copied: Mapping[str, str] | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.tied = dict(tied or {})
@@ -118,6 +120,14 @@ class Checkpoint:
                 if name.endswith(f"LayerNorm{old}"):
                     self.backbone[name.removesuffix(old) + new] = self.backbone.pop(name)
         self.copies: dict[str, StoredTensor] = {}
+        self._tie()
+        for pair in (copied or {}).items():
+            for name, other in (pair, pair[::-1]):
+                if name not in self.backbone and other in self.backbone:
+                    self.backbone[name] = self.backbone[other]
+
+    def _tie(self) -> None:
+        """Let tied tensors count once, by the name that they go by."""
         for name, own in self.tied.items():
             if name in self.backbone and own in self.backbone:
                 self.copies[name] = self.backbone.pop(name)

@@ -191,11 +191,11 @@ def _no_values(model: nn.Module) -> dict[str, Tensor]:
     return given
 
 
-class _Tracing(TorchDispatchMode):
+class _Tracing(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Within, steps that take outputs of watched layers, all or some of them, are noted."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.used: dict[str, list[frozenset[int]]] = {}
         self._watched: dict[int, tuple[str, Tensor]] = {}
 
@@ -219,7 +219,7 @@ class _Tracing(TorchDispatchMode):
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _columns(view: Tensor, width: int) -> frozenset[int]:

@@ -35,8 +35,8 @@ class Outputs:
         """What picks these rows: a slice of one block, an int64 tensor of several."""
         if self.repeats == 1:
             return slice(self.start, self.start + self.size)
-        starts = self.start + self.period * torch.arange(self.repeats)
-        return (starts[:, None] + torch.arange(self.size)).flatten()
+        places = (self.start + self.period * block + row for block in range(self.repeats) for row in range(self.size))
+        return torch.tensor(list(places), device="cpu")
 
     @property
     def count(self) -> int:

@@ -69,7 +69,11 @@ def stored_places(model: nn.Module) -> dict[str, Place]:
     tensors = [*model.named_parameters(), *model.named_buffers()]
     weights = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in tensors}
     names = {_storage(tensor): name for name, tensor in weights.items()}
-    with _Followed() as followed:
+    followed = _Followed()
+    try:
+        with followed:
+            stored = revert_weight_conversion(model, dict(weights))
+    except RuntimeError:  # rows are permuted, so that the copy that was passed over is one
         stored = revert_weight_conversion(model, dict(weights))
     places = {}
     for name, tensor in stored.items():
@@ -79,7 +83,7 @@ def stored_places(model: nn.Module) -> dict[str, Place]:
     return places
 
 
-class _Followed(TorchDispatchMode):
+class _Followed(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Within, copies are the views that they are made of, and what is joined is known to be.
 
     Attributes:
@@ -88,7 +92,7 @@ class _Followed(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.joined: dict[int, list[Tensor]] = {}
         self.kept: list[Tensor] = []
 
@@ -103,7 +107,7 @@ class _Followed(TorchDispatchMode):
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _pieces(tensor: Tensor, names: Mapping[int, str], joined: Mapping[int, list[Tensor]]) -> Iterator[Piece]:

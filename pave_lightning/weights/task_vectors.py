@@ -19,6 +19,7 @@ from pave_lightning.weights.coverage import unmergeable
 from pave_lightning.weights.locate import locate_model
 from pave_lightning.weights.parameters import Parameter
 from pave_lightning.weights.ties import tie_problems
+from pave_lightning.weights.untied import with_heads_apart
 
 # 0.8 MB in float32: below 1 MB the C library reuses memory, above it the system clears all pages of every block anew.
 BLOCK_ELEMENTS = 200_000
@@ -219,6 +220,9 @@ class ExpertTaskVectors(TaskVectors):
         architecture: the experts' architecture, which says what kind each parameter is.
         counts: how many experts a checkpoint stands for, where it is a merged model; else one.
 
+    Attributes:
+        architecture: the architecture.
+
     Raises:
         PaveError: base and experts differ in layer names or shapes, or an adapter is not that of its expert; all
             differences are listed, up to 20.
@@ -238,6 +242,7 @@ class ExpertTaskVectors(TaskVectors):
         problems.raise_if_any()
         shared = set.intersection(*(set(expert.backbone) for expert in experts.values())) if experts else set()
         self._base, self._experts = base, dict(experts)
+        self.architecture = architecture
         self.tasks = tuple(experts)
         self.parameters = tuple(
             replace(architecture.describe(name, stored.shape), shape=stored.shape)
@@ -430,6 +435,9 @@ def differences(task: str, base: Checkpoint, expert: Checkpoint, architecture: A
 def checkpoint_vectors(base: str, experts: Mapping[str, str]) -> ExpertTaskVectors:
     """Task vectors of fine-tuned checkpoints, read lazily.
 
+    Of models with heads for tasks the backbones are compared. Language models, whose heads score tokens, are compared
+    whole: their heads count as what they are, weights of their own or, where all checkpoints tie them, the embedding.
+
     Args:
         base: folder, hub id, or ``package:NAME/FOLDER`` of the base model.
         experts: the same for each task's fine-tuned checkpoint.
@@ -447,7 +455,9 @@ def checkpoint_vectors(base: str, experts: Mapping[str, str]) -> ExpertTaskVecto
                 f"here it must be merged into the base first (merge_and_unload, save_pretrained); keep it beside the "
                 f"weights in a folder '{ADAPTER_FOLDER}'"
             )
+    base_folder = locate_model(base, role="base")
     architecture = Architecture.of_folder(next(iter(folders.values())))
-    base_checkpoint = architecture.checkpoint(locate_model(base, role="base"))
+    architecture = with_heads_apart(architecture, [base_folder, *folders.values()])
+    base_checkpoint = architecture.checkpoint(base_folder)
     checkpoints = {task: architecture.checkpoint(folder) for task, folder in folders.items()}
     return ExpertTaskVectors(base_checkpoint, checkpoints, architecture)

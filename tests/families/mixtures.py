@@ -67,7 +67,7 @@ class Mixture(Pretrained):
         handles = [m.register_forward_pre_hook(watch(name), with_kwargs=True) for name, m in mixtures.items()]
         with watched(layers, masks) as seen:
             yield seen
-            seen |= found
+            seen.update(found)
         for handle in handles:
             handle.remove()
 

@@ -39,10 +39,7 @@ def watched(layers: dict[str, nn.Module], masks: Sequence[Tensor] = ()) -> Itera
     def watch(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             rows = args[0].detach().double()
-            if isinstance(module, CONVOLUTIONS):
-                rows = patches(module, rows)
-            else:
-                rows = without_padding(rows, masks)
+            rows = patches(module, rows) if isinstance(module, CONVOLUTIONS) else without_padding(rows, masks)
             seen[name].append(rows.flatten(0, -2))
 
         return hook
