@@ -151,7 +151,7 @@ CLASSIFIERS = [
         "model",
         parts=fused(Wqkv=thirds, Wi=halves),
     ),
-    classifier("GTE", "Gte", lambda: hf.GteConfig(**STANDARD), "gte"),
+    classifier("GTE", "Gte", lambda: hf.GteConfig(**STANDARD), "gte", heads=("classifier", "gte.pooler")),
     classifier("GPT-2", "GPT2", lambda: hf.GPT2Config(**OLD), "transformer", parts=fused(c_attn=thirds)),
     classifier("OPT", "OPT", lambda: hf.OPTConfig(**OPT, word_embed_proj_dim=8), "model"),
     classifier("GPT-NeoX", "GPTNeoX", lambda: hf.GPTNeoXConfig(**STANDARD), "gpt_neox", parts=QKV_BY_HEAD),
