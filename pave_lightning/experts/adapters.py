@@ -15,13 +15,12 @@ from pave_lightning.experts.loading import load_base
 from pave_lightning.tasks.heads import HeadForm
 from pave_lightning.tasks.task import Task, kind_of_adapters
 from pave_lightning.weights import Checkpoint, is_finite
-from pave_lightning.weights.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_settings
+from pave_lightning.weights.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, WRAPPED, adapter_settings
 from pave_lightning.weights.architecture import Architecture, backbone_of, empty_model, lies_in
 from pave_lightning.weights.checkpoint import StoredTensor, is_finite_in_float32, stored_tensors
 from pave_lightning.weights.embeddings import resize_rows, token_embeddings
 from pave_lightning.weights.task_vectors import absent_children
 
-WRAPPED = "base_model.model."
 # Settings of adapters that weights of the base's shape cannot hold.
 NOT_IN_WEIGHTS = {
     "layer_replication": "layers of the base are repeated",

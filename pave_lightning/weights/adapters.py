@@ -24,7 +24,8 @@ ADAPTER_FOLDER = "adapter"
 LARGEST_RANK = 2**31 - 1
 LARGEST_ALPHA = 1e6
 
-_WRAPPED = "base_model.model."
+# What peft calls the model that it wraps.
+WRAPPED = "base_model.model."
 _FACTOR = re.compile(r"(?P<layer>.+)\.lora_(?P<side>[AB])\.weight")
 # Low-rank updates of tables that are looked up, and biases beside a factor: the expert's own weights hold both.
 _ELSEWHERE = re.compile(r".+\.(lora_embedding_[AB]|lora_B\.bias)")
@@ -119,7 +120,7 @@ class Adapter:
     ) -> Iterator[tuple[str, AdaptedLayer]]:
         sides: dict[str, dict[str, StoredTensor]] = {}
         for name, tensor in stored.items():
-            match = _FACTOR.fullmatch(name.removeprefix(_WRAPPED))
+            match = _FACTOR.fullmatch(name.removeprefix(WRAPPED))
             if match:
                 sides.setdefault(match["layer"].replace(".base_layer", ""), {})[match["side"]] = tensor
         for layer, pair in sorted(sides.items()):
@@ -177,10 +178,10 @@ def _refusal(settings: Mapping[str, Any], stored: Mapping[str, StoredTensor]) ->
         if settings.get(key):
             return f"its adapter has the setting {key}: {why}, so the update is not the product of two factors"
     for name in stored:
-        own = name.removeprefix(_WRAPPED)
+        own = name.removeprefix(WRAPPED)
         if ".lora_" in own and not _FACTOR.fullmatch(own) and not _ELSEWHERE.fullmatch(own):
             return f"its adapter holds {own}, of which nothing is known here"
-    if not any(_FACTOR.fullmatch(name.removeprefix(_WRAPPED)) for name in stored):
+    if not any(_FACTOR.fullmatch(name.removeprefix(WRAPPED)) for name in stored):
         return "its adapter has no low-rank factors of any layer"
     return None
 
