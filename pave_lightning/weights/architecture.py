@@ -404,14 +404,15 @@ def backbone_of(model: nn.Module) -> nn.Module:
         PaveError: it has a head, and no backbone where transformers says.
     """
     backbone = getattr(model, str(model.base_model_prefix), None)
-    if backbone is None and _is_bare(model):
+    if backbone is None and is_bare(model):
         return model
     if not isinstance(backbone, nn.Module):
         raise PaveError(f"{type(model).__name__} has no backbone named '{model.base_model_prefix}'")
     return backbone
 
 
-def _is_bare(model: nn.Module) -> bool:
+def is_bare(model: nn.Module) -> bool:
+    """Whether a model of transformers is a backbone without a head."""
     from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
     known = MODEL_MAPPING_NAMES.get(getattr(getattr(model, "config", None), "model_type", ""), ())

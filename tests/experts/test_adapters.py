@@ -8,8 +8,11 @@ import pytest
 import torch
 from peft import (
     IA3Config,
+    LilyConfig,
+    LNTuningConfig,
     LoraConfig,
     PromptTuningConfig,
+    ShiraConfig,
     TaskType,
     get_peft_model,
 )
@@ -24,15 +27,17 @@ from transformers import (
 )
 
 from pave_lightning.errors import PaveError
-from pave_lightning.experts.adapter_base import other_base
 from pave_lightning.experts.adapters import (
-    adapter_problems,
     adds_nothing,
     fit_problems,
     load_adapter,
     load_adapter_alone,
 )
+from pave_lightning.experts.fitting import save_expert
+from pave_lightning.experts.loading import load_expert
 from pave_lightning.tasks.task import Task
+from pave_lightning.weights.adapter_base import other_base
+from pave_lightning.weights.adapter_models import adapter_problems
 
 SMALL = {
     "vocab_size": 100,
@@ -177,9 +182,30 @@ def test_other_adapters_are_what_was_trained(base_folder, train, task, config):
 
 def test_adapters_that_change_no_weights(base_folder, train, task):
     folder, _ = train(base_folder, PromptTuningConfig(task_type=TaskType.SEQ_CLS, num_virtual_tokens=4))
+    (problem,) = adapter_problems(folder)
+    assert "is of kind PROMPT_TUNING" in problem
+    with pytest.raises(PaveError, match="nothing to merge"):
+        load_adapter(base_folder, folder, task)
+
+
+def test_kinds_that_peft_cannot_merge(base_folder, train, task):
+    folder, _ = train(base_folder, LilyConfig(task_type=TaskType.SEQ_CLS, target_modules=["query"]))
     (problem,) = fit_problems(base_folder, folder, task.head_form)
-    assert "PROMPT_TUNING" in problem
-    assert "cannot be merged" in problem
+    assert "peft cannot merge adapters of kind LILY into weights" in problem
+
+
+def test_kinds_that_need_the_values_of_the_base(base_folder, train, task):
+    folder, _ = train(base_folder, ShiraConfig(task_type=TaskType.SEQ_CLS, r=2, target_modules=["query"]))
+    (problem,) = fit_problems(base_folder, folder, task.head_form)
+    assert "adapters of kind SHIRA are shaped by the base's values; merge it with peft first" in problem
+
+
+def test_a_head_that_peft_leaves_in_its_wrapper_is_taken_out_of_it(base_folder, train, task, tmp_path):
+    folder, logits = train(base_folder, LNTuningConfig(task_type=TaskType.SEQ_CLS, target_modules=["LayerNorm"]))
+    save_expert(load_adapter(base_folder, folder, task), base_folder, tmp_path)
+    with torch.no_grad():
+        found = load_expert(tmp_path, task, base_folder)(**INPUTS).logits
+    torch.testing.assert_close(found, logits, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from pave_lightning.errors import PaveError
-from pave_lightning.experts.adapters import adapter_problems, fit_problems, load_adapter
+from pave_lightning.experts.adapters import fit_problems, load_adapter
 from pave_lightning.experts.fitting import fit_expert, save_expert
 from pave_lightning.experts.loading import load_with_new_head
 from pave_lightning.experts.new_adapters import add_adapters, refusal
 from pave_lightning.tasks.options import Lora
 from pave_lightning.tasks.task import Task
 from pave_lightning.weights import task_vectors
+from pave_lightning.weights.adapter_models import adapter_problems
 
 QUERY = "encoder.layer.0.attention.self.query.weight"
 WORDS = "embeddings.word_embeddings.weight"

@@ -27,7 +27,7 @@ from pave_lightning.weights import Checkpoint, ExpertTaskVectors, TaskVectors, l
 from pave_lightning.weights.adapters import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS
 from pave_lightning.weights.architecture import backbone_of
 from pave_lightning.weights.embeddings import share_rows
-from pave_lightning.weights.locate import has_tokenizer
+from pave_lightning.weights.locate import has_tokenizer, named_adapter
 
 if TYPE_CHECKING:
     from pave_lightning.tracking.logger import TrackingLogger
@@ -196,8 +196,9 @@ def metrics_logger(context: Context, run: str, stage: Stage) -> TrackingLogger |
 
 def existing_folder(task: Task) -> Path:
     """The folder of the checkpoint that a recipe names for a task instead of training."""
-    reference = task.expert.from_ if task.expert is not None else ""
-    return locate_model(reference, role=f"expert of task '{task.name}'")
+    reference, adapter = (task.expert.from_, task.expert.adapter) if task.expert is not None else ("", None)
+    role = f"expert of task '{task.name}'"
+    return named_adapter(locate_model(reference, role=role), adapter, role=role)
 
 
 def training_inputs(task: Task) -> dict[str, Any]:
