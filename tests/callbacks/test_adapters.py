@@ -21,6 +21,7 @@ CONFIGS = {
     "tokens": LoraConfig(r=2, target_modules=["key"], trainable_token_indices={"word_embeddings": [5, 7]}),
     "pissa": LoraConfig(r=2, target_modules=["query", "key", "value"], init_lora_weights="pissa"),
     "ia3": IA3Config(target_modules=["value", "output.dense"], feedforward_modules=["output.dense"]),
+    "parameters": LoraConfig(r=2, target_modules=["query"], target_parameters=["intermediate.dense.weight"]),
     "norms": LNTuningConfig(target_modules=["LayerNorm"]),
 }
 

@@ -78,6 +78,11 @@ OPTIONS = [
     ({"init_lora_weights": "pissa", "use_rslora": True, "rank_pattern": {"query": 3}}, ALL_LINEAR, True),
     ({"init_lora_weights": "olora", "alpha_pattern": {"query": 9.0}, "bias": "all"}, ALL_LINEAR, True),
     ({"init_lora_weights": "pissa", "use_dora": True}, ALL_LINEAR, False),
+    (
+        {"target_modules": [], "target_parameters": ["intermediate.dense.weight"]},
+        ("encoder.layer.1.intermediate.dense.weight",),
+        False,
+    ),
     ({"dropout": 0.3, "exclude_modules": ["pooler.dense"]}, ALL_LINEAR, True),
 ]
 
