@@ -86,6 +86,11 @@ def write_adapter(
     1. Layers whose update has a lower rank get that rank. Linear layers and convolutions that are matrix products have
     factors; the updates of norms, biases and embeddings have none and are left out unless ``keep_whole`` is set.
 
+    Example::
+
+        fit = write_adapter("merged-lora", "checkpoints/quickstart/merged/ties-plain", rank=16)
+        fit.error  # such as 0.31: the norm of what is missing, divided by that of the whole update
+
     Without a task the adapter is that of the model that the merged folder's (or else the base's) ``config.json``
     names, which for our merged models is the bare backbone (`transformers.AutoModel`). With a task it is that of the
     model with the task's head, which it holds whole (``modules_to_save``).
@@ -107,10 +112,6 @@ def write_adapter(
     Raises:
         PaveError: ``folder`` exists, the rank is below 1, there is no such model, task or base, the weights do not
             fit the base, or they are the base's.
-
-    Example:
-        >>> write_adapter("merged-lora", "checkpoints/run/merged/ties-plain", rank=16).error  # doctest: +SKIP
-        0.031
     """
     folder, source = Path(folder), merged if isinstance(merged, Mapping) else locate_model(str(merged), role="merged")
     reference = _request(folder, source, base, rank, task)

@@ -45,12 +45,6 @@ def adapter_problems(folder: Path) -> list[str]:
         settings = adapter_settings(folder)
     except PaveError as error:
         return [str(error)]
-    problem = _kind_problem(settings)
-    if problem is None:
-        unmerged = [f"{key}: {why}" for key, why in NOT_IN_WEIGHTS.items() if settings.get(key)]
-        problem = f"is no change of the base's weights ({'; '.join(unmerged)}), so it cannot be merged" * bool(unmerged)
-    if problem:
-        return [f"the adapter {folder} {problem}"]
     weights = folder / ADAPTER_WEIGHTS
     if not weights.is_file():
         return [f"{folder} has no adapter_model.safetensors; pickled adapters are refused"]
@@ -58,6 +52,12 @@ def adapter_problems(folder: Path) -> list[str]:
         stored = stored_tensors(weights, "save the adapter again")
     except PaveError as error:
         return [str(error)]
+    problem = _kind_problem(settings)
+    if problem is None:
+        unmerged = [f"{key}: {why}" for key, why in NOT_IN_WEIGHTS.items() if settings.get(key)]
+        problem = f"is no change of the base's weights ({'; '.join(unmerged)}), so it cannot be merged" * bool(unmerged)
+    if problem:
+        return [f"the adapter {folder} {problem}"]
     broken = [
         name for name, found in stored.items() if found.is_floating and not is_finite_in_float32(Checkpoint.read(found))
     ]
@@ -168,11 +168,14 @@ def write_with_adapter(base: Path, adapter: Path, folder: Path) -> None:
         config: Any = PeftConfig.from_pretrained(str(adapter))
         # With a task, peft looks for the task's head.
         config.task_type, config.inference_mode = None, True
-        adapted = PeftModel.from_pretrained(_trained_as(whole, inside=inside), str(adapter), config=config)
+        model = _trained_as(whole, inside=inside)
+        plain = {WRAPPED + name for name, _ in model.named_parameters()}
+        adapted = PeftModel.from_pretrained(model, str(adapter), config=config)
         own = get_peft_model_state_dict(adapted, save_embedding_layers=False)
         start = WRAPPED + prefix if inside else WRAPPED
         lost = [name for name in stored if name.startswith(start) and name not in own]
-        lacking = [name for name in own if name not in stored]
+        # Biases of modules that the model with the head has not stay as they are in the base.
+        lacking = [name for name in own if name not in stored and name.replace(".base_layer.", ".") not in plain]
         if lost and inside:
             raise ValueError(f"it has no {listed([name.removeprefix(WRAPPED) for name in lost], 3)}")
         if lacking:

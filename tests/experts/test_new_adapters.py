@@ -1,13 +1,27 @@
 """Adapters trained with peft's options: what is written is what was trained, as peft itself reads it."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
+from transformers import (
+    AlbertConfig,
+    AlbertModel,
+    AutoModelForSequenceClassification,
+    BartConfig,
+    BartModel,
+    GPT2Config,
+    GPT2Model,
+    LlamaConfig,
+    LlamaModel,
+    RobertaConfig,
+    RobertaModel,
+)
 
+from pave_lightning import write_adapter
 from pave_lightning.errors import PaveError
 from pave_lightning.experts.adapters import fit_problems, load_adapter
 from pave_lightning.experts.fitting import fit_expert, save_expert
@@ -149,9 +163,57 @@ def test_training_goes_on_with_what_it_started_from(base_folder, make_task, tmp_
     torch.testing.assert_close(dense[QUERY] - start, product, rtol=0, atol=1e-6)
 
 
-def test_embeddings_of_a_decoder_are_not_written_whole(tiny_tokenizer, make_task, fit, tmp_path):
-    from transformers import LlamaConfig, LlamaModel
+def families():
+    small = {"vocab_size": 100, "pad_token_id": 0, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    yield "roberta", RobertaModel(RobertaConfig(**small, intermediate_size=48, max_position_embeddings=40))
+    yield "albert", AlbertModel(AlbertConfig(**small, intermediate_size=48, embedding_size=16))
+    yield "gpt2", GPT2Model(GPT2Config(vocab_size=100, n_embd=32, n_layer=2, n_head=2, n_positions=40))
+    yield (
+        "bart",
+        BartModel(
+            BartConfig(
+                vocab_size=100,
+                d_model=32,
+                encoder_layers=1,
+                decoder_layers=2,
+                encoder_attention_heads=2,
+                decoder_attention_heads=2,
+                encoder_ffn_dim=48,
+                decoder_ffn_dim=48,
+                max_position_embeddings=40,
+                pad_token_id=0,
+                eos_token_id=3,
+            )
+        ),
+    )
 
+
+@pytest.mark.parametrize("options", [{"use_dora": True, "bias": "all"}, {"init_lora_weights": "pissa"}], ids=["a", "b"])
+@pytest.mark.parametrize("family", ["roberta", "albert", "gpt2", "bart"])
+def test_other_families(family, options, tiny_tokenizer, make_task, fit, tmp_path):
+    base, alone = tmp_path / "base", tmp_path / "alone"
+    dict(families())[family].save_pretrained(base)
+    tiny_tokenizer.save_pretrained(base)
+    task = make_task({"rank": 2, **options})
+    folder = fit(task, base)
+    shutil.copytree(folder / "adapter", alone)
+    taken = load_adapter(base, alone, task).state_dict()
+    expert = AutoModelForSequenceClassification.from_pretrained(folder).state_dict()
+    torch.testing.assert_close(taken, expert, rtol=0, atol=1e-6)
+    beside, by_itself = (task_vectors(str(base), {"a": str(place)}) for place in (folder, alone))
+    others = {parameter.name: parameter for parameter in by_itself.parameters}
+    for parameter in beside.parameters:
+        found = by_itself.vector("a", others[parameter.name])
+        torch.testing.assert_close(found, beside.vector("a", parameter), rtol=0, atol=1e-6)
+    fit_of_it = write_adapter(tmp_path / "lora", folder, str(base), rank=32, keep_whole=True)
+    assert fit_of_it.error < 1e-6
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
+    again = PeftModel.from_pretrained(model, tmp_path / "lora").merge_and_unload()
+    for name, value in getattr(again, again.base_model_prefix).state_dict().items():
+        torch.testing.assert_close(value, expert[f"{again.base_model_prefix}.{name}"], rtol=0, atol=1e-6)
+
+
+def test_embeddings_of_a_decoder_are_not_written_whole(tiny_tokenizer, make_task, fit, tmp_path):
     base = tmp_path / "base"
     config = LlamaConfig(
         vocab_size=100,
