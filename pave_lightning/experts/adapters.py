@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +193,7 @@ def _placed(model: nn.Module, folder: Path) -> tuple[set[str], list[str], list[s
 
     config: Any = PeftConfig.from_pretrained(folder)
     config.inference_mode, kind = True, config.peft_type.value
+    pruned = _pruned_ranks(config)
     if hasattr(config, "init_lora_weights"):
         config.init_lora_weights = True  # other ways to start look at the base's values
     with warnings.catch_warnings():
@@ -202,24 +203,45 @@ def _placed(model: nn.Module, folder: Path) -> tuple[set[str], list[str], list[s
         except NotImplementedError as error:  # of tensors without values
             raise ValueError(f"adapters of kind {kind} are shaped by the base's values; {MERGE_FIRST}") from error
         asked = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+        shapes = {name: _pruned(name, value.shape, pruned) for name, value in asked.items()}
         stored = {
             name: torch.empty(found.shape, device="meta")
             for name, found in stored_tensors(folder / ADAPTER_WEIGHTS).items()
         }
         wrong = [
-            f"{_bare(name)} is {list(found.shape)} in the adapter, but {list(asked[name].shape)} in this base"
+            f"{_bare(name)} is {list(found.shape)} in the adapter, but {list(shapes[name])} in this base"
             for name, found in stored.items()
-            if name in asked and found.shape != asked[name].shape
+            if name in shapes and found.shape != shapes[name]
         ]
         if wrong:
             return {_bare(name) for name in stored}, [], _few(wrong)
-        placed = set_peft_model_state_dict(wrapped, {**asked, **stored})
+        placed = set_peft_model_state_dict(wrapped, {**stored, **asked})
         if kind != "LORA":
             _check_merge(wrapped, kind)
     surplus = set(placed.unexpected_keys)
     unplaced = [_bare(name) for name in stored if name not in asked and _inserted(name) & surplus]
     given = {_bare(name) for name in stored} - set(unplaced)
     return given, [_bare(name) for name in asked if name not in stored], _few([f"it has no {n}" for n in unplaced])
+
+
+def _pruned_ranks(config: Any) -> dict[str, int]:
+    """The ranks that AdaLoRA has left its layers, by names in the whole model; its configuration names none any more.
+
+    What is cut off is told by values, which plans do not read.
+    """
+    masks = config.rank_pattern if config.peft_type.value == "ADALORA" else None
+    if not masks:
+        return {}
+    config.rank_pattern = None
+    return {name.rpartition(".")[0]: sum(bool(kept) for kept in mask) for name, mask in masks.items()}
+
+
+def _pruned(name: str, shape: torch.Size, ranks: Mapping[str, int]) -> torch.Size:
+    """The shape of a tensor of an adapter with the ranks that its layers were left."""
+    layer, _, side = _bare(name).rpartition(".lora_")
+    if layer not in ranks:
+        return shape
+    return torch.Size([shape[0], ranks[layer]] if side == "B" else [ranks[layer], *shape[1:]])
 
 
 def _check_merge(wrapped: Any, kind: str) -> None:

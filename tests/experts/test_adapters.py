@@ -7,13 +7,17 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import (
+    AdaLoraConfig,
     IA3Config,
     LilyConfig,
     LNTuningConfig,
+    LoHaConfig,
     LoraConfig,
+    OFTConfig,
     PromptTuningConfig,
     ShiraConfig,
     TaskType,
+    VeraConfig,
     get_peft_model,
 )
 from safetensors.torch import load_file, save_file
@@ -71,7 +75,7 @@ def save_base(tiny_tokenizer, tmp_path):
 def train(tmp_path):
     """As a user of peft would: noise on all that is trained, saved; gives the folder and the trained model's logits."""
 
-    def run(base, config, name="adapter", **labels):
+    def run(base, config, name="adapter", edit=None, **labels):
         with torch.random.fork_rng():
             torch.manual_seed(1)
             model = AutoModelForSequenceClassification.from_pretrained(base, **(labels or {"num_labels": 2}))
@@ -81,6 +85,8 @@ def train(tmp_path):
                     if parameter.requires_grad:
                         parameter.add_(0.05 * torch.randn_like(parameter))
                 logits = adapted(**INPUTS).logits
+        if edit is not None:
+            edit(adapted)
         adapted.save_pretrained(tmp_path / name)
         return tmp_path / name, logits
 
@@ -186,6 +192,35 @@ def test_adapters_that_change_no_weights(base_folder, train, task):
     assert "is of kind PROMPT_TUNING" in problem
     with pytest.raises(PaveError, match="nothing to merge"):
         load_adapter(base_folder, folder, task)
+
+
+def pruned(adapted):
+    """Let AdaLoRA have pruned two of four directions of one layer and one of the others."""
+    names = [name for name, _ in adapted.base_model.model.named_parameters() if "lora_E" in name]
+    masks = {name: [True, False, True, place > 0] for place, name in enumerate(names)}
+    adapted.peft_config["default"].rank_pattern = masks
+
+
+@pytest.mark.parametrize(
+    ("config", "edit"),
+    [
+        (AdaLoraConfig(init_r=4, target_r=2, total_step=9, tinit=1, tfinal=1), pruned),
+        (VeraConfig(r=4, save_projection=False), None),
+        (VeraConfig(r=4), None),
+        (LoHaConfig(), None),
+        (OFTConfig(r=0, oft_block_size=4), None),
+    ],
+    ids=["adalora", "vera without projections", "vera", "loha", "oft"],
+)
+def test_recipes_take_other_kinds_in(base_folder, train, task, config, edit):
+    config.task_type, config.target_modules = TaskType.SEQ_CLS, {"query", "value"}
+    folder, logits = train(base_folder, config, edit=edit)
+    assert adapter_problems(folder) == []
+    assert fit_problems(base_folder, folder, task.head_form) == []
+    assert not adds_nothing(base_folder, folder, task.auto_model)
+    with torch.no_grad():
+        found = load_adapter(base_folder, folder, task)(**INPUTS).logits
+    assert edit is not None or torch.allclose(found, logits, atol=1e-5, rtol=0)
 
 
 def test_kinds_that_peft_cannot_merge(base_folder, train, task):

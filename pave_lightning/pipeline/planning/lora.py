@@ -89,7 +89,7 @@ def _counted(numbers: Collection[int]) -> str:
 def _rank_problems(lora: Lora, parameters: Iterable[Parameter], ranks: dict[str, int], prefix: str) -> Iterator[str]:
     """Patterns that fit no adapted module, and ranks that no module has."""
     for key, patterns in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
-        for pattern in patterns:
+        for pattern in patterns if ranks else ():
             if not any(fits_pattern(pattern, f"{prefix}.{name}") for name in ranks):
                 known = sorted({name.rpartition(".")[2] for name in ranks})
                 yield f"{key}: '{pattern}' fits no adapted module; {nearest(pattern, known)}"
