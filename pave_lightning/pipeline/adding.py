@@ -125,12 +125,13 @@ def add_expert(
             raise PaveError(_not_sequential(merged, facts))
         method.start_from(facts["sequential"], load_kept(merged, method.keeps, architecture.prefix))
         # Heads that were fitted to the model do not fit what it becomes.
-        dropped = ("method", "form", "base", "sequential", "heads")
+        dropped = ("method", "form", "base", "sequential", "heads", "dtype", "rounding")
         kept = {key: value for key, value in facts.items() if key not in dropped}
         kept["added"] = [*facts.get("added", []), task]  # as it was fine-tuned, also where the others were purified
         context = MergeContext(str(facts["base"]), base_weights, {task: new}, architecture, kept)
         with making_folder(output) as place:
-            write_merged(place, method, source, facts.get("scale"), context, evidence=evidence)
+            asked = facts.get("dtype", "base")
+            write_merged(place, method, source, facts.get("scale"), context, evidence=evidence, dtype=asked)
             for head in sorted(found for found in heads.iterdir() if found.is_dir()):
                 shutil.copytree(head, place / "heads" / head.name)
                 if (own := place / "heads" / head.name / EXPERT_HEAD_FILE).exists():

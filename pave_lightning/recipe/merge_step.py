@@ -12,6 +12,7 @@ from pave_lightning.config import LONGEST_NAME, NAME_PATTERN, Section, unless_wr
 from pave_lightning.evaluation.options import HeadList, Scale
 from pave_lightning.purification.options import Purify
 from pave_lightning.recipe.limits import MOST_COMBINATIONS, repeats
+from pave_lightning.recipe.write import Write
 
 
 class MergeStep(Section):
@@ -31,6 +32,8 @@ class MergeStep(Section):
     """Which task vectors the method is run on: plain, purified, and names of stacks of the recipe's section vectors."""
     purify: Purify = Purify()
     """Purification for this step; keys that are not given come from the recipe's purify section."""
+    write: Write = Write()
+    """How the result is written; keys that are not given come from the recipe's write section."""
     heads: HeadList | None = None
     """Heads under which this step's models are scored; the recipe's where nothing is said."""
     options: dict[str, Any] = {}

@@ -16,6 +16,7 @@ from pave_lightning.purification.options import Compute, Purify
 from pave_lightning.recipe.merge_step import MergeStep
 from pave_lightning.recipe.stacks import BUILT_IN, Stack, folder_problems, named_transform, stack_name_problems
 from pave_lightning.recipe.sweep import Sweep
+from pave_lightning.recipe.write import Write
 from pave_lightning.tasks.options import Examples, Training
 from pave_lightning.tasks.suites import suite_task
 from pave_lightning.tasks.task import Task, any_kind, auto_models
@@ -61,6 +62,8 @@ class Recipe(Section):
     plain, the empty stack, and purified, [pave]; pave without options has those of the section purify."""
     merge: list[MergeStep] = []
     """The merge methods to run."""
+    write: Write = Write()
+    """How merged models are written, unless a merge step says otherwise."""
     heads: HeadList = [EXPERT_HEADS]
     """Heads under which merged models are scored: expert, logits, probabilities, orthogonal or labels, {fit: ...,
     rows: ...} to change some keys, or a list of these; each is a row of the tables."""
@@ -84,7 +87,7 @@ class Recipe(Section):
         if not isinstance(raw, dict):
             return raw
         raw = dict(raw)
-        for key, shared in (("tasks", ("examples", "training", "trainer")), ("merge", ("purify",))):
+        for key, shared in (("tasks", ("examples", "training", "trainer")), ("merge", ("purify", "write"))):
             if not isinstance(raw.get(key), list):
                 continue
             defaults = {name: raw[name] for name in shared if isinstance(raw.get(name), dict)}

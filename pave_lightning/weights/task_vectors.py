@@ -110,6 +110,10 @@ class TaskVectors(ABC):
         """What an expert was read from; None where there is no such thing."""
         return None
 
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """The type in which the base stores a parameter or a running statistic, by its name."""
+        return torch.float32
+
     def running_statistics(self) -> Iterator[tuple[str, Tensor]]:
         """Name and merged value (float32) of each running statistic, such as the variances of batch norms.
 
@@ -145,6 +149,10 @@ class DerivedTaskVectors(TaskVectors):
     def checkpoint(self, task: str) -> Checkpoint | None:
         """What the expert was read from that this one is made of."""
         return self.source.checkpoint(task)
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """That of the source."""
+        return self.source.stored_dtype(name)
 
     def running_statistics(self) -> Iterator[tuple[str, Tensor]]:
         """The averages, as they are."""
@@ -273,6 +281,10 @@ class ExpertTaskVectors(TaskVectors):
     def checkpoint(self, task: str) -> Checkpoint | None:
         """The expert's checkpoint."""
         return self._experts[task]
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """The type in which the base's file holds it."""
+        return FLOATING[self._base.backbone[name].dtype]
 
     def running_statistics(self) -> Iterator[tuple[str, Tensor]]:
         """The average over the experts of each running statistic (float32)."""

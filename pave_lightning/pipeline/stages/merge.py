@@ -29,6 +29,7 @@ from pave_lightning.pipeline.stages.fit import FitStage, expert_digests, experts
 from pave_lightning.pipeline.stages.heads import fit_heads, head_inputs
 from pave_lightning.pipeline.stages.purify import purification_inputs, purify_stages, task_vectors
 from pave_lightning.recipe.merge_step import MergeStep
+from pave_lightning.recipe.write import Write
 from pave_lightning.transforms import transformed
 from pave_lightning.transforms.pave import Pave
 from pave_lightning.weights import Checkpoint, TaskVectors
@@ -160,6 +161,8 @@ class MergeStage(Stage):
             inputs["batch_size"] = recipe.capture.batch_size
         for provider in self.providers:
             inputs |= provider.inputs(self.request)
+        if step.write != Write() or self.results.base_in_halves:
+            inputs["write"] = step.write.model_dump()
         if step.tune:
             inputs["tune"] = step.tune
         if isinstance(step.scale, ScaleSearch) or step.tune or stack.is_chosen:
@@ -187,7 +190,15 @@ class MergeStage(Stage):
         written = MergeContext(context.recipe.base, context.base, experts(context), context.architecture, facts)
         merged = None if chosen.merged is None else chosen.merged.vectors
         write_merged(
-            writer.path, chosen.method, chosen.source, chosen.scale, written, merged=merged, evidence=chosen.evidence
+            writer.path,
+            chosen.method,
+            chosen.source,
+            chosen.scale,
+            written,
+            merged=merged,
+            evidence=chosen.evidence,
+            dtype=step.write.dtype,
+            max_shard_size=step.write.max_shard_size,
         )
         cost = {name: value for name, value in vars(chosen.cost).items() if math.isfinite(value)}
         writer.result.update(facts, form=chosen.method.form, cost=cost)
@@ -224,6 +235,7 @@ class MergeStage(Stage):
         params = {"method": step.method, "vectors": self.vectors, "asked_scale": step.scale, "options": step.options}
         params |= {"anchor": step.anchor} if step.anchor else {}
         params |= {"tune": step.tune} if step.tune else {}
+        params |= {"write": step.write.model_dump()} if step.write != Write() else {}
         params |= {"heads": self.heads.model_dump()} if self.heads.fitted else {}
         params |= {"purify": step.purify.model_dump()} if "purify" in stack.inherited else {}
         return params if stack.is_built_in else {**params, "transforms": stack.described()}
