@@ -116,7 +116,7 @@ def _purifications(results: Results) -> dict[str, Purify]:
     """The distinct purifications that merged models were made with, by what they are called in names of folders."""
     merges = MergeStage.all(results)
     used = [merge.stack_as_chosen(results.finished(merge).result).purification for merge in merges]
-    return {label(options): options for options in used if options is not None and options.rho != 1}
+    return {label(options): options for options in used if options is not None and not options.changes_nothing}
 
 
 def _made(runner: Runner, options: Purify) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def _made(runner: Runner, options: Purify) -> dict[str, Any]:
 
 def _untouched(runner: Runner, options: Purify) -> list[list[str]]:
     """Task, layer and reason of each layer that a purification left as it is."""
-    found: list[list[str]] = _made(runner, options).get("untouched", []) if options.rho != 1 else []
+    found: list[list[str]] = [] if options.changes_nothing else _made(runner, options).get("untouched", [])
     return found
 
 

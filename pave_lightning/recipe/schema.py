@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
@@ -115,10 +115,12 @@ class Recipe(Section):
                         "both into one folder; give one another name"
                     )
         known = [task.name for task in self.tasks]
-        lists = [("purify.tasks", self.purify.tasks)]
-        for step in self.merge:
-            if step.purify.tasks != self.purify.tasks:  # what is handed down is told once
-                lists.append((f"purify.tasks of merge step '{step.name}'", step.purify.tasks))
+        lists: list[tuple[str, Iterable[str] | None]] = []
+        for key in ("tasks", "task_rho"):
+            lists.append((f"purify.{key}", getattr(self.purify, key)))
+            for step in self.merge:
+                if getattr(step.purify, key) != getattr(self.purify, key):  # what is handed down is told once
+                    lists.append((f"purify.{key} of merge step '{step.name}'", getattr(step.purify, key)))
         for where, chosen in lists:
             wrong += [
                 f"{where}: no task is named '{name}'; {nearest(name, known)}"

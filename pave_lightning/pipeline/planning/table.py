@@ -41,7 +41,7 @@ def _planned(results: Results) -> list[Stage]:
         return found
     exported: list[ExportStage] = []
     with suppress(PaveError):  # told elsewhere, where it matters
-        exported = [stage for stage in ExportStage.all(results) if stage.options.rho != 1]
+        exported = [stage for stage in ExportStage.all(results) if not stage.options.changes_nothing]
     scored = next(place for place, stage in enumerate(found) if isinstance(stage, EvaluateStage))
     return [*found[:scored], *exported, *found[scored:]]
 
