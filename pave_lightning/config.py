@@ -120,7 +120,8 @@ def options_of(kind: type[AnyOptions], given: Mapping[str, Any], whose: str) -> 
                 problems.add(f"{key}: is missing, and has no default")
             else:
                 wrong = found["msg"].removeprefix("Input ").removeprefix("Value error, ")
-                problems.add(f"{key}: {wrong}, found {shortened(repr(found['input']))}")
+                told = f"{key}: {wrong}, found {shortened(repr(found['input']))}" if key else wrong
+                problems.add(told)
         problems.raise_if_any()
         raise
 

@@ -157,8 +157,8 @@ class MergedCandidate(Candidate):
                 yield name, base + self._scale * self._merged.own(task, name, unified)
             else:
                 yield name, self._rounded(name, base + self._scale * unified)
-        for name, average in self._source.running_statistics():
-            yield name, self._rounded(name, average)
+        for name, value in chain(self._source.unmerged(), self._source.running_statistics()):
+            yield name, self._rounded(name, value)
 
     def _written(self, name: str) -> torch.dtype:
         return written_dtype(self._dtype, self._source.stored_dtype(name))

@@ -18,7 +18,7 @@ from pave_lightning.experts.adapters import adapter_problems, load_adapter_alone
 from pave_lightning.experts.fitting import save_expert
 from pave_lightning.experts.loading import expert_problem
 from pave_lightning.experts.vocabulary import differing_tokens, expert_notes, row_problems, token_rows
-from pave_lightning.merging import Evidence, Need, SequentialMethod, known_methods, make_method, method_named
+from pave_lightning.merging import Evidence, Need, SequentialMethod, known_methods, make_method, method_named, selected
 from pave_lightning.merging.folders import (
     EXPERT_HEAD_FILE,
     HEAD_FILE,
@@ -119,7 +119,8 @@ def add_expert(
             log.info("%s", note)
         before = Checkpoint(merged, architecture.prefix)
         counts = {ALREADY_MERGED: sum(head.is_dir() for head in heads.iterdir())}
-        source = ExpertTaskVectors(base_weights, {ALREADY_MERGED: before, task: new}, architecture, counts)
+        vectors = ExpertTaskVectors(base_weights, {ALREADY_MERGED: before, task: new}, architecture, counts)
+        source = selected(vectors, **facts.get("parameters", {}))
         method = make_method(str(facts["method"]), facts.get("options", {}))
         if not isinstance(method, SequentialMethod):
             raise PaveError(_not_sequential(merged, facts))

@@ -9,9 +9,11 @@ from typing import Any
 
 from rich.console import Console
 
+from pave_lightning.pipeline.planning.merging import stored_parameters
 from pave_lightning.pipeline.purifications import label
 from pave_lightning.pipeline.results import Results
 from pave_lightning.pipeline.runner import Runner
+from pave_lightning.pipeline.selections import excluded_sections
 from pave_lightning.pipeline.stages import (
     CaptureStage,
     EvaluateStage,
@@ -144,6 +146,7 @@ def _print_untouched(runner: Runner, console: Console) -> None:
     """What is not merged or captured, what the statistics lack, and what each purification left as it is."""
     merges, captured = bool(runner.results.recipe.merge), captures(runner.results)
     sections = runner.context.coverage.sections(merges=merges, captures=captured)
+    sections |= excluded_sections(runner.results.recipe.merge, _parameter_names(runner))
     sections["capture: layers without statistics"] = untouched_lines(_unreached(runner.results))
     for options in _purifications(runner.results).values():
         heading = f"purification ({options.summary}): layers left as they are"
@@ -151,6 +154,12 @@ def _print_untouched(runner: Runner, console: Console) -> None:
     for heading, lines in sections.items():
         if lines:
             console.print("\n".join([heading, *(f"  {line}" for line in lines)]), soft_wrap=True, markup=False)
+
+
+def _parameter_names(runner: Runner) -> list[str]:
+    """Names of the parameters that base and experts share."""
+    context = runner.context
+    return [parameter.name for parameter in stored_parameters(context.base, context.architecture)]
 
 
 def _write_cards(runner: Runner, table: ScoreTable) -> None:
@@ -189,7 +198,10 @@ def _write_cards(runner: Runner, table: ScoreTable) -> None:
             purification=purification,
             transforms=facts.get("transforms", ()),
             untouched=() if purify is None else _untouched(runner, purify),
-            left_out=runner.context.coverage.sections(captures=made.rho is not None),
+            left_out={
+                **runner.context.coverage.sections(captures=made.rho is not None),
+                **excluded_sections([step], _parameter_names(runner)),
+            },
             experts=experts,
             scores=ScoreTable(
                 (

@@ -272,7 +272,9 @@ class Chooser:
     def _unscaled(self, step: MergeStep, vectors: str, options: dict[str, Any]) -> str:
         """What a merge result depends on before it is scaled."""
         stack = stack_of(self._recipe, vectors, step)
-        return f"{stack.described()} {step.method} {json.dumps(options, sort_keys=True)} {step.anchor}"
+        return (
+            f"{stack.described()} {step.method} {json.dumps(options, sort_keys=True)} {step.anchor} {step.parameters}"
+        )
 
     def anchor(self, step: MergeStep, vectors: str) -> dict[str, Tensor]:
         """The scaled task vector of a step's anchor, run on the same task vectors; the last one is kept.
@@ -281,7 +283,7 @@ class Chooser:
             step: the step, with a fixed ratio.
             vectors: name of the stack that makes its task vectors.
         """
-        anchor = self._recipe.step(str(step.anchor)).model_copy(update={"purify": step.purify})
+        anchor = anchor_of(step, self._recipe)
         key = self._what_counts(anchor, vectors, EXPERT_HEADS)
         if self._last_anchor[0] != key:
             self._last_anchor = ("", {})
@@ -295,8 +297,14 @@ class Chooser:
     def _what_counts(self, step: MergeStep, vectors: str, heads: Heads) -> str:
         """What is chosen for a step depends on this, of all that the recipe says about it."""
         stack = stack_of(self._recipe, vectors, step)
-        said = step.model_dump_json(include={"method", "scale", "options", "anchor", "tune"})
+        said = step.model_dump_json(include={"method", "scale", "options", "anchor", "tune", "parameters"})
         return f"{stack.described()} {said} {step.write.dtype} {heads.label}"
+
+
+def anchor_of(step: MergeStep, recipe: Recipe) -> MergeStep:
+    """The step that a step names as its anchor, on the task vectors and parameters of that step."""
+    same = {key: getattr(step, key) for key in ("purify", "weights", "parameters")}
+    return recipe.step(str(step.anchor)).model_copy(update=same)
 
 
 def _as_merged(step: MergeStep, facts: Mapping[str, Any]) -> MergeStep:

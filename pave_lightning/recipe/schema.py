@@ -14,6 +14,7 @@ from pave_lightning.errors import listed, nearest, shortened
 from pave_lightning.evaluation.options import EXPERT_HEADS, ControlList, Evaluate, HeadList, Heads
 from pave_lightning.purification.options import Compute, Purify
 from pave_lightning.recipe.merge_step import MergeStep
+from pave_lightning.recipe.parameters import Parameters
 from pave_lightning.recipe.stacks import BUILT_IN, Stack, folder_problems, named_transform, stack_name_problems
 from pave_lightning.recipe.sweep import Sweep
 from pave_lightning.recipe.write import Write
@@ -62,6 +63,8 @@ class Recipe(Section):
     plain, the empty stack, and purified, [pave]; pave without options has those of the section purify."""
     merge: list[MergeStep] = []
     """The merge methods to run."""
+    parameters: Parameters = Parameters()
+    """Which parameters are merged, unless a merge step says otherwise."""
     write: Write = Write()
     """How merged models are written, unless a merge step says otherwise."""
     heads: HeadList = [EXPERT_HEADS]
@@ -87,7 +90,10 @@ class Recipe(Section):
         if not isinstance(raw, dict):
             return raw
         raw = dict(raw)
-        for key, shared in (("tasks", ("examples", "training", "trainer")), ("merge", ("purify", "write"))):
+        for key, shared in (
+            ("tasks", ("examples", "training", "trainer")),
+            ("merge", ("purify", "parameters", "write")),
+        ):
             if not isinstance(raw.get(key), list):
                 continue
             defaults = {name: raw[name] for name in shared if isinstance(raw.get(name), dict)}

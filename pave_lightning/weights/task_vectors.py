@@ -114,6 +114,10 @@ class TaskVectors(ABC):
         """The type in which the base stores a parameter or a running statistic, by its name."""
         return torch.float32
 
+    def unmerged(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and value (float32) of each parameter that is left out of a merge and stays as it is in the base."""
+        yield from ()
+
     def running_statistics(self) -> Iterator[tuple[str, Tensor]]:
         """Name and merged value (float32) of each running statistic, such as the variances of batch norms.
 
@@ -154,6 +158,10 @@ class DerivedTaskVectors(TaskVectors):
         """That of the source."""
         return self.source.stored_dtype(name)
 
+    def unmerged(self) -> Iterator[tuple[str, Tensor]]:
+        """Those of the source."""
+        return self.source.unmerged()
+
     def running_statistics(self) -> Iterator[tuple[str, Tensor]]:
         """The averages, as they are."""
         return self.source.running_statistics()
@@ -172,6 +180,10 @@ class PlannedTaskVectors(TaskVectors):
     def __init__(self, parameters: Iterable[Parameter], ranks: Mapping[str, Mapping[str, int] | str]) -> None:
         self.tasks, self.parameters = tuple(ranks), tuple(parameters)
         self._ranks = dict(ranks)
+
+    def of(self, parameters: Iterable[Parameter]) -> PlannedTaskVectors:
+        """Those of some of the parameters."""
+        return PlannedTaskVectors(parameters, self._ranks)
 
     def base(self, parameter: Parameter, rows: slice | None = None) -> Tensor:
         """Not known."""

@@ -62,8 +62,9 @@ class DcMerge(MatrixMethod[DcMergeOptions]):
     not divide r, or a task has fewer directions above float32 rounding, the cover space has as many dimensions as there
     are directions (the code fills it up with arbitrary ones, which it blocks in step 5 but counts in step 3); where
     directions of several tasks coincide, the cover space has none instead of arbitrary ones; entries that tie with the
-    threshold, and sums that cancel, do so up to rounding. Embeddings are averaged unless ``embeddings`` is
-    true (the code decomposes every two-dimensional tensor). Matrices with fewer than two outputs a task are refused (the code needs one of each side).
+    threshold, and sums that cancel, do so up to rounding. Embeddings are averaged unless ``embeddings`` is true (the
+    code decomposes every two-dimensional tensor). Matrices with fewer than two outputs a task are refused (the code
+    needs one of each side).
     """
 
     summary = "entries that agree in the space covered by all tasks' leading singular directions"

@@ -88,10 +88,11 @@ class TsvMerge(MatrixMethod[TsvMergeOptions]):
 
     Source: Gargiulo et al., *Task Singular Vectors*, CVPR 2025 (arXiv 2412.00081). The published code searches the
     scale on validation data, 0.1 to 3.0; 1 is what a common library takes. Departures: embeddings are averaged unless
-    ``embeddings`` is true (the code decomposes every two-dimensional tensor); where directions of several tasks coincide, the polar factor is a
-    partial isometry instead of being filled up with arbitrary directions, which would carry the tasks' singular values;
-    singular directions that are nothing but float32 rounding are left out; q is exact where the code's floating-point
-    1/T may lose one; matrices with fewer than two outputs a task are refused, where the code needs one of each side.
+    ``embeddings`` is true (the code decomposes every two-dimensional tensor); where directions of several tasks
+    coincide, the polar factor is a partial isometry instead of being filled up with arbitrary directions, which would
+    carry the tasks' singular values; singular directions that are nothing but float32 rounding are left out; q is exact
+    where the code's floating-point 1/T may lose one; matrices with fewer than two outputs a task are refused, where the
+    code needs one of each side.
     """
 
     summary = "leading singular directions of all tasks, made orthogonal, added up"

@@ -195,7 +195,9 @@ def test_a_kept_merge_is_not_taken_for_another(settings, ready_runner):
 def test_scales_are_chosen_by_the_weights_as_they_are_written(settings):
     scale = {"search": [0.5, 60.0], "points": 3}  # large enough for float16's steps to show, and for some not to fit
     step = {**SEARCHED, "scale": scale, "write": {"dtype": "float16"}}
-    recipe = Recipe.model_validate({**settings, "merge": [step], "heads": "expert", "write": {"max_shard_size": "20KB"}})
+    recipe = Recipe.model_validate(
+        {**settings, "merge": [step], "heads": "expert", "write": {"max_shard_size": "20KB"}}
+    )
     assert recipe.merge[0].write.max_shard_size == "20KB"
     folder = run_recipe(recipe) / "merged/task_arithmetic-plain"
     assert {value.dtype for file in folder.glob("*.safetensors") for value in load_file(file).values()} == {
