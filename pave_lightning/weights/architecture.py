@@ -547,7 +547,7 @@ def backbone_of(model: nn.Module) -> nn.Module:
         PaveError: it has a head, and no backbone where transformers says.
     """
     backbone = getattr(model, str(model.base_model_prefix), None)
-    if has_language_head(model) or (backbone is None and _is_bare(model)):
+    if has_language_head(model) or (backbone is None and is_bare(model)):
         return model
     if not isinstance(backbone, nn.Module):
         raise PaveError(f"{type(model).__name__} has no backbone named '{model.base_model_prefix}'")
@@ -584,7 +584,8 @@ def _own_names(model: nn.Module) -> set[str]:
     return {name.partition(".")[0] for name, _ in model.named_parameters()}
 
 
-def _is_bare(model: nn.Module) -> bool:
+def is_bare(model: nn.Module) -> bool:
+    """Whether a model of transformers is a backbone without a head."""
     return type(model).__name__ in _bare_classes(getattr(model, "config", None))
 
 
