@@ -16,13 +16,13 @@ from transformers import (
 
 from pave_lightning.errors import PaveError
 from pave_lightning.experts import task_expert
-from pave_lightning.experts.adapter_base import other_base
 from pave_lightning.experts.adapters import load_adapter
 from pave_lightning.experts.fitting import fit_expert, save_expert
 from pave_lightning.experts.loading import expert_problem, load_base, load_with_new_head
 from pave_lightning.experts.task_expert import TaskExpert, parameter_groups
 from pave_lightning.tasks.heads import HeadForm
 from pave_lightning.tasks.task import Task
+from pave_lightning.weights.adapter_base import other_base
 
 
 @pytest.fixture
