@@ -100,12 +100,20 @@ def write_merged(
         PaveError: there is nothing to merge, the method cannot merge it, or what comes out is not finite.
     """
     writer = ShardWriter(folder)
+
+    def put(name: str, tensor: Tensor) -> None:
+        # As the base's file calls it, so that the base's class loads it.
+        writer.add(context.base.own_names.get(name, name), tensor)
+
     written = set()
     factor = 1.0 if scale is None else scale
     if isinstance(method, PerTaskMethod):
         kept = {task: ModulatorWriter() for task in source.tasks}
         for parameter, modulated in merge_per_task(method, source, evidence):
-            writer.add(parameter.name, _finite(method, parameter.name, _added(source, parameter, modulated.shared)))
+            put(
+                parameter.name,
+                _finite(method, parameter.name, _added(source, parameter, modulated.shared)),
+            )
             written.add(parameter.name)
             for task, mask in modulated.masks.items():
                 kept[task].add_mask(parameter.name, mask)
@@ -121,14 +129,17 @@ def write_merged(
         known = None if merged is None else ((p, merged[p.name]) for p in source.parameters)
         pairs: Iterable[tuple[Parameter, Tensor]] = merge_static(method, source, evidence) if known is None else known
         for parameter, vector in pairs:
-            writer.add(parameter.name, _finite(method, parameter.name, _added(source, parameter, vector, factor)))
+            put(
+                parameter.name,
+                _finite(method, parameter.name, _added(source, parameter, vector, factor)),
+            )
             written.add(parameter.name)
     for name, average in source.running_statistics():
-        writer.add(name, average)
+        put(name, average)
         written.add(name)
     for name in context.base:
         if name not in written:
-            writer.add(name, context.base.tensor(name))
+            put(name, context.base.tensor(name))
     writer.close()
     if _takes_experts_later(method, scale):
         _write_kept(folder / KEPT_FOLDER, method, source)
@@ -238,7 +249,8 @@ def write_surroundings(folder: Path, context: MergeContext) -> None:
     first = next(iter(context.experts.values())).folder
     base = context.base.folder
     config = read_config(base)
-    config.architectures = [Architecture.of_folder(first).backbone_class]
+    of_base = Architecture.of_folder(first if config.model_type == read_config(first).model_type else base)
+    config.architectures = [of_base.backbone_class]
     config.dtype = "float32"
     config.save_pretrained(folder)
     # Whoever merges weights alone needs no tokenizer.
@@ -359,7 +371,9 @@ def load_merged(folder: str | Path, task: str, base: str | None = None, *, exper
         raise PaveError(f"{folder} has no head for task '{task}': {nearest(task, tasks)}")
     model = empty_model(kept / task, device="cpu").float()
     architecture = Architecture.of_folder(kept / task)
-    checkpoint = Checkpoint(folder, architecture.prefix)
+    own_names = architecture.checkpoint(folder).own_names
+    # Tied tensors are as they are stored: a head that the file has beside an embedding is one of its own.
+    checkpoint = Checkpoint(folder, architecture.prefix, called={own: name for name, own in own_names.items()})
     state = {name: checkpoint.tensor(name).float() for name in checkpoint if checkpoint.backbone[name].is_floating}
     if per_task:
         modulator = Modulator(folder / "modulators" / f"{task}.safetensors")
