@@ -119,7 +119,7 @@ def write_merged(
             for the type in which it is written.
         ValueError: ``max_shard_size`` is no size.
     """
-    writer = _RoundingWriter(folder, source, dtype, bytes_of(max_shard_size))
+    writer = _RoundingWriter(folder, source, dtype, bytes_of(max_shard_size), context.base.own_names)
     factor = 1.0 if scale is None else scale
     if isinstance(method, PerTaskMethod):
         kept = {task: ModulatorWriter() for task in source.tasks}
@@ -161,9 +161,12 @@ class _RoundingWriter:
         dtype: the type of most values.
     """
 
-    def __init__(self, folder: Path, source: TaskVectors, dtype: WrittenDtype, shard_bytes: int) -> None:
+    def __init__(
+        self, folder: Path, source: TaskVectors, dtype: WrittenDtype, shard_bytes: int, own_names: Mapping[str, str]
+    ) -> None:
         self.names: set[str] = set()
         self.asked = dtype
+        self._own_names = own_names  # as the base's file calls them, so that the base's class loads them
         self._source, self._shards = source, ShardWriter(folder, shard_bytes)
         self._lost = self._merged = 0.0
 
@@ -182,7 +185,7 @@ class _RoundingWriter:
         self._write(name, tensor)
 
     def _write(self, name: str, tensor: Tensor) -> None:
-        self._shards.add(name, tensor)
+        self._shards.add(self._own_names.get(name, name), tensor)
         self.names.add(name)
 
     def close(self) -> None:
@@ -313,7 +316,8 @@ def write_surroundings(folder: Path, context: MergeContext, dtype: torch.dtype =
     first = next(iter(context.experts.values())).folder
     base = context.base.folder
     config = read_config(base)
-    config.architectures = [Architecture.of_folder(first).backbone_class]
+    of_base = Architecture.of_folder(first if config.model_type == read_config(first).model_type else base)
+    config.architectures = [of_base.backbone_class]
     config.dtype = str(dtype).removeprefix("torch.")
     config.save_pretrained(folder)
     # Whoever merges weights alone needs no tokenizer.
@@ -451,7 +455,9 @@ def load_merged(folder: str | Path, task: str, base: str | None = None, *, exper
         raise PaveError(f"{folder} has no head for task '{task}': {nearest(task, tasks)}")
     model = empty_model(kept / task, device="cpu").float()
     architecture = Architecture.of_folder(kept / task)
-    checkpoint = Checkpoint(folder, architecture.prefix)
+    own_names = architecture.checkpoint(folder).own_names
+    # Tied tensors are as they are stored: a head that the file has beside an embedding is one of its own.
+    checkpoint = Checkpoint(folder, architecture.prefix, called={own: name for name, own in own_names.items()})
     state = {name: checkpoint.tensor(name).float() for name in checkpoint if checkpoint.backbone[name].is_floating}
     if per_task:
         modulator = Modulator(folder / "modulators" / f"{task}.safetensors")
