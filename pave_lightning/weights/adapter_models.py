@@ -185,7 +185,8 @@ def write_with_adapter(base: Path, adapter: Path, folder: Path) -> None:
         if lacking:
             raise ValueError(f"the adapter lacks {listed([name.removeprefix(WRAPPED) for name in lacking], 3)}")
         merged_weights(adapted)
-        (whole if of_whole else _below_head(whole)).save_pretrained(folder)
+        saved: Any = whole if of_whole else _below_head(whole)
+        saved.save_pretrained(folder)
     (folder / ADAPTER_FOLDER).mkdir()
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         shutil.copyfile(adapter / name, folder / ADAPTER_FOLDER / name)
