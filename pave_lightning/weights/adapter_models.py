@@ -29,10 +29,10 @@ NOT_IN_WEIGHTS = {
     "alora_invocation_tokens": "it works on some tokens only",
     "arrow_config": "it chooses among adapters for each token",
 }
-
-
 # Starts that take a part out of the base by chance, or by data, and so another part when the adapter is loaded.
 UNREPEATABLE = ("pissa_niter", "corda", "lora_ga", "loftq")
+# peft's names of the tasks that language models are trained on.
+LANGUAGE = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 
 
 def adapter_problems(folder: Path) -> list[str]:
@@ -166,6 +166,7 @@ def write_with_adapter(base: Path, adapter: Path, folder: Path) -> None:
         prefix = f"{whole.base_model_prefix}."
         inside = any(name.startswith(WRAPPED + prefix) for name in stored)
         config: Any = PeftConfig.from_pretrained(str(adapter))
+        config_task = config.task_type
         # With a task, peft looks for the task's head.
         config.task_type, config.inference_mode = None, True
         model = _trained_as(whole, inside=inside)
@@ -181,7 +182,9 @@ def write_with_adapter(base: Path, adapter: Path, folder: Path) -> None:
         if lacking:
             raise ValueError(f"the adapter lacks {listed([name.removeprefix(WRAPPED) for name in lacking], 3)}")
         merged_weights(adapted)
-        whole.save_pretrained(folder)
+        # An adapter of a classifier says nothing of the head of a language model.
+        saved: Any = whole if inside and config_task in (None, *LANGUAGE) else _inner(whole)
+        saved.save_pretrained(folder)
     (folder / ADAPTER_FOLDER).mkdir()
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         shutil.copyfile(adapter / name, folder / ADAPTER_FOLDER / name)
@@ -190,10 +193,16 @@ def write_with_adapter(base: Path, adapter: Path, folder: Path) -> None:
 def _trained_as(model: nn.Module, *, inside: bool) -> nn.Module:
     """A model in which an adapter finds its modules: with the backbone under its prefix, or the backbone itself."""
     if not inside:
-        return backbone_of(model)
+        return _inner(model)
     if not is_bare(model):
         return model
     return _Holder(model)
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """The backbone of a model, of language models too; the model itself where it is a bare one."""
+    inner = getattr(model, str(model.base_model_prefix), None)
+    return inner if isinstance(inner, nn.Module) else model
 
 
 class _Holder(nn.Module):
