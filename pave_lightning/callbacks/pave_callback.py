@@ -43,8 +43,8 @@ class PaveCallback(L.Callback):
     moment ``A = W C = Y^T X / n`` with the outputs ``Y`` less their bias; where a layer has counted fewer rows than it
     is wide, the rows themselves (see `LayerMoment`). Layers that are given the same tensor object (query, key and
     value) share one covariance for as long as that holds: one that is later given another tensor, or is called more or
-    less often, goes on with a copy of the sums. Products are float32, sums compensated (`CompensatedSum`), whatever the Trainer's precision.
-    Memory is that of the moments and does not grow with the data.
+    less often, goes on with a copy of the sums. Products are float32, sums compensated (see `CompensatedSum`), whatever
+    the Trainer's precision. Memory is that of the moments and does not grow with the data.
 
     Rows are rows of a layer's input (tokens), not of a file. Where the batch holds a mask of shape ``(B, L)``, rows of
     padded positions are dropped from inputs of shape ``(B, L, d_in)``, ``(L, B, d_in)`` and ``(B * L, d_in)``. Inputs

@@ -16,11 +16,12 @@ from torch import Tensor
 from pave_lightning.errors import PaveError
 from pave_lightning.statistics.compensated import CompensatedSum
 from pave_lightning.subspace import MomentKind
+from pave_lightning.system.pages import zeros_on_pages
 
 # How many rows wait for each other, since one product of many is cheaper than many products of a few: a share of the
 # moment's height, so that what waits is small beside the sums, but enough of them to be worth a product.
 WAITING_SHARE = 8
-FEWEST_WAITING, MOST_WAITING = 64, 512
+FEWEST_WAITING, MOST_WAITING = 64, 256
 # One float32 product is over no more rows than this: longer ones lose digits, and copies of half-precision rows grow.
 MOST_ROWS = 4096
 
@@ -287,8 +288,7 @@ class SecondMoment:
             if self._waiting is None:
                 with torch.inference_mode(False):  # what is begun in an inference pass can be added to after it
                     self._waiting = tuple(
-                        torch.empty(limit, factor.shape[1], dtype=torch.float32, device=factor.device)
-                        for factor in factors
+                        zeros_on_pages((limit, factor.shape[1]), torch.float32, factor.device) for factor in factors
                     )
             stop = min(count, start + limit - self._waiting_rows)
             end = self._waiting_rows + stop - start
