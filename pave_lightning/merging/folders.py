@@ -29,7 +29,7 @@ from pave_lightning.weights import (
     is_finite,
     locate_model,
 )
-from pave_lightning.weights.architecture import backbone_of, empty_model, read_config
+from pave_lightning.weights.architecture import backbone_of, empty_model, name_prefix, read_config
 from pave_lightning.weights.checkpoint import model_digest, stored_tensors
 from pave_lightning.weights.configuration import merged_configuration
 from pave_lightning.weights.memory import freed_memory_returned
@@ -365,7 +365,8 @@ def load_merged(folder: str | Path, task: str, base: str | None = None, *, exper
             rows = torch.cat([state[name], own_rows[name].float()]) if name in own_rows else state[name]
             state[name] = rows[: architecture.vocabulary]
     names = architecture.stored_names
-    whole = {f"{prefix}.{names.get(name, name)}": tensor for name, tensor in state.items()}
+    outside = name_prefix(model)
+    whole = {outside + names.get(name, name): tensor for name, tensor in state.items()}
     whole |= {names.get(name, name): tensor for name, tensor in head.items()}
     for name, layer in model.named_modules():
         # What is fitted has an intercept, also where the expert's layer had none.
