@@ -56,7 +56,7 @@ def constant_labels(name: MetricName, labels: Tensor) -> float:
         case "macro_f1":
             return float((2 * occurring / (rows + occurring)).mean()) if len(occurring) else 0.0
         case "exact_match":
-            return int(torch.unique(labels, dim=0, return_counts=True)[1].max()) / rows  # type: ignore[no-untyped-call]
+            return int(torch.unique(labels, dim=0, return_counts=True)[1].max()) / rows
         case "mean_average_precision":
             return float((occurring / rows).mean()) if len(occurring) else 0.0
     raise ValueError(f"{name} is no metric of several labels")

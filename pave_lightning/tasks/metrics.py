@@ -114,9 +114,10 @@ class MultiLabelAveragePrecision(MultilabelAveragePrecision):
 
     def compute(self) -> Tensor:  # type: ignore[override]
         """The mean over everything seen: a float32 scalar."""
+        occurring = (dim_zero_cat(self.target) == 1).any(dim=0)
         with warnings.catch_warnings():  # of classes that do not occur
             warnings.simplefilter("ignore")
-            return super().compute().nanmean().nan_to_num(0.0)
+            return super().compute()[occurring].mean() if occurring.any() else torch.zeros((), device=self.device)
 
 
 def build_multi_label_metrics(names: Sequence[MetricName], classes: int) -> MetricCollection:
