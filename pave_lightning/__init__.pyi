@@ -24,6 +24,7 @@ from .tasks.task import Task as Task
 from .weights import Architecture as Architecture
 from .weights import Checkpoint as Checkpoint
 from .weights import ExpertTaskVectors as ExpertTaskVectors
+from .weights import ModuleTaskVectors as ModuleTaskVectors
 from .weights import TaskVectors as TaskVectors
 from .weights import task_vectors as task_vectors
 

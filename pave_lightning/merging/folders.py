@@ -29,11 +29,13 @@ from pave_lightning.weights import (
     is_finite,
     locate_model,
 )
-from pave_lightning.weights.architecture import backbone_of, empty_model, name_prefix, read_config
+from pave_lightning.weights.architecture import empty_model, read_config
 from pave_lightning.weights.checkpoint import model_digest, stored_tensors
 from pave_lightning.weights.configuration import merged_configuration
+from pave_lightning.weights.locate import has_tokenizer
 from pave_lightning.weights.memory import freed_memory_returned
 from pave_lightning.weights.task_vectors import absent_children, own_token_rows
+from pave_lightning.weights.ties import tied_names
 
 FACTS_FILE = "pave.json"
 HEAD_FILE = "head.safetensors"
@@ -224,15 +226,16 @@ def write_surroundings(folder: Path, context: MergeContext) -> None:
     first = next(iter(context.experts.values())).folder
     base = context.base.folder
     config = read_config(base)
-    config.architectures = [type(backbone_of(empty_model(first))).__name__]
+    config.architectures = [Architecture.of_folder(first).backbone_class]
     config.dtype = "float32"
     config.save_pretrained(folder)
-    tokenizer = load_tokenizer(base) if context.architecture.token_embeddings else None
+    # Whoever merges weights alone needs no tokenizer.
+    tokenizer = load_tokenizer(base) if context.architecture.token_embeddings and has_tokenizer(base) else None
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     for task, expert in context.experts.items():
         private = absent_children(context.base, expert)
-        prefix = f"{context.architecture.prefix}."
+        prefix = Architecture.of_folder(expert.folder).start
         head = expert.head_tensors()
         head |= {prefix + name: expert.tensor(name) for name in expert if name.partition(".")[0] in private}
         target = folder / "heads" / task
@@ -343,12 +346,12 @@ def load_merged(folder: str | Path, task: str, base: str | None = None, *, exper
     if task not in tasks:
         raise PaveError(f"{folder} has no head for task '{task}': {nearest(task, tasks)}")
     model = empty_model(kept / task, device="cpu").float()
-    prefix = str(model.base_model_prefix)
-    checkpoint = Checkpoint(folder, prefix)
+    architecture = Architecture.of_folder(kept / task)
+    checkpoint = Checkpoint(folder, architecture.prefix)
     state = {name: checkpoint.tensor(name).float() for name in checkpoint if checkpoint.backbone[name].is_floating}
     if per_task:
         modulator = Modulator(folder / "modulators" / f"{task}.safetensors")
-        origin = Architecture.of_folder(kept / task).checkpoint(locate_model(base or facts["base"], role="base"))
+        origin = architecture.checkpoint(locate_model(base or facts["base"], role="base"))
         for name in modulator:
             if name not in origin.backbone or name not in state:
                 raise PaveError(f"{folder}: what is kept for '{task}' names the weight {name}, which is not there")
@@ -358,26 +361,48 @@ def load_merged(folder: str | Path, task: str, base: str | None = None, *, exper
             state[name] = start + modulator.apply(name, state[name] - start)
     as_expert = expert_head and (kept / task / EXPERT_HEAD_FILE).exists()
     head = _kept_head(folder, task, EXPERT_HEAD_FILE if as_expert else HEAD_FILE)
-    architecture = Architecture.of_folder(kept / task)
     own_rows = _kept(kept / task / TOKENS_FILE) if (kept / task / TOKENS_FILE).exists() else {}
     for name in architecture.token_embeddings:
         if name in state:  # the merged rows, and what the task has beyond them; fewer where its expert had fewer
             rows = torch.cat([state[name], own_rows[name].float()]) if name in own_rows else state[name]
             state[name] = rows[: architecture.vocabulary]
-    names = architecture.stored_names
-    outside = name_prefix(model)
-    whole = {outside + names.get(name, name): tensor for name, tensor in state.items()}
-    whole |= {names.get(name, name): tensor for name, tensor in head.items()}
-    for name, layer in model.named_modules():
-        # What is fitted has an intercept, also where the expert's layer had none.
-        if isinstance(layer, nn.Linear) and f"{name}.bias" in whole and "bias" not in dict(layer.named_parameters()):
-            layer.bias = nn.Parameter(whole[f"{name}.bias"])
-    with foreign(f"{folder} does not fit its own config.json", "merge again"):
-        missing, _ = model.load_state_dict(whole, strict=False)
-    lacking = [name for name in missing if name in dict(model.named_parameters())]
+    lacking = _fill(model, architecture, state, head, folder)
     if lacking:
         raise PaveError(
             f"{folder} lacks {len(lacking)} weights, among them {lacking[0]}, or holds them under other names than the "
             "model knows; merge again"
         )
     return model.eval()
+
+
+def _fill(
+    model: nn.Module,
+    architecture: Architecture,
+    backbone: Mapping[str, Tensor],
+    head: Mapping[str, Tensor],
+    folder: Path,
+) -> list[str]:
+    """Put stored tensors into a model; the names of parameters that none of them fills."""
+    names, start = architecture.stored_names, architecture.start
+    parameters = {name: parameter.data for name, parameter in model.named_parameters()}
+    given: set[str] = set()
+    whole: dict[str, Tensor] = {}
+    for name, tensor in backbone.items():
+        place = architecture.places.get(f"{start}{name}")
+        if place is None:
+            whole[f"{start}{names.get(name, name)}"] = tensor
+        else:
+            place.copy_into(parameters, tensor)
+            given |= {piece.parameter for piece in place.pieces}
+    whole |= {names.get(name, name): tensor for name, tensor in head.items()}
+    for path, layer in model.named_modules():
+        # What is fitted has an intercept, also where the expert's layer had none.
+        if isinstance(layer, nn.Linear) and f"{path}.bias" in whole and "bias" not in dict(layer.named_parameters()):
+            layer.bias = nn.Parameter(whole[f"{path}.bias"])
+    for alias, own in tied_names(model).items():
+        if alias in whole and own in whole and not torch.equal(whole[alias], whole[own]):  # as transformers has it
+            owner, _, attribute = alias.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, nn.Parameter(torch.empty_like(whole[alias])))
+    with foreign(f"{folder} does not fit its own config.json", "merge again"):
+        missing, _ = model.load_state_dict(whole, strict=False)
+    return [name for name in missing if name in parameters and name not in given]

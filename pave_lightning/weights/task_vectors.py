@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pave_lightning.errors import PaveError, Problems
 from pave_lightning.subspace import is_finite
@@ -19,6 +19,7 @@ from pave_lightning.weights.coverage import unmergeable
 from pave_lightning.weights.locate import locate_model
 from pave_lightning.weights.parameters import Parameter
 from pave_lightning.weights.ties import tie_problems
+from pave_lightning.weights.untied import with_heads_apart
 
 # 0.8 MB in float32: below 1 MB the C library reuses memory, above it the system clears all pages of every block anew.
 BLOCK_ELEMENTS = 200_000
@@ -110,6 +111,20 @@ class TaskVectors(ABC):
         """What an expert was read from; None where there is no such thing."""
         return None
 
+    def model(self, weights: Mapping[str, Tensor], task: str | None = None) -> nn.Module:
+        """A model with these weights in place of the base's, by the names of parameters and running statistics.
+
+        Args:
+            weights: the weights, in the shapes of the parameters.
+            task: whose head it has; the base's where None.
+
+        Raises:
+            PaveError: these task vectors are not of modules in memory.
+        """
+        raise PaveError(
+            "only task vectors of modules in memory make a module; load_merged(folder, task) loads one from a folder"
+        )
+
     def running_statistics(self) -> Iterator[tuple[str, Tensor]]:
         """Name and merged value (float32) of each running statistic, such as the variances of batch norms.
 
@@ -145,6 +160,10 @@ class DerivedTaskVectors(TaskVectors):
     def checkpoint(self, task: str) -> Checkpoint | None:
         """What the expert was read from that this one is made of."""
         return self.source.checkpoint(task)
+
+    def model(self, weights: Mapping[str, Tensor], task: str | None = None) -> nn.Module:
+        """What the source makes of these weights."""
+        return self.source.model(weights, task)
 
     def running_statistics(self) -> Iterator[tuple[str, Tensor]]:
         """The averages, as they are."""
@@ -201,6 +220,9 @@ class ExpertTaskVectors(TaskVectors):
         architecture: the experts' architecture, which says what kind each parameter is.
         counts: how many experts a checkpoint stands for, where it is a merged model; else one.
 
+    Attributes:
+        architecture: the architecture.
+
     Raises:
         PaveError: base and experts differ in layer names or shapes, or an adapter is not that of its expert; all
             differences are listed, up to 20.
@@ -220,6 +242,7 @@ class ExpertTaskVectors(TaskVectors):
         problems.raise_if_any()
         shared = set.intersection(*(set(expert.backbone) for expert in experts.values())) if experts else set()
         self._base, self._experts = base, dict(experts)
+        self.architecture = architecture
         self.tasks = tuple(experts)
         self.parameters = tuple(
             replace(architecture.describe(name, stored.shape), shape=stored.shape)
@@ -402,13 +425,18 @@ def differences(task: str, base: Checkpoint, expert: Checkpoint, architecture: A
     for name, stored in base.backbone.items():
         # A child that the expert lacks altogether (a pooler its architecture drops) stays as it is in the base.
         matters = stored.is_floating and architecture.compares(name) and name.partition(".")[0] in of_expert
+        if architecture.inner and not architecture.knows(name) and not architecture.averages(name):
+            matters = False  # the pooler of a base whose experts are language models
         if name not in expert.backbone and matters:
             found.append(f"task '{task}': {name} {list(stored.shape)} is in the base, but not in the expert")
     return found
 
 
-def task_vectors(base: str, experts: Mapping[str, str]) -> ExpertTaskVectors:
+def checkpoint_vectors(base: str, experts: Mapping[str, str]) -> ExpertTaskVectors:
     """Task vectors of fine-tuned checkpoints, read lazily.
+
+    Of models with heads for tasks the backbones are compared. Language models, whose heads score tokens, are compared
+    whole: their heads count as what they are, weights of their own or, where all checkpoints tie them, the embedding.
 
     Args:
         base: folder, hub id, or ``package:NAME/FOLDER`` of the base model.
@@ -427,7 +455,9 @@ def task_vectors(base: str, experts: Mapping[str, str]) -> ExpertTaskVectors:
                 f"here it must be merged into the base first (merge_and_unload, save_pretrained); keep it beside the "
                 f"weights in a folder '{ADAPTER_FOLDER}'"
             )
+    base_folder = locate_model(base, role="base")
     architecture = Architecture.of_folder(next(iter(folders.values())))
-    base_checkpoint = architecture.checkpoint(locate_model(base, role="base"))
+    architecture = with_heads_apart(architecture, [base_folder, *folders.values()])
+    base_checkpoint = architecture.checkpoint(base_folder)
     checkpoints = {task: architecture.checkpoint(folder) for task, folder in folders.items()}
     return ExpertTaskVectors(base_checkpoint, checkpoints, architecture)

@@ -304,3 +304,13 @@ def test_one_large_update_keeps_what_small_ones_keep():
     exact = torch.linalg.eigvalsh(rows.double().T @ rows.double() / len(rows))[0]
     found = torch.linalg.eigvalsh(moment.mean().double())[0]
     assert float(found) == pytest.approx(float(exact), rel=0.05)
+
+
+@pytest.mark.parametrize("width", [3, 8, 16, 64])
+def test_rows_that_are_much_alike_leave_no_negative_eigenvalues(width):
+    torch.manual_seed(0)
+    rows = 3 * torch.rand(1, width) + 1e-5 * torch.randn(4096, width)
+    moment = SecondMoment(width, keep_rows=False)
+    moment.update(rows)
+    values = torch.linalg.eigvalsh(moment.mean().double())
+    assert values[0] > -16 * torch.finfo(torch.float32).eps * values[-1]

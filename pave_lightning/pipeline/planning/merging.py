@@ -9,6 +9,7 @@ from pave_lightning.errors import PaveError
 from pave_lightning.merging import MergeMethod, Need, make_method, method_named
 from pave_lightning.merging.evidence import PlannedEvidence
 from pave_lightning.merging.low_rank import LowRankMethod, quoted
+from pave_lightning.merging.stacks import as_method_sees
 from pave_lightning.pipeline.planning.blocks import block_problem, naming_problems
 from pave_lightning.pipeline.planning.models import adapter_of, is_wrapped
 from pave_lightning.pipeline.providers import known_providers
@@ -162,7 +163,7 @@ def _request_problems(
     told: dict[str, None] = {}
     for method in methods:
         try:
-            told.update(dict.fromkeys(method.problems(vectors, evidence)))
+            told.update(dict.fromkeys(method.problems(as_method_sees(method, vectors), evidence)))
         except RuntimeError:  # it looks at values, as a method of another package may do: it tells when it is run
             continue
     yield from list(told)[:SHOWN_OF_A_METHOD]
