@@ -141,11 +141,11 @@ class SentenceSimilarity(SequencesTask):
 
     def misfits(self, config: Any, written: Mapping[str, Any]) -> Iterator[Misfit]:
         """What a model of sentence-transformers does with its tokens' states besides taking their mean."""
-        from pave_lightning.system.files import read_json
+        from pave_lightning.system.files import read_json, read_json_list
 
         folder = Path(str(config.name_or_path))
-        steps = read_json(folder / MODULES) if (folder / MODULES).is_file() else []
-        for step in steps if isinstance(steps, list) else []:
+        steps = read_json_list(folder / MODULES) if (folder / MODULES).is_file() else []
+        for step in (one for one in steps if isinstance(one, dict)):
             name = str(step.get("type", "")).rpartition(".")[2]
             if name not in ALLOWED:
                 yield Misfit(

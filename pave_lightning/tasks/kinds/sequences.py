@@ -176,3 +176,30 @@ def random_sequences(
     rows = nested({**drawn, "places": places}, [sequences] * count)
     found = rows.pop("places")
     return {**rows, "length": longest(rows)}, found
+
+
+def places_within(owners: Tensor) -> Tensor:
+    """Which sequence of its example each sequence is, counted from 0; int64 of the owners' shape ``(sequences,)``."""
+    import torch
+
+    counts = owners.bincount()
+    starts = counts.cumsum(0) - counts
+    return torch.arange(len(owners), device=owners.device) - starts[owners]
+
+
+def by_example(values: Tensor, owners: Tensor) -> Tensor:
+    """Values of sequences, one row an example, and minus infinity where an example has fewer than others.
+
+    Args:
+        values: shape ``(sequences,)``, floating-point.
+        owners: of which example each sequence is, int64 of shape ``(sequences,)``, in ascending order.
+
+    Returns:
+        Shape ``(examples, most)``.
+    """
+    import torch
+
+    counts = owners.bincount()
+    found = values.new_full((len(counts), int(counts.max())), -torch.inf)
+    found[owners, places_within(owners)] = values
+    return found

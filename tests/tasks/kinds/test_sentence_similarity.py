@@ -24,7 +24,9 @@ def pairs(drawn, count):
     for _ in range(count):
         first, second = ([drawn.randrange(96) for _ in range(drawn.randint(1, 6))] for _ in range(2))
         near = 5 * (1 - abs(first[0] - second[0]) / 96)
-        rows.append({"one": " ".join(f"w{i}" for i in first), "other": " ".join(f"w{i}" for i in second), "label": near})
+        rows.append(
+            {"one": " ".join(f"w{i}" for i in first), "other": " ".join(f"w{i}" for i in second), "label": near}
+        )
     return rows
 
 
@@ -144,7 +146,9 @@ def test_a_whole_run(recipe_beside_words, tmp_path, make_base, trained):
     tokenizer = AutoTokenizer.from_pretrained(folder / "merged" / "task_arithmetic-plain")
     task = recipe.task("mine")
     row = {"one": ["w3 w1"], "other": ["w90"], "label": [1.0]}
-    batch = task.collate(tokenizer)([{name: value[0] for name, value in task.encode(row, tokenizer).items() if name != "length"}])
+    batch = task.collate(tokenizer)(
+        [{name: value[0] for name, value in task.encode(row, tokenizer).items() if name != "length"}]
+    )
     with torch.no_grad():
         said = float(task.outputs(merged, batch))
     assert said == pytest.approx(cosine(*(embedded(alone, tokenizer, text) for text in ("w3 w1", "w90"))), abs=1e-6)
