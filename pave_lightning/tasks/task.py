@@ -196,6 +196,17 @@ class Task(Section):
         Rows of which all labels are the same can tell no good model from a bad one.
         """
 
+    def unseen_classes(self, labels: npt.NDArray[np.int64] | npt.NDArray[np.float32]) -> list[str]:
+        """Classes that none of these labels is of.
+
+        Args:
+            labels: as `answers` gives them.
+        """
+        import numpy as np
+
+        names = self.class_names
+        return [names[index] for index in np.setdiff1d(np.arange(len(names)), labels).tolist()]
+
     # ---- examples --------------------------------------------------------------------------------------------------
 
     @abstractmethod
