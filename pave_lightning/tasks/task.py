@@ -417,6 +417,22 @@ class Task(Section):
 
         return build_metrics(self.metrics, self.output_size)
 
+    @property
+    def mean_metrics(self) -> tuple[MetricName, ...]:
+        """Metrics that are means of what `row_scores` says, and that predictions alone do not tell; kept in this order.
+
+        Empty where predictions are numbers, which tell all.
+        """
+        return ()
+
+    def row_scores(self, found: Predictions) -> Tensor:
+        """What each example of a batch adds to the `mean_metrics`: float64 of shape ``(n, metrics)``.
+
+        Args:
+            found: predictions with targets.
+        """
+        raise NotImplementedError
+
     def constant_score(self, metric: MetricName, labels: Tensor) -> float:
         """What the best constant answer scores: always the same class, or the same number.
 

@@ -211,6 +211,8 @@ def test_a_whole_run(recipe_beside_words, tmp_path):
     folder = run_recipe(recipe)
     table = list(csv.DictReader((folder / "results.csv").open()))
     assert all(np.isfinite(float(row["mine/micro_f1"])) for row in table)
+    known = [row["mine/micro_f1/low"] for row in table if row["model"] != "expert"]
+    assert any(known)
     expert = AutoModelForSequenceClassification.from_pretrained(folder / "experts" / "mine")
     assert expert.config.problem_type == "multi_label_classification"
     merged = load_merged(folder / "merged" / "task_arithmetic-purified", "mine")

@@ -13,11 +13,16 @@ import torch
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, BertConfig, BertForQuestionAnswering
 
 from pave_lightning import Recipe, Task, TaskDataModule, load_merged, run_recipe
+from pave_lightning.evaluation import Evaluator, ExpertsCandidate, SuiteData
 from pave_lightning.experts.gradients import absolute_gradients, fisher_diagonal
+from pave_lightning.experts.trainers import build_trainer
 from pave_lightning.pipeline.planning import check_recipe
 from pave_lightning.pipeline.run_folder import RunFolder
+from pave_lightning.reporting.resampled_metrics import ResampledTask
 from pave_lightning.tasks.data import load_split
 from pave_lightning.tasks.metrics import scores
+from pave_lightning.tasks.predictions import read_predictions, write_predictions
+from pave_lightning.weights import Checkpoint
 
 OF_KIND = {"kind": "question_answering"}
 
@@ -290,6 +295,28 @@ def test_scores_are_those_of_squad():
     metrics.update(["", "w"], [[""], [""]])
     # By hand: 1 and 1; 0 and 0.8 (two of two and of three words; articles do not count); 1 and 1; 0 and 0.
     assert scores(metrics) == pytest.approx({"exact_match": 0.5, "token_f1": 0.7}, abs=1e-6)
+
+
+def test_what_single_answers_score_is_kept(rows, task_of, tiny_tokenizer, tmp_path, model):
+    """So that means over rows are the scores, and rows can be drawn again; also from the file."""
+    task = task_of(rows, **OF_KIND)
+    model.save_pretrained(tmp_path / "expert")
+    tiny_tokenizer.save_pretrained(tmp_path / "expert")
+    expert = Checkpoint(tmp_path / "expert", "bert")
+    trainer = build_trainer({"accelerator": "cpu", "devices": 1}, root=tmp_path, precision="32-true")
+    data = SuiteData([module_of(task, tiny_tokenizer, tmp_path)], "test")
+    scored = Evaluator([task], {"mine": expert}, expert).score(
+        ExpertsCandidate({"mine": expert}), data, trainer, keep=True
+    )["mine"]
+    write_predictions(tmp_path / "kept.parquet", {"mine": scored.predictions}, {})
+    kept = read_predictions(tmp_path / "kept.parquet")[0]["mine"]
+    assert kept.means == ("token_f1", "exact_match")
+    assert kept.rows.tolist() == [row for row in range(12) for _ in range(2)]
+    texts = [by_hand(model, tiny_tokenizer, row)[0] for row in rows]
+    exact = [text == row["answers"]["text"][0] for text, row in zip(texts, rows, strict=True)]
+    assert kept.predictions.reshape(-1, 2)[:, 1].tolist() == exact
+    again = ResampledTask([kept], 12, list(kept.means)).values(np.arange(12)[None])[0, :, 0]
+    assert dict(zip(kept.means, again, strict=True)) == pytest.approx(scored.metrics, abs=1e-6)
 
 
 def test_answers_that_no_window_has_whole_are_told(task_of, tiny_tokenizer, tmp_path):
