@@ -142,7 +142,7 @@ class LinearObserver:
         self._groups.reduce(device)
 
     def moments(self) -> dict[str, LayerMoment]:
-        """Means of all layers that have seen a row, on the CPU, in the order of the layers.
+        """Means of all layers that have seen a row, on the CPU, in the order of the layers; the sums are let go.
 
         Raises:
             PaveError: a layer has seen NaN or infinite values.
