@@ -7,7 +7,6 @@ import datasets
 import pandas as pd
 import pytest
 
-from pave_lightning.errors import PaveError
 from pave_lightning.recipe.schema import Recipe
 from pave_lightning.tasks.data import check_task, load_split, split_fingerprint
 from pave_lightning.tasks.rows import UnreadableError
