@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from pave_lightning.weights import Checkpoint, is_finite
 from pave_lightning.weights.architecture import Architecture, auto_class, backbone_of, form_of, lies_in, read_config
 from pave_lightning.weights.checkpoint import StoredTensor, weight_files
 from pave_lightning.weights.completeness import lacking_of_base, lacking_weights, naming_problem
+from pave_lightning.weights.quiet import quiet_transformers
 
 
 def load_with_new_head(base: Path, task: Task) -> nn.Module:
@@ -205,20 +205,3 @@ def _load(folder: Path, auto_model: str, **changes: Any) -> tuple[nn.Module, dic
             **changes,
         )
     return model, dict(info)
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' load reports and progress bars away; what matters of them is checked and told by us."""
-    from transformers.utils import logging as transformers_logging
-
-    verbosity = transformers_logging.get_verbosity()
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if shown:
-            transformers_logging.enable_progress_bar()

@@ -11,7 +11,7 @@ from pave_lightning.experts.adapters import embedding_rows
 from pave_lightning.tasks.tokenizers import load_tokenizer, padding_note
 from pave_lightning.weights import Architecture, Checkpoint
 from pave_lightning.weights.adapters import ADAPTER_CONFIG
-from pave_lightning.weights.locate import has_tokenizer
+from pave_lightning.weights.tokenizer_files import has_tokenizer
 
 
 def token_rows(folder: Path, architecture: Architecture, base: Checkpoint | None = None) -> int | None:

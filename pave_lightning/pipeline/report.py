@@ -158,7 +158,7 @@ def _write_cards(runner: Runner, table: ScoreTable) -> None:
     recipe = runner.results.recipe
     experts = [
         ExpertSource(
-            task.name, task.expert.from_ if task.expert else "fine-tuned in this run", digest.partition("+")[0]
+            task.name, str(task.expert.from_) if task.expert else "fine-tuned in this run", digest.partition("+")[0]
         )
         for task, digest in zip(recipe.tasks, expert_digests(runner.results).values(), strict=True)
     ]
@@ -177,7 +177,7 @@ def _write_cards(runner: Runner, table: ScoreTable) -> None:
         card = model_card(
             name=step.name,
             title=f"{recipe.name}: {merge.words}",
-            base_model=recipe.base,
+            base_model=runner.results.base_reference,
             method=step.method,
             form=facts["form"],
             vectors=vectors,

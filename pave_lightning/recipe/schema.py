@@ -16,6 +16,7 @@ from pave_lightning.purification.options import Compute, Purify
 from pave_lightning.recipe.merge_step import MergeStep
 from pave_lightning.recipe.stacks import BUILT_IN, Stack, folder_problems, named_transform, stack_name_problems
 from pave_lightning.recipe.sweep import Sweep
+from pave_lightning.system.references import HubModel
 from pave_lightning.tasks.options import Examples, Training
 from pave_lightning.tasks.suites import suite_task
 from pave_lightning.tasks.task import Task, any_kind, auto_models
@@ -34,8 +35,10 @@ class Recipe(Section):
     """Name of the run; its folder is output/name."""
     seed: int = Field(default=0, ge=0, le=2**31 - 1)
     """Seed of everything drawn at random: heads, order of examples, dropout, samples of rows."""
-    base: str
-    """The common base model: a folder, a hub id, or package:NAME/FOLDER for a model inside an installed package."""
+    base: str | HubModel
+    """The common base model: a folder, a GGUF file, package:NAME/PATH for one of the two inside an installed package, a
+    hub id, or {hub: OWNER/NAME, folder: ..., revision: ...} for a part of a repository; infer for the base that the
+    experts themselves name, adapters in adapter_config.json and models in their card (base_model)."""
     output: FolderPath = "checkpoints"
     """Folder in which the run folder is made."""
     shared: FolderPath | None = None

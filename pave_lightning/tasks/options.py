@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import ConfigDict, Field, model_validator
 
 from pave_lightning.config import Section, unless_wrong
+from pave_lightning.system.references import HubModel
 
 MetricName = Literal["accuracy", "f1", "macro_f1", "matthews", "pearson", "spearman"]
 
@@ -114,8 +115,9 @@ class Expert(Section):
 
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
 
-    from_: str = Field(alias="from")
-    """Folder or hub id of a fine-tuned sequence-classification checkpoint (or of a peft adapter of the base)."""
+    from_: str | HubModel = Field(alias="from")
+    """A fine-tuned model with the head of the task's kind, or a peft adapter of the base: a folder, a hub id,
+    package:NAME/FOLDER, or {hub: OWNER/NAME, folder: ..., revision: ...}."""
     accept: list[str] = []
     """What may differ although it is refused otherwise; the message names it. Keys of config.json, such as rope_theta:
     merged models use the base's value, the expert is scored with its own. Or architectures, problem_type, id2label,

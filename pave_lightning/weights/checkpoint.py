@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from pave_lightning.system.files import check_header, file_sha256, read_failure,
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 MOST_SHARDS = 10_000
+# What `pave convert` reads: weights of models and adapters, in one file or in shards, as torch.save writes them.
+CONVERTIBLE = re.compile(r"(pytorch_model|adapter_model)(-\d+-of-\d+)?\.bin")
 PICKLED_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
 IDENTIFYING = (".safetensors", ".json", ".txt", ".model", ".spm", ".tiktoken", ".tokenizer", ".codes")
 FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -267,9 +270,25 @@ def weight_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise PaveError(f"there is no folder {folder}")
     pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLED_ENDINGS)
+    if convertible := [name for name in pickled if CONVERTIBLE.fullmatch(name)]:
+        raise PaveError(convert_advice(str(folder), convertible, str(folder)))
     if pickled:
         raise PaveError(
-            f"{folder} holds its weights as {', '.join(pickled)}; pickled weights can run code and are refused: "
+            f"{folder} holds its weights as {listed(pickled, 3)}; pickled weights can run code and are refused: "
             "load and save them once with save_pretrained to get safetensors"
         )
     raise PaveError(f"{folder} has no {SINGLE_FILE} (nor shards with an index)")
+
+
+def convert_advice(what: str, pickled: Sequence[str], source: str) -> str:
+    """What to say of a model whose weights are pickled.
+
+    Args:
+        what: the model.
+        pickled: names of the files.
+        source: how `pave convert` is told of it.
+    """
+    return (
+        f"{what} holds its weights as {listed(pickled, 3)}; pickled weights can run code and are refused: run "
+        f"`pave convert {source} FOLDER` once, and name FOLDER instead"
+    )

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from pave_lightning.errors import PaveError, Problems, nearest
 from pave_lightning.experts.loading import base_problem
+from pave_lightning.pipeline.bases import existing_folder, folder_of_base, reference_of_base
 from pave_lightning.pipeline.planning.experts import adapter_facts, expert_facts, is_unreadable
-from pave_lightning.pipeline.stages import existing_folder
 from pave_lightning.recipe.schema import Recipe
 from pave_lightning.tasks.kinds.tokens import TOKENS
 from pave_lightning.tasks.options import Lora
 from pave_lightning.tasks.task import Task
-from pave_lightning.weights import Adapter, Architecture, Checkpoint, Parameter, ParameterKind, locate_model
+from pave_lightning.weights import Adapter, Architecture, Checkpoint, Parameter, ParameterKind
 from pave_lightning.weights.adapters import ADAPTER_CONFIG, adapter_folder
 from pave_lightning.weights.completeness import naming_problem
 from pave_lightning.weights.coverage import unmergeable
@@ -51,7 +51,7 @@ def check_models(recipe: Recipe, problems: Problems) -> None:
     Raises:
         PaveError: The base cannot be read, so that nothing else can be asked.
     """
-    base_folder = locate_model(recipe.base, role="base")
+    base_folder = folder_of_base(recipe)
     of_kinds = [Architecture.of_folder(base_folder, name) for name in recipe.auto_models]
     if len({one.backbone_class for one in of_kinds}) > 1:
         found = ", ".join(f"{one.model_class} on {one.backbone_class}" for one in of_kinds)
@@ -101,7 +101,7 @@ def check_models(recipe: Recipe, problems: Problems) -> None:
             )
         try:
             if task.expert is not None:
-                problems.extend(_expert_problems(task, recipe.base, base, architecture))
+                problems.extend(_expert_problems(task, str(reference_of_base(recipe)), base, architecture))
             if task.expert is None or "joint" in recipe.controls:
                 problems.extend(_training_problems(task, architecture))
         except PaveError as error:

@@ -12,6 +12,7 @@ from rich.table import Table
 from pave_lightning.errors import PaveError
 from pave_lightning.experts.joint_schedule import common_freeze
 from pave_lightning.merging import method_named
+from pave_lightning.pipeline.bases import folder_of_base
 from pave_lightning.pipeline.costs import PredictedCost, expected_kinds, predict_cost
 from pave_lightning.pipeline.planning.memory import fit_bytes, later_bytes, search_bytes
 from pave_lightning.pipeline.planning.merging import stored_parameters
@@ -23,7 +24,7 @@ from pave_lightning.pipeline.stages import EvaluateStage, ExportStage, MergeStag
 from pave_lightning.purification.vectors import workers_of
 from pave_lightning.recipe.schema import Recipe
 from pave_lightning.tasks.task import Task
-from pave_lightning.weights import Architecture, locate_model
+from pave_lightning.weights import Architecture
 
 
 def plan_rows(recipe: Recipe, folder: RunFolder) -> list[tuple[str, str, str]]:
@@ -77,7 +78,7 @@ def cost_table(recipe: Recipe, folder: RunFolder) -> Table:
 
 def added_memory(recipe: Recipe) -> dict[str, int]:
     """Bytes that training and scoring merged models take besides the program, at most; 0 for what is not done."""
-    base_folder = locate_model(recipe.base, role="base")
+    base_folder = folder_of_base(recipe)
     parameters = list(Architecture.of_folder(base_folder, *recipe.auto_models).parameters.values())
     trained = [fit_bytes(parameters, task) for task in recipe.tasks if task.expert is None]
     trained += [fit_bytes(parameters, task) for task in jointly_trained(recipe)]
@@ -99,7 +100,7 @@ def predicted_cost(recipe: Recipe, folder: RunFolder) -> PredictedCost:
     """Memory, time and disk that the recipe's purification and merging will take, from headers and small trials."""
     results = Results(recipe, folder)
     stages = _planned(results)
-    base_folder = locate_model(recipe.base, role="base")
+    base_folder = folder_of_base(recipe)
     architecture = Architecture.of_folder(base_folder, *recipe.auto_models)
     parameters = list(stored_parameters(architecture.base_checkpoint(base_folder), architecture))
     capture = recipe.capture

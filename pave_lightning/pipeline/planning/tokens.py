@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from pave_lightning.errors import PaveError
 from pave_lightning.experts.vocabulary import differing_tokens, expert_notes, row_problems, table_rows, token_rows
-from pave_lightning.pipeline.stages import existing_folder
+from pave_lightning.pipeline.bases import existing_folder, folder_of_base
 from pave_lightning.recipe.schema import Recipe
 from pave_lightning.tasks.task import Task
 from pave_lightning.tasks.tokenizers import load_tokenizer, padding_note
-from pave_lightning.weights import Architecture, Checkpoint, locate_model
+from pave_lightning.weights import Architecture, Checkpoint
 from pave_lightning.weights.adapters import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def token_problems(recipe: Recipe) -> Iterator[str]:
         recipe: what is checked.
     """
     try:
-        folder = locate_model(recipe.base, role="base")
+        folder = folder_of_base(recipe)
         architecture = Architecture.of_folder(folder, *recipe.auto_models)
         base = architecture.base_checkpoint(folder)
     except PaveError:  # told elsewhere
@@ -52,7 +52,7 @@ def token_problems(recipe: Recipe) -> Iterator[str]:
 
 def token_notes(recipe: Recipe) -> Iterator[str]:
     """What a run does about tokens that nobody asked it to do, for a recipe in which nothing is wrong."""
-    folder = locate_model(recipe.base, role="base")
+    folder = folder_of_base(recipe)
     architecture = Architecture.of_folder(folder, *recipe.auto_models)
     base = architecture.base_checkpoint(folder)
     note = padding_note(load_tokenizer(folder))

@@ -10,7 +10,7 @@ from pave_lightning.pipeline.stages.capture import CaptureStage
 from pave_lightning.pipeline.stages.diagnose import DiagnoseStage
 from pave_lightning.pipeline.stages.evaluate import EvaluateStage
 from pave_lightning.pipeline.stages.export import ExportStage
-from pave_lightning.pipeline.stages.fit import FitStage, existing_folder
+from pave_lightning.pipeline.stages.fit import FitStage
 from pave_lightning.pipeline.stages.gradients import GradientStage
 from pave_lightning.pipeline.stages.heads import HeadsStage
 from pave_lightning.pipeline.stages.joint import JointStage
@@ -30,7 +30,6 @@ __all__ = [
     "MergeStage",
     "PurifyStage",
     "captures",
-    "existing_folder",
     "kind_of",
     "stages_of",
 ]

@@ -13,6 +13,7 @@ from torch import nn
 from pave_lightning.errors import PaveError, counted, doing, listed
 from pave_lightning.experts.schedule import training_schedule
 from pave_lightning.experts.trainer_options import process_count
+from pave_lightning.pipeline.bases import existing_folder, folder_of_base
 from pave_lightning.pipeline.context import Context, shared
 from pave_lightning.pipeline.results import Results, short_digest
 from pave_lightning.pipeline.run_folder import Manifest
@@ -23,11 +24,11 @@ from pave_lightning.tasks.constants import constant_answer
 from pave_lightning.tasks.data import SPLITS, load_split, split_fingerprint
 from pave_lightning.tasks.encoded import EncodedRows
 from pave_lightning.tasks.task import Task
-from pave_lightning.weights import Checkpoint, ExpertTaskVectors, TaskVectors, locate_model, model_digest
+from pave_lightning.weights import Checkpoint, ExpertTaskVectors, TaskVectors, model_digest
 from pave_lightning.weights.adapters import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS
 from pave_lightning.weights.architecture import backbone_of
 from pave_lightning.weights.embeddings import share_rows
-from pave_lightning.weights.locate import has_tokenizer
+from pave_lightning.weights.tokenizer_files import has_tokenizer
 
 if TYPE_CHECKING:
     from pave_lightning.tracking.logger import TrackingLogger
@@ -193,12 +194,6 @@ def metrics_logger(context: Context, run: str, stage: Stage) -> TrackingLogger |
     return TrackingLogger(context.tracker, run, logged=logged)
 
 
-def existing_folder(task: Task) -> Path:
-    """The folder of the checkpoint that a recipe names for a task instead of training."""
-    reference = task.expert.from_ if task.expert is not None else ""
-    return locate_model(reference, role=f"expert of task '{task.name}'")
-
-
 def training_inputs(task: Task) -> dict[str, Any]:
     """What a training on a task depends on, besides base and seed, as plain JSON values."""
     return {
@@ -236,7 +231,7 @@ def processor_of(recipe: Recipe, task: Task) -> Any:
     Raises:
         PaveError: there is no base or no such expert, or the tokenizer cannot be read.
     """
-    base = locate_model(recipe.base, role="base")
+    base = folder_of_base(recipe)
     return task.load_processor(base if task.expert is None else existing_folder(task), base)
 
 

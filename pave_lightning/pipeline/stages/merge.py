@@ -184,7 +184,9 @@ class MergeStage(Stage):
         facts |= {"anchor": step.anchor} if step.anchor else {}
         stack = self.stack_as_chosen(facts)
         facts |= {} if stack.is_built_in else {"transforms": stack.described()}
-        written = MergeContext(context.recipe.base, context.base, experts(context), context.architecture, facts)
+        written = MergeContext(
+            context.results.base_reference, context.base, experts(context), context.architecture, facts
+        )
         merged = None if chosen.merged is None else chosen.merged.vectors
         write_merged(
             writer.path, chosen.method, chosen.source, chosen.scale, written, merged=merged, evidence=chosen.evidence
