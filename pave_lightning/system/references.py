@@ -13,8 +13,15 @@ from pave_lightning.errors import PaveError
 
 HUB_SCHEME = "hf://"
 GGUF_ENDING = ".gguf"
+LONGEST_HUB_ID = 96
 # One or two parts of letters, digits, '-', '_' and '.', as the hub takes them.
 _HUB_ID = r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)?"
+
+
+def _repository(name: str) -> str:
+    if not re.fullmatch(_HUB_ID, name) or len(name) > LONGEST_HUB_ID:
+        raise ValueError("must be the name of a repository, OWNER/NAME")
+    return name
 
 
 def _inside(path: str) -> str:
@@ -34,7 +41,7 @@ def _gguf(name: str) -> str:
 class HubModel(Section):
     """A model on the Hugging Face hub: a repository, or a folder, a GGUF file or a revision of one."""
 
-    hub: str = Field(pattern=f"^{_HUB_ID}$", max_length=96)
+    hub: Annotated[str, AfterValidator(_repository)]
     """Name of the repository, such as FacebookAI/roberta-base."""
     folder: Annotated[str, AfterValidator(_inside)] | None = None
     """Folder of the model inside of the repository. Default: its root."""

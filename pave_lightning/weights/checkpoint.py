@@ -249,24 +249,8 @@ def weight_files(folder: Path) -> list[Path]:
     """
     if (folder / SINGLE_FILE).is_file():
         return [folder / SINGLE_FILE]
-    index = folder / INDEX_FILE
-    if index.is_file():
-        placed = read_json(index, "save the checkpoint again").get("weight_map")
-        if not isinstance(placed, dict) or not all(isinstance(name, str) for name in placed.values()) or not placed:
-            raise PaveError(f"{index} is broken: expected JSON with a weight_map; save the checkpoint again")
-        names = sorted(set(placed.values()))
-        if len(names) > MOST_SHARDS:
-            raise PaveError(f"{index} names {len(names):,} files, expected at most {MOST_SHARDS:,}; is it broken?")
-        elsewhere = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
-        if elsewhere:
-            raise PaveError(
-                f"{index} names {listed([repr(shortened(name)) for name in elsewhere])}; expected names of safetensors "
-                "files in the same folder"
-            )
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise PaveError(f"{folder}: the index names shards that are not there: {listed(missing)}")
-        return [folder / name for name in names]
+    if (folder / INDEX_FILE).is_file():
+        return shard_files(folder / INDEX_FILE)
     if not folder.is_dir():
         raise PaveError(f"there is no folder {folder}")
     pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLED_ENDINGS)
@@ -278,6 +262,34 @@ def weight_files(folder: Path) -> list[Path]:
             "load and save them once with save_pretrained to get safetensors"
         )
     raise PaveError(f"{folder} has no {SINGLE_FILE} (nor shards with an index)")
+
+
+def shard_files(index: Path, ending: str = ".safetensors") -> list[Path]:
+    """The shards that an index names, sorted.
+
+    Args:
+        index: the index, JSON with a ``weight_map`` of names of tensors to names of files.
+        ending: what the names of shards end with.
+
+    Raises:
+        PaveError: the index is broken, names files elsewhere, or shards are missing.
+    """
+    placed = read_json(index, "save the checkpoint again").get("weight_map")
+    if not isinstance(placed, dict) or not all(isinstance(name, str) for name in placed.values()) or not placed:
+        raise PaveError(f"{index} is broken: expected JSON with a weight_map; save the checkpoint again")
+    names = sorted(set(placed.values()))
+    if len(names) > MOST_SHARDS:
+        raise PaveError(f"{index} names {len(names):,} files, expected at most {MOST_SHARDS:,}; is it broken?")
+    elsewhere = [name for name in names if Path(name).name != name or not name.endswith(ending)]
+    if elsewhere:
+        raise PaveError(
+            f"{index} names {listed([repr(shortened(name)) for name in elsewhere])}; expected names of "
+            f"{ending.removeprefix('.')} files in the same folder"
+        )
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise PaveError(f"{index.parent}: the index names shards that are not there: {listed(missing)}")
+    return [index.parent / name for name in names]
 
 
 def convert_advice(what: str, pickled: Sequence[str], source: str) -> str:

@@ -26,7 +26,7 @@ def fetched(model: HubModel, role: str, hint: str = "", *, also: Sequence[str] =
         model: the model.
         role: what it is, for messages.
         hint: what else may have been meant, for messages.
-        also: patterns of files that are wanted besides.
+        also: patterns of files that are wanted besides; where there are any, no others are missed.
 
     Raises:
         PaveError: there is no such model, or files of it are neither on this machine nor can be fetched; names them.
@@ -38,7 +38,7 @@ def fetched(model: HubModel, role: str, hint: str = "", *, also: Sequence[str] =
             raise PaveError(f"{role}: '{model}' is not {_there()}{_beside(place, GGUF_ENDING)}{_advice(model)}")
         return place / model.file
     missing = list(_missing(place))
-    if not missing or (also and any(next(place.glob(pattern), None) for pattern in also)):
+    if not missing or any(next(place.glob(pattern), None) for pattern in also):
         return place
     pickled = _pickled(model, place)
     if pickled:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from pave_lightning.weights.hub_models import fetched
 MOST_LOOKED_AT = 1000
 
 
-def locate_model(reference: ModelReference, *, role: str = "model") -> Path:
+def locate_model(reference: ModelReference, *, role: str = "model", also: Sequence[str] = ()) -> Path:
     """The local folder of a model, downloading it from the hub when it is named by its hub id.
 
     Args:
@@ -23,16 +24,17 @@ def locate_model(reference: ModelReference, *, role: str = "model") -> Path:
             imported); a hub id such as ``FacebookAI/roberta-base``; or a part of a repository as `HubModel` or
             ``hf://OWNER/NAME@REVISION/FOLDER``.
         role: what the model is, for messages.
+        also: patterns of files that are fetched from the hub besides those that are used here.
 
     Raises:
         PaveError: nothing is found under that name, or files of it are missing; the message says where was looked.
     """
     if isinstance(reference, HubModel):
-        return _usable(fetched(reference, role), role)
+        return _usable(fetched(reference, role, also=also), role)
     if not reference.strip() or not reference.isprintable():
         raise PaveError(f"{role}: {reference!r} names no model; expected a folder or a hub id")
     if reference.startswith(HUB_SCHEME):
-        return locate_model(hub_model(reference), role=role)
+        return locate_model(hub_model(reference), role=role, also=also)
     folder = local_path(reference)
     if folder.exists():
         return _usable(folder, role)
@@ -48,7 +50,7 @@ def locate_model(reference: ModelReference, *, role: str = "model") -> Path:
         model = HubModel(hub=reference)
     except ValueError as error:
         raise PaveError(f"{role}: '{shortened(reference)}' is neither a folder here nor a valid hub id") from error
-    return fetched(model, role, _beside(folder))
+    return fetched(model, role, _beside(folder), also=also)
 
 
 def _is_gguf(path: Path) -> bool:
