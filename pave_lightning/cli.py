@@ -329,7 +329,8 @@ def _convert(options: Namespace) -> None:
 
     named = {name: given for name in ("folder", "revision") if (given := _once(options, name)) is not None}
     if named and Path(options.source).expanduser().exists():
-        raise PaveError(f"--{' and --'.join(named)} go with a hub id, but {options.source} is on this machine")
+        verb = "goes" if len(named) == 1 else "go"
+        raise PaveError(f"--{' and --'.join(named)} {verb} with a hub id, but {options.source} is on this machine")
     hub = options_of(HubModel, {"hub": options.source, **named}, "the source") if named else None
     convert_checkpoint(hub or options.source, Path(options.output).expanduser())
     _out(f"results: {options.output}")

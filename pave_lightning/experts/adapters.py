@@ -15,7 +15,7 @@ from pave_lightning.experts.loading import load_base
 from pave_lightning.tasks.heads import HeadForm
 from pave_lightning.tasks.task import Task, kind_of_adapters
 from pave_lightning.weights import Checkpoint, is_finite
-from pave_lightning.weights.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_settings
+from pave_lightning.weights.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, absent_adapter, adapter_settings
 from pave_lightning.weights.architecture import Architecture, backbone_of, empty_model, lies_in
 from pave_lightning.weights.checkpoint import StoredTensor, is_finite_in_float32, stored_tensors
 from pave_lightning.weights.embeddings import resize_rows, token_embeddings
@@ -95,7 +95,7 @@ def adapter_problems(folder: Path) -> list[str]:
         return [f"the adapter {folder} is no change of the base's weights ({why}), so it cannot be merged"]
     weights = folder / ADAPTER_WEIGHTS
     if not weights.is_file():
-        return [f"{folder} has no adapter_model.safetensors; pickled adapters are refused"]
+        return [absent_adapter(folder)]
     try:
         stored = stored_tensors(weights, "save the adapter again")
     except PaveError as error:

@@ -13,7 +13,7 @@ from torch import Tensor
 from pave_lightning.errors import PaveError, foreign, listed, shortened
 from pave_lightning.system.files import let_others_read, making_folder, naming_file, write_tensors
 from pave_lightning.system.references import ModelReference
-from pave_lightning.weights.adapters import ADAPTER_FOLDER, ADAPTER_WEIGHTS
+from pave_lightning.weights.adapters import ADAPTER_FOLDER, ADAPTER_WEIGHTS, PICKLED_ADAPTER
 from pave_lightning.weights.architecture import empty_model
 from pave_lightning.weights.checkpoint import CONVERTIBLE, PICKLED_ENDINGS, shard_files
 from pave_lightning.weights.gguf import ORIGIN_FILE
@@ -23,7 +23,7 @@ from pave_lightning.weights.writing import ShardWriter
 
 log = logging.getLogger("pave_lightning")
 
-BIN_FILE, BIN_INDEX, BIN_ADAPTER = "pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin"
+BIN_FILE, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 
 def convert_checkpoint(source: ModelReference, output: Path) -> None:
@@ -78,8 +78,8 @@ def _carry(folder: Path, target: Path) -> None:
 
 
 def _convert(folder: Path, target: Path) -> None:
-    if (folder / BIN_ADAPTER).is_file():
-        write_tensors(target / ADAPTER_WEIGHTS, _independent(_read(folder / BIN_ADAPTER), ()), {"format": "pt"})
+    if (folder / PICKLED_ADAPTER).is_file():
+        write_tensors(target / ADAPTER_WEIGHTS, _independent(_read(folder / PICKLED_ADAPTER), ()), {"format": "pt"})
         return
     aliases = _aliases(folder)
     writer, written = ShardWriter(target), dict[str, Path]()
