@@ -26,6 +26,7 @@ RECIPE_COMMANDS = {
     "run": "do everything a recipe asks for: fit, capture, purify, merge, evaluate, report",
     "plan": "check everything and show what would be done; run nothing",
     "fit": "fine-tune the experts (or one of them)",
+    "align": "give the experts one vocabulary, where the recipe's key vocabulary is base_rows or union",
     "joint": "fine-tune one model on all tasks together, where the recipe has it among its controls",
     "capture": "measure what the experts' layers see",
     "purify": "write the purified experts as ordinary checkpoints",

@@ -57,6 +57,8 @@ class MergeContext:
         experts: each task's checkpoint, for its head.
         architecture: the experts' architecture.
         facts: what else is noted in ``pave.json`` (method, options, scale, ...).
+        one_vocabulary: whether all experts have the same rows beyond the base's, and tokenizers that know them, so that
+            the merged model has them too; else they are kept with each task.
     """
 
     base_reference: str
@@ -64,6 +66,13 @@ class MergeContext:
     experts: Mapping[str, Checkpoint]
     architecture: Architecture
     facts: Mapping[str, Any]
+    one_vocabulary: bool = False
+
+    @property
+    def new_rows(self) -> dict[str, Tensor]:
+        """Rows of the merged model's table beyond the base's, by the names of its weight."""
+        first = next(iter(self.experts.values()))
+        return own_token_rows(self.base, first, self.architecture) if self.one_vocabulary else {}
 
 
 @freed_memory_returned()
@@ -97,12 +106,14 @@ def write_merged(
         PaveError: there is nothing to merge, the method cannot merge it, or what comes out is not finite.
     """
     writer = ShardWriter(folder)
+    new_rows = context.new_rows
     written = set()
     factor = 1.0 if scale is None else scale
     if isinstance(method, PerTaskMethod):
         kept = {task: ModulatorWriter() for task in source.tasks}
         for parameter, modulated in merge_per_task(method, source, evidence):
-            writer.add(parameter.name, _finite(method, parameter.name, _added(source, parameter, modulated.shared)))
+            whole = _finite(method, parameter.name, _added(source, parameter, modulated.shared))
+            writer.add(parameter.name, _with_rows(whole, new_rows.get(parameter.name)))
             written.add(parameter.name)
             for task, mask in modulated.masks.items():
                 kept[task].add_mask(parameter.name, mask)
@@ -118,14 +129,15 @@ def write_merged(
         known = None if merged is None else ((p, merged[p.name]) for p in source.parameters)
         pairs: Iterable[tuple[Parameter, Tensor]] = merge_static(method, source, evidence) if known is None else known
         for parameter, vector in pairs:
-            writer.add(parameter.name, _finite(method, parameter.name, _added(source, parameter, vector, factor)))
+            whole = _finite(method, parameter.name, _added(source, parameter, vector, factor))
+            writer.add(parameter.name, _with_rows(whole, new_rows.get(parameter.name)))
             written.add(parameter.name)
     for name, average in source.running_statistics():
         writer.add(name, average)
         written.add(name)
     for name in context.base:
         if name not in written:
-            writer.add(name, context.base.tensor(name))
+            writer.add(name, _with_rows(context.base.tensor(name), new_rows.get(name)))
     writer.close()
     if _takes_experts_later(method, scale):
         _write_kept(folder / KEPT_FOLDER, method, source)
@@ -138,6 +150,11 @@ def _added(source: TaskVectors, parameter: Parameter, vector: Tensor, factor: fl
     for rows in source.blocks(parameter):
         result[within(rows)] = source.base(parameter, rows) + factor * vector[within(rows)]
     return result
+
+
+def _with_rows(table: Tensor, new: Tensor | None) -> Tensor:
+    """A weight with further rows, where there are any."""
+    return table if new is None else torch.cat([table, new.to(table)])
 
 
 def _finite(method: MergeMethod, what: str, tensor: Tensor) -> Tensor:
@@ -226,8 +243,11 @@ def write_surroundings(folder: Path, context: MergeContext) -> None:
     config = read_config(base)
     config.architectures = [type(backbone_of(empty_model(first))).__name__]
     config.dtype = "float32"
+    for name, rows in context.new_rows.items():
+        text_config(config).vocab_size = context.base.backbone[name].shape[0] + len(rows)
     config.save_pretrained(folder)
-    tokenizer = load_tokenizer(base) if context.architecture.token_embeddings else None
+    read_with = first if context.one_vocabulary else base
+    tokenizer = load_tokenizer(read_with, base) if context.architecture.token_embeddings else None
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     for task, expert in context.experts.items():
@@ -239,7 +259,7 @@ def write_surroundings(folder: Path, context: MergeContext) -> None:
         target.mkdir(parents=True)
         write_tensors(target / HEAD_FILE, {name: tensor.contiguous() for name, tensor in head.items()})
         own_rows = own_token_rows(context.base, expert, context.architecture)
-        if own_rows:
+        if own_rows and not context.one_vocabulary:
             write_tensors(target / TOKENS_FILE, {name: tensor.contiguous() for name, tensor in own_rows.items()})
         own_config = merged_configuration(base, expert.folder)
         if tokenizer is not None:
@@ -348,14 +368,16 @@ def load_merged(folder: str | Path, task: str, base: str | None = None, *, exper
     state = {name: checkpoint.tensor(name).float() for name in checkpoint if checkpoint.backbone[name].is_floating}
     if per_task:
         modulator = Modulator(folder / "modulators" / f"{task}.safetensors")
-        origin = Architecture.of_folder(kept / task).checkpoint(locate_model(base or facts["base"], role="base"))
+        own_architecture = Architecture.of_folder(kept / task)
+        origin = own_architecture.checkpoint(locate_model(base or facts["base"], role="base"))
         for name in modulator:
             if name not in origin.backbone or name not in state:
                 raise PaveError(f"{folder}: what is kept for '{task}' names the weight {name}, which is not there")
-            start = origin.tensor(name).float()
-            if start.shape != state[name].shape:
+            start = origin.tensor(name)
+            shape = state[name][: len(start)].shape if name in own_architecture.token_embeddings else state[name].shape
+            if start.shape != shape:
                 raise PaveError(f"{folder}: the weight {name} has another shape than that of the base")
-            state[name] = start + modulator.apply(name, state[name] - start)
+            state[name] = modulator.weight(name, start, state[name])
     as_expert = expert_head and (kept / task / EXPERT_HEAD_FILE).exists()
     head = _kept_head(folder, task, EXPERT_HEAD_FILE if as_expert else HEAD_FILE)
     architecture = Architecture.of_folder(kept / task)

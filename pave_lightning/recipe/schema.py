@@ -12,6 +12,7 @@ from pave_lightning.callbacks.options import Capture
 from pave_lightning.config import MOST_TOLD, FolderPath, Name, Section, unless_wrong
 from pave_lightning.errors import listed, nearest, shortened
 from pave_lightning.evaluation.options import EXPERT_HEADS, ControlList, Evaluate, HeadList, Heads
+from pave_lightning.experts.vocabularies import Vocabulary
 from pave_lightning.purification.options import Compute, Purify
 from pave_lightning.recipe.merge_step import MergeStep
 from pave_lightning.recipe.stacks import BUILT_IN, Stack, folder_problems, named_transform, stack_name_problems
@@ -39,6 +40,12 @@ class Recipe(Section):
     """The common base model: a folder, a GGUF file, package:NAME/PATH for one of the two inside an installed package, a
     hub id, or {hub: OWNER/NAME, folder: ..., revision: ...} for a part of a repository; infer for the base that the
     experts themselves name, adapters in adapter_config.json and models in their card (base_model)."""
+    vocabulary: Vocabulary = "error"
+    """What is done where the tokens of experts have other numbers than the base's. error: it is refused; tokens that
+    one of them has besides may stand at the end. base_rows: merged models have the base's tokenizer; rows of an expert
+    are matched by token, and those of other tokens dropped and counted. union: new tokens of experts are appended in
+    the order of the tasks, each with the mean of its rows over the experts that have it. Each expert is scored with its
+    own tokenizer."""
     output: FolderPath = "checkpoints"
     """Folder in which the run folder is made."""
     shared: FolderPath | None = None

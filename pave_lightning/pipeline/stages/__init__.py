@@ -10,7 +10,7 @@ from pave_lightning.pipeline.stages.capture import CaptureStage
 from pave_lightning.pipeline.stages.diagnose import DiagnoseStage
 from pave_lightning.pipeline.stages.evaluate import EvaluateStage
 from pave_lightning.pipeline.stages.export import ExportStage
-from pave_lightning.pipeline.stages.fit import FitStage
+from pave_lightning.pipeline.stages.fit import AlignStage, FitStage
 from pave_lightning.pipeline.stages.gradients import GradientStage
 from pave_lightning.pipeline.stages.heads import HeadsStage
 from pave_lightning.pipeline.stages.joint import JointStage
@@ -19,6 +19,7 @@ from pave_lightning.pipeline.stages.purify import PurifyStage
 
 __all__ = [
     "KINDS",
+    "AlignStage",
     "CaptureStage",
     "DiagnoseStage",
     "EvaluateStage",
@@ -37,6 +38,7 @@ __all__ = [
 # Every kind of stage, in the order of work.
 KINDS: tuple[type[Stage], ...] = (
     FitStage,
+    AlignStage,
     CaptureStage,
     GradientStage,
     PurifyStage,

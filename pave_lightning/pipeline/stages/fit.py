@@ -121,6 +121,10 @@ class FitStage(Stage):
         seed = {"seed": self.results.recipe.seed} if self.task.expert is None else {}
         return {"task": described, **seed}
 
+    def origin(self) -> dict[str, Any]:
+        """What names of what is made of the expert depend on."""
+        return self.inputs()
+
     def checkpoint(self) -> Path:
         """The folder of the finished expert.
 
@@ -170,7 +174,8 @@ class FitStage(Stage):
         with doing(f"take in the expert of {self.task.name}"):
             folder = existing_folder(self.task)
             _check_base(context)
-            for note in expert_notes(self.task.name, folder, context.base, context.architecture):
+            aligned = context.recipe.vocabulary != "error"
+            for note in expert_notes(self.task.name, folder, context.base, context.architecture, aligned=aligned):
                 log.info("  %s", note)
             with context.writing(self) as writer:
                 if (folder / ADAPTER_CONFIG).is_file():
@@ -247,6 +252,127 @@ def training_rows(task: Task, seed: int, cache: Path) -> tuple[int, int]:
     return len(train), len(validation)
 
 
+class AlignStage(Stage):
+    """A task's expert with the vocabulary that all have in common, where a recipe lets vocabularies differ.
+
+    It stands for the expert in everything but its own scores, which are taken with its own tokenizer. Where its tokens
+    are the common ones, it is the expert itself.
+    """
+
+    command = "align"
+
+    def __init__(self, results: Results, task: Task) -> None:
+        super().__init__(results)
+        self.of = task
+        self.own = FitStage(results, task)
+
+    @classmethod
+    def all(cls, results: Results) -> list[AlignStage]:
+        """One a task, where the recipe lets vocabularies differ."""
+        recipe = results.recipe
+        return [] if recipe.vocabulary == "error" else [cls(results, task) for task in recipe.tasks]
+
+    @property
+    def name(self) -> str:
+        """``aligned/TASK``."""
+        return self.results.name_for("aligned/", self.of, self.origin)
+
+    def about(self) -> str:
+        """Which tokens it is given."""
+        return {
+            "base_rows": "the expert with the base's tokens",
+            "union": "the expert with the tokens of all experts",
+        }[self.results.recipe.vocabulary]
+
+    def needs(self) -> list[Stage]:
+        """The expert; for a union all experts."""
+        return list(FitStage.all(self.results)) if self._is_union else [self.own]
+
+    def origin(self) -> dict[str, Any]:
+        """What its name depends on: what the expert is made of."""
+        return {**self.own.inputs(), "vocabulary": self.results.recipe.vocabulary}
+
+    def depends_on(self) -> dict[str, Any]:
+        """The experts whose tokens and rows go into it, the base, and what is kept of them."""
+        recipe = self.results.recipe
+        names = [task.name for task in recipe.tasks] if self._is_union else [self.of.name]
+        digests = {name: FitStage(self.results, recipe.task(name)).digest() for name in names}
+        # Inputs are compared without their order.
+        order = {"order": names} if self._is_union else {}
+        return {"experts": digests, **order, "base": self.results.base_digest, "vocabulary": recipe.vocabulary}
+
+    def run(self, context: Context) -> None:
+        """Write the expert with the common vocabulary, or note where it is."""
+        from pave_lightning.experts.alignment import Alignment, alignment_notes
+
+        vocabulary = context.recipe.vocabulary
+        if vocabulary == "error":
+            raise PaveError("experts are aligned only where vocabulary is base_rows or union")
+        experts = own_folders(context.results)
+        taken = experts if self._is_union else {self.of.name: experts[self.of.name]}
+        alignment = Alignment(vocabulary, context.base, context.architecture, taken)
+        with doing(f"align the tokens of {self.of.name}"), context.writing(self) as writer:
+            if alignment.differs(self.of.name):
+                own = {self.of.name: alignment.own_tokens(self.of.name)}
+                for note in alignment_notes(alignment.tokens, own):
+                    log.info("  %s", note)
+                alignment.write(self.of.name, writer.path)
+            else:
+                writer.result["folder"] = str(self.own.checkpoint())
+
+    @property
+    def _is_union(self) -> bool:
+        return self.results.recipe.vocabulary == "union"
+
+    # What others ask of an expert.
+
+    @property
+    def run_name(self) -> str:
+        """The name of the expert's run in MLflow."""
+        return self.own.run_name
+
+    def params(self) -> dict[str, Any]:
+        """What MLflow notes of the expert."""
+        return self.own.params()
+
+    def checkpoint(self) -> Path:
+        """The folder of the aligned expert.
+
+        Raises:
+            PaveError: it is missing or stale.
+        """
+        found = self.results.finished(self)
+        return Path(found.result["folder"]) if "folder" in found.result else self.results.path(self)
+
+    def digest(self) -> str:
+        """What identifies it: its own files, or the expert where it is the expert itself.
+
+        Raises:
+            PaveError: it is missing or stale.
+        """
+        found = self.results.finished(self)
+        return self.own.digest() if "folder" in found.result else found.digest()
+
+
+def expert_stage(results: Results, task: Task) -> FitStage | AlignStage:
+    """The stage that gives a task's expert as merged models read: with the tokens that all have in common."""
+    return (FitStage if results.recipe.vocabulary == "error" else AlignStage)(results, task)
+
+
+def expert_stages(results: Results) -> list[FitStage | AlignStage]:
+    """Those of all tasks; see `FitStage.all` for their order."""
+    return [expert_stage(results, stage.task) for stage in FitStage.all(results)]
+
+
+def own_folders(results: Results) -> dict[str, Path]:
+    """The folder of each task's finished expert with its own tokens, in the order of the tasks.
+
+    Raises:
+        PaveError: an expert is missing or stale.
+    """
+    return {task.name: FitStage(results, task).checkpoint() for task in results.recipe.tasks}
+
+
 def expert_folder(results: Results, name: str) -> Path:
     """The folder of a task's finished expert.
 
@@ -255,7 +381,7 @@ def expert_folder(results: Results, name: str) -> Path:
     Raises:
         PaveError: it is missing or stale.
     """
-    return FitStage(results, results.recipe.task(name)).checkpoint()
+    return expert_stage(results, results.recipe.task(name)).checkpoint()
 
 
 @shared
@@ -263,6 +389,12 @@ def experts(context: Context) -> dict[str, Checkpoint]:
     """Each task's finished expert."""
     folders = {task.name: expert_folder(context.results, task.name) for task in context.recipe.tasks}
     return {name: context.architecture.checkpoint(folder) for name, folder in folders.items()}
+
+
+@shared
+def own_experts(context: Context) -> dict[str, Checkpoint]:
+    """Each task's finished expert with its own tokens, as it is scored itself."""
+    return {name: context.architecture.checkpoint(place) for name, place in own_folders(context.results).items()}
 
 
 @shared
@@ -284,6 +416,15 @@ def classifier(context: Context, name: str) -> nn.Module:
 
 def expert_digests(results: Results) -> dict[str, str]:
     """What identifies each task's expert, in the order of the tasks.
+
+    Raises:
+        PaveError: an expert is missing or stale.
+    """
+    return {task.name: expert_stage(results, task).digest() for task in results.recipe.tasks}
+
+
+def own_digests(results: Results) -> dict[str, str]:
+    """What identifies each task's expert with its own tokens, in the order of the tasks.
 
     Raises:
         PaveError: an expert is missing or stale.
