@@ -78,7 +78,11 @@ class ScoredModel(ABC):
 
     @abstractmethod
     def candidate(self, context: Context) -> tuple[Candidate, dict[str, Any]]:
-        """What is scored, and facts that stand beside the scores."""
+        """The model as merged models are read, and facts that stand beside the scores."""
+
+    def by_itself(self, context: Context) -> tuple[Candidate, dict[str, Any]]:
+        """What is scored, and the same facts; with tokens of its own where it has them (`own_tokens`)."""
+        return self.candidate(context)
 
 
 class ScoredBase(ScoredModel):
@@ -112,6 +116,12 @@ class ScoredExperts(ScoredModel):
 
     def candidate(self, context: Context) -> tuple[Candidate, dict[str, Any]]:
         """The experts' checkpoints."""
+        from pave_lightning.evaluation import ExpertsCandidate
+
+        return ExpertsCandidate(experts(context)), {}
+
+    def by_itself(self, context: Context) -> tuple[Candidate, dict[str, Any]]:
+        """The experts' checkpoints with their own tokens."""
         from pave_lightning.evaluation import ExpertsCandidate
 
         return ExpertsCandidate(own_experts(context)), {}
@@ -322,7 +332,7 @@ class EvaluateStage(Stage):
         from pave_lightning.tasks.predictions import FILE, write_predictions
 
         with doing(self.doing):
-            candidate, facts = self.model.candidate(context)
+            candidate, facts = self.model.by_itself(context)
             scores = score_on_test(context, candidate, alone=self.trainer is None, own=self.model.own_tokens)
             try:
                 refuse_non_finite(scores, self.model.words, BROKEN_OUTPUTS)
