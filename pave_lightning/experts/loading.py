@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pave_lightning.errors import PaveError, foreign, listed, reason
+from pave_lightning.errors import PaveError, counted, foreign, listed, reason
 from pave_lightning.layers import is_linear
 from pave_lightning.tasks.heads import HeadForm
 from pave_lightning.tasks.options import Lora
@@ -77,7 +77,10 @@ def base_problem(base: Path, architecture: Architecture) -> str | None:
     problem = naming_problem(architecture, checkpoint)
     lacking = lacking_of_base(architecture, checkpoint)
     if problem is None and lacking:
-        problem = f"{len(lacking)} weights of the model do not fit its files ({listed(lacking, 3)}); fetch it again"
+        problem = (
+            f"{counted(len(lacking), 'weight')} of the model cannot be filled from its files ({listed(lacking, 3)}); "
+            "fetch it again"
+        )
     return problem
 
 
@@ -110,7 +113,7 @@ def load_expert(folder: Path, task: Task, base: Path | None = None) -> nn.Module
     missing = sorted(info["missing_keys"])
     if missing:
         raise PaveError(
-            f"task '{task.name}': the checkpoint {folder} lacks {len(missing)} weights, among them "
+            f"task '{task.name}': the checkpoint {folder} lacks {counted(len(missing), 'weight')}, among them "
             f"{', '.join(missing[:3])}; expected a fine-tuned {form_of(task.auto_model)} with its head"
         )
     outputs = int(model.config.num_labels)  # type: ignore[union-attr, arg-type]
@@ -148,7 +151,7 @@ def expert_problem(folder: Path, auto_model: str | None = None) -> str | None:
         first = head[0].partition(" ")[0]
         return f"has no head of a {form_of(auto_model)} (no {first}); expected a fine-tuned one"
     return (
-        f"lacks {len(lacking)} weights of a {architecture.model_class}, or has them in another shape: "
+        f"lacks {counted(len(lacking), 'weight')} of a {architecture.model_class}, or has them in another shape: "
         f"{listed(lacking, 3)}; they would be drawn at random; expected a whole fine-tuned model"
     )
 

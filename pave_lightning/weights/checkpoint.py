@@ -91,7 +91,7 @@ class Checkpoint:
         self.folder = Path(folder)
         self.tied = dict(tied or {})
         self.files = weight_files(self.folder)
-        stored = {name: tensor for file in self.files for name, tensor in stored_tensors(file).items()}
+        stored = _stored_in(self.files)
         start = f"{prefix}."
         if any(name.startswith(start) for name in stored):
             self.backbone = {
@@ -212,6 +212,33 @@ def stored_tensors(file: Path, again: str = "fetch or save the checkpoint again"
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         damaged = f"{file} is truncated or no safetensors file ({reason(error)}); {again}"
         raise PaveError(read_failure(file, damaged)) from error
+
+
+def _stored_in(files: Sequence[Path]) -> dict[str, StoredTensor]:
+    """What the headers of all files of a checkpoint say, by the tensors' names.
+
+    Raises:
+        PaveError: a file cannot be read, two hold a tensor of the same name, or a shard lacks what the index has in it.
+    """
+    found: dict[str, StoredTensor] = {}
+    for file in files:
+        for name, tensor in stored_tensors(file).items():
+            if name in found:
+                raise PaveError(
+                    f"{file.parent}: the shards {found[name].file.name} and {file.name} both hold {name}, so it is not "
+                    "known which counts; fetch or save the checkpoint again"
+                )
+            found[name] = tensor
+    if files and files[0].name != SINGLE_FILE:
+        index = files[0].parent / INDEX_FILE
+        placed = read_json(index, "save the checkpoint again")["weight_map"]
+        lost = [name for name, file in placed.items() if name not in found or found[name].file.name != file]
+        if lost:
+            raise PaveError(
+                f"{index} says that {placed[lost[0]]} holds {lost[0]}, which it does not; fetch or save the checkpoint "
+                "again"
+            )
+    return found
 
 
 def _values(stored: StoredTensor, rows: slice | None) -> Tensor:

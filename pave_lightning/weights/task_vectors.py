@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pave_lightning.errors import PaveError, Problems
+from pave_lightning.errors import PaveError, Problems, counted, listed
 from pave_lightning.subspace import is_finite
 from pave_lightning.weights.adapters import ADAPTER_CONFIG, ADAPTER_FOLDER, Adapter, adapter_folder, misfit
 from pave_lightning.weights.architecture import Architecture
@@ -387,10 +387,14 @@ def differences(task: str, base: Checkpoint, expert: Checkpoint, architecture: A
     found += [f"task '{task}': {problem}" for problem in buffer_problems(base, expert, architecture.buffers)]
     private = absent_children(base, expert)
     of_expert = {name.partition(".")[0] for name in expert.backbone}
+    strays: dict[str, list[str]] = {"expert": [], "base": []}
+    known = architecture.parameters.keys() | architecture.stored_names.keys() | architecture.buffers.keys()
     for name, stored in expert.backbone.items():
         if name.partition(".")[0] in private or not stored.is_floating or not architecture.compares(name):
             continue
-        if name not in base.backbone:
+        if name not in base.backbone and name not in known:
+            strays["expert"].append(name)
+        elif name not in base.backbone:
             found.append(f"task '{task}': {name} {list(stored.shape)} is in the expert, but not in the base")
         elif stored.shape != base.backbone[name].shape and not (
             name in architecture.token_embeddings and stored.shape[1:] == base.backbone[name].shape[1:]
@@ -402,8 +406,18 @@ def differences(task: str, base: Checkpoint, expert: Checkpoint, architecture: A
     for name, stored in base.backbone.items():
         # A child that the expert lacks altogether (a pooler its architecture drops) stays as it is in the base.
         matters = stored.is_floating and architecture.compares(name) and name.partition(".")[0] in of_expert
-        if name not in expert.backbone and matters:
+        if name not in expert.backbone and matters and name not in known:
+            strays["base"].append(name)
+        elif name not in expert.backbone and matters:
             found.append(f"task '{task}': {name} {list(stored.shape)} is in the base, but not in the expert")
+    model = architecture.backbone_class or architecture.model_class
+    for names, whose in ((strays["expert"], f"task '{task}': the expert's"), (strays["base"], "base: its")):
+        if names:  # of the base in the same words for every task, so that it is told once
+            found.append(
+                f"{whose} files hold {counted(len(names), 'weight')} that no module of a {model} has "
+                f"({listed(names, 3)}), and the {'experts lack' if whose.startswith('base') else 'base lacks'}; "
+                "if config.json is right, load the model with transformers, which passes over them, and save it again"
+            )
     return found
 
 

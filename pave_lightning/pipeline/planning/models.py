@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-from pave_lightning.errors import PaveError, Problems, nearest
+from pave_lightning.errors import PaveError, Problems, naming, nearest
 from pave_lightning.experts.loading import base_problem
 from pave_lightning.pipeline.bases import existing_folder, folder_of_base, reference_of_base
 from pave_lightning.pipeline.planning.experts import adapter_facts, expert_facts, is_unreadable
@@ -52,7 +52,8 @@ def check_models(recipe: Recipe, problems: Problems) -> None:
         PaveError: The base cannot be read, so that nothing else can be asked.
     """
     base_folder = folder_of_base(recipe)
-    of_kinds = [Architecture.of_folder(base_folder, name) for name in recipe.auto_models]
+    with naming("base"):
+        of_kinds = [Architecture.of_folder(base_folder, name) for name in recipe.auto_models]
     if len({one.backbone_class for one in of_kinds}) > 1:
         found = ", ".join(f"{one.model_class} on {one.backbone_class}" for one in of_kinds)
         raise PaveError(
@@ -101,11 +102,12 @@ def check_models(recipe: Recipe, problems: Problems) -> None:
             )
         try:
             if task.expert is not None:
-                problems.extend(_expert_problems(task, str(reference_of_base(recipe)), base, architecture))
+                problems.extend(_expert_problems(task, recipe, base, architecture))
             if task.expert is None or "joint" in recipe.controls:
                 problems.extend(_training_problems(task, architecture))
         except PaveError as error:
-            problems.add(str(error))
+            told = str(error)
+            problems.add(told if told.startswith("task ") else f"task '{task.name}': {told}")
 
 
 def _training_problems(task: Task, architecture: Architecture) -> Iterator[str]:
@@ -138,7 +140,7 @@ def _ancestors(name: str) -> Iterator[str]:
         yield ".".join(parts[:end])
 
 
-def _expert_problems(task: Task, reference: str, base: Checkpoint, architecture: Architecture) -> Iterator[str]:
+def _expert_problems(task: Task, recipe: Recipe, base: Checkpoint, architecture: Architecture) -> Iterator[str]:
     """What is wrong with a checkpoint that a recipe names instead of training.
 
     Raises:
@@ -147,14 +149,14 @@ def _expert_problems(task: Task, reference: str, base: Checkpoint, architecture:
     folder = existing_folder(task)
     where = f"task '{task.name}'"
     if (folder / ADAPTER_CONFIG).is_file():
-        problems = adapter_facts(task, folder, reference, base.folder)
+        problems = adapter_facts(task, folder, str(reference_of_base(recipe)), base.folder)
         yield from (f"{where}: {problem}" for problem in problems)
         if not problems:
             Adapter(folder, architecture.prefix)  # tells what is wrong with its factors
         return
     own = Architecture.of_folder(folder, task.auto_model)
     expert = own.checkpoint(folder)
-    yield from expert_facts(task, folder, base.folder)
+    yield from expert_facts(task, folder, base.folder, aligned=recipe.vocabulary != "error")
     if is_unreadable(folder, task.auto_model):
         return
     yield from differences(task.name, base, expert, architecture)
