@@ -173,22 +173,13 @@ def test_nothing_to_convert(base_folder, tmp_path):
         convert_checkpoint(str(base_folder), tmp_path / "there")
 
 
-def test_the_command(tmp_path, capsys, monkeypatch):
-    import huggingface_hub
-
+def test_the_command(tmp_path, capsys, hub_cache):
     old = pickled(tmp_path / "old", masked_bert())
     assert main(["convert", str(old), str(tmp_path / "new")]) == 0
     assert f"results: {tmp_path / 'new'}" in capsys.readouterr().out
     assert main(["convert", str(old), str(tmp_path / "other"), "--revision", "v1"]) == 2
     assert "goes with a hub id, but" in capsys.readouterr().err
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    snapshot = tmp_path / "hub" / "models--owner--name" / "snapshots" / ("c" * 40)
-    snapshot.parent.mkdir(parents=True)
-    (tmp_path / "hub" / "models--owner--name" / "refs").mkdir()
-    (tmp_path / "hub" / "models--owner--name" / "refs" / "v1").write_text("c" * 40)
-    (snapshot / "runs").mkdir(parents=True)
-    for file in old.iterdir():
-        (snapshot / "runs" / file.name).write_bytes(file.read_bytes())
+    hub_cache("owner/name", old.iterdir(), revision="v1", folder="runs")
     flags = ["--revision", "v1", "--folder", "runs"]
     assert main(["convert", "owner/name", str(tmp_path / "of-hub"), *flags]) == 0
     assert locate_model(str(tmp_path / "of-hub")) == tmp_path / "of-hub"

@@ -1,36 +1,13 @@
 """Models of the hub, of which a cache holds some files and no others can be had."""
 
 import json
-import shutil
 
-import huggingface_hub
 import pytest
 import torch
 
 from pave_lightning.errors import PaveError
 from pave_lightning.system.references import HubModel
 from pave_lightning.weights import Checkpoint, locate_model
-
-COMMITS = {"main": "a" * 40, "v1": "b" * 40}
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """Put files into a hub cache as `hf download` leaves them; the hub itself is not asked."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-
-    def keep(name, files, *, revision="main", folder=""):
-        place = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
-        snapshot = place / "snapshots" / COMMITS[revision]
-        (place / "refs").mkdir(parents=True, exist_ok=True)
-        (place / "refs" / revision).write_text(COMMITS[revision])
-        (snapshot / folder).mkdir(parents=True, exist_ok=True)
-        for file in files:
-            shutil.copyfile(file, snapshot / folder / file.name)
-        return snapshot / folder
-
-    return keep
 
 
 @pytest.fixture(scope="module")
@@ -44,31 +21,31 @@ def sharded(tmp_path_factory, make_base):
     return folder
 
 
-def test_a_model_of_the_cache(cache, base_folder):
-    place = cache("owner/name", base_folder.iterdir())
+def test_a_model_of_the_cache(hub_cache, base_folder):
+    place = hub_cache("owner/name", base_folder.iterdir())
     assert locate_model("owner/name") == place
     assert locate_model(HubModel(hub="owner/name")) == place
 
 
-def test_a_folder_and_a_revision(cache, base_folder, expert_folders):
-    cache("owner/name", base_folder.iterdir())
-    first = cache("owner/name", expert_folders["first"].iterdir(), folder="runs/last")
-    second = cache("owner/name", expert_folders["second"].iterdir(), revision="v1", folder="runs/last")
+def test_a_folder_and_a_revision(hub_cache, base_folder, expert_folders):
+    hub_cache("owner/name", base_folder.iterdir())
+    first = hub_cache("owner/name", expert_folders["first"].iterdir(), folder="runs/last")
+    second = hub_cache("owner/name", expert_folders["second"].iterdir(), revision="v1", folder="runs/last")
     assert locate_model(HubModel(hub="owner/name", folder="runs/last")) == first
     assert locate_model(HubModel(hub="owner/name", folder="runs/last", revision="v1")) == second
     assert locate_model("hf://owner/name@v1/runs/last") == second
-    assert locate_model(HubModel(hub="owner/name", revision=COMMITS["v1"], folder="runs/last")) == second
+    assert locate_model(HubModel(hub="owner/name", revision=second.parents[1].name, folder="runs/last")) == second
 
 
-def test_shards_are_found(cache, sharded):
-    place = cache("owner/name", sharded.iterdir())
+def test_shards_are_found(hub_cache, sharded):
+    place = hub_cache("owner/name", sharded.iterdir())
     assert len(Checkpoint(locate_model("owner/name"), "bert").files) > 2
     assert place.is_dir()
 
 
-def test_missing_shards_are_named(cache, sharded):
+def test_missing_shards_are_named(hub_cache, sharded):
     shards = sorted(sharded.glob("model-*.safetensors"))
-    cache("owner/name", [file for file in sharded.iterdir() if file not in (shards[0], shards[2])])
+    hub_cache("owner/name", [file for file in sharded.iterdir() if file not in (shards[0], shards[2])])
     with pytest.raises(PaveError) as told:
         locate_model("owner/name", role="base")
     assert str(told.value) == (
@@ -85,49 +62,49 @@ def test_missing_shards_are_named(cache, sharded):
         (["tokenizer.json"], r"of 'owner/name' config\.json, model\.safetensors are not in the hub's cache"),
     ],
 )
-def test_missing_files_are_named(cache, base_folder, kept, told):
-    cache("owner/name", [base_folder / name for name in kept])
+def test_missing_files_are_named(hub_cache, base_folder, kept, told):
+    hub_cache("owner/name", [base_folder / name for name in kept])
     with pytest.raises(PaveError, match=told):
         locate_model("owner/name")
 
 
-def test_a_missing_adapter_is_named(cache, tmp_path):
+def test_a_missing_adapter_is_named(hub_cache, tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
-    cache("owner/lora", [tmp_path / "adapter_config.json"])
+    hub_cache("owner/lora", [tmp_path / "adapter_config.json"])
     with pytest.raises(PaveError, match=r"of 'owner/lora' adapter_model\.safetensors is not in"):
         locate_model("owner/lora")
 
 
-def test_a_missing_folder_and_revision(cache, base_folder):
-    cache("owner/name", base_folder.iterdir())
+def test_a_missing_folder_and_revision(hub_cache, base_folder):
+    hub_cache("owner/name", base_folder.iterdir())
     with pytest.raises(PaveError, match=r"of 'hf://owner/name/lost' config\.json, model\.safetensors are not in"):
         locate_model(HubModel(hub="owner/name", folder="lost"))
     with pytest.raises(PaveError, match=r"expert of 'a': 'hf://owner/name@v9' could not be fetched .*HF_HUB_OFFLINE"):
         locate_model(HubModel(hub="owner/name", revision="v9"), role="expert of 'a'")
 
 
-def test_pickled_weights_are_told_with_the_command(cache, base_folder, tmp_path):
+def test_pickled_weights_are_told_with_the_command(hub_cache, base_folder, tmp_path):
     torch.save({}, tmp_path / "pytorch_model.bin")
     files = [base_folder / "config.json", tmp_path / "pytorch_model.bin"]
-    cache("owner/name", files)
-    cache("owner/name", files, folder="sub", revision="v1")
+    hub_cache("owner/name", files)
+    hub_cache("owner/name", files, folder="sub", revision="v1")
     with pytest.raises(PaveError, match=r"its weights as pytorch_model\.bin; .* `pave convert owner/name FOLDER`"):
         locate_model("owner/name")
     with pytest.raises(PaveError, match=r"run `pave convert owner/name --revision v1 --folder sub FOLDER` once"):
         locate_model("hf://owner/name@v1/sub")
 
 
-def test_a_gguf_file_of_the_cache(cache, base_folder, tmp_path, monkeypatch):
+def test_a_gguf_file_of_the_cache(hub_cache, base_folder, tmp_path, monkeypatch):
     (tmp_path / "small.gguf").write_bytes(b"GGUF")
-    cache("owner/name", [tmp_path / "small.gguf"])
+    hub_cache("owner/name", [tmp_path / "small.gguf"])
     monkeypatch.setattr("pave_lightning.weights.locate.gguf_folder", lambda file: ("made of", file.name))
     assert locate_model(HubModel(hub="owner/name", file="small.gguf")) == ("made of", "small.gguf")
     with pytest.raises(PaveError, match=r"lost\.gguf' is not in the hub's cache; beside it there are small\.gguf"):
         locate_model(HubModel(hub="owner/name", file="lost.gguf"))
 
 
-def test_a_broken_index(cache, base_folder, tmp_path):
+def test_a_broken_index(hub_cache, base_folder, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": 3}))
-    cache("owner/name", [base_folder / "config.json", tmp_path / "model.safetensors.index.json"])
+    hub_cache("owner/name", [base_folder / "config.json", tmp_path / "model.safetensors.index.json"])
     with pytest.raises(PaveError, match=r"of 'owner/name' model\.safetensors is not in"):
         locate_model("owner/name")
