@@ -216,3 +216,23 @@ def test_every_way_through_the_recipe(settings, vocabulary):
         tokenizer = AutoTokenizer.from_pretrained(place)
         found = accuracy(load_merged(place, "words"), tokenizer, settings["tasks"][0]["data"]["test"])
         assert score(folder, place.name, "words") == pytest.approx(found), place.name
+
+
+@pytest.mark.slow
+def test_an_expert_that_is_trained_here_gets_the_tokens_of_the_others(settings, experts, known):
+    existing, other = settings["tasks"]
+    trained = {**other, "expert": None}
+    recipe = {**settings, "vocabulary": "union", "tasks": [existing, trained], "trainer": {"max_epochs": 1}}
+    folder = run_recipe(Recipe.model_validate({**recipe, "training": {"max_length": 16}}))
+    merged = folder / "merged" / "average-plain"
+    tokenizer, table = AutoTokenizer.from_pretrained(merged), AutoModel.from_pretrained(merged).state_dict()[TABLE]
+    _, numbers, own = experts[0]
+    for token in ("zz", "yy"):
+        assert torch.allclose(table[tokenizer.get_vocab()[token]], own[numbers[token]])
+    fitted = AutoModelForSequenceClassification.from_pretrained(folder / "experts" / "more")
+    assert fitted.config.vocab_size == 100
+    found = accuracy(fitted, AutoTokenizer.from_pretrained(folder / "experts" / "more"), trained["data"]["test"])
+    assert score(folder, "experts", "more") == pytest.approx(found)
+    assert score(folder, "average-plain", "more") == pytest.approx(
+        accuracy(load_merged(merged, "more"), tokenizer, trained["data"]["test"])
+    )

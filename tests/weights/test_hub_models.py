@@ -108,3 +108,40 @@ def test_a_broken_index(hub_cache, base_folder, tmp_path):
     hub_cache("owner/name", [base_folder / "config.json", tmp_path / "model.safetensors.index.json"])
     with pytest.raises(PaveError, match=r"of 'owner/name' model\.safetensors is not in"):
         locate_model("owner/name")
+
+
+@pytest.mark.parametrize("folder", ["", "runs/last"])
+def test_what_is_fetched_of_a_repository(folder, monkeypatch, tmp_path):
+    from huggingface_hub.utils import filter_repo_objects
+
+    below = f"{folder}/" if folder else ""
+    wanted = [
+        *(
+            "config.json",
+            "generation_config.json",
+            "model.safetensors",
+            "model-00001-of-00002.safetensors",
+            "README.md",
+        ),
+        *("model.safetensors.index.json", "tokenizer.json", "vocab.txt", "spiece.model", "chat_template.jinja"),
+        *("adapter_config.json", "adapter_model.safetensors", "adapter/adapter_model.safetensors"),
+    ]
+    others = [
+        *("pytorch_model.bin", "flax_model.msgpack", "training_args.bin", "optimizer.pt", "tf_model.h5", "x.gguf"),
+        *("checkpoint-500/model.safetensors", "onnx/model.onnx", "consolidated.safetensors"),
+    ]
+    asked = []
+
+    def download(name, *, revision, allow_patterns):
+        asked.append((name, revision))
+        kept = filter_repo_objects([f"{below}{name}" for name in [*wanted, *others]], allow_patterns=allow_patterns)
+        assert list(kept) == [f"{below}{name}" for name in wanted]
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        for file in ("config.json", "model.safetensors"):
+            (tmp_path / folder / file).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("pave_lightning.system.hub.hub_answers", lambda: True)
+    assert locate_model(HubModel(hub="owner/name", folder=folder or None, revision="v1")) == tmp_path / folder
+    assert asked == [("owner/name", "v1")]

@@ -251,3 +251,47 @@ def test_a_parameter_that_a_task_leaves_alone(base_folder, expert_folders, tmp_p
     parameter = next(p for p in source.parameters if p.name == name)
     assert source.is_zero("same", parameter)
     assert not source.is_zero("first", parameter)
+
+
+def bare_and_headed(kind, folder):
+    """A tiny model without a head, the same with one for tokens, and with one for classes: their folders."""
+    import transformers
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50, "pad_token_id": 0}
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    heads = ("Model", "ForMaskedLM" if kind == "Bert" else "ForCausalLM", "ForSequenceClassification")
+    for seed, head in enumerate(heads):
+        torch.manual_seed(seed)
+        getattr(transformers, f"{kind}{head}")(config).save_pretrained(folder / head)
+    return [folder / head for head in heads]
+
+
+@pytest.mark.parametrize("kind", ["Bert", "Llama"])
+def test_bare_models_and_models_with_heads_are_compared(kind, tmp_path):
+    from transformers import AutoModel
+
+    places = bare_and_headed(kind, tmp_path)
+    models = [AutoModel.from_pretrained(place).state_dict() for place in places]
+    name = "encoder.layer.0.output.dense.weight" if kind == "Bert" else "layers.0.mlp.down_proj.weight"
+    for base, first in zip(places, models, strict=True):
+        for expert, second in zip(places, models, strict=True):
+            source = task_vectors(str(base), {"a": str(expert)})
+            parameter = next(found for found in source.parameters if found.name == name)
+            assert torch.equal(source.vector("a", parameter), second[name] - first[name])
+
+
+def test_checkpoints_of_several_types_and_shards(base_folder, expert_folders, tmp_path):
+    from transformers import AutoModel, AutoModelForSequenceClassification
+
+    base = AutoModel.from_pretrained(base_folder).bfloat16()
+    base.save_pretrained(tmp_path / "base", max_shard_size="20kB")
+    experts = {}
+    for task, dtype in (("first", torch.float16), ("second", torch.float32)):
+        experts[task] = AutoModelForSequenceClassification.from_pretrained(expert_folders[task]).to(dtype)
+        experts[task].save_pretrained(tmp_path / task, max_shard_size="30kB")
+    assert len(list((tmp_path / "base").glob("model-*"))) > 1
+    source = task_vectors(str(tmp_path / "base"), {task: str(tmp_path / task) for task in experts})
+    for parameter in source.parameters:
+        for task, expert in experts.items():
+            expected = expert.bert.get_parameter(parameter.name).float() - base.get_parameter(parameter.name).float()
+            assert torch.equal(source.vector(task, parameter), expected)
