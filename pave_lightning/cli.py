@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import io
 import logging
 import os
@@ -171,6 +172,7 @@ def program() -> NoReturn:
 
     To take the libraries apart again takes Python seconds in which nothing is done and Ctrl-C shows a traceback.
     """
+    gc.set_threshold(50_000)  # imports make many objects and no garbage: with Python's 700, 8 % of a plan looks for it
     code = main()
     logging.shutdown()
     atexit._run_exitfuncs()  # temporary folders

@@ -218,8 +218,7 @@ def _record(runner: Runner, tracker: Tracker, table: ScoreTable, files: list[Pat
     for model in table.models():
         heads = "" if model.heads == EXPERT_HEADS else f"heads-{model.heads}"
         label = "-".join(filter(None, [model.name, model.vectors, heads]))
-        averages[f"average/{label}"] = table.average(model)
-        averages[f"normalised_average/{label}"] = table.normalised_average(model)
+        averages |= {f"{name}/{label}{end}": value for (name, end), value in _averages(table, model).items()}
     tracker.complete_parent("report", averages)
     for file in files:
         tracker.log_file(parent, file)
@@ -249,10 +248,25 @@ def _model_metrics(table: ScoreTable, row: tuple[str, str, str]) -> dict[str, fl
     model = next((found for found in table.models() if (found.name, found.vectors, found.heads) == row), None)
     if model is None:
         return {}
-    metrics = {"average": table.average(model), "normalised_average": table.normalised_average(model)}
+    metrics = {f"{name}{end}": value for (name, end), value in _averages(table, model).items()}
     for score in table.scores:
         if model_of(score) == model:
             metrics[f"test/{score.task}/{score.metric}"] = score.value
             if score.is_primary:
                 metrics[f"normalised/{score.task}"] = table.normalised(score)
     return metrics
+
+
+def _averages(table: ScoreTable, model: Model) -> dict[tuple[str, str], float]:
+    """The averages of a model and the ends of their intervals where these are known, by name and ending."""
+    found = {
+        "average": (table.average(model), table.average_interval(model)),
+        "normalised_average": (table.normalised_average(model), table.normalised_average_interval(model)),
+    }
+    ends = {
+        (name, f"/{end}"): value
+        for name, (_, interval) in found.items()
+        if interval.is_known
+        for end, value in (("low", interval.low), ("high", interval.high))
+    }
+    return {(name, ""): value for name, (value, _) in found.items()} | ends

@@ -35,14 +35,15 @@ NARROW = 0.3
 NOTE_SIZE, LETTERS_PER_INCH = 8, 15
 # One value far below zero must not flatten all others
 LOWEST, HIGHEST = -0.3, 1.5
+WHISKER = "interval"
 
 
 def normalised_scores(table: ScoreTable, path: Path | str) -> None:
     """Draw the normalised averages of controls and merged models as bars, one dot a task.
 
-    The bars of one model stand side by side, paler ones under further heads; controls stand apart, on the left. Values
-    that do not exist are marked n/a; values beyond the axis are drawn at its edge. A line at the foot names tasks that
-    are left out.
+    The bars of one model stand side by side, paler ones under further heads; controls stand apart, on the left. A grey
+    line over the end of a bar is the interval of the average. Values that do not exist are marked n/a; values beyond
+    the axis are drawn at its edge. A line at the foot names tasks that are left out.
 
     Args:
         table: The scores.
@@ -161,6 +162,10 @@ def _draw_model(axes: Axes, table: ScoreTable, model: Model, bar: tuple[float, f
             hatch=HATCH if model.form == "per-task" else None,
             zorder=2,
         )
+        interval = table.normalised_average_interval(model)
+        if interval.is_known:
+            ends = _clamped(interval.low), _clamped(interval.high)
+            axes.plot((place, place), ends, color="#666666", linewidth=3, solid_capstyle="butt", zorder=3, gid=WHISKER)
     label = f"{average:.3f}" if abs(average) < 100 else "n/a" if not math.isfinite(average) else f"{average:.0e}"
     # At the foot of the bar, where dots are rare
     axes.annotate(
@@ -237,6 +242,8 @@ def _draw_legend(axes: Axes, kinds: list[str], heads: list[str], tasks: list[str
     if "per-task" in sections:
         label = "per-task: keeps something\nextra for each task"
         handles.append(Patch(facecolor=SHADE, edgecolor="#888888", hatch=HATCH, label=label))
+    if any(line.get_gid() == WHISKER for line in axes.get_lines()):
+        handles.append(Line2D([], [], color="#666666", linewidth=3, label="95 % interval of the average"))
     handles += [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]
     if 1 < len(tasks) <= len(TASK_MARKERS):
         handles += [

@@ -8,6 +8,7 @@ from matplotlib.image import imread
 
 from pave_lightning.purification import KeptRank
 from pave_lightning.reporting import plots
+from pave_lightning.reporting.intervals import Interval, Intervals
 from pave_lightning.reporting.plots import kept_ranks, normalised_scores, short_layer_names
 from pave_lightning.reporting.scores import Score, ScoreTable
 
@@ -86,6 +87,21 @@ def test_controls_stand_apart_from_merged_models(monkeypatch, tmp_path):
     assert [text.get_text() for text in without.get_legend().get_texts()] == [
         one for one in told if "control" not in one and "heads" not in one
     ]
+
+
+def test_intervals_are_drawn_over_the_ends_of_bars(monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr(plots, "write_figure", lambda figure, path: figures.append(figure))
+    bare = table()
+    ties = next(model for model in bare.models() if model.vectors == "purified")
+    known = Intervals(normalised_averages={ties: Interval(0.7, 0.8)})
+    for intervals in (Intervals(), known):
+        normalised_scores(ScoreTable(bare.scores, bare.constants, intervals), tmp_path / "scores.png")
+    without, axes = (figure.axes[0] for figure in figures)
+    drawn = [list(line.get_ydata()) for line in axes.get_lines() if line.get_gid() == plots.WHISKER]
+    assert drawn == [[0.7, 0.8]]
+    told = [[text.get_text() for text in one.get_legend().get_texts()] for one in (without, axes)]
+    assert set(told[1]) - set(told[0]) == {"95 % interval of the average"}
 
 
 def test_pictures_of_little(tmp_path):

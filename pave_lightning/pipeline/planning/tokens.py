@@ -42,14 +42,14 @@ def token_problems(recipe: Recipe) -> Iterator[str]:
     yield from _head_problems("base", architecture, tokenizer)
     tokenizers = {}
     for task in recipe.tasks:
+        if task.expert is None:
+            continue
         try:
-            own = tokenizer if task.expert is None else load_tokenizer(existing_folder(task), folder)
-            tokenizers[task.name] = own
-            if task.expert is not None:
-                yield from _expert_problems(task, own, tokenizer, base, architecture)
-                if recipe.vocabulary == "error":
-                    what = f"task '{task.name}': {existing_folder(task)}"
-                    yield from differing_tokens(what, own.get_vocab(), tokenizer.get_vocab())
+            own = tokenizers[task.name] = load_tokenizer(existing_folder(task), folder)
+            yield from _expert_problems(task, own, tokenizer, base, architecture)
+            if recipe.vocabulary == "error":
+                what = f"task '{task.name}': {existing_folder(task)}"
+                yield from differing_tokens(what, own.get_vocab(), tokenizer.get_vocab())
         except PaveError as error:
             yield str(error) if str(error).startswith("task ") else f"task '{task.name}': {error}"
     if recipe.vocabulary == "error":
@@ -121,7 +121,7 @@ def _clashes(
     tokenizers: Mapping[str, PreTrainedTokenizerBase], tokenizer: PreTrainedTokenizerBase, rows: int | None
 ) -> Iterator[str]:
     """Rows of the base's embedding that its own tokenizer leaves free, and that experts use for different tokens."""
-    known = set(tokenizer.get_vocab().values())
+    known = set(tokenizer.get_vocab().values()) if tokenizers else set()
     used: dict[int, tuple[str, str]] = {}
     for task, own in tokenizers.items():
         for token, number in own.get_vocab().items():

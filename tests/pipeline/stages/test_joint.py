@@ -123,7 +123,7 @@ def test_a_run_of_three_kinds(recipe_settings, tag_files):
     for task in recipe.tasks:
         assert f"validation/{task.name}/{task.primary_metric}" in metrics
         assert f"test/{task.name}/{task.primary_metric}" in metrics
-    assert {"validation/primary_average", "average", "normalised_average"} <= set(metrics)
+    assert {"validation/primary_average", "average", "average/low", "average/high"} <= set(metrics)
     assert any(name.startswith("train/") for name in metrics)
 
     card = (folder / "merged" / "average-plain" / "README.md").read_text()
