@@ -13,7 +13,8 @@ from pave_lightning.experts.trainer_options import machine_options
 from pave_lightning.experts.trainers import build_trainer, quiet_lightning
 from pave_lightning.pipeline.context import Context, shared
 from pave_lightning.pipeline.scoring import score_inputs
-from pave_lightning.pipeline.stages.fit import experts, own_digests, own_experts
+from pave_lightning.pipeline.stages.align import experts, own_experts
+from pave_lightning.pipeline.stages.fit import own_digests
 from pave_lightning.pipeline.task_data import data_module
 
 

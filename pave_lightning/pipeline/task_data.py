@@ -9,7 +9,8 @@ from torch import Tensor
 from pave_lightning.callbacks.options import Capture
 from pave_lightning.evaluation import SuiteData
 from pave_lightning.pipeline.context import Context
-from pave_lightning.pipeline.stages.fit import expert_folder, own_folders
+from pave_lightning.pipeline.stages.align import expert_folder
+from pave_lightning.pipeline.stages.fit import own_folders
 from pave_lightning.tasks.data_module import TaskDataModule
 from pave_lightning.tasks.task import Task
 from pave_lightning.tasks.tokenizers import padding_id

@@ -6,11 +6,12 @@ from operator import itemgetter
 
 from pave_lightning.pipeline.results import Results
 from pave_lightning.pipeline.stage import Stage
+from pave_lightning.pipeline.stages.align import AlignStage
 from pave_lightning.pipeline.stages.capture import CaptureStage
 from pave_lightning.pipeline.stages.diagnose import DiagnoseStage
 from pave_lightning.pipeline.stages.evaluate import EvaluateStage
 from pave_lightning.pipeline.stages.export import ExportStage
-from pave_lightning.pipeline.stages.fit import AlignStage, FitStage
+from pave_lightning.pipeline.stages.fit import FitStage
 from pave_lightning.pipeline.stages.gradients import GradientStage
 from pave_lightning.pipeline.stages.heads import HeadsStage
 from pave_lightning.pipeline.stages.joint import JointStage

@@ -10,7 +10,8 @@ from pave_lightning.pipeline.context import Context, shared
 from pave_lightning.pipeline.results import Results
 from pave_lightning.pipeline.run_folder import Manifest
 from pave_lightning.pipeline.stage import Stage
-from pave_lightning.pipeline.stages.fit import AlignStage, FitStage, expert_stage
+from pave_lightning.pipeline.stages.align import AlignStage, expert_stage
+from pave_lightning.pipeline.stages.fit import FitStage
 from pave_lightning.statistics import TaskStatistics
 from pave_lightning.statistics.gradients import EXPERT_DIGEST
 from pave_lightning.system.processes import is_rank_zero

@@ -15,7 +15,8 @@ from pave_lightning.pipeline.purifications import label, purifications
 from pave_lightning.pipeline.results import Results
 from pave_lightning.pipeline.scoring import score_inputs
 from pave_lightning.pipeline.stage import Stage
-from pave_lightning.pipeline.stages.fit import expert_digests, expert_stages, experts, own_digests, own_experts
+from pave_lightning.pipeline.stages.align import expert_digests, expert_stages, experts, own_experts
+from pave_lightning.pipeline.stages.fit import own_digests
 from pave_lightning.pipeline.stages.heads import HeadsStage
 from pave_lightning.pipeline.stages.joint import JointStage
 from pave_lightning.pipeline.stages.merge import MergeStage, merged_model

@@ -11,8 +11,9 @@ from pave_lightning.merging.passes import load_parameters
 from pave_lightning.pipeline.context import Context
 from pave_lightning.pipeline.results import Results
 from pave_lightning.pipeline.stage import Stage
+from pave_lightning.pipeline.stages.align import AlignStage, classifier, expert_stage, plain_vectors
 from pave_lightning.pipeline.stages.capture import shown_examples
-from pave_lightning.pipeline.stages.fit import AlignStage, FitStage, classifier, expert_stage, plain_vectors
+from pave_lightning.pipeline.stages.fit import FitStage
 from pave_lightning.statistics.gradients import EXPERT_DIGEST, GradientKind, TaskGradients
 from pave_lightning.tasks.task import Task
 from pave_lightning.weights import model_digest

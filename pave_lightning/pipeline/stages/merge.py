@@ -25,7 +25,7 @@ from pave_lightning.pipeline.scoring import score_inputs
 from pave_lightning.pipeline.seeds import with_seed
 from pave_lightning.pipeline.stacks import TransformStack, stack_of
 from pave_lightning.pipeline.stage import Stage
-from pave_lightning.pipeline.stages.fit import expert_digests, expert_stages, experts
+from pave_lightning.pipeline.stages.align import expert_digests, expert_stages, experts
 from pave_lightning.pipeline.stages.heads import fit_heads, head_inputs
 from pave_lightning.pipeline.stages.purify import purification_inputs, purify_stages, task_vectors
 from pave_lightning.recipe.merge_step import MergeStep
