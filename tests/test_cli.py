@@ -63,7 +63,7 @@ def test_help_is_fast_and_loads_nothing_heavy():
 
 
 @pytest.mark.parametrize(
-    "command", [*RECIPE_COMMANDS, "sweep", "compare", "convert", "methods", "transforms", "schema"]
+    "command", [*RECIPE_COMMANDS, "sweep", "compare", "convert", "export", "methods", "transforms", "schema"]
 )
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -168,7 +168,7 @@ def test_mistakes_in_the_options_of_transforms_are_told_beside_those_of_the_reci
     assert "vectors.two.0: unknown transform 'depth'" in told
     assert "vectors.two.1: the options of transform 'pave'" in told
     assert "vectors.unused.0: the options of transform 'depth_scale'" in told
-    assert "first: is missing" in told
+    assert "it scales nothing; give factors, such as {first: 0.5}" in told
 
 
 def test_print_config_shows_every_default_and_is_a_recipe_itself(capsys, recipe_file, tmp_path):

@@ -224,15 +224,17 @@ class Alignment:
             for held in (expert.backbone, expert.copies):
                 if name in held:
                     yield _Table(name, held[name], self.base.backbone.get(name))
-        model = empty_model(self.experts[task])
-        embeddings = [f"{self.architecture.prefix}.{name}" for name in self.architecture.token_embeddings]
-        names = output_tables(model)
-        tied = [self.base.backbone.get(name.partition(".")[2]) for name in embeddings if name in names]
+        start = self.architecture.start
+        names = output_tables(empty_model(self.experts[task]))
+        tied = next((name for name in self.architecture.token_embeddings if f"{start}{name}" in names), None)
         for name in names:
-            stored = expert.head.get(name)
+            inside = name.removeprefix(start)
+            if inside in self.architecture.token_embeddings:
+                continue
+            stored = expert.head.get(name) or expert.backbone.get(inside)
             if stored is not None and stored.shape[:1] == (rows,):
-                shared = next(iter(tied), None) if len(stored.shape) > 1 else None
-                yield _Table(name, stored, self.base.head.get(name) or shared)
+                shared = self.base.backbone.get(tied) if tied is not None and len(stored.shape) > 1 else None
+                yield _Table(name, stored, self.base.head.get(name) or self.base.backbone.get(inside) or shared)
 
     def _aligned(self, task: str, table: _Table) -> Tensor:
         """A table of an expert with the common rows, in its dtype."""

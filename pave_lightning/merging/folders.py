@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +14,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from pave_lightning.config import WrittenDtype, bytes_of
 from pave_lightning.errors import PaveError, foreign, nearest
 from pave_lightning.merging.base import MergeMethod, PerTaskMethod, StaticMethod
 from pave_lightning.merging.evidence import Evidence
@@ -28,14 +32,22 @@ from pave_lightning.weights import (
     TaskVectors,
     is_finite,
     locate_model,
+    rounded,
+    written_dtype,
 )
-from pave_lightning.weights.architecture import backbone_of, empty_model, read_config
+from pave_lightning.weights.architecture import empty_model, read_config
 from pave_lightning.weights.checkpoint import model_digest, stored_tensors
 from pave_lightning.weights.configuration import merged_configuration
 from pave_lightning.weights.memory import freed_memory_returned
 from pave_lightning.weights.task_vectors import absent_children, own_token_rows
+from pave_lightning.weights.ties import tied_names
+from pave_lightning.weights.tokenizer_files import has_tokenizer
+
+log = logging.getLogger("pave_lightning")
 
 FACTS_FILE = "pave.json"
+# Where weights do not say it.
+DEFAULT_SHARD_SIZE = "5GB"
 HEAD_FILE = "head.safetensors"
 # Beside a head whose last layer was fitted to the merged model: the head as its expert has it.
 EXPERT_HEAD_FILE = "expert-head.safetensors"
@@ -85,13 +97,18 @@ def write_merged(
     *,
     merged: Mapping[str, Tensor] | None = None,
     evidence: Evidence | None = None,
+    dtype: WrittenDtype = "base",
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
 ) -> None:
     """Merge by one method and write the result as a Hugging Face folder, one parameter at a time.
 
-    The folder holds the backbone (float32; ``AutoModel.from_pretrained`` loads it), the tokenizer, ``heads/TASK`` with
-    each task's head and configuration, where its expert has other tokens than the base its tokenizer and the rows of
-    the embedding that the base lacks, for per-task methods ``modulators/TASK.safetensors``, for sequential methods that
-    keep tensors ``sequential/NAME``, and ``pave.json``.
+    All arithmetic is float32 or float64; each weight is rounded once, when it is written. The folder holds the backbone
+    (``AutoModel.from_pretrained`` loads it), the base's tokenizer and what it has of generation settings and
+    processors, ``heads/TASK`` with each task's head and configuration, where its expert has other tokens than the base
+    its tokenizer and the rows of the embedding that the base lacks, for per-task methods
+    ``modulators/TASK.safetensors``, for sequential methods that keep tensors ``sequential/NAME``, and ``pave.json``,
+    which also names the submodules that the base does not have and ``AutoModel`` therefore draws at random
+    (``not_in_the_base``, such as a pooler).
 
     Args:
         folder: an existing, empty folder.
@@ -101,20 +118,23 @@ def write_merged(
         context: what else goes into the folder.
         merged: the merged task vectors of a static method where they are known already.
         evidence: what is known of the tasks' data, for methods that need it.
+        dtype: in which type the weights are written: each as the base stores it, but at most float32, or one for all.
+            What per-task and sequential methods keep beside them stays float32, and heads stay as their experts have
+            them.
+        max_shard_size: largest size of a file of weights, in bytes or such as ``5GB``.
 
     Raises:
-        PaveError: there is nothing to merge, the method cannot merge it, or what comes out is not finite.
+        PaveError: there is nothing to merge, the method cannot merge it, or what comes out is not finite, or too large
+            for the type in which it is written.
+        ValueError: ``max_shard_size`` is no size.
     """
-    writer = ShardWriter(folder)
-    new_rows = context.new_rows
-    written = set()
+    writer = _RoundingWriter(folder, source, dtype, bytes_of(max_shard_size), context.new_rows)
     factor = 1.0 if scale is None else scale
     if isinstance(method, PerTaskMethod):
         kept = {task: ModulatorWriter() for task in source.tasks}
         for parameter, modulated in merge_per_task(method, source, evidence):
-            whole = _finite(method, parameter.name, _added(source, parameter, modulated.shared))
-            writer.add(parameter.name, _with_rows(whole, new_rows.get(parameter.name)))
-            written.add(parameter.name)
+            exact = _finite(method, parameter.name, _added(source, parameter, modulated.shared))
+            writer.add_merged(parameter.name, exact, modulated.shared)
             for task, mask in modulated.masks.items():
                 kept[task].add_mask(parameter.name, mask)
             for task, factors in modulated.factors.items():
@@ -129,19 +149,72 @@ def write_merged(
         known = None if merged is None else ((p, merged[p.name]) for p in source.parameters)
         pairs: Iterable[tuple[Parameter, Tensor]] = merge_static(method, source, evidence) if known is None else known
         for parameter, vector in pairs:
-            whole = _finite(method, parameter.name, _added(source, parameter, vector, factor))
-            writer.add(parameter.name, _with_rows(whole, new_rows.get(parameter.name)))
-            written.add(parameter.name)
+            exact = _finite(method, parameter.name, _added(source, parameter, vector, factor))
+            writer.add_merged(parameter.name, exact, vector, factor)
     for name, average in source.running_statistics():
-        writer.add(name, average)
-        written.add(name)
+        writer.add_merged(name, average)
     for name in context.base:
-        if name not in written:
-            writer.add(name, _with_rows(context.base.tensor(name), new_rows.get(name)))
+        if name not in writer.names:
+            writer.add_of_base(name, context.base.tensor(name))
     writer.close()
     if _takes_experts_later(method, scale):
         _write_kept(folder / KEPT_FOLDER, method, source)
-    _write_surroundings(folder, method, context, scale)
+    _write_surroundings(folder, method, context, scale, writer)
+
+
+class _RoundingWriter:
+    """Writes the weights of a merged model in the type that is asked for, and finds what rounding changes.
+
+    Attributes:
+        names: what has been written.
+        dtype: the type of most values.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        source: TaskVectors,
+        dtype: WrittenDtype,
+        shard_bytes: int,
+        new_rows: Mapping[str, Tensor],
+    ) -> None:
+        self._new_rows = new_rows
+        self.names: set[str] = set()
+        self.asked = dtype
+        self._source, self._shards = source, ShardWriter(folder, shard_bytes)
+        self._lost = self._merged = 0.0
+
+    def add_merged(self, name: str, exact: Tensor, vector: Tensor | None = None, factor: float = 1.0) -> None:
+        """Round and write a merged weight; ``vector`` is the task vector in it, before it is multiplied."""
+        found = rounded(exact, written_dtype(self.asked, self._source.stored_dtype(name)), name)
+        if found.dtype != exact.dtype and vector is not None:
+            self._lost += float((found.double() - exact.double()).square().sum())
+            self._merged += factor**2 * float(vector.double().square().sum())
+        self._write(name, found)
+
+    def add_of_base(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor of the base that is not merged; as it is, or in the one type that is asked for."""
+        if self.asked != "base" and tensor.is_floating_point():
+            tensor = rounded(tensor, written_dtype(self.asked, tensor.dtype), name)
+        self._write(name, tensor)
+
+    def _write(self, name: str, tensor: Tensor) -> None:
+        self._shards.add(name, _with_rows(tensor, self._new_rows.get(name)))
+        self.names.add(name)
+
+    def close(self) -> None:
+        """Write what is pending."""
+        self._shards.close()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        elements = self._shards.elements
+        return max(elements, key=lambda dtype: (elements[dtype], str(dtype)), default=torch.float32)
+
+    @property
+    def rounding(self) -> float | None:
+        """Norm of what rounding changes, as a share of the merged task vector's norm; None where nothing is rounded."""
+        return math.sqrt(self._lost / self._merged) if self._merged else None
 
 
 def _added(source: TaskVectors, parameter: Parameter, vector: Tensor, factor: float = 1.0) -> Tensor:
@@ -220,20 +293,41 @@ def load_gradients(place: Path, expert: Path | None = None) -> TaskGradients:
     return found
 
 
-def _write_surroundings(folder: Path, method: MergeMethod, context: MergeContext, scale: float | None) -> None:
-    write_surroundings(folder, context)
+def _write_surroundings(
+    folder: Path, method: MergeMethod, context: MergeContext, scale: float | None, written: _RoundingWriter
+) -> None:
+    write_surroundings(folder, context, written.dtype)
     facts = {"method": method.name, "form": method.form, "base": context.base_reference, **context.facts}
+    drawn = _drawn_by_transformers(context.base)
+    if drawn:
+        facts["not_in_the_base"] = drawn
+    if written.asked != "base":
+        facts["dtype"] = written.asked
+    if written.rounding is not None:
+        facts["rounding"] = written.rounding
+        log.info("  rounding to the stored type changes %.2g of the merged task vector (norms)", written.rounding)
     if _takes_experts_later(method, scale):
         facts |= {"sequential": method.state(scale), "base_digest": model_digest(context.base.folder)}
     write_facts(folder, facts)
 
 
-def write_surroundings(folder: Path, context: MergeContext) -> None:
+def _drawn_by_transformers(base: Checkpoint) -> list[str]:
+    """Submodules that the base's files lack, so that ``AutoModel`` draws them at random, such as a pooler."""
+    bare = Architecture.of_folder(base.folder, "AutoModel")
+    found = bare.checkpoint(base.folder).backbone
+    there = {name.partition(".")[0] for stored in found for name in (stored, bare.stored_names.get(stored, stored))}
+    return sorted({name.partition(".")[0] for name in bare.parameters} - there)
+
+
+def write_surroundings(folder: Path, context: MergeContext, dtype: torch.dtype = torch.float32) -> None:
     """Write what stands beside the weights of a backbone: configuration, tokenizer, and the heads of the tasks.
+
+    What the base has of generation settings, processors and chat templates is copied as it is.
 
     Args:
         folder: an existing folder.
         context: whose heads; its facts are not written.
+        dtype: the type of most of the weights.
     """
     # Here, so that who only loads a merged model need not load Lightning.
     from pave_lightning.tasks.tokenizers import load_tokenizer, padding_id, text_config
@@ -241,18 +335,21 @@ def write_surroundings(folder: Path, context: MergeContext) -> None:
     first = next(iter(context.experts.values())).folder
     base = context.base.folder
     config = read_config(base)
-    config.architectures = [type(backbone_of(empty_model(first))).__name__]
-    config.dtype = "float32"
+    config.architectures = [Architecture.of_folder(first).backbone_class]
+    config.dtype = str(dtype).removeprefix("torch.")
     for name, rows in context.new_rows.items():
         text_config(config).vocab_size = context.base.backbone[name].shape[0] + len(rows)
     config.save_pretrained(folder)
+    # Whoever merges weights alone needs no tokenizer.
     read_with = first if context.one_vocabulary else base
-    tokenizer = load_tokenizer(read_with, base) if context.architecture.token_embeddings else None
+    reads = context.architecture.token_embeddings and (has_tokenizer(read_with) or has_tokenizer(base))
+    tokenizer = load_tokenizer(read_with, base) if reads else None
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+    _carry_along(base, folder)
     for task, expert in context.experts.items():
         private = absent_children(context.base, expert)
-        prefix = f"{context.architecture.prefix}."
+        prefix = context.architecture.start
         head = expert.head_tensors()
         head |= {prefix + name: expert.tensor(name) for name in expert if name.partition(".")[0] in private}
         target = folder / "heads" / task
@@ -269,6 +366,22 @@ def write_surroundings(folder: Path, context: MergeContext) -> None:
                 own_tokenizer.save_pretrained(target)
         own_config.architectures = own_config.architectures or [context.architecture.model_class]
         own_config.save_pretrained(target)
+
+
+def _carry_along(base: Path, folder: Path) -> None:
+    """Copy what a base has beside weights, configuration and tokenizer that its users need."""
+    from transformers import utils
+
+    for name in (
+        utils.GENERATION_CONFIG_NAME,
+        utils.FEATURE_EXTRACTOR_NAME,  # of image processors too
+        utils.VIDEO_PROCESSOR_NAME,
+        utils.PROCESSOR_NAME,
+        utils.CHAT_TEMPLATE_FILE,
+        utils.LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE,
+    ):
+        if (base / name).is_file():
+            shutil.copyfile(base / name, folder / name)
 
 
 def write_facts(folder: Path, facts: Mapping[str, Any]) -> None:
@@ -363,42 +476,64 @@ def load_merged(folder: str | Path, task: str, base: str | None = None, *, exper
     if task not in tasks:
         raise PaveError(f"{folder} has no head for task '{task}': {nearest(task, tasks)}")
     model = empty_model(kept / task, device="cpu").float()
-    prefix = str(model.base_model_prefix)
-    checkpoint = Checkpoint(folder, prefix)
+    architecture = Architecture.of_folder(kept / task)
+    checkpoint = Checkpoint(folder, architecture.prefix)
     state = {name: checkpoint.tensor(name).float() for name in checkpoint if checkpoint.backbone[name].is_floating}
     if per_task:
         modulator = Modulator(folder / "modulators" / f"{task}.safetensors")
-        own_architecture = Architecture.of_folder(kept / task)
-        origin = own_architecture.checkpoint(locate_model(base or facts["base"], role="base"))
+        origin = architecture.checkpoint(locate_model(base or facts["base"], role="base"))
         for name in modulator:
             if name not in origin.backbone or name not in state:
                 raise PaveError(f"{folder}: what is kept for '{task}' names the weight {name}, which is not there")
             start = origin.tensor(name)
-            shape = state[name][: len(start)].shape if name in own_architecture.token_embeddings else state[name].shape
+            shape = state[name][: len(start)].shape if name in architecture.token_embeddings else state[name].shape
             if start.shape != shape:
                 raise PaveError(f"{folder}: the weight {name} has another shape than that of the base")
             state[name] = modulator.weight(name, start, state[name])
     as_expert = expert_head and (kept / task / EXPERT_HEAD_FILE).exists()
     head = _kept_head(folder, task, EXPERT_HEAD_FILE if as_expert else HEAD_FILE)
-    architecture = Architecture.of_folder(kept / task)
     own_rows = _kept(kept / task / TOKENS_FILE) if (kept / task / TOKENS_FILE).exists() else {}
     for name in architecture.token_embeddings:
         if name in state:  # the merged rows, and what the task has beyond them; fewer where its expert had fewer
             rows = torch.cat([state[name], own_rows[name].float()]) if name in own_rows else state[name]
             state[name] = rows[: architecture.vocabulary]
-    names = architecture.stored_names
-    whole = {f"{prefix}.{names.get(name, name)}": tensor for name, tensor in state.items()}
-    whole |= {names.get(name, name): tensor for name, tensor in head.items()}
-    for name, layer in model.named_modules():
-        # What is fitted has an intercept, also where the expert's layer had none.
-        if isinstance(layer, nn.Linear) and f"{name}.bias" in whole and "bias" not in dict(layer.named_parameters()):
-            layer.bias = nn.Parameter(whole[f"{name}.bias"])
-    with foreign(f"{folder} does not fit its own config.json", "merge again"):
-        missing, _ = model.load_state_dict(whole, strict=False)
-    lacking = [name for name in missing if name in dict(model.named_parameters())]
+    lacking = _fill(model, architecture, state, head, folder)
     if lacking:
         raise PaveError(
             f"{folder} lacks {len(lacking)} weights, among them {lacking[0]}, or holds them under other names than the "
             "model knows; merge again"
         )
     return model.eval()
+
+
+def _fill(
+    model: nn.Module,
+    architecture: Architecture,
+    backbone: Mapping[str, Tensor],
+    head: Mapping[str, Tensor],
+    folder: Path,
+) -> list[str]:
+    """Put stored tensors into a model; the names of parameters that none of them fills."""
+    names, start = architecture.stored_names, architecture.start
+    parameters = {name: parameter.data for name, parameter in model.named_parameters()}
+    given: set[str] = set()
+    whole: dict[str, Tensor] = {}
+    for name, tensor in backbone.items():
+        place = architecture.places.get(f"{start}{name}")
+        if place is None:
+            whole[f"{start}{names.get(name, name)}"] = tensor
+        else:
+            place.copy_into(parameters, tensor)
+            given |= {piece.parameter for piece in place.pieces}
+    whole |= {names.get(name, name): tensor for name, tensor in head.items()}
+    for path, layer in model.named_modules():
+        # What is fitted has an intercept, also where the expert's layer had none.
+        if isinstance(layer, nn.Linear) and f"{path}.bias" in whole and "bias" not in dict(layer.named_parameters()):
+            layer.bias = nn.Parameter(whole[f"{path}.bias"])
+    for alias, own in tied_names(model).items():
+        if alias in whole and own in whole and not torch.equal(whole[alias], whole[own]):  # as transformers has it
+            owner, _, attribute = alias.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, nn.Parameter(torch.empty_like(whole[alias])))
+    with foreign(f"{folder} does not fit its own config.json", "merge again"):
+        missing, _ = model.load_state_dict(whole, strict=False)
+    return [name for name in missing if name in parameters and name not in given]

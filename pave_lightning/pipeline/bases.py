@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pave_lightning.errors import PaveError
-from pave_lightning.experts.inferred_base import inferred_base
+from pave_lightning.errors import PaveError, naming
 from pave_lightning.recipe.schema import Recipe
 from pave_lightning.system.keeping import kept
 from pave_lightning.system.references import ModelReference
 from pave_lightning.tasks.task import Task
 from pave_lightning.weights import locate_model
+from pave_lightning.weights.inferred_base import inferred_base
+from pave_lightning.weights.locate import named_adapter
 
 INFER = "infer"
 
@@ -21,8 +22,9 @@ def existing_folder(task: Task) -> Path:
     Raises:
         PaveError: there is none.
     """
-    reference = task.expert.from_ if task.expert is not None else ""
-    return locate_model(reference, role=f"expert of task '{task.name}'")
+    reference, adapter = (task.expert.from_, task.expert.adapter) if task.expert is not None else ("", None)
+    role = f"expert of task '{task.name}'"
+    return named_adapter(locate_model(reference, role=role), adapter, role=role)
 
 
 def reference_of_base(recipe: Recipe) -> ModelReference:
@@ -34,7 +36,8 @@ def reference_of_base(recipe: Recipe) -> ModelReference:
     if recipe.base != INFER:
         return recipe.base
     named = [task for task in recipe.tasks if task.expert is not None]
-    return inferred_base({task.name: existing_folder(task) for task in named})
+    with naming("base: infer"):
+        return inferred_base({task.name: existing_folder(task) for task in named})
 
 
 def folder_of_base(recipe: Recipe) -> Path:

@@ -15,7 +15,15 @@ from pave_lightning.weights.checkpoint import INDEX_FILE, SINGLE_FILE, convert_a
 from pave_lightning.weights.tokenizer_files import TOKENIZER_FILES
 
 # Weights by their beginning, since a pattern's star reaches into folders, where other checkpoints may lie.
-WANTED = ("*.json", "*.txt", "*.jinja", "README.md", *TOKENIZER_FILES, "model*.safetensors", "adapter*.safetensors")
+WANTED = (
+    "*.json",
+    "*.txt",
+    "*.jinja",
+    "README.md",
+    *TOKENIZER_FILES,
+    "model*.safetensors",
+    "*adapter_model.safetensors",
+)
 PICKLED = ("pytorch_model*.bin", "adapter_model*.bin", "pytorch_model.bin.index.json")
 
 
@@ -75,6 +83,8 @@ def _missing(folder: Path) -> Iterator[str]:
         yield from [ADAPTER_WEIGHTS] * (not (folder / ADAPTER_WEIGHTS).is_file())
         return
     if not (folder / "config.json").is_file():
+        if next(folder.glob(f"*/{ADAPTER_CONFIG}"), None) is not None:  # several adapters by name
+            return
         yield "config.json"
     if (folder / SINGLE_FILE).is_file():
         return

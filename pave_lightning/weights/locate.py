@@ -6,13 +6,16 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
-from pave_lightning.errors import PaveError, naming, near, shortened, visible
+from pave_lightning.errors import PaveError, naming, near, nearest, shortened, visible
 from pave_lightning.system.files import SCHEME, local_path
 from pave_lightning.system.references import GGUF_ENDING, HUB_SCHEME, HubModel, ModelReference, hub_model
+from pave_lightning.weights.adapters import ADAPTER_CONFIG
 from pave_lightning.weights.gguf import gguf_folder
 from pave_lightning.weights.hub_models import fetched
 
 MOST_LOOKED_AT = 1000
+# What peft calls an adapter that it saves in the folder itself.
+DEFAULT_ADAPTER = "default"
 
 
 def locate_model(reference: ModelReference, *, role: str = "model", also: Sequence[str] = ()) -> Path:
@@ -64,7 +67,7 @@ def _usable(place: Path, role: str) -> Path:
         PaveError: it is neither a model folder nor a GGUF file.
     """
     if place.is_dir():
-        if (place / "config.json").is_file() or (place / "adapter_config.json").is_file():
+        if _is_model(place) or named_adapters(place):
             return place
         kept = sorted(file.name for file in place.iterdir() if _is_gguf(file))
         advice = f"; name one of its GGUF files instead: {place / kept[0]}" if kept else ""
@@ -76,6 +79,43 @@ def _usable(place: Path, role: str) -> Path:
         )
     with naming(role):
         return gguf_folder(place)
+
+
+def _is_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file() or (folder / ADAPTER_CONFIG).is_file()
+
+
+def named_adapters(folder: Path) -> dict[str, Path]:
+    """Adapters in folders of their own below another one, by name, as peft saves several of one model."""
+    found = sorted(file.parent for file in folder.glob(f"*/{ADAPTER_CONFIG}"))
+    return {place.name: place for place in found}
+
+
+def named_adapter(folder: Path, name: str | None = None, *, role: str = "expert") -> Path:
+    """The folder of the adapter that is meant, where peft has saved several of one model in folders of their own.
+
+    Args:
+        folder: folder of a model, of an adapter, or of several named ones.
+        name: which of them; ``default`` is the one in the folder itself. Where none is named, the folder counts as what
+            it holds itself, and if that is nothing, as the only adapter below it.
+        role: what it is, for messages.
+
+    Raises:
+        PaveError: there is no such adapter, or there are several and none is named.
+    """
+    below = named_adapters(folder)
+    if (folder / ADAPTER_CONFIG).is_file():
+        below.setdefault(DEFAULT_ADAPTER, folder)
+    if name is not None:
+        if name not in below:
+            known = nearest(name, sorted(below)) if below else "it holds no adapters"
+            raise PaveError(f"{role}: {folder} has no adapter '{name}'; {known}")
+        return below[name]
+    if _is_model(folder) or not below:
+        return folder
+    if len(below) > 1:
+        raise PaveError(f"{role}: {folder} holds several adapters; name one of {', '.join(sorted(below))}")
+    return next(iter(below.values()))
 
 
 def _beside(folder: Path) -> str:

@@ -370,7 +370,7 @@ WRONG_TASKS = [
     ),
     (
         f"[{{{OWN}, classes: 2, expert: a/b}}]",
-        ["tasks.0 (own).expert: must be a mapping with keys such as from, accept, found 'a/b'"],
+        ["tasks.0 (own).expert: must be a mapping with keys such as from, adapter, accept, found 'a/b'"],
     ),
     (
         f"[{{{OWN}, classes: 2, expert: {{form: a/b}}}}]",
@@ -585,3 +585,23 @@ def test_a_part_of_a_repository_is_written_as_it_was_read(read_recipe, write_rec
     assert str(recipe.base) == "hf://owner/name@v1/last"
     assert str(recipe.tasks[0].expert.from_) == "owner/movie"
     assert read_recipe(recipe_to_yaml(recipe)) == recipe
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ("{r: 4}", "training.lora.r: unknown key; did you mean 'rank'?"),
+        ("{lora_alpha: 4}", "training.lora.lora_alpha: unknown key; did you mean 'alpha'?"),
+        ("{use_rlora: true}", "training.lora.use_rlora: unknown key; did you mean 'use_rslora'?"),
+        ("{rank_pattern: {query: 0}}", "training.lora.rank_pattern.query: must be at least 1, found 0"),
+        ("{rank_pattern: {'(': 3}}", "training.lora.rank_pattern"),
+        ("{init_lora_weights: eva}", "training.lora.init_lora_weights: must be true, gaussian, orthogonal, mica"),
+        ("{init_lora_weights: false}", "training.lora.init_lora_weights: must be true, gaussian, orthogonal, mica"),
+        ("{target_modules: []}", "training.lora: 'target_modules' names nothing"),
+        ("{use_dora: true, lora_bias: true}", "training.lora: 'use_dora' and 'lora_bias' exclude each other"),
+        ("{bias: some}", "training.lora.bias: "),
+    ],
+)
+def test_options_of_adapters(recipe_problems: Problems, options: str, told: str) -> None:
+    (line,) = recipe_problems(START + f"tasks: [pocket/movie]\ntraining: {{lora: {options}}}\n")
+    assert line.startswith(told)

@@ -144,19 +144,20 @@ class FitStage(Stage):
         from pave_lightning.experts.fitting import fit_expert, save_expert
 
         training = context.folder.root / "training" / self.task.name
+        work_folder = training / short_digest(self.inputs())
         with doing(f"fit {self.task.name}"):
             run = context.child(self.run_name, "fit", self.params())
             model, metrics = fit_expert(
                 self.task,
                 context.base_folder,
                 seed=context.recipe.seed,
-                work_folder=training / short_digest(self.inputs()),
+                work_folder=work_folder,
                 cache_folder=context.folder.data,
                 logger=metrics_logger(context, run, self),
             )
             if is_rank_zero():
                 with context.writing(self) as writer:
-                    save_expert(model, context.base_folder, writer.path)
+                    save_expert(model, context.base_folder, writer.path, work_folder=work_folder)
                     writer.result.update(metrics=metrics)
                 clear_away(training)
 

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from pave_lightning.errors import PaveError
-from pave_lightning.experts.inferred_base import inferred_base
 from pave_lightning.system.references import HubModel
+from pave_lightning.weights.inferred_base import inferred_base
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_different_bases(adapter, model):
 
 @pytest.mark.parametrize("front", [None, "tags: [a]", "base_model: ''", "base_model: [", "base_model: 3"])
 def test_no_base(model, front):
-    with pytest.raises(PaveError, match=r"base: infer: no expert says what its base is .*'a' \(.*; name the base"):
+    with pytest.raises(PaveError, match=r"no expert says what its base is .*'a' \(.*; name the base"):
         inferred_base({"a": model("a", front)})
     with pytest.raises(PaveError, match="no task names one"):
         inferred_base({})

@@ -28,12 +28,12 @@ def inferred_base(experts: Mapping[str, Path]) -> ModelReference:
     if not found:
         looked = listed([f"'{task}' ({folder})" for task, folder in experts.items()], 3) or "no task names one"
         raise PaveError(
-            f"base: infer: no expert says what its base is ({ADAPTER_CONFIG}, or base_model in the front matter of "
+            f"no expert says what its base is ({ADAPTER_CONFIG}, or base_model in the front matter of "
             f"{CARD}): {looked}; name the base instead"
         )
     if len({str(base) for base in found.values()}) > 1:
         told = listed([f"'{base}' (task '{task}')" for task, base in found.items()])
-        raise PaveError(f"base: infer: the experts name different bases: {told}; name the base instead")
+        raise PaveError(f"the experts name different bases: {told}; name the base instead")
     return next(iter(found.values()))
 
 
@@ -54,7 +54,7 @@ def named_base(folder: Path) -> ModelReference | None:
     bases = bases_by_card(folder)
     if len(bases) > 1 or (bases and card_facts(folder).get("base_model_relation") in OTHERWISE_MADE):
         raise PaveError(
-            f"base: infer: the card of {folder} says that the model was made of {listed(bases, 3)} in another way than "
+            f"the card of {folder} says that the model was made of {listed(bases, 3)} in another way than "
             "by fine-tuning one of them; name the base instead"
         )
     return bases[0] if bases else None
