@@ -48,6 +48,8 @@ log = logging.getLogger("pave_lightning")
 FACTS_FILE = "pave.json"
 # Where weights do not say it.
 DEFAULT_SHARD_SIZE = "5GB"
+# Rounding that changes more of a merged task vector than this is warned of.
+MUCH_ROUNDING = 0.25
 HEAD_FILE = "head.safetensors"
 # Beside a head whose last layer was fitted to the merged model: the head as its expert has it.
 EXPERT_HEAD_FILE = "expert-head.safetensors"
@@ -128,7 +130,9 @@ def write_merged(
             for the type in which it is written.
         ValueError: ``max_shard_size`` is no size.
     """
-    writer = _RoundingWriter(folder, source, dtype, bytes_of(max_shard_size), context.new_rows)
+    writer = _RoundingWriter(
+        folder, source, dtype, bytes_of(max_shard_size), own_names=context.base.own_names, new_rows=context.new_rows
+    )
     factor = 1.0 if scale is None else scale
     if isinstance(method, PerTaskMethod):
         kept = {task: ModulatorWriter() for task in source.tasks}
@@ -176,11 +180,14 @@ class _RoundingWriter:
         source: TaskVectors,
         dtype: WrittenDtype,
         shard_bytes: int,
+        *,
+        own_names: Mapping[str, str],
         new_rows: Mapping[str, Tensor],
     ) -> None:
         self._new_rows = new_rows
         self.names: set[str] = set()
         self.asked = dtype
+        self._own_names = own_names  # as the base's file calls them, so that the base's class loads them
         self._source, self._shards = source, ShardWriter(folder, shard_bytes)
         self._lost = self._merged = 0.0
 
@@ -199,7 +206,7 @@ class _RoundingWriter:
         self._write(name, tensor)
 
     def _write(self, name: str, tensor: Tensor) -> None:
-        self._shards.add(name, _with_rows(tensor, self._new_rows.get(name)))
+        self._shards.add(self._own_names.get(name, name), _with_rows(tensor, self._new_rows.get(name)))
         self.names.add(name)
 
     def close(self) -> None:
@@ -305,7 +312,15 @@ def _write_surroundings(
         facts["dtype"] = written.asked
     if written.rounding is not None:
         facts["rounding"] = written.rounding
-        log.info("  rounding to the stored type changes %.2g of the merged task vector (norms)", written.rounding)
+        short = str(written.dtype).removeprefix("torch.")
+        if written.rounding > MUCH_ROUNDING:
+            log.warning(
+                "  rounding to %s changes the merged task vector by %.0f %% of its norm; write.dtype: float32 keeps it",
+                short,
+                100 * written.rounding,
+            )
+        else:
+            log.info("  rounding to %s changes %.2g of the merged task vector (norms)", short, written.rounding)
     if _takes_experts_later(method, scale):
         facts |= {"sequential": method.state(scale), "base_digest": model_digest(context.base.folder)}
     write_facts(folder, facts)
@@ -335,7 +350,8 @@ def write_surroundings(folder: Path, context: MergeContext, dtype: torch.dtype =
     first = next(iter(context.experts.values())).folder
     base = context.base.folder
     config = read_config(base)
-    config.architectures = [Architecture.of_folder(first).backbone_class]
+    of_base = Architecture.of_folder(first if config.model_type == read_config(first).model_type else base)
+    config.architectures = [of_base.backbone_class]
     config.dtype = str(dtype).removeprefix("torch.")
     for name, rows in context.new_rows.items():
         text_config(config).vocab_size = context.base.backbone[name].shape[0] + len(rows)
@@ -349,7 +365,7 @@ def write_surroundings(folder: Path, context: MergeContext, dtype: torch.dtype =
     _carry_along(base, folder)
     for task, expert in context.experts.items():
         private = absent_children(context.base, expert)
-        prefix = context.architecture.start
+        prefix = Architecture.of_folder(expert.folder).start
         head = expert.head_tensors()
         head |= {prefix + name: expert.tensor(name) for name in expert if name.partition(".")[0] in private}
         target = folder / "heads" / task
@@ -477,7 +493,9 @@ def load_merged(folder: str | Path, task: str, base: str | None = None, *, exper
         raise PaveError(f"{folder} has no head for task '{task}': {nearest(task, tasks)}")
     model = empty_model(kept / task, device="cpu").float()
     architecture = Architecture.of_folder(kept / task)
-    checkpoint = Checkpoint(folder, architecture.prefix)
+    own_names = architecture.checkpoint(folder).own_names
+    # Tied tensors are as they are stored: a head that the file has beside an embedding is one of its own.
+    checkpoint = Checkpoint(folder, architecture.prefix, called={own: name for name, own in own_names.items()})
     state = {name: checkpoint.tensor(name).float() for name in checkpoint if checkpoint.backbone[name].is_floating}
     if per_task:
         modulator = Modulator(folder / "modulators" / f"{task}.safetensors")

@@ -11,7 +11,18 @@ from pave_lightning.config import Section, unless_wrong
 from pave_lightning.system.patterns import pattern_problem
 from pave_lightning.system.references import HubModel
 
-MetricName = Literal["accuracy", "f1", "macro_f1", "matthews", "pearson", "spearman"]
+MetricName = Literal[
+    "accuracy",
+    "f1",
+    "macro_f1",
+    "matthews",
+    "micro_f1",
+    "exact_match",
+    "mean_average_precision",
+    "token_f1",
+    "pearson",
+    "spearman",
+]
 
 # Most classes of one task; ImageNet-21k has 21,841.
 MOST_CLASSES = 22_000
@@ -195,4 +206,4 @@ class Expert(Section):
     accept: list[str] = []
     """What may differ although it is refused otherwise; the message names it. Keys of config.json, such as rope_theta:
     merged models use the base's value, the expert is scored with its own. Or architectures, problem_type, id2label,
-    label2id, unused_weights; for adapters base (trained on another base) and task_type."""
+    label2id, unused_weights, pooling; for adapters base (trained on another base) and task_type."""
