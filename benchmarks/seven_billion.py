@@ -30,7 +30,7 @@ RHO = 0.97
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", type=int, default=20)
+    parser.add_argument("--batches", type=int, default=17)
     parser.add_argument("--length", type=int, default=256, help="tokens of a batch, which is one example")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--stage", choices=["make", "capture", "purify"], help=argparse.SUPPRESS)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+ConvolutionLayer: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
+# What modules call the number of their experts.
+_EXPERTS = re.compile(r"(^|_)experts$")
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -16,13 +22,12 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def is_matrix_convolution(module: nn.Module) -> bool:
-    """Whether a convolution is a matrix product of non-overlapping patches: patch embeddings and 1 x 1 convolutions."""
-    if not isinstance(module, CONVOLUTIONS) or module.transposed or module.groups != 1:
-        return False
-    pointwise = all(size == 1 for size in module.kernel_size)
-    unpadded = module.padding == "valid" or not any(size for size in module.padding if not isinstance(size, str))
-    dense = all(step == 1 for step in module.dilation)
-    return bool(unpadded and (pointwise or (dense and module.kernel_size == module.stride)))
+    """Whether a convolution multiplies each patch of its input with one matrix: all but grouped and transposed ones.
+
+    The matrix has one row an output channel. In a grouped convolution the rows of each group multiply channels of
+    their own; in a depthwise one a row is all there is of a group, so that there are no directions to choose from.
+    """
+    return isinstance(module, CONVOLUTIONS) and module.groups == 1
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -66,14 +71,35 @@ def is_scaled(
 def matrix_weight(module: nn.Module) -> tuple[str, int] | None:
     """Name of the weight by which a module multiplies its input as one matrix, and its axis that meets the input.
 
-    Linear layers, the fused projection of ``nn.MultiheadAttention``, and convolutions that are matrix products; None
-    for all other modules.
+    Linear layers, the fused projection of ``nn.MultiheadAttention``, and convolutions without groups, whose kernels are
+    one row an output channel; None for all other modules.
     """
     if is_linear(module) or is_matrix_convolution(module):
         return "weight", 0 if _is_transposed(module) else 1
     if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
         return "in_proj_weight", 1
     return None
+
+
+def stacked_axis(module: nn.Module, attribute: str) -> int | None:
+    """The axis of a mixture's experts, three-dimensional weights, that meets the input; None for other parameters.
+
+    The first axis counts the experts, as the module itself does. Which of the others meets the input says the module
+    (``is_transposed``, of transformers), or else the shapes: what the first of two such weights gives, or half of it
+    where it is gated, the second takes.
+    """
+    own = dict(module.named_parameters(recurse=False))
+    counts = {value for name, value in vars(module).items() if _EXPERTS.search(name) and isinstance(value, int)}
+    stacks = {name: tuple(tensor.shape) for name, tensor in own.items() if tensor.ndim == 3 and len(tensor) in counts}
+    if attribute not in stacks:
+        return None
+    transposed = getattr(module, "is_transposed", None)
+    if not isinstance(transposed, bool):
+        first, last = stacks[next(iter(stacks))], stacks[list(stacks)[-1]]
+        plain = first[2] == last[1] and first[1] in (last[2], 2 * last[2])
+        swapped = first[1] == last[2] and first[2] in (last[1], 2 * last[1])
+        transposed = len(stacks) > 1 and swapped and not plain
+    return 1 if transposed else 2
 
 
 def _is_transposed(module: nn.Module) -> bool:

@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from pave_lightning.callbacks.observation import selected, weight_owners
+from pave_lightning.callbacks.observation import weight_owners
 from pave_lightning.callbacks.padding import PartOf, whole
+from pave_lightning.callbacks.patches import selected
 from pave_lightning.callbacks.sampling import Calls, RowSampler
 from pave_lightning.errors import PaveError
 from pave_lightning.layers import is_norm, is_scaled, normalised

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from pave_lightning.callbacks.padding import PartOf, whole
+from pave_lightning.callbacks.patches import multiplies_patches, patch_view, selected
 from pave_lightning.callbacks.sampling import RowSampler
 from pave_lightning.callbacks.sharing import Given, InputGroup, InputGroups
 from pave_lightning.errors import PaveError
@@ -20,14 +21,16 @@ from pave_lightning.statistics import LayerMoment, Moments, SecondMoment, captur
 from pave_lightning.statistics.second_moment import float32_products_are_exact, full_precision
 from pave_lightning.subspace import is_finite
 
+# Values of patches that are copied at a time: 16 MB in float32.
+PATCH_ELEMENTS = 4_000_000
+
 
 def matrix_layers(backbone: nn.Module, *, convolutions: bool = False) -> dict[str, list[nn.Module]]:
     """All modules below a module that multiply their input with one weight matrix, by their dotted name relative to it.
 
     These are `torch.nn.Linear`, transformers' `Conv1D`, `torch.nn.MultiheadAttention` for its fused projection, and, on
-    demand, convolutions that are matrix products of non-overlapping patches. A module that is registered twice is
-    listed once, and modules that hold the same weight are listed together under the name of the first. Names leave out
-    the wrapper that torch.compile puts in.
+    demand, convolutions without groups. A module that is registered twice is listed once, and modules that hold the
+    same weight are listed together under the name of the first. Names leave out the wrapper that torch.compile puts in.
 
     Args:
         backbone: the module to search, without itself.
@@ -161,7 +164,7 @@ class LinearObserver:
         self, layer: _ObservedLayer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:  # anything else returned by a forward hook would replace the layer's output
         inputs = _input_of(module, args, kwargs)
-        if inputs is not None:
+        if inputs is not None and layer.multiplies(module, inputs, output):
             # An input cannot have changed in between: trainable linear layers forbid it, they need it for their
             # gradient.
             cut = _cut(module), self._part_of(module, inputs)
@@ -179,18 +182,9 @@ class LinearObserver:
             group.calls.expected,
             self._part_of(module, inputs),
         )
-        if layer.kind == "input":
-            return moment.update(selected(tensor, axes, index), seen=seen)
-        if layer.outputs_are_exact(module, output):
-            outputs = selected(output, output.ndim - 1, index)
-            bias = module.bias
-            outputs = outputs - bias if isinstance(bias, Tensor) else outputs
-            rows = None if layer.kind == "output" else selected(tensor, axes, index)
-        else:
-            rows = selected(tensor, axes, index)
-            with full_precision(rows.device.type):
-                outputs = nn.functional.linear(rows.float(), layer.matrix(module).float())
-        return moment.update(rows if layer.kind == "cross" else None, outputs, seen=seen)
+        for piece in _pieces(module, tensor, axes, index):
+            moment.update(*layer.factors(module, tensor, axes, output, piece), seen=seen)
+            seen = 0
 
 
 class _ObservedLayer:
@@ -201,6 +195,15 @@ class _ObservedLayer:
         self.out_features, self.in_features = self.matrix(module).shape
         self.kind = captured_kind(moments, self.out_features, self.in_features)
         self.keep_rows = keep_rows
+        self._multiplies: bool | None = None
+
+    def multiplies(self, module: nn.Module, inputs: Tensor, output: Any) -> bool:
+        """Whether the module does with its input what its class says; asked of convolutions, on their first call."""
+        if self._multiplies is None:
+            self._multiplies = not isinstance(module, CONVOLUTIONS) or (
+                isinstance(output, Tensor) and multiplies_patches(module, patch_view(module, inputs.detach()), output)
+            )
+        return self._multiplies
 
     @staticmethod
     def matrix(module: nn.Module) -> Tensor:
@@ -216,6 +219,23 @@ class _ObservedLayer:
         """Sums of what is captured of it that have seen nothing yet."""
         out_features = None if self.kind == "input" else self.out_features
         return SecondMoment(self.in_features, out_features, kind=self.kind, keep_rows=self.keep_rows, device=device)
+
+    def factors(
+        self, module: nn.Module, inputs: Tensor, axes: int, output: Any, index: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The chosen rows of an input, whose first axes count them, and of its outputs, where its kind takes them."""
+        if self.kind == "input":
+            return selected(inputs, axes, index), None
+        if self.outputs_are_exact(module, output):
+            outputs = selected(output, output.ndim - 1, index)
+            bias = module.bias
+            outputs = outputs - bias if isinstance(bias, Tensor) else outputs
+            rows = None if self.kind == "output" else selected(inputs, axes, index)
+        else:
+            rows = selected(inputs, axes, index)
+            with full_precision(rows.device.type):
+                outputs = nn.functional.linear(rows.float(), self.matrix(module).float())
+        return (rows if self.kind == "cross" else None), outputs
 
     @staticmethod
     def outputs_are_exact(module: nn.Module, output: Any) -> bool:
@@ -238,41 +258,26 @@ def _input_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 def _cut(module: nn.Module) -> Hashable:
     """How a module cuts its input into rows: layers with the same input share a moment only if they agree in it."""
     if isinstance(module, CONVOLUTIONS):
-        return module.kernel_size, module.stride
+        return module.kernel_size, module.stride, module.dilation, module.padding, module.padding_mode
     return isinstance(module, nn.MultiheadAttention) and not module.batch_first
 
 
 def _as_rows(module: nn.Module, inputs: Tensor) -> tuple[Tensor, int]:
     """A view of an input whose first axes count its rows, batch first, and the number of these axes."""
     if isinstance(module, CONVOLUTIONS):
-        return _patches(module, inputs)
+        return patch_view(module, inputs), 1 + len(module.kernel_size)
     if isinstance(module, nn.MultiheadAttention) and not module.batch_first and inputs.ndim == 3:
         inputs = inputs.transpose(0, 1)
     return inputs, inputs.ndim - 1
 
 
-def _patches(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, inputs: Tensor) -> tuple[Tensor, int]:
-    """Patches of a matrix convolution, shape ``(B, *places, C, *kernel)``, and the number of axes before ``C``."""
-    axes = len(module.kernel_size)
-    patches = inputs if inputs.ndim == axes + 2 else inputs.unsqueeze(0)
-    for axis, (size, step) in enumerate(zip(module.kernel_size, module.stride, strict=True)):
-        at = 2 + 2 * axis
-        if size == 1:
-            patches = patches[(slice(None),) * at + (slice(None, None, step),)].unsqueeze(at + 1)
-        else:
-            places = patches.shape[at] // size
-            shape = patches.shape
-            patches = patches.narrow(at, 0, places * size).reshape(*shape[:at], places, size, *shape[at + 1 :])
-    order = [0, *range(2, 2 + 2 * axes, 2), 1, *range(3, 3 + 2 * axes, 2)]
-    return patches.permute(order), 1 + axes
-
-
-def selected(tensor: Tensor, axes: int, index: Tensor | None) -> Tensor:
-    """The chosen rows of a tensor whose first axes count its rows, shape ``(n, width)``."""
-    width = math.prod(tensor.shape[axes:])
-    if index is None:
-        return tensor.reshape(-1, width)
-    index = index.to(tensor.device)
-    if tensor.is_contiguous():
-        return tensor.reshape(-1, width).index_select(0, index)
-    return tensor[torch.unravel_index(index, tensor.shape[:axes])].reshape(-1, width)
+def _pieces(module: nn.Module, tensor: Tensor, axes: int, index: Tensor | None) -> Iterable[Tensor | None]:
+    """The chosen rows in parts, so that patches, which overlap in their view, are never all copied at once."""
+    if not isinstance(module, CONVOLUTIONS):
+        return [index]
+    count, width = math.prod(tensor.shape[:axes]), math.prod(tensor.shape[axes:])
+    if index is None and count * width <= PATCH_ELEMENTS:
+        return [None]
+    chosen = torch.arange(count, device=tensor.device) if index is None else index
+    size = max(1, PATCH_ELEMENTS // width)
+    return [chosen[start : start + size] for start in range(0, max(1, len(chosen)), size)]

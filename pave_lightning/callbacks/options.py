@@ -27,7 +27,7 @@ class Capture(Section):
     cheaper; input: the second moment C of the input for every layer (needed by target delta); output: the second moment
     of the output where a layer narrows, which is all that the metric root needs."""
     convolutions: bool = False
-    """Also capture convolutions that are matrix products of non-overlapping patches (patch embeddings, 1 x 1)."""
+    """Also capture convolutions without groups, as products of a matrix with the patches of their input."""
     gradient_examples: int = Field(default=128, ge=1)
     """Examples of the training split whose gradients are taken, one by one, for merge methods that need gradients."""
     norms: bool = False

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DistributedSampler
 
+from pave_lightning.callbacks.adapters import merged_adapters, without_wrappers
+from pave_lightning.callbacks.experts import ExpertObserver
 from pave_lightning.callbacks.norms import NormObserver, norm_layers
 from pave_lightning.callbacks.observation import LinearObserver, matrix_layers
 from pave_lightning.callbacks.padding import DecoderPadding
@@ -35,16 +37,18 @@ class PaveCallback(L.Callback):
     needs nothing of it but that its forward pass goes through modules of the kinds below.
 
     Captured are `torch.nn.Linear`, transformers' `Conv1D`, the fused projection of `torch.nn.MultiheadAttention` where
-    query, key and value are the same tensor (under the name of the attention module), and on demand convolutions of
-    non-overlapping patches. Layers that hold the same weight have one moment, under the name of the first; so has a
+    query, key and value are the same tensor (under the name of the attention module), and on demand convolutions
+    without groups. Layers that hold the same weight have one moment, under the name of the first; so has a
     layer that is called several times.
 
     What is captured for each layer is its input covariance ``C = X^T X / n``, or, where that is smaller, the cross
     moment ``A = W C = Y^T X / n`` with the outputs ``Y`` less their bias; where a layer has counted fewer rows than it
     is wide, the rows themselves (see `LayerMoment`). Layers that are given the same tensor object (query, key and
     value) share one covariance for as long as that holds: one that is later given another tensor, or is called more or
-    less often, goes on with a copy of the sums. Products are float32, sums compensated (see `CompensatedSum`), whatever
-    the Trainer's precision. Memory is that of the moments and does not grow with the data.
+    less often, goes on with a copy of the sums. Of mixtures of experts, whose weights are one parameter with three
+    axes, each expert has a moment of the rows that reach it, under the name of the parameter and the expert's number
+    (``mlp.experts.down_proj.3``). Products are float32, sums compensated (see `CompensatedSum`), whatever the Trainer's
+    precision. Memory is that of the moments and does not grow with the data.
 
     Rows are rows of a layer's input (tokens), not of a file. Where the batch holds a mask of shape ``(B, L)``, rows of
     padded positions are dropped from inputs of shape ``(B, L, d_in)``, ``(L, B, d_in)`` and ``(B * L, d_in)``. Inputs
@@ -63,6 +67,9 @@ class PaveCallback(L.Callback):
     over the calls; the first batch, in which k is not known yet, counts k times its part. How many rows there were is
     kept with the statistics (`TaskStatistics.seen`).
 
+    In a model that peft has wrapped, adapters are merged into the weights for the time of the pass, and layers have the
+    names that they have without them.
+
     On demand the pass also takes, for each LayerNorm and RMSNorm, the mean squares of the normalised activations that
     its scale multiplies (`TaskStatistics.norms`), over rows that are chosen like those of the layers. They are computed
     from the norm's input in float32; norms of another form, such as batch norms, and norms that were not reached are
@@ -78,7 +85,7 @@ class PaveCallback(L.Callback):
         * The mask is the batch's own, or that of a decoder: a module that reorders the batch, cuts it up or adds tokens
           is not told apart. In models whose tensors are ``(L, B, d_in)`` the mask is
           read the wrong way round in batches with ``L == B``, except for `torch.nn.MultiheadAttention`.
-        * Weights sharded by FSDP or tensor parallelism are not supported. Merge adapters into the weights first.
+        * Weights sharded by FSDP or tensor parallelism are not supported.
         * A layer whose weight is used without calling its module, such as ``out_proj`` of
           `torch.nn.MultiheadAttention`, is not seen and is listed in ``unreached``.
         * Compiled modules and the fast path of `torch.nn.TransformerEncoder` run uncompiled during the pass. Statistics
@@ -101,8 +108,9 @@ class PaveCallback(L.Callback):
         rows: how many rows of a layer's input (tokens) are counted at most over the whole pass and all processes; None
             counts all.
         seed: what the sample of rows depends on.
-        convolutions: whether to capture convolutions whose patches do not overlap (patch embeddings, and 1 x 1
-            convolutions), as matrix products: a row is a patch, laid out as one output channel's kernel is.
+        convolutions: whether to capture convolutions without groups, as matrix products: a row is a patch of the
+            (padded) input, laid out as one output channel's kernel is. Those whose outputs are not that product, since
+            a subclass pads otherwise or changes its kernels, are listed in ``unreached``.
         keep_rows: whether a layer that has counted fewer rows than it is wide keeps the rows; otherwise it always gets
             its moment. Rows are what the expert made of single tokens: switch this off for statistics that leave the
             place where private data must stay.
@@ -159,6 +167,7 @@ class PaveCallback(L.Callback):
         self._statistics: TaskStatistics | None = None
         self._observer: LinearObserver | None = None
         self._norm_observer: NormObserver | None = None
+        self._experts: ExpertObserver | None = None
         self._padding: DecoderPadding | None = None
         self._layers: dict[str, list[nn.Module]] = {}
         self._norms: dict[str, list[nn.Module]] = {}
@@ -192,11 +201,14 @@ class PaveCallback(L.Callback):
         _warn_of_repeated_examples(trainer)
         pl_module.eval()
         backbone = self._find_backbone(pl_module)
-        layers = matrix_layers(backbone, convolutions=self.convolutions)
+        layers = without_wrappers(matrix_layers(backbone, convolutions=self.convolutions), backbone)
         if not layers:
+            found = len(matrix_layers(backbone, convolutions=True))
             raise PaveError(
                 f"found no linear layers below {self.backbone or type(pl_module).__name__}: there is nothing to capture"
+                + (f"; it has {found} convolutions, which convolutions=True captures" if found else "")
             )
+        self._switches.enter_context(merged_adapters(backbone))
         if "torch._dynamo" in sys.modules:
             # Code that was compiled before the hooks were registered would pass them over in silence.
             self._switches.enter_context(torch.compiler.set_stance("force_eager"))
@@ -221,7 +233,9 @@ class PaveCallback(L.Callback):
             share_inputs=self.share_inputs,
             keep_rows=self.keep_rows,
         )
-        norms = norm_layers(backbone) if self.norms else {}
+        self._experts = ExpertObserver(backbone, self.moments, sampler, self._part, keep_rows=self.keep_rows)
+        self._switches.callback(self._experts.remove)
+        norms = without_wrappers(norm_layers(backbone), backbone) if self.norms else {}
         self._norms = norms
         self._norm_observer = NormObserver(norms, sampler, self._part)
 
@@ -238,6 +252,8 @@ class PaveCallback(L.Callback):
         self._tell_parts(batch, mask)
         if self._norm_observer is not None:
             self._norm_observer.begin_batch()
+        if self._experts is not None:
+            self._experts.begin_batch()
         self._examples += _count_examples(batch) if mask is None else int(mask.any(dim=1).sum())
 
     def on_validation_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
@@ -249,21 +265,27 @@ class PaveCallback(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Reduce over processes, divide, save."""
-        if self._observer is None or self._norm_observer is None:
+        if self._observer is None or self._norm_observer is None or self._experts is None:
             return
-        observer, norm_observer = self._observer, self._norm_observer
+        observer, norm_observer, experts = self._observer, self._norm_observer, self._experts
         if self._sampler is not None and self._sampler.unmasked is not None and not self._sampler.has_masked:
             rank_zero_warn(
                 "PaveCallback: no layer's input has rows (tokens) that fit the padding masks (one had the leading "
                 f"shape {self._sampler.unmasked}), so all rows were counted, padding among them; look at "
                 f"{'mask_key' if self.mask is None else 'mask'}"
             )
+        if experts.has_lost_padding:
+            rank_zero_warn(
+                "PaveCallback: a mixture of experts hands its tokens on in a way that hides which of them are padding, "
+                "so the statistics of its experts count padding too"
+            )
         self._stop()
         observer.reduce(pl_module.device)
+        experts.reduce(pl_module.device)
         norm_observer.reduce(pl_module.device)
         examples = int(trainer.strategy.reduce(torch.tensor(self._examples, device=pl_module.device), reduce_op="sum"))
-        moments, norms = observer.moments(), norm_observer.moments()
-        self.unreached = [name for name in self._layers if name not in moments]
+        moments, norms = observer.moments() | dict(experts.moments()), norm_observer.moments()
+        self.unreached = [name for name in (*self._layers, *experts.layers) if name not in moments]
         self._statistics = TaskStatistics(
             moments, examples=examples, metadata=self.metadata, norms=norms, unreached=self.unreached
         )
@@ -289,7 +311,7 @@ class PaveCallback(L.Callback):
             self._norm_observer.remove()
             self._norm_observer = None
         self._switches.close()
-        self._padding = self._sampler = None
+        self._padding = self._sampler = self._experts = None
         self._parts.clear()
         self._sizes.clear()
 

@@ -48,6 +48,11 @@ class RowSampler:
         self._masks: dict[str, _Mask | None] = {}
         self._chosen: dict[tuple[object, ...], tuple[Tensor | None, int]] = {}
 
+    @property
+    def has_padding(self) -> bool:
+        """Whether any mask of this batch marks padding."""
+        return any(mask is not None and mask.real is not None for mask in self._masks.values())
+
     def begin_batch(self, mask: Tensor | None, batch: int = 0, loader: int = 0) -> None:
         """Take the padding mask and the place of the next batch.
 

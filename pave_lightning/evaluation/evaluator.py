@@ -115,7 +115,7 @@ class Evaluator(L.LightningModule):
         prefix = str(models[0].base_model_prefix)
         self.backbone: nn.Module = _widest_backbone(tasks, base.folder)
         architecture = Architecture.of_folder(base.folder, *auto_models(tasks))
-        self._names = architecture.stored_names
+        self._names, self._places = architecture.stored_names, architecture.stored_places
         self._make_room(architecture, [base, *(experts[task.name] for task in tasks)])
         for task in tasks:
             self._own_rows[task.name] = own_token_rows(base, experts[task.name], architecture)
@@ -261,7 +261,11 @@ class Evaluator(L.LightningModule):
         own = backbone.state_dict(keep_vars=True)  # without what the model makes by itself
         given = set()
         for stored, tensor in weights:
-            name = self._names.get(stored, stored)
+            name, place = self._names.get(stored, stored), self._places.get(stored)
+            if place is not None:
+                place.copy_into(own, tensor)
+                given |= {piece.parameter for piece in place.pieces}
+                continue
             if name not in own:
                 continue
             target = own[name]

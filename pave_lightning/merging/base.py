@@ -62,6 +62,7 @@ class MergeMethod(ABC, Generic[OptionsT_co]):
         batched: whether it matters which examples share a batch, beyond rounding.
         held_models: how many models' worth of weights it holds in memory while it works, besides one parameter of all
             tasks.
+        each_expert: whether the experts of a mixture, a stack of matrices in one parameter, are given to it one by one.
         whole_model_pass: whether :meth:`prepare` reads every task vector.
         parallel: whether parts of the parameters may be merged apart from each other.
         serial_because: why not, where they may not.
@@ -81,6 +82,7 @@ class MergeMethod(ABC, Generic[OptionsT_co]):
     ordered: ClassVar[bool] = False
     batched: ClassVar[bool] = False
     held_models: ClassVar[int] = 0
+    each_expert: ClassVar[bool] = False
     whole_model_pass: ClassVar[bool] = False
     parallel: ClassVar[bool] = True
     serial_because: ClassVar[str] = ""

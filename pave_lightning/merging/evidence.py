@@ -69,6 +69,9 @@ class Evidence:
         Raises:
             PaveError: there is no anchor, or it lacks the parameter.
         """
+        if self.anchor is not None and parameter.of_stack is not None and parameter.of_stack[0] in self.anchor:
+            stack, number = parameter.of_stack
+            return self.anchor[stack][number]
         if self.anchor is None or parameter.name not in self.anchor:
             raise PaveError(f"the anchor, a model that was merged before, has no {parameter.name}")
         return self.anchor[parameter.name]

@@ -35,11 +35,13 @@ from pave_lightning.weights import (
     rounded,
     written_dtype,
 )
-from pave_lightning.weights.architecture import backbone_of, empty_model, read_config
+from pave_lightning.weights.architecture import empty_model, read_config
 from pave_lightning.weights.checkpoint import model_digest, stored_tensors
 from pave_lightning.weights.configuration import merged_configuration
+from pave_lightning.weights.locate import has_tokenizer
 from pave_lightning.weights.memory import freed_memory_returned
 from pave_lightning.weights.task_vectors import absent_children, own_token_rows
+from pave_lightning.weights.ties import tied_names
 
 log = logging.getLogger("pave_lightning")
 
@@ -97,7 +99,9 @@ def write_merged(
     (``AutoModel.from_pretrained`` loads it), the base's tokenizer and what it has of generation settings and
     processors, ``heads/TASK`` with each task's head and configuration, where its expert has other tokens than the base
     its tokenizer and the rows of the embedding that the base lacks, for per-task methods
-    ``modulators/TASK.safetensors``, for sequential methods that keep tensors ``sequential/NAME``, and ``pave.json``.
+    ``modulators/TASK.safetensors``, for sequential methods that keep tensors ``sequential/NAME``, and ``pave.json``,
+    which also names the submodules that the base does not have and ``AutoModel`` therefore draws at random
+    (``not_in_the_base``, such as a pooler).
 
     Args:
         folder: an existing, empty folder.
@@ -117,7 +121,7 @@ def write_merged(
             for the type in which it is written.
         ValueError: ``max_shard_size`` is no size.
     """
-    writer = _RoundingWriter(folder, source, dtype, bytes_of(max_shard_size))
+    writer = _RoundingWriter(folder, source, dtype, bytes_of(max_shard_size), context.base.own_names)
     factor = 1.0 if scale is None else scale
     if isinstance(method, PerTaskMethod):
         kept = {task: ModulatorWriter() for task in source.tasks}
@@ -159,9 +163,12 @@ class _RoundingWriter:
         dtype: the type of most values.
     """
 
-    def __init__(self, folder: Path, source: TaskVectors, dtype: WrittenDtype, shard_bytes: int) -> None:
+    def __init__(
+        self, folder: Path, source: TaskVectors, dtype: WrittenDtype, shard_bytes: int, own_names: Mapping[str, str]
+    ) -> None:
         self.names: set[str] = set()
         self.asked = dtype
+        self._own_names = own_names  # as the base's file calls them, so that the base's class loads them
         self._source, self._shards = source, ShardWriter(folder, shard_bytes)
         self._lost = self._merged = 0.0
 
@@ -180,7 +187,7 @@ class _RoundingWriter:
         self._write(name, tensor)
 
     def _write(self, name: str, tensor: Tensor) -> None:
-        self._shards.add(name, tensor)
+        self._shards.add(self._own_names.get(name, name), tensor)
         self.names.add(name)
 
     def close(self) -> None:
@@ -274,6 +281,9 @@ def _write_surroundings(
 ) -> None:
     write_surroundings(folder, context, written.dtype)
     facts = {"method": method.name, "form": method.form, "base": context.base_reference, **context.facts}
+    drawn = _drawn_by_transformers(context.base)
+    if drawn:
+        facts["not_in_the_base"] = drawn
     if written.asked != "base":
         facts["dtype"] = written.asked
     if written.rounding is not None:
@@ -292,6 +302,14 @@ def _write_surroundings(
     write_facts(folder, facts)
 
 
+def _drawn_by_transformers(base: Checkpoint) -> list[str]:
+    """Submodules that the base's files lack, so that ``AutoModel`` draws them at random, such as a pooler."""
+    bare = Architecture.of_folder(base.folder, "AutoModel")
+    found = bare.checkpoint(base.folder).backbone
+    there = {name.partition(".")[0] for stored in found for name in (stored, bare.stored_names.get(stored, stored))}
+    return sorted({name.partition(".")[0] for name in bare.parameters} - there)
+
+
 def write_surroundings(folder: Path, context: MergeContext, dtype: torch.dtype = torch.float32) -> None:
     """Write what stands beside the weights of a backbone: configuration, tokenizer, and the heads of the tasks.
 
@@ -308,16 +326,18 @@ def write_surroundings(folder: Path, context: MergeContext, dtype: torch.dtype =
     first = next(iter(context.experts.values())).folder
     base = context.base.folder
     config = read_config(base)
-    config.architectures = [type(backbone_of(empty_model(first))).__name__]
+    of_base = Architecture.of_folder(first if config.model_type == read_config(first).model_type else base)
+    config.architectures = [of_base.backbone_class]
     config.dtype = str(dtype).removeprefix("torch.")
     config.save_pretrained(folder)
-    tokenizer = load_tokenizer(base) if context.architecture.token_embeddings else None
+    # Whoever merges weights alone needs no tokenizer.
+    tokenizer = load_tokenizer(base) if context.architecture.token_embeddings and has_tokenizer(base) else None
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     _carry_along(base, folder)
     for task, expert in context.experts.items():
         private = absent_children(context.base, expert)
-        prefix = f"{context.architecture.prefix}."
+        prefix = context.architecture.start
         head = expert.head_tensors()
         head |= {prefix + name: expert.tensor(name) for name in expert if name.partition(".")[0] in private}
         target = folder / "heads" / task
@@ -444,12 +464,14 @@ def load_merged(folder: str | Path, task: str, base: str | None = None, *, exper
     if task not in tasks:
         raise PaveError(f"{folder} has no head for task '{task}': {nearest(task, tasks)}")
     model = empty_model(kept / task, device="cpu").float()
-    prefix = str(model.base_model_prefix)
-    checkpoint = Checkpoint(folder, prefix)
+    architecture = Architecture.of_folder(kept / task)
+    own_names = architecture.checkpoint(folder).own_names
+    # Tied tensors are as they are stored: a head that the file has beside an embedding is one of its own.
+    checkpoint = Checkpoint(folder, architecture.prefix, called={own: name for name, own in own_names.items()})
     state = {name: checkpoint.tensor(name).float() for name in checkpoint if checkpoint.backbone[name].is_floating}
     if per_task:
         modulator = Modulator(folder / "modulators" / f"{task}.safetensors")
-        origin = Architecture.of_folder(kept / task).checkpoint(locate_model(base or facts["base"], role="base"))
+        origin = architecture.checkpoint(locate_model(base or facts["base"], role="base"))
         for name in modulator:
             if name not in origin.backbone or name not in state:
                 raise PaveError(f"{folder}: what is kept for '{task}' names the weight {name}, which is not there")
@@ -459,25 +481,48 @@ def load_merged(folder: str | Path, task: str, base: str | None = None, *, exper
             state[name] = start + modulator.apply(name, state[name] - start)
     as_expert = expert_head and (kept / task / EXPERT_HEAD_FILE).exists()
     head = _kept_head(folder, task, EXPERT_HEAD_FILE if as_expert else HEAD_FILE)
-    architecture = Architecture.of_folder(kept / task)
     own_rows = _kept(kept / task / TOKENS_FILE) if (kept / task / TOKENS_FILE).exists() else {}
     for name in architecture.token_embeddings:
         if name in state:  # the merged rows, and what the task has beyond them; fewer where its expert had fewer
             rows = torch.cat([state[name], own_rows[name].float()]) if name in own_rows else state[name]
             state[name] = rows[: architecture.vocabulary]
-    names = architecture.stored_names
-    whole = {f"{prefix}.{names.get(name, name)}": tensor for name, tensor in state.items()}
-    whole |= {names.get(name, name): tensor for name, tensor in head.items()}
-    for name, layer in model.named_modules():
-        # What is fitted has an intercept, also where the expert's layer had none.
-        if isinstance(layer, nn.Linear) and f"{name}.bias" in whole and "bias" not in dict(layer.named_parameters()):
-            layer.bias = nn.Parameter(whole[f"{name}.bias"])
-    with foreign(f"{folder} does not fit its own config.json", "merge again"):
-        missing, _ = model.load_state_dict(whole, strict=False)
-    lacking = [name for name in missing if name in dict(model.named_parameters())]
+    lacking = _fill(model, architecture, state, head, folder)
     if lacking:
         raise PaveError(
             f"{folder} lacks {len(lacking)} weights, among them {lacking[0]}, or holds them under other names than the "
             "model knows; merge again"
         )
     return model.eval()
+
+
+def _fill(
+    model: nn.Module,
+    architecture: Architecture,
+    backbone: Mapping[str, Tensor],
+    head: Mapping[str, Tensor],
+    folder: Path,
+) -> list[str]:
+    """Put stored tensors into a model; the names of parameters that none of them fills."""
+    names, start = architecture.stored_names, architecture.start
+    parameters = {name: parameter.data for name, parameter in model.named_parameters()}
+    given: set[str] = set()
+    whole: dict[str, Tensor] = {}
+    for name, tensor in backbone.items():
+        place = architecture.places.get(f"{start}{name}")
+        if place is None:
+            whole[f"{start}{names.get(name, name)}"] = tensor
+        else:
+            place.copy_into(parameters, tensor)
+            given |= {piece.parameter for piece in place.pieces}
+    whole |= {names.get(name, name): tensor for name, tensor in head.items()}
+    for path, layer in model.named_modules():
+        # What is fitted has an intercept, also where the expert's layer had none.
+        if isinstance(layer, nn.Linear) and f"{path}.bias" in whole and "bias" not in dict(layer.named_parameters()):
+            layer.bias = nn.Parameter(whole[f"{path}.bias"])
+    for alias, own in tied_names(model).items():
+        if alias in whole and own in whole and not torch.equal(whole[alias], whole[own]):  # as transformers has it
+            owner, _, attribute = alias.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, nn.Parameter(torch.empty_like(whole[alias])))
+    with foreign(f"{folder} does not fit its own config.json", "merge again"):
+        missing, _ = model.load_state_dict(whole, strict=False)
+    return [name for name in missing if name in parameters and name not in given]

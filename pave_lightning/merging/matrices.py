@@ -40,11 +40,12 @@ class MatrixMethod(StaticMethod[MatrixOptionsT_co]):
     """A method for the weights that a layer multiplies its input with; all others are averaged, summed or left.
 
     Matrix weights are those of linear layers (GPT-2's transposed ones included) and of convolutions that are matrix
-    products. Embeddings are looked up, not multiplied, so they are among the others, unless `TableOptions` say
-    otherwise.
+    products; of a mixture each expert's. Embeddings are looked up, not multiplied, so they are among the others, unless
+    `TableOptions` say otherwise.
     """
 
     cost = Cost.DECOMPOSITION
+    each_expert = True
     default_scale: ClassVar[float | None] = 1.0
     Options: ClassVar[type[MatrixOptions]] = MatrixOptions
 

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from types import EllipsisType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pave_lightning.errors import PaveError
+from pave_lightning.errors import PaveError, nearest
 from pave_lightning.merging.base import MergeMethod, Modulated, PerTaskMethod, StaticMethod
 from pave_lightning.merging.evidence import Evidence
 from pave_lightning.merging.modulators import LowRank, modulated
 from pave_lightning.merging.registry import make_method
+from pave_lightning.merging.stacks import EachExpert, as_method_sees
 from pave_lightning.weights import Parameter, TaskVectors
 
 
@@ -26,12 +27,16 @@ class MergedVectors:
         masks: for each task a bool tensor of each parameter that it masks; empty for static methods.
         factors: for each task its low-rank addition to each parameter that has one; empty for static methods.
         rescalers: the factor of each task; empty for static methods.
+        source: what was merged; None where nobody says.
+        default_scale: what the method's merged task vector is multiplied with unless somebody says otherwise.
     """
 
     vectors: dict[str, Tensor] = field(default_factory=dict)
     masks: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     factors: dict[str, dict[str, LowRank]] = field(default_factory=dict)
     rescalers: dict[str, float] = field(default_factory=dict)
+    source: TaskVectors | None = field(default=None, repr=False, compare=False)
+    default_scale: float = 1.0
 
     @property
     def per_task(self) -> bool:
@@ -50,6 +55,35 @@ class MergedVectors:
         shared = self.vectors[name] if unified is None else unified
         return modulated(shared, mask, factors, self.rescalers.get(task, 1.0))
 
+    def model(self, task: str | None = None, *, scale: float | None = None) -> nn.Module:
+        """The merged model of modules in memory: base plus scaled merged task vectors, running statistics averaged.
+
+        Args:
+            task: whose head it has, and for methods that keep something for each task whose weights; the base's head
+                where None.
+            scale: what the merged task vector is multiplied with; the method's default where None.
+
+        Returns:
+            A copy of the base, or with a task of its expert, with the merged weights, in eval mode.
+
+        Raises:
+            PaveError: the task vectors are not of modules (`task_vectors` with a module as base), the method keeps
+                something for each task and no task is named, or there is no such task.
+        """
+        source = self.source
+        if source is None:
+            raise PaveError("these merged task vectors do not say what was merged; use what merge() gives")
+        if self.per_task and task is None:
+            raise PaveError(f"this method keeps weights for each task; name one of {', '.join(source.tasks)}")
+        if task is not None and task not in source.tasks:
+            raise PaveError(f"there is no task '{task}': {nearest(task, source.tasks)}")
+        factor = self.default_scale if scale is None else scale
+        weights = dict(source.running_statistics())
+        for parameter in source.parameters:
+            own = self.vectors[parameter.name] if task is None else self.own(task, parameter.name)
+            weights[parameter.name] = source.base(parameter).add_(own, alpha=factor)
+        return source.model(weights, task)
+
 
 def merge_static(
     method: StaticMethod, source: TaskVectors, evidence: Evidence | None = None
@@ -67,12 +101,12 @@ def merge_static(
     Raises:
         PaveError: there is nothing to merge, or the method cannot merge it.
     """
-    _begin(method, source, evidence)
-    if not method.rescales:
-        yield from _merged(method, source)
-        return
-    for parameter, merged in list(_merged(method, source)):
-        yield parameter, merged.mul_(method.factor(parameter))
+    given = as_method_sees(method, source)
+    _begin(method, given, evidence)
+    found: Iterable[tuple[Parameter, Tensor]] = _merged(method, given)
+    if method.rescales:
+        found = ((parameter, merged.mul_(method.factor(parameter))) for parameter, merged in list(found))
+    yield from given.together(found) if isinstance(given, EachExpert) else found
 
 
 def _merged(method: StaticMethod, source: TaskVectors) -> Iterator[tuple[Parameter, Tensor]]:
@@ -131,7 +165,7 @@ def merge(method: MergeMethod | str, source: TaskVectors, evidence: Evidence | N
     """
     if isinstance(method, str):
         method = make_method(method, {})
-    result = MergedVectors()
+    result = MergedVectors(source=source, default_scale=1.0 if method.default_scale is None else method.default_scale)
     if isinstance(method, PerTaskMethod):
         result.masks, result.factors = {task: {} for task in source.tasks}, {task: {} for task in source.tasks}
         for parameter, part in merge_per_task(method, source, evidence):

@@ -7,7 +7,7 @@ import os
 import platform
 import time
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from heapq import nlargest
@@ -178,9 +178,14 @@ def expected_kinds(
     """
     return {
         parameter.layer: captured_kind(moments, *parameter.matrix_shape)
-        for parameter in parameters
+        for parameter in _apart(parameters)
         if parameter.is_matrix and (convolutions or parameter.kind is ParameterKind.LINEAR)
     }
+
+
+def _apart(parameters: Iterable[Parameter]) -> Iterator[Parameter]:
+    """The parameters, of a mixture each expert's."""
+    return (one for parameter in parameters for one in parameter.apart)
 
 
 def purified_matrices(
@@ -191,9 +196,9 @@ def purified_matrices(
     Without statistics all linear layers are purified, by moments of their inputs that are made on the way.
     """
     if options.reads_statistics:
-        return {p: kinds[p.layer] for p in parameters if p.is_matrix and p.layer in kinds}
+        return {p: kinds[p.layer] for p in _apart(parameters) if p.is_matrix and p.layer in kinds}
     made: MomentKind | None = None if options.metric == "identity" else "input"
-    return {p: made for p in parameters if p.kind is ParameterKind.LINEAR and p.is_matrix}
+    return {p: made for p in _apart(parameters) if p.kind is ParameterKind.LINEAR and p.is_matrix}
 
 
 def purification_costs(
@@ -471,7 +476,7 @@ def disk_bytes(
     """
     total = 4 * sum(parameter.elements for parameter in parameters)
     statistics, weights = 0, 0
-    for parameter in parameters:
+    for parameter in _apart(parameters):
         if parameter.is_matrix and parameter.layer in kinds:
             height, width = parameter.matrix_shape
             sizes = {"input": width**2, "output": height**2}

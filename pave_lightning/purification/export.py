@@ -72,7 +72,7 @@ def write_purified_expert(
     if folder.exists() and any(folder.iterdir()):
         raise PaveError(f"{folder} is not empty: give a new folder for the purified expert of '{task}'")
     folder.mkdir(parents=True, exist_ok=True)
-    matrices = {parameter.name: parameter for parameter in vectors.parameters if parameter.is_matrix}
+    matrices = {parameter.name: parameter for parameter in vectors.parameters if parameter.matrices}
     missing = sorted(set(matrices) - set(expert.backbone))
     if missing:
         raise PaveError(f"{expert.folder} has no weight {missing[0]}: it is not the expert of '{task}'")

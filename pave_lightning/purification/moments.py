@@ -15,6 +15,7 @@ from pave_lightning.statistics import LayerMoment, TaskStatistics
 from pave_lightning.statistics.storage import again
 from pave_lightning.subspace import is_finite, moment_shape
 from pave_lightning.weights import Parameter, TaskVectors
+from pave_lightning.weights.matrices import Matrix
 
 # What float32 may cost an eigenvalue of a moment, relative to the largest diagonal entry and the width. Below the
 # smallest width, adding up rows costs more than storing the sum.
@@ -48,13 +49,14 @@ class MomentSource:
             return task
         return self.source.tasks[(self.source.tasks.index(task) + 1) % len(self.source.tasks)]
 
-    def moment(self, task: str, parameter: Parameter, weight: Tensor) -> LayerMoment | str | None:
+    def moment(self, task: str, parameter: Parameter, matrix: Matrix, weight: Tensor) -> LayerMoment | str | None:
         """The moment; None where the metric needs none; a reason in words where the layer has no subspace.
 
         Args:
             task: the task.
-            parameter: a matrix weight.
-            weight: the task's fine-tuned weight, shape ``(d_out, d_in)``.
+            parameter: a weight.
+            matrix: the matrix of it that is asked for.
+            weight: the task's fine-tuned weight of it, shape ``(d_out, d_in)``.
 
         Raises:
             PaveError: the moment cannot be one, or belongs to another weight.
@@ -62,23 +64,24 @@ class MomentSource:
         if self.options.metric == "identity":
             return None
         if self.options.statistics == "random":
-            return random_moment(weight.shape[1], f"{task}/{parameter.name}")
+            part = "" if matrix.name == parameter.layer else f"/{matrix.name}"
+            return random_moment(weight.shape[1], f"{task}/{parameter.name}{part}")
         if self.options.statistics == "task_vector":
-            return row_moment(parameter.as_matrix(self.source.vector(task, parameter)))
+            return row_moment(matrix.of(self.source.vector(task, parameter, matrix.rows)))
         owner = self.owner(task)
         statistics = self.statistics[owner]
-        if parameter.layer not in statistics:
+        if matrix.layer not in statistics:
             return "no example reached it"
-        found = statistics[parameter.layer]
+        found = _of_outputs(statistics[matrix.layer], matrix)
         if not bool(found.matrix.any()):
             return "all its outputs were zero" if found.kind in ("cross", "output") else "all its inputs were zero"
         # A cross moment belongs to one weight; any other kind may be shared by layers that read the same input.
-        key = (owner, statistics.owner(parameter.layer))
+        key = (owner, statistics.owner(matrix.layer))
         if found.kind == "cross" or key not in self._checked:
             reason = _impossible(found, weight, finite=statistics.file is not None)
             if reason:
                 raise PaveError(
-                    f"task '{owner}': the second moment of {parameter.layer} {reason}: "
+                    f"task '{owner}': the second moment of {matrix.layer} {reason}: "
                     f"{again(statistics.file, 'the statistics of this very expert')}"
                 )
             self._checked.add(key)
@@ -88,7 +91,13 @@ class MomentSource:
         """What keeps the statistics from fitting the experts, from their headers alone."""
         if not self.options.reads_statistics:
             return
-        matrices = {parameter.layer: parameter for parameter in layers}
+        heights: dict[str, int] = {}
+        widths: dict[str, int] = {}
+        for matrix in (matrix for parameter in layers for matrix in parameter.matrices):
+            # Of a layer whose weight is stored in parts, the parts together are as high as it is.
+            end = matrix.shape[0] if matrix.of_layer is None else _end(matrix)
+            heights[matrix.layer] = max(heights.get(matrix.layer, 0), end)
+            widths[matrix.layer] = matrix.shape[1]
         if self.options.statistics == "other_task" and len(self.source.tasks) < 2:
             yield f"statistics: other_task needs another task than '{self.source.tasks[0]}', but there is none"
             return
@@ -100,12 +109,14 @@ class MomentSource:
             for problem in origin_problems(self.source, task, statistics, layers):
                 yield f"task '{task}': {problem}"
             for layer in statistics.layers():
-                if layer in matrices:
-                    yield from self._layer_problems(task, matrices[layer], statistics)
+                if layer in heights:
+                    yield from self._layer_problems(task, layer, (heights[layer], widths[layer]), statistics)
 
-    def _layer_problems(self, task: str, parameter: Parameter, statistics: TaskStatistics) -> Iterator[str]:
-        layer, kind, found = parameter.layer, statistics.kind(parameter.layer), statistics.shape(parameter.layer)
-        expected = moment_shape(kind, parameter.matrix_shape, rows=found[0])
+    def _layer_problems(
+        self, task: str, layer: str, shape: tuple[int, int], statistics: TaskStatistics
+    ) -> Iterator[str]:
+        kind, found = statistics.kind(layer), statistics.shape(layer)
+        expected = moment_shape(kind, shape, rows=found[0])
         if found != expected:
             yield f"task '{task}': the moment of {layer} is {list(found)}, expected {list(expected)}"
         if kind == "output" and self.options.metric != "root":
@@ -118,6 +129,21 @@ class MomentSource:
                 f"task '{task}': {self.options.needs_inputs} needs the second moment of the input of {layer}, but what "
                 "was captured holds the expert's own weight; capture with moments: input"
             )
+
+
+def _end(matrix: Matrix) -> int:
+    rows = matrix.of_layer
+    return 0 if rows is None else rows.start + rows.period * (rows.repeats - 1) + rows.size
+
+
+def _of_outputs(moment: LayerMoment, matrix: Matrix) -> LayerMoment:
+    """The moment of a layer as that of some of its outputs."""
+    if matrix.of_layer is None or moment.kind not in ("cross", "output"):
+        return moment
+    found = moment.matrix[matrix.of_layer.index]
+    if moment.kind == "output":
+        found = found[:, matrix.of_layer.index]
+    return LayerMoment(moment.kind, found.contiguous(), moment.rows, moment.seen)
 
 
 def random_moment(width: int, seed: str) -> LayerMoment:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from pave_lightning.errors import listed
 from pave_lightning.statistics import TaskStatistics
@@ -33,12 +33,12 @@ def origin_problems(
     stranger = _other_expert(source, task, expert, statistics)
     if stranger:
         yield f"{stranger}: {remedy}"
-    matrices = {parameter.layer for parameter in layers}
-    if matrices.isdisjoint(statistics):
+    matrices = dict.fromkeys(matrix.layer for parameter in layers for matrix in parameter.matrices)
+    if matrices.keys().isdisjoint(statistics):
         found = _listed(statistics.layers(), "layer") if len(statistics) else "no layer at all"
         yield (
-            f"the statistics hold none of the model's linear layers: expected names such as {layers[0].layer}, found "
-            f"{found}: {remedy}"
+            f"the statistics hold none of the model's linear layers: expected names such as {next(iter(matrices))}, "
+            f"found {found}: {remedy}"
             if layers
             else f"the model has no linear layers, but the statistics hold {found}"
         )
@@ -48,7 +48,8 @@ def origin_problems(
         yield f"the statistics hold {_listed(foreign, 'layer')}, which the model has not: {remedy}"
     if statistics.unreached is not None:
         known = {*statistics, *statistics.unreached}
-        linear = [parameter.layer for parameter in layers if parameter.kind is ParameterKind.LINEAR]
+        always = (parameter for parameter in layers if parameter.kind is not ParameterKind.CONVOLUTION)
+        linear = list(dict.fromkeys(matrix.layer for parameter in always for matrix in parameter.matrices))
         missing = [layer for layer in linear if layer not in known]
         if missing:
             yield (
@@ -77,7 +78,7 @@ def _other_expert(source: TaskVectors, task: str, expert: Checkpoint | None, sta
 
 
 def _foreign(
-    source: TaskVectors, expert: Checkpoint | None, statistics: TaskStatistics, matrices: set[str]
+    source: TaskVectors, expert: Checkpoint | None, statistics: TaskStatistics, matrices: Collection[str]
 ) -> list[str]:
     """Layers that lie neither in the backbone nor in a head."""
     # Modules of the backbone that not all experts share belong to the heads; their layers are captured too.
@@ -85,12 +86,14 @@ def _foreign(
     # Where modules and stored weights have different names, those of the heads are not known.
     renamed = any(parameter.module is not None for parameter in source.parameters)
     private = None
+    # A head that is tied to an embedding multiplies with it, and is captured under its own name.
+    tied = set() if expert is None else {name.rpartition(".")[0] for name in expert.tied}
     if expert is not None and not renamed:
         private = {name.partition(".")[0] for name in (*expert.backbone, *expert.head)}
 
     def is_foreign(layer: str) -> bool:
         first, _, rest = layer.partition(".")
-        if layer in matrices:
+        if layer in matrices or layer in tied:
             return False
         if first in shared:
             return True

@@ -45,7 +45,7 @@ def write_purified(vectors: PurifiedTaskVectors, folder: Path) -> None:
     """
     writers: dict[str, ShardWriter] = {}
     for task, parameter, weight in vectors.purified():
-        if (task, parameter.layer) in vectors.ranks:
+        if any((task, matrix.name) in vectors.ranks for matrix in parameter.matrices):
             if task not in writers:
                 (folder / task).mkdir(parents=True)
                 writers[task] = ShardWriter(folder / task, SMALL_SHARD_BYTES)

@@ -30,6 +30,10 @@ from pave_lightning.subspace import (
     spectral_budget,
 )
 from pave_lightning.weights import DerivedTaskVectors, Parameter, ParameterKind, TaskVectors
+from pave_lightning.weights.matrices import Matrix
+
+# Convolutions are captured on demand.
+ALWAYS_PURIFIED = (ParameterKind.LINEAR, ParameterKind.EXPERTS)
 
 Key = tuple[str, str]
 """A task and a layer."""
@@ -44,7 +48,7 @@ class KeptRank:
 
     Attributes:
         task: name of the task.
-        layer: name of the layer inside the backbone.
+        layer: name of the layer inside the backbone; with its part or its expert's number where it has several.
         rank: components that are kept.
         full: components that there are, ``min(d_out, d_in)``.
     """
@@ -65,10 +69,11 @@ class PurifiedTaskVectors(DerivedTaskVectors):
 
     Every matrix weight :math:`W_t` becomes :math:`U_r U_r^T W_t`, where :math:`U_r` are the leading left singular
     vectors of :math:`W_t (C_t + \epsilon I)` and the ranks are shared out over the tasks of a layer, or of all layers
-    (``scope``). With the target ``delta`` the task vector :math:`\tau_t` takes the place of :math:`W_t` in all of
-    this; with ``delta_by_expert`` it is projected on the directions of :math:`W_t`. All else stays as it is, and a
-    weight that keeps its full rank stays the same bit for bit. Computed one layer at a time, when it is asked for; only
-    the last layer is held; `purified` gives all of them in turn. The scopes ``model`` and ``global`` look at all
+    (``scope``). Fused projections are purified part by part where the parts are known (`Parameter.parts`), experts of
+    mixtures one by one. With the target ``delta`` the task vector :math:`\tau_t` takes the place of :math:`W_t` in
+    all of this; with ``delta_by_expert`` it is projected on the directions of :math:`W_t`. All else stays as it is, and
+    a weight that keeps its full rank stays the same bit for bit. Computed one layer at a time, when it is asked for;
+    only the last layer is held; `purified` gives all of them in turn. The scopes ``model`` and ``global`` look at all
     spectra once before that.
 
     Source: An, Yang, Torr, Ghanem, *Purifying Task Vectors in Knowledge-Aware Subspace for Model Merging*
@@ -111,7 +116,7 @@ class PurifiedTaskVectors(DerivedTaskVectors):
         self.layers = tuple(
             parameter
             for parameter in source.parameters
-            if parameter.kind is ParameterKind.LINEAR or (parameter.is_matrix and parameter.layer in captured)
+            if parameter.kind in ALWAYS_PURIFIED or (parameter.is_matrix and parameter.layer in captured)
         )
         self._purifiable = {parameter.name for parameter in self.layers}
         self._layer: str | None = None
@@ -148,19 +153,43 @@ class PurifiedTaskVectors(DerivedTaskVectors):
         """All tasks' weights of some layers; the tasks of a layer go together because they share its ranks."""
         if self.options.scope != "layer":
             _ = self._ranks_of_all  # before any spectrum is held
-        spectra = self._spectra(layers)
+        pairs = [(parameter, matrix) for parameter in layers for matrix in parameter.matrices]
+        spectra = self._spectra(pairs)
         ranks: dict[Key, int] = {}
-        for parameter, own in zip(layers, spectra, strict=True):
-            found = self._ranks(parameter, {task: spectrum.values for task, spectrum in own.items()})
+        for (_, matrix), own in zip(pairs, spectra, strict=True):
+            found = self._ranks(matrix, {task: spectrum.values for task, spectrum in own.items()})
             for task, rank in found.items():
-                ranks[task, parameter.layer] = rank
+                ranks[task, matrix.name] = rank
                 full = len(own[task].values)
-                self.ranks[task, parameter.layer] = KeptRank(task, parameter.layer, rank, full)
+                self.ranks[task, matrix.name] = KeptRank(task, matrix.name, rank, full)
         jobs = [
-            partial(self._project, task, parameter, own.get(task), ranks.get((task, parameter.layer)))
-            for (parameter, own), task in product(zip(layers, spectra, strict=True), self.purified_tasks)
+            partial(self._project, task, parameter, matrix, own.get(task), ranks.get((task, matrix.name)))
+            for ((parameter, matrix), own), task in product(zip(pairs, spectra, strict=True), self.purified_tasks)
         ]
-        return self._by_layer(in_parallel(jobs, self._workers))
+        purified = iter(self._by_layer(in_parallel(jobs, self._workers)))
+        weights = []
+        for parameter in layers:
+            of_matrices = [(matrix, next(purified)) for matrix in parameter.matrices]
+            weights.append(
+                {
+                    task: self._assembled(task, parameter, [(matrix, found[task]) for matrix, found in of_matrices])
+                    for task in self.purified_tasks
+                }
+            )
+        return weights
+
+    def _assembled(self, task: str, parameter: Parameter, matrices: Sequence[tuple[Matrix, Tensor | None]]) -> Tensor:
+        """One task's weight, as it is stored, with its purified matrices; None stands for those that stay."""
+        (first, purified), *more = matrices
+        if not more and first.is_whole and purified is not None:
+            return parameter.from_matrix(purified)
+        weight = self.source.expert(task, parameter)
+        if any(purified is not None for _, purified in matrices):
+            weight = weight.clone()
+            for matrix, purified in matrices:
+                if purified is not None:
+                    matrix.put(weight if matrix.rows is None else weight[matrix.rows], purified)
+        return weight
 
     def _by_layer(self, results: Sequence[Result]) -> list[dict[str, Result]]:
         """What jobs over layers and tasks gave, by task for each layer."""
@@ -170,47 +199,47 @@ class PurifiedTaskVectors(DerivedTaskVectors):
             for start in range(0, len(results), len(tasks))
         ]
 
-    def _ranks(self, parameter: Parameter, values: Mapping[str, Tensor]) -> Mapping[str, int]:
+    def _ranks(self, matrix: Matrix, values: Mapping[str, Tensor]) -> Mapping[str, int]:
         """The ranks of a layer's tasks."""
         if self.options.scope != "layer":
-            return {task: self._ranks_of_all[task, parameter.layer] for task in values}
+            return {task: self._ranks_of_all[task, matrix.name] for task in values}
         return self._allocate(values)
 
-    def _project(self, task: str, parameter: Parameter, spectrum: KnowledgeSpectrum | None, rank: int | None) -> Tensor:
-        """One task's purified weight, as it is stored."""
-        weight = self.source.expert(task, parameter)
+    def _project(
+        self, task: str, parameter: Parameter, matrix: Matrix, spectrum: KnowledgeSpectrum | None, rank: int | None
+    ) -> Tensor | None:
+        """One task's purified matrix, ``(d_out, d_in)``; None where it stays as it is."""
         if spectrum is None or rank is None or rank == len(spectrum.values):
-            return weight
-        matrix = parameter.as_matrix(weight)
+            return None
         if self.options.target == "expert":
-            return parameter.from_matrix(project(matrix, spectrum, rank))
-        base = self.source.base(parameter)
-        vector = parameter.as_matrix(self.source.vector(task, parameter, base=base))
-        return parameter.from_matrix(parameter.as_matrix(base) + remove_tail(vector, spectrum, rank))
+            return project(matrix.of(self.source.expert(task, parameter, matrix.rows)), spectrum, rank)
+        base = self.source.base(parameter, matrix.rows)
+        vector = matrix.of(self.source.vector(task, parameter, matrix.rows, base=base))
+        return matrix.of(base) + remove_tail(vector, spectrum, rank)
 
-    def _spectra(self, layers: Sequence[Parameter]) -> list[dict[str, KnowledgeSpectrum]]:
-        """The spectra of the tasks that have one, for each of some layers; the others are listed in ``untouched``."""
-        jobs = [partial(self._spectrum, task, parameter) for parameter, task in product(layers, self.purified_tasks)]
+    def _spectra(self, pairs: Sequence[tuple[Parameter, Matrix]]) -> list[dict[str, KnowledgeSpectrum]]:
+        """The spectra of the tasks that have one, for each of some matrices; the others are listed in ``untouched``."""
+        jobs = [partial(self._spectrum, task, *pair) for pair, task in product(pairs, self.purified_tasks)]
         found = []
-        for parameter, results in zip(layers, self._by_layer(in_parallel(jobs, self._workers)), strict=True):
+        for (_, matrix), results in zip(pairs, self._by_layer(in_parallel(jobs, self._workers)), strict=True):
             spectra = {}
             for task, result in results.items():
                 if isinstance(result, str):
-                    self.untouched[task, parameter.layer] = result
+                    self.untouched[task, matrix.name] = result
                 else:
                     spectra[task] = result
             found.append(spectra)
         return found
 
-    def _spectrum(self, task: str, parameter: Parameter) -> KnowledgeSpectrum | str:
-        """A task's spectrum of one layer, or the reason why there is none."""
-        weight = parameter.as_matrix(self.source.expert(task, parameter))
-        moment = self._moments.moment(task, parameter, weight)
+    def _spectrum(self, task: str, parameter: Parameter, matrix: Matrix) -> KnowledgeSpectrum | str:
+        """A task's spectrum of one matrix, or the reason why there is none."""
+        weight = matrix.of(self.source.expert(task, parameter, matrix.rows))
+        moment = self._moments.moment(task, parameter, matrix, weight)
         if isinstance(moment, str):
             return moment
         if self.options.target == "delta":
             # The exact product, where it is that of an adapter.
-            weight = parameter.as_matrix(self.source.vector(task, parameter))
+            weight = matrix.of(self.source.vector(task, parameter, matrix.rows))
         spectrum = knowledge_spectrum(
             weight,
             None if moment is None else moment.matrix,
@@ -247,12 +276,13 @@ class PurifiedTaskVectors(DerivedTaskVectors):
         values: dict[Key, Tensor] = {}
         ranks: dict[Key, int] = {}
         for layers in self._together():
-            for parameter, spectra in zip(layers, self._spectra(layers), strict=True):
+            pairs = [(parameter, matrix) for parameter in layers for matrix in parameter.matrices]
+            for (_, matrix), spectra in zip(pairs, self._spectra(pairs), strict=True):
                 # Only the values are kept; the directions of all layers would not fit in memory.
                 own = {task: spectrum.values for task, spectrum in spectra.items()}
-                values.update({(task, parameter.layer): found for task, found in own.items()})
+                values.update({(task, matrix.name): found for task, found in own.items()})
                 if self.options.scope == "model":
-                    ranks.update({(task, parameter.layer): rank for task, rank in self._allocate(own).items()})
+                    ranks.update({(task, matrix.name): rank for task, rank in self._allocate(own).items()})
         if self.options.scope == "global":
             return self._allocate(values)
         averaged = averaged_ranks(ranks, {key: len(found) for key, found in values.items()})
@@ -311,11 +341,12 @@ def _budget_problems(options: Purify, layers: Sequence[Parameter], rho: float, t
     """Those of one ratio, which so many tasks have."""
     share = options.stopping_share if options.allocation == "spectral" else 1.0
     budgets: dict[tuple[int, ...], str] = {}
+    matrices = [matrix for parameter in layers for matrix in parameter.matrices]
     if options.scope == "global" and options.allocation == "spectral":
-        budgets[tuple(min(parameter.matrix_shape) for parameter in layers)] = "all layers together"
+        budgets[tuple(min(matrix.shape) for matrix in matrices)] = "all layers together"
     else:
-        for parameter in layers:
-            budgets.setdefault((min(parameter.matrix_shape),), parameter.layer)
+        for matrix in matrices:
+            budgets.setdefault((min(matrix.shape),), matrix.name)
     for lengths, where in budgets.items():
         try:
             spectral_budget({str(key): width for key, width in enumerate(lengths * tasks)}, rho, share)

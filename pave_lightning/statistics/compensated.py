@@ -19,9 +19,6 @@ OTHER_BLOCKS = 2
 PANEL_ELEMENTS = 1_000_000
 # What is converted at a time when a mean is taken.
 PIECE_ELEMENTS = 1 << 18
-# Products of fewer columns are taken in float64: libraries add up their rows one after the other, which in float32
-# costs the small eigenvalues of rows that are much alike (hundreds of roundings of the largest; 3 of wider products).
-THIN = 16
 
 
 @dataclass
@@ -123,16 +120,18 @@ class CompensatedSum:
         return panels
 
     def add_product(self, left: Tensor, right: Tensor) -> None:
-        """Add ``left.T @ right``, float32, ``(k, m)`` and ``(k, n)``; the two are one where it is symmetric."""
-        thin = min(self.shape) < THIN and not left.is_mps
+        """Add ``left.T @ right``, ``(k, m)`` and ``(k, n)``; the two are one where it is symmetric.
+
+        Products are of the factors' type, float32 or float64, and rounded to float32 when they are added.
+        """
         for panel in self._panels:
             height, width = panel.high.shape
             product, total = _scratch((height, width), panel.high.device)
             one, other = left[:, panel.rows].T, right[:, panel.columns]
-            if thin:
-                product.copy_(one.double() @ other.double())
-            else:
+            if one.dtype == product.dtype:
                 torch.mm(one, other, out=product)
+            else:
+                product.copy_(one @ other)
             panel.add(product, total)
 
     def add(self, other: CompensatedSum) -> None:

@@ -24,6 +24,9 @@ WAITING_SHARE = 8
 FEWEST_WAITING, MOST_WAITING = 64, 256
 # One float32 product is over no more rows than this: longer ones lose digits, and copies of half-precision rows grow.
 MOST_ROWS = 4096
+# Products of fewer columns are taken in float64: libraries add up their rows one after the other, which in float32
+# costs the small eigenvalues of rows that are much alike (hundreds of roundings of the largest; 3 of wider products).
+THIN = 16
 
 Moments = Literal["smallest", "input", "output"]
 
@@ -311,6 +314,8 @@ class SecondMoment:
         total = self._sums()
         for start in range(0, len(factors[0]), MOST_ROWS):
             now = tuple(factor[start : start + MOST_ROWS].float() for factor in factors)
+            if min(self.shape) < THIN and not now[0].is_mps:
+                now = tuple(factor.double() for factor in now)
             with full_precision(now[0].device.type):
                 total.add_product(now[0], now[-1])
 

@@ -5,9 +5,11 @@ from pave_lightning.weights.adapters import Adapter
 from pave_lightning.weights.architecture import Architecture
 from pave_lightning.weights.checkpoint import Checkpoint, model_digest
 from pave_lightning.weights.locate import locate_model
+from pave_lightning.weights.modules import ModuleTaskVectors
 from pave_lightning.weights.parameters import ADDITIVE, Parameter, ParameterKind
 from pave_lightning.weights.rounding import rounded, written_dtype
-from pave_lightning.weights.task_vectors import DerivedTaskVectors, ExpertTaskVectors, TaskVectors, task_vectors
+from pave_lightning.weights.sources import task_vectors
+from pave_lightning.weights.task_vectors import DerivedTaskVectors, ExpertTaskVectors, TaskVectors
 from pave_lightning.weights.writing import ShardWriter
 
 __all__ = [
@@ -17,6 +19,7 @@ __all__ = [
     "Checkpoint",
     "DerivedTaskVectors",
     "ExpertTaskVectors",
+    "ModuleTaskVectors",
     "Parameter",
     "ParameterKind",
     "ShardWriter",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
 import json
@@ -9,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,10 @@ from pave_lightning.system.files import file_facts, read_json
 from pave_lightning.weights.buffers import BufferKind, buffer_kinds
 from pave_lightning.weights.checkpoint import Checkpoint
 from pave_lightning.weights.embeddings import token_embeddings
-from pave_lightning.weights.parameters import Parameter, ParameterKind, kind_of
+from pave_lightning.weights.fused import fused_parts
+from pave_lightning.weights.matrices import Outputs, Part
+from pave_lightning.weights.parameters import Parameter, ParameterKind, kind_of, parameters_of
+from pave_lightning.weights.places import Piece, Place, loaded_names, stored_places
 from pave_lightning.weights.positions import longest_sequence
 from pave_lightning.weights.remembered import remembered
 from pave_lightning.weights.ties import tied_names
@@ -36,7 +40,7 @@ MOST_LABELS = 100_000
 MOST_PARAMETERS = 20_000
 LARGEST_SIZE = 2**31 - 1
 # Keys that count what a model is built of, and keys of sizes that only look like them.
-_LAYERS = re.compile(r"layer|depth|block|stage")
+_LAYERS = re.compile(r"layer|depth(?!wise)|block|stage")
 _PARTS = re.compile(r"expert|group|head")
 _SIZES = re.compile(r"size|dim|_ids?$|length|position")
 
@@ -64,19 +68,27 @@ class Architecture:
     Attributes:
         model_class: name of the class of transformers.
         backbone_class: that of its backbone.
-        prefix: name under which the whole model holds its backbone (``bert``, ``roberta``, ...).
+        prefix: name under which the whole model holds its backbone (``bert``, ``roberta``, ...); empty for language
+            models, whose head is merged as all else is.
+        inner: name under which a language model holds what is below its head, which checkpoints may store without it.
         parameters: the backbone's parameters by name, in the order of the modules.
         weights: all parameters of the whole model, by their names in it.
         state: names of all that the whole model loads and saves, buffers too.
         renamed: names under which checkpoints store tensors of the whole model -> their names in it, where the two
             differ (transformers renames the weights of ViT when it loads and saves them).
+        places: names under which checkpoints store tensors that the whole model has joined or divided (the experts of
+            Mixtral) -> where they lie in it.
         children: direct submodules of the backbone -> whether they hold embeddings or a stack of blocks.
         private: direct submodules of the backbone that not every model of the tasks has.
+        beside: direct submodules and parameters of the whole model that are its head, where the backbone is no
+            submodule of its own but all the others (CLIPForImageClassification); else none.
         token_embeddings: names of the weight that has one row a token; several where it is shared, none where there is
             no such table.
         config: the configuration, as plain values and with its defaults.
         obsolete: patterns of tensors that older releases of transformers stored and the model no longer has.
         tied: other names under which checkpoints may store a backbone tensor -> the name that it goes by here.
+        aliases: these other names -> what a parameter of that name is, where a checkpoint has untied it.
+        copied: names of parameters that some checkpoints tie and others do not -> the one that they are then tied to.
         buffers: kinds of the backbone's buffers, by the names under which checkpoints store them.
         positions: longest sequence in tokens; None where no table of positions limits it.
         main_input: name of what the model reads.
@@ -94,11 +106,16 @@ class Architecture:
     takes_mask: bool = True
     obsolete: tuple[str, ...] = ()
     renamed: dict[str, str] = field(default_factory=dict, repr=False)
+    places: dict[str, Place] = field(default_factory=dict, repr=False)
+    inner: str = ""
     tied: dict[str, str] = field(default_factory=dict, repr=False)
+    aliases: dict[str, Parameter] = field(default_factory=dict, repr=False)
+    copied: dict[str, str] = field(default_factory=dict, repr=False)
     buffers: dict[str, BufferKind] = field(default_factory=dict, repr=False)
     token_embeddings: tuple[str, ...] = ()
     positions: int | None = None
     private: frozenset[str] = frozenset()
+    beside: frozenset[str] = frozenset()
     backbone_class: str = ""
 
     @classmethod
@@ -124,18 +141,24 @@ class Architecture:
     @classmethod
     def of_model(cls, model: nn.Module) -> Architecture:
         """The architecture of a Hugging Face model; nothing but names, shapes and kinds is looked at."""
-        backbone, whole = backbone_of(model), f"{model.base_model_prefix}."
-        prefix = "" if backbone is model else whole
-        kinds: dict[str, tuple[ParameterKind, int | None]] = {}
-        for module_name, module in backbone.named_modules():
-            for attribute, _ in module.named_parameters(recurse=False):
-                name = f"{module_name}.{attribute}" if module_name else attribute
-                kinds[name] = kind_of(module, attribute)
-        parameters = {
-            name: Parameter(name, kinds[name][0], tuple(tensor.shape), kinds[name][1])
-            for name, tensor in backbone.named_parameters()
+        beside, inner = heads_beside(model), str(model.base_model_prefix)
+        backbone = model if beside else backbone_of(model)
+        is_language_model = has_language_head(model)
+        prefix = "" if backbone is model else f"{inner}."
+        parts = {name.removeprefix(prefix): found for name, found in fused_parts(model).items()}
+        parameters = {name: one for name, one in parameters_of(backbone, parts).items() if not lies_in(name, beside)}
+        tied_to = tied_names(backbone)
+        untied = {
+            name: _as_alias(backbone, name, parameters[own]) for name, own in tied_to.items() if own in parameters
         }
-        renamed = stored_names(model)
+        shapes_of_all = {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
+        renamed, places = {}, {}
+        for stored, place in stored_places(model).items():
+            first, *more = place.pieces
+            if not more and first.fills(shapes_of_all.get(first.parameter, ())):
+                renamed[stored] = first.parameter
+            else:
+                places[stored] = place
         files_call = {
             name.removeprefix(prefix): stored.removeprefix(prefix)
             for stored, name in renamed.items()
@@ -150,22 +173,66 @@ class Architecture:
         values = config.to_dict()
         return cls(
             model_class=type(model).__name__,
-            backbone_class=type(backbone).__name__,
-            prefix=str(model.base_model_prefix),
+            backbone_class=_bare_class(model.config) if beside else type(backbone).__name__,
+            beside=beside,
+            prefix="" if is_language_model or beside else inner,
+            inner=inner if is_language_model and hasattr(model, inner) else "",
             parameters=parameters,
             weights=tuple(Weight(tuple(names), shapes[key]) for key, names in aliases.items()),
             state=frozenset(model.state_dict()),
-            children={name: _is_trunk(child) for name, child in backbone.named_children()},
+            children={name: _is_trunk(child) for name, child in backbone.named_children() if name not in beside},
             config=values,
             main_input=str(model.main_input_name),
             takes_mask="attention_mask" in inspect.signature(model.forward).parameters,
             obsolete=tuple(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),
             renamed=renamed,
-            tied={files_call.get(name, name): files_call.get(own, own) for name, own in tied_names(backbone).items()},
-            buffers={files_call.get(name, name): kind for name, kind in buffer_kinds(backbone).items()},
+            places=places,
+            tied={files_call.get(name, name): files_call.get(own, own) for name, own in tied_to.items()},
+            aliases=untied,
+            buffers={
+                files_call.get(name, name): kind
+                for name, kind in buffer_kinds(backbone).items()
+                if not lies_in(name, beside)
+            },
             token_embeddings=tuple(token_embeddings(backbone)),
             positions=longest_sequence(backbone, values),
         )
+
+    @property
+    def start(self) -> str:
+        """What names of the backbone's weights begin with in the whole model; empty where it is the model itself."""
+        return f"{self.prefix}." if self.prefix and self.model_class != self.backbone_class else ""
+
+    @cached_property
+    def stored_places(self) -> dict[str, Place]:
+        """Names under which checkpoints store what the backbone has joined or divided -> where it lies in the backbone.
+
+        Places are by the names of parameters inside the backbone.
+        """
+        found = {}
+        for stored, place in self.places.items():
+            pieces = tuple(replace(one, parameter=one.parameter.removeprefix(self.start)) for one in place.pieces)
+            if all(one.parameter in self.parameters for one in pieces):
+                found[stored.removeprefix(self.start)] = Place(pieces)
+        return found
+
+    def stored_for(self, name: str) -> frozenset[str]:
+        """Names under which checkpoints may store a parameter of the backbone, or parts of it, besides its own."""
+        return self._stored_for.get(name, frozenset())
+
+    @cached_property
+    def _stored_for(self) -> dict[str, frozenset[str]]:
+        found: dict[str, set[str]] = {}
+        for stored, name in self.stored_names.items():
+            found.setdefault(name, set()).add(stored)
+        for stored, place in self.stored_places.items():
+            for piece in place.pieces:
+                found.setdefault(piece.parameter, set()).add(stored)
+        return {name: frozenset(names) for name, names in found.items()}
+
+    def knows(self, name: str) -> bool:
+        """Whether the backbone has a weight, or some of one, that checkpoints store under this name."""
+        return name in self.parameters or name in self.stored_names or name in self.stored_places
 
     @cached_property
     def stored_names(self) -> dict[str, str]:
@@ -208,6 +275,9 @@ class Architecture:
         renamed = self.parameters.get(self.stored_names.get(name, ""))
         if renamed is not None:
             return replace(renamed, name=name, module=renamed.layer)
+        place = self.stored_places.get(name)
+        if place is not None:
+            return _placed(name, shape, place, self.parameters)
         return Parameter(name, ParameterKind.OTHER, shape)
 
     def ignores(self, name: str) -> bool:
@@ -226,13 +296,120 @@ class Architecture:
         """Whether base and experts must both store a floating-point tensor of that name, in one shape."""
         return self.merges(name) or self.averages(name)
 
+    def untied(self, copied: Mapping[str, str]) -> Architecture:
+        """The same model with weights apart that it could tie.
+
+        Args:
+            copied: names of parameters that checkpoints may tie -> the parameter that they are then tied to.
+        """
+        names = [name for name in copied if name in self.aliases and name in self.tied]
+        return replace(
+            self,
+            parameters=self.parameters | {name: self.aliases[name] for name in names},
+            tied={name: own for name, own in self.tied.items() if name not in names},
+            copied={**self.copied, **copied},
+        )
+
     def checkpoint(self, folder: Path) -> Checkpoint:
         """The weights of a model folder of this architecture, in which tied tensors count once."""
-        return Checkpoint(folder, self.prefix, self.tied)
+        return self._checkpoint(folder, frozenset())
 
     def base_checkpoint(self, folder: Path) -> Checkpoint:
         """The weights of a base, without the parts of the backbone that not every model of the tasks has."""
-        return Checkpoint(folder, self.prefix, self.tied, without=self.private)
+        return self._checkpoint(folder, self.private)
+
+    def _checkpoint(self, folder: Path, without: frozenset[str]) -> Checkpoint:
+        # Checkpoints may have names of their own for all of it (models of several modalities).
+        renamed = {name.partition(".")[0] for name in (*self.renamed, *self.places)}
+        outer = (renamed | self.children.keys()) - {self.inner}
+        read = partial(
+            Checkpoint,
+            folder,
+            self.prefix,
+            self.tied,
+            without,
+            inner=self.inner,
+            outer=outer,
+            beside=self.beside,
+            copied=self.copied,
+        )
+        found = read()
+        called = self._called(name for name in found.backbone if not (self.knows(name) or name in self.buffers))
+        return read(called=called) if called else found
+
+    def _called(self, unknown: Iterable[str]) -> dict[str, str]:
+        """Names that a file has for weights of the backbone, where transformers loads them under others -> these."""
+        names = tuple(name for name in unknown if not self.ignores(name))
+        if not names:
+            return {}
+        loaded = _loaded_names(self.model_class, json.dumps(self.config, default=str), self.start, names)
+        stored = {own: name for name, own in self.stored_names.items()}
+        inside = {name: own.removeprefix(self.start) for name, own in loaded.items() if own.startswith(self.start)}
+        return {name: stored.get(own, own) for name, own in inside.items() if self.knows(stored.get(own, own))}
+
+
+@lru_cache(maxsize=64)
+def _loaded_names(model_class: str, config: str, start: str, stored: tuple[str, ...]) -> dict[str, str]:
+    """What a model calls tensors that a file stores under names without the backbone's prefix."""
+    from transformers import AutoConfig
+
+    values = json.loads(config)
+    made = AutoConfig.for_model(values.pop("model_type"), **values)
+    with torch.device("meta"):
+        model = auto_class(model_class)._from_config(made)
+    return {name.removeprefix(start): own for name, own in loaded_names(model, (start + one for one in stored)).items()}
+
+
+def _as_alias(backbone: nn.Module, name: str, own: Parameter) -> Parameter:
+    """What a tied parameter is under another name: a head, where it is an embedding."""
+    path, _, attribute = name.rpartition(".")
+    kind, axis = kind_of(backbone.get_submodule(path), attribute)
+    return replace(own, name=name, kind=kind, input_axis=axis, parts=())
+
+
+def _placed(name: str, shape: tuple[int, ...], place: Place, parameters: Mapping[str, Parameter]) -> Parameter:
+    """A stored tensor as what it is in the model: one expert, some outputs of a fused layer, or layers in a row."""
+    owners = [parameters[piece.parameter] for piece in place.pieces]
+    first = owners[0]
+    if len(owners) > 1:
+        if all(owner.is_matrix and owner.input_axis == 1 for owner in owners):
+            starts = itertools.accumulate((owner.shape[0] for owner in owners), initial=0)
+            parts = tuple(
+                Part(owner.layer, Outputs(start, owner.shape[0]), layer=owner.layer)
+                for owner, start in zip(owners, starts, strict=False)
+            )
+            # What a file has fused reads one input: statistics of the first layer are those of all.
+            return Parameter(name, first.kind, shape, 1, module=first.layer, parts=parts)
+        return Parameter(name, ParameterKind.OTHER if first.input_axis is not None else first.kind, shape)
+    if first.input_axis is None:
+        return Parameter(name, first.kind, shape)
+    found = _expert_or_rows(place.pieces[0], first)
+    if found is None:
+        return Parameter(name, ParameterKind.OTHER, shape)
+    layer, axis, rows = found
+    kind = ParameterKind.LINEAR if first.is_stack else first.kind
+    return Parameter(name, kind, shape, axis, module=layer, of_layer=rows)
+
+
+def _expert_or_rows(piece: Piece, owner: Parameter) -> tuple[str, int, Outputs | None] | None:
+    """The layer that a stored matrix belongs to, its input axis, and which of the layer's outputs it gives.
+
+    None where it is neither one expert's matrix nor some outputs of a matrix that is not transposed.
+    """
+    layer, offset = owner.layer, piece.offset
+    shape = owner.shape
+    if owner.is_stack:
+        expert, offset = divmod(piece.offset, shape[1] * shape[2])
+        layer, shape = f"{layer}.{expert}", shape[1:]
+    if len(shape) != 2 or len(piece.shape) != 2:
+        return None
+    axis = 1 if owner.input_axis is None else owner.input_axis - owner.is_stack
+    if piece.shape == shape and piece.strides == (shape[1], 1) and offset == 0:
+        return layer, axis, None
+    if piece.shape == shape[::-1] and piece.strides == (1, shape[1]) and offset == 0:
+        return layer, 1 - axis, None
+    is_rows = piece.shape[1] == shape[1] and piece.strides == (shape[1], 1) and offset % shape[1] == 0
+    return (layer, 1, Outputs(offset // shape[1], piece.shape[0])) if is_rows and axis == 1 else None
 
 
 def _is_trunk(module: nn.Module) -> bool:
@@ -256,9 +433,13 @@ def _in_common(found: list[Architecture]) -> Architecture:
 def _architecture(folder: Path, auto_model: str | None, changes: str, stamp: tuple[int, ...]) -> Architecture:
     config = read_config(folder)  # which refuses what no model has, in the words of the file
     key = [auto_model, changes, config.to_json_string(use_diff=False)]
-    return remembered(
+    found = remembered(
         Architecture, key, lambda: Architecture.of_model(empty_model(folder, auto_model, **json.loads(changes)))
     )
+    if auto_model is not None and found.beside:
+        # Models of tasks exchange their backbones as one submodule.
+        raise PaveError(f"{found.model_class} has no backbone named '{found.config.get('model_type')}'")
+    return found
 
 
 def _stamp(folder: Path) -> tuple[int, ...]:
@@ -385,34 +566,62 @@ def _counted_parameters(folder: Path) -> Iterator[None]:
         hook.remove()
 
 
-def stored_names(model: nn.Module) -> dict[str, str]:
-    """Name in a checkpoint -> name in the model, for tensors that transformers renames when it loads and saves."""
-    from transformers.core_model_loading import revert_weight_conversion
-
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    weights = {name: tensor.detach() for name, tensor in tensors}
-    names = {id(tensor): name for name, tensor in weights.items()}
-    # Tensors that are merged or split on the way are other tensors afterwards, and have no single name.
-    stored = {name: names.get(id(tensor)) for name, tensor in revert_weight_conversion(model, dict(weights)).items()}
-    return {name: own for name, own in stored.items() if own is not None and own != name}
-
-
 def backbone_of(model: nn.Module) -> nn.Module:
-    """The part of a Hugging Face model below its head; the model itself where it is a bare one.
+    """The part of a Hugging Face model below its head; the model itself where it is a bare one or a language model.
 
     Raises:
         PaveError: it has a head, and no backbone where transformers says.
     """
     backbone = getattr(model, str(model.base_model_prefix), None)
-    if backbone is None and _is_bare(model):
+    if has_language_head(model) or (backbone is None and is_bare(model)):
         return model
     if not isinstance(backbone, nn.Module):
         raise PaveError(f"{type(model).__name__} has no backbone named '{model.base_model_prefix}'")
     return backbone
 
 
-def _is_bare(model: nn.Module) -> bool:
+def has_language_head(model: nn.Module) -> bool:
+    """Whether a model's head gives a score for each token, and so is as much the model's own as its embeddings are."""
+    reader: Any = getattr(model, "get_output_embeddings", None)
+    try:
+        return reader is not None and isinstance(reader(), nn.Module)
+    except (NotImplementedError, AttributeError):  # models that read no tokens
+        return False
+
+
+def heads_beside(model: nn.Module) -> frozenset[str]:
+    """Direct submodules and parameters of a model that are its head, where its backbone is not one of its submodules.
+
+    The backbone is then all that the bare model of the same configuration has too. Empty for all other models.
+    """
+    if isinstance(getattr(model, str(model.base_model_prefix), None), nn.Module) or has_language_head(model):
+        return frozenset()
+    bare = _bare_class(getattr(model, "config", None))
+    if not bare or type(model).__name__ in _bare_classes(getattr(model, "config", None)):
+        return frozenset()
+    with torch.device("meta"):
+        known = _own_names(auto_class(bare)._from_config(copy.deepcopy(model.config)))
+    own = _own_names(model)
+    return frozenset(own - known) if own & known else frozenset()
+
+
+def _own_names(model: nn.Module) -> set[str]:
+    """The direct submodules that have parameters, and the parameters beside them."""
+    return {name.partition(".")[0] for name, _ in model.named_parameters()}
+
+
+def is_bare(model: nn.Module) -> bool:
+    """Whether a model of transformers is a backbone without a head."""
+    return type(model).__name__ in _bare_classes(getattr(model, "config", None))
+
+
+def _bare_classes(config: Any) -> tuple[str, ...]:
     from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
-    known = MODEL_MAPPING_NAMES.get(getattr(getattr(model, "config", None), "model_type", ""), ())
-    return type(model).__name__ in ((known,) if isinstance(known, str) else known)
+    known = MODEL_MAPPING_NAMES.get(getattr(config, "model_type", ""), ())
+    return (known,) if isinstance(known, str) else tuple(known)
+
+
+def _bare_class(config: Any) -> str:
+    """Name of the class of models without head; empty where there is none."""
+    return next(iter(_bare_classes(config)), "")

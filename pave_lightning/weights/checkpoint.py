@@ -68,11 +68,17 @@ class Checkpoint:
         prefix: the architecture's backbone prefix, without the dot.
         tied: other names of backbone tensors that the architecture ties to each other -> the one that they go by.
         without: direct submodules of the backbone whose tensors are passed over.
+        inner: where there is no prefix, the submodule whose name stored names may lack, all of them.
+        outer: other direct submodules, whose names stand as they are.
+        beside: where there is no prefix, direct submodules and parameters that are of the head.
+        called: names that the file has for backbone tensors, without the prefix -> the names that they go by.
+        copied: names of backbone tensors -> others whose values they have where the files lack them, or the reverse.
 
     Attributes:
         backbone: the backbone's tensors by name; of tied ones one, whatever the file calls it.
         head: all other tensors by their stored names.
         copies: further copies of tied tensors, by name.
+        own_names: names of backbone tensors -> what the file calls them, without the prefix, where the two differ.
 
     Raises:
         PaveError: weights are missing, pickled, truncated or no safetensors; shards are missing.
@@ -84,27 +90,51 @@ class Checkpoint:
         prefix: str,
         tied: Mapping[str, str] | None = None,
         without: Collection[str] = (),
+        *,
+        inner: str = "",
+        outer: Collection[str] = (),
+        beside: Collection[str] = (),
+        copied: Mapping[str, str] | None = None,
+        called: Mapping[str, str] | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.tied = dict(tied or {})
         self.files = weight_files(self.folder)
         stored = {name: tensor for file in self.files for name, tensor in stored_tensors(file).items()}
         start = f"{prefix}."
+        if inner and not any(name.startswith(f"{inner}.") for name in stored):
+            stored = {
+                name if name.partition(".")[0] in outer else f"{inner}.{name}": tensor
+                for name, tensor in stored.items()
+            }
         if any(name.startswith(start) for name in stored):
             self.backbone = {
                 name.removeprefix(start): tensor for name, tensor in stored.items() if name.startswith(start)
             }
             self.head = {name: tensor for name, tensor in stored.items() if not name.startswith(start)}
         else:
-            self.backbone, self.head = stored, {}
+            self.head = {name: tensor for name, tensor in stored.items() if name.partition(".")[0] in beside}
+            self.backbone = {name: tensor for name, tensor in stored.items() if name not in self.head}
         for name in [name for name in self.backbone if name.partition(".")[0] in without]:
             del self.backbone[name]
+        known = {own: name for own, name in (called or {}).items() if own in self.backbone}
+        self.own_names = {name: own for own, name in known.items() if name not in self.backbone}
+        for name, own in self.own_names.items():
+            self.backbone[name] = self.backbone.pop(own)
         legacy = {".gamma": ".weight", ".beta": ".bias"}
         for name in list(self.backbone):
             for old, new in legacy.items():
                 if name.endswith(f"LayerNorm{old}"):
                     self.backbone[name.removesuffix(old) + new] = self.backbone.pop(name)
         self.copies: dict[str, StoredTensor] = {}
+        self._tie()
+        for pair in (copied or {}).items():
+            for name, other in (pair, pair[::-1]):
+                if name not in self.backbone and other in self.backbone:
+                    self.backbone[name] = self.backbone[other]
+
+    def _tie(self) -> None:
+        """Let tied tensors count once, by the name that they go by."""
         for name, own in self.tied.items():
             if name in self.backbone and own in self.backbone:
                 self.copies[name] = self.backbone.pop(name)

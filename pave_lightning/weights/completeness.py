@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
@@ -32,9 +33,9 @@ def naming_problem(architecture: Architecture, checkpoint: Checkpoint) -> str | 
         architecture: what the checkpoint's configuration gives.
         checkpoint: its files.
     """
-    prefix = f"{architecture.prefix}."
+    prefix = architecture.start
     expected = {name for weight in architecture.weights for name in weight.names}
-    expected |= set(architecture.renamed)
+    expected |= architecture.renamed.keys() | architecture.places.keys()
     expected |= {name.removeprefix(prefix) for name in expected}
     names = [re.sub(r"LayerNorm\.(gamma|beta)$", _modern, name) for name, _ in checkpoint.stored()]
     own = sum(name in expected for name in names)
@@ -73,7 +74,7 @@ def unused_weights(architecture: Architecture, checkpoint: Checkpoint) -> list[s
         checkpoint: its files.
     """
     own = {*architecture.state, *(name for weight in architecture.weights for name in weight.names)}
-    own |= set(architecture.renamed)
+    own |= architecture.renamed.keys() | architecture.places.keys()
     return [
         name
         for name, stored in checkpoint.head.items()
@@ -93,7 +94,7 @@ def lacking_of_base(architecture: Architecture, base: Checkpoint) -> list[str]:
         architecture: what the base's configuration gives.
         base: the base's files.
     """
-    prefix = f"{architecture.prefix}."
+    prefix = architecture.start
     lacking = [
         found.removeprefix(prefix)
         for found in _lacking(architecture, _shapes(architecture, base))
@@ -106,9 +107,19 @@ def lacking_of_base(architecture: Architecture, base: Checkpoint) -> list[str]:
 
 def _shapes(architecture: Architecture, checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     """Shapes of all stored tensors by the names that the model has for them."""
-    renamed, prefix = architecture.renamed, f"{architecture.prefix}."
+    renamed, prefix = architecture.renamed, architecture.start
     whole = {f"{prefix}{name}": tensor for name, tensor in checkpoint.backbone.items()} | checkpoint.head
-    return {renamed.get(name, name): tensor.shape for name, tensor in whole.items()}
+    found = {renamed.get(name, name): tensor.shape for name, tensor in whole.items()}
+    shapes = {name: weight.shape for weight in architecture.weights for name in weight.names}
+    pieces: dict[str, int] = {}
+    for stored, place in architecture.places.items():
+        there = stored in whole and whole[stored].size == sum(math.prod(piece.shape) for piece in place.pieces)
+        for piece in place.pieces if there else ():
+            pieces[piece.parameter] = pieces.get(piece.parameter, 0) + math.prod(piece.shape)
+    # What lies in the file in parts is there where they make up the whole.
+    return found | {
+        name: shapes[name] for name, size in pieces.items() if name in shapes and size == math.prod(shapes[name])
+    }
 
 
 def _lacking(architecture: Architecture, stored: Mapping[str, tuple[int, ...]]) -> Iterator[str]:

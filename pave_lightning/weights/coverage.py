@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from pave_lightning.weights.architecture import Architecture
 from pave_lightning.weights.buffers import BufferKind
 from pave_lightning.weights.checkpoint import FLOATING, Checkpoint
-from pave_lightning.weights.parameters import ParameterKind
+from pave_lightning.weights.parameters import Parameter, ParameterKind
 
 # Patterns of names that are shown for one reason; a family of models has few.
 SHOWN_PATTERNS = 12
@@ -41,10 +41,11 @@ class Coverage:
         Args:
             base: the base's checkpoint.
             architecture: the experts' architecture.
-            convolutions: whether convolutions that are matrix products are captured.
+            convolutions: whether convolutions without groups are captured.
         """
         not_merged = dict(_not_merged(base, architecture))
-        kept = {name: reason for name, reason in _not_linear(architecture, convolutions) if name not in not_merged}
+        reasons = purification_reasons(architecture.parameters.values(), convolutions=convolutions)
+        kept = {name: reason for name, reason in reasons if name not in not_merged}
         return cls(not_merged, kept)
 
     def sections(self, *, merges: bool = True, captures: bool = True) -> dict[str, list[str]]:
@@ -62,33 +63,38 @@ class Coverage:
 
 
 def _not_merged(base: Checkpoint, architecture: Architecture) -> Iterator[tuple[str, str]]:
-    known = architecture.parameters.keys() | architecture.stored_names.keys()
     for name, own in base.tied.items():
         if name in base.copies:
             yield name, f"tied to {own}, with which it is merged"
     for name, stored in base.backbone.items():
         if name in architecture.buffers:
             yield name, BUFFER_REASONS[architecture.buffers[name]]
-        elif name not in known:
-            yield name, "stored, but the model has no such weight"
+        elif not architecture.knows(name):
+            yield name, "not in the model of the experts, so that it stays as it is in the base"
         elif not stored.is_floating:
             yield name, f"stored as {stored.dtype}"
-    stored_as = {own: name for name, own in architecture.stored_names.items()}
     for name in architecture.parameters:
-        if name not in base.backbone and stored_as.get(name) not in base.backbone:
+        if name not in base.backbone and not any(one in base.backbone for one in architecture.stored_for(name)):
             yield name, "not in the base, so that each task keeps its own"
 
 
-def _not_linear(architecture: Architecture, convolutions: bool) -> Iterator[tuple[str, str]]:
-    for name, parameter in architecture.parameters.items():
-        if len(parameter.shape) < 2 or parameter.kind is ParameterKind.LINEAR:
+def purification_reasons(parameters: Iterable[Parameter], *, convolutions: bool = True) -> Iterator[tuple[str, str]]:
+    """Name of each weight with two axes or more that is not captured and purified, and why.
+
+    Args:
+        parameters: the parameters.
+        convolutions: whether convolutions without groups are captured.
+    """
+    for parameter in parameters:
+        name = parameter.name
+        if len(parameter.shape) < 2 or parameter.kind in (ParameterKind.LINEAR, ParameterKind.EXPERTS):
             continue
         if parameter.kind is ParameterKind.EMBEDDING:
             yield name, "embedding tables"
         elif parameter.kind is not ParameterKind.CONVOLUTION:
             yield name, "no linear layer multiplies with them as one matrix"
         elif not parameter.is_matrix:
-            yield name, "convolutions of overlapping or grouped patches"
+            yield name, "grouped, depthwise or transposed convolutions"
         elif not convolutions:
             yield name, "convolutions, which capture.convolutions leaves out"
 
@@ -97,7 +103,7 @@ def unmergeable(checkpoint: Checkpoint, architecture: Architecture) -> Iterator[
     """Weights that are stored in a format that cannot be merged, such as 8-bit ones, a line for each format."""
     found: dict[str, list[str]] = {}
     for name, stored in checkpoint.backbone.items():
-        if not stored.is_floating and (name in architecture.parameters or name in architecture.stored_names):
+        if not stored.is_floating and architecture.knows(name):
             found.setdefault(stored.dtype, []).append(name)
     for dtype, names in found.items():
         yield (

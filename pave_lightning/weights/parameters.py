@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import ClassVar
 
 from torch import Tensor, nn
 
-from pave_lightning.layers import CONVOLUTIONS, matrix_weight
+from pave_lightning.layers import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, matrix_weight, stacked_axis
+from pave_lightning.weights.matrices import Matrix, Outputs, Part
 
 
 class ParameterKind(StrEnum):
-    """What a parameter does in its layer."""
+    """What a parameter does in its layer.
+
+    A parameter of kind EXPERTS has three axes: one matrix weight for each expert of a mixture.
+    """
 
     LINEAR = "linear"
+    EXPERTS = "experts"
     CONVOLUTION = "convolution"
     EMBEDDING = "embedding"
     NORM_SCALE = "norm scale"
@@ -37,9 +43,14 @@ class Parameter:
         kind: what it does in its layer.
         shape: its shape.
         input_axis: the axis of a matrix weight that meets the layer's input: 1 for ``nn.Linear`` (d_out x d_in), fused
-            projections and convolutions that are matrix products, 0 for the transposed ``Conv1D`` of GPT-2; None for
-            everything that multiplies with no matrix.
-        module: name of the module that owns it, where checkpoints store the parameter under another name; else None.
+            projections and convolutions without groups, 0 for the transposed ``Conv1D`` of GPT-2; 2 or 1 for the
+            matrices of experts, whose first axis counts them; None for everything that multiplies with no matrix.
+        module: name of the layer, where checkpoints store the parameter under another name; else None.
+        parts: the projections that a fused weight holds beside each other; none where there is one, or where nobody
+            knows.
+        of_layer: which outputs of the layer the weight gives, where checkpoints store apart what the model has fused;
+            None for all of them.
+        of_stack: name of the stack of which it is one expert's matrix, and its number there; None for all others.
         rows: which rows of its first axis are meant, where a block of them is merged apart from the others; None for
             all. Name, shape and number of elements are those of the whole parameter, and so are equality and hash.
     """
@@ -49,6 +60,9 @@ class Parameter:
     shape: tuple[int, ...]
     input_axis: int | None = None
     module: str | None = None
+    parts: tuple[Part, ...] = ()
+    of_layer: Outputs | None = None
+    of_stack: tuple[str, int] | None = None
     rows: slice | None = field(default=None, compare=False)
 
     # What remembers architectures takes a slice as it is; there is never one in them.
@@ -56,8 +70,10 @@ class Parameter:
 
     @property
     def layer(self) -> str:
-        """Name of the layer (module) that owns the parameter."""
-        return self.name.rpartition(".")[0] if self.module is None else self.module
+        """Name of the layer (module) that owns the parameter; of experts, whose module has several, without .weight."""
+        if self.module is not None:
+            return self.module
+        return self.name.removesuffix(".weight") if self.is_stack else self.name.rpartition(".")[0]
 
     @property
     def elements(self) -> int:
@@ -77,7 +93,59 @@ class Parameter:
     @property
     def is_matrix(self) -> bool:
         """Whether the layer multiplies its input with this weight as one matrix (linear layers, some convolutions)."""
-        return self.input_axis is not None
+        return self.input_axis is not None and not self.is_stack
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether it holds one matrix weight for each expert of a mixture, along its first axis."""
+        return self.kind is ParameterKind.EXPERTS
+
+    def expert(self, number: int) -> Parameter:
+        """One expert's matrix of a stack as a parameter of its own.
+
+        Example:
+            >>> Parameter("experts.down_proj", ParameterKind.EXPERTS, (4, 8, 16), input_axis=2).expert(1).matrix_shape
+            (8, 16)
+        """
+        axis = None if self.input_axis is None else self.input_axis - 1
+        layer = f"{self.layer}.{number}"
+        return replace(
+            self,
+            name=f"{self.name}.{number}",
+            kind=ParameterKind.LINEAR,
+            shape=self.shape[1:],
+            input_axis=axis,
+            module=layer,
+            of_stack=(self.name, number),
+        )
+
+    @property
+    def apart(self) -> tuple[Parameter, ...]:
+        """The experts' matrices of a stack, each a parameter of its own; the parameter itself where it is no stack."""
+        return tuple(self.expert(number) for number in range(self.shape[0])) if self.is_stack else (self,)
+
+    @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        """The matrices that it is made of: one, one for each expert, one for each fused part; none where it is none."""
+        if self.input_axis is None:
+            return ()
+        if self.is_stack:
+            return tuple(
+                replace(matrix, expert=number) for number, one in enumerate(self.apart) for matrix in one.matrices
+            )
+        height, width = self.matrix_shape
+        whole = Matrix(self.layer, self.layer, (height, width), self.input_axis, of_layer=self.of_layer)
+        return tuple(
+            replace(
+                whole,
+                name=f"{self.layer}.{part.name}" if part.layer is None else part.layer,
+                layer=self.layer if part.layer is None else part.layer,
+                shape=(part.outputs.count, width),
+                outputs=part.outputs,
+                of_layer=part.outputs if part.layer is None else None,
+            )
+            for part in self.parts
+        ) or (whole if self.of_layer is None else replace(whole, name=self.name.removesuffix(".weight")),)
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -110,9 +178,12 @@ def kind_of(module: nn.Module, attribute: str) -> tuple[ParameterKind, int | Non
     is_norm = "norm" in type(module).__name__.lower()
     name, axis = matrix_weight(module) or ("", None)
     found: tuple[ParameterKind, int | None] = ParameterKind.OTHER, None
-    if attribute in ("bias", "in_proj_bias"):
+    stacked = stacked_axis(module, attribute)
+    if stacked is not None:
+        found = ParameterKind.EXPERTS, stacked
+    elif attribute in ("bias", "in_proj_bias"):
         found = (ParameterKind.NORM_SHIFT if is_norm else ParameterKind.BIAS), None
-    elif attribute == "weight" and isinstance(module, CONVOLUTIONS):
+    elif attribute == "weight" and isinstance(module, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS):
         found = ParameterKind.CONVOLUTION, axis
     elif attribute == name:
         found = ParameterKind.LINEAR, axis
@@ -120,4 +191,19 @@ def kind_of(module: nn.Module, attribute: str) -> tuple[ParameterKind, int | Non
         found = ParameterKind.EMBEDDING, None
     elif attribute == "weight" and is_norm:
         found = ParameterKind.NORM_SCALE, None
+    return found
+
+
+def parameters_of(backbone: nn.Module, parts: Mapping[str, tuple[Part, ...]]) -> dict[str, Parameter]:
+    """All parameters of a module by name, in the order of its modules; shared ones once, under their first name.
+
+    Args:
+        backbone: the module.
+        parts: the parts of fused weights, by the name of the weight in the module.
+    """
+    found = {}
+    for name, tensor in backbone.named_parameters():
+        owner, _, attribute = name.rpartition(".")
+        kind, axis = kind_of(backbone.get_submodule(owner), attribute)
+        found[name] = Parameter(name, kind, tuple(tensor.shape), axis, parts=parts.get(name, ()))
     return found

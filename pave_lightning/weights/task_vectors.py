@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pave_lightning.errors import PaveError, Problems
+from pave_lightning.errors import PaveError, Problems, naming
 from pave_lightning.subspace import is_finite
+from pave_lightning.weights.adapter_base import noted_base, other_base
+from pave_lightning.weights.adapter_models import write_with_adapter
 from pave_lightning.weights.adapters import ADAPTER_CONFIG, ADAPTER_FOLDER, Adapter, adapter_folder, misfit
 from pave_lightning.weights.architecture import Architecture
 from pave_lightning.weights.buffers import averaged, buffer_problems
 from pave_lightning.weights.checkpoint import FLOATING, Checkpoint
 from pave_lightning.weights.coverage import unmergeable
-from pave_lightning.weights.locate import locate_model
+from pave_lightning.weights.locate import locate_model, named_adapter
 from pave_lightning.weights.parameters import Parameter
 from pave_lightning.weights.ties import tie_problems
+from pave_lightning.weights.untied import with_heads_apart
 
 # 0.8 MB in float32: below 1 MB the C library reuses memory, above it the system clears all pages of every block anew.
 BLOCK_ELEMENTS = 200_000
@@ -118,6 +123,20 @@ class TaskVectors(ABC):
         """Name and value (float32) of each parameter that is left out of a merge and stays as it is in the base."""
         yield from ()
 
+    def model(self, weights: Mapping[str, Tensor], task: str | None = None) -> nn.Module:
+        """A model with these weights in place of the base's, by the names of parameters and running statistics.
+
+        Args:
+            weights: the weights, in the shapes of the parameters.
+            task: whose head it has; the base's where None.
+
+        Raises:
+            PaveError: these task vectors are not of modules in memory.
+        """
+        raise PaveError(
+            "only task vectors of modules in memory make a module; load_merged(folder, task) loads one from a folder"
+        )
+
     def running_statistics(self) -> Iterator[tuple[str, Tensor]]:
         """Name and merged value (float32) of each running statistic, such as the variances of batch norms.
 
@@ -153,6 +172,10 @@ class DerivedTaskVectors(TaskVectors):
     def checkpoint(self, task: str) -> Checkpoint | None:
         """What the expert was read from that this one is made of."""
         return self.source.checkpoint(task)
+
+    def model(self, weights: Mapping[str, Tensor], task: str | None = None) -> nn.Module:
+        """What the source makes of these weights."""
+        return self.source.model(weights, task)
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """That of the source."""
@@ -221,6 +244,9 @@ class ExpertTaskVectors(TaskVectors):
         architecture: the experts' architecture, which says what kind each parameter is.
         counts: how many experts a checkpoint stands for, where it is a merged model; else one.
 
+    Attributes:
+        architecture: the architecture.
+
     Raises:
         PaveError: base and experts differ in layer names or shapes, or an adapter is not that of its expert; all
             differences are listed, up to 20.
@@ -240,6 +266,7 @@ class ExpertTaskVectors(TaskVectors):
         problems.raise_if_any()
         shared = set.intersection(*(set(expert.backbone) for expert in experts.values())) if experts else set()
         self._base, self._experts = base, dict(experts)
+        self.architecture = architecture
         self.tasks = tuple(experts)
         self.parameters = tuple(
             replace(architecture.describe(name, stored.shape), shape=stored.shape)
@@ -260,6 +287,8 @@ class ExpertTaskVectors(TaskVectors):
                 self._adapters[task] = Adapter(folder, architecture.prefix)
                 problems.extend(f"task '{task}': {problem}" for problem in self._adapter_problems(task, architecture))
         problems.raise_if_any()
+        # What is removed with the task vectors.
+        self.temporary: tuple[TemporaryDirectory[str], ...] = ()
 
     def base(self, parameter: Parameter, rows: slice | None = None) -> Tensor:
         """The base's tensor (float32)."""
@@ -426,32 +455,54 @@ def differences(task: str, base: Checkpoint, expert: Checkpoint, architecture: A
     for name, stored in base.backbone.items():
         # A child that the expert lacks altogether (a pooler its architecture drops) stays as it is in the base.
         matters = stored.is_floating and architecture.compares(name) and name.partition(".")[0] in of_expert
+        if architecture.inner and not architecture.knows(name) and not architecture.averages(name):
+            matters = False  # the pooler of a base whose experts are language models
         if name not in expert.backbone and matters:
             found.append(f"task '{task}': {name} {list(stored.shape)} is in the base, but not in the expert")
     return found
 
 
-def task_vectors(base: str, experts: Mapping[str, str]) -> ExpertTaskVectors:
+def checkpoint_vectors(
+    base: str | None = None, experts: Mapping[str, str] | None = None, *, accept: Collection[str] = ()
+) -> ExpertTaskVectors:
     """Task vectors of fine-tuned checkpoints, read lazily.
 
+    Of models with heads for tasks the backbones are compared. Language models, whose heads score tokens, are compared
+    whole: their heads count as what they are, weights of their own or, where all checkpoints tie them, the embedding.
+
+    An expert that is a peft adapter is merged into the base first, by peft itself, one after the other; the weights
+    (float32) are kept in a temporary folder for as long as the task vectors are. Its head is left out.
+
     Args:
-        base: folder, hub id, or ``package:NAME/FOLDER`` of the base model.
-        experts: the same for each task's fine-tuned checkpoint.
+        base: folder, hub id, or ``package:NAME/FOLDER`` of the base model; by default the one that the experts'
+            adapters name.
+        experts: the same for each task's fine-tuned checkpoint or adapter.
+        accept: what may differ although it is refused otherwise: ``base``, for adapters that name another base.
 
     Raises:
-        PaveError: a model is missing, or the experts do not fit the base (all differences are listed).
+        PaveError: a model is missing, no adapter or several different ones name the base, or the experts do not fit
+            the base (all differences are listed).
     """
-    folders = {task: locate_model(reference, role=f"expert of '{task}'") for task, reference in experts.items()}
+    folders = {task: locate_model(name, role=f"expert of '{task}'") for task, name in (experts or {}).items()}
     if not folders:
         raise PaveError("no experts are given")
-    for task, folder in folders.items():
-        if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
-            raise PaveError(
-                f"expert of '{task}': {folder} is a peft adapter, no whole model; a recipe takes it as it is, but "
-                f"here it must be merged into the base first (merge_and_unload, save_pretrained); keep it beside the "
-                f"weights in a folder '{ADAPTER_FOLDER}'"
-            )
+    folders = {task: named_adapter(folder, role=f"expert of '{task}'") for task, folder in folders.items()}
+    adapters = {task: folder for task, folder in folders.items() if (folder / ADAPTER_CONFIG).is_file()}
+    reference = base if base is not None else noted_base(adapters)
+    base_folder = locate_model(reference, role="base")
+    kept = {}
+    for task, adapter in adapters.items():
+        other = None if "base" in accept else other_base(adapter, reference, base_folder)
+        if other is not None:
+            raise PaveError(f"expert of '{task}': {other}; name the adapter's own base, or accept 'base'")
+        place = kept[task] = TemporaryDirectory(prefix="pave-expert-")
+        with naming(f"expert of '{task}'"):
+            write_with_adapter(base_folder, adapter, Path(place.name))
+        folders[task] = Path(place.name)
     architecture = Architecture.of_folder(next(iter(folders.values())))
-    base_checkpoint = architecture.checkpoint(locate_model(base, role="base"))
+    architecture = with_heads_apart(architecture, [base_folder, *folders.values()])
+    base_checkpoint = architecture.checkpoint(base_folder)
     checkpoints = {task: architecture.checkpoint(folder) for task, folder in folders.items()}
-    return ExpertTaskVectors(base_checkpoint, checkpoints, architecture)
+    vectors = ExpertTaskVectors(base_checkpoint, checkpoints, architecture)
+    vectors.temporary = tuple(kept.values())
+    return vectors

@@ -26,11 +26,16 @@ def tied_names(backbone: nn.Module) -> dict[str, str]:
 
 def tie_problems(checkpoint: Checkpoint) -> Iterator[str]:
     """Tied tensors that a checkpoint stores several times with different values; reads them."""
+    for name in differing_copies(checkpoint):
+        yield (
+            f"{checkpoint.folder}: {checkpoint.tied[name]} and {name} are one tensor in this architecture, but the "
+            "file stores different values under the two names; store the right one alone, or both alike"
+        )
+
+
+def differing_copies(checkpoint: Checkpoint) -> Iterator[str]:
+    """Names of tied tensors that a checkpoint also stores under another name with other values; reads them."""
     for name, copy in checkpoint.copies.items():
-        own = checkpoint.tied[name]
-        first, other = checkpoint.tensor(own), checkpoint.read(copy)
+        first, other = checkpoint.tensor(checkpoint.tied[name]), checkpoint.read(copy)
         if first.shape != other.shape or not torch.equal(first.double(), other.double()):
-            yield (
-                f"{checkpoint.folder}: {own} and {name} are one tensor in this architecture, but the file stores "
-                "different values under the two names; store the right one alone, or both alike"
-            )
+            yield name

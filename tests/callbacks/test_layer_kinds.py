@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pave_lightning.errors import PaveError
 from pave_lightning.statistics import LayerMoment
 
 torch.set_num_threads(1)
@@ -181,13 +182,24 @@ def test_the_cap_of_a_layer_that_is_called_often_is_spread_over_its_calls(captur
     assert found.matrix.diagonal().sum() == pytest.approx(1)
 
 
-def unfolded(inputs: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
+def unfolded(layer: Any, inputs: Tensor) -> Tensor:
     """Patches one by one, channels first, then the axes of the kernel."""
+    axes = list(zip(layer.kernel_size, layer.stride, layer.dilation, strict=True))
+    margins = [(span // 2, span - span // 2) for span in ((size - 1) * apart for size, _, apart in axes)]
+    if layer.padding != "same":
+        margins = [(0, 0) if layer.padding == "valid" else (side, side) for side in layer.padding]
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    padded = nn.functional.pad(inputs, [side for margin in margins[::-1] for side in margin], mode=mode)
     rows = []
-    steps = [range(0, size - k + 1, s) for size, k, s in zip(inputs.shape[2:], kernel, stride, strict=True)]
-    for image in inputs:
+    steps = [
+        range(0, size - (k - 1) * apart, step) for size, (k, step, apart) in zip(padded.shape[2:], axes, strict=True)
+    ]
+    for image in padded:
         for place in torch.cartesian_prod(*[torch.tensor(list(step)) for step in steps]).reshape(-1, len(steps)):
-            window = tuple(slice(int(at), int(at) + k) for at, k in zip(place, kernel, strict=True))
+            window = tuple(
+                slice(int(at), int(at) + (k - 1) * apart + 1, apart)
+                for at, (k, _, apart) in zip(place, axes, strict=True)
+            )
             rows.append(image[(slice(None), *window)].flatten())
     return torch.stack(rows)
 
@@ -201,6 +213,13 @@ def unfolded(inputs: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...]) -
         (nn.Conv2d(6, 4, 1, stride=2), (5, 4)),
         (nn.Conv1d(3, 4, 4, stride=4), (9,)),
         (nn.Conv3d(2, 3, (1, 2, 2), stride=(1, 2, 2)), (2, 4, 5)),
+        (nn.Conv2d(2, 4, 3, padding=1), (4, 5)),
+        (nn.Conv2d(2, 30, 3, stride=2, padding=(2, 1)), (5, 6)),
+        (nn.Conv2d(2, 4, (3, 2), stride=(1, 2), dilation=(2, 1), padding=(0, 1)), (7, 5)),
+        (nn.Conv2d(2, 4, 2, padding="same", dilation=(1, 3)), (4, 5)),
+        (nn.Conv2d(2, 4, 3, padding=1, padding_mode="reflect"), (4, 5)),
+        (nn.Conv1d(3, 4, 5, stride=3, padding=2, padding_mode="circular"), (11,)),
+        (nn.Conv3d(2, 4, 2, dilation=2, padding=1), (3, 4, 5)),
     ],
     ids=str,
 )
@@ -209,7 +228,7 @@ def test_convolutions_as_matrix_products(
 ) -> None:
     torch.manual_seed(0)
     data = [torch.randn(count, convolution.in_channels, *size) for count in (2, 3)]
-    patches = torch.cat([unfolded(images, convolution.kernel_size, convolution.stride) for images in data])
+    patches = torch.cat([unfolded(convolution, images) for images in data])
     weight = convolution.weight.detach().reshape(convolution.out_channels, -1)
     with torch.no_grad():
         outputs = torch.cat([convolution(images).movedim(1, -1).reshape(-1, len(weight)) for images in data])
@@ -231,14 +250,16 @@ def test_capped_patches_are_rows_of_the_unfolded_image(capture: Any, running: An
     module = running(nn.Sequential(convolution))
     found = capture(module, [images], convolutions=True, rows=4, keep_rows=True).statistics["0"]
     assert (found.kind, found.rows, found.seen) == ("rows", 4, 12)
-    distance = torch.cdist(found.matrix * 2, unfolded(images, (2, 2), (2, 2)))
+    distance = torch.cdist(found.matrix * 2, unfolded(convolution, images))
     nearest = distance.min(dim=1)
     assert nearest.values.max() < 1e-3
     assert len(set(nearest.indices.tolist())) == 4
 
 
 def test_convolutions_are_left_out_unless_asked_for_or_no_matrix_product(capture: Any, running: Any) -> None:
-    net = nn.Sequential(nn.Conv2d(3, 4, 2, stride=2), nn.Conv2d(4, 4, 3, padding=1), nn.Flatten(), nn.Linear(16, 2))
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 2, stride=2), nn.Conv2d(4, 4, 3, padding=1, groups=2), nn.Flatten(), nn.Linear(16, 2)
+    )
     data = [torch.randn(2, 3, 4, 4)]
     assert capture(running(net), data).statistics.layers() == ["3"]
     callback = capture(running(net), data, convolutions=True)
@@ -251,15 +272,62 @@ def test_layers_that_cut_one_input_differently_do_not_share(capture: Any, runnin
         def __init__(self) -> None:
             super().__init__()
             self.pointwise, self.patches = nn.Conv1d(4, 4, 1), nn.Conv1d(4, 16, 4, stride=4)
+            self.padded = nn.Conv1d(4, 16, 4, stride=4, padding=2)
             self.linear = nn.Linear(8, 8)
 
         def forward(self, inputs: Tensor) -> None:
             self.pointwise(inputs)
             self.patches(inputs)
+            self.padded(inputs)
             self.linear(inputs)
 
-    inputs = torch.randn(3, 4, 8)
-    captured = capture(running(Both()), [inputs], convolutions=True).statistics
-    assert_covariance(captured["pointwise"], unfolded(inputs, (1,), (1,)))
-    assert_covariance(captured["patches"], unfolded(inputs, (4,), (4,)))
+    net, inputs = Both(), torch.randn(3, 4, 8)
+    captured = capture(running(net), [inputs], convolutions=True).statistics
+    for name in ("pointwise", "patches", "padded"):
+        assert_covariance(captured[name], unfolded(net.get_submodule(name), inputs))
     assert_covariance(captured["linear"], inputs.reshape(-1, 8))
+
+
+class Standardised(nn.Conv2d):
+    """Changes its kernels before it uses them."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        kernels = (self.weight - self.weight.mean()) / self.weight.std()
+        return nn.functional.conv2d(inputs, kernels, self.bias, self.stride, self.padding)
+
+
+class SamePadded(nn.Conv2d):
+    """Pads its input by itself, as models that came from TensorFlow do."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return super().forward(nn.functional.pad(inputs, (0, 1, 0, 1)))
+
+
+def test_convolutions_that_do_something_else_are_told(capture: Any, running: Any) -> None:
+    net = nn.Sequential(Standardised(3, 4, 3, padding=1), SamePadded(4, 4, 2), nn.Conv2d(4, 4, 3))
+    callback = capture(running(net), [torch.randn(2, 3, 6, 6)], convolutions=True)
+    assert callback.statistics.layers() == ["2"]
+    assert callback.unreached == ["0", "1"]
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_convolutions_in_half_precision_are_still_known(precision: Any, capture: Any, running: Any) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, stride=2))
+    dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
+    module = running(net.to(dtype))
+    callback = capture(module, [torch.randn(2, 3, 8, 8, dtype=dtype)], convolutions=True, precision=precision)
+    assert callback.unreached == []
+
+
+def test_patches_are_copied_piece_by_piece(capture: Any, running: Any, monkeypatch: Any) -> None:
+    convolution, images = nn.Conv2d(3, 4, 3, padding=1), torch.randn(2, 3, 6, 5)
+    monkeypatch.setattr("pave_lightning.callbacks.observation.PATCH_ELEMENTS", 27 * 7)
+    found = capture(running(nn.Sequential(convolution)), [images], convolutions=True, moments="input").statistics["0"]
+    assert (found.rows, found.seen) == (60, 60)
+    assert_covariance(found, unfolded(convolution, images))
+
+
+def test_a_model_of_convolutions_alone_says_what_would_capture_them(capture: Any, running: Any) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
+    with pytest.raises(PaveError, match=r"no linear layers .* it has 2 convolutions, which convolutions=True captures"):
+        capture(running(net), [torch.randn(1, 3, 8, 8)])

@@ -10,6 +10,7 @@ from pave_lightning.callbacks import PaveCallback
 from pave_lightning.errors import PaveError
 from pave_lightning.weights import Architecture, Checkpoint, ExpertTaskVectors, Parameter, ParameterKind
 from pave_lightning.weights.architecture import backbone_of, empty_model
+from pave_lightning.weights.matrices import Outputs, Part
 
 IMAGES = "AutoModelForImageClassification"
 
@@ -53,8 +54,9 @@ def test_it_agrees_with_the_model_that_transformers_builds(base_folder):
 def test_gpt2_holds_its_linear_weights_transposed(gpt2_folder):
     found = Architecture.of_folder(gpt2_folder)
     assert found.prefix == "transformer"
+    parts = tuple(Part(name, Outputs(8 * place, 8)) for place, name in enumerate(("query", "key", "value")))
     assert found.parameters["h.0.attn.c_attn.weight"] == Parameter(
-        "h.0.attn.c_attn.weight", ParameterKind.LINEAR, (8, 24), 0
+        "h.0.attn.c_attn.weight", ParameterKind.LINEAR, (8, 24), 0, parts=parts
     )
     assert found.parameters["h.0.mlp.c_proj.weight"].input_axis == 0
     assert found.parameters["h.0.mlp.c_proj.weight"].shape == (32, 8)

@@ -71,7 +71,9 @@ def test_kinds_of_weights():
     assert kind_of(attention.out_proj, "weight") == (ParameterKind.LINEAR, 1)
     assert kind_of(Conv1D(3, 5), "weight") == (ParameterKind.LINEAR, 0)
     assert kind_of(nn.Conv2d(3, 8, 4, stride=4), "weight") == (ParameterKind.CONVOLUTION, 1)
-    assert kind_of(nn.Conv2d(3, 8, 3), "weight") == (ParameterKind.CONVOLUTION, None)
+    assert kind_of(nn.Conv2d(3, 8, 3, padding=1), "weight") == (ParameterKind.CONVOLUTION, 1)
+    for module in (nn.Conv2d(4, 8, 3, groups=2), nn.Conv1d(4, 4, 3, groups=4), nn.ConvTranspose2d(4, 8, 3)):
+        assert kind_of(module, "weight") == (ParameterKind.CONVOLUTION, None)
     assert kind_of(nn.LayerNorm(3), "weight") == (ParameterKind.NORM_SCALE, None)
     assert kind_of(nn.LayerNorm(3), "bias") == (ParameterKind.NORM_SHIFT, None)
     assert kind_of(nn.Embedding(3, 4), "weight") == (ParameterKind.EMBEDDING, None)

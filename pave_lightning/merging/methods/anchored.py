@@ -47,6 +47,7 @@ class AnchoredRegression(StaticMethod[AnchoredRegressionOptions]):
 
     summary = "regression on the experts' outputs with another method's merged model as prior"
     source = "Li et al. 2026, arXiv 2605.12843"
+    each_expert = True
     needs = frozenset({Need.ANCHOR, Need.INPUT_MOMENTS})
     cost = Cost.DECOMPOSITION
     held_models = 1  # the anchor

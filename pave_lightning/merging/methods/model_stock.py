@@ -38,6 +38,7 @@ class ModelStock(StaticMethod[ModelStockOptions]):
 
     summary = "mean of the experts, pulled to the base as far as their angles say"
     source = "Jang et al. 2024, arXiv 2403.19522"
+    each_expert = True
     Options = ModelStockOptions
 
     def in_blocks(self, parameter: Parameter) -> bool:

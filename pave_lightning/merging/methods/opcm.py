@@ -57,6 +57,7 @@ class Opcm(SequentialMethod[OpcmOptions]):
 
     summary = "one expert after the other, each orthogonal to what has been merged before it"
     source = "Tang et al. 2025, arXiv 2501.09522"
+    each_expert = True
     cost = Cost.DECOMPOSITION
     ordered = True
     rescales = True
