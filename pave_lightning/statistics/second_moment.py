@@ -265,6 +265,19 @@ class SecondMoment:
             return LayerMoment("rows", rows.cpu(), self.rows, self.seen)
         return LayerMoment(self.kind, self.mean().cpu(), self.rows, self.seen)
 
+    def finish(self) -> LayerMoment:
+        """As `moment`, but nothing may be added or asked for after it: the sums become the moment.
+
+        Raises:
+            ValueError: no rows have been added.
+        """
+        if self._is_kept or not self.rows:
+            return self.moment()
+        with torch.inference_mode(False), torch.no_grad():
+            self._multiply_waiting()
+            found, self._total = self._sums().take_mean(self.rows), None
+            return LayerMoment(self.kind, found.cpu(), self.rows, self.seen)
+
     @property
     def held_bytes(self) -> int:
         """What is held in memory: sums, and rows that no sum has yet."""
