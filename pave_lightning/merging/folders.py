@@ -48,6 +48,8 @@ log = logging.getLogger("pave_lightning")
 FACTS_FILE = "pave.json"
 # Where weights do not say it.
 DEFAULT_SHARD_SIZE = "5GB"
+# Rounding that changes more of a merged task vector than this is warned of.
+MUCH_ROUNDING = 0.25
 HEAD_FILE = "head.safetensors"
 # Beside a head whose last layer was fitted to the merged model: the head as its expert has it.
 EXPERT_HEAD_FILE = "expert-head.safetensors"
@@ -286,7 +288,15 @@ def _write_surroundings(
         facts["dtype"] = written.asked
     if written.rounding is not None:
         facts["rounding"] = written.rounding
-        log.info("  rounding to the stored type changes %.2g of the merged task vector (norms)", written.rounding)
+        short = str(written.dtype).removeprefix("torch.")
+        if written.rounding > MUCH_ROUNDING:
+            log.warning(
+                "  rounding to %s changes the merged task vector by %.0f %% of its norm; write.dtype: float32 keeps it",
+                short,
+                100 * written.rounding,
+            )
+        else:
+            log.info("  rounding to %s changes %.2g of the merged task vector (norms)", short, written.rounding)
     if _takes_experts_later(method, scale):
         facts |= {"sequential": method.state(scale), "base_digest": model_digest(context.base.folder)}
     write_facts(folder, facts)

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from pave_lightning.system.pages import zeros_on_pages
+
 SMALLEST_BLOCK = 64
 # Into how many panels a matrix is cut: of a symmetric one (n + 1) / 2n is computed, in n times as many steps.
 CPU_BLOCKS = 8
 OTHER_BLOCKS = 2
-# Products of a panel stand beside the sum for a moment.
-PANEL_ELEMENTS = 2_000_000
+# Two products of a panel stand beside the sums of all layers.
+PANEL_ELEMENTS = 1_000_000
+# What is converted at a time when a mean is taken.
+PIECE_ELEMENTS = 1 << 18
+# Products of fewer columns are taken in float64: libraries add up their rows one after the other, which in float32
+# costs the small eigenvalues of rows that are much alike (hundreds of roundings of the largest; 3 of wider products).
+THIN = 16
 
 
 @dataclass
@@ -32,25 +40,47 @@ class _Panel:
     high: Tensor
     low: Tensor
 
-    def add(self, product: Tensor) -> None:
-        """Add a float32 tensor, which is used up."""
+    def add(self, product: Tensor, total: Tensor) -> None:
+        """Add a float32 tensor, which is used up, as another one of its shape is."""
         product += self.low
-        total = self.high + product
+        torch.add(self.high, product, out=total)
         # What rounding the sum took away: exact where the sum is larger than what is added, else nearly so.
         self.high -= total
         self.high += product
         self.low.copy_(self.high)
         self.high.copy_(total)
 
-    def double(self) -> Tensor:
-        """The sum, float64, on the CPU where the device has no such numbers."""
-        high, low = (self.high.cpu(), self.low.cpu()) if self.high.is_mps else (self.high, self.low)
-        return high.double().add_(low)
+    def double(self, rows: slice = slice(None)) -> Tensor:
+        """The sum of some of its rows, float64, on the CPU where the device has no such numbers."""
+        high, low = self.high[rows], self.low[rows]
+        return (high.cpu().double() if high.is_mps else high.double()).add_(low.cpu() if low.is_mps else low)
 
     def set(self, total: Tensor) -> None:
         """Take a float64 tensor as the sum."""
         self.high.copy_(total)
         self.low.copy_(total - self.high)
+
+
+_SCRATCH = threading.local()
+
+
+def _scratch(shape: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Two float32 tensors of a shape that hold anything, until they are asked for again in the same thread.
+
+    Tensors that come and go between those of a forward pass would leave holes in memory.
+    """
+    rooms: dict[torch.device, Tensor] = vars(_SCRATCH).setdefault("rooms", {})
+    size = shape[0] * shape[1]
+    room = rooms.get(device)
+    if room is None or room.shape[1] < size:
+        with torch.inference_mode(False):
+            room = rooms[device] = zeros_on_pages((2, size), torch.float32, device)
+    return room[0, :size].view(shape), room[1, :size].view(shape)
+
+
+def _size(place: tuple[slice, slice]) -> tuple[int, int]:
+    rows, columns = place
+    return rows.stop - rows.start, columns.stop - columns.start
 
 
 class CompensatedSum:
@@ -73,20 +103,37 @@ class CompensatedSum:
         height, width = shape
         blocks = CPU_BLOCKS if device is None or torch.device(device).type == "cpu" else OTHER_BLOCKS
         block = max(SMALLEST_BLOCK, min(width // blocks, PANEL_ELEMENTS // max(1, height)))
-        self._panels = []
-        for start in range(0, width, block):
-            rows, columns = slice(start if lower else 0, height), slice(start, min(width, start + block))
-            size = (rows.stop - rows.start, columns.stop - columns.start)
-            high = torch.zeros(size, dtype=torch.float32, device=device)
-            self._panels.append(_Panel(rows, columns, high, torch.zeros_like(high, dtype=torch.bfloat16)))
+        self._places = [
+            (slice(start if lower else 0, height), slice(start, min(width, start + block)))
+            for start in range(0, width, block)
+        ]
+        self._device = device
+        elements = sum(_size(place)[0] * _size(place)[1] for place in self._places)
+        high, low = (zeros_on_pages((elements,), dtype, device) for dtype in (torch.float32, torch.bfloat16))
+        self._panels = self._cut(high, low)
+
+    def _cut(self, high: Tensor, low: Tensor) -> list[_Panel]:
+        """The panels, which lie one after the other."""
+        panels, start = [], 0
+        for place in self._places:
+            size = _size(place)
+            stop = start + size[0] * size[1]
+            panels.append(_Panel(*place, high[start:stop].view(size), low[start:stop].view(size)))
+            start = stop
+        return panels
 
     def add_product(self, left: Tensor, right: Tensor) -> None:
-        """Add ``left.T @ right``, ``(k, m)`` and ``(k, n)``; the two are one where it is symmetric.
-
-        Products are of the factors' type, float32 or float64, and rounded to float32 when they are added.
-        """
+        """Add ``left.T @ right``, float32, ``(k, m)`` and ``(k, n)``; the two are one where it is symmetric."""
+        thin = min(self.shape) < THIN and not left.is_mps
         for panel in self._panels:
-            panel.add((left[:, panel.rows].T @ right[:, panel.columns]).float())
+            height, width = panel.high.shape
+            product, total = _scratch((height, width), panel.high.device)
+            one, other = left[:, panel.rows].T, right[:, panel.columns]
+            if thin:
+                product.copy_(one.double() @ other.double())
+            else:
+                torch.mm(one, other, out=product)
+            panel.add(product, total)
 
     def add(self, other: CompensatedSum) -> None:
         """Add another sum of the same shape."""
@@ -105,25 +152,28 @@ class CompensatedSum:
 
     def copy(self) -> CompensatedSum:
         """Another sum that has had the same added."""
-        other = CompensatedSum.__new__(CompensatedSum)
-        other.shape, other.lower = self.shape, self.lower
-        other._panels = [_Panel(p.rows, p.columns, p.high.clone(), p.low.clone()) for p in self._panels]
+        other = CompensatedSum(self.shape, lower=self.lower, device=self._device)
+        for panel, own in zip(self._panels, other._panels, strict=True):
+            own.high.copy_(panel.high)
+            own.low.copy_(panel.low)
         return other
 
     def mean(self, count: int) -> Tensor:
         """The whole matrix divided by a number: float32, shape ``(m, n)``."""
-        found: Tensor | None = None
-        for rows, columns, total in self.parts():
-            if found is None:
-                found = torch.empty(self.shape, dtype=torch.float32, device=total.device)
-            part = total.div_(count).float()
-            found[rows, columns] = part
+        device = self._panels[0].high.device if self._panels else torch.device("cpu")
+        found = zeros_on_pages(self.shape, torch.float32, torch.device("cpu") if device.type == "mps" else device)
+        for panel in self._panels:
+            columns, height = panel.columns, panel.high.shape[0]
+            step = max(1, PIECE_ELEMENTS // max(1, columns.stop - columns.start))
+            for start in range(0, height, step):  # in float64, so a few rows at a time
+                part = panel.double(slice(start, start + step)).div_(count).float()
+                first = panel.rows.start + start
+                found[first : first + len(part), columns] = part
             if self.lower:  # what lies above the diagonal block is the transpose of what lies below it
-                square = columns.stop - columns.start
-                block = part[:square].tril()
+                block = found[columns, columns].tril()
                 found[columns, columns] = block + block.tril(-1).T
-                found[columns, columns.stop :] = part[square:].T
-        return torch.empty(self.shape, dtype=torch.float32) if found is None else found
+                found[columns, columns.stop :] = found[columns.stop :, columns].T
+        return found
 
     @property
     def bytes(self) -> int:

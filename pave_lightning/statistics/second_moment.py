@@ -16,16 +16,14 @@ from torch import Tensor
 from pave_lightning.errors import PaveError
 from pave_lightning.statistics.compensated import CompensatedSum
 from pave_lightning.subspace import MomentKind
+from pave_lightning.system.pages import zeros_on_pages
 
 # How many rows wait for each other, since one product of many is cheaper than many products of a few: a share of the
 # moment's height, so that what waits is small beside the sums, but enough of them to be worth a product.
 WAITING_SHARE = 8
-FEWEST_WAITING, MOST_WAITING = 64, 512
+FEWEST_WAITING, MOST_WAITING = 64, 256
 # One float32 product is over no more rows than this: longer ones lose digits, and copies of half-precision rows grow.
 MOST_ROWS = 4096
-# Products of fewer columns are taken in float64: libraries add up their rows one after the other, which in float32
-# costs the small eigenvalues of rows that are much alike (hundreds of roundings of the largest; 3 of wider products).
-THIN = 16
 
 Moments = Literal["smallest", "input", "output"]
 
@@ -290,8 +288,7 @@ class SecondMoment:
             if self._waiting is None:
                 with torch.inference_mode(False):  # what is begun in an inference pass can be added to after it
                     self._waiting = tuple(
-                        torch.empty(limit, factor.shape[1], dtype=torch.float32, device=factor.device)
-                        for factor in factors
+                        zeros_on_pages((limit, factor.shape[1]), torch.float32, factor.device) for factor in factors
                     )
             stop = min(count, start + limit - self._waiting_rows)
             end = self._waiting_rows + stop - start
@@ -314,8 +311,6 @@ class SecondMoment:
         total = self._sums()
         for start in range(0, len(factors[0]), MOST_ROWS):
             now = tuple(factor[start : start + MOST_ROWS].float() for factor in factors)
-            if min(self.shape) < THIN and not now[0].is_mps:
-                now = tuple(factor.double() for factor in now)
             with full_precision(now[0].device.type):
                 total.add_product(now[0], now[-1])
 

@@ -413,7 +413,13 @@ def test_what_rounding_changes_is_told(write, in_type, base_folder, expert_folde
         size += float(vector.square().sum())
     told = json.loads((folder / "pave.json").read_text())["rounding"]
     assert told == pytest.approx((lost / size) ** 0.5, rel=1e-3)
-    assert f"{told:.2g} of the merged task vector" in caplog.text
+    assert f"rounding to bfloat16 changes {told:.2g} of the merged task vector" in caplog.text
+
+
+def test_rounding_that_takes_most_of_an_update_is_warned_of(write, in_type, base_folder, caplog):
+    base = in_type(base_folder, torch.bfloat16)
+    write(TaskArithmetic(), 1e-3, base=base)
+    assert "write.dtype: float32 keeps it" in caplog.text
 
 
 @pytest.mark.parametrize("method", [Emr(), TsvCompress()], ids=lambda method: method.name)
