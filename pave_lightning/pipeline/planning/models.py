@@ -76,8 +76,9 @@ def check_models(recipe: Recipe, problems: Problems) -> None:
             problems.add(f"base: {incomplete}")
     problems.extend(f"base: {problem}" for problem in (*tie_problems(base), *unmergeable(base, architecture)))
     config = read_config(base_folder)
-    unfit = {task.name: found for task in recipe.tasks if (found := task.base_problem(config)) is not None}
-    problems.extend(f"task '{name}': the base's {architecture.backbone_class} {why}" for name, why in unfit.items())
+    unfit = {task.name: task.base_problem(config) for task in recipe.tasks}
+    whose = f"the base's {architecture.backbone_class}"
+    problems.extend(f"task '{name}': {whose} {why}" for name, why in unfit.items() if why is not None)
     for task in recipe.tasks:
         limit = architecture.positions
         if limit is not None and task.training.max_length > limit:
