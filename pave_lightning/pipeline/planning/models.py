@@ -17,6 +17,7 @@ from pave_lightning.tasks.lora import module_names
 from pave_lightning.tasks.task import Task
 from pave_lightning.weights import Adapter, Architecture, Checkpoint
 from pave_lightning.weights.adapters import ADAPTER_CONFIG, adapter_folder
+from pave_lightning.weights.architecture import read_config
 from pave_lightning.weights.completeness import naming_problem
 from pave_lightning.weights.coverage import unmergeable
 from pave_lightning.weights.task_vectors import absent_children, differences
@@ -75,6 +76,10 @@ def check_models(recipe: Recipe, problems: Problems) -> None:
         if incomplete is not None:
             problems.add(f"base: {incomplete}")
     problems.extend(f"base: {problem}" for problem in (*tie_problems(base), *unmergeable(base, architecture)))
+    config = read_config(base_folder)
+    unfit = {task.name: task.base_problem(config) for task in recipe.tasks}
+    whose = f"the base's {architecture.backbone_class}"
+    problems.extend(f"task '{name}': {whose} {why}" for name, why in unfit.items() if why is not None)
     for task in recipe.tasks:
         limit = architecture.positions
         if limit is not None and task.training.max_length > limit:
