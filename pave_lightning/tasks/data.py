@@ -338,8 +338,9 @@ def _read_hub(task: Task, split: Split) -> datasets.Dataset:
         why = unreached() or reason(error.__cause__ or error)
         raise PaveError(
             f"{split_title(task, split)}: the hub dataset cannot be loaded ({why}); check its name, "
-            "'config', 'revision' and split and the network, or give local files: leave 'data.hub' out and let "
-            "data.train, data.validation and data.test be paths of csv, jsonl or parquet files"
+            "'config', 'revision' and split and the network, or give local files: name the folder that holds them in "
+            "'data.folder' in place of 'data.hub', or leave both out and let data.train, data.validation and data.test "
+            "be paths of csv, jsonl or parquet files"
         ) from error
 
 

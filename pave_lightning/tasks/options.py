@@ -46,13 +46,13 @@ class Data(Section):
 
     hub: str | None = None
     """Name of a hub dataset, such as nyu-mll/glue. Without it, train, validation and test are paths of local files."""
-    folder: str | None = None
-    """A folder that holds a dataset's files by the names of splits (train.csv, train-00000-of-00001.parquet), in place
-    of the hub: train, validation and test are then splits too."""
     config: str | None = None
     """Configuration of the hub dataset, such as sst2; with folder, the folder below it that holds the files."""
     revision: str | None = None
     """Commit, tag or branch of the hub dataset."""
+    folder: str | None = None
+    """A folder that holds a dataset's files by the names of splits (train.csv, train-00000-of-00001.parquet), in place
+    of the hub: train, validation and test are then splits too."""
     train: str = "train"
     """Path of a local file, or a split of the hub dataset or folder, of which slices such as train[:90%] are
     understood."""

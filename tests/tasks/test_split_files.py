@@ -84,6 +84,40 @@ def test_mnli_is_tested_on_its_matched_rows(write, load):
     assert [row["premise"] for row in load(task, "test")] == [f"p{n}" for n in range(6)]
 
 
+OWN_LAYOUT = {
+    "cola": ("CoLA", {}, "source\tlabel\tmark\tsentence", 'gj04\t{label}\t*\tA "thing {n}.'),
+    "mrpc": (
+        "MRPC",
+        {"text": ["#1 String", "#2 String"], "label": "Quality"},
+        "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String",
+        '{label}\t{n}\t{n}\tHe said "a {n}\tb {n}',
+    ),
+    "stsb": ("STS-B", {"label": "score"}, "index\tsentence1\tsentence2\tscore", '{n}\ta {n}\tb" {n}\t{label}.5'),
+    "qqp": (
+        "QQP",
+        {"label": "is_duplicate"},
+        "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate",
+        "{n}\t1\t2\ta {n}\tb {n}\t{label}",
+    ),
+    "rte": ("RTE", {}, "index\tsentence1\tsentence2\tlabel", "{n}\ta {n}\tb {n}\t{name}"),
+}
+
+
+@pytest.mark.parametrize("name", OWN_LAYOUT)
+def test_the_columns_of_glues_own_download_can_be_named(name, tmp_path, load, check):
+    below, named, header, line = OWN_LAYOUT[name]
+    folder = tmp_path / "glue_data" / below
+    folder.mkdir(parents=True)
+    names = ("entailment", "not_entailment")
+    lines = [line.format(n=n, label=n % 2, name=names[n % 2]) for n in range(30)]
+    for split in ("train", "dev"):
+        (folder / f"{split}.tsv").write_text("\n".join([header, *lines]) + "\n")
+    task = glue(tmp_path / "glue_data", use=f"glue/{name}", **named)
+    assert check(task) == []
+    assert len(load(task, "train")) == 27
+    assert len(load(task, "test")) == 30
+
+
 @pytest.mark.parametrize("count", [1, 9, 10, 23, 105])
 @pytest.mark.parametrize(
     "text", ["x", "x[:90%]", "x[90%:]", "x[10%:35%]", "x[-20%:]", "x[:-3]", "x[2:7]", "x[5:]", "x[:]", "x[-2:-1]"]
