@@ -18,6 +18,7 @@ from pave_lightning.system.interrupts import stoppable
 from pave_lightning.system.processes import end_with_parent, is_launched, is_rank_zero, refuse_foreign_launchers
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
 
     from jsonargparse import ArgumentParser, Namespace
@@ -36,6 +37,7 @@ RECIPE_COMMANDS = {
 }
 SWEEP = "run a recipe over a grid of settings and seeds; write a table, a picture and findings"
 COMPARE = "compare two models of a run: paired differences with intervals, and where they disagree"
+EXPORT = "write a merged model of a run in another form, such as one LoRA adapter of its base"
 PER_TASK = ("fit", "capture")
 # How libraries are asked to keep their warnings to themselves.
 QUIET = {
@@ -45,6 +47,8 @@ QUIET = {
     "HF_HUB_VERBOSITY": "error",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
+# An option with one value: gathered, so that none is lost unseen.
+SINGLE: dict[str, Any] = {"type": str, "action": "append", "default": []}
 VERIFYING = ("run", "plan")
 VERIFY: dict[str, Any] = {
     "action": "store_true",
@@ -64,7 +68,7 @@ def build_parser() -> ArgumentParser:
         description="Turn separately fine-tuned models into one model that does all their tasks.",
         version=_version(),
     )
-    single: dict[str, Any] = {"type": str, "action": "append", "default": []}  # gathered, so that none is lost unseen
+    single = SINGLE
     commands = parser.add_subcommands(required=True, dest="command")
     for name, summary in RECIPE_COMMANDS.items():
         command = new(description=summary[0].upper() + summary[1:] + ".")
@@ -121,6 +125,7 @@ def build_parser() -> ArgumentParser:
     compare.add_argument("--output", **single, metavar="FILE", help="a .csv or .parquet file for all disagreements")
     compare.add_argument("--debug", action="store_true", help="show tracebacks")
     commands.add_subcommand("compare", compare, help=COMPARE)
+    commands.add_subcommand("export", _export_parser(new), help=EXPORT)
     methods = new(description="List the merge methods, or the options of one.")
     methods.add_argument("method", type=str, nargs="?", default=None, help="a method, to see its options")
     methods.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -133,6 +138,25 @@ def build_parser() -> ArgumentParser:
     schema.add_argument("--debug", action="store_true", help="show tracebacks")
     commands.add_subcommand("schema", schema, help="print the JSON schema of recipes, for editors")
     return parser
+
+
+def _export_parser(new: Callable[..., ArgumentParser]) -> ArgumentParser:
+    """The parser of ``pave export``."""
+    export = new(description=f"{EXPORT[0].upper()}{EXPORT[1:]}.")
+    export.add_argument("run", type=str, help="the folder of a run, such as checkpoints/quickstart")
+    export.add_argument("--model", **SINGLE, metavar="NAME", help="a merged model; without it, all are listed")
+    export.add_argument(
+        "--lora", **SINGLE, metavar="RANK", help="as one LoRA adapter (peft) of that rank at most; what is lost is told"
+    )
+    export.add_argument("--task", **SINGLE, help="with the head of this task")
+    export.add_argument(
+        "--keep-whole",
+        action="store_true",
+        help="let the adapter hold norms, biases and embeddings as they are; without it, their changes are left out",
+    )
+    export.add_argument("--output", **SINGLE, metavar="FOLDER", help="where the result goes; it must not exist")
+    export.add_argument("--debug", action="store_true", help="show tracebacks")
+    return export
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -221,6 +245,8 @@ def _execute(command: str, options: Namespace) -> None:
 
         task, metric, output = (_once(options, name) for name in ("task", "metric", "output"))
         return compare(options.run, options.a, options.b, task=task, metric=metric, rows=options.rows, output=output)
+    if command == "export":
+        return _export(options)
     if command == "schema":
         import json
 
@@ -228,6 +254,18 @@ def _execute(command: str, options: Namespace) -> None:
 
         return _out(json.dumps(recipe_schema(), indent=2))
     return _execute_recipe(command, options)
+
+
+def _export(options: Namespace) -> None:
+    from pave_lightning.errors import PaveError
+
+    model, lora, task, output = (_once(options, name) for name in ("model", "lora", "task", "output"))
+    if lora is not None and not lora.isdecimal():
+        raise PaveError(f"--lora takes a rank, a whole number of at least 1, found {lora}")
+    from pave_lightning.pipeline.exporting import export
+
+    rank = None if lora is None else int(lora)
+    export(options.run, model, output, lora=rank, task=task, keep_whole=bool(options.keep_whole))
 
 
 def _execute_sweep(options: Namespace) -> None:

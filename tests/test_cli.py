@@ -62,7 +62,7 @@ def test_help_is_fast_and_loads_nothing_heavy():
     assert min(took) < 1.0
 
 
-@pytest.mark.parametrize("command", [*RECIPE_COMMANDS, "sweep", "compare", "methods", "transforms", "schema"])
+@pytest.mark.parametrize("command", [*RECIPE_COMMANDS, "sweep", "compare", "export", "methods", "transforms", "schema"])
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

@@ -135,7 +135,12 @@ def test_shipped_schema_is_that_of_the_code():
     assert shipped == recipe_schema(), "write it anew: pave schema > recipes/recipe.schema.json"
 
 
-DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("[br]*/README.md")), *sorted((ROOT / "recipes").rglob("*.md"))]
+DOCUMENTS = [
+    ROOT / "README.md",
+    *sorted(ROOT.glob("docs/*.md")),
+    *sorted(ROOT.glob("[br]*/README.md")),
+    *sorted((ROOT / "recipes").rglob("*.md")),
+]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

@@ -24,7 +24,8 @@ from pave_lightning.experts.checkpoints import (
     start_anew,
     unusable_checkpoint,
 )
-from pave_lightning.experts.loading import add_adapters, load_with_new_head, quiet_transformers
+from pave_lightning.experts.loading import load_with_new_head, quiet_transformers
+from pave_lightning.experts.new_adapters import add_adapters, keep_start, save_adapter
 from pave_lightning.experts.schedule import training_settings
 from pave_lightning.experts.task_expert import TaskExpert, freeze
 from pave_lightning.experts.trainers import build_trainer, honest_interrupts, quiet_lightning
@@ -33,6 +34,7 @@ from pave_lightning.system.processes import is_launched, is_rank_zero
 from pave_lightning.tasks.constants import constant_answer
 from pave_lightning.tasks.data_module import TaskDataModule
 from pave_lightning.tasks.encoded import EncodedRows
+from pave_lightning.tasks.kinds.tokens import TOKENS
 from pave_lightning.tasks.metrics import weak_experts
 from pave_lightning.tasks.options import EarlyStopping as EarlyStoppingOptions
 from pave_lightning.tasks.task import Task
@@ -100,6 +102,8 @@ def fit_expert(
             private = absent_children(stored, dict(backbone.named_parameters()))
             frozen = task.training.freeze
             model = add_adapters(model, task.training.lora, task.peft_type, frozen=frozen, private=private)
+            if is_rank_zero():
+                keep_start(model, task.training.lora, work_folder)
         data = task_data(task, base, model, seed, cache_folder)
         expert = TaskExpert(model, task, seed=seed, processors=[data.processor])
         return Prepared(expert, data, training_settings(task), task.training.early_stopping)
@@ -254,20 +258,26 @@ class _Begun(Callback):
         self.training = True
 
 
-def save_expert(model: nn.Module, base: Path, folder: Path, tokenizer_of: Path | None = None) -> None:
-    """Write an expert as a Hugging Face folder with its tokenizer; adapters stand beside the weights they merge into.
+def save_expert(
+    model: nn.Module, base: Path, folder: Path, tokenizer_of: Path | None = None, *, work_folder: Path | None = None
+) -> None:
+    """Write an expert as a Hugging Face folder; adapters stand beside the weights they merge into.
+
+    Its tokenizer goes with it, where it reads tokens.
 
     Args:
         model: a model with a head, or a peft model around one.
         base: folder of the base model, whose tokenizer it is.
         folder: an existing folder.
         tokenizer_of: folder whose tokenizer it is instead, where it has one of its own.
+        work_folder: that of its training, for adapters that took a part of the base's weights when they started.
     """
     if hasattr(model, "merge_and_unload"):
-        model.save_pretrained(folder / "adapter")  # type: ignore[operator]
+        save_adapter(model, folder, work_folder)
         model = model.merge_and_unload()  # type: ignore[operator]
     with quiet_transformers():
         model.save_pretrained(folder)  # type: ignore[operator]
-    load_tokenizer(tokenizer_of or base, base).save_pretrained(folder)
+    if model.main_input_name == TOKENS:
+        load_tokenizer(tokenizer_of or base, base).save_pretrained(folder)
     for file in folder.rglob("*.safetensors"):  # transformers and peft leave them to their owner alone
         let_others_read(file)

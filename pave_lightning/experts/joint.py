@@ -13,7 +13,8 @@ from torch import nn
 
 from pave_lightning.experts.fitting import Prepared, task_data, trained, validation_constants
 from pave_lightning.experts.joint_schedule import common_freeze, joint_settings
-from pave_lightning.experts.loading import add_adapters, load_with_new_head
+from pave_lightning.experts.loading import load_with_new_head
+from pave_lightning.experts.new_adapters import add_adapters
 from pave_lightning.experts.task_expert import TaskExpert, freeze
 from pave_lightning.tasks.joint_data import JointDataModule
 from pave_lightning.tasks.task import Task, auto_models

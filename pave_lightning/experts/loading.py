@@ -1,8 +1,8 @@
-"""From folders to models: base models that get a new head, experts that have one, new adapters."""
+"""From folders to models: base models that get a new head, experts that have one."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pave_lightning.errors import PaveError, foreign, listed, reason
-from pave_lightning.layers import is_linear
+from pave_lightning.errors import PaveError, foreign, listed
 from pave_lightning.tasks.heads import HeadForm
-from pave_lightning.tasks.options import Lora
 from pave_lightning.tasks.task import Task
 from pave_lightning.tasks.tokenizers import set_padding
 from pave_lightning.weights import Checkpoint, is_finite
@@ -22,7 +20,6 @@ from pave_lightning.weights.architecture import (
     auto_class,
     backbone_of,
     form_of,
-    lies_in,
     name_prefix,
     read_config,
     with_backbone,
@@ -161,48 +158,6 @@ def expert_problem(folder: Path, auto_model: str | None = None) -> str | None:
         f"lacks {len(lacking)} weights of a {architecture.model_class}, or has them in another shape: "
         f"{listed(lacking, 3)}; they would be drawn at random; expected a whole fine-tuned model"
     )
-
-
-def add_adapters(
-    model: nn.Module, lora: Lora, peft_type: str, *, frozen: Sequence[str], private: Collection[str]
-) -> nn.Module:
-    """Wrap a model so that only low-rank adapters and the head are trained (peft).
-
-    Args:
-        model: a model with a head.
-        lora: rank, scaling and which layers.
-        peft_type: the ``task_type``, by peft's name.
-        frozen: submodules of the backbone that get no adapters.
-        private: direct submodules of the backbone that the base has no weights for, such as a pooler; they start at
-            random, so they are trained whole and kept with the head.
-
-    Raises:
-        PaveError: no layer of the backbone is meant by ``target_modules``.
-    """
-    from peft import LoraConfig, TaskType, get_peft_model
-
-    prefix = name_prefix(model)
-    inner = backbone_of(model)
-    beside = [] if inner is model else [(name, child) for name, child in model.named_children() if child is not inner]
-    whole = [name for name, child in beside if list(child.parameters())]
-    whole += [f"{prefix}{name}" for name in private]
-    without = [*whole, *(f"{prefix}{name}" for name in frozen)]
-    config = LoraConfig(
-        task_type=TaskType(peft_type),
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        modules_to_save=whole,
-        exclude_modules=[
-            name for name, module in model.named_modules() if is_linear(module) and lies_in(name, without)
-        ],
-    )
-    try:
-        wrapped: nn.Module = get_peft_model(model, config)
-    except (ValueError, TypeError) as error:
-        raise PaveError(f"training.lora: {reason(error)}") from error
-    return wrapped
 
 
 def _load(folder: Path, auto_model: str, **changes: Any) -> tuple[nn.Module, dict[str, Any]]:

@@ -114,7 +114,7 @@ class TaskExpert(L.LightningModule):
         if self.processors is None:
             found = task.predict(model, batch)
         else:
-            found = task.answer(model, batch, self.processors[dataloader_idx])
+            found = task.respond(model, batch, self.processors[dataloader_idx])
         self._broken[dataloader_idx] += found.broken
         if found.targets is not None:
             self._labelled = True

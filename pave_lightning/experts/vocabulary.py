@@ -7,9 +7,9 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from pave_lightning.experts.adapters import embedding_rows
 from pave_lightning.tasks.tokenizers import load_tokenizer, padding_note
 from pave_lightning.weights import Architecture, Checkpoint
+from pave_lightning.weights.adapter_models import embedding_rows
 from pave_lightning.weights.adapters import ADAPTER_CONFIG
 from pave_lightning.weights.locate import has_tokenizer
 

@@ -13,8 +13,7 @@ from typing import Any
 
 from pave_lightning.config import LONGEST_NAME, NAME_PATTERN, name_problem
 from pave_lightning.errors import PaveError, Problems, shortened
-from pave_lightning.experts.adapter_base import other_base
-from pave_lightning.experts.adapters import adapter_problems, load_adapter_alone
+from pave_lightning.experts.adapters import load_adapter_alone
 from pave_lightning.experts.fitting import save_expert
 from pave_lightning.experts.loading import expert_problem
 from pave_lightning.experts.vocabulary import differing_tokens, expert_notes, row_problems, token_rows
@@ -32,8 +31,11 @@ from pave_lightning.reporting.model_card import ExpertSource, as_code, model_car
 from pave_lightning.system.files import making_folder
 from pave_lightning.tasks.tokenizers import load_tokenizer
 from pave_lightning.weights import Architecture, Checkpoint, ExpertTaskVectors, locate_model, model_digest
+from pave_lightning.weights.adapter_base import other_base
+from pave_lightning.weights.adapter_models import adapter_problems
 from pave_lightning.weights.adapters import ADAPTER_CONFIG
 from pave_lightning.weights.configuration import config_differences
+from pave_lightning.weights.locate import named_adapter
 
 log = logging.getLogger("pave_lightning")
 
@@ -101,7 +103,8 @@ def add_expert(
     heads = merged / "heads"
     _check_request(merged, facts, task, output)
     _check_fisher(str(facts["method"]), fisher)
-    named = locate_model(expert, role=f"expert of '{task}'")
+    role = f"expert of '{task}'"
+    named = named_adapter(locate_model(expert, role=role), role=role)
     base = locate_model(str(facts["base"]), role="base")
     if (named / ADAPTER_CONFIG).is_file() and not adapter_problems(named) and "base" not in accept:
         other = other_base(named, str(facts["base"]), base)

@@ -32,7 +32,10 @@ LIGHTNING_OPTIONS = {
 }
 """The best known options of lightning.Trainer, to say where they belong; `trainer` takes every option."""
 
-_SYNONYMS = {"lr": "learning_rate", "use": "method", "columns": "text", "labels": "classes"}
+_SYNONYMS = {
+    **{"lr": "learning_rate", "use": "method", "columns": "text", "labels": "classes"},
+    **{"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"},
+}
 """What other programs call a key."""
 
 A_TASK_NAME = "the name of a known task, such as pocket/movie"

@@ -68,10 +68,10 @@ def write(
 
 
 def cut_at(text: str, stop: Sequence[str]) -> str:
-    """A text up to the first place where one of some texts stands.
+    r"""A text up to the first place where one of some texts stands.
 
     Example:
-        >>> cut_at("four\\nQ: 1 + 1", ["Q:", "\\n"])
+        >>> cut_at("four\nQ: 1 + 1", ["Q:", "\n"])
         'four'
     """
     places = [place for place in (text.find(one) for one in stop) if place >= 0]
@@ -108,7 +108,7 @@ def _numbers(value: Any) -> list[int]:
     return [] if value is None else [int(one) for one in value] if isinstance(value, list | tuple) else [int(value)]
 
 
-class _Watch(LogitsProcessor):
+class _Watch(LogitsProcessor):  # type: ignore[misc]
     """Notes which rows got logits that are NaN, of which a token would be chosen all the same."""
 
     def __init__(self) -> None:
@@ -121,7 +121,7 @@ class _Watch(LogitsProcessor):
         return scores
 
 
-class _StopAtTexts(StoppingCriteria):
+class _StopAtTexts(StoppingCriteria):  # type: ignore[misc]
     """Ends the rows whose new tokens spell one of some texts.
 
     Only the last tokens are read: every token spells at least one byte, but for special ones.

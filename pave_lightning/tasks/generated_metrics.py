@@ -18,14 +18,14 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def plain_text(words: str, ignore: Collection[str] = ()) -> str:
-    """A text as it is compared: no blanks at its ends, one where there are several.
+    r"""A text as it is compared: no blanks at its ends, one where there are several.
 
     Args:
         words: the text.
         ignore: what makes no difference besides: ``case``, ``punctuation``.
 
     Example:
-        >>> plain_text("  The  answer.\\n", ["case", "punctuation"])
+        >>> plain_text("  The  answer.\n", ["case", "punctuation"])
         'the answer'
     """
     if "case" in ignore:
@@ -111,24 +111,28 @@ class ResponsePerplexity(Metric):
         return (self.losses / self.tokens).exp().float()
 
 
-class _OfOneRight(Metric):
-    """A metric of torchmetrics that knows one right text a row: it is given the first."""
+class WordErrorRate(text.WordErrorRate):
+    """Share of words that are to be changed to get the first right text."""
 
     def update(self, predictions: Sequence[str], targets: Sequence[Sequence[str]]) -> None:
         """Take in n texts, and for each the right ones."""
         super().update(list(predictions), [right[0] for right in targets])
 
 
-class WordErrorRate(_OfOneRight, text.WordErrorRate):
-    """Share of words that are to be changed."""
+class CharErrorRate(text.CharErrorRate):
+    """Share of characters that are to be changed to get the first right text."""
+
+    def update(self, predictions: Sequence[str], targets: Sequence[Sequence[str]]) -> None:
+        """Take in n texts, and for each the right ones."""
+        super().update(list(predictions), [right[0] for right in targets])
 
 
-class CharErrorRate(_OfOneRight, text.CharErrorRate):
-    """Share of characters that are to be changed."""
+class EditDistance(text.EditDistance):
+    """Mean number of characters that are to be changed to get the first right text."""
 
-
-class EditDistance(_OfOneRight, text.EditDistance):
-    """Mean number of characters that are to be changed."""
+    def update(self, predictions: Sequence[str], targets: Sequence[Sequence[str]]) -> None:
+        """Take in n texts, and for each the right ones."""
+        super().update(list(predictions), [right[0] for right in targets])
 
 
 class Rouge(text.ROUGEScore):
@@ -165,8 +169,8 @@ def build_generation_metrics(names: Sequence[MetricName], ignore: Collection[str
     """Metrics of generated texts, keyed by their names in the recipe.
 
     ``exact_match`` is the share of texts that are a right one but for blanks; ``contains`` that of texts in which a
-    right one stands as whole words; ``token_f1`` is that of SQuAD; ``perplexity`` that of the right responses; all others
-    are torchmetrics' own. Feed them with n texts, for each the right ones, and ``losses``: those of all tokens of the
+    right one stands as whole words; ``token_f1`` is that of SQuAD; ``perplexity`` that of the right responses; all
+    others are torchmetrics' own. Feed them with n texts, for each the right ones, and ``losses``: those of all tokens of the
     right responses, where ``perplexity`` is asked for.
 
     Args:

@@ -416,7 +416,7 @@ class Task(Section):
     def predict(self, model: nn.Module, batch: Batch) -> Predictions:
         """What a model predicts for a batch, with or without labels, in one pass; capture looks at that pass."""
 
-    def answer(self, model: nn.Module, batch: Batch, processor: Any) -> Predictions:
+    def respond(self, model: nn.Module, batch: Batch, processor: Any) -> Predictions:
         """What a model answers to a batch, as the metrics take it: what it predicts, or the text that it writes.
 
         Args:

@@ -352,7 +352,8 @@ def _placed(name: str, shape: tuple[int, ...], place: Place, parameters: Mapping
                 Part(owner.layer, Outputs(start, owner.shape[0]), layer=owner.layer)
                 for owner, start in zip(owners, starts, strict=False)
             )
-            return Parameter(name, first.kind, shape, 1, parts=parts)
+            # What a file has fused reads one input: statistics of the first layer are those of all.
+            return Parameter(name, first.kind, shape, 1, module=first.layer, parts=parts)
         return Parameter(name, ParameterKind.OTHER if first.input_axis is not None else first.kind, shape)
     if first.input_axis is None:
         return Parameter(name, first.kind, shape)
@@ -546,7 +547,7 @@ def backbone_of(model: nn.Module) -> nn.Module:
         PaveError: it has a head, and no backbone where transformers says.
     """
     backbone = getattr(model, str(model.base_model_prefix), None)
-    if has_language_head(model) or (backbone is None and _is_bare(model)):
+    if has_language_head(model) or (backbone is None and is_bare(model)):
         return model
     if not isinstance(backbone, nn.Module):
         raise PaveError(f"{type(model).__name__} has no backbone named '{model.base_model_prefix}'")
@@ -596,7 +597,8 @@ def _own_names(model: nn.Module) -> set[str]:
     return {name.partition(".")[0] for name, _ in model.named_parameters()}
 
 
-def _is_bare(model: nn.Module) -> bool:
+def is_bare(model: nn.Module) -> bool:
+    """Whether a model of transformers is a backbone without a head."""
     return type(model).__name__ in _bare_classes(getattr(model, "config", None))
 
 

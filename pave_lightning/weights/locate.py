@@ -5,11 +5,14 @@ from __future__ import annotations
 from itertools import islice
 from pathlib import Path
 
-from pave_lightning.errors import PaveError, near, reason, shortened, system_problem, visible
+from pave_lightning.errors import PaveError, near, nearest, reason, shortened, system_problem, visible
 from pave_lightning.system.files import SCHEME, local_path
 from pave_lightning.system.hub import hub_or_cache, unreached
+from pave_lightning.weights.adapters import ADAPTER_CONFIG
 
 MOST_LOOKED_AT = 1000
+# What peft calls an adapter that it saves in the folder itself.
+DEFAULT_ADAPTER = "default"
 
 # What tokenizers keep their vocabulary and settings in; `*.json` and `*.txt` files that may be others' are named.
 TOKENIZER_FILES = (
@@ -39,7 +42,7 @@ def locate_model(reference: str, *, role: str = "model") -> Path:
         raise PaveError(f"{role}: {reference!r} names no model; expected a folder or a hub id")
     folder = local_path(reference)
     if folder.is_dir():
-        if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
+        if not _is_model(folder) and not named_adapters(folder):
             raise PaveError(f"{role}: the folder {folder} has no config.json, so it is no Hugging Face model folder")
         return folder
     if folder.exists():
@@ -54,6 +57,43 @@ def locate_model(reference: str, *, role: str = "model") -> Path:
             f"looked for on the hub; where it is a hub id, run: hf download {reference})"
         )
     return _from_hub(reference, role)
+
+
+def _is_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file() or (folder / ADAPTER_CONFIG).is_file()
+
+
+def named_adapters(folder: Path) -> dict[str, Path]:
+    """Adapters in folders of their own below another one, by name, as peft saves several of one model."""
+    found = sorted(file.parent for file in folder.glob(f"*/{ADAPTER_CONFIG}"))
+    return {place.name: place for place in found}
+
+
+def named_adapter(folder: Path, name: str | None = None, *, role: str = "expert") -> Path:
+    """The folder of the adapter that is meant, where peft has saved several of one model in folders of their own.
+
+    Args:
+        folder: folder of a model, of an adapter, or of several named ones.
+        name: which of them; ``default`` is the one in the folder itself. Where none is named, the folder counts as what
+            it holds itself, and if that is nothing, as the only adapter below it.
+        role: what it is, for messages.
+
+    Raises:
+        PaveError: there is no such adapter, or there are several and none is named.
+    """
+    below = named_adapters(folder)
+    if (folder / ADAPTER_CONFIG).is_file():
+        below.setdefault(DEFAULT_ADAPTER, folder)
+    if name is not None:
+        if name not in below:
+            known = nearest(name, sorted(below)) if below else "it holds no adapters"
+            raise PaveError(f"{role}: {folder} has no adapter '{name}'; {known}")
+        return below[name]
+    if _is_model(folder) or not below:
+        return folder
+    if len(below) > 1:
+        raise PaveError(f"{role}: {folder} holds several adapters; name one of {', '.join(sorted(below))}")
+    return next(iter(below.values()))
 
 
 def _beside(folder: Path) -> str:

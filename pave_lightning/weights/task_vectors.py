@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
 
-from pave_lightning.errors import PaveError, Problems
+from pave_lightning.errors import PaveError, Problems, naming
 from pave_lightning.subspace import is_finite
+from pave_lightning.weights.adapter_base import noted_base, other_base
+from pave_lightning.weights.adapter_models import write_with_adapter
 from pave_lightning.weights.adapters import ADAPTER_CONFIG, ADAPTER_FOLDER, Adapter, adapter_folder, misfit
 from pave_lightning.weights.architecture import Architecture
 from pave_lightning.weights.buffers import averaged, buffer_problems
 from pave_lightning.weights.checkpoint import FLOATING, Checkpoint
 from pave_lightning.weights.coverage import unmergeable
-from pave_lightning.weights.locate import locate_model
+from pave_lightning.weights.locate import locate_model, named_adapter
 from pave_lightning.weights.parameters import Parameter
 from pave_lightning.weights.ties import tie_problems
 from pave_lightning.weights.untied import with_heads_apart
@@ -263,6 +267,8 @@ class ExpertTaskVectors(TaskVectors):
                 self._adapters[task] = Adapter(folder, architecture.prefix)
                 problems.extend(f"task '{task}': {problem}" for problem in self._adapter_problems(task, architecture))
         problems.raise_if_any()
+        # What is removed with the task vectors.
+        self.temporary: tuple[TemporaryDirectory[str], ...] = ()
 
     def base(self, parameter: Parameter, rows: slice | None = None) -> Tensor:
         """The base's tensor (float32)."""
@@ -432,32 +438,47 @@ def differences(task: str, base: Checkpoint, expert: Checkpoint, architecture: A
     return found
 
 
-def checkpoint_vectors(base: str, experts: Mapping[str, str]) -> ExpertTaskVectors:
+def checkpoint_vectors(
+    base: str | None = None, experts: Mapping[str, str] | None = None, *, accept: Collection[str] = ()
+) -> ExpertTaskVectors:
     """Task vectors of fine-tuned checkpoints, read lazily.
 
     Of models with heads for tasks the backbones are compared. Language models, whose heads score tokens, are compared
     whole: their heads count as what they are, weights of their own or, where all checkpoints tie them, the embedding.
 
+    An expert that is a peft adapter is merged into the base first, by peft itself, one after the other; the weights
+    (float32) are kept in a temporary folder for as long as the task vectors are. Its head is left out.
+
     Args:
-        base: folder, hub id, or ``package:NAME/FOLDER`` of the base model.
-        experts: the same for each task's fine-tuned checkpoint.
+        base: folder, hub id, or ``package:NAME/FOLDER`` of the base model; by default the one that the experts'
+            adapters name.
+        experts: the same for each task's fine-tuned checkpoint or adapter.
+        accept: what may differ although it is refused otherwise: ``base``, for adapters that name another base.
 
     Raises:
-        PaveError: a model is missing, or the experts do not fit the base (all differences are listed).
+        PaveError: a model is missing, no adapter or several different ones name the base, or the experts do not fit
+            the base (all differences are listed).
     """
-    folders = {task: locate_model(reference, role=f"expert of '{task}'") for task, reference in experts.items()}
+    folders = {task: locate_model(name, role=f"expert of '{task}'") for task, name in (experts or {}).items()}
     if not folders:
         raise PaveError("no experts are given")
-    for task, folder in folders.items():
-        if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
-            raise PaveError(
-                f"expert of '{task}': {folder} is a peft adapter, no whole model; a recipe takes it as it is, but "
-                f"here it must be merged into the base first (merge_and_unload, save_pretrained); keep it beside the "
-                f"weights in a folder '{ADAPTER_FOLDER}'"
-            )
-    base_folder = locate_model(base, role="base")
+    folders = {task: named_adapter(folder, role=f"expert of '{task}'") for task, folder in folders.items()}
+    adapters = {task: folder for task, folder in folders.items() if (folder / ADAPTER_CONFIG).is_file()}
+    reference = base if base is not None else noted_base(adapters)
+    base_folder = locate_model(reference, role="base")
+    kept = {}
+    for task, adapter in adapters.items():
+        other = None if "base" in accept else other_base(adapter, reference, base_folder)
+        if other is not None:
+            raise PaveError(f"expert of '{task}': {other}; name the adapter's own base, or accept 'base'")
+        place = kept[task] = TemporaryDirectory(prefix="pave-expert-")
+        with naming(f"expert of '{task}'"):
+            write_with_adapter(base_folder, adapter, Path(place.name))
+        folders[task] = Path(place.name)
     architecture = Architecture.of_folder(next(iter(folders.values())))
     architecture = with_heads_apart(architecture, [base_folder, *folders.values()])
     base_checkpoint = architecture.checkpoint(base_folder)
     checkpoints = {task: architecture.checkpoint(folder) for task, folder in folders.items()}
-    return ExpertTaskVectors(base_checkpoint, checkpoints, architecture)
+    vectors = ExpertTaskVectors(base_checkpoint, checkpoints, architecture)
+    vectors.temporary = tuple(kept.values())
+    return vectors

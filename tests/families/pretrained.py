@@ -176,7 +176,8 @@ class Pretrained:
 
     @staticmethod
     def _further_kinds(purified: PurifiedTaskVectors) -> dict[str, int]:
-        parts = sum(len(p.matrices) for p in purified.layers if p.parts)
+        untouched = {name for _, name in purified.untouched}
+        parts = sum(matrix.name not in untouched for p in purified.layers if p.parts for matrix in p.matrices)
         return {"fused parts": parts} if parts else {}
 
     def _is_head(self, name: str) -> bool:

@@ -71,11 +71,11 @@ FAMILIES = [
     of_images("ViT", lambda: hf.ViTConfig(**STANDARD), "ViT", inside="vit"),
     of_images("DeiT", lambda: hf.DeiTConfig(**STANDARD), "DeiT", inside="deit", slow=True),
     of_images("BEiT", lambda: hf.BeitConfig(**STANDARD), "Beit", inside="beit", slow=True),
-    of_images("DINOv2", lambda: hf.Dinov2Config(**STANDARD), "Dinov2", inside="dinov2"),
-    of_images("Swin", swin, "Swin", inside="swin"),
+    of_images("DINOv2", lambda: hf.Dinov2Config(**STANDARD), "Dinov2", inside="dinov2", slow=True),
+    of_images("Swin", swin, "Swin", inside="swin", slow=True),
     of_images("ConvNeXt", lambda: hf.ConvNextConfig(**STAGES), "ConvNext", 32, inside="convnext"),
     of_images("ResNet, basic", lambda: resnet("basic"), "ResNet", 32, inside="resnet"),
-    of_images("ResNet, bottleneck", lambda: resnet("bottleneck"), "ResNet", 32, inside="resnet"),
+    of_images("ResNet, bottleneck", lambda: resnet("bottleneck"), "ResNet", 32, inside="resnet", slow=True),
     of_images(
         "MobileNetV2",
         lambda: hf.MobileNetV2Config(depth_multiplier=0.25),
@@ -84,7 +84,7 @@ FAMILIES = [
         inside="mobilenet_v2",
         slow=True,
     ),
-    Pretrained("CLIP", clip, "CLIPModel", "CLIPModel", pairs, heads=(), sizes=BOTH),
+    Pretrained("CLIP", clip, "CLIPModel", "CLIPModel", pairs, heads=(), sizes=BOTH, slow=True),
     of_images("CLIP, image classifiers", clip, "CLIP"),
     Pretrained(
         "CLIP, vision encoder",
@@ -94,8 +94,9 @@ FAMILIES = [
         images(),
         heads=(),
         sizes=BOTH,
+        slow=True,
     ),
-    Pretrained("SigLIP", siglip, "SiglipModel", "SiglipModel", pairs, heads=(), sizes=BOTH),
+    Pretrained("SigLIP", siglip, "SiglipModel", "SiglipModel", pairs, heads=(), sizes=BOTH, slow=True),
     of_images("SigLIP, image classifiers", siglip, "Siglip"),
     Pretrained(
         "SigLIP, vision encoder",
@@ -105,5 +106,6 @@ FAMILIES = [
         images(),
         heads=(),
         sizes=BOTH,
+        slow=True,
     ),
 ]

@@ -556,3 +556,23 @@ def test_the_schema_refuses_what_can_be_told_without_reading_two_keys_together(
 ) -> None:
     if not any(outside in text for outside in (*OUTSIDE_THE_SCHEMA, "2024")):
         assert schema_errors(f"{SMALL}{text}\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ("{r: 4}", "training.lora.r: unknown key; did you mean 'rank'?"),
+        ("{lora_alpha: 4}", "training.lora.lora_alpha: unknown key; did you mean 'alpha'?"),
+        ("{use_rlora: true}", "training.lora.use_rlora: unknown key; did you mean 'use_rslora'?"),
+        ("{rank_pattern: {query: 0}}", "training.lora.rank_pattern.query: must be at least 1, found 0"),
+        ("{rank_pattern: {'(': 3}}", "training.lora.rank_pattern"),
+        ("{init_lora_weights: eva}", "training.lora.init_lora_weights: must be true, gaussian, orthogonal, mica"),
+        ("{init_lora_weights: false}", "training.lora.init_lora_weights: must be true, gaussian, orthogonal, mica"),
+        ("{target_modules: []}", "training.lora: 'target_modules' names nothing"),
+        ("{use_dora: true, lora_bias: true}", "training.lora: 'use_dora' and 'lora_bias' exclude each other"),
+        ("{bias: some}", "training.lora.bias: "),
+    ],
+)
+def test_options_of_adapters(recipe_problems: Problems, options: str, told: str) -> None:
+    (line,) = recipe_problems(START + f"tasks: [pocket/movie]\ntraining: {{lora: {options}}}\n")
+    assert line.startswith(told)

@@ -377,12 +377,6 @@ def test_broken_files(tmp_path, file, content, message):
         Adapter(tmp_path, "bert")
 
 
-def test_an_adapter_is_no_whole_model(base_folder, tmp_path):
-    adapted(base_folder, lora(target_modules=["query"])).save_pretrained(tmp_path)
-    with pytest.raises(PaveError, match=f"expert of 'a': {tmp_path} is a peft adapter, no whole model"):
-        task_vectors(str(base_folder), {"a": str(tmp_path)})
-
-
 def test_purified_and_other_sources_have_no_factors():
     from pave_lightning.weights import Parameter, ParameterKind, TaskVectors
 

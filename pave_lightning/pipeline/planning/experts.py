@@ -7,11 +7,12 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from pave_lightning.errors import listed
-from pave_lightning.experts.adapter_base import other_base
-from pave_lightning.experts.adapters import adapter_problems, adds_nothing, fit_problems, task_type
+from pave_lightning.experts.adapters import adds_nothing, fit_problems
 from pave_lightning.experts.loading import expert_problem
 from pave_lightning.system.files import read_json
 from pave_lightning.tasks.task import Task
+from pave_lightning.weights.adapter_base import other_base
+from pave_lightning.weights.adapter_models import adapter_problems, task_type
 from pave_lightning.weights.architecture import Architecture, form_of, read_config
 from pave_lightning.weights.completeness import naming_problem, unused_weights
 from pave_lightning.weights.configuration import (

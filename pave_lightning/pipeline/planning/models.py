@@ -9,12 +9,13 @@ from pathlib import Path
 from pave_lightning.errors import PaveError, Problems, nearest
 from pave_lightning.experts.loading import base_problem
 from pave_lightning.pipeline.planning.experts import adapter_facts, expert_facts, is_unreadable
+from pave_lightning.pipeline.planning.lora import lora_problems
 from pave_lightning.pipeline.stages import existing_folder
 from pave_lightning.recipe.schema import Recipe
 from pave_lightning.tasks.kinds.tokens import TOKENS
-from pave_lightning.tasks.options import Lora
+from pave_lightning.tasks.lora import module_names
 from pave_lightning.tasks.task import Task
-from pave_lightning.weights import Adapter, Architecture, Checkpoint, Parameter, ParameterKind, locate_model
+from pave_lightning.weights import Adapter, Architecture, Checkpoint, locate_model
 from pave_lightning.weights.adapters import ADAPTER_CONFIG, adapter_folder
 from pave_lightning.weights.completeness import naming_problem
 from pave_lightning.weights.coverage import unmergeable
@@ -27,18 +28,6 @@ log = logging.getLogger("pave_lightning")
 def adapter_of(folder: Path) -> Path | None:
     """Where the adapter of a named expert lies: the folder itself where it is an adapter, or beside its weights."""
     return folder if (folder / ADAPTER_CONFIG).is_file() else adapter_folder(folder)
-
-
-def is_wrapped(parameter: Parameter, lora: Lora) -> bool:
-    """Whether LoRA with these options adapts the layer that owns a parameter, with that parameter as its weight."""
-    if parameter.kind is not ParameterKind.LINEAR or not parameter.name.endswith(".weight"):
-        return False
-    return lora.target_modules == "all-linear" or any(is_named(parameter.layer, n) for n in lora.target_modules)
-
-
-def is_named(layer: str, name: str) -> bool:
-    """Whether a layer has that name, or a name that ends with it."""
-    return layer == name or layer.endswith(f".{name}")
 
 
 def check_models(recipe: Recipe, problems: Problems) -> None:
@@ -72,9 +61,9 @@ def check_models(recipe: Recipe, problems: Problems) -> None:
     weights = [
         name for name, stored in base.backbone.items() if stored.is_floating and name not in architecture.buffers
     ]
-    stored = {architecture.stored_names.get(name, name) for name in weights}
-    foreign = sorted(name for name in stored if name not in architecture.parameters and not architecture.ignores(name))
-    unset = [name for name in architecture.parameters if name not in stored]
+    foreign = sorted(name for name in weights if not architecture.knows(name) and not architecture.ignores(name))
+    unset = [name for name in architecture.parameters if architecture.stored_for(name).isdisjoint(weights)]
+    unset = [name for name in unset if name not in base.backbone]
     if foreign and unset:
         problems.add(
             f"base: {architecture.config.get('model_type')} stores weights in other pieces than the model has "
@@ -104,39 +93,18 @@ def check_models(recipe: Recipe, problems: Problems) -> None:
             if task.expert is not None:
                 problems.extend(_expert_problems(task, recipe.base, base, architecture))
             if task.expert is None or "joint" in recipe.controls:
-                problems.extend(_training_problems(task, architecture))
+                problems.extend(_training_problems(task, architecture, base_folder))
         except PaveError as error:
             problems.add(str(error))
 
 
-def _training_problems(task: Task, architecture: Architecture) -> Iterator[str]:
-    layers = sorted({module for name in architecture.parameters for module in _ancestors(name)})
+def _training_problems(task: Task, architecture: Architecture, base: Path) -> Iterator[str]:
+    layers = module_names(architecture.parameters.values())
     for name in task.training.freeze:
         if name not in layers:
             yield f"task '{task.name}': training.freeze: no submodule '{name}'; {nearest(name, layers)}"
-    lora = task.training.lora
-    if lora is None:
-        return
-    adapted = [parameter for parameter in architecture.parameters.values() if is_wrapped(parameter, lora)]
-    widest = max((min(parameter.matrix_shape) for parameter in adapted), default=lora.rank)
-    if lora.rank > widest:
-        yield (
-            f"task '{task.name}': training.lora.rank is {lora.rank}, but no layer that it adapts has more than "
-            f"{widest} directions; lower it"
-        )
-    if not isinstance(lora.target_modules, str):
-        linear = [p.layer for p in architecture.parameters.values() if p.kind is ParameterKind.LINEAR]
-        endings = sorted({layer.rpartition(".")[2] for layer in linear})
-        for name in lora.target_modules:
-            if not any(is_named(layer, name) for layer in linear):
-                hint = nearest(name, endings)
-                yield f"task '{task.name}': training.lora.target_modules: no linear layer '{name}'; {hint}"
-
-
-def _ancestors(name: str) -> Iterator[str]:
-    parts = name.split(".")[:-1]
-    for end in range(1, len(parts) + 1):
-        yield ".".join(parts[:end])
+    if task.training.lora is not None:
+        yield from lora_problems(task, task.training.lora, architecture, base)
 
 
 def _expert_problems(task: Task, reference: str, base: Checkpoint, architecture: Architecture) -> Iterator[str]:

@@ -27,7 +27,7 @@ from pave_lightning.weights import Checkpoint, ExpertTaskVectors, TaskVectors, l
 from pave_lightning.weights.adapters import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS
 from pave_lightning.weights.architecture import backbone_of
 from pave_lightning.weights.embeddings import share_rows
-from pave_lightning.weights.locate import has_tokenizer
+from pave_lightning.weights.locate import has_tokenizer, named_adapter
 
 if TYPE_CHECKING:
     from pave_lightning.tracking.logger import TrackingLogger
@@ -143,19 +143,20 @@ class FitStage(Stage):
         from pave_lightning.experts.fitting import fit_expert, save_expert
 
         training = context.folder.root / "training" / self.task.name
+        work_folder = training / short_digest(self.inputs())
         with doing(f"fit {self.task.name}"):
             run = context.child(self.run_name, "fit", self.params())
             model, metrics = fit_expert(
                 self.task,
                 context.base_folder,
                 seed=context.recipe.seed,
-                work_folder=training / short_digest(self.inputs()),
+                work_folder=work_folder,
                 cache_folder=context.folder.data,
                 logger=metrics_logger(context, run, self),
             )
             if is_rank_zero():
                 with context.writing(self) as writer:
-                    save_expert(model, context.base_folder, writer.path)
+                    save_expert(model, context.base_folder, writer.path, work_folder=work_folder)
                     writer.result.update(metrics=metrics)
                 clear_away(training)
 
@@ -195,8 +196,9 @@ def metrics_logger(context: Context, run: str, stage: Stage) -> TrackingLogger |
 
 def existing_folder(task: Task) -> Path:
     """The folder of the checkpoint that a recipe names for a task instead of training."""
-    reference = task.expert.from_ if task.expert is not None else ""
-    return locate_model(reference, role=f"expert of task '{task.name}'")
+    reference, adapter = (task.expert.from_, task.expert.adapter) if task.expert is not None else ("", None)
+    role = f"expert of task '{task.name}'"
+    return named_adapter(locate_model(reference, role=role), adapter, role=role)
 
 
 def training_inputs(task: Task) -> dict[str, Any]:

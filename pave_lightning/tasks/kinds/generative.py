@@ -83,12 +83,12 @@ class GenerativeTask(Task):
     """What stands between prompt and response where they are no chat."""
     max_new_tokens: int = Field(default=64, ge=1)
     """The most tokens of a response, the one that ends it included; longer ones are cut, and generation ends there."""
-    stop: list[str] = []
+    stop: list[str] = Field(default=[], validate_default=False)
     """Texts that end what is generated; what begins with one of them is left out. The token that ends a text, and the
     one that ends a message of a chat, do so anyway."""
     prompt_cut: Side = "left"
     """Where prompts that are too long are cut: left keeps their end."""
-    ignore: list[Literal["case", "punctuation"]] = []
+    ignore: list[Literal["case", "punctuation"]] = Field(default=[], validate_default=False)
     """What makes no difference to exact_match and contains, besides blanks."""
 
     def contradictions(self) -> Iterator[str]:
@@ -202,9 +202,7 @@ class GenerativeTask(Task):
         """What a model is asked and what it is to answer, as texts."""
         if self.messages is not None:
             told = zip(*(rows[name] for name in self._message_columns), strict=True)
-            chats = [
-                [{"role": role, "content": content} for role, content in zip(*both, strict=True)] for both in told
-            ]
+            chats = [[{"role": role, "content": content} for role, content in zip(*both, strict=True)] for both in told]
             return [chat_exchange(processor, chat) for chat in chats]
         pairs = list(zip(rows[self.prompt], rows[self.response], strict=True))
         if not self.chat:
@@ -334,7 +332,7 @@ class GenerativeTask(Task):
         return drawn_directions(outputs, DRAWS)
 
     def predict(self, model: nn.Module, batch: Batch) -> Predictions:
-        """Nothing: tokens pass through the model, which writes no text; see `answer`."""
+        """Nothing: tokens pass through the model, which writes no text; see `respond`."""
         from pave_lightning.tasks.metrics import non_finite_rows
 
         logits, real = self.logits(model, batch), self.written_positions(batch)
@@ -344,7 +342,7 @@ class GenerativeTask(Task):
     def written_positions(self, batch: Batch) -> Tensor:
         """Which of the positions of `logits` hold data, bool of shape ``(n, length)``."""
 
-    def answer(self, model: nn.Module, batch: Batch, processor: PreTrainedTokenizerBase) -> Predictions:
+    def respond(self, model: nn.Module, batch: Batch, processor: PreTrainedTokenizerBase) -> Predictions:
         """What a model writes, token by token the likeliest; the losses of the right tokens where they are measured."""
         from torch.nn import functional
 
@@ -361,9 +359,7 @@ class GenerativeTask(Task):
         )
         further: dict[str, Tensor] = {}
         if LABELS in batch and "perplexity" in self.metrics:
-            losses = functional.cross_entropy(
-                self.outputs(model, batch).float(), self.targets(batch), reduction="none"
-            )
+            losses = functional.cross_entropy(self.outputs(model, batch).float(), self.targets(batch), reduction="none")
             further = {"losses": losses}
         targets = decoded_lists(batch[LABELS]) if LABELS in batch else None
         return Predictions(written.texts, targets, written.broken.sum(), further=further)

@@ -112,10 +112,8 @@ class Seq2Seq(GenerativeTask):
     def singles(self, batch: Batch) -> Any:
         """The examples one by one, prompt and response without padding."""
         for index in range(len(batch[TOKENS])):
-            masks = {
-                name: batch[mask][index].bool()
-                for name, mask in ((TOKENS, MASK), (MASK, MASK), (RESPONSE, RESPONSE_MASK), (RESPONSE_MASK, RESPONSE_MASK))
-            }
+            prompt, response = batch[MASK][index].bool(), batch[RESPONSE_MASK][index].bool()
+            masks = {**dict.fromkeys((TOKENS, MASK), prompt), **dict.fromkeys((RESPONSE, RESPONSE_MASK), response)}
             yield {
                 name: tensor[index : index + 1, masks[name]] if name in masks else tensor[index : index + 1]
                 for name, tensor in batch.items()
