@@ -170,8 +170,8 @@ def build_generation_metrics(names: Sequence[MetricName], ignore: Collection[str
 
     ``exact_match`` is the share of texts that are a right one but for blanks; ``contains`` that of texts in which a
     right one stands as whole words; ``token_f1`` is that of SQuAD; ``perplexity`` that of the right responses; all
-    others are torchmetrics' own. Feed them with n texts, for each the right ones, and ``losses``: those of all tokens of the
-    right responses, where ``perplexity`` is asked for.
+    others are torchmetrics' own. Feed them with n texts, for each the right ones, and ``losses``: those of all tokens
+    of the right responses, where ``perplexity`` is asked for.
 
     Args:
         names: the metrics.

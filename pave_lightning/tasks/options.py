@@ -215,10 +215,10 @@ class Expert(Section):
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
 
     from_: str = Field(alias="from")
-    """Folder or hub id of a fine-tuned sequence-classification checkpoint (or of a peft adapter of the base)."""
+    """Folder or hub id of a fine-tuned checkpoint with the task's head (or of a peft adapter of the base)."""
     adapter: str | None = None
     """Which adapter is meant, where peft has saved several of one model in folders of their own below that one."""
     accept: list[str] = []
     """What may differ although it is refused otherwise; the message names it. Keys of config.json, such as rope_theta:
     merged models use the base's value, the expert is scored with its own. Or architectures, problem_type, id2label,
-    label2id, unused_weights; for adapters base (trained on another base) and task_type."""
+    label2id, unused_weights, pooling; for adapters base (trained on another base) and task_type."""

@@ -311,21 +311,11 @@ def test_random_examples_have_tokens_to_answer_with(make_task, tiny_tokenizer):
 
 
 @pytest.mark.parametrize("given", [False, True])
-def test_a_whole_run(recipe_beside_words, tmp_path, given):
-    settings = recipe_beside_words(questions, **OF_KIND)
+def test_a_whole_run(recipe_beside_words, recipe_of_experts, tmp_path, given):
     if given:
-        other = AutoModelForQuestionAnswering.from_pretrained(settings["base"])
-        with torch.no_grad():
-            for parameter in other.parameters():
-                parameter.add_(0.05 * torch.randn_like(parameter))
-        other.save_pretrained(tmp_path / "given")
-        AutoTokenizer.from_pretrained(settings["base"]).save_pretrained(tmp_path / "given")
-        settings["tasks"][1]["expert"] = {"from": str(tmp_path / "given")}
-        first = {**settings["tasks"][1], "name": "first", "training": {"lora": {"rank": 2}}}
-        first.pop("expert")
-        settings["tasks"] = [first, settings["tasks"][1]]
-        settings["merge"] = [{"method": "featcal", "name": "task_arithmetic"}]
-        settings["heads"] = ["expert"]
+        settings = recipe_of_experts(questions, AutoModelForQuestionAnswering, **OF_KIND)
+    else:
+        settings = recipe_beside_words(questions, **OF_KIND)
     recipe = Recipe.model_validate(settings)
     check_recipe(recipe, RunFolder(tmp_path / "plan"))
     folder = run_recipe(recipe)

@@ -121,21 +121,9 @@ def test_models_that_embed_otherwise_are_told(make_base, make_task, steps, pooli
     assert all(told in misfit.message for misfit in found)
 
 
-@pytest.mark.parametrize("trained", [True, False])
-def test_a_whole_run(recipe_beside_words, tmp_path, make_base, trained):
-    settings = recipe_beside_words(pairs, **OF_KIND)
-    if not trained:  # an expert that is there, beside one that is to be trained with adapters
-        other = AutoModel.from_pretrained(settings["base"])
-        with torch.no_grad():
-            for parameter in other.parameters():
-                parameter.add_(0.05 * torch.randn_like(parameter))
-        other.save_pretrained(tmp_path / "given")
-        AutoTokenizer.from_pretrained(settings["base"]).save_pretrained(tmp_path / "given")
-        settings["tasks"][1]["expert"] = {"from": str(tmp_path / "given")}
-        first = {**settings["tasks"][1], "name": "first", "training": {"lora": {"rank": 2}}}
-        first.pop("expert")
-        settings["tasks"] = [first, settings["tasks"][1]]
-        settings["heads"] = ["expert"]
+@pytest.mark.parametrize("given", [False, True])
+def test_a_whole_run(recipe_beside_words, recipe_of_experts, tmp_path, given):
+    settings = recipe_of_experts(pairs, AutoModel, **OF_KIND) if given else recipe_beside_words(pairs, **OF_KIND)
     recipe = Recipe.model_validate(settings)
     check_recipe(recipe, RunFolder(tmp_path / "plan"))
     folder = run_recipe(recipe)
