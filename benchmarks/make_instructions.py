@@ -19,25 +19,31 @@ import pyarrow.parquet as pq
 SIZES = {"train": 2000, "validation": 200, "test": 400}
 SEED = 0
 
-ONES = (
+
+def words(text: str) -> list[str]:
+    """The words of a text."""
+    return text.split()
+
+
+ONES = words(
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
     "eighteen nineteen"
-).split()
-TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-NAMES = (
+)
+TENS = words("twenty thirty forty fifty sixty seventy eighty ninety")
+NAMES = words(
     "Anna Ben Clara David Emma Felix Grace Henry Ida Jonas Kira Liam Mia Noah Olga Paul Quinn Rosa Sam Tina Uma Victor "
     "Wendy Xavier Yara Zoe Amir Bella Carlos Dina Erik Fatima Goran Hana Ivan Julia Kofi Lena Marco Nadia"
-).split()
-CITIES = (
-    "Oslo Lima Cairo Paris Tokyo Delhi Quito Rome Berlin Madrid Dublin Vienna Prague Athens Lisbon Warsaw Nairobi Accra "
-    "Seoul Hanoi Manila Sydney Boston Denver Austin Toronto Havana Bogota Zagreb Riga"
-).split()
-WORDS = (
-    "apple bread chair dance eagle flame grape house island jacket kite lemon music night ocean piano queen river stone "
-    "table umbrella violin window yellow zebra anchor bridge candle desert engine forest garden hammer insect jungle "
-    "kettle ladder market needle orange pencil rabbit silver tiger valley wagon butter copper dragon elbow"
-).split()
-TOPICS = "animal plant food artifact person location body act communication cognition state substance".split()
+)
+CITIES = words(
+    "Oslo Lima Cairo Paris Tokyo Delhi Quito Rome Berlin Madrid Dublin Vienna Prague Athens Lisbon Warsaw Nairobi "
+    "Accra Seoul Hanoi Manila Sydney Boston Denver Austin Toronto Havana Bogota Zagreb Riga"
+)
+WORDS = words(
+    "apple bread chair dance eagle flame grape house island jacket kite lemon music night ocean piano queen river "
+    "stone table umbrella violin window yellow zebra anchor bridge candle desert engine forest garden hammer insect "
+    "jungle kettle ladder market needle orange pencil rabbit silver tiger valley wagon butter copper dragon elbow"
+)
+TOPICS = words("animal plant food artifact person location body act communication cognition state substance")
 
 
 def in_words(number: int) -> str:
@@ -83,11 +89,11 @@ def order(drawn: random.Random) -> Iterator[tuple[str, str]]:
     """Words to be put into alphabetical order."""
     seen = set[str]()
     while True:
-        words = drawn.sample(WORDS, drawn.randint(3, 4))
-        if ", ".join(sorted(words)) in seen:  # or else the same words would stand in two splits, in two orders
+        asked = drawn.sample(WORDS, drawn.randint(3, 4))
+        if ", ".join(sorted(asked)) in seen:  # or else the same words would stand in two splits, in two orders
             continue
-        seen.add(", ".join(sorted(words)))
-        yield f"Sort by the alphabet: {', '.join(words)}", ", ".join(sorted(words))
+        seen.add(", ".join(sorted(asked)))
+        yield f"Sort by the alphabet: {', '.join(asked)}", ", ".join(sorted(asked))
 
 
 def definition(drawn: random.Random) -> Iterator[tuple[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,8 @@ TOKENS_FILE = "tokens.safetensors"
 KEPT_FOLDER = "sequential"
 # In the folder of a recipe's stage `gradients/...`.
 GRADIENTS_FILE = "gradients.safetensors"
+# By transformers' convention: which tokens end what a language model writes.
+GENERATION_FILE = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -241,6 +244,8 @@ def write_surroundings(folder: Path, context: MergeContext) -> None:
     config.architectures = [Architecture.of_folder(first).backbone_class]
     config.dtype = "float32"
     config.save_pretrained(folder)
+    if (base / GENERATION_FILE).is_file():  # by which language models end what they write
+        shutil.copyfile(base / GENERATION_FILE, folder / GENERATION_FILE)
     # Whoever merges weights alone needs no tokenizer.
     tokenizer = load_tokenizer(base) if context.architecture.token_embeddings and has_tokenizer(base) else None
     if tokenizer is not None:

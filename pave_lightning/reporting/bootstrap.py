@@ -27,7 +27,12 @@ import numpy as np
 import numpy.typing as npt
 
 from pave_lightning.reporting.intervals import Against, Interval, Intervals, PairIntervals
-from pave_lightning.reporting.resampled_metrics import CLASS_METRICS, NUMBER_METRICS, Floats, ResampledTask
+from pave_lightning.reporting.resampled_metrics import (
+    CLASS_METRICS,
+    NUMBER_METRICS,
+    Floats,
+    ResampledTask,
+)
 from pave_lightning.reporting.scores import Model, ScoreTable, model_of
 from pave_lightning.tasks.predictions import TaskPredictions
 

@@ -15,11 +15,13 @@ import numpy.typing as npt
 from scipy import sparse
 
 from pave_lightning.tasks.predictions import TaskPredictions
+from pave_lightning.tasks.text_matches import TESTS, plain_text
 
 Floats = npt.NDArray[np.float64]
 
 CLASS_METRICS = ("accuracy", "f1", "macro_f1", "matthews")
 NUMBER_METRICS = ("pearson", "spearman")
+TEXT_METRICS = tuple(TESTS)
 # A variance of values that reach to 1 below which they all are the same number: what rounding leaves.
 NO_VARIANCE = 1e-14
 
@@ -53,11 +55,14 @@ class ResampledTask:
         """
         counts = row_counts(indices, self._row_count)
         by_model: dict[str, Floats] = {}
-        fitting = CLASS_METRICS if self._predictions[0].are_classes else NUMBER_METRICS
+        first = self._predictions[0]
+        fitting = CLASS_METRICS if first.are_classes else TEXT_METRICS if first.are_texts else NUMBER_METRICS
         asked = [name for name in self._metrics if name in fitting]
         with np.errstate(divide="ignore", invalid="ignore"):
-            if self._predictions[0].are_classes:
+            if first.are_classes:
                 by_model = self._of_classes(asked, counts)
+            elif first.are_texts:
+                by_model = {name: (self._passing(name) @ counts) / (self._answers @ counts) for name in asked}
             elif asked:
                 weights = counts if self._whole else counts[self._row_of]
                 by_model = self._of_numbers(asked, weights)
@@ -86,6 +91,21 @@ class ResampledTask:
         for values in found.values():
             values[~finite] = np.nan
         return found
+
+    def _passing(self, name: str) -> Floats:
+        """How many texts of each row pass a test, shape ``(models, rows)``."""
+        right = [[plain_text(one) for one in own] for own in self._predictions[0].targets]
+        return np.stack(
+            [
+                self._per_row(
+                    np.asarray(
+                        [TESTS[name](plain_text(text), own) for text, own in zip(one.predictions, right, strict=True)],
+                        dtype=np.bool_,
+                    )
+                )
+                for one in self._predictions
+            ]
+        )
 
     # ---- what stays the same in all draws ----------------------------------------------------------------------------
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import string
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -12,45 +10,8 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection, text
 
 from pave_lightning.tasks.options import MetricName
+from pave_lightning.tasks.text_matches import TESTS, plain_text
 from pave_lightning.tasks.text_metrics import SquadScore
-
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
-
-
-def plain_text(words: str, ignore: Collection[str] = ()) -> str:
-    r"""A text as it is compared: no blanks at its ends, one where there are several.
-
-    Args:
-        words: the text.
-        ignore: what makes no difference besides: ``case``, ``punctuation``.
-
-    Example:
-        >>> plain_text("  The  answer.\n", ["case", "punctuation"])
-        'the answer'
-    """
-    if "case" in ignore:
-        words = words.casefold()
-    if "punctuation" in ignore:
-        words = words.translate(_PUNCTUATION)
-    return " ".join(words.split())
-
-
-def is_match(written: str, right: Sequence[str]) -> bool:
-    """Whether a text is one of the right ones; all as `plain_text` gives them."""
-    return written in right
-
-
-def is_contained(written: str, right: Sequence[str]) -> bool:
-    """Whether one of the right texts stands in a text, and no word goes on beyond its ends.
-
-    Example:
-        >>> is_contained("it is 12", ["2"]), is_contained("it is 12.", ["12"])
-        (False, True)
-    """
-    return any(re.search(rf"(?<!\w){re.escape(one)}(?!\w)", written) for one in right)
-
-
-TESTS: dict[str, Callable[[str, Sequence[str]], bool]] = {"exact_match": is_match, "contains": is_contained}
 
 
 class Share(Metric):

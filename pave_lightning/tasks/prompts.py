@@ -98,7 +98,7 @@ def chat_exchange(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
 def chat_ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The token that ends a response by the chat template: the first special one that is written behind it."""
     framed = chat_exchange(tokenizer, [{"role": "user", "content": "a"}, {"role": ANSWERING, "content": "b"}])
-    special = set(tokenizer.all_special_ids)
+    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}  # which words of the text may be
     return [token for token in _ids(tokenizer, framed.response) if token in special][:1]
 
 

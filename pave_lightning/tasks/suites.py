@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ _GLUE: dict[str, dict[str, Any]] = {
 
 def suite_task_names() -> list[str]:
     """Every task that a recipe can use by name."""
-    suites = {"pocket": _POCKET, "instructions": _INSTRUCTIONS, "glue": _GLUE}
+    suites: dict[str, Iterable[str]] = {"pocket": _POCKET, "instructions": _INSTRUCTIONS, "glue": _GLUE}
     return [f"{suite}/{name}" for suite, tasks in suites.items() for name in tasks]
 
 
