@@ -166,7 +166,7 @@ def test_mistakes_in_the_options_of_transforms_are_told_beside_those_of_the_reci
     assert "vectors.two.0: unknown transform 'depth'" in told
     assert "vectors.two.1: the options of transform 'pave'" in told
     assert "vectors.unused.0: the options of transform 'depth_scale'" in told
-    assert "first: is missing" in told
+    assert "it scales nothing; give factors, such as {first: 0.5}" in told
 
 
 def test_print_config_shows_every_default_and_is_a_recipe_itself(capsys, recipe_file, tmp_path):

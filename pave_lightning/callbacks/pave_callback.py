@@ -47,8 +47,8 @@ class PaveCallback(L.Callback):
     value) share one covariance for as long as that holds: one that is later given another tensor, or is called more or
     less often, goes on with a copy of the sums. Of mixtures of experts, whose weights are one parameter with three
     axes, each expert has a moment of the rows that reach it, under the name of the parameter and the expert's number
-    (``mlp.experts.down_proj.3``). Products are float32, sums float64, whatever the Trainer's precision.
-    Memory is that of the moments and does not grow with the data.
+    (``mlp.experts.down_proj.3``). Products are float32, sums compensated (see `CompensatedSum`), whatever the Trainer's
+    precision. Memory is that of the moments and does not grow with the data.
 
     Rows are rows of a layer's input (tokens), not of a file. Where the batch holds a mask of shape ``(B, L)``, rows of
     padded positions are dropped from inputs of shape ``(B, L, d_in)``, ``(L, B, d_in)`` and ``(B * L, d_in)``. Inputs

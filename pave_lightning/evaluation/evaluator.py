@@ -182,7 +182,7 @@ class Evaluator(L.LightningModule):
         """
         self._candidate, self._loaded = candidate, None
         self._data = data
-        self._kept = KeptPredictions(len(self.tasks)) if keep else None
+        self._kept = KeptPredictions(len(self.tasks), [task.mean_metrics for task in self.tasks]) if keep else None
         self._counts = [0] * len(self.tasks)
         self._broken: list[int | Tensor] = [0] * len(self.tasks)
         for metrics in self._metrics:
@@ -281,7 +281,8 @@ class Evaluator(L.LightningModule):
             self._metrics[dataloader_idx].update(found.values, found.targets, **found.further)
         done, examples = self._counts[dataloader_idx], len(batch["labels"])
         if self._kept is not None:
-            self._kept.add(dataloader_idx, found, self._data.orders[dataloader_idx][done : done + examples])
+            rows = self._data.orders[dataloader_idx][done : done + examples]
+            self._kept.add(dataloader_idx, found, rows, task.row_scores(found) if task.mean_metrics else None)
         self._counts[dataloader_idx] += examples
 
     def on_test_epoch_end(self) -> None:

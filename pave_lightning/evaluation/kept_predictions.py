@@ -20,39 +20,46 @@ class KeptPredictions:
 
     Args:
         tasks: how many tasks there are.
+        means: for each task the metrics of which rows' scores are kept instead, see `Task.mean_metrics`.
     """
 
-    def __init__(self, tasks: int) -> None:
+    def __init__(self, tasks: int, means: Sequence[Sequence[str]] = ()) -> None:
+        self._means = [tuple(names) for names in means] or [()] * tasks
         self._rows: list[list[Tensor]] = [[] for _ in range(tasks)]
         self._values: list[list[Tensor]] = [[] for _ in range(tasks)]
         self._targets: list[list[Tensor]] = [[] for _ in range(tasks)]
         self._texts: list[list[tuple[int, str, list[str]]]] = [[] for _ in range(tasks)]
         self._unplaced = [False] * tasks
 
-    def add(self, task: int, found: Predictions, rows: Sequence[int]) -> None:
+    def add(self, task: int, found: Predictions, rows: Sequence[int], scores: Tensor | None = None) -> None:
         """Take in one batch.
 
         Args:
             task: which of the tasks.
-            found: the predictions.
+            found: the predictions; of several numbers for an example each is kept.
             rows: the rows of the batch's examples, counted from 0 in the split.
+            scores: what each example adds to the metrics of ``means``, shape ``(n, metrics)``, where the task has any.
         """
-        values, targets = found.values, found.targets
-        if not isinstance(values, Tensor) and isinstance(targets, Sequence) and len(values) == len(rows):
+        values, targets, owners = found.values, found.targets, found.examples
+        if scores is not None:
+            values, targets, owners = scores, torch.ones_like(scores), None
+        elif not isinstance(values, Tensor) and isinstance(targets, Sequence) and len(values) == len(rows):
             told = zip(rows, values, targets, strict=True)
             self._texts[task] += [(row, text, list(right)) for row, text, right in told]
             return
-        if not isinstance(values, Tensor) or not isinstance(targets, Tensor) or values.ndim > 1:
-            self._unplaced[task] = True
-            return
-        if found.examples is None and len(values) != len(rows):
+        if (
+            not isinstance(values, Tensor)
+            or not isinstance(targets, Tensor)
+            or (owners is None and len(values) != len(rows))
+        ):
             self._unplaced[task] = True
             return
         placed = torch.tensor(rows, dtype=torch.int64)
-        self._rows[task].append(placed if found.examples is None else placed[found.examples.cpu()])
+        placed = placed if owners is None else placed[owners.cpu()]
+        self._rows[task].append(placed.repeat_interleave(values[0].numel()) if len(values) else placed)
         # On their device until the end: nothing waits for it here.
-        self._values[task].append(values.detach())
-        self._targets[task].append(targets.detach())
+        self._values[task].append(values.detach().flatten())
+        self._targets[task].append(targets.detach().flatten())
 
     def gathered(self, trainer: L.Trainer, device: torch.device) -> list[TaskPredictions | None]:
         """The predictions of all processes in the order of rows, by task; every process has to call this.
@@ -75,7 +82,8 @@ class KeptPredictions:
                 found.append(None if without else _decoded(parts))
             else:
                 (packed,) = zip(*_gathered(trainer, device, self._packed(task)), strict=True)
-                found.append(None if without else _unpacked(torch.cat(packed), floating=bool(numbers)))
+                unpacked = None if without else _unpacked(torch.cat(packed), self._means[task], floating=bool(numbers))
+                found.append(unpacked)
         return found
 
     def _packed(self, task: int) -> Tensor:
@@ -113,9 +121,9 @@ def _bits(values: Tensor) -> Tensor:
     return values.cpu().double().view(torch.int64)
 
 
-def _unpacked(packed: Tensor, *, floating: bool) -> TaskPredictions:
+def _unpacked(packed: Tensor, means: Sequence[str], *, floating: bool) -> TaskPredictions:
     rows = packed[:, 0].numpy().copy()
     values, targets = (packed[:, place].contiguous().view(torch.float64).numpy() for place in (1, 2))
     if floating:
-        return TaskPredictions.ordered(rows, values, targets)
+        return TaskPredictions.ordered(rows, values, targets, means)
     return TaskPredictions.ordered(rows, values.astype(np.int64), targets.astype(np.int64))

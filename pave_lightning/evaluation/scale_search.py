@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from pave_lightning.config import WrittenDtype
 from pave_lightning.errors import PaveError
 from pave_lightning.evaluation.candidates import Candidate, ExpertsCandidate, MergedCandidate
 from pave_lightning.evaluation.evaluator import Evaluator, SuiteData, refuse_non_finite
@@ -99,7 +100,14 @@ class ScaleSearcher:
         other._fit = fit
         return other
 
-    def best(self, source: TaskVectors, merged: MergedVectors, search: ScaleSearch, start: float = 1.0) -> FoundScale:
+    def best(
+        self,
+        source: TaskVectors,
+        merged: MergedVectors,
+        search: ScaleSearch,
+        start: float = 1.0,
+        dtype: WrittenDtype = "base",
+    ) -> FoundScale:
         """The best scale for merged task vectors, and every scale that was tried with its score.
 
         Args:
@@ -107,6 +115,7 @@ class ScaleSearcher:
             merged: what a method made of them.
             search: which scales are tried, and on how many rows.
             start: where an automatic search begins, the method's default scale; above zero.
+            dtype: in which type the model would be written; the rounded weights are scored.
 
         Raises:
             PaveError: no expert has a positive score, so nothing can be normalised.
@@ -115,7 +124,7 @@ class ScaleSearcher:
         candidates: dict[float, Candidate] = {}
 
         def average_at(scale: float) -> float:
-            candidates[scale], average = self.scored(MergedCandidate(source, merged, scale), search.examples)
+            candidates[scale], average = self.scored(MergedCandidate(source, merged, scale, dtype), search.examples)
             log.info("  scale %.4g: %.4f of the experts on validation", scale, average)
             return average
 

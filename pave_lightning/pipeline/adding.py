@@ -17,7 +17,7 @@ from pave_lightning.experts.adapters import load_adapter_alone
 from pave_lightning.experts.fitting import save_expert
 from pave_lightning.experts.loading import expert_problem
 from pave_lightning.experts.vocabulary import differing_tokens, expert_notes, row_problems, token_rows
-from pave_lightning.merging import Evidence, Need, SequentialMethod, known_methods, make_method, method_named
+from pave_lightning.merging import Evidence, Need, SequentialMethod, known_methods, make_method, method_named, selected
 from pave_lightning.merging.folders import (
     EXPERT_HEAD_FILE,
     HEAD_FILE,
@@ -122,18 +122,20 @@ def add_expert(
             log.info("%s", note)
         before = Checkpoint(merged, architecture.prefix)
         counts = {ALREADY_MERGED: sum(head.is_dir() for head in heads.iterdir())}
-        source = ExpertTaskVectors(base_weights, {ALREADY_MERGED: before, task: new}, architecture, counts)
+        vectors = ExpertTaskVectors(base_weights, {ALREADY_MERGED: before, task: new}, architecture, counts)
+        source = selected(vectors, **facts.get("parameters", {}))
         method = make_method(str(facts["method"]), facts.get("options", {}))
         if not isinstance(method, SequentialMethod):
             raise PaveError(_not_sequential(merged, facts))
         method.start_from(facts["sequential"], load_kept(merged, method.keeps, architecture.prefix))
         # Heads that were fitted to the model do not fit what it becomes.
-        dropped = ("method", "form", "base", "sequential", "heads")
+        dropped = ("method", "form", "base", "sequential", "heads", "dtype", "rounding")
         kept = {key: value for key, value in facts.items() if key not in dropped}
         kept["added"] = [*facts.get("added", []), task]  # as it was fine-tuned, also where the others were purified
         context = MergeContext(str(facts["base"]), base_weights, {task: new}, architecture, kept)
         with making_folder(output) as place:
-            write_merged(place, method, source, facts.get("scale"), context, evidence=evidence)
+            asked = facts.get("dtype", "base")
+            write_merged(place, method, source, facts.get("scale"), context, evidence=evidence, dtype=asked)
             for head in sorted(found for found in heads.iterdir() if found.is_dir()):
                 shutil.copytree(head, place / "heads" / head.name)
                 if (own := place / "heads" / head.name / EXPERT_HEAD_FILE).exists():

@@ -15,6 +15,7 @@ from pave_lightning.pipeline.run_folder import Manifest, RunFolder
 from pave_lightning.recipe.schema import Recipe
 from pave_lightning.tasks.task import Task
 from pave_lightning.weights import locate_model, model_digest
+from pave_lightning.weights.checkpoint import stored_tensors, weight_files
 
 
 class Kept(Protocol):
@@ -92,6 +93,13 @@ class Results:
     def base_folder(self) -> Path:
         """Where the base is."""
         return locate_model(self.recipe.base, role="base")
+
+    @cached_property
+    def base_in_halves(self) -> bool:
+        """Whether the base holds weights in half precision, to which merged ones are rounded unless told otherwise."""
+        halves = ("F16", "BF16")
+        files = weight_files(self.base_folder)
+        return any(stored.dtype in halves for file in files for stored in stored_tensors(file).values())
 
     @cached_property
     def base_digest(self) -> str:

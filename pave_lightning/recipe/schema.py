@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
@@ -14,8 +14,10 @@ from pave_lightning.errors import listed, nearest, shortened
 from pave_lightning.evaluation.options import EXPERT_HEADS, ControlList, Evaluate, HeadList, Heads
 from pave_lightning.purification.options import Compute, Purify
 from pave_lightning.recipe.merge_step import MergeStep
+from pave_lightning.recipe.parameters import Parameters
 from pave_lightning.recipe.stacks import BUILT_IN, Stack, folder_problems, named_transform, stack_name_problems
 from pave_lightning.recipe.sweep import Sweep
+from pave_lightning.recipe.write import Write
 from pave_lightning.tasks.options import Examples, Training
 from pave_lightning.tasks.suites import suite_task
 from pave_lightning.tasks.task import Task, any_kind, auto_models
@@ -61,6 +63,10 @@ class Recipe(Section):
     plain, the empty stack, and purified, [pave]; pave without options has those of the section purify."""
     merge: list[MergeStep] = []
     """The merge methods to run."""
+    parameters: Parameters = Parameters()
+    """Which parameters are merged, unless a merge step says otherwise."""
+    write: Write = Write()
+    """How merged models are written, unless a merge step says otherwise."""
     heads: HeadList = [EXPERT_HEADS]
     """Heads under which merged models are scored: expert, logits, probabilities, orthogonal or labels, {fit: ...,
     rows: ...} to change some keys, or a list of these; each is a row of the tables."""
@@ -84,7 +90,10 @@ class Recipe(Section):
         if not isinstance(raw, dict):
             return raw
         raw = dict(raw)
-        for key, shared in (("tasks", ("examples", "training", "trainer")), ("merge", ("purify",))):
+        for key, shared in (
+            ("tasks", ("examples", "training", "trainer")),
+            ("merge", ("purify", "parameters", "write")),
+        ):
             if not isinstance(raw.get(key), list):
                 continue
             defaults = {name: raw[name] for name in shared if isinstance(raw.get(name), dict)}
@@ -112,10 +121,12 @@ class Recipe(Section):
                         "both into one folder; give one another name"
                     )
         known = [task.name for task in self.tasks]
-        lists = [("purify.tasks", self.purify.tasks)]
-        for step in self.merge:
-            if step.purify.tasks != self.purify.tasks:  # what is handed down is told once
-                lists.append((f"purify.tasks of merge step '{step.name}'", step.purify.tasks))
+        lists: list[tuple[str, Iterable[str] | None]] = []
+        for key in ("tasks", "task_rho"):
+            lists.append((f"purify.{key}", getattr(self.purify, key)))
+            for step in self.merge:
+                if getattr(step.purify, key) != getattr(self.purify, key):  # what is handed down is told once
+                    lists.append((f"purify.{key} of merge step '{step.name}'", getattr(step.purify, key)))
         for where, chosen in lists:
             wrong += [
                 f"{where}: no task is named '{name}'; {nearest(name, known)}"

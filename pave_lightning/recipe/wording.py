@@ -217,7 +217,8 @@ def of_other_kinds(spot: Spot) -> str | None:
     key = str(spot.keys[-1])
     tasks = _forms(_recipe_schema()["properties"]["tasks"]["items"]) if _is_task(spot.owner) else ()
     kinds = [task["kind"] for task in tasks if key in task["properties"]]
-    return f"'{key}' belongs to {' and '.join(kinds)} tasks" if kinds else None
+    named = " and ".join(filter(None, (", ".join(kinds[:-1]), *kinds[-1:])))
+    return f"'{key}' belongs to {named} tasks" if kinds else None
 
 
 def _unknown_key(spot: Spot) -> str:

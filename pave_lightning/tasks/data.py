@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pave_lightning.errors import PaveError, reason
+from pave_lightning.errors import PaveError, counted, listed, reason
 from pave_lightning.system.files import file_sha256, local_path
 from pave_lightning.system.hub import hub_or_cache, unreached
 from pave_lightning.tasks.checks import row_problems
@@ -141,14 +141,20 @@ def check_task(task: Task, *, seed: int, cache_dir: str | Path) -> list[str]:
             continue
         for remark in remarks:
             log.warning("%s: %s", split_title(task, split), remark)
-        if split == "test":
-            used = rows.take(sample_rows(len(rows), task.examples.test, seed))
-            if len(np.unique(task.answers(used), axis=0)) < 2:
-                problems.append(
-                    f"{split_title(task, split)}: all {len(used)} rows that are used carry the same label in "
-                    f"{label_title(task)}, so no metric can tell a good model from a bad one; "
-                    "expected two distinct labels or more: use more rows or another split"
-                )
+        used = rows.take(sample_rows(len(rows), getattr(task.examples, split), seed))
+        answers = task.answers(used)
+        if split != "validation" and (unseen := task.unseen_classes(answers)):
+            log.warning(
+                "%s: none of the %s that are used has the class %s, so %s",
+                *(split_title(task, split), counted(len(used), "row"), listed(unseen)),
+                "nothing is learned of it" if split == "train" else "no score says anything of it",
+            )
+        if split == "test" and len(np.unique(answers, axis=0)) < 2:
+            problems.append(
+                f"{split_title(task, split)}: all {len(used)} rows that are used carry the same label in "
+                f"{label_title(task)}, so no metric can tell a good model from a bad one; "
+                "expected two distinct labels or more: use more rows or another split"
+            )
     for one, other in combinations(fingerprints, 2):
         if fingerprints[one] == fingerprints[other]:
             log.warning("%s", _told_twice(task, one, other))

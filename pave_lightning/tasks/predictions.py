@@ -35,26 +35,36 @@ class TaskPredictions:
         positions: int64 of shape ``(n,)``: counts the predictions of one row from 0.
         predictions: int64 (classes), float64 (numbers) or texts of shape ``(n,)``, as the task's metrics take them.
         targets: what is right, the same shape and dtype; for each text a tuple of those that are right.
+        means: where predictions are no numbers themselves: the metrics whose means over rows are kept instead, one
+            position each, of which 1 is right.
     """
 
     rows: npt.NDArray[np.int64]
     positions: npt.NDArray[np.int64]
     predictions: Numbers | Texts
     targets: Numbers | Texts
+    means: tuple[str, ...] = ()
 
     @classmethod
-    def ordered(cls, rows: npt.NDArray[np.int64], predictions: Numbers | Texts, targets: Numbers | Texts) -> Self:
+    def ordered(
+        cls,
+        rows: npt.NDArray[np.int64],
+        predictions: Numbers | Texts,
+        targets: Numbers | Texts,
+        means: Sequence[str] = (),
+    ) -> Self:
         """Predictions that come in any order of rows; those of one row come in their own order.
 
         Args:
             rows: int64 of shape ``(n,)``.
             predictions: shape ``(n,)``.
             targets: shape ``(n,)``.
+            means: see the attribute.
         """
         order = np.argsort(rows, kind="stable")
         rows = rows[order]
         positions = np.arange(len(rows)) - np.searchsorted(rows, rows, side="left")
-        return cls(rows, positions, predictions[order], targets[order])
+        return cls(rows, positions, predictions[order], targets[order], tuple(means))
 
     @property
     def are_classes(self) -> bool:
@@ -110,7 +120,12 @@ def write_predictions(
         columns["target_texts"] = pa.array([of for _, of in told], pa.list_(pa.large_string()))
     table = pa.table(columns)
     facts = {
-        name: {"classes": list(classes.get(name, ())), "numbers": _form(found)} for name, found in predictions.items()
+        name: {
+            "classes": list(classes.get(name, ())),
+            "numbers": _form(found),
+            **({"means": list(found.means)} if found.means else {}),
+        }
+        for name, found in predictions.items()
     }
     pq.write_table(table.replace_schema_metadata({FACTS: json.dumps(facts).encode()}), path, compression="zstd")
 
@@ -144,8 +159,8 @@ def read_predictions(path: Path) -> tuple[dict[str, TaskPredictions], dict[str, 
             targets = as_objects([tuple(right) for right in own["target_texts"]])
             found[name] = TaskPredictions(*places, own["prediction_text"], targets)
         else:
-            numbers = np.dtype(fact["numbers"])
-            found[name] = TaskPredictions(*places, own["prediction"].astype(numbers), own["target"].astype(numbers))
+            said, right = (own[key].astype(np.dtype(fact["numbers"])) for key in ("prediction", "target"))
+            found[name] = TaskPredictions(*places, said, right, tuple(str(one) for one in fact.get("means", ())))
         classes[name] = [str(one) for one in fact["classes"]]
     return found, classes
 

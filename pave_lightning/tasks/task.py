@@ -198,6 +198,17 @@ class Task(Section):
         Rows of which all labels are the same can tell no good model from a bad one.
         """
 
+    def unseen_classes(self, labels: npt.NDArray[np.int64] | npt.NDArray[np.float32]) -> list[str]:
+        """Classes that none of these labels is of.
+
+        Args:
+            labels: as `answers` gives them.
+        """
+        import numpy as np
+
+        names = self.class_names
+        return [names[index] for index in np.setdiff1d(np.arange(len(names)), labels).tolist()]
+
     # ---- examples --------------------------------------------------------------------------------------------------
 
     @abstractmethod
@@ -431,6 +442,22 @@ class Task(Section):
         from pave_lightning.tasks.metrics import build_metrics
 
         return build_metrics(self.metrics, self.output_size)
+
+    @property
+    def mean_metrics(self) -> tuple[MetricName, ...]:
+        """Metrics that are means of what `row_scores` says, and that predictions alone do not tell; kept in this order.
+
+        Empty where predictions are numbers, which tell all.
+        """
+        return ()
+
+    def row_scores(self, found: Predictions) -> Tensor:
+        """What each example of a batch adds to the `mean_metrics`: float64 of shape ``(n, metrics)``.
+
+        Args:
+            found: predictions with targets.
+        """
+        raise NotImplementedError
 
     def constant_score(self, metric: MetricName, labels: Tensor) -> float:
         """What the best constant answer scores: always the same class, or the same number.

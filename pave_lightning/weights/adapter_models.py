@@ -31,6 +31,8 @@ NOT_IN_WEIGHTS = {
 }
 
 
+# What peft calls adapters of models whose heads score tokens.
+LANGUAGE_TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 # Starts that take a part out of the base by chance, or by data, and so another part when the adapter is loaded.
 UNREPEATABLE = ("pissa_niter", "corda", "lora_ga", "loftq")
 
@@ -166,6 +168,8 @@ def write_with_adapter(base: Path, adapter: Path, folder: Path) -> None:
         prefix = f"{whole.base_model_prefix}."
         inside = any(name.startswith(WRAPPED + prefix) for name in stored)
         config: Any = PeftConfig.from_pretrained(str(adapter))
+        # An adapter of a language model is of all of it; one of another task is of what is below the head.
+        of_whole = inside and str(config.task_type or "CAUSAL_LM") in LANGUAGE_TASKS
         # With a task, peft looks for the task's head.
         config.task_type, config.inference_mode = None, True
         model = _trained_as(whole, inside=inside)
@@ -181,7 +185,8 @@ def write_with_adapter(base: Path, adapter: Path, folder: Path) -> None:
         if lacking:
             raise ValueError(f"the adapter lacks {listed([name.removeprefix(WRAPPED) for name in lacking], 3)}")
         merged_weights(adapted)
-        whole.save_pretrained(folder)
+        saved: Any = whole if of_whole else _below_head(whole)
+        saved.save_pretrained(folder)
     (folder / ADAPTER_FOLDER).mkdir()
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         shutil.copyfile(adapter / name, folder / ADAPTER_FOLDER / name)
@@ -190,10 +195,16 @@ def write_with_adapter(base: Path, adapter: Path, folder: Path) -> None:
 def _trained_as(model: nn.Module, *, inside: bool) -> nn.Module:
     """A model in which an adapter finds its modules: with the backbone under its prefix, or the backbone itself."""
     if not inside:
-        return backbone_of(model)
+        return _below_head(model)
     if not is_bare(model):
         return model
     return _Holder(model)
+
+
+def _below_head(model: nn.Module) -> nn.Module:
+    """What is below the head of a model, a language model's too; the model itself where nothing is."""
+    found = getattr(model, str(model.base_model_prefix), None)
+    return found if isinstance(found, nn.Module) else model
 
 
 class _Holder(nn.Module):

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from pave_lightning.weights.embeddings import token_embeddings
 from pave_lightning.weights.fused import fused_parts
 from pave_lightning.weights.matrices import Outputs, Part
 from pave_lightning.weights.parameters import Parameter, ParameterKind, kind_of, parameters_of
-from pave_lightning.weights.places import Piece, Place, stored_places
+from pave_lightning.weights.places import Piece, Place, loaded_names, stored_places
 from pave_lightning.weights.positions import longest_sequence
 from pave_lightning.weights.remembered import remembered
 from pave_lightning.weights.ties import tied_names
@@ -322,7 +322,8 @@ class Architecture:
         # Checkpoints may have names of their own for all of it (models of several modalities).
         renamed = {name.partition(".")[0] for name in (*self.renamed, *self.places)}
         outer = (renamed | self.children.keys()) - {self.inner}
-        return Checkpoint(
+        read = partial(
+            Checkpoint,
             folder,
             self.prefix,
             self.tied,
@@ -332,6 +333,31 @@ class Architecture:
             beside=self.beside,
             copied=self.copied,
         )
+        found = read()
+        called = self._called(name for name in found.backbone if not (self.knows(name) or name in self.buffers))
+        return read(called=called) if called else found
+
+    def _called(self, unknown: Iterable[str]) -> dict[str, str]:
+        """Names that a file has for weights of the backbone, where transformers loads them under others -> these."""
+        names = tuple(name for name in unknown if not self.ignores(name))
+        if not names:
+            return {}
+        loaded = _loaded_names(self.model_class, json.dumps(self.config, default=str), self.start, names)
+        stored = {own: name for name, own in self.stored_names.items()}
+        inside = {name: own.removeprefix(self.start) for name, own in loaded.items() if own.startswith(self.start)}
+        return {name: stored.get(own, own) for name, own in inside.items() if self.knows(stored.get(own, own))}
+
+
+@lru_cache(maxsize=64)
+def _loaded_names(model_class: str, config: str, start: str, stored: tuple[str, ...]) -> dict[str, str]:
+    """What a model calls tensors that a file stores under names without the backbone's prefix."""
+    from transformers import AutoConfig
+
+    values = json.loads(config)
+    made = AutoConfig.for_model(values.pop("model_type"), **values)
+    with torch.device("meta"):
+        model = auto_class(model_class)._from_config(made)
+    return {name.removeprefix(start): own for name, own in loaded_names(model, (start + one for one in stored)).items()}
 
 
 def _as_alias(backbone: nn.Module, name: str, own: Parameter) -> Parameter:

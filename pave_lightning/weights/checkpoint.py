@@ -71,12 +71,14 @@ class Checkpoint:
         inner: where there is no prefix, the submodule whose name stored names may lack, all of them.
         outer: other direct submodules, whose names stand as they are.
         beside: where there is no prefix, direct submodules and parameters that are of the head.
+        called: names that the file has for backbone tensors, without the prefix -> the names that they go by.
         copied: names of backbone tensors -> others whose values they have where the files lack them, or the reverse.
 
     Attributes:
         backbone: the backbone's tensors by name; of tied ones one, whatever the file calls it.
         head: all other tensors by their stored names.
         copies: further copies of tied tensors, by name.
+        own_names: names of backbone tensors -> what the file calls them, without the prefix, where the two differ.
 
     Raises:
         PaveError: weights are missing, pickled, truncated or no safetensors; shards are missing.
@@ -93,6 +95,7 @@ class Checkpoint:
         outer: Collection[str] = (),
         beside: Collection[str] = (),
         copied: Mapping[str, str] | None = None,
+        called: Mapping[str, str] | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.tied = dict(tied or {})
@@ -114,6 +117,10 @@ class Checkpoint:
             self.backbone = {name: tensor for name, tensor in stored.items() if name not in self.head}
         for name in [name for name in self.backbone if name.partition(".")[0] in without]:
             del self.backbone[name]
+        known = {own: name for own, name in (called or {}).items() if own in self.backbone}
+        self.own_names = {name: own for own, name in known.items() if name not in self.backbone}
+        for name, own in self.own_names.items():
+            self.backbone[name] = self.backbone.pop(own)
         legacy = {".gamma": ".weight", ".beta": ".bias"}
         for name in list(self.backbone):
             for old, new in legacy.items():

@@ -115,6 +115,14 @@ class TaskVectors(ABC):
         """What an expert was read from; None where there is no such thing."""
         return None
 
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """The type in which the base stores a parameter or a running statistic, by its name."""
+        return torch.float32
+
+    def unmerged(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and value (float32) of each parameter that is left out of a merge and stays as it is in the base."""
+        yield from ()
+
     def model(self, weights: Mapping[str, Tensor], task: str | None = None) -> nn.Module:
         """A model with these weights in place of the base's, by the names of parameters and running statistics.
 
@@ -169,6 +177,14 @@ class DerivedTaskVectors(TaskVectors):
         """What the source makes of these weights."""
         return self.source.model(weights, task)
 
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """That of the source."""
+        return self.source.stored_dtype(name)
+
+    def unmerged(self) -> Iterator[tuple[str, Tensor]]:
+        """Those of the source."""
+        return self.source.unmerged()
+
     def running_statistics(self) -> Iterator[tuple[str, Tensor]]:
         """The averages, as they are."""
         return self.source.running_statistics()
@@ -187,6 +203,10 @@ class PlannedTaskVectors(TaskVectors):
     def __init__(self, parameters: Iterable[Parameter], ranks: Mapping[str, Mapping[str, int] | str]) -> None:
         self.tasks, self.parameters = tuple(ranks), tuple(parameters)
         self._ranks = dict(ranks)
+
+    def of(self, parameters: Iterable[Parameter]) -> PlannedTaskVectors:
+        """Those of some of the parameters."""
+        return PlannedTaskVectors(parameters, self._ranks)
 
     def base(self, parameter: Parameter, rows: slice | None = None) -> Tensor:
         """Not known."""
@@ -302,6 +322,10 @@ class ExpertTaskVectors(TaskVectors):
     def checkpoint(self, task: str) -> Checkpoint | None:
         """The expert's checkpoint."""
         return self._experts[task]
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """The type in which the base's file holds it."""
+        return FLOATING[self._base.backbone[name].dtype]
 
     def running_statistics(self) -> Iterator[tuple[str, Tensor]]:
         """The average over the experts of each running statistic (float32)."""

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from pave_lightning.errors import PaveError
 from pave_lightning.recipe.loading import load_recipe
 from pave_lightning.recipe.schema import Recipe
+from pave_lightning.tasks.options import MetricName
 
 Write = Callable[[str], Path]
 Problems = Callable[..., list[str]]
@@ -341,10 +343,7 @@ WRONG_TASKS = [
     (f"[{{{OWN}, classes: 2, metrics: []}}]", ["tasks.0 (own).metrics: needs at least 1 entry, found 0"]),
     (
         f"[{{{OWN}, classes: 2, primary_metric: zzz}}]",
-        [
-            "tasks.0 (own).primary_metric: 'zzz' is not allowed; "
-            "known are: accuracy, f1, macro_f1, matthews, pearson, spearman"
-        ],
+        [f"tasks.0 (own).primary_metric: 'zzz' is not allowed; known are: {', '.join(get_args(MetricName))}"],
     ),
     (
         f"[{{{OWN}, classes: 2, primary_metric: f1}}]",
@@ -380,7 +379,7 @@ WRONG_TASKS = [
         f"[{{{OWN}, classes: 2, expert: {{}}}}]",
         [
             "tasks.0 (own).expert: the key 'from' is missing "
-            "(folder or hub id of a fine-tuned sequence-classification checkpoint (or of a peft adapter of the base))"
+            "(folder or hub id of a fine-tuned checkpoint with the task's head (or of a peft adapter of the base))"
         ],
     ),
     (
@@ -445,7 +444,7 @@ merge:
         "seed: must be a whole number in [0, 2147483647], found 'yes'",
         "training.learning_rat: unknown key; did you mean 'learning_rate'?",
         "purify.rho: 2 is outside (0, 1]",
-        "tasks.2 (isa): 'classes' belongs to text_classification and token_classification tasks",
+        "tasks.2 (isa): 'classes' belongs to multi_label, text_classification and token_classification tasks",
         "tasks.2 (isa): metric 'accuracy' does not fit a regression task; fitting are pearson, spearman",
         "tasks.2 (isa).training.batch_size: must be at least 1, found 0",
         "tasks.3 (sense).training.early_stopping.patience: must be at least 1, found 0",

@@ -6,9 +6,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cache, partial
 
 from pave_lightning.errors import PaveError
-from pave_lightning.merging import MergeMethod, Need, make_method, method_named
+from pave_lightning.merging import MergeMethod, Need, is_selected, make_method, method_named
 from pave_lightning.merging.evidence import PlannedEvidence
 from pave_lightning.merging.low_rank import LowRankMethod, quoted
+from pave_lightning.merging.selection import selection_problems
 from pave_lightning.merging.stacks import as_method_sees
 from pave_lightning.pipeline.planning.blocks import block_problem, naming_problems
 from pave_lightning.pipeline.planning.models import adapter_of
@@ -114,6 +115,13 @@ def _step_problems(
         yield f"{where}: {step.method} has no scale; leave the key 'scale' out"
     for need, provider in known_providers().items():
         yield from (f"{where}: {problem}" for problem in provider().problems(step, recipe, needed=need in wanted))
+    yield from (
+        f"{where}: parameters.{problem}"
+        for problem in selection_problems(vectors.parameters, step.parameters.include, step.parameters.exclude)
+    )
+    vectors = vectors.of(
+        p for p in vectors.parameters if is_selected(p.name, step.parameters.include, step.parameters.exclude)
+    )
     if methods and len(recipe.tasks) > 1:
         yield from (f"{where}: {problem}" for problem in _request_problems(methods, wanted, vectors, evidence))
     sizes = {method.batch_size for method in methods} if kind.batched else ()

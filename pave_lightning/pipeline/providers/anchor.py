@@ -11,6 +11,7 @@ from pave_lightning.pipeline.context import Context
 from pave_lightning.pipeline.providers.base import Asking, MergeRequest, Provider, provides
 from pave_lightning.pipeline.stage import Stage
 from pave_lightning.pipeline.stages.merge import MergeStage, chooser
+from pave_lightning.pipeline.tuning import anchor_of
 from pave_lightning.recipe.merge_step import MergeStep
 from pave_lightning.recipe.schema import Recipe
 
@@ -42,5 +43,4 @@ class Anchor(Provider):
 
 def _anchor(request: MergeRequest) -> MergeStage:
     """The anchor of a merge, on the same task vectors."""
-    step = request.results.recipe.step(str(request.step.anchor))
-    return MergeStage(request.results, step.model_copy(update={"purify": request.step.purify}), request.vectors)
+    return MergeStage(request.results, anchor_of(request.step, request.results.recipe), request.vectors)

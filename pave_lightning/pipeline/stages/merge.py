@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pave_lightning.errors import doing
 from pave_lightning.evaluation.options import EXPERT_HEADS, Heads, ScaleSearch
-from pave_lightning.merging import Evidence, MergeMethod, method_named
+from pave_lightning.merging import Evidence, MergeMethod, method_named, selected
 from pave_lightning.merging.folders import MergeContext, load_fitted_heads, write_fitted_heads, write_merged
 from pave_lightning.pipeline.context import Context, shared
 from pave_lightning.pipeline.providers import MergeRequest, Provider, evidence, providers_of
@@ -29,6 +29,8 @@ from pave_lightning.pipeline.stages.fit import FitStage, expert_digests, experts
 from pave_lightning.pipeline.stages.heads import fit_heads, head_inputs
 from pave_lightning.pipeline.stages.purify import purification_inputs, purify_stages, task_vectors
 from pave_lightning.recipe.merge_step import MergeStep
+from pave_lightning.recipe.parameters import Parameters
+from pave_lightning.recipe.write import Write
 from pave_lightning.transforms import transformed
 from pave_lightning.transforms.pave import Pave
 from pave_lightning.weights import Checkpoint, TaskVectors
@@ -160,6 +162,10 @@ class MergeStage(Stage):
             inputs["batch_size"] = recipe.capture.batch_size
         for provider in self.providers:
             inputs |= provider.inputs(self.request)
+        if step.parameters != Parameters():
+            inputs["parameters"] = step.parameters.model_dump()
+        if step.write != Write() or self.results.base_in_halves:
+            inputs["write"] = step.write.model_dump()
         if step.tune:
             inputs["tune"] = step.tune
         if isinstance(step.scale, ScaleSearch) or step.tune or stack.is_chosen:
@@ -182,12 +188,21 @@ class MergeStage(Stage):
         chosen = chooser(context).choose(step, self.vectors, self.heads)
         facts = {"vectors": self.vectors, "options": chosen.method.options.model_dump(), **chosen.facts}
         facts |= {"anchor": step.anchor} if step.anchor else {}
+        facts |= {"parameters": step.parameters.model_dump()} if step.parameters != Parameters() else {}
         stack = self.stack_as_chosen(facts)
         facts |= {} if stack.is_built_in else {"transforms": stack.described()}
         written = MergeContext(context.recipe.base, context.base, experts(context), context.architecture, facts)
         merged = None if chosen.merged is None else chosen.merged.vectors
         write_merged(
-            writer.path, chosen.method, chosen.source, chosen.scale, written, merged=merged, evidence=chosen.evidence
+            writer.path,
+            chosen.method,
+            chosen.source,
+            chosen.scale,
+            written,
+            merged=merged,
+            evidence=chosen.evidence,
+            dtype=step.write.dtype,
+            max_shard_size=step.write.max_shard_size,
         )
         cost = {name: value for name, value in vars(chosen.cost).items() if math.isfinite(value)}
         writer.result.update(facts, form=chosen.method.form, cost=cost)
@@ -224,6 +239,8 @@ class MergeStage(Stage):
         params = {"method": step.method, "vectors": self.vectors, "asked_scale": step.scale, "options": step.options}
         params |= {"anchor": step.anchor} if step.anchor else {}
         params |= {"tune": step.tune} if step.tune else {}
+        params |= {"parameters": step.parameters.model_dump()} if step.parameters != Parameters() else {}
+        params |= {"write": step.write.model_dump()} if step.write != Write() else {}
         params |= {"heads": self.heads.model_dump()} if self.heads.fitted else {}
         params |= {"purify": step.purify.model_dump()} if "purify" in stack.inherited else {}
         return params if stack.is_built_in else {**params, "transforms": stack.described()}
@@ -294,11 +311,13 @@ def _taken(manifest: Manifest, source: Path, target: Path) -> dict[str, Any]:
 def stacked_vectors(context: Context, request: MergeRequest) -> TaskVectors:
     """The task vectors of a merge step whose ratio is fixed, once all that they need is there.
 
-    A purification at the beginning of the stack was stored; what comes behind it is computed as it is read.
+    A purification at the beginning of the stack was stored; what comes behind it is computed as it is read. Parameters
+    that the step leaves out are not among them.
     """
     stack = request.stack
     vectors, computed = task_vectors(context, stack.purification), stack.transforms
     for transform in computed if stack.purification is None else computed[1:]:
         given = evidence(context, transform, request)
         vectors = transformed(vectors, [transform], given, context.recipe.compute)
-    return vectors
+    chosen = request.step.parameters
+    return selected(vectors, chosen.include, chosen.exclude)

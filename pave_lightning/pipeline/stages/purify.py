@@ -76,7 +76,7 @@ def task_vectors(context: Context, options: Purify | None) -> TaskVectors:
         PaveError: the purified weights are missing or stale.
     """
     plain = plain_vectors(context)
-    if options is None or options.rho == 1:
+    if options is None or options.changes_nothing:
         return plain
     stage = PurifyStage(context.results, options)
     context.results.finished(stage)

@@ -24,7 +24,7 @@ def write_rows(tmp_path):
 
 
 @pytest.fixture
-def make_task(write_rows):
+def task_of(write_rows):
     """A task over rows that are given, the same for all splits."""
 
     def build(rows, **options):

@@ -29,7 +29,7 @@ OF_KIND = {"kind": "causal_lm", **LENGTHS, "metrics": ["chrf", "exact_match", "c
 
 def tokens_by_hand(row, tokenizer):
     prompt, response = (tokenizer(row[name], add_special_tokens=False)["input_ids"] for name in ("prompt", "response"))
-    return prompt, [*response, tokenizer.eos_token_id]
+    return prompt, [*response, tokenizer.eos_token_id][:6]
 
 
 def losses_by_hand(model, row, tokenizer):
@@ -54,10 +54,10 @@ def test_the_loss_is_that_of_the_responses_tokens(
     for batch in loader:
         count = len(batch["labels"])
         own = [rows[place] for place in order[done : done + count]]
-        expected = torch.cat([losses_by_hand(model, row, writing_tokenizer) for row in own])
+        expected = torch.cat([losses_by_hand(model, row, writing_tokenizer).detach() for row in own])
         found = functional.cross_entropy(task.outputs(model, batch), task.targets(batch), reduction="none")
         assert torch.allclose(found, expected, atol=1e-5)
-        assert float(task.loss(model, batch)) == pytest.approx(float(expected.mean()), abs=1e-5)
+        assert float(task.loss(model, batch).detach()) == pytest.approx(float(expected.mean()), abs=1e-5)
         done += count
     assert done == len(rows)
 
