@@ -45,10 +45,10 @@ def module_of(task, tokenizer, tmp_path):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bloom"])
 def test_the_loss_is_that_of_the_responses_tokens(
-    make_task, exchanges, language_model, writing_tokenizer, tmp_path, family
+    task_of, exchanges, language_model, writing_tokenizer, tmp_path, family
 ):
     rows, model = exchanges(11), language_model(family)
-    task = make_task(rows, **OF_KIND)
+    task = task_of(rows, **OF_KIND)
     loader = module_of(task, writing_tokenizer, tmp_path).val_dataloader()
     order, done = list(loader.sampler), 0
     for batch in loader:
@@ -65,9 +65,9 @@ def test_the_loss_is_that_of_the_responses_tokens(
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_packed_batches_have_the_same_loss(
-    make_task, exchanges, language_model, writing_tokenizer, tmp_path, family, attention
+    task_of, exchanges, language_model, writing_tokenizer, tmp_path, family, attention
 ):
-    task = make_task(exchanges(20), **{**OF_KIND, "training": {"max_length": 24, "batch_size": 10}}, packing=True)
+    task = task_of(exchanges(20), **{**OF_KIND, "training": {"max_length": 24, "batch_size": 10}}, packing=True)
     model = language_model(family, attn_implementation=attention)
     module = module_of(task, writing_tokenizer, tmp_path)
     rows = list(module.dataset("train").remove_columns("length"))[:10]
@@ -76,15 +76,15 @@ def test_packed_batches_have_the_same_loss(
     assert float(task.loss(model, packed)) == pytest.approx(float(task.loss(model, plain)), abs=1e-5)
 
 
-def test_architectures_that_cannot_be_packed_are_told(make_task, exchanges, language_base):
-    task = make_task(exchanges(4), **OF_KIND, packing=True)
+def test_architectures_that_cannot_be_packed_are_told(task_of, exchanges, language_base):
+    task = task_of(exchanges(4), **OF_KIND, packing=True)
     assert list(task.base_problems(language_base("llama"))) == []
     (told,) = task.base_problems(language_base("bloom", name="bloom"))
     assert "BloomForCausalLM cannot be told where" in told
 
 
 def test_scores_are_those_of_generate_by_hand(
-    make_task, exchanges, language_base, writing_tokenizer, tmp_path, monkeypatch
+    task_of, exchanges, language_base, writing_tokenizer, tmp_path, monkeypatch
 ):
     folder, rows = language_base("llama"), exchanges(21)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -97,7 +97,7 @@ def test_scores_are_those_of_generate_by_hand(
         texts.append(writing_tokenizer.decode(told[0, len(prompt) :], skip_special_tokens=True))
     rows[3]["response"] = texts[3]  # or else none would be right
     losses[3] = losses_by_hand(model, rows[3], writing_tokenizer).detach()
-    task = make_task(rows, **OF_KIND)
+    task = task_of(rows, **OF_KIND)
     checkpoint = Architecture.of_folder(folder, task.auto_model).checkpoint(folder)
     for size in (1, 16):
         module = TaskDataModule(task, writing_tokenizer, seed=0, cache_dir=tmp_path / "cache", batch_size=size)
@@ -114,9 +114,9 @@ def test_scores_are_those_of_generate_by_hand(
         assert score.broken == 0
 
 
-def test_gradients_are_those_of_one_row_at_a_time(make_task, exchanges, language_model, writing_tokenizer, tmp_path):
+def test_gradients_are_those_of_one_row_at_a_time(task_of, exchanges, language_model, writing_tokenizer, tmp_path):
     rows, model = exchanges(5), language_model("llama")
-    task = make_task(rows, **OF_KIND)
+    task = task_of(rows, **OF_KIND)
     name = "model.layers.1.mlp.down_proj.weight"
     found = absolute_gradients(model, task, module_of(task, writing_tokenizer, tmp_path).val_dataloader())[name]
     expected = torch.zeros_like(found, dtype=torch.float64)
@@ -130,12 +130,12 @@ def test_gradients_are_those_of_one_row_at_a_time(make_task, exchanges, language
 
 
 def test_capture_counts_every_token_and_writes_nothing(
-    make_task, exchanges, language_model, writing_tokenizer, tmp_path, monkeypatch
+    task_of, exchanges, language_model, writing_tokenizer, tmp_path, monkeypatch
 ):
     from pave_lightning.experts.task_expert import TaskExpert
 
     rows, model = exchanges(9), language_model("llama")
-    task = make_task(rows, **OF_KIND)
+    task = task_of(rows, **OF_KIND)
     monkeypatch.setattr(type(model), "generate", None)
     callback = PaveCallback(backbone="model", mask=task.mask)
     trainer = build_trainer({"accelerator": "cpu"}, root=tmp_path, callbacks=[callback], enable_progress_bar=False)
@@ -157,10 +157,10 @@ def test_capture_counts_every_token_and_writes_nothing(
 
 
 @pytest.mark.parametrize(("side", "kept"), [("left", slice(-10, None)), ("right", slice(10))])
-def test_long_prompts_are_cut_and_told(make_task, writing_tokenizer, tmp_path, side, kept):
+def test_long_prompts_are_cut_and_told(task_of, writing_tokenizer, tmp_path, side, kept):
     words = [f"w{index}" for index in range(14)]
     rows = [{"prompt": "w1", "response": "w2"}, {"prompt": " ".join(words), "response": "w3 " * 8}]
-    task = make_task(rows, **OF_KIND, prompt_cut=side)
+    task = task_of(rows, **OF_KIND, prompt_cut=side)
     module = module_of(task, writing_tokenizer, tmp_path)
     table = module.encoded.table("train")
     assert table.column(PROMPT_CUT).to_pylist() == [0, 4]
@@ -170,13 +170,13 @@ def test_long_prompts_are_cut_and_told(make_task, writing_tokenizer, tmp_path, s
     assert "1 responses have more than 6 tokens" in told
 
 
-def test_chats_are_read_and_bad_ones_told(make_task, problems_of, writing_tokenizer, chat_template, tmp_path):
+def test_chats_are_read_and_bad_ones_told(task_of, problems_of, writing_tokenizer, chat_template, tmp_path):
     def chat(*texts, roles=("user", "assistant")):
         return {"chat": [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]}
 
     good = [chat("w1 w2", "w3"), chat("w1", "w2", "w3", "w4", roles=["user", "assistant"] * 2)]
     of_kind = {**OF_KIND, "training": {"max_length": 32}, "messages": "chat"}
-    task = make_task(good, **of_kind)
+    task = task_of(good, **of_kind)
     assert "has no chat template" in task.processor_problem(writing_tokenizer)
     writing_tokenizer.chat_template = chat_template
     try:
@@ -196,19 +196,19 @@ def test_chats_are_read_and_bad_ones_told(make_task, problems_of, writing_tokeni
         chat("w1", "w2", roles=["assistant", "user"]),
         chat("w1", "w2", roles=["user", "bot"]),
     ]
-    told = problems_of(make_task(bad, **of_kind))
+    told = problems_of(task_of(bad, **of_kind))
     for part in (
         "has a single message in row 2",
         "ends with another role in 3 rows, first in row 2",
         "holds the role 'bot' in row 4",
     ):
         assert part in told
-    assert "holds nothing in entry 1" in problems_of(make_task([*good, chat("w1", " ")], **of_kind))
+    assert "holds nothing in entry 1" in problems_of(task_of([*good, chat("w1", " ")], **of_kind))
 
 
-def test_empty_texts_are_refused_with_their_rows(make_task, problems_of):
+def test_empty_texts_are_refused_with_their_rows(task_of, problems_of):
     rows = [{"prompt": "w1", "response": "w2"}, {"prompt": "w1", "response": "  "}, {"prompt": "", "response": "w3"}]
-    told = problems_of(make_task(rows, **OF_KIND))
+    told = problems_of(task_of(rows, **OF_KIND))
     assert "column 'response' holds an empty text in row 1 (counted from 0), line 2" in told
     assert "column 'prompt' holds an empty text in row 2" in told
 
@@ -229,8 +229,8 @@ def test_keys_that_do_not_go_together(options, told):
         Task(name="t", data={}, **{**OF_KIND, **options})
 
 
-def test_a_tokenizer_without_an_end_is_told(make_task, exchanges, writing_tokenizer):
-    task = make_task(exchanges(4), **OF_KIND)
+def test_a_tokenizer_without_an_end_is_told(task_of, exchanges, writing_tokenizer):
+    task = task_of(exchanges(4), **OF_KIND)
     before, writing_tokenizer.eos_token = writing_tokenizer.eos_token, None
     try:
         assert "has no end-of-text token" in task.processor_problem(writing_tokenizer)

@@ -44,11 +44,11 @@ def module_of(task, tokenizer, tmp_path):
 
 @pytest.mark.parametrize("family", ["t5", "bart"])
 def test_losses_gradients_and_texts_are_those_of_single_rows(
-    make_task, exchanges, language_model, writing_tokenizer, tmp_path, family
+    task_of, exchanges, language_model, writing_tokenizer, tmp_path, family
 ):
     rows, model = exchanges(9), language_model(family)
     model.generation_config.forced_eos_token_id = None
-    task = make_task(rows, **OF_KIND)
+    task = task_of(rows, **OF_KIND)
     loader = module_of(task, writing_tokenizer, tmp_path).val_dataloader()
     order, done, written = list(loader.sampler), 0, {}
     for batch in loader:
@@ -79,10 +79,10 @@ def test_losses_gradients_and_texts_are_those_of_single_rows(
 
 
 def test_capture_counts_prompts_in_the_encoder_and_responses_in_the_decoder(
-    make_task, exchanges, language_model, writing_tokenizer, tmp_path
+    task_of, exchanges, language_model, writing_tokenizer, tmp_path
 ):
     rows, model = exchanges(9), language_model("t5")
-    task = make_task(rows, **OF_KIND)
+    task = task_of(rows, **OF_KIND)
     callback = PaveCallback(backbone="model", mask=task.mask)
     trainer = build_trainer({"accelerator": "cpu"}, root=tmp_path, callbacks=[callback], enable_progress_bar=False)
     loader = module_of(task, writing_tokenizer, tmp_path).val_dataloader()
