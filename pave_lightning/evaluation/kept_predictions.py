@@ -19,30 +19,41 @@ class KeptPredictions:
 
     Args:
         tasks: how many tasks there are.
+        means: for each task the metrics of which rows' scores are kept instead, see `Task.mean_metrics`.
     """
 
-    def __init__(self, tasks: int) -> None:
+    def __init__(self, tasks: int, means: Sequence[Sequence[str]] = ()) -> None:
+        self._means = [tuple(names) for names in means] or [()] * tasks
         self._rows: list[list[Tensor]] = [[] for _ in range(tasks)]
         self._values: list[list[Tensor]] = [[] for _ in range(tasks)]
         self._targets: list[list[Tensor]] = [[] for _ in range(tasks)]
         self._unplaced = [False] * tasks
 
-    def add(self, task: int, found: Predictions, rows: Sequence[int]) -> None:
+    def add(self, task: int, found: Predictions, rows: Sequence[int], scores: Tensor | None = None) -> None:
         """Take in one batch.
 
         Args:
             task: which of the tasks.
-            found: the predictions.
+            found: the predictions; of several numbers for an example each is kept.
             rows: the rows of the batch's examples, counted from 0 in the split.
+            scores: what each example adds to the metrics of ``means``, shape ``(n, metrics)``, where the task has any.
         """
-        if found.targets is None or (found.examples is None and len(found.values) != len(rows)):
+        values, targets, owners = found.values, found.targets, found.examples
+        if scores is not None:
+            values, targets, owners = scores, torch.ones_like(scores), None
+        if (
+            not isinstance(values, Tensor)
+            or not isinstance(targets, Tensor)
+            or (owners is None and len(values) != len(rows))
+        ):
             self._unplaced[task] = True
             return
         placed = torch.tensor(rows, dtype=torch.int64)
-        self._rows[task].append(placed if found.examples is None else placed[found.examples.cpu()])
+        placed = placed if owners is None else placed[owners.cpu()]
+        self._rows[task].append(placed.repeat_interleave(values[0].numel()) if len(values) else placed)
         # On their device until the end: nothing waits for it here.
-        self._values[task].append(found.values.detach())
-        self._targets[task].append(found.targets.detach())
+        self._values[task].append(values.detach().flatten())
+        self._targets[task].append(targets.detach().flatten())
 
     def gathered(self, trainer: L.Trainer, device: torch.device) -> list[TaskPredictions | None]:
         """The predictions of all processes in the order of rows, by task; every process has to call this.
@@ -61,8 +72,8 @@ class KeptPredictions:
         if trainer.world_size > 1:
             found = [torch.cat(gather_all_tensors(packed.to(device))).cpu() for packed in found]
         return [
-            None if without else _unpacked(packed, floating=bool(numbers))
-            for packed, numbers, without in zip(found, floats, unplaced, strict=True)
+            None if without else _unpacked(packed, means, floating=bool(numbers))
+            for packed, means, numbers, without in zip(found, self._means, floats, unplaced, strict=True)
         ]
 
     def _packed(self, task: int) -> Tensor:
@@ -78,9 +89,9 @@ def _bits(values: Tensor) -> Tensor:
     return values.cpu().double().view(torch.int64)
 
 
-def _unpacked(packed: Tensor, *, floating: bool) -> TaskPredictions:
+def _unpacked(packed: Tensor, means: Sequence[str], *, floating: bool) -> TaskPredictions:
     rows = packed[:, 0].numpy().copy()
     values, targets = (packed[:, place].contiguous().view(torch.float64).numpy() for place in (1, 2))
     if floating:
-        return TaskPredictions.ordered(rows, values, targets)
+        return TaskPredictions.ordered(rows, values, targets, means)
     return TaskPredictions.ordered(rows, values.astype(np.int64), targets.astype(np.int64))

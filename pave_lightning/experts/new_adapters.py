@@ -18,7 +18,7 @@ from pave_lightning.tasks.lora import adapter_ranks, saved_modules
 from pave_lightning.tasks.options import Lora
 from pave_lightning.weights import Checkpoint
 from pave_lightning.weights.adapters import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, adapter_settings
-from pave_lightning.weights.architecture import Architecture, backbone_of, empty_model, lies_in
+from pave_lightning.weights.architecture import Architecture, backbone_of, empty_model, lies_in, name_prefix
 from pave_lightning.weights.checkpoint import stored_tensors
 from pave_lightning.weights.remembered import remembered
 
@@ -72,7 +72,9 @@ def _config(
     prefix = str(model.base_model_prefix)
     parameters = list(Architecture.of_model(model).parameters.values())
     ranks = adapter_ranks(lora, parameters, prefix, [*frozen, *private])
-    head = [name for name, child in model.named_children() if name != prefix and list(child.parameters())]
+    start = name_prefix(model)
+    beside = [(name, child) for name, child in model.named_children() if start and name != prefix]
+    head = [name for name, child in beside if list(child.parameters())]
     saved = list(dict.fromkeys([*private, *saved_modules(lora, parameters)]))
     outermost = [name for name in saved if not lies_in(name, [other for other in saved if other != name])]
     # All that says which modules are meant, which is settled by now.
@@ -85,8 +87,8 @@ def _config(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=[f"{prefix}.{name}" for name in ranks] or None,
-        modules_to_save=[*head, *(f"{prefix}.{name}" for name in outermost)],
+        target_modules=[f"{start}{name}" for name in ranks] or None,
+        modules_to_save=[*head, *(f"{start}{name}" for name in outermost)],
     )
 
 

@@ -18,14 +18,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pave_lightning.errors import PaveError, reason
+from pave_lightning.errors import PaveError, counted, listed, reason
 from pave_lightning.system.files import file_sha256, local_path
 from pave_lightning.system.hub import hub_or_cache, unreached
 from pave_lightning.tasks.checks import row_problems
 from pave_lightning.tasks.copies import found_copy, kept_copy, read_copy
 from pave_lightning.tasks.labels import LabelValues, Reading, label_reading, readings_conflict
-from pave_lightning.tasks.reading import plain_column, read_rows, reading_options
-from pave_lightning.tasks.rows import Rows, UnreadableError
+from pave_lightning.tasks.reading import inner_column, plain_column, read_rows, reading_options
+from pave_lightning.tasks.rows import Rows, UnreadableError, column_path
 from pave_lightning.tasks.task import Task
 
 if TYPE_CHECKING:  # it loads pandas and more; plans read rows from copies of their own without it
@@ -141,14 +141,20 @@ def check_task(task: Task, *, seed: int, cache_dir: str | Path) -> list[str]:
             continue
         for remark in remarks:
             log.warning("%s: %s", split_title(task, split), remark)
-        if split == "test":
-            used = rows.take(sample_rows(len(rows), task.examples.test, seed))
-            if len(np.unique(task.answers(used))) < 2:
-                problems.append(
-                    f"{split_title(task, split)}: all {len(used)} rows that are used carry the same label in column "
-                    f"'{list(task.columns)[-1]}', so no metric can tell a good model from a bad one; "
-                    "expected two distinct labels or more: use more rows or another split"
-                )
+        used = rows.take(sample_rows(len(rows), getattr(task.examples, split), seed))
+        answers = task.answers(used)
+        if split != "validation" and (unseen := task.unseen_classes(answers)):
+            log.warning(
+                "%s: none of the %s that are used has the class %s, so %s",
+                *(split_title(task, split), counted(len(used), "row"), listed(unseen)),
+                "nothing is learned of it" if split == "train" else "no score says anything of it",
+            )
+        if split == "test" and len(np.unique(answers, axis=0)) < 2:
+            problems.append(
+                f"{split_title(task, split)}: all {len(used)} rows that are used carry the same label in "
+                f"{label_title(task)}, so no metric can tell a good model from a bad one; "
+                "expected two distinct labels or more: use more rows or another split"
+            )
     for one, other in combinations(fingerprints, 2):
         if fingerprints[one] == fingerprints[other]:
             log.warning("%s", _told_twice(task, one, other))
@@ -209,6 +215,12 @@ def split_title(task: Task, split: Split) -> str:
     if task.data.hub is not None:
         source = f"{source} of {'/'.join(filter(None, (task.data.hub, task.data.config)))}"
     return f"task '{task.name}', {split} split ({source})"
+
+
+def label_title(task: Task) -> str:
+    """The columns of the labels in messages."""
+    names = [f"'{name}'" for name in task.label_columns]
+    return f"column {names[0]}" if len(names) == 1 else f"columns {', '.join(names)}"
 
 
 def _told_twice(task: Task, one: Split, other: Split) -> str:
@@ -323,9 +335,11 @@ def _read_hub(task: Task, split: Split) -> datasets.Dataset:
 
 
 def _hub_rows(task: Task, dataset: datasets.Dataset) -> Rows:
-    used = [name for name in task.columns if name in dataset.features]
-    columns = {name: plain_column(_arrow_column(dataset, name)) for name in used}
-    feature = dataset.features.get(list(task.columns)[-1])
+    known = dataset.column_names
+    paths = {name: path for name in task.columns if (path := column_path(name, known)) is not None}
+    reached = {name: inner_column(_arrow_column(dataset, known[place]), keys) for name, (place, keys) in paths.items()}
+    columns = {name: plain_column(column) for name, column in reached.items() if column is not None}
+    feature = dataset.features.get(task.label_columns[0])
     names = getattr(getattr(feature, "feature", feature), "names", None)  # of the entries of a list
     return Rows(columns, len(dataset), dataset.column_names, own_names=names)
 
@@ -351,7 +365,7 @@ def _reading(task: Task) -> Reading | None:
         # None: some are neither, and told where they stand.
         return label_reading([values for values in found if values is not None], task.class_names) or "names"
     except PaveError as error:
-        raise PaveError(f"task '{task.name}': column '{list(task.columns)[-1]}': {error}") from error
+        raise PaveError(f"task '{task.name}': {label_title(task)}: {error}") from error
 
 
 @lru_cache(maxsize=64)

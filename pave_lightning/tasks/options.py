@@ -9,8 +9,20 @@ from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from pave_lightning.config import Section, unless_wrong
 from pave_lightning.system.patterns import pattern_problem
+from pave_lightning.system.references import HubModel
 
-MetricName = Literal["accuracy", "f1", "macro_f1", "matthews", "pearson", "spearman"]
+MetricName = Literal[
+    "accuracy",
+    "f1",
+    "macro_f1",
+    "matthews",
+    "micro_f1",
+    "exact_match",
+    "mean_average_precision",
+    "token_f1",
+    "pearson",
+    "spearman",
+]
 
 # Most classes of one task; ImageNet-21k has 21,841.
 MOST_CLASSES = 22_000
@@ -186,11 +198,12 @@ class Expert(Section):
 
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
 
-    from_: str = Field(alias="from")
-    """Folder or hub id of a fine-tuned sequence-classification checkpoint (or of a peft adapter of the base)."""
+    from_: str | HubModel = Field(alias="from")
+    """A fine-tuned model with the head of the task's kind, or a peft adapter of the base: a folder, a hub id,
+    package:NAME/FOLDER, or {hub: OWNER/NAME, folder: ..., revision: ...}."""
     adapter: str | None = None
     """Which adapter is meant, where peft has saved several of one model in folders of their own below that one."""
     accept: list[str] = []
     """What may differ although it is refused otherwise; the message names it. Keys of config.json, such as rope_theta:
     merged models use the base's value, the expert is scored with its own. Or architectures, problem_type, id2label,
-    label2id, unused_weights; for adapters base (trained on another base) and task_type."""
+    label2id, unused_weights, pooling; for adapters base (trained on another base) and task_type."""

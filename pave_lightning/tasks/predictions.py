@@ -32,26 +32,32 @@ class TaskPredictions:
         positions: int64 of shape ``(n,)``: counts the predictions of one row from 0.
         predictions: int64 (classes) or float64 (numbers) of shape ``(n,)``, as the task's metrics take them.
         targets: what is right, the same shape and dtype.
+        means: where predictions are no numbers themselves: the metrics whose means over rows are kept instead, one
+            position each, of which 1 is right.
     """
 
     rows: npt.NDArray[np.int64]
     positions: npt.NDArray[np.int64]
     predictions: Numbers
     targets: Numbers
+    means: tuple[str, ...] = ()
 
     @classmethod
-    def ordered(cls, rows: npt.NDArray[np.int64], predictions: Numbers, targets: Numbers) -> Self:
+    def ordered(
+        cls, rows: npt.NDArray[np.int64], predictions: Numbers, targets: Numbers, means: Sequence[str] = ()
+    ) -> Self:
         """Predictions that come in any order of rows; those of one row come in their own order.
 
         Args:
             rows: int64 of shape ``(n,)``.
             predictions: shape ``(n,)``.
             targets: shape ``(n,)``.
+            means: see the attribute.
         """
         order = np.argsort(rows, kind="stable")
         rows = rows[order]
         positions = np.arange(len(rows)) - np.searchsorted(rows, rows, side="left")
-        return cls(rows, positions, predictions[order], targets[order])
+        return cls(rows, positions, predictions[order], targets[order], tuple(means))
 
     @property
     def are_classes(self) -> bool:
@@ -98,7 +104,11 @@ def write_predictions(
         }
     )
     facts = {
-        name: {"classes": list(classes.get(name, ())), "numbers": "int64" if found.are_classes else "float64"}
+        name: {
+            "classes": list(classes.get(name, ())),
+            "numbers": "int64" if found.are_classes else "float64",
+            **({"means": list(found.means)} if found.means else {}),
+        }
         for name, found in predictions.items()
     }
     pq.write_table(table.replace_schema_metadata({FACTS: json.dumps(facts).encode()}), path, compression="zstd")
@@ -131,6 +141,7 @@ def read_predictions(path: Path) -> tuple[dict[str, TaskPredictions], dict[str, 
             own["position"].astype(np.int64),
             own["prediction"].astype(numbers),
             own["target"].astype(numbers),
+            tuple(str(one) for one in fact.get("means", ())),
         )
         classes[name] = [str(one) for one in fact["classes"]]
     return found, classes

@@ -17,6 +17,7 @@ from pave_lightning.weights.adapters import (
     ADAPTER_FOLDER,
     ADAPTER_WEIGHTS,
     WRAPPED,
+    absent_adapter,
     adapter_settings,
 )
 from pave_lightning.weights.architecture import backbone_of, empty_model, is_bare
@@ -29,10 +30,12 @@ NOT_IN_WEIGHTS = {
     "alora_invocation_tokens": "it works on some tokens only",
     "arrow_config": "it chooses among adapters for each token",
 }
+
+
+# What peft calls adapters of models whose heads score tokens.
+LANGUAGE_TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 # Starts that take a part out of the base by chance, or by data, and so another part when the adapter is loaded.
 UNREPEATABLE = ("pissa_niter", "corda", "lora_ga", "loftq")
-# peft's names of the tasks that language models are trained on.
-LANGUAGE = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 
 
 def adapter_problems(folder: Path) -> list[str]:
@@ -47,7 +50,7 @@ def adapter_problems(folder: Path) -> list[str]:
         return [str(error)]
     weights = folder / ADAPTER_WEIGHTS
     if not weights.is_file():
-        return [f"{folder} has no adapter_model.safetensors; pickled adapters are refused"]
+        return [absent_adapter(folder)]
     try:
         stored = stored_tensors(weights, "save the adapter again")
     except PaveError as error:
@@ -166,7 +169,8 @@ def write_with_adapter(base: Path, adapter: Path, folder: Path) -> None:
         prefix = f"{whole.base_model_prefix}."
         inside = any(name.startswith(WRAPPED + prefix) for name in stored)
         config: Any = PeftConfig.from_pretrained(str(adapter))
-        config_task = config.task_type
+        # An adapter of a language model is of all of it; one of another task is of what is below the head.
+        of_whole = inside and str(config.task_type or "CAUSAL_LM") in LANGUAGE_TASKS
         # With a task, peft looks for the task's head.
         config.task_type, config.inference_mode = None, True
         model = _trained_as(whole, inside=inside)
@@ -182,8 +186,7 @@ def write_with_adapter(base: Path, adapter: Path, folder: Path) -> None:
         if lacking:
             raise ValueError(f"the adapter lacks {listed([name.removeprefix(WRAPPED) for name in lacking], 3)}")
         merged_weights(adapted)
-        # An adapter of a classifier says nothing of the head of a language model.
-        saved: Any = whole if inside and config_task in (None, *LANGUAGE) else _inner(whole)
+        saved: Any = whole if of_whole else _below_head(whole)
         saved.save_pretrained(folder)
     (folder / ADAPTER_FOLDER).mkdir()
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
@@ -193,16 +196,16 @@ def write_with_adapter(base: Path, adapter: Path, folder: Path) -> None:
 def _trained_as(model: nn.Module, *, inside: bool) -> nn.Module:
     """A model in which an adapter finds its modules: with the backbone under its prefix, or the backbone itself."""
     if not inside:
-        return _inner(model)
+        return _below_head(model)
     if not is_bare(model):
         return model
     return _Holder(model)
 
 
-def _inner(model: nn.Module) -> nn.Module:
-    """The backbone of a model, of language models too; the model itself where it is a bare one."""
-    inner = getattr(model, str(model.base_model_prefix), None)
-    return inner if isinstance(inner, nn.Module) else model
+def _below_head(model: nn.Module) -> nn.Module:
+    """What is below the head of a model, a language model's too; the model itself where nothing is."""
+    found = getattr(model, str(model.base_model_prefix), None)
+    return found if isinstance(found, nn.Module) else model
 
 
 class _Holder(nn.Module):

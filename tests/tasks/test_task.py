@@ -63,7 +63,10 @@ def test_every_kind_says_all_that_others_ask(kind):
 
 
 # What a batch holds, and which model reads it, is the kinds' own affair. The callback works without a recipe as well.
-KNOWN_BY_KINDS = r"AutoModelFor(Sequence|Token)Classification|input_ids|SEQ_CLS|TOKEN_CLS"
+KNOWN_BY_KINDS = (
+    r"AutoModelFor(Sequence|Token)Classification|AutoModelFor(MultipleChoice|QuestionAnswering)|input_ids|"
+    r"SEQ_CLS|TOKEN_CLS|QUESTION_ANS|FEATURE_EXTRACTION"
+)
 ELSEWHERE = {"callbacks/pave_callback.py", "callbacks/padding.py"}
 
 
