@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -30,7 +29,7 @@ RHO = 0.97
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", type=int, default=20)
+    parser.add_argument("--batches", type=int, default=17)
     parser.add_argument("--length", type=int, default=256, help="tokens of a batch, which is one example")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--stage", choices=["make", "capture", "purify"], help=argparse.SUPPRESS)
@@ -136,7 +135,7 @@ def purify(arguments: argparse.Namespace) -> dict[str, Any]:
     """Time and memory of purifying the expert, and what a plan predicts of it."""
     from pave_lightning.pipeline import costs
     from pave_lightning.purification import PurifiedTaskVectors
-    from pave_lightning.purification.options import Purify
+    from pave_lightning.purification.options import Compute, Purify
     from pave_lightning.statistics import TaskStatistics
     from pave_lightning.weights import Architecture, ExpertTaskVectors, memory
 
@@ -146,10 +145,9 @@ def purify(arguments: argparse.Namespace) -> dict[str, Any]:
         architecture.checkpoint(arguments.folder / "base"), {"expert": architecture.checkpoint(expert)}, architecture
     )
     statistics = TaskStatistics.load(arguments.folder / "statistics.safetensors")
-    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     kinds = {layer: statistics.kind(layer) for layer in statistics.layers()}
-    cost = costs.predict_cost(plain.parameters, 1, workers, kinds, options=Purify(rho=RHO))
-    vectors = PurifiedTaskVectors(plain, {"expert": statistics}, Purify(rho=RHO))
+    cost = costs.predict_cost(plain.parameters, 1, 1, kinds, options=Purify(rho=RHO))
+    vectors = PurifiedTaskVectors(plain, {"expert": statistics}, Purify(rho=RHO), Compute(workers=1))
     seconds = 0.0
     for parameter in vectors.layers:  # one of each shape, which counts for all of them
         like = LAYERS.get(parameter.layer.rpartition(".")[2], 0)

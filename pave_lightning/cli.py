@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 import warnings
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -27,6 +28,7 @@ RECIPE_COMMANDS = {
     "run": "do everything a recipe asks for: fit, capture, purify, merge, evaluate, report",
     "plan": "check everything and show what would be done; run nothing",
     "fit": "fine-tune the experts (or one of them)",
+    "align": "give the experts one vocabulary, where the recipe's key vocabulary is base_rows or union",
     "joint": "fine-tune one model on all tasks together, where the recipe has it among its controls",
     "capture": "measure what the experts' layers see",
     "purify": "write the purified experts as ordinary checkpoints",
@@ -37,6 +39,7 @@ RECIPE_COMMANDS = {
 }
 SWEEP = "run a recipe over a grid of settings and seeds; write a table, a picture and findings"
 COMPARE = "compare two models of a run: paired differences with intervals, and where they disagree"
+CONVERT = "write a model whose weights are pickled (pytorch_model.bin) as a folder with safetensors"
 EXPORT = "write a merged model of a run in another form, such as one LoRA adapter of its base"
 PER_TASK = ("fit", "capture")
 # How libraries are asked to keep their warnings to themselves.
@@ -125,6 +128,19 @@ def build_parser() -> ArgumentParser:
     compare.add_argument("--output", **single, metavar="FILE", help="a .csv or .parquet file for all disagreements")
     compare.add_argument("--debug", action="store_true", help="show tracebacks")
     commands.add_subcommand("compare", compare, help=COMPARE)
+    _add_commands_without_recipe(commands, new, single)
+    return parser
+
+
+def _add_commands_without_recipe(commands: Any, new: Callable[..., ArgumentParser], single: Mapping[str, Any]) -> None:
+    """Add the commands about models, methods and transforms, whatever recipes there are."""
+    convert = new(description=f"{CONVERT[0].upper()}{CONVERT[1:]}.")
+    convert.add_argument("source", type=str, help="a folder, a GGUF file or a hub id")
+    convert.add_argument("output", type=str, help="the folder to be made")
+    convert.add_argument("--folder", **single, help="folder of the model inside of the hub repository")
+    convert.add_argument("--revision", **single, help="commit, tag or branch of the hub repository")
+    convert.add_argument("--debug", action="store_true", help="show tracebacks")
+    commands.add_subcommand("convert", convert, help=CONVERT)
     commands.add_subcommand("export", _export_parser(new), help=EXPORT)
     methods = new(description="List the merge methods, or the options of one.")
     methods.add_argument("method", type=str, nargs="?", default=None, help="a method, to see its options")
@@ -137,7 +153,6 @@ def build_parser() -> ArgumentParser:
     schema = new(description="Print the JSON schema of recipes, for editors.")
     schema.add_argument("--debug", action="store_true", help="show tracebacks")
     commands.add_subcommand("schema", schema, help="print the JSON schema of recipes, for editors")
-    return parser
 
 
 def _export_parser(new: Callable[..., ArgumentParser]) -> ArgumentParser:
@@ -245,8 +260,8 @@ def _execute(command: str, options: Namespace) -> None:
 
         task, metric, output = (_once(options, name) for name in ("task", "metric", "output"))
         return compare(options.run, options.a, options.b, task=task, metric=metric, rows=options.rows, output=output)
-    if command == "export":
-        return _export(options)
+    if command in (others := {"convert": _convert, "export": _export}):
+        return others[command](options)
     if command == "schema":
         import json
 
@@ -340,6 +355,24 @@ def _add_expert(options: Namespace) -> str:
     from pave_lightning.pipeline.adding import add_expert
 
     return str(add_expert(into, task, expert, output, fisher, accept=options.accept))
+
+
+def _convert(options: Namespace) -> None:
+    """``pave convert SOURCE OUTPUT``."""
+    from pathlib import Path
+
+    from pave_lightning.config import options_of
+    from pave_lightning.errors import PaveError
+    from pave_lightning.system.references import HubModel
+    from pave_lightning.weights.converting import convert_checkpoint
+
+    named = {name: given for name in ("folder", "revision") if (given := _once(options, name)) is not None}
+    if named and Path(options.source).expanduser().exists():
+        verb = "goes" if len(named) == 1 else "go"
+        raise PaveError(f"--{' and --'.join(named)} {verb} with a hub id, but {options.source} is on this machine")
+    hub = options_of(HubModel, {"hub": options.source, **named}, "the source") if named else None
+    convert_checkpoint(hub or options.source, Path(options.output).expanduser())
+    _out(f"results: {options.output}")
 
 
 def _once(options: Namespace, name: str, instead: str = "leave all but one out") -> str | None:

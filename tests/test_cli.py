@@ -62,7 +62,9 @@ def test_help_is_fast_and_loads_nothing_heavy():
     assert min(took) < 1.0
 
 
-@pytest.mark.parametrize("command", [*RECIPE_COMMANDS, "sweep", "compare", "export", "methods", "transforms", "schema"])
+@pytest.mark.parametrize(
+    "command", [*RECIPE_COMMANDS, "sweep", "compare", "convert", "export", "methods", "transforms", "schema"]
+)
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
@@ -198,7 +200,7 @@ def test_transforms_lists_all_of_them(capsys, monkeypatch):
     assert all(name in shown for name in known_transforms())
     assert main(["transforms", "depth_scale"]) == 0
     shown = capsys.readouterr().out
-    assert "first (required): Factor of the first block" in shown
+    assert "first (default 1.0): Factor of the first block" in shown
     assert "last (default 1.0)" in shown
     assert "did you mean 'pave'" in fails(["transforms", "pavee"], capsys)
 

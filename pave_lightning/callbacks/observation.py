@@ -150,7 +150,7 @@ class LinearObserver:
         """
         means: dict[str, LayerMoment] = {}
         for members, moment in self._groups.moments():
-            mean = moment.moment()
+            mean = moment.finish()
             if not is_finite(mean.matrix):
                 raise PaveError(
                     f"layer '{members[0]}' has seen NaN or infinite values in the {mean.rows} rows of its input "

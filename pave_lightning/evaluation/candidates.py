@@ -191,6 +191,5 @@ class ModulatedCandidate(Candidate):
         for name in self._unified:
             tensor = self._unified.tensor(name)
             if name in own:
-                base = self._base.tensor(name).float()
-                tensor = base + modulator.apply(name, tensor.float() - base)
+                tensor = modulator.weight(name, self._base.tensor(name), tensor)
             yield name, tensor

@@ -121,7 +121,7 @@ def fit_problems(base: Path, folder: Path, form: HeadForm) -> list[str]:
 def adds_nothing(base: Path, folder: Path, auto_model: str) -> bool:
     """Whether an adapter changes no weight of the backbone that the base has; reads no further than what does."""
     architecture = Architecture.of_folder(base, auto_model)
-    start = f"{WRAPPED}{architecture.prefix}."
+    start = f"{WRAPPED}{architecture.start}"
     stored = {
         name.removeprefix(start): found
         for name, found in stored_tensors(folder / ADAPTER_WEIGHTS).items()
@@ -143,7 +143,7 @@ def required_weights(architecture: Architecture, base: Path) -> list[str]:
         architecture: what the base's configuration gives with the head.
         base: folder of the base.
     """
-    prefix, names = f"{architecture.prefix}.", [weight.names[0] for weight in architecture.weights]
+    prefix, names = architecture.start, [weight.names[0] for weight in architecture.weights]
     backbone = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
     private = absent_children(architecture.checkpoint(base), backbone)
     return [name for name in names if not name.startswith(prefix) or lies_in(name.removeprefix(prefix), private)]

@@ -24,7 +24,7 @@ from pave_lightning.experts.checkpoints import (
     start_anew,
     unusable_checkpoint,
 )
-from pave_lightning.experts.loading import load_with_new_head, quiet_transformers
+from pave_lightning.experts.loading import load_with_new_head
 from pave_lightning.experts.new_adapters import add_adapters, keep_start, save_adapter
 from pave_lightning.experts.schedule import training_settings
 from pave_lightning.experts.task_expert import TaskExpert, freeze
@@ -40,6 +40,7 @@ from pave_lightning.tasks.options import EarlyStopping as EarlyStoppingOptions
 from pave_lightning.tasks.task import Task
 from pave_lightning.tasks.tokenizers import load_tokenizer, padding_id, padding_note
 from pave_lightning.weights.architecture import Architecture, backbone_of
+from pave_lightning.weights.quiet import quiet_transformers
 from pave_lightning.weights.task_vectors import absent_children
 
 log = logging.getLogger("pave_lightning")

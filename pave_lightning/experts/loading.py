@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pave_lightning.errors import PaveError, foreign, listed
+from pave_lightning.errors import PaveError, counted, foreign, listed
 from pave_lightning.tasks.heads import HeadForm
 from pave_lightning.tasks.task import Task
 from pave_lightning.tasks.tokenizers import set_padding
@@ -26,6 +25,7 @@ from pave_lightning.weights.architecture import (
 )
 from pave_lightning.weights.checkpoint import StoredTensor, weight_files
 from pave_lightning.weights.completeness import lacking_of_base, lacking_weights, naming_problem
+from pave_lightning.weights.quiet import quiet_transformers
 
 
 def load_with_new_head(base: Path, task: Task) -> nn.Module:
@@ -84,7 +84,10 @@ def base_problem(base: Path, architecture: Architecture) -> str | None:
     problem = naming_problem(architecture, checkpoint)
     lacking = lacking_of_base(architecture, checkpoint)
     if problem is None and lacking:
-        problem = f"{len(lacking)} weights of the model do not fit its files ({listed(lacking, 3)}); fetch it again"
+        problem = (
+            f"{counted(len(lacking), 'weight')} of the model cannot be filled from its files ({listed(lacking, 3)}); "
+            "fetch it again"
+        )
     return problem
 
 
@@ -117,7 +120,7 @@ def load_expert(folder: Path, task: Task, base: Path | None = None) -> nn.Module
     missing = sorted(info["missing_keys"])
     if missing:
         raise PaveError(
-            f"task '{task.name}': the checkpoint {folder} lacks {len(missing)} weights, among them "
+            f"task '{task.name}': the checkpoint {folder} lacks {counted(len(missing), 'weight')}, among them "
             f"{', '.join(missing[:3])}; expected a fine-tuned {form_of(task.auto_model)} with its head"
         )
     outputs, asked = int(model.config.num_labels), task.head_config.get("num_labels")  # type: ignore[union-attr, arg-type]
@@ -155,7 +158,7 @@ def expert_problem(folder: Path, auto_model: str | None = None) -> str | None:
         first = head[0].partition(" ")[0]
         return f"has no head of a {form_of(auto_model)} (no {first}); expected a fine-tuned one"
     return (
-        f"lacks {len(lacking)} weights of a {architecture.model_class}, or has them in another shape: "
+        f"lacks {counted(len(lacking), 'weight')} of a {architecture.model_class}, or has them in another shape: "
         f"{listed(lacking, 3)}; they would be drawn at random; expected a whole fine-tuned model"
     )
 
@@ -172,20 +175,3 @@ def _load(folder: Path, auto_model: str, **changes: Any) -> tuple[nn.Module, dic
             **changes,
         )
     return model, dict(info)
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' load reports and progress bars away; what matters of them is checked and told by us."""
-    from transformers.utils import logging as transformers_logging
-
-    verbosity = transformers_logging.get_verbosity()
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if shown:
-            transformers_logging.enable_progress_bar()

@@ -38,10 +38,10 @@ from pave_lightning.weights import (
 from pave_lightning.weights.architecture import empty_model, read_config
 from pave_lightning.weights.checkpoint import model_digest, stored_tensors
 from pave_lightning.weights.configuration import merged_configuration
-from pave_lightning.weights.locate import has_tokenizer
 from pave_lightning.weights.memory import freed_memory_returned
 from pave_lightning.weights.task_vectors import absent_children, own_token_rows
 from pave_lightning.weights.ties import tied_names
+from pave_lightning.weights.tokenizer_files import has_tokenizer
 
 log = logging.getLogger("pave_lightning")
 
@@ -71,6 +71,8 @@ class MergeContext:
         experts: each task's checkpoint, for its head.
         architecture: the experts' architecture.
         facts: what else is noted in ``pave.json`` (method, options, scale, ...).
+        one_vocabulary: whether all experts have the same rows beyond the base's, and tokenizers that know them, so that
+            the merged model has them too; else they are kept with each task.
     """
 
     base_reference: str
@@ -78,6 +80,13 @@ class MergeContext:
     experts: Mapping[str, Checkpoint]
     architecture: Architecture
     facts: Mapping[str, Any]
+    one_vocabulary: bool = False
+
+    @property
+    def new_rows(self) -> dict[str, Tensor]:
+        """Rows of the merged model's table beyond the base's, by the names of its weight."""
+        first = next(iter(self.experts.values()))
+        return own_token_rows(self.base, first, self.architecture) if self.one_vocabulary else {}
 
 
 @freed_memory_returned()
@@ -121,7 +130,9 @@ def write_merged(
             for the type in which it is written.
         ValueError: ``max_shard_size`` is no size.
     """
-    writer = _RoundingWriter(folder, source, dtype, bytes_of(max_shard_size), context.base.own_names)
+    writer = _RoundingWriter(
+        folder, source, dtype, bytes_of(max_shard_size), own_names=context.base.own_names, new_rows=context.new_rows
+    )
     factor = 1.0 if scale is None else scale
     if isinstance(method, PerTaskMethod):
         kept = {task: ModulatorWriter() for task in source.tasks}
@@ -164,8 +175,16 @@ class _RoundingWriter:
     """
 
     def __init__(
-        self, folder: Path, source: TaskVectors, dtype: WrittenDtype, shard_bytes: int, own_names: Mapping[str, str]
+        self,
+        folder: Path,
+        source: TaskVectors,
+        dtype: WrittenDtype,
+        shard_bytes: int,
+        *,
+        own_names: Mapping[str, str],
+        new_rows: Mapping[str, Tensor],
     ) -> None:
+        self._new_rows = new_rows
         self.names: set[str] = set()
         self.asked = dtype
         self._own_names = own_names  # as the base's file calls them, so that the base's class loads them
@@ -187,7 +206,7 @@ class _RoundingWriter:
         self._write(name, tensor)
 
     def _write(self, name: str, tensor: Tensor) -> None:
-        self._shards.add(self._own_names.get(name, name), tensor)
+        self._shards.add(self._own_names.get(name, name), _with_rows(tensor, self._new_rows.get(name)))
         self.names.add(name)
 
     def close(self) -> None:
@@ -211,6 +230,11 @@ def _added(source: TaskVectors, parameter: Parameter, vector: Tensor, factor: fl
     for rows in source.blocks(parameter):
         result[within(rows)] = source.base(parameter, rows) + factor * vector[within(rows)]
     return result
+
+
+def _with_rows(table: Tensor, new: Tensor | None) -> Tensor:
+    """A weight with further rows, where there are any."""
+    return table if new is None else torch.cat([table, new.to(table)])
 
 
 def _finite(method: MergeMethod, what: str, tensor: Tensor) -> Tensor:
@@ -329,9 +353,13 @@ def write_surroundings(folder: Path, context: MergeContext, dtype: torch.dtype =
     of_base = Architecture.of_folder(first if config.model_type == read_config(first).model_type else base)
     config.architectures = [of_base.backbone_class]
     config.dtype = str(dtype).removeprefix("torch.")
+    for name, rows in context.new_rows.items():
+        text_config(config).vocab_size = context.base.backbone[name].shape[0] + len(rows)
     config.save_pretrained(folder)
     # Whoever merges weights alone needs no tokenizer.
-    tokenizer = load_tokenizer(base) if context.architecture.token_embeddings and has_tokenizer(base) else None
+    read_with = first if context.one_vocabulary else base
+    reads = context.architecture.token_embeddings and (has_tokenizer(read_with) or has_tokenizer(base))
+    tokenizer = load_tokenizer(read_with, base) if reads else None
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     _carry_along(base, folder)
@@ -344,7 +372,7 @@ def write_surroundings(folder: Path, context: MergeContext, dtype: torch.dtype =
         target.mkdir(parents=True)
         write_tensors(target / HEAD_FILE, {name: tensor.contiguous() for name, tensor in head.items()})
         own_rows = own_token_rows(context.base, expert, context.architecture)
-        if own_rows:
+        if own_rows and not context.one_vocabulary:
             write_tensors(target / TOKENS_FILE, {name: tensor.contiguous() for name, tensor in own_rows.items()})
         own_config = merged_configuration(base, expert.folder)
         if tokenizer is not None:
@@ -475,10 +503,11 @@ def load_merged(folder: str | Path, task: str, base: str | None = None, *, exper
         for name in modulator:
             if name not in origin.backbone or name not in state:
                 raise PaveError(f"{folder}: what is kept for '{task}' names the weight {name}, which is not there")
-            start = origin.tensor(name).float()
-            if start.shape != state[name].shape:
+            start = origin.tensor(name)
+            shape = state[name][: len(start)].shape if name in architecture.token_embeddings else state[name].shape
+            if start.shape != shape:
                 raise PaveError(f"{folder}: the weight {name} has another shape than that of the base")
-            state[name] = start + modulator.apply(name, state[name] - start)
+            state[name] = modulator.weight(name, start, state[name])
     as_expert = expert_head and (kept / task / EXPERT_HEAD_FILE).exists()
     head = _kept_head(folder, task, EXPERT_HEAD_FILE if as_expert else HEAD_FILE)
     own_rows = _kept(kept / task / TOKENS_FILE) if (kept / task / TOKENS_FILE).exists() else {}

@@ -207,6 +207,11 @@ def _check_request(merged: Path, facts: dict[str, Any], task: str, output: Path)
         raise PaveError(
             f"{merged} was merged with scale 0, so it holds nothing of its experts; merge all of them again"
         )
+    if facts.get("vocabulary") == "union":
+        raise PaveError(
+            f"{merged} has tokens of its experts beside the base's (vocabulary: union), to which those of one more "
+            "cannot be added later; merge all experts again"
+        )
     if "sequential" not in facts or not issubclass(method_named(str(facts["method"])), SequentialMethod):
         raise PaveError(_not_sequential(merged, facts))
     if (merged / "heads" / task).exists():

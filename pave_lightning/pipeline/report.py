@@ -24,7 +24,7 @@ from pave_lightning.pipeline.stages import (
     stages_of,
 )
 from pave_lightning.pipeline.stages.evaluate import ScoredJoint, scored_models
-from pave_lightning.pipeline.stages.fit import encoded_rows, expert_digests
+from pave_lightning.pipeline.stages.fit import encoded_rows, own_digests
 from pave_lightning.purification import KeptRank
 from pave_lightning.purification.options import Purify
 from pave_lightning.reporting.bootstrap import bootstrap_intervals
@@ -167,9 +167,9 @@ def _write_cards(runner: Runner, table: ScoreTable) -> None:
     recipe = runner.results.recipe
     experts = [
         ExpertSource(
-            task.name, task.expert.from_ if task.expert else "fine-tuned in this run", digest.partition("+")[0]
+            task.name, str(task.expert.from_) if task.expert else "fine-tuned in this run", digest.partition("+")[0]
         )
-        for task, digest in zip(recipe.tasks, expert_digests(runner.results).values(), strict=True)
+        for task, digest in zip(recipe.tasks, own_digests(runner.results).values(), strict=True)
     ]
     versions = {name.removeprefix("version."): text for name, text in environment_tags().items()}
     for merge in MergeStage.all(runner.results):
@@ -186,7 +186,7 @@ def _write_cards(runner: Runner, table: ScoreTable) -> None:
         card = model_card(
             name=step.name,
             title=f"{recipe.name}: {merge.words}",
-            base_model=recipe.base,
+            base_model=runner.results.base_reference,
             method=step.method,
             form=facts["form"],
             vectors=vectors,

@@ -12,12 +12,14 @@ from pave_lightning.callbacks.options import Capture
 from pave_lightning.config import MOST_TOLD, FolderPath, Name, Section, unless_wrong
 from pave_lightning.errors import listed, nearest, shortened
 from pave_lightning.evaluation.options import EXPERT_HEADS, ControlList, Evaluate, HeadList, Heads
+from pave_lightning.experts.vocabularies import Vocabulary
 from pave_lightning.purification.options import Compute, Purify
 from pave_lightning.recipe.merge_step import MergeStep
 from pave_lightning.recipe.parameters import Parameters
 from pave_lightning.recipe.stacks import BUILT_IN, Stack, folder_problems, named_transform, stack_name_problems
 from pave_lightning.recipe.sweep import Sweep
 from pave_lightning.recipe.write import Write
+from pave_lightning.system.references import HubModel
 from pave_lightning.tasks.options import Examples, Training
 from pave_lightning.tasks.suites import suite_task
 from pave_lightning.tasks.task import Task, any_kind, auto_models
@@ -36,8 +38,16 @@ class Recipe(Section):
     """Name of the run; its folder is output/name."""
     seed: int = Field(default=0, ge=0, le=2**31 - 1)
     """Seed of everything drawn at random: heads, order of examples, dropout, samples of rows."""
-    base: str
-    """The common base model: a folder, a hub id, or package:NAME/FOLDER for a model inside an installed package."""
+    base: str | HubModel
+    """The common base model: a folder, a GGUF file, package:NAME/PATH for one of the two inside an installed package, a
+    hub id, or {hub: OWNER/NAME, folder: ..., revision: ...} for a part of a repository; infer for the base that the
+    experts themselves name, adapters in adapter_config.json and models in their card (base_model)."""
+    vocabulary: Vocabulary = "error"
+    """What is done where the tokens of experts have other numbers than the base's. error: it is refused; tokens that
+    one of them has besides may stand at the end. base_rows: merged models have the base's tokenizer; rows of an expert
+    are matched by token, and those of other tokens dropped and counted. union: new tokens of experts are appended in
+    the order of the tasks, each with the mean of its rows over the experts that have it. Each expert is scored with its
+    own tokenizer."""
     output: FolderPath = "checkpoints"
     """Folder in which the run folder is made."""
     shared: FolderPath | None = None

@@ -39,6 +39,7 @@ _SYNONYMS = {
 """What other programs call a key."""
 
 A_TASK_NAME = "the name of a known task, such as pocket/movie"
+A_MODEL = "a folder, a hub id, or a mapping such as {hub: OWNER/NAME, folder: last}"
 HEADS = "the name of a fit such as logits, a mapping with the key 'fit', or a list of these"
 TASK, TRAINER = "Task", "trainer"
 _EXPECTED: dict[tuple[Any, str | int], str] = {
@@ -49,6 +50,8 @@ _EXPECTED: dict[tuple[Any, str | int], str] = {
     ("MergeStep", "vectors"): "a list of plain, purified and names of stacks",
     ("MergeStep", "heads"): HEADS,
     ("Recipe", "heads"): HEADS,
+    ("Recipe", "base"): A_MODEL,
+    ("Expert", "from"): A_MODEL,
     (
         "Recipe",
         "vectors",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,9 +20,6 @@ OTHER_BLOCKS = 2
 PANEL_ELEMENTS = 1_000_000
 # What is converted at a time when a mean is taken.
 PIECE_ELEMENTS = 1 << 18
-# Products of fewer columns are taken in float64: libraries add up their rows one after the other, which in float32
-# costs the small eigenvalues of rows that are much alike (hundreds of roundings of the largest; 3 of wider products).
-THIN = 16
 
 
 @dataclass
@@ -54,6 +52,12 @@ class _Panel:
         """The sum of some of its rows, float64, on the CPU where the device has no such numbers."""
         high, low = self.high[rows], self.low[rows]
         return (high.cpu().double() if high.is_mps else high.double()).add_(low.cpu() if low.is_mps else low)
+
+    def pieces(self) -> Iterator[slice]:
+        """Its rows, a few at a time, for what is done in float64."""
+        height, width = self.high.shape
+        step = max(1, PIECE_ELEMENTS // max(1, width))
+        return (slice(start, start + step) for start in range(0, height, step))
 
     def set(self, total: Tensor) -> None:
         """Take a float64 tensor as the sum."""
@@ -108,31 +112,37 @@ class CompensatedSum:
             for start in range(0, width, block)
         ]
         self._device = device
-        elements = sum(_size(place)[0] * _size(place)[1] for place in self._places)
-        high, low = (zeros_on_pages((elements,), dtype, device) for dtype in (torch.float32, torch.bfloat16))
-        self._panels = self._cut(high, low)
+        # What is held in full becomes the mean where it lies; of a triangle only the panels are held.
+        self._whole = None if lower else zeros_on_pages(shape, torch.float32, device)
+        lows = self._laid_out(torch.bfloat16)
+        highs = (
+            self._laid_out(torch.float32)
+            if self._whole is None
+            else [self._whole[rows, columns] for rows, columns in self._places]
+        )
+        self._panels = [_Panel(*place, high, low) for place, high, low in zip(self._places, highs, lows, strict=True)]
 
-    def _cut(self, high: Tensor, low: Tensor) -> list[_Panel]:
-        """The panels, which lie one after the other."""
-        panels, start = [], 0
-        for place in self._places:
-            size = _size(place)
-            stop = start + size[0] * size[1]
-            panels.append(_Panel(*place, high[start:stop].view(size), low[start:stop].view(size)))
-            start = stop
-        return panels
+    def _laid_out(self, dtype: torch.dtype) -> list[Tensor]:
+        """Room for the panels, one after the other."""
+        sizes = list(map(_size, self._places))
+        room = zeros_on_pages((sum(map(math.prod, sizes)),), dtype, self._device)
+        return [
+            part.view(size) for part, size in zip(torch.split(room, list(map(math.prod, sizes))), sizes, strict=True)
+        ]
 
     def add_product(self, left: Tensor, right: Tensor) -> None:
-        """Add ``left.T @ right``, float32, ``(k, m)`` and ``(k, n)``; the two are one where it is symmetric."""
-        thin = min(self.shape) < THIN and not left.is_mps
+        """Add ``left.T @ right``, ``(k, m)`` and ``(k, n)``; the two are one where it is symmetric.
+
+        Products are of the factors' type, float32 or float64, and rounded to float32 when they are added.
+        """
         for panel in self._panels:
             height, width = panel.high.shape
             product, total = _scratch((height, width), panel.high.device)
             one, other = left[:, panel.rows].T, right[:, panel.columns]
-            if thin:
-                product.copy_(one.double() @ other.double())
-            else:
+            if one.dtype == product.dtype:
                 torch.mm(one, other, out=product)
+            else:
+                product.copy_(one @ other)
             panel.add(product, total)
 
     def add(self, other: CompensatedSum) -> None:
@@ -163,16 +173,25 @@ class CompensatedSum:
         device = self._panels[0].high.device if self._panels else torch.device("cpu")
         found = zeros_on_pages(self.shape, torch.float32, torch.device("cpu") if device.type == "mps" else device)
         for panel in self._panels:
-            columns, height = panel.columns, panel.high.shape[0]
-            step = max(1, PIECE_ELEMENTS // max(1, columns.stop - columns.start))
-            for start in range(0, height, step):  # in float64, so a few rows at a time
-                part = panel.double(slice(start, start + step)).div_(count).float()
-                first = panel.rows.start + start
+            columns = panel.columns
+            for rows in panel.pieces():
+                part = panel.double(rows).div_(count).float()
+                first = panel.rows.start + rows.start
                 found[first : first + len(part), columns] = part
             if self.lower:  # what lies above the diagonal block is the transpose of what lies below it
                 block = found[columns, columns].tril()
                 found[columns, columns] = block + block.tril(-1).T
                 found[columns, columns.stop :] = found[columns.stop :, columns].T
+        return found
+
+    def take_mean(self, count: int) -> Tensor:
+        """As `mean`, but the sum is used up, and where it is held in full it needs no memory beside it."""
+        if self._whole is None or self._whole.is_mps:
+            return self.mean(count)
+        for panel in self._panels:
+            for rows in panel.pieces():
+                panel.high[rows] = panel.double(rows).div_(count).float()
+        found, self._whole, self._panels = self._whole, None, []
         return found
 
     @property

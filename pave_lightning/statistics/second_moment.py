@@ -24,6 +24,9 @@ WAITING_SHARE = 8
 FEWEST_WAITING, MOST_WAITING = 64, 256
 # One float32 product is over no more rows than this: longer ones lose digits, and copies of half-precision rows grow.
 MOST_ROWS = 4096
+# Products of fewer columns are taken in float64: libraries add up their rows one after the other, which in float32
+# costs the small eigenvalues of rows that are much alike (hundreds of roundings of the largest; 3 of wider products).
+THIN = 16
 
 Moments = Literal["smallest", "input", "output"]
 
@@ -262,6 +265,19 @@ class SecondMoment:
             return LayerMoment("rows", rows.cpu(), self.rows, self.seen)
         return LayerMoment(self.kind, self.mean().cpu(), self.rows, self.seen)
 
+    def finish(self) -> LayerMoment:
+        """As `moment`, but nothing may be added or asked for after it: the sums become the moment.
+
+        Raises:
+            ValueError: no rows have been added.
+        """
+        if self._is_kept or not self.rows:
+            return self.moment()
+        with torch.inference_mode(False), torch.no_grad():
+            self._multiply_waiting()
+            found, self._total = self._sums().take_mean(self.rows), None
+            return LayerMoment(self.kind, found.cpu(), self.rows, self.seen)
+
     @property
     def held_bytes(self) -> int:
         """What is held in memory: sums, and rows that no sum has yet."""
@@ -311,6 +327,8 @@ class SecondMoment:
         total = self._sums()
         for start in range(0, len(factors[0]), MOST_ROWS):
             now = tuple(factor[start : start + MOST_ROWS].float() for factor in factors)
+            if min(self.shape) < THIN and not now[0].is_mps:
+                now = tuple(factor.double() for factor in now)
             with full_precision(now[0].device.type):
                 total.add_product(now[0], now[-1])
 

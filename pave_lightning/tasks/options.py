@@ -9,6 +9,7 @@ from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from pave_lightning.config import Section, unless_wrong
 from pave_lightning.system.patterns import pattern_problem
+from pave_lightning.system.references import HubModel
 
 MetricName = Literal[
     "accuracy",
@@ -214,8 +215,9 @@ class Expert(Section):
 
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
 
-    from_: str = Field(alias="from")
-    """Folder or hub id of a fine-tuned checkpoint with the task's head (or of a peft adapter of the base)."""
+    from_: str | HubModel = Field(alias="from")
+    """A fine-tuned model with the head of the task's kind, or a peft adapter of the base: a folder, a hub id,
+    package:NAME/FOLDER, or {hub: OWNER/NAME, folder: ..., revision: ...}."""
     adapter: str | None = None
     """Which adapter is meant, where peft has saved several of one model in folders of their own below that one."""
     accept: list[str] = []

@@ -470,6 +470,14 @@ class Task(Section):
 
         return constant_class(metric, labels)
 
+    def base_problem(self, config: Any) -> str | None:
+        """Why models of a base cannot be used for this task, in words that go on after its class; None where they can.
+
+        Args:
+            config: the base's configuration, as transformers reads it.
+        """
+        return None
+
     @abstractmethod
     def misfits(self, config: Any, written: Mapping[str, Any]) -> Iterator[Misfit]:
         """What a given expert's configuration says of its head that is not what this task asks.

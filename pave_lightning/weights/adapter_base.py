@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
-from pave_lightning.errors import PaveError, listed
+from pave_lightning.errors import PaveError
 from pave_lightning.system.files import SCHEME, file_sha256, local_path, read_json
 from pave_lightning.weights.adapters import adapter_settings
 from pave_lightning.weights.architecture import Architecture
@@ -44,27 +43,6 @@ def other_base(folder: Path, reference: str, base: Path) -> str | None:
     if any(_same_name(noted, name) for name in names) and _same_revision(noted, revision, base):
         return None
     return f"{said}, which is not on this machine, and the base is '{reference}'"
-
-
-def noted_base(adapters: Mapping[str, Path]) -> str:
-    """The one base that adapters name.
-
-    Args:
-        adapters: their folders, by task.
-
-    Raises:
-        PaveError: none of them names one, or they name different ones.
-    """
-    noted = {
-        task: str(adapter_settings(folder).get("base_model_name_or_path") or "") for task, folder in adapters.items()
-    }
-    named = {task: base for task, base in noted.items() if base}
-    if not named:
-        raise PaveError("no base is given, and no expert is an adapter that names its own; name the base")
-    if len(set(named.values())) > 1:
-        told = listed([f"'{base}' ('{task}')" for task, base in named.items()])
-        raise PaveError(f"no base is given, and the experts' adapters name different ones: {told}; name the base")
-    return next(iter(named.values()))
 
 
 def _local(noted: str, revision: str | None) -> Path | None:

@@ -17,6 +17,7 @@ from pave_lightning.weights.adapters import (
     ADAPTER_FOLDER,
     ADAPTER_WEIGHTS,
     WRAPPED,
+    absent_adapter,
     adapter_settings,
 )
 from pave_lightning.weights.architecture import backbone_of, empty_model, is_bare
@@ -49,7 +50,7 @@ def adapter_problems(folder: Path) -> list[str]:
         return [str(error)]
     weights = folder / ADAPTER_WEIGHTS
     if not weights.is_file():
-        return [f"{folder} has no adapter_model.safetensors; pickled adapters are refused"]
+        return [absent_adapter(folder)]
     try:
         stored = stored_tensors(weights, "save the adapter again")
     except PaveError as error:

@@ -14,11 +14,18 @@ from torch import Tensor
 from pave_lightning.errors import PaveError, shortened
 from pave_lightning.system.files import read_json
 from pave_lightning.system.patterns import fits_pattern, pattern_problem
-from pave_lightning.weights.checkpoint import Checkpoint, StoredTensor, is_finite_in_float32, stored_tensors
+from pave_lightning.weights.checkpoint import (
+    Checkpoint,
+    StoredTensor,
+    convert_advice,
+    is_finite_in_float32,
+    stored_tensors,
+)
 from pave_lightning.weights.parameters import Parameter
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PICKLED_ADAPTER = "adapter_model.bin"
 ADAPTER_FOLDER = "adapter"
 
 LARGEST_RANK = 2**31 - 1
@@ -159,8 +166,15 @@ def adapter_settings(folder: Path) -> dict[str, Any]:
 
 def _header(file: Path) -> dict[str, StoredTensor]:
     if not file.is_file():
-        raise PaveError(f"{file.parent} has no {file.name}; pickled adapters are refused")
+        raise PaveError(absent_adapter(file.parent))
     return stored_tensors(file, "save the adapter again")
+
+
+def absent_adapter(folder: Path) -> str:
+    """What to say of an adapter without safetensors."""
+    if (folder / PICKLED_ADAPTER).is_file():
+        return convert_advice(str(folder), [PICKLED_ADAPTER], str(folder))
+    return f"{folder} has no {ADAPTER_WEIGHTS}; save the adapter again"
 
 
 def _refusal(settings: Mapping[str, Any], stored: Mapping[str, StoredTensor]) -> str | None:

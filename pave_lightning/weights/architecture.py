@@ -28,6 +28,7 @@ from pave_lightning.weights.matrices import Outputs, Part
 from pave_lightning.weights.parameters import Parameter, ParameterKind, kind_of, parameters_of
 from pave_lightning.weights.places import Piece, Place, loaded_names, stored_places
 from pave_lightning.weights.positions import longest_sequence
+from pave_lightning.weights.quantised import quantisation_problem
 from pave_lightning.weights.remembered import remembered
 from pave_lightning.weights.ties import tied_names
 
@@ -502,7 +503,8 @@ def read_config(folder: Path, **changes: Any) -> PretrainedConfig:
         changes: values to use in place of those of the file.
 
     Raises:
-        PaveError: it is missing or broken, describes a model of impossible size, or one that brings its own code.
+        PaveError: it is missing or broken, describes a model of impossible size, one that brings its own code, or one
+            whose weights are quantised.
     """
     file = folder / "config.json"
     settings = read_json(file)
@@ -512,6 +514,9 @@ def read_config(folder: Path, **changes: Any) -> PretrainedConfig:
     named = settings.get("architectures") or []
     if not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
         raise PaveError(f"{file}: expected a list of names under architectures, found {shortened(str(named))}")
+    quantised = quantisation_problem(folder, settings)
+    if quantised is not None:
+        raise PaveError(f"{folder}: {quantised}")
     from transformers import AutoConfig
 
     with foreign(f"{folder}: its config.json gives no model", _own_code(settings)):

@@ -11,15 +11,16 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor, nn
 
-from pave_lightning.errors import PaveError, Problems, naming
+from pave_lightning.errors import PaveError, Problems, counted, listed, naming
 from pave_lightning.subspace import is_finite
-from pave_lightning.weights.adapter_base import noted_base, other_base
+from pave_lightning.weights.adapter_base import other_base
 from pave_lightning.weights.adapter_models import write_with_adapter
 from pave_lightning.weights.adapters import ADAPTER_CONFIG, ADAPTER_FOLDER, Adapter, adapter_folder, misfit
 from pave_lightning.weights.architecture import Architecture
 from pave_lightning.weights.buffers import averaged, buffer_problems
 from pave_lightning.weights.checkpoint import FLOATING, Checkpoint
 from pave_lightning.weights.coverage import unmergeable
+from pave_lightning.weights.inferred_base import inferred_base
 from pave_lightning.weights.locate import locate_model, named_adapter
 from pave_lightning.weights.parameters import Parameter
 from pave_lightning.weights.ties import tie_problems
@@ -429,6 +430,11 @@ def own_token_rows(base: Checkpoint, expert: Checkpoint, architecture: Architect
     return found
 
 
+def _is_known(name: str, architecture: Architecture) -> bool:
+    """Whether a module of the model has a weight or a buffer that checkpoints store under this name."""
+    return architecture.knows(name) or name in architecture.buffers
+
+
 def differences(task: str, base: Checkpoint, expert: Checkpoint, architecture: Architecture) -> list[str]:
     """What keeps an expert from being merged with others of that base: names and shapes, from the headers alone.
 
@@ -440,10 +446,13 @@ def differences(task: str, base: Checkpoint, expert: Checkpoint, architecture: A
     found += [f"task '{task}': {problem}" for problem in buffer_problems(base, expert, architecture.buffers)]
     private = absent_children(base, expert)
     of_expert = {name.partition(".")[0] for name in expert.backbone}
+    strays: dict[str, list[str]] = {"expert": [], "base": []}
     for name, stored in expert.backbone.items():
         if name.partition(".")[0] in private or not stored.is_floating or not architecture.compares(name):
             continue
-        if name not in base.backbone:
+        if name not in base.backbone and not _is_known(name, architecture):
+            strays["expert"].append(name)
+        elif name not in base.backbone:
             found.append(f"task '{task}': {name} {list(stored.shape)} is in the expert, but not in the base")
         elif stored.shape != base.backbone[name].shape and not (
             name in architecture.token_embeddings and stored.shape[1:] == base.backbone[name].shape[1:]
@@ -457,8 +466,18 @@ def differences(task: str, base: Checkpoint, expert: Checkpoint, architecture: A
         matters = stored.is_floating and architecture.compares(name) and name.partition(".")[0] in of_expert
         if architecture.inner and not architecture.knows(name) and not architecture.averages(name):
             matters = False  # the pooler of a base whose experts are language models
-        if name not in expert.backbone and matters:
+        if name not in expert.backbone and matters and not _is_known(name, architecture):
+            strays["base"].append(name)
+        elif name not in expert.backbone and matters:
             found.append(f"task '{task}': {name} {list(stored.shape)} is in the base, but not in the expert")
+    model = architecture.backbone_class or architecture.model_class
+    for names, whose in ((strays["expert"], f"task '{task}': the expert's"), (strays["base"], "base: its")):
+        if names:  # of the base in the same words for every task, so that it is told once
+            found.append(
+                f"{whose} files hold {counted(len(names), 'weight')} that no module of a {model} has "
+                f"({listed(names, 3)}), and the {'experts lack' if whose.startswith('base') else 'base lacks'}; "
+                "if config.json is right, load the model with transformers, which passes over them, and save it again"
+            )
     return found
 
 
@@ -488,11 +507,11 @@ def checkpoint_vectors(
         raise PaveError("no experts are given")
     folders = {task: named_adapter(folder, role=f"expert of '{task}'") for task, folder in folders.items()}
     adapters = {task: folder for task, folder in folders.items() if (folder / ADAPTER_CONFIG).is_file()}
-    reference = base if base is not None else noted_base(adapters)
+    reference = base if base is not None else inferred_base(folders)
     base_folder = locate_model(reference, role="base")
     kept = {}
     for task, adapter in adapters.items():
-        other = None if "base" in accept else other_base(adapter, reference, base_folder)
+        other = None if "base" in accept else other_base(adapter, str(reference), base_folder)
         if other is not None:
             raise PaveError(f"expert of '{task}': {other}; name the adapter's own base, or accept 'base'")
         place = kept[task] = TemporaryDirectory(prefix="pave-expert-")

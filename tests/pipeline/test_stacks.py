@@ -18,7 +18,7 @@ from pave_lightning.pipeline.purifications import purifications
 from pave_lightning.pipeline.results import Results
 from pave_lightning.pipeline.stacks import stack_of
 from pave_lightning.pipeline.stages import CaptureStage, MergeStage, PurifyStage
-from pave_lightning.pipeline.stages.fit import plain_vectors
+from pave_lightning.pipeline.stages.align import plain_vectors
 from pave_lightning.pipeline.stages.merge import stacked_vectors
 from pave_lightning.pipeline.stages.purify import task_vectors
 from pave_lightning.purification import PurifiedTaskVectors

@@ -369,7 +369,7 @@ WRONG_TASKS = [
     ),
     (
         f"[{{{OWN}, classes: 2, expert: a/b}}]",
-        ["tasks.0 (own).expert: must be a mapping with keys such as from, accept, found 'a/b'"],
+        ["tasks.0 (own).expert: must be a mapping with keys such as from, adapter, accept, found 'a/b'"],
     ),
     (
         f"[{{{OWN}, classes: 2, expert: {{form: a/b}}}}]",
@@ -379,7 +379,7 @@ WRONG_TASKS = [
         f"[{{{OWN}, classes: 2, expert: {{}}}}]",
         [
             "tasks.0 (own).expert: the key 'from' is missing "
-            "(folder or hub id of a fine-tuned checkpoint with the task's head (or of a peft adapter of the base))"
+            "(a fine-tuned model with the head of the task's kind, or a peft adapter of the base)"
         ],
     ),
     (
@@ -555,6 +555,35 @@ def test_the_schema_refuses_what_can_be_told_without_reading_two_keys_together(
 ) -> None:
     if not any(outside in text for outside in (*OUTSIDE_THE_SCHEMA, "2024")):
         assert schema_errors(f"{SMALL}{text}\n")
+
+
+@pytest.mark.parametrize(
+    ("base", "told"),
+    [
+        ("{hub: owner/name, where: x}", "base.where: unknown key; known are: hub, folder, revision, file"),
+        ("{folder: last}", "base: the key 'hub' is missing (name of the repository, such as FacebookAI/roberta-base)"),
+        ("{hub: a b}", "base.hub: must be the name of a repository, OWNER/NAME, found 'a b'"),
+        (
+            "{hub: a/b, folder: ../c}",
+            "base.folder: must be a path inside of the repository, such as checkpoints/last, found '../c'",
+        ),
+        ("3", "base: must be a folder, a hub id, or a mapping such as {hub: OWNER/NAME, folder: last}, found 3"),
+    ],
+)
+def test_wrong_names_of_models(recipe_problems: Problems, base: str, told: str) -> None:
+    tasks = "[pocket/movie, pocket/tweet]"
+    assert recipe_problems(f"name: x\nbase: {base}\ntasks: {tasks}\n") == [told]
+
+
+def test_a_part_of_a_repository_is_written_as_it_was_read(read_recipe, write_recipe) -> None:
+    from pave_lightning.recipe.loading import recipe_to_yaml
+
+    base = "{hub: owner/name, folder: last, revision: v1}"
+    tasks = "[{use: pocket/movie, expert: {from: {hub: owner/movie}}}, pocket/tweet]"
+    recipe = read_recipe(f"name: x\nbase: {base}\ntasks: {tasks}\nvocabulary: union\n")
+    assert str(recipe.base) == "hf://owner/name@v1/last"
+    assert str(recipe.tasks[0].expert.from_) == "owner/movie"
+    assert read_recipe(recipe_to_yaml(recipe)) == recipe
 
 
 @pytest.mark.parametrize(

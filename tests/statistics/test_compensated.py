@@ -80,3 +80,15 @@ def test_sums_of_shards_and_copies(shape, lower):
     parts = [values for _, _, values in whole.parts()]
     first.replace(iter(parts))
     assert torch.equal(first.mean(2), whole.mean(2))
+
+
+@pytest.mark.parametrize(("shape", "lower"), SHAPES)
+def test_a_sum_that_is_used_up_gives_the_same_mean(shape, lower):
+    rng = np.random.default_rng(0)
+    found = CompensatedSum(shape, lower=lower)
+    for _ in range(3):
+        found.add_product(*map(torch.tensor, factors(rng, shape, lower, 10)))
+    wanted = found.mean(30)
+    taken = found.take_mean(30)
+    assert torch.equal(taken, wanted)
+    assert taken.is_contiguous()

@@ -323,3 +323,18 @@ def test_rows_that_are_much_alike_leave_no_negative_eigenvalues(width):
     moment.update(rows)
     values = torch.linalg.eigvalsh(moment.mean().double())
     assert values[0] > -16 * torch.finfo(torch.float32).eps * values[-1]
+
+
+@pytest.mark.parametrize(("width", "outputs", "kind"), [(70, None, None), (70, 12, None), (70, 12, "output")])
+@pytest.mark.parametrize("rows", [5, 200])
+def test_finishing_gives_the_moment(width, outputs, kind, rows):
+    torch.manual_seed(0)
+    moment = SecondMoment(width, outputs, kind=kind)
+    inputs = None if kind == "output" else torch.randn(rows, width)
+    moment.update(inputs, None if outputs is None else torch.randn(rows, outputs), seen=300)
+    wanted = moment.copy().moment()
+    found = moment.finish()
+    assert torch.equal(found.matrix, wanted.matrix)
+    assert (found.kind, found.rows, found.seen) == (wanted.kind, wanted.rows, wanted.seen)
+    with pytest.raises(ValueError, match="at least one row"):
+        SecondMoment(3).finish()

@@ -364,7 +364,7 @@ def test_broken_factors(base_folder, tmp_path, change, message):
         ("adapter_config.json", b"{", "adapter_config.json cannot be read"),
         ("adapter_config.json", b"[]", "adapter_config.json holds a list, expected an object"),
         ("adapter_model.safetensors", b"no", "is truncated or no safetensors file"),
-        ("adapter_model.safetensors", None, "has no adapter_model.safetensors; pickled adapters are refused"),
+        ("adapter_model.safetensors", None, "has no adapter_model.safetensors; save the adapter again"),
     ],
 )
 def test_broken_files(tmp_path, file, content, message):

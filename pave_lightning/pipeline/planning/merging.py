@@ -11,12 +11,12 @@ from pave_lightning.merging.evidence import PlannedEvidence
 from pave_lightning.merging.low_rank import LowRankMethod, quoted
 from pave_lightning.merging.selection import selection_problems
 from pave_lightning.merging.stacks import as_method_sees
+from pave_lightning.pipeline.bases import existing_folder, folder_of_base
 from pave_lightning.pipeline.planning.blocks import block_problem, naming_problems
 from pave_lightning.pipeline.planning.models import adapter_of
 from pave_lightning.pipeline.providers import known_providers
 from pave_lightning.pipeline.purifications import purifications
 from pave_lightning.pipeline.stacks import stack_of, transform_problem
-from pave_lightning.pipeline.stages import existing_folder
 from pave_lightning.recipe.merge_step import MergeStep
 from pave_lightning.recipe.schema import Recipe
 from pave_lightning.statistics import Moments
@@ -24,7 +24,7 @@ from pave_lightning.tasks.lora import adapter_ranks
 from pave_lightning.tasks.task import Task
 from pave_lightning.transforms import Transform
 from pave_lightning.transforms.pave import Pave
-from pave_lightning.weights import Adapter, Architecture, Checkpoint, Parameter, locate_model
+from pave_lightning.weights import Adapter, Architecture, Checkpoint, Parameter
 from pave_lightning.weights.adapters import ADAPTER_CONFIG, ADAPTER_FOLDER
 from pave_lightning.weights.task_vectors import (
     PlannedTaskVectors,
@@ -40,7 +40,7 @@ def merge_problems(recipe: Recipe) -> Iterator[str]:
     architecture: Architecture | None = None
     parameters: list[Parameter] = []
     try:
-        folder = locate_model(recipe.base, role="base")
+        folder = folder_of_base(recipe)
         architecture = Architecture.of_folder(folder, *recipe.auto_models)
         parameters = list(stored_parameters(architecture.base_checkpoint(folder), architecture))
     except PaveError:  # told elsewhere; what can be said without is said

@@ -6,17 +6,18 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-from pave_lightning.errors import PaveError, Problems, nearest
+from pave_lightning.errors import PaveError, Problems, naming, nearest
 from pave_lightning.experts.loading import base_problem
+from pave_lightning.pipeline.bases import existing_folder, folder_of_base, reference_of_base
 from pave_lightning.pipeline.planning.experts import adapter_facts, expert_facts, is_unreadable
 from pave_lightning.pipeline.planning.lora import lora_problems
-from pave_lightning.pipeline.stages import existing_folder
 from pave_lightning.recipe.schema import Recipe
 from pave_lightning.tasks.kinds.tokens import TOKENS
 from pave_lightning.tasks.lora import module_names
 from pave_lightning.tasks.task import Task
-from pave_lightning.weights import Adapter, Architecture, Checkpoint, locate_model
+from pave_lightning.weights import Adapter, Architecture, Checkpoint
 from pave_lightning.weights.adapters import ADAPTER_CONFIG, adapter_folder
+from pave_lightning.weights.architecture import read_config
 from pave_lightning.weights.completeness import naming_problem
 from pave_lightning.weights.coverage import unmergeable
 from pave_lightning.weights.task_vectors import absent_children, differences
@@ -40,8 +41,9 @@ def check_models(recipe: Recipe, problems: Problems) -> None:
     Raises:
         PaveError: The base cannot be read, so that nothing else can be asked.
     """
-    base_folder = locate_model(recipe.base, role="base")
-    of_kinds = [Architecture.of_folder(base_folder, name) for name in recipe.auto_models]
+    base_folder = folder_of_base(recipe)
+    with naming("base"):
+        of_kinds = [Architecture.of_folder(base_folder, name) for name in recipe.auto_models]
     if len({one.backbone_class for one in of_kinds}) > 1:
         found = ", ".join(f"{one.model_class} on {one.backbone_class}" for one in of_kinds)
         raise PaveError(
@@ -74,6 +76,10 @@ def check_models(recipe: Recipe, problems: Problems) -> None:
         if incomplete is not None:
             problems.add(f"base: {incomplete}")
     problems.extend(f"base: {problem}" for problem in (*tie_problems(base), *unmergeable(base, architecture)))
+    config = read_config(base_folder)
+    unfit = {task.name: task.base_problem(config) for task in recipe.tasks}
+    whose = f"the base's {architecture.backbone_class}"
+    problems.extend(f"task '{name}': {whose} {why}" for name, why in unfit.items() if why is not None)
     for task in recipe.tasks:
         limit = architecture.positions
         if limit is not None and task.training.max_length > limit:
@@ -91,11 +97,12 @@ def check_models(recipe: Recipe, problems: Problems) -> None:
         try:
             problems.extend(f"task '{task.name}': {problem}" for problem in task.base_problems(base_folder))
             if task.expert is not None:
-                problems.extend(_expert_problems(task, recipe.base, base, architecture))
+                problems.extend(_expert_problems(task, recipe, base, architecture))
             if task.expert is None or "joint" in recipe.controls:
                 problems.extend(_training_problems(task, architecture, base_folder))
         except PaveError as error:
-            problems.add(str(error))
+            told = str(error)
+            problems.add(told if told.startswith("task ") else f"task '{task.name}': {told}")
 
 
 def _training_problems(task: Task, architecture: Architecture, base: Path) -> Iterator[str]:
@@ -107,7 +114,7 @@ def _training_problems(task: Task, architecture: Architecture, base: Path) -> It
         yield from lora_problems(task, task.training.lora, architecture, base)
 
 
-def _expert_problems(task: Task, reference: str, base: Checkpoint, architecture: Architecture) -> Iterator[str]:
+def _expert_problems(task: Task, recipe: Recipe, base: Checkpoint, architecture: Architecture) -> Iterator[str]:
     """What is wrong with a checkpoint that a recipe names instead of training.
 
     Raises:
@@ -116,14 +123,14 @@ def _expert_problems(task: Task, reference: str, base: Checkpoint, architecture:
     folder = existing_folder(task)
     where = f"task '{task.name}'"
     if (folder / ADAPTER_CONFIG).is_file():
-        problems = adapter_facts(task, folder, reference, base.folder)
+        problems = adapter_facts(task, folder, str(reference_of_base(recipe)), base.folder)
         yield from (f"{where}: {problem}" for problem in problems)
         if not problems:
             Adapter(folder, architecture.prefix)  # tells what is wrong with its factors
         return
     own = Architecture.of_folder(folder, task.auto_model)
     expert = own.checkpoint(folder)
-    yield from expert_facts(task, folder, base.folder)
+    yield from expert_facts(task, folder, base.folder, aligned=recipe.vocabulary != "error")
     if is_unreadable(folder, task.auto_model):
         return
     yield from differences(task.name, base, expert, architecture)

@@ -13,6 +13,7 @@ from pave_lightning.config import WrittenDtype
 from pave_lightning.errors import PaveError
 from pave_lightning.experts.joint_schedule import common_freeze
 from pave_lightning.merging import method_named
+from pave_lightning.pipeline.bases import folder_of_base
 from pave_lightning.pipeline.costs import PredictedCost, expected_kinds, predict_cost
 from pave_lightning.pipeline.planning.memory import fit_bytes, later_bytes, search_bytes
 from pave_lightning.pipeline.planning.merging import stored_parameters
@@ -24,7 +25,7 @@ from pave_lightning.pipeline.stages import EvaluateStage, ExportStage, MergeStag
 from pave_lightning.purification.vectors import workers_of
 from pave_lightning.recipe.schema import Recipe
 from pave_lightning.tasks.task import Task
-from pave_lightning.weights import Architecture, Checkpoint, locate_model, written_dtype
+from pave_lightning.weights import Architecture, Checkpoint, written_dtype
 from pave_lightning.weights.checkpoint import FLOATING
 
 
@@ -79,7 +80,7 @@ def cost_table(recipe: Recipe, folder: RunFolder) -> Table:
 
 def added_memory(recipe: Recipe) -> dict[str, int]:
     """Bytes that training and scoring merged models take besides the program, at most; 0 for what is not done."""
-    base_folder = locate_model(recipe.base, role="base")
+    base_folder = folder_of_base(recipe)
     parameters = list(Architecture.of_folder(base_folder, *recipe.auto_models).parameters.values())
     trained = [fit_bytes(parameters, task) for task in recipe.tasks if task.expert is None]
     trained += [fit_bytes(parameters, task) for task in jointly_trained(recipe)]
@@ -107,7 +108,7 @@ def predicted_cost(recipe: Recipe, folder: RunFolder) -> PredictedCost:
     """Memory, time and disk that the recipe's purification and merging will take, from headers and small trials."""
     results = Results(recipe, folder)
     stages = _planned(results)
-    base_folder = locate_model(recipe.base, role="base")
+    base_folder = folder_of_base(recipe)
     architecture = Architecture.of_folder(base_folder, *recipe.auto_models)
     base = architecture.base_checkpoint(base_folder)
     parameters = list(stored_parameters(base, architecture))

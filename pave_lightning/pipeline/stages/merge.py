@@ -25,7 +25,7 @@ from pave_lightning.pipeline.scoring import score_inputs
 from pave_lightning.pipeline.seeds import with_seed
 from pave_lightning.pipeline.stacks import TransformStack, stack_of
 from pave_lightning.pipeline.stage import Stage
-from pave_lightning.pipeline.stages.fit import FitStage, expert_digests, experts
+from pave_lightning.pipeline.stages.align import expert_digests, expert_stages, experts
 from pave_lightning.pipeline.stages.heads import fit_heads, head_inputs
 from pave_lightning.pipeline.stages.purify import purification_inputs, purify_stages, task_vectors
 from pave_lightning.recipe.merge_step import MergeStep
@@ -126,11 +126,11 @@ class MergeStage(Stage):
     def needs(self) -> list[Stage]:
         """Experts, what the evidence for method and transforms is made of, and purified weights; or a merged model."""
         if self.weights_from:
-            return [*FitStage.all(self.results), *self.weights_from]
+            return [*expert_stages(self.results), *self.weights_from]
         given = [stage for provider in self.providers for stage in provider.stages(self.request)]
         purification = self.stack.purification
         purified = [] if purification is None else purify_stages(self.results, purification)
-        return [*FitStage.all(self.results), *given, *purified]
+        return [*expert_stages(self.results), *given, *purified]
 
     def depends_on(self) -> dict[str, Any]:
         """Experts, base, options, task vectors and evidence; what anything is chosen on, what heads are fitted to."""
@@ -191,7 +191,16 @@ class MergeStage(Stage):
         facts |= {"parameters": step.parameters.model_dump()} if step.parameters != Parameters() else {}
         stack = self.stack_as_chosen(facts)
         facts |= {} if stack.is_built_in else {"transforms": stack.described()}
-        written = MergeContext(context.recipe.base, context.base, experts(context), context.architecture, facts)
+        differ = context.recipe.vocabulary != "error"
+        facts |= {"vocabulary": context.recipe.vocabulary} if differ else {}
+        written = MergeContext(
+            context.results.base_reference,
+            context.base,
+            experts(context),
+            context.architecture,
+            facts,
+            one_vocabulary=differ,
+        )
         merged = None if chosen.merged is None else chosen.merged.vectors
         write_merged(
             writer.path,

@@ -9,8 +9,8 @@ from pave_lightning.pipeline.context import Context
 from pave_lightning.pipeline.purifications import label
 from pave_lightning.pipeline.results import Results
 from pave_lightning.pipeline.stage import Stage
+from pave_lightning.pipeline.stages.align import expert_digests, expert_stages, plain_vectors
 from pave_lightning.pipeline.stages.capture import CaptureStage, statistics, statistics_digests
-from pave_lightning.pipeline.stages.fit import FitStage, expert_digests, plain_vectors
 from pave_lightning.purification import PurifiedTaskVectors, StoredPurification, write_purified
 from pave_lightning.purification.options import Purify, ratios
 from pave_lightning.weights import Checkpoint, TaskVectors
@@ -49,7 +49,7 @@ class PurifyStage(Stage):
 
     def needs(self) -> list[Stage]:
         """Experts and statistics."""
-        return [*FitStage.all(self.results), *CaptureStage.all(self.results)]
+        return [*expert_stages(self.results), *CaptureStage.all(self.results)]
 
     def depends_on(self) -> dict[str, Any]:
         """Experts, statistics and options."""

@@ -140,6 +140,12 @@ class SentenceSimilarity(SequencesTask):
 
         return gaussian_directions(outputs)
 
+    def base_problem(self, config: Any) -> str | None:
+        """An encoder and a decoder, whose last states are not those of the text."""
+        if not config.is_encoder_decoder:
+            return None
+        return "has an encoder and a decoder, and a text is embedded by the states of one stack; use an encoder"
+
     def misfits(self, config: Any, written: Mapping[str, Any]) -> Iterator[Misfit]:
         """What a model of sentence-transformers does with its tokens' states besides taking their mean."""
         from pave_lightning.system.files import read_json, read_json_list

@@ -22,7 +22,7 @@ from pave_lightning.pipeline.context import Context
 from pave_lightning.pipeline.evaluating import evaluator
 from pave_lightning.pipeline.results import Results
 from pave_lightning.pipeline.stages import MergeStage
-from pave_lightning.pipeline.stages.fit import plain_vectors
+from pave_lightning.pipeline.stages.align import plain_vectors
 from pave_lightning.pipeline.stages.heads import fit_heads
 from pave_lightning.pipeline.stages.merge import chooser, merged_model, searcher_under
 from pave_lightning.pipeline.task_data import data_module, shown_batches
@@ -43,7 +43,7 @@ def average_by_hand(context, candidate):
     """The mean of normalised validation accuracies, every head solved for anew."""
     recipe, model = context.recipe, evaluator(context)
     from pave_lightning.evaluation import ExpertsCandidate
-    from pave_lightning.pipeline.stages.fit import experts
+    from pave_lightning.pipeline.stages.align import experts
 
     own = ExpertsCandidate(experts(context))
     total = 0.0

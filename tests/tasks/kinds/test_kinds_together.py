@@ -3,14 +3,20 @@
 import csv
 import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModel
 
-from pave_lightning import Recipe, load_merged, run_recipe
+from pave_lightning import Recipe, Task, load_merged, run_recipe
+from pave_lightning.experts.loading import load_with_new_head
+from pave_lightning.experts.new_adapters import add_adapters
 from pave_lightning.pipeline.planning import check_recipe
 from pave_lightning.pipeline.run_folder import RunFolder
+from pave_lightning.tasks.options import Lora
+from pave_lightning.weights.architecture import backbone_of
 
 
 def words(drawn, least, most):
@@ -83,3 +89,37 @@ def test_a_run_of_all(settings_in, tmp_path, write_rows):
     for other in shared[1:]:
         for name in (name for name in shared[0] if name in other and not name.startswith("pooler.")):
             assert torch.equal(shared[0][name], other[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KINDS)
+def test_an_adapter_that_is_there(settings_in, tmp_path, write_rows, name):
+    """As peft has saved it, with the head beside it where there is one."""
+    settings = json.loads(json.dumps(settings_in(tmp_path / "runs")))
+    row, options = KINDS[name]
+    drawn = random.Random(name)
+    data = {split: write_rows(split, [row(drawn) for _ in range(12)]) for split in ("train", "validation", "test")}
+    tasks = []
+    for which in ("first", "second"):
+        task = Task.model_validate({"name": which, "data": data, **options})
+        torch.manual_seed(len(tasks))
+        model = load_with_new_head(Path(settings["base"]), task)
+        adapted = add_adapters(model, Lora(rank=2), task.peft_type, frozen=[], private=[])
+        with torch.no_grad():
+            for weight, parameter in adapted.named_parameters():
+                if "lora_B" in weight:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+        adapted.save_pretrained(tmp_path / which)
+        tasks.append({**task.model_dump(exclude_unset=True), "expert": {"from": str(tmp_path / which)}})
+    recipe = Recipe.model_validate({**settings, "tasks": tasks, "merge": [{"method": "average"}], "heads": ["expert"]})
+    check_recipe(recipe, RunFolder(tmp_path / "plan"))
+    folder = run_recipe(recipe)
+    merged, base = (
+        load_merged(folder / "merged" / "average-plain", "first"),
+        AutoModel.from_pretrained(settings["base"]),
+    )
+    before, after = base.state_dict(), backbone_of(merged).state_dict()
+    changed = {key for key, value in after.items() if not torch.equal(value, before[key])}
+    ends = ("query.weight", "key.weight", "value.weight", "dense.weight")
+    assert len([key for key in changed if key.startswith("encoder.")]) == 12
+    assert all(key.endswith(ends) for key in changed)

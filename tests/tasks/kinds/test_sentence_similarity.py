@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, T5Config, T5Model
 
 from pave_lightning import Recipe, Task, TaskDataModule, load_merged, run_recipe
+from pave_lightning.errors import PaveError
 from pave_lightning.experts.gradients import fisher_diagonal
 from pave_lightning.pipeline.planning import check_recipe
 from pave_lightning.pipeline.run_folder import RunFolder
@@ -119,6 +120,16 @@ def test_models_that_embed_otherwise_are_told(make_base, task_of, steps, pooling
     found = list(task_of([], **OF_KIND).misfits(read_config(folder), {}))
     assert [misfit.accept for misfit in found] == (["pooling"] if told else [])
     assert all(told in misfit.message for misfit in found)
+
+
+def test_a_base_with_a_decoder_is_told(recipe_beside_words, tmp_path, tiny_tokenizer):
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 100}
+    T5Model(T5Config(**sizes, pad_token_id=0, decoder_start_token_id=0)).save_pretrained(tmp_path / "t5")
+    tiny_tokenizer.save_pretrained(tmp_path / "t5")
+    settings = recipe_beside_words(pairs, **OF_KIND)
+    recipe = Recipe.model_validate({**settings, "base": str(tmp_path / "t5"), "tasks": settings["tasks"][1:]})
+    with pytest.raises(PaveError, match="task 'mine': the base's T5Model has an encoder and a decoder"):
+        check_recipe(recipe, RunFolder(tmp_path / "plan"))
 
 
 @pytest.mark.parametrize("given", [False, True])
