@@ -39,7 +39,6 @@ from pave_lightning.tasks.metrics import weak_experts
 from pave_lightning.tasks.options import EarlyStopping as EarlyStoppingOptions
 from pave_lightning.tasks.task import Task
 from pave_lightning.tasks.tokenizers import load_tokenizer, padding_id, padding_note
-from pave_lightning.weights import Checkpoint
 from pave_lightning.weights.architecture import Architecture, backbone_of
 from pave_lightning.weights.quiet import quiet_transformers
 from pave_lightning.weights.task_vectors import absent_children

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
+from pave_lightning.tasks.kinds.tokens import TOKENS
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -57,7 +59,7 @@ def write(
     """
     inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     encodes = bool(inner.config.is_encoder_decoder)
-    given = 1 if encodes else inputs["input_ids"].shape[1]
+    given = 1 if encodes else inputs[TOKENS].shape[1]
     watch = _Watch()
     stopping = [_StopAtTexts(tokenizer, stop, given)] if stop else []
     with _plainly(inner, tokenizer, most, ends):
@@ -114,7 +116,7 @@ class _Watch(LogitsProcessor):  # type: ignore[misc]
     def __init__(self) -> None:
         self.broken: Tensor | None = None
 
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
+    def __call__(self, tokens: Any, scores: Any) -> Any:
         # A NaN anywhere makes the sum NaN; so does infinity beside its opposite, which no processor makes.
         found = scores.sum(dim=-1).isnan()
         self.broken = found if self.broken is None else self.broken | found
@@ -132,9 +134,9 @@ class _StopAtTexts(StoppingCriteria):  # type: ignore[misc]
         self._reach = max(len(one.encode()) for one in stop) + 4
         self._done: Tensor | None = None
 
-    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        tail = input_ids[:, max(self._given, input_ids.shape[1] - self._reach) :]
+    def __call__(self, tokens: Any, scores: Any, **kwargs: Any) -> Any:
+        tail = tokens[:, max(self._given, tokens.shape[1] - self._reach) :]
         texts = self._tokenizer.batch_decode(tail, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        found = torch.tensor([any(one in text for one in self._stop) for text in texts], device=input_ids.device)
+        found = torch.tensor([any(one in text for one in self._stop) for text in texts], device=tokens.device)
         self._done = found if self._done is None else self._done | found
         return self._done

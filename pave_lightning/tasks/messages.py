@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from pave_lightning.errors import nearest
+from pave_lightning.tasks.kinds.prompts import ANSWERING, ROLES
 from pave_lightning.tasks.lists import list_problems, unequal
-from pave_lightning.tasks.prompts import ANSWERING, ROLES
 from pave_lightning.tasks.rows import Rows
 
 

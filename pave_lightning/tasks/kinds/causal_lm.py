@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pave_lightning.errors import PaveError
 from pave_lightning.tasks.kinds.generative import MASK, TOKENS, GenerativeTask, generated_batches, left_padded
+from pave_lightning.tasks.kinds.prompts import Tokens
 from pave_lightning.tasks.kinds.tokens import PaddedBatches, random_tokens
-from pave_lightning.tasks.prompts import Tokens
 from pave_lightning.tasks.task import Batch, task_kind
 
 if TYPE_CHECKING:

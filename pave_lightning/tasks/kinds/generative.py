@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from pave_lightning.tasks.heads import Misfit, Predictions
+from pave_lightning.tasks.kinds.prompts import Exchange, Side, Tokens, chat_ends, chat_exchange, chat_problem, tokens_of
 from pave_lightning.tasks.kinds.tokens import (
     MASK,
     TOKENS,
@@ -22,7 +23,6 @@ from pave_lightning.tasks.kinds.tokens import (
     tokenizer_name,
 )
 from pave_lightning.tasks.options import LOWER_IS_BETTER, MetricName
-from pave_lightning.tasks.prompts import Exchange, Side, Tokens, chat_ends, chat_exchange, chat_problem, tokens_of
 from pave_lightning.tasks.task import Batch, Task
 
 if TYPE_CHECKING:

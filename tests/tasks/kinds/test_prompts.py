@@ -6,7 +6,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from pave_lightning.errors import PaveError
-from pave_lightning.tasks.prompts import Exchange, chat_ends, chat_exchange, chat_problem, tokens_of
+from pave_lightning.tasks.kinds.prompts import Exchange, chat_ends, chat_exchange, chat_problem, tokens_of
 
 CHAT = (
     "{% for message in messages %}[CLS] {{ message['role'] }} {{ message['content'] }} [SEP] {% endfor %}"
