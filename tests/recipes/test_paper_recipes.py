@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers as hf
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pave_lightning import load_recipe
 from pave_lightning.cli import main
@@ -27,9 +27,10 @@ SIZES = {
     "vocab_size": 100,
     "pad_token_id": 0,
 }
+# As the hub has them: with the head of the pretraining.
 BASES = {
-    "glue_roberta": lambda: hf.RobertaModel(hf.RobertaConfig(**SIZES, type_vocab_size=1), add_pooling_layer=False),
-    "glue_deberta": lambda: hf.DebertaModel(
+    "glue_roberta": lambda: hf.RobertaForMaskedLM(hf.RobertaConfig(**SIZES, type_vocab_size=1)),
+    "glue_deberta": lambda: hf.DebertaForMaskedLM(
         hf.DebertaConfig(**SIZES, type_vocab_size=0, relative_attention=True, pos_att_type=["c2p", "p2c"])
     ),
 }
@@ -105,8 +106,13 @@ def stand_ins(glue_folder, tiny_tokenizer, tmp_path_factory, tracking_uri):
                 model = hf.AutoModelForSequenceClassification.from_pretrained(folder / "base", num_labels=outputs)
                 for parameter in model.parameters():
                     parameter.add_(0.02 * torch.randn_like(parameter))
-                model.save_pretrained(folder / "experts" / task)  # without a tokenizer, as Trainer's checkpoints may be
-                overrides.append(f"tasks.{task}.expert.from={folder / 'experts' / task}")
+                expert = folder / "experts" / task
+                model.save_pretrained(expert)  # without a tokenizer, as Trainer's checkpoints may be
+                weights = load_file(expert / "model.safetensors")
+                buffer = f"{name.removeprefix('glue_')}.embeddings.position_ids"  # which older releases stored
+                positions = torch.arange(SIZES["max_position_embeddings"])[None]
+                save_file({**weights, buffer: positions}, expert / "model.safetensors", metadata={"format": "pt"})
+                overrides.append(f"tasks.{task}.expert.from={expert}")
                 overrides.append(f"tasks.{task}.data.folder={glue_folder}")
         hf.utils.logging.set_verbosity_warning()
         return folder, [*overrides, "capture.examples=16", "trainer.enable_progress_bar=false"]
@@ -140,7 +146,7 @@ def test_a_recipe_of_glue_runs_from_one_file(name, stand_ins):
         assert all(float(row[f"{task}/{primary.get(task, 'accuracy')}"]) >= -1 for row in rows.values())
     scale, _ = PUBLISHED[name]["task_arithmetic"]
     prefix, weight = name.removeprefix("glue_"), "encoder.layer.1.output.dense.weight"
-    base = load_file(folder / "base" / "model.safetensors")[weight]
+    base = load_file(folder / "base" / "model.safetensors")[f"{prefix}.{weight}"]
     experts = [load_file(folder / "experts" / task / "model.safetensors")[f"{prefix}.{weight}"] for task in GLUE]
     merged = load_file(root / "merged" / "task_arithmetic-plain" / "model.safetensors")[weight]
     assert torch.allclose(merged, base + scale * sum(expert - base for expert in experts), atol=1e-6)
