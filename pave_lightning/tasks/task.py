@@ -327,14 +327,6 @@ class Task(Section):
         """What a model with this task's head is built from."""
         return HeadForm(self.auto_model, self.peft_type, self.head_config)
 
-    def base_problems(self, folder: Path) -> Iterator[str]:
-        """What of this task's options the architecture of a base does not allow, in words that begin with no name.
-
-        Args:
-            folder: folder of the base, whose configuration can be read.
-        """
-        return iter(())
-
     def private_names(self, model: nn.Module) -> set[str]:
         """Names of the parameters that belong to the head and are never merged; none for a model without one.
 

@@ -96,7 +96,6 @@ def check_models(recipe: Recipe, problems: Problems) -> None:
                 *(task.name, task.training.max_length, meant),
             )
         try:
-            problems.extend(f"task '{task.name}': {problem}" for problem in task.base_problems(base_folder))
             if task.expert is not None:
                 problems.extend(_expert_problems(task, recipe, base, architecture))
             if task.expert is None or "joint" in recipe.controls:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pave_lightning.errors import PaveError
@@ -90,12 +89,16 @@ class CausalLM(GenerativeTask):
 
     # ---- models ----------------------------------------------------------------------------------------------------
 
-    def base_problems(self, folder: Path) -> Iterator[str]:
-        """An architecture whose rows cannot be packed."""
-        from pave_lightning.weights.architecture import empty_model
+    def base_problem(self, config: Any) -> str | None:
+        """An encoder that is no decoder, one beside a decoder, or an architecture whose rows cannot be packed."""
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
-        if self.packing:
-            yield from filter(None, [_packing_problem(empty_model(folder, self.auto_model))])
+        if config.is_encoder_decoder:
+            return "has an encoder and a decoder, and a causal model only the latter; set kind: seq2seq"
+        if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+            return "reads words that come later, so it cannot go on from a prompt; use a decoder, such as a Llama"
+        built = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+        return _packing_problem(built) if self.packing and built is not None else None
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         """Tokens and their mask."""
@@ -120,7 +123,7 @@ class CausalLM(GenerativeTask):
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
         """The logits from which responses are written, shape ``(tokens, vocabulary)``."""
         read, given = self.read_positions(batch), self._inputs(model, batch)
-        if "logits_to_keep" in _parameters(model):
+        if "logits_to_keep" in _parameters(_inner(model)):
             # The vocabulary is large: no logits where no row is read.
             columns = read.any(dim=0).nonzero()[:, 0]
             if len(columns):
@@ -143,8 +146,8 @@ class CausalLM(GenerativeTask):
 
         if SEGMENTS not in batch:
             return {**self.inputs(batch), "use_cache": False}
-        if problem := _packing_problem(model):
-            raise PaveError(f"task '{self.name}': {problem}")
+        if problem := _packing_problem(_inner(model)):
+            raise PaveError(f"task '{self.name}': its {type(_inner(model)).__name__} {problem}")
         seen = attention_within(batch[SEGMENTS])
         config: Any = model.config
         if config._attn_implementation != "sdpa":  # others add the mask to their scores
@@ -160,18 +163,18 @@ class CausalLM(GenerativeTask):
         }
 
 
-def _parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
-    """What the forward pass of a model takes, also of one that peft has wrapped."""
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    return inspect.signature(inner.forward).parameters
+def _inner(model: nn.Module) -> Any:
+    """A model, or the one that peft has wrapped."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
-def _packing_problem(model: nn.Module) -> str | None:
-    """Why rows cannot share a sequence; None where they can."""
+def _parameters(model: Any) -> Mapping[str, inspect.Parameter]:
+    """What the forward pass of a model, or of a class of models, takes."""
+    return inspect.signature(model.forward).parameters
+
+
+def _packing_problem(model: Any) -> str | None:
+    """Why rows cannot share a sequence of a model, or of a class of models; None where they can."""
     if {"position_ids", "attention_mask"} <= _parameters(model).keys():
         return None
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    return (
-        f"a {type(inner).__name__} cannot be told where in a sequence another row begins, so rows cannot be packed; "
-        "set packing: false"
-    )
+    return "cannot be told where in a sequence another row begins, so rows cannot be packed; set packing: false"

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from pave_lightning.tasks.heads import Misfit, Predictions
-from pave_lightning.tasks.kinds.prompts import Exchange, Side, Tokens, chat_ends, chat_exchange, chat_problem, tokens_of
+from pave_lightning.tasks.kinds.prompts import (
+    Exchange,
+    Side,
+    Tokens,
+    chat_ends,
+    chat_exchange,
+    chat_problem,
+    generation_ends,
+    tokens_of,
+)
 from pave_lightning.tasks.kinds.tokens import (
     MASK,
     TOKENS,
@@ -365,8 +374,9 @@ class GenerativeTask(Task):
         return Predictions(written.texts, targets, written.broken.sum(), further=further)
 
     def ends(self, processor: PreTrainedTokenizerBase) -> Collection[int]:
-        """The tokens that end a response."""
-        return {int(processor.eos_token_id), *(chat_ends(processor) if self.is_chat else ())}
+        """The tokens that end a response: by the tokenizer, its chat template, and the settings that lie beside it."""
+        chat = chat_ends(processor) if self.is_chat else ()
+        return {int(processor.eos_token_id), *chat, *generation_ends(Path(str(processor.name_or_path)))}
 
     def build_metrics(self) -> MetricCollection:
         """See `build_generation_metrics`."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pave_lightning.errors import PaveError, reason
+from pave_lightning.system.files import read_json
 from pave_lightning.tasks.kinds.tokens import tokenizer_name
 
 if TYPE_CHECKING:
@@ -100,6 +102,15 @@ def chat_ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     framed = chat_exchange(tokenizer, [{"role": "user", "content": "a"}, {"role": ANSWERING, "content": "b"}])
     special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}  # which words of the text may be
     return [token for token in _ids(tokenizer, framed.response) if token in special][:1]
+
+
+def generation_ends(folder: Path) -> list[int]:
+    """The tokens that end texts by the generation settings in a model folder; none where it has no such settings."""
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return []
+    found = read_json(file).get("eos_token_id")
+    return [one for one in (found if isinstance(found, list) else [found]) if isinstance(one, int)]
 
 
 def tokens_of(

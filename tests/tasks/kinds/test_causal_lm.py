@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig
 
 from pave_lightning import Recipe, Task, TaskDataModule, load_merged, run_recipe
 from pave_lightning.callbacks import PaveCallback
@@ -76,11 +76,25 @@ def test_packed_batches_have_the_same_loss(
     assert float(task.loss(model, packed)) == pytest.approx(float(task.loss(model, plain)), abs=1e-5)
 
 
-def test_architectures_that_cannot_be_packed_are_told(task_of, exchanges, language_base):
-    task = task_of(exchanges(4), **OF_KIND, packing=True)
-    assert list(task.base_problems(language_base("llama"))) == []
-    (told,) = task.base_problems(language_base("bloom", name="bloom"))
-    assert "BloomForCausalLM cannot be told where" in told
+@pytest.mark.parametrize(
+    ("family", "packing", "told"),
+    [
+        ("llama", True, None),
+        ("bloom", False, None),
+        ("bloom", True, "cannot be told where in a sequence another row begins"),
+        ("t5", False, "has an encoder and a decoder"),
+        ("bart", False, "has an encoder and a decoder"),
+    ],
+)
+def test_bases_that_do_not_fit_are_told(task_of, exchanges, language_model, family, packing, told):
+    found = task_of(exchanges(4), **OF_KIND, packing=packing).base_problem(language_model(family).config)
+    assert found is None if told is None else told in found
+
+
+def test_encoders_go_on_from_no_prompt(task_of, exchanges):
+    task = task_of(exchanges(4), **OF_KIND)
+    assert "reads words that come later" in task.base_problem(BertConfig())
+    assert task.base_problem(BertConfig(is_decoder=True)) is None
 
 
 def test_scores_are_those_of_generate_by_hand(
@@ -112,6 +126,14 @@ def test_scores_are_those_of_generate_by_hand(
         )
         assert score.metrics["perplexity"] == pytest.approx(math.exp(float(torch.cat(losses).mean())), rel=1e-5)
         assert score.broken == 0
+
+
+@pytest.mark.parametrize(("named", "more"), [(3, set()), ([3, 7, 8], {7, 8}), (None, set())])
+def test_settings_beside_the_tokenizer_name_what_ends_texts(task_of, exchanges, language_base, named, more):
+    folder = language_base("llama")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
+    task = task_of(exchanges(4), **OF_KIND)
+    assert set(task.ends(task.load_processor(folder))) == {3, *more}
 
 
 def test_gradients_are_those_of_one_row_at_a_time(task_of, exchanges, language_model, writing_tokenizer, tmp_path):
