@@ -275,10 +275,10 @@ class Evaluator(L.LightningModule):
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add one batch to its task's metrics."""
         task = self.tasks[dataloader_idx]
-        found = task.predict(self._adapted[task.name], batch)
+        found = task.respond(self._adapted[task.name], batch, self._data.modules[dataloader_idx].processor)
         self._broken[dataloader_idx] += found.broken
         if len(found.values):  # of some rows a tokenizer leaves nothing that is predicted
-            self._metrics[dataloader_idx].update(found.values, found.targets)
+            self._metrics[dataloader_idx].update(found.values, found.targets, **found.further)
         done, examples = self._counts[dataloader_idx], len(batch["labels"])
         if self._kept is not None:
             rows = self._data.orders[dataloader_idx][done : done + examples]

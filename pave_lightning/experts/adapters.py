@@ -179,6 +179,8 @@ def _form_of_adapter(base: Path, folder: Path) -> HeadForm:
     """What the model is built from whose head an adapter holds."""
     kind = kind_of_adapters(task_type(folder))
     stored = stored_tensors(folder / ADAPTER_WEIGHTS)
+    if not kind.has_head:
+        return HeadForm(kind.auto_model, kind.peft_type, kind.unnamed_head(0))
     output = output_layer(base, kind.auto_model)
     found = next((stored[WRAPPED + name] for name in output if WRAPPED + name in stored), None)
     if found is None:

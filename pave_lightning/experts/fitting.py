@@ -39,11 +39,9 @@ from pave_lightning.tasks.metrics import weak_experts
 from pave_lightning.tasks.options import EarlyStopping as EarlyStoppingOptions
 from pave_lightning.tasks.task import Task
 from pave_lightning.tasks.tokenizers import load_tokenizer, padding_id, padding_note
-from pave_lightning.weights import Checkpoint
-from pave_lightning.weights.architecture import backbone_of
+from pave_lightning.weights.architecture import Architecture, backbone_of
 from pave_lightning.weights.quiet import quiet_transformers
 from pave_lightning.weights.task_vectors import absent_children
-from pave_lightning.weights.ties import tied_names
 
 log = logging.getLogger("pave_lightning")
 
@@ -101,14 +99,14 @@ def fit_expert(
         freeze(model, task.training.freeze)
         if task.training.lora is not None:
             backbone = backbone_of(model)
-            stored = Checkpoint(base, str(model.base_model_prefix), tied_names(backbone))
+            stored = Architecture.of_model(model).checkpoint(base)
             private = absent_children(stored, dict(backbone.named_parameters()))
             frozen = task.training.freeze
             model = add_adapters(model, task.training.lora, task.peft_type, frozen=frozen, private=private)
             if is_rank_zero():
                 keep_start(model, task.training.lora, work_folder)
         data = task_data(task, base, model, seed, cache_folder)
-        expert = TaskExpert(model, task, seed=seed)
+        expert = TaskExpert(model, task, seed=seed, processors=[data.processor])
         return Prepared(expert, data, training_settings(task), task.training.early_stopping)
 
     expert, score = trained(prepare, work_folder, logger=logger)

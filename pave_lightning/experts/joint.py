@@ -58,7 +58,8 @@ def fit_joint(
         models = _models(tasks, base, turns.seed)
         pairs = zip(tasks, models, strict=True)
         modules = [task_data(task, base, _inner(model), turns.seed, cache_folder) for task, model in pairs]
-        expert = TaskExpert(models, tasks, seed=turns.seed, turns=turns)
+        processors = [module.processor for module in modules]
+        expert = TaskExpert(models, tasks, seed=turns.seed, turns=turns, processors=processors)
         data = JointDataModule(modules, turns)
         return Prepared(expert, data, joint_settings(tasks[0]), tasks[0].training.early_stopping)
 

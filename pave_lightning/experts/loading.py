@@ -64,9 +64,10 @@ def load_base(base: Path, form: HeadForm, head: Mapping[str, StoredTensor] | Non
     read = ((name, value) for name, value in backbone_of(loaded).named_parameters() if f"{prefix}{name}" not in missing)
     _check_finite(read, base)
     set_padding(loaded, base)
-    config: Any = loaded.config
-    model: nn.Module = auto_class(form.auto_model).from_config(config).float()
-    model = with_backbone(model, backbone_of(loaded))
+    backbone, model = backbone_of(loaded), loaded
+    if backbone is not loaded:
+        config: Any = loaded.config
+        model = with_backbone(auto_class(form.auto_model).from_config(config).float(), backbone)
     for name, stored in (head or {}).items():
         model.get_parameter(name).data = Checkpoint.read(stored).float()
     return model

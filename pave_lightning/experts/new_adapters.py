@@ -18,7 +18,14 @@ from pave_lightning.tasks.lora import adapter_ranks, saved_modules
 from pave_lightning.tasks.options import Lora
 from pave_lightning.weights import Checkpoint
 from pave_lightning.weights.adapters import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, adapter_settings
-from pave_lightning.weights.architecture import Architecture, backbone_of, empty_model, lies_in, name_prefix
+from pave_lightning.weights.architecture import (
+    Architecture,
+    backbone_of,
+    empty_model,
+    has_language_head,
+    lies_in,
+    name_prefix,
+)
 from pave_lightning.weights.checkpoint import stored_tensors
 from pave_lightning.weights.remembered import remembered
 
@@ -69,12 +76,12 @@ def _config(
 ) -> LoraConfig:
     from peft import LoraConfig, TaskType
 
-    prefix = str(model.base_model_prefix)
+    backbone, start = backbone_of(model), name_prefix(model)
     parameters = list(Architecture.of_model(model).parameters.values())
-    ranks = adapter_ranks(lora, parameters, prefix, [*frozen, *private])
-    start = name_prefix(model)
-    beside = [(name, child) for name, child in model.named_children() if start and name != prefix]
-    head = [name for name, child in beside if list(child.parameters())]
+    scores = [] if lora.target_modules != "all-linear" else _output_layers(model)
+    ranks = adapter_ranks(lora, parameters, start.rstrip("."), [*frozen, *private, *scores])
+    beside = () if backbone is model else model.named_children()
+    head = [name for name, child in beside if child is not backbone and list(child.parameters())]
     saved = list(dict.fromkeys([*private, *saved_modules(lora, parameters)]))
     outermost = [name for name in saved if not lies_in(name, [other for other in saved if other != name])]
     # All that says which modules are meant, which is settled by now.
@@ -90,6 +97,14 @@ def _config(
         target_modules=[f"{start}{name}" for name in ranks] or None,
         modules_to_save=[*head, *(f"{start}{name}" for name in outermost)],
     )
+
+
+def _output_layers(model: nn.Module) -> list[str]:
+    """Names of what scores the tokens of a language model, which peft does not count among all linear layers."""
+    if not has_language_head(model):
+        return []
+    layer = model.get_output_embeddings()  # type: ignore[operator]
+    return [name for name, module in model.named_modules() if module is layer]
 
 
 @dataclass(frozen=True)

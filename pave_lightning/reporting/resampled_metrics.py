@@ -16,11 +16,13 @@ from scipy import sparse
 
 from pave_lightning.reporting.resampled_labels import label_metric
 from pave_lightning.tasks.predictions import TaskPredictions
+from pave_lightning.tasks.text_matches import TESTS, plain_text
 
 Floats = npt.NDArray[np.float64]
 
 CLASS_METRICS = ("accuracy", "f1", "macro_f1", "matthews")
 NUMBER_METRICS = ("pearson", "spearman")
+TEXT_METRICS = tuple(TESTS)
 # Of rows with a probability for each of several labels.
 LABEL_METRICS = ("micro_f1", "macro_f1", "exact_match", "mean_average_precision")
 # A variance of values that reach to 1 below which they all are the same number: what rounding leaves.
@@ -57,12 +59,19 @@ class ResampledTask:
         counts = row_counts(indices, self._row_count)
         by_model: dict[str, Floats] = {}
         first = self._predictions[0]
-        fitting = first.means or (CLASS_METRICS if first.are_classes else (*NUMBER_METRICS, *LABEL_METRICS))
+        if first.means:
+            fitting = first.means
+        elif first.are_classes:
+            fitting = CLASS_METRICS
+        else:
+            fitting = TEXT_METRICS if first.are_texts else (*NUMBER_METRICS, *LABEL_METRICS)
         asked = [name for name in self._metrics if name in fitting]
         of_labels = [name for name in asked if name in LABEL_METRICS]
         with np.errstate(divide="ignore", invalid="ignore"):
             if first.means:
                 by_model = self._of_means(asked, counts)
+            elif first.are_texts:
+                by_model = {name: (self._passing(name) @ counts) / (self._answers @ counts) for name in asked}
             elif first.are_classes:
                 by_model = self._of_classes(asked, counts)
             elif of_labels:
@@ -108,6 +117,21 @@ class ResampledTask:
         for values in found.values():
             values[~finite] = np.nan
         return found
+
+    def _passing(self, name: str) -> Floats:
+        """How many texts of each row pass a test, shape ``(models, rows)``."""
+        right = [[plain_text(one) for one in own] for own in self._predictions[0].targets]
+        return np.stack(
+            [
+                self._per_row(
+                    np.asarray(
+                        [TESTS[name](plain_text(text), own) for text, own in zip(one.predictions, right, strict=True)],
+                        dtype=np.bool_,
+                    )
+                )
+                for one in self._predictions
+            ]
+        )
 
     @cached_property
     def _several(self) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:

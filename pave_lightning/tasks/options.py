@@ -22,7 +22,24 @@ MetricName = Literal[
     "token_f1",
     "pearson",
     "spearman",
+    "contains",
+    "perplexity",
+    "bleu",
+    "chrf",
+    "rouge_1",
+    "rouge_2",
+    "rouge_l",
+    "word_error_rate",
+    "character_error_rate",
+    "edit_distance",
 ]
+
+LOWER_IS_BETTER: tuple[MetricName, ...] = (
+    "perplexity",
+    "word_error_rate",
+    "character_error_rate",
+    "edit_distance",
+)
 
 # Most classes of one task; ImageNet-21k has 21,841.
 MOST_CLASSES = 22_000

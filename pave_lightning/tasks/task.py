@@ -52,6 +52,7 @@ class Task(Section):
         fitting_metrics: the metrics that fit this kind.
         default_metrics: the metrics where a recipe names none.
         likelihood: how what is right is thought to be drawn from the outputs.
+        has_head: whether models have a part of their own for the task, which is not merged.
     """
 
     auto_model: ClassVar[str]
@@ -59,6 +60,7 @@ class Task(Section):
     fitting_metrics: ClassVar[tuple[MetricName, ...]]
     default_metrics: ClassVar[tuple[MetricName, ...]]
     likelihood: ClassVar[Likelihood] = Likelihood.CATEGORICAL
+    has_head: ClassVar[bool] = True
 
     name: Name
     """Name of the task in tables, folders and MLflow."""
@@ -272,6 +274,12 @@ class Task(Section):
             padding: the token that fills up rows, where that is another than the processor's.
         """
 
+    def collate_training(
+        self, processor: Any, padding: int | None = None
+    ) -> Callable[[Sequence[Mapping[str, Any]]], Batch]:
+        """What puts encoded rows into one batch that is only trained on; see `collate`."""
+        return self.collate(processor, padding)
+
     @abstractmethod
     def random_examples(self, processor: Any, count: int, seed: int) -> dict[str, list[Any]]:
         """Examples without any data, without labels, in the form of `encode`.
@@ -409,7 +417,17 @@ class Task(Section):
 
     @abstractmethod
     def predict(self, model: nn.Module, batch: Batch) -> Predictions:
-        """What a model predicts for a batch, with or without labels."""
+        """What a model predicts for a batch, with or without labels, in one pass; capture looks at that pass."""
+
+    def respond(self, model: nn.Module, batch: Batch, processor: Any) -> Predictions:
+        """What a model answers to a batch, as the metrics take it: what it predicts, or the text that it writes.
+
+        Args:
+            model: a model with this kind's head, or a peft model around one.
+            batch: a batch, with or without labels.
+            processor: what its rows were encoded with.
+        """
+        return self.predict(model, batch)
 
     def build_metrics(self) -> MetricCollection:
         """The metrics, keyed by their names in the recipe; states add up over batches and processes."""

@@ -39,7 +39,8 @@ def token_problems(recipe: Recipe) -> Iterator[str]:
         return
     rows = table_rows(base, architecture)
     yield from row_problems("base", rows, architecture.vocabulary, tokenizer)
-    yield from _head_problems("base", architecture, tokenizer)
+    if any(task.has_head for task in recipe.tasks):
+        yield from _head_problems("base", architecture, tokenizer)
     tokenizers = {}
     for task in recipe.tasks:
         if task.expert is None:
@@ -96,7 +97,8 @@ def _expert_problems(
     its = architecture if adapter else Architecture.of_folder(folder, task.auto_model)
     rows = token_rows(folder, its, base)
     yield from row_problems(what, rows, rows if adapter else its.vocabulary, own)
-    yield from _head_problems(what, its, own)
+    if task.has_head:
+        yield from _head_problems(what, its, own)
 
 
 def _head_problems(what: str, architecture: Architecture, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:

@@ -43,6 +43,7 @@ class SentenceSimilarity(SequencesTask):
     fitting_metrics: ClassVar[tuple[MetricName, ...]] = ("spearman", "pearson")
     default_metrics: ClassVar[tuple[MetricName, ...]] = ("spearman", "pearson")
     likelihood: ClassVar[Likelihood] = Likelihood.GAUSSIAN
+    has_head: ClassVar[bool] = False
 
     kind: Literal["sentence_similarity"] = "sentence_similarity"
     """What is predicted: how alike the meanings of two texts are."""
