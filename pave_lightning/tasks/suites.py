@@ -1,4 +1,4 @@
-"""Tasks that are known by name: the pocket suite shipped with the package, and GLUE, on the hub or in a folder."""
+"""Tasks that are known by name: two suites shipped with the package, and GLUE, on the hub or in a folder."""
 
 from __future__ import annotations
 
