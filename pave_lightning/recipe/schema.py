@@ -21,7 +21,7 @@ from pave_lightning.recipe.sweep import Sweep
 from pave_lightning.recipe.write import Write
 from pave_lightning.system.references import HubModel
 from pave_lightning.tasks.options import Examples, Training
-from pave_lightning.tasks.suites import suite_task
+from pave_lightning.tasks.suites import known_data, suite_task
 from pave_lightning.tasks.task import Task, any_kind, auto_models
 from pave_lightning.tracking.options import Tracking
 
@@ -220,7 +220,7 @@ def _filled(entry: Any, defaults: Mapping[str, Any], key: str) -> Any:
             own = {name: value for name, value in entry.items() if name != "use"}
             known = suite_task(entry["use"])
             if isinstance(own.get("data"), dict):
-                own["data"] = {**known["data"], **own["data"]}
+                own["data"] = known_data(known["data"], own["data"])
             entry = {**known, **own}
     elif isinstance(entry, str):
         entry = {"method": entry}

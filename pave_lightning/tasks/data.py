@@ -26,6 +26,7 @@ from pave_lightning.tasks.copies import found_copy, kept_copy, read_copy
 from pave_lightning.tasks.labels import LabelValues, Reading, label_reading, readings_conflict
 from pave_lightning.tasks.reading import inner_column, plain_column, read_rows, reading_options
 from pave_lightning.tasks.rows import Rows, UnreadableError, column_path
+from pave_lightning.tasks.split_files import sliced, split_file
 from pave_lightning.tasks.task import Task
 
 if TYPE_CHECKING:  # it loads pandas and more; plans read rows from copies of their own without it
@@ -212,8 +213,9 @@ def quiet_datasets() -> Iterator[None]:
 def split_title(task: Task, split: Split) -> str:
     """A split in messages: task, split, and where its rows come from."""
     source = getattr(task.data, split)
-    if task.data.hub is not None:
-        source = f"{source} of {'/'.join(filter(None, (task.data.hub, task.data.config)))}"
+    dataset = task.data.hub or task.data.folder
+    if dataset is not None:
+        source = f"{source} of {'/'.join(filter(None, (dataset, task.data.config)))}"
     return f"task '{task.name}', {split} split ({source})"
 
 
@@ -238,6 +240,11 @@ def _told_twice(task: Task, one: Split, other: Split) -> str:
 
 
 def _local_file(task: Task, split: Split) -> Path:
+    if task.data.folder is not None:
+        try:
+            return split_file(task.data, getattr(task.data, split))
+        except (UnreadableError, OSError) as error:
+            raise PaveError(f"{split_title(task, split)}: {error}") from error
     where = f"task '{task.name}', {split} split"
     path = local_path(getattr(task.data, split))
     if path.is_dir():
@@ -261,7 +268,8 @@ def _source_fingerprint(task: Task, split: Split) -> str:
         return f"{data.hub}/{data.config or ''}@{data.revision or ''}:{getattr(data, split)}"
     path = _local_file(task, split)
     options = reading_options(data, path)
-    return file_sha256(path) + (f" {json.dumps(options)}" if options else "")
+    part = "" if data.folder is None else f" part: {getattr(data, split)}"
+    return file_sha256(path) + (f" {json.dumps(options)}" if options else "") + part
 
 
 def _checked(task: Task, split: Split, fingerprint: str, cache_dir: Path) -> tuple[pa.Table, list[str]]:
@@ -305,7 +313,8 @@ def _usable(task: Task, split: Split, rows: Rows) -> pa.Table:
 
 def _read_local(task: Task, split: Split, path: Path) -> tuple[Rows, str]:
     try:
-        return read_rows(path, task)
+        rows, digest = read_rows(path, task)
+        return (rows if task.data.folder is None else sliced(rows, getattr(task.data, split))), digest
     except UnreadableError as error:
         raise PaveError(f"{split_title(task, split)}: {error}") from error
     except OSError as error:
@@ -329,8 +338,9 @@ def _read_hub(task: Task, split: Split) -> datasets.Dataset:
         why = unreached() or reason(error.__cause__ or error)
         raise PaveError(
             f"{split_title(task, split)}: the hub dataset cannot be loaded ({why}); check its name, "
-            "'config', 'revision' and split and the network, or give local files: leave 'data.hub' out and let "
-            "data.train, data.validation and data.test be paths of csv, jsonl or parquet files"
+            "'config', 'revision' and split and the network, or give local files: name the folder that holds them in "
+            "'data.folder' in place of 'data.hub', or leave both out and let data.train, data.validation and data.test "
+            "be paths of csv, jsonl or parquet files"
         ) from error
 
 

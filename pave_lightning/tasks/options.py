@@ -64,11 +64,15 @@ class Data(Section):
     hub: str | None = None
     """Name of a hub dataset, such as nyu-mll/glue. Without it, train, validation and test are paths of local files."""
     config: str | None = None
-    """Configuration of the hub dataset, such as sst2."""
+    """Configuration of the hub dataset, such as sst2; with folder, the folder below it that holds the files."""
     revision: str | None = None
     """Commit, tag or branch of the hub dataset."""
+    folder: str | None = None
+    """A folder that holds a dataset's files by the names of splits (train.csv, train-00000-of-00001.parquet), in place
+    of the hub: train, validation and test are then splits too."""
     train: str = "train"
-    """Path of a local file, or a split of the hub dataset; slices such as train[:90%] are understood for the hub."""
+    """Path of a local file, or a split of the hub dataset or folder, of which slices such as train[:90%] are
+    understood."""
     validation: str = "validation"
     """Path or split of the rows that choose the best checkpoint and the scales."""
     test: str = "test"
@@ -88,7 +92,10 @@ class Data(Section):
                 f"'delimiter' must be one character, and no quotation mark or line break, found {self.delimiter!r}; "
                 'a tab is written "\\t", in double quotes'
             )
+        if self.folder is not None and self.hub is not None:
+            wrong.append("'hub' and 'folder' exclude each other; leave one of them out")
         files = [name for name in (self.train, self.validation, self.test) if name.lower().endswith((".csv", ".tsv"))]
+        files += [self.folder] if self.folder is not None else []
         given = [f"'{key}'" for key in ("quoting", "delimiter") if getattr(self, key) != Data.model_fields[key].default]
         if given and (self.hub is not None or not files):
             wrong.append(

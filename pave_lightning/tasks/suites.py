@@ -1,4 +1,4 @@
-"""Tasks that are known by name: two suites shipped with the package, and GLUE on the Hugging Face hub."""
+"""Tasks that are known by name: two suites shipped with the package, and GLUE, on the hub or in a folder."""
 
 from __future__ import annotations
 
@@ -68,6 +68,17 @@ def suite_task_names() -> list[str]:
     """Every task that a recipe can use by name."""
     suites: dict[str, Iterable[str]] = {"pocket": _POCKET, "instructions": _INSTRUCTIONS, "glue": _GLUE}
     return [f"{suite}/{name}" for suite, tasks in suites.items() for name in tasks]
+
+
+def known_data(known: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """The data of a known task with a recipe's changes; a folder of one's own stands in place of the hub.
+
+    Args:
+        known: ``data`` of `suite_task`.
+        own: the keys that a recipe gives itself.
+    """
+    from_hub = ("hub", "revision") if own.get("folder") is not None and own.get("hub") is None else ()
+    return {**{key: value for key, value in known.items() if key not in from_hub}, **own}
 
 
 def suite_task(name: str) -> dict[str, Any]:
