@@ -43,19 +43,17 @@ WORDS = words(
     "stone table umbrella violin window yellow zebra anchor bridge candle desert engine forest garden hammer insect "
     "jungle kettle ladder market needle orange pencil rabbit silver tiger valley wagon butter copper dragon elbow"
 )
+THINGS = words("apples books cards coins eggs flowers keys lemons marbles pens shells stamps stones tickets toys")
 TOPICS = words("animal plant food artifact person location body act communication cognition state substance")
 
 
 def in_words(number: int) -> str:
-    """A number from 0 to 199 in English words.
+    """A number from 0 to 99 in English words.
 
     Example:
-        >>> in_words(117), in_words(40)
-        ('one hundred seventeen', 'forty')
+        >>> in_words(17), in_words(24)
+        ('seventeen', 'twenty-four')
     """
-    if number >= 100:
-        rest = number - 100
-        return "one hundred" + (f" {in_words(rest)}" if rest else "")
     if number < 20:
         return ONES[number]
     tens, ones = divmod(number, 10)
@@ -63,13 +61,23 @@ def in_words(number: int) -> str:
 
 
 def arithmetic(drawn: random.Random) -> Iterator[tuple[str, str]]:
-    """Sums and differences of numbers below one hundred, in words."""
+    """Sums and differences of numbers from two to twelve, in words."""
+    more = (
+        "{name} has {first} {things} and gets {second} more. How many {things} has {name} now?",
+        "{name} finds {first} {things} in {city} and {second} at home. How many {things} does {name} find?",
+    )
+    less = (
+        "{name} has {first} {things} and gives {second} away. How many {things} has {name} left?",
+        "{name} buys {first} {things} in {city} and loses {second}. How many {things} are left?",
+    )
     while True:
-        low, high = sorted((drawn.randrange(100), drawn.randrange(100)))  # so that no sum stands in two orders
-        if drawn.random() < 0.5:
-            yield f"What is {in_words(high)} plus {in_words(low)}?", in_words(high + low)
-        else:
-            yield f"What is {in_words(high)} minus {in_words(low)}?", in_words(high - low)
+        told = {"name": drawn.choice(NAMES), "things": drawn.choice(THINGS), "city": drawn.choice(CITIES)}
+        low, high = sorted((drawn.randint(2, 12), drawn.randint(2, 12)))
+        adds = drawn.random() < 0.5
+        numbers = (drawn.sample((low, high), 2)) if adds else (high, low)
+        first, second = map(in_words, numbers)
+        question = drawn.choice(more if adds else less).format(first=first, second=second, **told)
+        yield question, in_words(low + high if adds else high - low)
 
 
 def record(drawn: random.Random) -> Iterator[tuple[str, str]]:

@@ -24,10 +24,7 @@ def number(words):
     """The number that words spell, read from the left."""
     found = 0
     for word in re.split("[ -]", words):
-        if word == "hundred":
-            found *= 100
-        else:
-            found += SMALL.index(word) if word in SMALL else 10 * TENS.index(word)
+        found += SMALL.index(word) if word in SMALL else 10 * TENS.index(word)
     return found
 
 
@@ -49,14 +46,11 @@ def test_the_data_is_without_fault_and_no_prompt_stands_twice(name, tmp_path):
     assert len(set(prompts)) == len(prompts)
 
 
-def test_sums_are_right_and_stand_in_one_order():
-    seen = set()
+def test_sums_are_right():
     for row in all_rows("arithmetic"):
-        first, sign, second = re.fullmatch(r"What is (\S+) (plus|minus) (\S+)\?", row["prompt"]).groups()
-        one, other = number(first), number(second)
-        assert number(row["response"]) == (one + other if sign == "plus" else one - other)
-        assert (sign, frozenset((one, other))) not in seen
-        seen.add((sign, frozenset((one, other))))
+        one, other = (number(word) for word in re.findall(r"[a-z-]+", row["prompt"]) if word in SMALL)
+        gets = any(word in row["prompt"] for word in (" gets ", " finds "))
+        assert number(row["response"]) == (one + other if gets else one - other)
 
 
 def test_words_are_sorted_and_sets_of_them_stand_once():
