@@ -26,7 +26,7 @@ from pave_lightning.tasks.samplers import ExactSampler
 from pave_lightning.tasks.task import Batch, Task, auto_models
 from pave_lightning.tasks.tokenizers import set_padding
 from pave_lightning.weights import Architecture, Checkpoint
-from pave_lightning.weights.architecture import backbone_of, empty_model, read_config
+from pave_lightning.weights.architecture import backbone_of, empty_model, name_prefix, read_config, with_backbone
 from pave_lightning.weights.configuration import differences_in_function
 from pave_lightning.weights.embeddings import resize_rows
 from pave_lightning.weights.task_vectors import absent_children, own_token_rows
@@ -112,22 +112,18 @@ class Evaluator(L.LightningModule):
         self._token_embeddings: tuple[str, ...] = ()
         self._base = base
         models = [self._headed(task, experts[task.name], base) for task in tasks]
-        prefix = str(models[0].base_model_prefix)
         self.backbone: nn.Module = _widest_backbone(tasks, base.folder)
         architecture = Architecture.of_folder(base.folder, *auto_models(tasks))
         self._names, self._places = architecture.stored_names, architecture.stored_places
         self._make_room(architecture, [base, *(experts[task.name] for task in tasks)])
         for task in tasks:
             self._own_rows[task.name] = own_token_rows(base, experts[task.name], architecture)
-        self._prefix = prefix
         own = [self._with_own_configuration(task, experts[task.name].folder, base.folder) for task in tasks]
         self.own_backbones = nn.ModuleList(found for found in own if found is not self.backbone)
         self._own = own
         self._asked = [{name for name, _ in backbone_of(model).named_parameters()} for model in models]
-        for model in models:
-            setattr(model, prefix, self.backbone)
-        self._models = models
-        self.models = nn.ModuleList(models)
+        self._models = [with_backbone(model, self.backbone) for model in models]
+        self.models = nn.ModuleList(self._models)
         self._adapted: dict[str, nn.Module] = {}
         self._candidate: Candidate | None = None
         self._kept: KeptPredictions | None = None
@@ -141,7 +137,7 @@ class Evaluator(L.LightningModule):
         set_padding(model, expert.folder, base.folder)  # by which heads find the last token
         head = expert.head_tensors()
         model.load_state_dict({name: value.float() for name, value in head.items()}, strict=False, assign=True)
-        prefix = f"{model.base_model_prefix}."
+        prefix = name_prefix(model)
         lacking = [n for n, value in model.named_parameters() if value.is_meta and not n.startswith(prefix)]
         if lacking:
             raise PaveError(f"task '{task.name}': {expert.folder} lacks weights of the head: {', '.join(lacking)}")
@@ -232,7 +228,7 @@ class Evaluator(L.LightningModule):
         if task == self._loaded or self._candidate is None:
             return
         backbone = self._own[dataloader_idx] if self._candidate.own_configuration else self.backbone
-        setattr(self._models[dataloader_idx], self._prefix, backbone)
+        self._models[dataloader_idx] = with_backbone(self._models[dataloader_idx], backbone)
         if self._loaded is None or not self._candidate.shared:
             self._given = self._load(backbone, self._candidate.weights(task))
         asked = self._asked[dataloader_idx]

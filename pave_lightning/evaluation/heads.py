@@ -21,6 +21,7 @@ from pave_lightning.evaluation.candidates import Candidate
 from pave_lightning.evaluation.options import Heads
 from pave_lightning.subspace.linear_fit import STRENGTHS, LinearFit, fit_ridge, fit_turn
 from pave_lightning.subspace.logistic_fit import FOLDS, fit_logistic
+from pave_lightning.tasks.heads import Likelihood
 from pave_lightning.tasks.task import Batch, Task
 
 
@@ -39,7 +40,7 @@ class HeadRows:
     Attributes:
         features: shape ``(n, d)``, float32, on the CPU.
         outputs: shape ``(n, output_size)``, float32, on the CPU.
-        targets: what is right, shape ``(n,)``; None where the rows have no labels.
+        targets: what is right, shape ``(n, ...)``; None where the rows have no labels.
     """
 
     features: Tensor
@@ -125,17 +126,25 @@ def fit_head(
         turn = fit_turn(mine.features, expert.features)
         weight, bias = layer.weight.detach().double().cpu(), _bias(layer)
         return LinearFit(weight @ turn.weight, weight @ turn.bias + bias)
-    classes = task.output_size > 1
-    if fit == "logits" or (fit == "probabilities" and not classes):
-        return fit_ridge(mine.features, expert.outputs, STRENGTHS if isinstance(strength, str) else (strength,))
-    if fit == "probabilities":
-        return _logistic(mine.features, expert.outputs.double().softmax(dim=1), heads, seed)
-    if mine.targets is None:
-        raise PaveError(f"{where}: labels are needed to fit its head to them, but the rows have none")
-    if classes:
-        right = nn.functional.one_hot(mine.targets, task.output_size).double()
-        return _logistic(mine.features, right, heads, seed)
-    return fit_ridge(mine.features, mine.targets[:, None], STRENGTHS if isinstance(strength, str) else (strength,))
+    said = aims = expert.outputs.double()
+    if fit == "labels":
+        if mine.targets is None:
+            raise PaveError(f"{where}: labels are needed to fit its head to them, but the rows have none")
+        aims = task.aims(mine.targets)
+    if fit != "logits" and task.likelihood is Likelihood.CATEGORICAL:
+        return _logistic(mine.features, said.softmax(dim=1) if fit == "probabilities" else aims, heads, seed)
+    if fit != "logits" and task.likelihood is Likelihood.BERNOULLI:
+        return _each_by_itself(mine.features, said.sigmoid() if fit == "probabilities" else aims, heads, seed)
+    return fit_ridge(mine.features, aims, STRENGTHS if isinstance(strength, str) else (strength,))
+
+
+def _each_by_itself(features: Tensor, aims: Tensor, heads: Heads, seed: int) -> LinearFit:
+    """Outputs whose sigmoids are to be these probabilities, shape ``(n, C)``: a regression to two classes for each."""
+    fits = [_logistic(features, torch.stack([1 - one, one], dim=1), heads, seed) for one in aims.unbind(dim=1)]
+    weight = torch.stack([fit.weight[1] - fit.weight[0] for fit in fits])
+    bias = torch.stack([fit.bias[1] - fit.bias[0] for fit in fits])
+    strengths = sorted(fit.strength for fit in fits)
+    return LinearFit(weight, bias, strengths[len(strengths) // 2], sum(fit.left_out for fit in fits))
 
 
 def _logistic(features: Tensor, targets: Tensor, heads: Heads, seed: int) -> LinearFit:

@@ -35,14 +35,18 @@ class KeptPredictions:
             found: the predictions.
             rows: the rows of the batch's examples, counted from 0 in the split.
         """
-        if found.targets is None or (found.examples is None and len(found.values) != len(rows)):
+        values, targets = found.values, found.targets
+        if not isinstance(values, Tensor) or not isinstance(targets, Tensor) or values.ndim > 1:
+            self._unplaced[task] = True
+            return
+        if found.examples is None and len(values) != len(rows):
             self._unplaced[task] = True
             return
         placed = torch.tensor(rows, dtype=torch.int64)
         self._rows[task].append(placed if found.examples is None else placed[found.examples.cpu()])
         # On their device until the end: nothing waits for it here.
-        self._values[task].append(found.values.detach())
-        self._targets[task].append(found.targets.detach())
+        self._values[task].append(values.detach())
+        self._targets[task].append(targets.detach())
 
     def gathered(self, trainer: L.Trainer, device: torch.device) -> list[TaskPredictions | None]:
         """The predictions of all processes in the order of rows, by task; every process has to call this.

@@ -9,7 +9,7 @@ from torch import nn
 from pave_lightning.evaluation.candidates import CheckpointCandidate
 from pave_lightning.merging.folders import HEAD_FILE
 from pave_lightning.weights import Checkpoint
-from pave_lightning.weights.architecture import Architecture, backbone_of, empty_model
+from pave_lightning.weights.architecture import Architecture, backbone_of, empty_model, with_backbone
 from pave_lightning.weights.checkpoint import stored_tensors
 
 
@@ -31,8 +31,7 @@ class OwnHeadsCandidate(CheckpointCandidate):
             tensors = list(child.parameters())
             if tensors and not any(tensor.is_meta for tensor in tensors):
                 setattr(backbone, name, child)
-        setattr(own, str(own.base_model_prefix), backbone)
-        return own
+        return with_backbone(own, backbone)
 
 
 def _head(folder: Path) -> nn.Module:

@@ -165,12 +165,4 @@ def _taking(total: Tensor, add: Adding) -> Callable[[Tensor], None]:
 def _examples(task: Task, batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
     """One example after the other, as a batch without padding."""
     for batch in batches:
-        tensors = {name: tensor.to(device) for name, tensor in batch.items()}
-        mask = task.mask(tensors, "")
-        for index in range(len(next(iter(tensors.values())))):
-            yield {
-                name: tensor[index : index + 1, mask[index].bool()]
-                if mask is not None and tensor.shape == mask.shape
-                else tensor[index : index + 1]
-                for name, tensor in tensors.items()
-            }
+        yield from task.singles({name: tensor.to(device) for name, tensor in batch.items()})

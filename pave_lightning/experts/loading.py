@@ -17,7 +17,16 @@ from pave_lightning.tasks.options import Lora
 from pave_lightning.tasks.task import Task
 from pave_lightning.tasks.tokenizers import set_padding
 from pave_lightning.weights import Checkpoint, is_finite
-from pave_lightning.weights.architecture import Architecture, auto_class, backbone_of, form_of, lies_in, read_config
+from pave_lightning.weights.architecture import (
+    Architecture,
+    auto_class,
+    backbone_of,
+    form_of,
+    lies_in,
+    name_prefix,
+    read_config,
+    with_backbone,
+)
 from pave_lightning.weights.checkpoint import StoredTensor, weight_files
 from pave_lightning.weights.completeness import lacking_of_base, lacking_weights, naming_problem
 
@@ -47,7 +56,7 @@ def load_base(base: Path, form: HeadForm, head: Mapping[str, StoredTensor] | Non
     """
     weight_files(base)
     loaded, info = _load(base, form.auto_model, ignore_mismatched_sizes=True, **form.config)
-    prefix = f"{loaded.base_model_prefix}."
+    prefix = name_prefix(loaded)
     wrong = sorted(str(entry[0]) for entry in info["mismatched_keys"] if str(entry[0]).startswith(prefix))
     if wrong:
         raise PaveError(f"{base}: {len(wrong)} weights have other shapes than config.json says, first {wrong[0]}")
@@ -60,7 +69,7 @@ def load_base(base: Path, form: HeadForm, head: Mapping[str, StoredTensor] | Non
     set_padding(loaded, base)
     config: Any = loaded.config
     model: nn.Module = auto_class(form.auto_model).from_config(config).float()
-    setattr(model, str(model.base_model_prefix), backbone_of(loaded))
+    model = with_backbone(model, backbone_of(loaded))
     for name, stored in (head or {}).items():
         model.get_parameter(name).data = Checkpoint.read(stored).float()
     return model
@@ -113,10 +122,10 @@ def load_expert(folder: Path, task: Task, base: Path | None = None) -> nn.Module
             f"task '{task.name}': the checkpoint {folder} lacks {len(missing)} weights, among them "
             f"{', '.join(missing[:3])}; expected a fine-tuned {form_of(task.auto_model)} with its head"
         )
-    outputs = int(model.config.num_labels)  # type: ignore[union-attr, arg-type]
-    if outputs != task.output_size:
+    outputs, asked = int(model.config.num_labels), task.head_config.get("num_labels")  # type: ignore[union-attr, arg-type]
+    if asked not in (None, outputs):
         raise PaveError(
-            f"task '{task.name}': the head of {folder} has {outputs} outputs, but the task needs {task.output_size}; "
+            f"task '{task.name}': the head of {folder} has {outputs} outputs, but the task needs {asked}; "
             "check the task's classes"
         )
     _check_finite(model.state_dict().items(), folder)
@@ -171,10 +180,12 @@ def add_adapters(
     """
     from peft import LoraConfig, TaskType, get_peft_model
 
-    prefix = str(model.base_model_prefix)
-    whole = [name for name, child in model.named_children() if name != prefix and list(child.parameters())]
-    whole += [f"{prefix}.{name}" for name in private]
-    without = [*whole, *(f"{prefix}.{name}" for name in frozen)]
+    prefix = name_prefix(model)
+    inner = backbone_of(model)
+    beside = [] if inner is model else [(name, child) for name, child in model.named_children() if child is not inner]
+    whole = [name for name, child in beside if list(child.parameters())]
+    whole += [f"{prefix}{name}" for name in private]
+    without = [*whole, *(f"{prefix}{name}" for name in frozen)]
     config = LoraConfig(
         task_type=TaskType(peft_type),
         r=lora.rank,

@@ -235,7 +235,7 @@ def write_surroundings(folder: Path, context: MergeContext) -> None:
         tokenizer.save_pretrained(folder)
     for task, expert in context.experts.items():
         private = absent_children(context.base, expert)
-        prefix = context.architecture.start
+        prefix = Architecture.of_folder(expert.folder).start
         head = expert.head_tensors()
         head |= {prefix + name: expert.tensor(name) for name in expert if name.partition(".")[0] in private}
         target = folder / "heads" / task

@@ -241,7 +241,8 @@ class _Texts:
             return nothing
         if len(rows) and max(rows) >= len(table):
             return nothing
-        used = table.select(list(own.columns)[:-1]).take(pa.array(rows, pa.int64())).to_pylist()
+        shown = [name for name in own.columns if name not in own.label_columns]
+        used = table.select(shown).take(pa.array(rows, pa.int64())).to_pylist()
         texts = [" | ".join(_text(value) for value in row.values()) for row in used]
         return texts, [int(places[row]) for row in rows]
 

@@ -231,6 +231,22 @@ def read_json(path: Path, again: str = "fetch or save it again") -> dict[str, An
     Raises:
         PaveError: it is missing, too large, no JSON, or JSON of another kind.
     """
+    found = _parsed(path, again)
+    if not isinstance(found, dict):
+        raise PaveError(f"{path} holds {_JSON_KINDS.get(type(found), 'something else')}, expected an object; {again}")
+    return found
+
+
+def read_json_list(path: Path, again: str = "fetch or save it again") -> list[Any]:
+    """The JSON list in a file; see `read_json`."""
+    found = _parsed(path, again)
+    if not isinstance(found, list):
+        what = {**_JSON_KINDS, dict: "an object"}.get(type(found), "something else")
+        raise PaveError(f"{path} holds {what}, expected a list; {again}")
+    return found
+
+
+def _parsed(path: Path, again: str) -> Any:
     try:
         with path.open("rb") as stream:
             content = stream.read(MOST_JSON_BYTES + 1)
@@ -242,8 +258,6 @@ def read_json(path: Path, again: str = "fetch or save it again") -> dict[str, An
         raise PaveError(_unopened(path, error)) from error
     except (ValueError, RecursionError) as error:
         raise PaveError(f"{path} cannot be read as JSON ({reason(error)}); {again}") from error
-    if not isinstance(found, dict):
-        raise PaveError(f"{path} holds {_JSON_KINDS.get(type(found), 'something else')}, expected an object; {again}")
     return found
 
 

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from pave_lightning.tasks.data import Split
 from pave_lightning.tasks.encoded import EncodedRows
-from pave_lightning.tasks.options import MetricName
 from pave_lightning.tasks.task import Task
 
 
@@ -27,35 +26,17 @@ def constant_answer(rows: EncodedRows, split: Split) -> dict[str, float]:
 
 
 def constant_scores(task: Task, labels: Tensor) -> dict[str, float]:
-    """What the best constant answer scores in each metric of a task: always the same class, or the same number.
+    """What the best constant answer scores in each metric of a task, see `Task.constant_score`.
 
-    It follows from the counts of the classes, so a plan need not load the metrics themselves.
+    It follows from the labels, so a plan need not load the metrics themselves.
 
     Args:
         task: its ``metrics`` are used.
-        labels: encoded labels of shape ``(n,)``, int64 class indices or floating-point numbers.
+        labels: those that scores count, see `Task.scored_labels`.
 
     Returns:
         A score for each metric; NaN where there are no labels.
     """
     if not len(labels):
         return dict.fromkeys(task.metrics, math.nan)
-    return {name: _constant_score(name, labels) for name in task.metrics}
-
-
-def _constant_score(name: MetricName, labels: Tensor) -> float:
-    match name:
-        case "accuracy":
-            return int(labels.bincount().max()) / len(labels)
-        case "macro_f1":
-            counts = labels.bincount()
-            return _f1(int(counts.max()), len(labels)) / int((counts > 0).sum())
-        case "f1":
-            return _f1(int((labels == 1).sum()), len(labels))
-        case "matthews" | "pearson" | "spearman":
-            return 0.0
-
-
-def _f1(right: int, rows: int) -> float:
-    """F1 of a class that is answered in every row, and right in some."""
-    return 2 * right / (rows + right)
+    return {name: task.constant_score(name, labels) for name in task.metrics}

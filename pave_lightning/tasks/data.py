@@ -143,10 +143,10 @@ def check_task(task: Task, *, seed: int, cache_dir: str | Path) -> list[str]:
             log.warning("%s: %s", split_title(task, split), remark)
         if split == "test":
             used = rows.take(sample_rows(len(rows), task.examples.test, seed))
-            if len(np.unique(task.answers(used))) < 2:
+            if len(np.unique(task.answers(used), axis=0)) < 2:
                 problems.append(
-                    f"{split_title(task, split)}: all {len(used)} rows that are used carry the same label in column "
-                    f"'{list(task.columns)[-1]}', so no metric can tell a good model from a bad one; "
+                    f"{split_title(task, split)}: all {len(used)} rows that are used carry the same label in "
+                    f"{label_title(task)}, so no metric can tell a good model from a bad one; "
                     "expected two distinct labels or more: use more rows or another split"
                 )
     for one, other in combinations(fingerprints, 2):
@@ -209,6 +209,12 @@ def split_title(task: Task, split: Split) -> str:
     if task.data.hub is not None:
         source = f"{source} of {'/'.join(filter(None, (task.data.hub, task.data.config)))}"
     return f"task '{task.name}', {split} split ({source})"
+
+
+def label_title(task: Task) -> str:
+    """The columns of the labels in messages."""
+    names = [f"'{name}'" for name in task.label_columns]
+    return f"column {names[0]}" if len(names) == 1 else f"columns {', '.join(names)}"
 
 
 def _told_twice(task: Task, one: Split, other: Split) -> str:
@@ -325,7 +331,7 @@ def _read_hub(task: Task, split: Split) -> datasets.Dataset:
 def _hub_rows(task: Task, dataset: datasets.Dataset) -> Rows:
     used = [name for name in task.columns if name in dataset.features]
     columns = {name: plain_column(_arrow_column(dataset, name)) for name in used}
-    feature = dataset.features.get(list(task.columns)[-1])
+    feature = dataset.features.get(task.label_columns[0])
     names = getattr(getattr(feature, "feature", feature), "names", None)  # of the entries of a list
     return Rows(columns, len(dataset), dataset.column_names, own_names=names)
 
@@ -351,7 +357,7 @@ def _reading(task: Task) -> Reading | None:
         # None: some are neither, and told where they stand.
         return label_reading([values for values in found if values is not None], task.class_names) or "names"
     except PaveError as error:
-        raise PaveError(f"task '{task.name}': column '{list(task.columns)[-1]}': {error}") from error
+        raise PaveError(f"task '{task.name}': {label_title(task)}: {error}") from error
 
 
 @lru_cache(maxsize=64)

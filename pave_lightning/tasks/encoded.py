@@ -108,7 +108,7 @@ class EncodedRows:
         types = self.task.stored_types
         for start in range(0, len(rows), BATCH):
             columns = self._encode(rows.slice(start, BATCH).to_pydict())
-            yield pa.table({name: pa.array(values, types.get(name)) for name, values in columns.items()})
+            yield pa.table({name: _column(values, types.get(name)) for name, values in columns.items()})
 
     def _encode(self, batch: dict[str, list[Any]]) -> dict[str, Any]:
         with naming(f"task '{self.task.name}'"):
@@ -129,3 +129,8 @@ class EncodedRows:
             "processor": self._processor_fingerprint,
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _column(values: Any, kind: pa.DataType | None) -> pa.Array:
+    """Entries of rows, which may be the rows of an array with more axes."""
+    return pa.array(list(values) if isinstance(values, np.ndarray) and values.ndim > 1 else values, kind)

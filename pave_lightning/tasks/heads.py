@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what a recipe is read with loads no torch
     from torch import Tensor
+
+
+class Likelihood(StrEnum):
+    """How what is right is thought to be drawn from the outputs of a head."""
+
+    CATEGORICAL = "one of the outputs, by their softmax"
+    BERNOULLI = "each output by itself, by its sigmoid"
+    GAUSSIAN = "numbers around the outputs"
+    JOINT = "one of several rows of outputs, by their softmax"
 
 
 @dataclass(frozen=True)
@@ -14,15 +25,16 @@ class Predictions:
     """What a model says of one batch, as the metrics of its task take it.
 
     Attributes:
-        values: what is predicted, shape ``(n,)``.
-        targets: what is right, shape ``(n,)``; None where the batch has no labels.
+        values: what is predicted, shape ``(n, ...)``, or n texts.
+        targets: what is right, shape ``(n, ...)``, or for each text those that are right; None where the batch has no
+            labels.
         broken: examples of which some output is NaN or infinite, int64 scalar on the outputs' device.
         examples: of which example of the batch each value is, int64 of shape ``(n,)``, those of one example in their
             order; None where each example has one value.
     """
 
-    values: Tensor
-    targets: Tensor | None
+    values: Tensor | Sequence[str]
+    targets: Tensor | Sequence[Sequence[str]] | None
     broken: Tensor
     examples: Tensor | None = None
 

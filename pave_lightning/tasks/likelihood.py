@@ -24,6 +24,20 @@ def categorical_directions(outputs: Tensor) -> Tensor:
     return torch.cat(found) if found else outputs.new_zeros((0, *outputs.shape))
 
 
+def bernoulli_directions(outputs: Tensor) -> Tensor:
+    """Directions for outputs that are logits of events which happen apart from each other.
+
+    Args:
+        outputs: logits of shape ``(n, C)``.
+
+    Returns:
+        Shape ``(n C, n, C)``, of the outputs' dtype: one output each, times the standard deviation of its event.
+    """
+    likely = outputs.double().sigmoid()
+    spread = (likely * (-outputs.double()).sigmoid()).sqrt()
+    return torch.diag(spread.flatten()).reshape(-1, *outputs.shape).to(outputs.dtype)
+
+
 def gaussian_directions(outputs: Tensor) -> Tensor:
     """Directions for outputs that are means of Gaussians of variance one.
 

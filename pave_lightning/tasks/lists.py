@@ -63,13 +63,14 @@ def with_sizes(flat: pa.Array | pa.ChunkedArray, sizes: npt.NDArray[np.int64]) -
     return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), whole)
 
 
-def list_problems(rows: Rows, name: str, *, texts: bool) -> Iterator[str]:
+def list_problems(rows: Rows, name: str, *, texts: bool, empty: bool = False) -> Iterator[str]:
     """What is wrong with a column of lists whatever its entries mean, in words that begin with the column.
 
     Args:
         rows: all rows of a split.
         name: the column.
         texts: whether entries must be texts, of which none may be empty.
+        empty: whether lists may be empty.
     """
     column = rows.columns[name]
     kind, what = column.type, "texts" if texts else "labels"
@@ -80,10 +81,10 @@ def list_problems(rows: Rows, name: str, *, texts: bool) -> Iterator[str]:
     if missing.any():
         yield f"column '{name}' has no list in {rows.places(missing)}; fill them in or leave these rows out"
         return
-    empty = list_sizes(rows, name) == 0
-    if empty.any():
-        yield f"column '{name}' has an empty list in {rows.places(empty)}; leave these rows out"
-    if pa.types.is_null(kind.value_type) or empty.all():
+    without = list_sizes(rows, name) == 0
+    if without.any() and not empty:
+        yield f"column '{name}' has an empty list in {rows.places(without)}; leave these rows out"
+    if pa.types.is_null(kind.value_type) or without.all():
         return
     if texts and not is_text(kind.value_type):
         yield f"column '{name}' must hold lists of texts, but holds lists of {kind.value_type}; name another column"
@@ -95,6 +96,25 @@ def list_problems(rows: Rows, name: str, *, texts: bool) -> Iterator[str]:
     marked = _flags(pc.fill_null(blank, True))
     if marked.any():
         yield f"column '{name}' holds nothing in {found.places(marked)}; fill it in or leave it out"
+
+
+def repeated(rows: Rows, name: str, indices: npt.NDArray[np.int64]) -> Iterator[str]:
+    """Rows whose lists hold the same label twice, as lists of 0 and 1 for each class do.
+
+    Args:
+        rows: all rows of a split.
+        name: the column, of which `list_problems` tells nothing.
+        indices: int64 of shape ``(n,)``: the class of each entry.
+    """
+    row_of = entries(rows, name).row_of
+    _, counts = np.unique(np.stack([row_of, indices], axis=1), axis=0, return_counts=True)
+    twice = np.zeros(rows.count, dtype=np.bool_)
+    twice[np.unique(np.stack([row_of, indices], axis=1), axis=0)[counts > 1, 0]] = True
+    if twice.any():
+        yield (
+            f"column '{name}' holds the same label twice in {rows.places(twice)}; expected the indices or names of the "
+            "classes that hold (not 0 or 1 for each class, which columns of their own may hold)"
+        )
 
 
 def unequal(rows: Rows, first: str, second: str) -> Iterator[str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from torchmetrics.classification import (
     MulticlassAccuracy,
     MulticlassF1Score,
     MulticlassMatthewsCorrCoef,
+    MultilabelAveragePrecision,
+    MultilabelExactMatch,
+    MultilabelF1Score,
 )
 from torchmetrics.functional.regression import pearson_corrcoef
 from torchmetrics.utilities import dim_zero_cat
@@ -95,6 +99,57 @@ def build_metrics(names: Sequence[MetricName], outputs: int) -> MetricCollection
     return MetricCollection(metrics, compute_groups=False)
 
 
+class MultiLabelF1(MultilabelF1Score):
+    """Mean F1 of the classes that occur among labels or predictions, as that of single labels; 0 where none does."""
+
+    def compute(self) -> Tensor:
+        """The mean over everything seen: a float32 scalar."""
+        right, wrong, missed = (cast(Tensor, state) for state in (self.tp, self.fp, self.fn))
+        occurring = right + wrong + missed > 0
+        return super().compute()[occurring].mean() if occurring.any() else torch.zeros((), device=self.device)
+
+
+class MultiLabelAveragePrecision(MultilabelAveragePrecision):
+    """Mean average precision of the classes that occur among labels; 0 where none does."""
+
+    def compute(self) -> Tensor:  # type: ignore[override]
+        """The mean over everything seen: a float32 scalar."""
+        occurring = (dim_zero_cat(self.target) == 1).any(dim=0)
+        with warnings.catch_warnings():  # of classes that do not occur
+            warnings.simplefilter("ignore")
+            return super().compute()[occurring].mean() if occurring.any() else torch.zeros((), device=self.device)
+
+
+def build_multi_label_metrics(names: Sequence[MetricName], classes: int) -> MetricCollection:
+    """Metrics of several labels a row, keyed by their names in the recipe.
+
+    ``micro_f1`` is the F1 of all pairs of a row and a class, ``macro_f1`` the mean F1 of the classes that occur among
+    labels or predictions, ``exact_match`` the share of rows whose classes are all right, ``mean_average_precision`` the
+    mean, over the classes that occur among labels, of the area below precision over recall. Feed them with
+    probabilities, of which those above one half are predictions, and whether each class holds: floating-point and
+    int64, shape ``(n, classes)`` both.
+
+    Args:
+        names: the metrics.
+        classes: their number.
+    """
+
+    def metric(name: MetricName) -> Metric:
+        match name:
+            case "micro_f1":
+                return MultilabelF1Score(classes, average="micro", validate_args=False)
+            case "macro_f1":
+                return MultiLabelF1(classes, average="none", validate_args=False)
+            case "exact_match":
+                return MultilabelExactMatch(classes, validate_args=False)
+            case "mean_average_precision":
+                return MultiLabelAveragePrecision(classes, average="none", validate_args=False)
+        raise ValueError(f"{name} is no metric of several labels")
+
+    metrics: dict[str, Metric | MetricCollection] = {name: metric(name) for name in names}
+    return MetricCollection(metrics, compute_groups=False)
+
+
 def non_finite_rows(logits: Tensor) -> Tensor:
     """How many rows of logits hold NaN or infinity, int64 scalar on their device: argmax would choose a class of them.
 
@@ -124,6 +179,7 @@ def _metric(name: MetricName, outputs: int) -> Metric:
             return Correlation(ranked=False)
         case "spearman":
             return Correlation(ranked=True)
+    raise ValueError(f"{name} is no metric of single classes or numbers")
 
 
 def weak_experts(primary_scores: Mapping[str, float], constants: Mapping[str, float]) -> str:

@@ -8,7 +8,18 @@ from pydantic import ConfigDict, Field, model_validator
 
 from pave_lightning.config import Section, unless_wrong
 
-MetricName = Literal["accuracy", "f1", "macro_f1", "matthews", "pearson", "spearman"]
+MetricName = Literal[
+    "accuracy",
+    "f1",
+    "macro_f1",
+    "matthews",
+    "micro_f1",
+    "exact_match",
+    "mean_average_precision",
+    "token_f1",
+    "pearson",
+    "spearman",
+]
 
 # Most classes of one task; ImageNet-21k has 21,841.
 MOST_CLASSES = 22_000

@@ -78,7 +78,7 @@ def read_rows(path: Path, task: Task) -> tuple[Rows, str]:
     if ending in DELIMITED:
         rows = read_delimited(content, task.data, ending, task.columns)
     elif ending == ".parquet":
-        rows = _read_parquet(content, list(task.columns))
+        rows = _read_parquet(content, list(task.columns), task.label_columns[0])
     else:
         rows = read_json(content, task.columns)
     return rows, digest
@@ -107,7 +107,7 @@ def is_text(kind: pa.DataType) -> bool:
     return any(is_one(kind) for is_one in TEXT_TYPES)
 
 
-def _read_parquet(content: bytes, names: Sequence[str]) -> Rows:
+def _read_parquet(content: bytes, names: Sequence[str], labels: str) -> Rows:
     _check_parquet(content)
     try:
         file = pq.ParquetFile(pa.BufferReader(content))
@@ -128,7 +128,7 @@ def _read_parquet(content: bytes, names: Sequence[str]) -> Rows:
         raise UnreadableError(
             f"the file is damaged: its columns do not have the {count} rows that it speaks of; save it anew"
         )
-    return Rows(columns, count, known, own_names=_own_names(schema.metadata, names[-1]))
+    return Rows(columns, count, known, own_names=_own_names(schema.metadata, labels))
 
 
 def _check_parquet(content: bytes) -> None:

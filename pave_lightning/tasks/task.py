@@ -18,7 +18,7 @@ from pydantic import Discriminator, Field, Tag, TypeAdapter, model_validator
 from pave_lightning.config import Name, Section, unless_wrong
 from pave_lightning.errors import PaveError
 from pave_lightning.system.plug_ins import Registry
-from pave_lightning.tasks.heads import HeadForm, Misfit, Predictions
+from pave_lightning.tasks.heads import HeadForm, Likelihood, Misfit, Predictions
 from pave_lightning.tasks.options import Data, Examples, Expert, MetricName, Training
 
 if TYPE_CHECKING:  # what a recipe is read with loads none of these
@@ -51,12 +51,14 @@ class Task(Section):
         peft_type: the ``task_type`` of this kind's adapters, by peft's name.
         fitting_metrics: the metrics that fit this kind.
         default_metrics: the metrics where a recipe names none.
+        likelihood: how what is right is thought to be drawn from the outputs.
     """
 
     auto_model: ClassVar[str]
     peft_type: ClassVar[str]
     fitting_metrics: ClassVar[tuple[MetricName, ...]]
     default_metrics: ClassVar[tuple[MetricName, ...]]
+    likelihood: ClassVar[Likelihood] = Likelihood.CATEGORICAL
 
     name: Name
     """Name of the task in tables, folders and MLflow."""
@@ -143,7 +145,12 @@ class Task(Section):
     @property
     @abstractmethod
     def columns(self) -> dict[str, ColumnForm]:
-        """The columns that are read, and what they hold; the one of the labels comes last."""
+        """The columns that are read, and what they hold; those of the labels come last."""
+
+    @property
+    def label_columns(self) -> tuple[str, ...]:
+        """Those of `columns` that hold what is right, and that no model is shown."""
+        return (list(self.columns)[-1],)
 
     @property
     @abstractmethod
@@ -184,7 +191,10 @@ class Task(Section):
 
     @abstractmethod
     def answers(self, rows: pa.Table) -> npt.NDArray[np.int64] | npt.NDArray[np.float32]:
-        """All labels of usable rows as a model takes them, shape ``(n,)``: int64 class indices, or float32 numbers."""
+        """All labels of usable rows as a model takes them, shape ``(n, ...)``: int64 classes, or float32 numbers.
+
+        Rows of which all labels are the same can tell no good model from a bad one.
+        """
 
     # ---- examples --------------------------------------------------------------------------------------------------
 
@@ -218,7 +228,7 @@ class Task(Section):
         """
 
     def scored_labels(self, encoded: pa.Table) -> npt.NDArray[np.int64] | npt.NDArray[np.float32]:
-        """The labels that scores count, shape ``(n,)``: int64 class indices, or float32 numbers.
+        """The labels that scores count, shape ``(n, ...)``: int64 class indices, or float32 numbers.
 
         Args:
             encoded: rows as `encode` makes them.
@@ -261,6 +271,21 @@ class Task(Section):
             seed: of the draws.
         """
 
+    def singles(self, batch: Batch) -> Iterator[Batch]:
+        """The examples of a batch one by one, each a batch without padding; for each of them outputs stand alone.
+
+        Args:
+            batch: a batch, all tensors of which begin with its examples.
+        """
+        mask = self.mask(batch, "")
+        for index in range(len(next(iter(batch.values())))):
+            yield {
+                name: tensor[index : index + 1, mask[index].bool()]
+                if mask is not None and tensor.shape == mask.shape
+                else tensor[index : index + 1]
+                for name, tensor in batch.items()
+            }
+
     # ---- models ----------------------------------------------------------------------------------------------------
 
     @property
@@ -289,12 +314,19 @@ class Task(Section):
         Args:
             model: a model that `auto_model` builds.
         """
-        prefix = f"{model.base_model_prefix}."
+        from pave_lightning.weights.architecture import name_prefix
+
+        prefix = name_prefix(model)
         return {name for name, _ in model.named_parameters() if not name.startswith(prefix)}
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
-        """The part of a batch that a model is given."""
+        """The part of a batch that a backbone is given; a model with a head is given the same, see `model_inputs`."""
         return {name: value for name, value in batch.items() if name != "labels"}
+
+    @classmethod
+    def model_inputs(cls, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What a model of `auto_model` is given in order that its backbone is given these inputs."""
+        return dict(inputs)
 
     def mask(self, batch: Batch, module: str) -> Tensor | None:
         """Which positions of what a module is given are data, bool or int64 of shape ``(n, length)``; None for all.
@@ -326,11 +358,25 @@ class Task(Section):
 
     @abstractmethod
     def targets(self, batch: Batch) -> Tensor:
-        """What is right, for each row of `outputs`: shape ``(n,)``."""
+        """What is right, for each row of `outputs`: shape ``(n,)`` or ``(n, ...)``."""
 
     @abstractmethod
     def output_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The mean loss of `outputs`, scalar, float32."""
+
+    def aims(self, targets: Tensor) -> Tensor:
+        """What the outputs ought to be, floating-point of shape ``(n, output_size)``, for heads that are fitted to it.
+
+        By the `likelihood`: one-hot classes, whether each output holds, or numbers.
+
+        Args:
+            targets: what is right, see `targets`.
+        """
+        from torch.nn import functional
+
+        if self.likelihood is Likelihood.CATEGORICAL:
+            return functional.one_hot(targets, self.output_size).double()
+        return targets.reshape(len(targets), self.output_size).double()
 
     @abstractmethod
     def likelihood_directions(self, outputs: Tensor) -> Tensor:
@@ -359,6 +405,17 @@ class Task(Section):
         from pave_lightning.tasks.metrics import build_metrics
 
         return build_metrics(self.metrics, self.output_size)
+
+    def constant_score(self, metric: MetricName, labels: Tensor) -> float:
+        """What the best constant answer scores: always the same class, or the same number.
+
+        Args:
+            metric: one of the task's metrics.
+            labels: the labels that scores count, see `scored_labels`; at least one.
+        """
+        from pave_lightning.tasks.constant_answers import constant_class
+
+        return constant_class(metric, labels)
 
     @abstractmethod
     def misfits(self, config: Any, written: Mapping[str, Any]) -> Iterator[Misfit]:

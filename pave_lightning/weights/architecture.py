@@ -553,6 +553,19 @@ def backbone_of(model: nn.Module) -> nn.Module:
     return backbone
 
 
+def name_prefix(model: nn.Module) -> str:
+    """What names of the backbone's parameters begin with in a model: ``bert.``; nothing in a bare one."""
+    return "" if backbone_of(model) is model else f"{model.base_model_prefix}."
+
+
+def with_backbone(model: nn.Module, backbone: nn.Module) -> nn.Module:
+    """A model on another backbone: itself, changed in place; the backbone itself where it is a bare one."""
+    if backbone_of(model) is model:
+        return backbone
+    setattr(model, str(model.base_model_prefix), backbone)
+    return model
+
+
 def has_language_head(model: nn.Module) -> bool:
     """Whether a model's head gives a score for each token, and so is as much the model's own as its embeddings are."""
     reader: Any = getattr(model, "get_output_embeddings", None)

@@ -156,7 +156,7 @@ def test_what_is_odd_about_a_file_is_told_each_time(make_task, check, tmp_path, 
 
 
 def encoded(task, load, split="train"):
-    return task.encoded_labels(load(task, split)["label"].to_pylist()).tolist()
+    return task.answers(load(task, split)).tolist()
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,10 +41,17 @@ HIDDEN_ENDINGS = ("_size", "_dim", "_model", "_embd", "dim")
 INNER_NAMES = ("intermediate_size", "ffn", "inner", "d_ff", "hidden_dim")
 
 
-def block_problem(folder: Path, auto_model: str) -> str | None:
+def block_problem(
+    folder: Path, auto_model: str, model_inputs: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict
+) -> str | None:
     """Why the backbone of a model folder cannot be walked through block by block; None where it can.
 
     Reads ``config.json`` alone. A refusal of a copy is believed when less changed copies are refused as well.
+
+    Args:
+        folder: folder of the model.
+        auto_model: as `empty_model` takes it.
+        model_inputs: what such a model is given where its backbone is given these inputs, see `Task.model_inputs`.
 
     Raises:
         PaveError: the configuration gives no such model.
@@ -61,7 +68,7 @@ def block_problem(folder: Path, auto_model: str) -> str | None:
             if copied is None:
                 continue
             batches = list(_batches(copied))
-            added = {name for batch in batches for name in _added_by_classifier(copied, batch)}
+            added = {name for batch in batches for name in _added_by_classifier(copied, batch, model_inputs(batch))}
         except (PaveError, *MODEL_FAILURES) as error:
             problem = stack.refusal(f"a small copy of it cannot be run ({' '.join(str(error).split())})")
             continue
@@ -186,8 +193,8 @@ def _batches(classifier: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def _added_by_classifier(classifier: nn.Module, batch: dict[str, Tensor]) -> set[str]:
-    """Names of tensors that the classifier gives its backbone and that are not the batch's."""
+def _added_by_classifier(classifier: nn.Module, batch: dict[str, Tensor], shaped: dict[str, Tensor]) -> set[str]:
+    """Names of tensors that the classifier, given a batch in its own shapes, gives its backbone besides the batch."""
     given: dict[str, Any] = {}
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -195,11 +202,15 @@ def _added_by_classifier(classifier: nn.Module, batch: dict[str, Tensor]) -> set
 
     handle = backbone_of(classifier).register_forward_pre_hook(note, with_kwargs=True)
     try:
-        classifier(**batch)
+        classifier(**shaped)
     finally:
         handle.remove()
-    own = {id(tensor) for tensor in batch.values()}
-    return {name for name, value in given.items() if isinstance(value, Tensor) and id(value) not in own}
+    own = {(tensor.data_ptr(), tensor.shape) for tensor in batch.values()}
+    return {
+        name
+        for name, value in given.items()
+        if isinstance(value, Tensor) and (value.data_ptr(), value.shape) not in own
+    }
 
 
 def _runs_the_model(method: str) -> bool:

@@ -66,7 +66,8 @@ def head_problems(recipe: Recipe, cache: Path) -> Iterator[str]:
 
 def _shown(task: Task, rows: pa.Table) -> Iterator[str]:
     """What a model is shown of each row, which its labels are not."""
-    return map(repr, rows.select(list(task.columns)[:-1]).to_pylist())
+    shown = [name for name in task.columns if name not in task.label_columns]
+    return map(repr, rows.select(shown).to_pylist())
 
 
 def score_folder_problems(results: Results) -> Iterator[str]:

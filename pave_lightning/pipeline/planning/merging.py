@@ -47,7 +47,9 @@ def merge_problems(recipe: Recipe) -> Iterator[str]:
     vectors = _planned_vectors(recipe, parameters, architecture)
     evidence = PlannedEvidence()
     if parameters:
-        evidence = PlannedEvidence(block_problem=cache(partial(block_problem, folder, recipe.tasks[0].auto_model)))
+        first = recipe.tasks[0]
+        problem = partial(block_problem, folder, first.auto_model, first.model_inputs)
+        evidence = PlannedEvidence(block_problem=cache(problem))
         names = [parameter.name for parameter in parameters]
         yield from naming_problems(recipe, folder, names)
     for step in recipe.merge:

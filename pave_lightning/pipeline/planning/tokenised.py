@@ -53,7 +53,7 @@ def _alike(rows: EncodedRows) -> Iterator[str]:
     """Why no score can be made of test rows, where that comes of what is cut off; else it is told with the data."""
     task, labels = rows.task, rows.labels("test")
     given = task.answers(load_split(task, "test", seed=rows.seed, cache_dir=rows.cache_dir))
-    if len(np.unique(labels)) < 2 <= len(np.unique(given)):
+    if len(np.unique(labels, axis=0)) < 2 <= len(np.unique(given, axis=0)):
         yield (
             f"{split_title(task, 'test')}: of {len(given):,} labels {len(labels):,} are left once texts are cut "
             f"(training.max_length is {task.training.max_length}), all the same, so no metric can tell a good model "

@@ -89,12 +89,13 @@ class CaptureStage(Stage):
         from pave_lightning.experts.trainer_options import machine_options
         from pave_lightning.experts.trainers import build_trainer, honest_interrupts, quiet_lightning
         from pave_lightning.pipeline.task_data import CaptureData, data_module
+        from pave_lightning.weights.architecture import name_prefix
 
         options, expert = context.recipe.capture, self.expert.checkpoint()
         with doing(f"capture {self.task.name}"):
             module = TaskExpert(load_expert(expert, self.task, context.base_folder), self.task)
             callback = PaveCallback(
-                backbone=f"model.{module.model.base_model_prefix}",
+                backbone=f"model.{name_prefix(module.model)}".rstrip("."),
                 mask=self.task.mask,
                 moments=options.moments,
                 rows=options.rows,

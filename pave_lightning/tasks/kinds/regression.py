@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pave_lightning.config import Span
 from pave_lightning.tasks.classes import head_misfits
-from pave_lightning.tasks.heads import Misfit
-from pave_lightning.tasks.kinds.texts import TextTask
+from pave_lightning.tasks.heads import Likelihood, Misfit
+from pave_lightning.tasks.kinds.texts import SingleLabelTask
 from pave_lightning.tasks.options import MetricName
 from pave_lightning.tasks.task import task_kind
 
@@ -23,11 +23,12 @@ if TYPE_CHECKING:
 
 
 @task_kind
-class Regression(TextTask):
+class Regression(SingleLabelTask):
     """One number for a text, or for a pair of texts; mean squared error."""
 
     fitting_metrics: ClassVar[tuple[MetricName, ...]] = ("pearson", "spearman")
     default_metrics: ClassVar[tuple[MetricName, ...]] = ("pearson", "spearman")
+    likelihood: ClassVar[Likelihood] = Likelihood.GAUSSIAN
 
     kind: Literal["regression"] = "regression"
     """What is predicted: one number for a text."""
@@ -46,11 +47,11 @@ class Regression(TextTask):
 
         return LabelColumn(rows, self.label, reading, value_range=self.value_range)
 
-    def encoded_labels(self, labels: list[Any]) -> npt.NDArray[np.float32]:
+    def row_labels(self, rows: Mapping[str, list[Any]]) -> npt.NDArray[np.float32]:
         """The numbers."""
         import numpy as np
 
-        return np.asarray(labels, dtype=np.float32)
+        return np.asarray(rows[self.label], dtype=np.float32)
 
     @property
     def output_size(self) -> int:

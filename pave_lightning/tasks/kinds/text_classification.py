@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from pave_lightning.tasks.classes import ClassNames, class_contradictions, class_list, class_misfits, classifier_config
 from pave_lightning.tasks.heads import Misfit
-from pave_lightning.tasks.kinds.texts import TextTask
+from pave_lightning.tasks.kinds.texts import SingleLabelTask
 from pave_lightning.tasks.options import MetricName
 from pave_lightning.tasks.task import task_kind
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @task_kind
-class TextClassification(TextTask):
+class TextClassification(SingleLabelTask):
     """One class for a text, or for a pair of texts; cross-entropy."""
 
     fitting_metrics: ClassVar[tuple[MetricName, ...]] = ("accuracy", "f1", "macro_f1", "matthews")
@@ -63,11 +63,11 @@ class TextClassification(TextTask):
 
         return LabelColumn(rows, self.label, reading, classes=self.classes)
 
-    def encoded_labels(self, labels: list[Any]) -> npt.NDArray[np.int64]:
+    def row_labels(self, rows: Mapping[str, list[Any]]) -> npt.NDArray[np.int64]:
         """Class indices."""
         from pave_lightning.tasks.labels import class_indices
 
-        return class_indices(labels, self.classes)
+        return class_indices(rows[self.label], self.classes)
 
     @property
     def output_size(self) -> int:

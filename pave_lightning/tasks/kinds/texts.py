@@ -34,20 +34,19 @@ if TYPE_CHECKING:
 
 
 class TextTask(Task):
-    """A task that reads a text, or a pair of texts, and gives the whole of it one answer."""
+    """A task that reads a text, or a pair of texts, and gives the whole of it one answer.
+
+    Attributes:
+        label_key: the option that names the columns of labels.
+    """
 
     auto_model: ClassVar[str] = "AutoModelForSequenceClassification"
     peft_type: ClassVar[str] = "SEQ_CLS"
 
+    label_key: ClassVar[str] = "label"
+
     text: list[str] = Field(min_length=1, max_length=2)
     """The column that holds the text, or the two columns of a text pair."""
-    label: str = "label"
-    """The column that holds the label: class indices or names, or numbers for regression."""
-
-    @classmethod
-    def unnamed_head(cls, outputs: int) -> dict[str, Any]:
-        """One output is a number, more are classes."""
-        return {"num_labels": outputs, "problem_type": "regression" if outputs == 1 else "single_label_classification"}
 
     @model_validator(mode="before")
     @classmethod
@@ -56,35 +55,40 @@ class TextTask(Task):
 
     def contradictions(self) -> Iterator[str]:
         """Columns that are named twice."""
-        if self.label in self.text:
-            yield f"'text' and 'label' both name the column '{self.label}', so the answer would be read with the text"
-        if len(set(self.text)) != len(self.text):
-            yield f"'text' names the column '{self.text[0]}' twice"
+        both = [name for name in self.label_columns if name in self.text]
+        if both:
+            keys = f"'text' and '{self.label_key}'"
+            yield f"{keys} both name the column '{both[0]}', so the answer would be read with the text"
+        for key, names in (("text", self.text), (self.label_key, self.label_columns)):
+            twice = [name for name in names if list(names).count(name) > 1]
+            if twice:
+                yield f"'{key}' names the column '{twice[0]}' twice"
 
     # ---- rows ------------------------------------------------------------------------------------------------------
 
     @property
     def columns(self) -> dict[str, ColumnForm]:
-        """The texts, and the label."""
+        """The texts, and the labels."""
         from pave_lightning.tasks.rows import ColumnForm
 
-        return {**dict.fromkeys(self.text, ColumnForm.TEXT), self.label: ColumnForm.LABEL}
+        return {**dict.fromkeys(self.text, ColumnForm.TEXT), **dict.fromkeys(self.label_columns, self.label_form)}
+
+    @property
+    def label_form(self) -> ColumnForm:
+        """What the columns of labels hold."""
+        from pave_lightning.tasks.rows import ColumnForm
+
+        return ColumnForm.LABEL
+
+    @property
+    @abstractmethod
+    def label_columns(self) -> tuple[str, ...]:
+        """The columns of labels."""
 
     @property
     def shown_by(self) -> dict[str, Any]:
         """The columns of the texts, and where they are cut."""
         return {"text": self.text, "max_length": self.training.max_length}
-
-    @property
-    def labelled_by(self) -> dict[str, Any]:
-        """The column of the labels, and what they mean."""
-        return {"kind": self.kind, "label": self.label}
-
-    def label_column(self, rows: Rows, reading: Reading | None) -> LabelColumn:
-        """The labels of one split."""
-        from pave_lightning.tasks.checks import LabelColumn
-
-        return LabelColumn(rows, self.label, reading)
 
     def problems(self, rows: Rows, reading: Reading | None) -> Iterator[str]:
         """What is wrong with texts and labels."""
@@ -93,30 +97,21 @@ class TextTask(Task):
         for name in self.text:
             if name in rows.columns:
                 yield from text_problems(rows, name)
-        if self.label in rows.columns:
-            yield from (f"column '{self.label}' {found}" for found in self.label_column(rows, reading).problems())
+        for name in self.label_columns:
+            if name in rows.columns:
+                yield from self.label_problems(rows, name, reading)
 
-    def usable(self, rows: Rows, reading: Reading | None) -> pa.Table:
-        """The texts, and the labels as numbers, class indices, or classes as spelt here."""
-        import pyarrow as pa
-
-        texts = {name: rows.columns[name] for name in self.text}
-        return pa.table({**texts, self.label: self.label_column(rows, reading).usable()})
-
-    def label_values(self, rows: Rows) -> LabelValues | None:
-        """The distinct labels of a split."""
-        if self.label not in rows.columns or rows.own_names is not None:
-            return None
-        labels = self.label_column(rows, None)
-        return labels.values if labels.is_plain else None
+    @abstractmethod
+    def label_problems(self, rows: Rows, name: str, reading: Reading | None) -> Iterator[str]:
+        """What is wrong with a column of labels, in words that begin with the column."""
 
     def answers(self, rows: pa.Table) -> npt.NDArray[np.int64] | npt.NDArray[np.float32]:
         """The labels of usable rows as a model takes them."""
-        return self.encoded_labels(rows.column(self.label).to_pylist())
+        return self.row_labels({name: rows.column(name).to_pylist() for name in self.label_columns})
 
     @abstractmethod
-    def encoded_labels(self, labels: list[Any]) -> npt.NDArray[np.int64] | npt.NDArray[np.float32]:
-        """Checked labels as a model takes them."""
+    def row_labels(self, rows: Mapping[str, list[Any]]) -> npt.NDArray[np.int64] | npt.NDArray[np.float32]:
+        """Checked labels as a model takes them, shape ``(n, ...)``, from the columns of usable rows."""
 
     # ---- examples --------------------------------------------------------------------------------------------------
 
@@ -139,7 +134,7 @@ class TextTask(Task):
         texts = [rows[name] for name in self.text]
         tokens = dict(tokenise(processor, *texts, max_length=self.training.max_length))
         lengths = [len(mask) for mask in tokens["attention_mask"]]
-        return {**tokens, "labels": self.encoded_labels(rows[self.label]), "length": lengths}
+        return {**tokens, "labels": self.row_labels(rows), "length": lengths}
 
     @property
     def stored_types(self) -> dict[str, pa.DataType]:
@@ -183,4 +178,50 @@ class TextTask(Task):
 
     @abstractmethod
     def chosen(self, outputs: Tensor) -> Tensor:
-        """What the outputs, shape ``(n, output_size)``, predict: shape ``(n,)``."""
+        """What the outputs, shape ``(n, output_size)``, predict: shape ``(n, ...)``."""
+
+
+class SingleLabelTask(TextTask):
+    """A text task whose answer is one label: a class, or a number."""
+
+    label: str = "label"
+    """The column that holds the label: class indices or names, or numbers for regression."""
+
+    @classmethod
+    def unnamed_head(cls, outputs: int) -> dict[str, Any]:
+        """One output is a number, more are classes."""
+        return {"num_labels": outputs, "problem_type": "regression" if outputs == 1 else "single_label_classification"}
+
+    @property
+    def label_columns(self) -> tuple[str, ...]:
+        """The column of the labels."""
+        return (self.label,)
+
+    @property
+    def labelled_by(self) -> dict[str, Any]:
+        """The column of the labels, and what they mean."""
+        return {"kind": self.kind, "label": self.label}
+
+    def label_column(self, rows: Rows, reading: Reading | None) -> LabelColumn:
+        """The labels of one split."""
+        from pave_lightning.tasks.checks import LabelColumn
+
+        return LabelColumn(rows, self.label, reading)
+
+    def label_problems(self, rows: Rows, name: str, reading: Reading | None) -> Iterator[str]:
+        """What is wrong with the labels."""
+        yield from (f"column '{name}' {found}" for found in self.label_column(rows, reading).problems())
+
+    def usable(self, rows: Rows, reading: Reading | None) -> pa.Table:
+        """The texts, and the labels as numbers, class indices, or classes as spelt here."""
+        import pyarrow as pa
+
+        texts = {name: rows.columns[name] for name in self.text}
+        return pa.table({**texts, self.label: self.label_column(rows, reading).usable()})
+
+    def label_values(self, rows: Rows) -> LabelValues | None:
+        """The distinct labels of a split."""
+        if self.label not in rows.columns or rows.own_names is not None:
+            return None
+        labels = self.label_column(rows, None)
+        return labels.values if labels.is_plain else None
