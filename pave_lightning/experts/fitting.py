@@ -33,6 +33,7 @@ from pave_lightning.system.processes import is_launched, is_rank_zero
 from pave_lightning.tasks.constants import constant_answer
 from pave_lightning.tasks.data_module import TaskDataModule
 from pave_lightning.tasks.encoded import EncodedRows
+from pave_lightning.tasks.kinds.tokens import TOKENS
 from pave_lightning.tasks.metrics import weak_experts
 from pave_lightning.tasks.options import EarlyStopping as EarlyStoppingOptions
 from pave_lightning.tasks.task import Task
@@ -257,7 +258,9 @@ class _Begun(Callback):
 
 
 def save_expert(model: nn.Module, base: Path, folder: Path, tokenizer_of: Path | None = None) -> None:
-    """Write an expert as a Hugging Face folder with its tokenizer; adapters stand beside the weights they merge into.
+    """Write an expert as a Hugging Face folder; adapters stand beside the weights they merge into.
+
+    Its tokenizer goes with it, where it reads tokens.
 
     Args:
         model: a model with a head, or a peft model around one.
@@ -270,6 +273,7 @@ def save_expert(model: nn.Module, base: Path, folder: Path, tokenizer_of: Path |
         model = model.merge_and_unload()  # type: ignore[operator]
     with quiet_transformers():
         model.save_pretrained(folder)  # type: ignore[operator]
-    load_tokenizer(tokenizer_of or base, base).save_pretrained(folder)
+    if model.main_input_name == TOKENS:
+        load_tokenizer(tokenizer_of or base, base).save_pretrained(folder)
     for file in folder.rglob("*.safetensors"):  # transformers and peft leave them to their owner alone
         let_others_read(file)

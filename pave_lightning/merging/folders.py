@@ -84,7 +84,8 @@ def write_merged(
     The folder holds the backbone (float32; ``AutoModel.from_pretrained`` loads it), the tokenizer, ``heads/TASK`` with
     each task's head and configuration, where its expert has other tokens than the base its tokenizer and the rows of
     the embedding that the base lacks, for per-task methods ``modulators/TASK.safetensors``, for sequential methods that
-    keep tensors ``sequential/NAME``, and ``pave.json``.
+    keep tensors ``sequential/NAME``, and ``pave.json``, which also names the submodules that the base does not have and
+    ``AutoModel`` therefore draws at random (``not_in_the_base``, such as a pooler).
 
     Args:
         folder: an existing, empty folder.
@@ -208,9 +209,20 @@ def load_gradients(place: Path, expert: Path | None = None) -> TaskGradients:
 def _write_surroundings(folder: Path, method: MergeMethod, context: MergeContext, scale: float | None) -> None:
     write_surroundings(folder, context)
     facts = {"method": method.name, "form": method.form, "base": context.base_reference, **context.facts}
+    drawn = _drawn_by_transformers(context.base)
+    if drawn:
+        facts["not_in_the_base"] = drawn
     if _takes_experts_later(method, scale):
         facts |= {"sequential": method.state(scale), "base_digest": model_digest(context.base.folder)}
     write_facts(folder, facts)
+
+
+def _drawn_by_transformers(base: Checkpoint) -> list[str]:
+    """Submodules that the base's files lack, so that ``AutoModel`` draws them at random, such as a pooler."""
+    bare = Architecture.of_folder(base.folder, "AutoModel")
+    found = bare.checkpoint(base.folder).backbone
+    there = {name.partition(".")[0] for stored in found for name in (stored, bare.stored_names.get(stored, stored))}
+    return sorted({name.partition(".")[0] for name in bare.parameters} - there)
 
 
 def write_surroundings(folder: Path, context: MergeContext) -> None:

@@ -45,7 +45,11 @@ FITTED_TO = {
     "orthogonal": "the expert's features, by an orthogonal turn, without labels",
     "labels": "the labels of training rows, which the other fits do not see",
 }
-STATIC_USE = USE + """ The backbone alone loads with `transformers.AutoModel.from_pretrained("FOLDER")`."""
+STATIC_USE = (
+    USE
+    + """ The backbone alone loads with `transformers.AutoModel.from_pretrained("FOLDER")`. What transformers
+then reports as newly initialised, such as a pooler that the base does not have, is random and no part of this model."""
+)
 PER_TASK_USE = USE + """ Loading needs the base model too."""
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pave_lightning.errors import PaveError, foreign
 from pave_lightning.system.files import check_sizes
 from pave_lightning.system.keeping import kept
+from pave_lightning.tasks.kinds.tokens import TOKENS
 from pave_lightning.weights.architecture import read_config
 from pave_lightning.weights.locate import has_tokenizer
 
@@ -82,6 +83,8 @@ def padding_id(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> 
 def set_padding(model: nn.Module, folder: Path, base: Path | None = None) -> None:
     """Let a model's configuration name the padding token of its tokenizer, where it names none itself.
 
+    Models that read no tokens, such as those of images, have no tokenizer, and are left as they are.
+
     Args:
         model: a Hugging Face model.
         folder: its folder.
@@ -91,7 +94,7 @@ def set_padding(model: nn.Module, folder: Path, base: Path | None = None) -> Non
         PaveError: the tokenizer cannot be used.
     """
     config: Any = model.config
-    if named_padding(config) is None:
+    if named_padding(config) is None and getattr(model, "main_input_name", TOKENS) == TOKENS:
         text_config(config).pad_token_id = config.pad_token_id = load_tokenizer(folder, base).pad_token_id
 
 

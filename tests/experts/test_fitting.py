@@ -10,6 +10,8 @@ from transformers import (
     GPT2Model,
     RobertaConfig,
     RobertaForMaskedLM,
+    ViTConfig,
+    ViTModel,
 )
 
 from pave_lightning.errors import PaveError
@@ -17,8 +19,9 @@ from pave_lightning.experts import task_expert
 from pave_lightning.experts.adapter_base import other_base
 from pave_lightning.experts.adapters import load_adapter
 from pave_lightning.experts.fitting import fit_expert, save_expert
-from pave_lightning.experts.loading import load_with_new_head
+from pave_lightning.experts.loading import expert_problem, load_base, load_with_new_head
 from pave_lightning.experts.task_expert import TaskExpert, parameter_groups
+from pave_lightning.tasks.heads import HeadForm
 from pave_lightning.tasks.task import Task
 
 
@@ -236,3 +239,19 @@ def test_early_stopping_stops(base_folder, make_task, fit, tmp_path):
     fit(make_task(trainer={"max_epochs": 40}, early_stopping={"patience": 2}, **rates), base_folder)
     state = torch.load(tmp_path / "work" / "last.ckpt", weights_only=True)
     assert state["epoch"] == 2
+
+
+@pytest.mark.parametrize("pooler", [True, False])
+def test_a_base_that_reads_images_needs_no_tokenizer(tmp_path, pooler):
+    config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=8)
+    config.patch_size = 4
+    base = ViTModel(config, add_pooling_layer=pooler)
+    base.save_pretrained(tmp_path / "base")
+    form = HeadForm("AutoModelForImageClassification", "FEATURE_EXTRACTION", {"num_labels": 3})
+    model = load_base(tmp_path / "base", form)
+    assert model.classifier.out_features == 3
+    for name, value in model.vit.state_dict().items():
+        assert torch.equal(value, base.state_dict()[name])
+    (tmp_path / "expert").mkdir()
+    save_expert(model, tmp_path / "base", tmp_path / "expert")
+    assert expert_problem(tmp_path / "expert", form.auto_model) is None

@@ -9,13 +9,13 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 
 from pave_lightning.errors import PaveError
 from pave_lightning.merging import merge
-from pave_lightning.merging.folders import load_merged, write_merged
+from pave_lightning.merging.folders import MergeContext, load_merged, write_merged
 from pave_lightning.merging.methods.average import Average
 from pave_lightning.merging.methods.emr import Emr
 from pave_lightning.merging.methods.task_arithmetic import TaskArithmetic
 from pave_lightning.merging.methods.ties import Ties
 from pave_lightning.merging.methods.tsv import TsvCompress
-from pave_lightning.weights import Checkpoint, ExpertTaskVectors, ShardWriter
+from pave_lightning.weights import Architecture, Checkpoint, ExpertTaskVectors, ShardWriter, task_vectors
 
 INPUTS = {
     "input_ids": torch.tensor([[2, 5, 40, 99, 3], [2, 17, 3, 0, 0]]),
@@ -307,3 +307,18 @@ def test_a_head_that_is_broken(write):
     (folder / "heads" / "first" / "head.safetensors").write_bytes(b"broken")
     with pytest.raises(PaveError, match=r"head\.safetensors is truncated or no safetensors file .*; merge again"):
         load_merged(folder, "first")
+
+
+@pytest.mark.parametrize("pooler", [True, False])
+def test_what_transformers_would_draw_at_random_is_noted(make_base, make_expert, tmp_path, pooler):
+    base = make_base(pooler=pooler)
+    folders = {task: make_expert(base, seed=seed) for seed, task in enumerate(("a", "b"), 1)}
+    source = task_vectors(str(base), {task: str(folder) for task, folder in folders.items()})
+    architecture = Architecture.of_folder(folders["a"])
+    checkpoints = {task: source.checkpoint(task) for task in source.tasks}
+    context = MergeContext(str(base), architecture.checkpoint(base), checkpoints, architecture, {})
+    write_merged(tmp_path, Average(), source, None, context)
+    facts = json.loads((tmp_path / "pave.json").read_text())
+    assert facts.get("not_in_the_base") == (None if pooler else ["pooler"])
+    _, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert {name.partition(".")[0] for name in info["missing_keys"]} == set(facts.get("not_in_the_base", ()))
