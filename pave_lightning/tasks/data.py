@@ -24,8 +24,8 @@ from pave_lightning.system.hub import hub_or_cache, unreached
 from pave_lightning.tasks.checks import row_problems
 from pave_lightning.tasks.copies import found_copy, kept_copy, read_copy
 from pave_lightning.tasks.labels import LabelValues, Reading, label_reading, readings_conflict
-from pave_lightning.tasks.reading import plain_column, read_rows, reading_options
-from pave_lightning.tasks.rows import Rows, UnreadableError
+from pave_lightning.tasks.reading import inner_column, plain_column, read_rows, reading_options
+from pave_lightning.tasks.rows import Rows, UnreadableError, column_path
 from pave_lightning.tasks.task import Task
 
 if TYPE_CHECKING:  # it loads pandas and more; plans read rows from copies of their own without it
@@ -329,8 +329,10 @@ def _read_hub(task: Task, split: Split) -> datasets.Dataset:
 
 
 def _hub_rows(task: Task, dataset: datasets.Dataset) -> Rows:
-    used = [name for name in task.columns if name in dataset.features]
-    columns = {name: plain_column(_arrow_column(dataset, name)) for name in used}
+    known = dataset.column_names
+    paths = {name: path for name in task.columns if (path := column_path(name, known)) is not None}
+    reached = {name: inner_column(_arrow_column(dataset, known[place]), keys) for name, (place, keys) in paths.items()}
+    columns = {name: plain_column(column) for name, column in reached.items() if column is not None}
     feature = dataset.features.get(task.label_columns[0])
     names = getattr(getattr(feature, "feature", feature), "names", None)  # of the entries of a list
     return Rows(columns, len(dataset), dataset.column_names, own_names=names)

@@ -54,7 +54,10 @@ def read_json(content: bytes, columns: Mapping[str, ColumnForm]) -> Rows:
             known.update(dict.fromkeys(row))
         lines.append(line)
         for name, column in under_way.items():
-            column.add(row.get(name))
+            value = _found(row, name)
+            column.add(None if value is _NOTHING else value)
+            if value is not _NOTHING:
+                known.setdefault(name)  # which a dotted one is not by itself
     if len(lines) == 1 and not columns.keys() & known.keys():
         _refuse_wrapped(row, lines[0])
     found: dict[str, pa.ChunkedArray] = {}
@@ -65,6 +68,28 @@ def read_json(content: bytes, columns: Mapping[str, ColumnForm]) -> Rows:
         elif name in known or len(known) >= KNOWN_COLUMNS:
             found[name] = values.finished()
     return Rows(found, len(lines), list(known), np.asarray(lines, dtype=np.int64), faults=faults)
+
+
+# What stands where an object has no such key.
+_NOTHING = object()
+
+
+def _found(row: dict[str, Any], name: str) -> Any:
+    """What a row has under a name, or where a dotted one leads to; else nothing."""
+    return row[name] if name in row else _inside(row, name) if "." in name else _NOTHING
+
+
+def _inside(value: Any, name: str) -> Any:
+    """What a dotted name leads to inside of an object, in each object of a list of them; else nothing."""
+    if isinstance(value, list):
+        found = [_inside(entry, name) for entry in value]
+        return _NOTHING if any(entry is _NOTHING for entry in found) else found
+    if not isinstance(value, dict):
+        return _NOTHING
+    if name in value:
+        return value[name]
+    first, _, rest = name.partition(".")
+    return _inside(value[first], rest) if rest and first in value else _NOTHING
 
 
 class _Texts:
@@ -141,8 +166,8 @@ class _Labels:
 class _Lists:
     """A column of lists under way, whose entries are a column of their own."""
 
-    def __init__(self, name: str, lines: Sequence[int], entries: _Texts | _Labels) -> None:
-        self.name, self.lines, self.entries = name, lines, entries
+    def __init__(self, name: str, lines: Sequence[int], entries: _Texts | _Labels, *, single: bool = False) -> None:
+        self.name, self.lines, self.entries, self.single = name, lines, entries, single
         self.starts: list[int | None] = []
         self.count = 0
         self.wrong = ""
@@ -153,6 +178,8 @@ class _Lists:
         return self.wrong or self.entries.fault
 
     def add(self, value: Any) -> None:
+        if self.single and not isinstance(value, list | dict):
+            value = [] if value is None else [value]
         if value is not None and not isinstance(value, list) and not self.wrong:
             self.wrong = (
                 f"column '{self.name}' must hold lists, but holds {_shown(value)} in {_place(self.lines)}; "
@@ -181,11 +208,21 @@ def _label_lists(name: str, lines: Sequence[int]) -> _Lists:
     return _Lists(name, lines, _Labels(name, lines))
 
 
+def _any_texts(name: str, lines: Sequence[int]) -> _Lists:
+    return _Lists(name, lines, _Texts(name, lines), single=True)
+
+
+def _any_labels(name: str, lines: Sequence[int]) -> _Lists:
+    return _Lists(name, lines, _Labels(name, lines), single=True)
+
+
 _MAKERS: dict[ColumnForm, Callable[[str, Sequence[int]], _Texts | _Labels | _Lists]] = {
     ColumnForm.TEXT: _Texts,
     ColumnForm.LABEL: _Labels,
     ColumnForm.TEXTS: _text_lists,
     ColumnForm.LABELS: _label_lists,
+    ColumnForm.ANY_TEXTS: _any_texts,
+    ColumnForm.ANY_LABELS: _any_labels,
 }
 
 

@@ -8,14 +8,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pave_lightning.errors import reason
 from pave_lightning.tasks.delimited import delimiter_of, read_delimited
 from pave_lightning.tasks.json_rows import read_json
 from pave_lightning.tasks.options import Data
-from pave_lightning.tasks.rows import Rows, UnreadableError, find_column
+from pave_lightning.tasks.rows import Rows, UnreadableError, column_path
 from pave_lightning.tasks.task import Task
 from pave_lightning.tasks.text_files import GIT_POINTER, STARTS
 
@@ -102,6 +104,27 @@ def _plain_type(kind: pa.DataType) -> pa.DataType:
     return kind
 
 
+def inner_column(column: pa.ChunkedArray, keys: Sequence[str]) -> pa.ChunkedArray | None:
+    """What keys lead to inside of a column of objects, or of lists of objects; None where they lead nowhere."""
+    for key in keys:
+        kind = column.type
+        in_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+        fields = kind.value_type if in_list else kind
+        if not pa.types.is_struct(fields) or fields.get_field_index(key) < 0:
+            return None
+        if in_list:
+            column = pa.chunked_array([_field_of_lists(chunk, key) for chunk in column.chunks] or [[]])
+        else:
+            column = pc.struct_field(column, key)
+    return column
+
+
+def _field_of_lists(lists: pa.Array, key: str) -> pa.Array:
+    sizes = np.asarray(pc.fill_null(pc.list_value_length(lists), 0), dtype=np.int64)
+    offsets = pa.array(np.concatenate([[0], np.cumsum(sizes)]), pa.int64())
+    return pa.LargeListArray.from_arrays(offsets, pc.struct_field(pc.list_flatten(lists), key), mask=lists.is_null())
+
+
 def is_text(kind: pa.DataType) -> bool:
     """Whether a type of Arrow holds texts."""
     return any(is_one(kind) for is_one in TEXT_TYPES)
@@ -113,10 +136,11 @@ def _read_parquet(content: bytes, names: Sequence[str], labels: str) -> Rows:
         file = pq.ParquetFile(pa.BufferReader(content))
         schema = file.schema_arrow
         known, count = list(schema.names), file.metadata.num_rows
-        places = {name: place for name in names if (place := find_column(name, known)) is not None}
-        table = file.read(columns=list(dict.fromkeys(known[place] for place in places.values())), use_threads=False)
+        paths = {name: path for name in names if (path := column_path(name, known)) is not None}
+        table = file.read(columns=list(dict.fromkeys(known[place] for place, _ in paths.values())), use_threads=False)
         table.validate(full=True)
-        columns = {name: plain_column(table.column(known[place])) for name, place in places.items()}
+        reached = {name: inner_column(table.column(known[place]), keys) for name, (place, keys) in paths.items()}
+        columns = {name: plain_column(column) for name, column in reached.items() if column is not None}
     except UnreadableError:
         raise
     # Whatever the reader says of content that no writer wrote; it has no kind of error of its own.

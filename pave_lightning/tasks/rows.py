@@ -21,6 +21,8 @@ class ColumnForm(StrEnum):
     LABEL = "a label"
     TEXTS = "a list of texts"
     LABELS = "a list of labels"
+    ANY_TEXTS = "a text, a list of texts, or nothing"
+    ANY_LABELS = "a label, a list of labels, or nothing"
 
     @property
     def example(self) -> str:
@@ -92,6 +94,25 @@ def find_column(name: str, header: Sequence[str]) -> int | None:
             raise UnreadableError(f"{names.count(wanted)} columns are named '{name}'; rename or remove all but one")
         if wanted in names:
             return names.index(wanted)
+    return None
+
+
+def column_path(name: str, header: Sequence[str]) -> tuple[int, tuple[str, ...]] | None:
+    """Where a name leads: to a column of a header, and from there into objects, as ``answers.text`` does.
+
+    A column that has the whole name comes first.
+
+    Returns:
+        The column's index, and the keys that are followed inside of it; None where there is no such column.
+
+    Raises:
+        UnreadableError: several columns have its name.
+    """
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        place = find_column(".".join(parts[:end]), header)
+        if place is not None:
+            return place, tuple(parts[end:])
     return None
 
 

@@ -136,26 +136,26 @@ def sequence_findings(
     return token_findings(table, tokenizer, np.repeat(places, np.asarray(pc.list_value_length(column))))
 
 
-def single_examples(batch: Batch, of_rows: Collection[str]) -> Iterator[Batch]:
+def single_examples(batch: Batch, of_rows: Collection[str], *, apart: bool = False) -> Iterator[Batch]:
     """The examples of a batch one by one, with all their sequences and no more padding than these need.
 
     Args:
         batch: a batch as `SequenceBatches` makes it.
         of_rows: the keys of what belongs to rows.
+        apart: whether each sequence is an example of its own.
     """
     owners, mask = batch[EXAMPLE_OF], batch[MASK]
-    for index in range(int(owners.max()) + 1):
-        mine = owners == index
+    for index in range(len(owners) if apart else int(owners.max()) + 1):
+        mine = [index] if apart else (owners == index).nonzero()[:, 0]
+        row = int(owners[mine][0])
         used = mask[mine].bool().any(dim=0)
         yield {
-            name: (owners[mine] - index)
-            if name == EXAMPLE_OF
-            else tensor[index : index + 1]
+            name: tensor[row : row + 1]
             if name in of_rows
             else tensor[mine][:, used]
             if tensor.shape == mask.shape
             else tensor[mine]
-            for name, tensor in batch.items()
+            for name, tensor in {**batch, EXAMPLE_OF: owners - row}.items()
         }
 
 

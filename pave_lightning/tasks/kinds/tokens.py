@@ -63,20 +63,23 @@ def _fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps([content, sides], sort_keys=True).encode()).hexdigest()
 
 
-def tokenise(tokenizer: PreTrainedTokenizerBase, *texts: Any, max_length: int, **how: Any) -> Any:
+def tokenise(
+    tokenizer: PreTrainedTokenizerBase, *texts: Any, max_length: int, truncation: bool | str = True, **how: Any
+) -> Any:
     """Texts as tokens, cut to a length, with their attention mask.
 
     Args:
         tokenizer: the tokenizer.
         texts: one list of texts, or two lists of the first and the second texts of pairs.
         max_length: longest sequence in tokens; longer texts are cut, of a pair the longer text first.
+        truncation: which texts are cut, where not both.
         how: further options of the tokenizer.
 
     Raises:
         PaveError: the tokenizer cannot encode some of them.
     """
     try:
-        return tokenizer(*texts, truncation=True, max_length=max_length, return_attention_mask=True, **how)
+        return tokenizer(*texts, truncation=truncation, max_length=max_length, return_attention_mask=True, **how)
     except Exception as error:
         # A class of its own the tokenizers library does not have.
         if type(error) is not Exception:

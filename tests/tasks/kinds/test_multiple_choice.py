@@ -75,7 +75,10 @@ def test_lists_columns_indices_and_names_mean_the_same(rows, make_task, problems
             "column 'choices' must hold 3 choices (as in row 0 (counted from 0), line 1), but holds 2 in row 12",
         ),
         ({"text": "w1", "choices": ["w1", "w2", ""], "label": 0}, "column 'choices' holds nothing in entry 2"),
-        ({"text": "w1", "choices": ["w1", "w2", "w3"], "label": 3}, "class indices from 0 to 2, but holds 3 in row 12"),
+        (
+            {"text": "w1", "choices": ["w1", "w2", "w3"], "label": 3},
+            "must hold one of the classes 0, 1, 2, but holds 3 in row 12",
+        ),
         ({"text": "w1", "choices": ["w1", "w2", "w3"], "label": None}, "column 'label' has no label in row 12"),
         ({"text": None, "choices": ["w1", "w2", "w3"], "label": 1}, "column 'text' has no text in row 12"),
     ],
@@ -181,7 +184,7 @@ def test_a_whole_run(recipe_beside_words, tmp_path, given):
         first = {**settings["tasks"][1], "name": "first", "training": {"lora": {"rank": 2}}}
         first.pop("expert")
         settings["tasks"] = [first, settings["tasks"][1]]
-        settings["merge"] = [{"method": "regmean", "name": "task_arithmetic"}]
+        settings["merge"] = [{"method": "featcal", "name": "task_arithmetic"}]
         settings["heads"] = ["expert"]
     recipe = Recipe.model_validate(settings)
     check_recipe(recipe, RunFolder(tmp_path / "plan"))
