@@ -163,14 +163,14 @@ def expert_problem(folder: Path, auto_model: str | None = None) -> str | None:
 
 
 def add_adapters(
-    model: nn.Module, lora: Lora, peft_type: str, *, frozen: Sequence[str], private: Collection[str]
+    model: nn.Module, lora: Lora, peft_type: str | None, *, frozen: Sequence[str], private: Collection[str]
 ) -> nn.Module:
     """Wrap a model so that only low-rank adapters and the head are trained (peft).
 
     Args:
         model: a model with a head.
         lora: rank, scaling and which layers.
-        peft_type: the ``task_type``, by peft's name.
+        peft_type: the ``task_type``, by peft's name; None where peft has none.
         frozen: submodules of the backbone that get no adapters.
         private: direct submodules of the backbone that the base has no weights for, such as a pooler; they start at
             random, so they are trained whole and kept with the head.
@@ -187,7 +187,7 @@ def add_adapters(
     whole += [f"{prefix}{name}" for name in private]
     without = [*whole, *(f"{prefix}{name}" for name in frozen)]
     config = LoraConfig(
-        task_type=TaskType(peft_type),
+        task_type=None if peft_type is None else TaskType(peft_type),
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,

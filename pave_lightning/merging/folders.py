@@ -81,7 +81,8 @@ def write_merged(
 ) -> None:
     """Merge by one method and write the result as a Hugging Face folder, one parameter at a time.
 
-    The folder holds the backbone (float32; ``AutoModel.from_pretrained`` loads it), the tokenizer, ``heads/TASK`` with
+    The folder holds the backbone (float32; ``AutoModel.from_pretrained`` loads it), the tokenizer or the settings of
+    the image processor, ``heads/TASK`` with
     each task's head and configuration, where its expert has other tokens than the base its tokenizer and the rows of
     the embedding that the base lacks, for per-task methods ``modulators/TASK.safetensors``, for sequential methods that
     keep tensors ``sequential/NAME``, and ``pave.json``, which also names the submodules that the base does not have and
@@ -226,13 +227,14 @@ def _drawn_by_transformers(base: Checkpoint) -> list[str]:
 
 
 def write_surroundings(folder: Path, context: MergeContext) -> None:
-    """Write what stands beside the weights of a backbone: configuration, tokenizer, and the heads of the tasks.
+    """Write what stands beside the weights of a backbone: configuration, processors, and the heads of the tasks.
 
     Args:
         folder: an existing folder.
         context: whose heads; its facts are not written.
     """
     # Here, so that who only loads a merged model need not load Lightning.
+    from pave_lightning.tasks.image_processors import copy_image_processor
     from pave_lightning.tasks.tokenizers import load_tokenizer, padding_id, text_config
 
     first = next(iter(context.experts.values())).folder
@@ -245,6 +247,7 @@ def write_surroundings(folder: Path, context: MergeContext) -> None:
     tokenizer = load_tokenizer(base) if context.architecture.token_embeddings and has_tokenizer(base) else None
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+    copy_image_processor(base, base, folder)
     for task, expert in context.experts.items():
         private = absent_children(context.base, expert)
         prefix = Architecture.of_folder(expert.folder).start
@@ -262,6 +265,7 @@ def write_surroundings(folder: Path, context: MergeContext) -> None:
             text_config(own_config).pad_token_id = own_config.pad_token_id = padding_id(own_config, own_tokenizer)
             if own_tokenizer.get_vocab() != tokenizer.get_vocab():
                 own_tokenizer.save_pretrained(target)
+        copy_image_processor(expert.folder, base, target)
         own_config.architectures = own_config.architectures or [context.architecture.model_class]
         own_config.save_pretrained(target)
 

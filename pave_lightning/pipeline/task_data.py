@@ -12,7 +12,6 @@ from pave_lightning.pipeline.context import Context
 from pave_lightning.pipeline.stages.fit import expert_folder
 from pave_lightning.tasks.data_module import TaskDataModule
 from pave_lightning.tasks.task import Task
-from pave_lightning.tasks.tokenizers import padding_id
 from pave_lightning.weights.architecture import read_config
 
 
@@ -26,7 +25,7 @@ def data_module(context: Context, task: Task, batch_size: int) -> TaskDataModule
         seed=context.recipe.seed,
         cache_dir=context.folder.data,
         batch_size=batch_size,
-        padding=padding_id(read_config(folder), processor),
+        padding=task.padding(read_config(folder), processor),
     )
 
 

@@ -86,13 +86,13 @@ def check_models(recipe: Recipe, problems: Problems) -> None:
             problems.add(f"base: {incomplete}")
     problems.extend(f"base: {problem}" for problem in (*tie_problems(base), *unmergeable(base, architecture)))
     for task in recipe.tasks:
-        limit = architecture.positions
+        limit = architecture.positions if task.reads_tokens else None
         if limit is not None and task.training.max_length > limit:
             problems.add(
                 f"task '{task.name}': training.max_length is {task.training.max_length}, "
                 f"but the base reads at most {limit} tokens"
             )
-        meant = architecture.intended_positions
+        meant = architecture.intended_positions if task.reads_tokens else None
         if limit is None and meant is not None and task.training.max_length > meant:
             log.warning(
                 "task '%s': training.max_length is %d, but the base was made for at most %d tokens "

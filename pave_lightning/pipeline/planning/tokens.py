@@ -24,6 +24,8 @@ def token_problems(recipe: Recipe) -> Iterator[str]:
     Args:
         recipe: what is checked.
     """
+    if not any(task.reads_tokens for task in recipe.tasks):
+        return
     try:
         folder = locate_model(recipe.base, role="base")
         architecture = Architecture.of_folder(folder, *recipe.auto_models)
@@ -40,7 +42,7 @@ def token_problems(recipe: Recipe) -> Iterator[str]:
     yield from _head_problems("base", architecture, tokenizer)
     tokenizers = {}
     for task in recipe.tasks:
-        if task.expert is None:
+        if task.expert is None or not task.reads_tokens:
             continue
         try:
             tokenizers[task.name] = load_tokenizer(existing_folder(task), folder)
@@ -52,6 +54,8 @@ def token_problems(recipe: Recipe) -> Iterator[str]:
 
 def token_notes(recipe: Recipe) -> Iterator[str]:
     """What a run does about tokens that nobody asked it to do, for a recipe in which nothing is wrong."""
+    if not any(task.reads_tokens for task in recipe.tasks):
+        return
     folder = locate_model(recipe.base, role="base")
     architecture = Architecture.of_folder(folder, *recipe.auto_models)
     base = architecture.base_checkpoint(folder)
@@ -59,7 +63,7 @@ def token_notes(recipe: Recipe) -> Iterator[str]:
     if note is not None:
         yield f"base: {note}"
     for task in recipe.tasks:
-        if task.expert is not None:
+        if task.expert is not None and task.reads_tokens:
             yield from expert_notes(task.name, existing_folder(task), base, architecture)
 
 
