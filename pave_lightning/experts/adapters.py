@@ -14,6 +14,7 @@ from torch import nn
 from pave_lightning.errors import PaveError, foreign, listed, naming
 from pave_lightning.experts.loading import load_base
 from pave_lightning.tasks.heads import HeadForm
+from pave_lightning.tasks.kinds.tokens import TOKENS
 from pave_lightning.tasks.task import Task, kind_of_adapters
 from pave_lightning.weights import Checkpoint, is_finite
 from pave_lightning.weights.adapter_models import adapter_problems, merged_weights, task_type, with_its_rows
@@ -177,7 +178,7 @@ def output_layer(base: Path, auto_model: str) -> list[str]:
 
 def _form_of_adapter(base: Path, folder: Path) -> HeadForm:
     """What the model is built from whose head an adapter holds."""
-    kind = kind_of_adapters(task_type(folder))
+    kind = kind_of_adapters(task_type(folder), reads_tokens=Architecture.of_folder(base).main_input == TOKENS)
     stored = stored_tensors(folder / ADAPTER_WEIGHTS)
     if not kind.has_head:
         return HeadForm(kind.auto_model, kind.peft_type, kind.unnamed_head(0))

@@ -34,11 +34,12 @@ from pave_lightning.system.processes import is_launched, is_rank_zero
 from pave_lightning.tasks.constants import constant_answer
 from pave_lightning.tasks.data_module import TaskDataModule
 from pave_lightning.tasks.encoded import EncodedRows
+from pave_lightning.tasks.image_processors import copy_image_processor
 from pave_lightning.tasks.kinds.tokens import TOKENS
 from pave_lightning.tasks.metrics import weak_experts
 from pave_lightning.tasks.options import EarlyStopping as EarlyStoppingOptions
 from pave_lightning.tasks.task import Task
-from pave_lightning.tasks.tokenizers import load_tokenizer, padding_id, padding_note
+from pave_lightning.tasks.tokenizers import load_tokenizer, padding_note
 from pave_lightning.weights.architecture import Architecture, backbone_of
 from pave_lightning.weights.quiet import quiet_transformers
 from pave_lightning.weights.task_vectors import absent_children
@@ -202,17 +203,17 @@ def _trained(begun: Prepared, work_folder: Path, logger: Logger | None) -> tuple
 
 
 def task_data(task: Task, base: Path, model: nn.Module, seed: int, cache_folder: Path) -> TaskDataModule:
-    """The rows of a task as the base's tokenizer reads them, padded with the token that the model knows."""
-    tokenizer = load_tokenizer(base)
-    if note := padding_note(tokenizer):
+    """The rows of a task as the base's processor makes them, padded with the token that the model knows."""
+    processor = task.load_processor(base, base)
+    if task.reads_tokens and (note := padding_note(processor)):
         log.info("%s: %s", task.name, note)
     return TaskDataModule(
         task,
-        tokenizer,
+        processor,
         seed=seed,
         cache_dir=cache_folder,
         batch_size=task.training.batch_size,
-        padding=padding_id(model.config, tokenizer),
+        padding=task.padding(model.config, processor),
     )
 
 
@@ -264,13 +265,13 @@ def save_expert(
 ) -> None:
     """Write an expert as a Hugging Face folder; adapters stand beside the weights they merge into.
 
-    Its tokenizer goes with it, where it reads tokens.
+    Its tokenizer goes with it, where it reads tokens, and its image processor, where it reads images.
 
     Args:
         model: a model with a head, or a peft model around one.
-        base: folder of the base model, whose tokenizer it is.
+        base: folder of the base model, whose tokenizer or image processor it is.
         folder: an existing folder.
-        tokenizer_of: folder whose tokenizer it is instead, where it has one of its own.
+        tokenizer_of: folder whose tokenizer or image processor it is instead, where it has one of its own.
         work_folder: that of its training, for adapters that took a part of the base's weights when they started.
     """
     if hasattr(model, "merge_and_unload"):
@@ -280,5 +281,6 @@ def save_expert(
         model.save_pretrained(folder)  # type: ignore[operator]
     if model.main_input_name == TOKENS:
         load_tokenizer(tokenizer_of or base, base).save_pretrained(folder)
+    copy_image_processor(tokenizer_of or base, base, folder)
     for file in folder.rglob("*.safetensors"):  # transformers and peft leave them to their owner alone
         let_others_read(file)

@@ -39,7 +39,7 @@ START_ENDING = "-start"
 def add_adapters(
     model: nn.Module,
     lora: Lora,
-    peft_type: str,
+    peft_type: str | None,
     *,
     frozen: Sequence[str],
     private: Collection[str],
@@ -50,7 +50,7 @@ def add_adapters(
     Args:
         model: a model with a head; changed in place.
         lora: what is adapted, and how.
-        peft_type: the ``task_type``, by peft's name.
+        peft_type: the ``task_type``, by peft's name; None where peft has none.
         frozen: submodules of the backbone that get no adapters and stay as they are.
         private: direct submodules of the backbone that the base has no weights for, such as a pooler; they start at
             random, so they are trained whole and kept with the head.
@@ -72,7 +72,7 @@ def add_adapters(
 
 
 def _config(
-    model: nn.Module, lora: Lora, peft_type: str, frozen: Sequence[str], private: Collection[str]
+    model: nn.Module, lora: Lora, peft_type: str | None, frozen: Sequence[str], private: Collection[str]
 ) -> LoraConfig:
     from peft import LoraConfig, TaskType
 
@@ -90,7 +90,7 @@ def _config(
     given: dict[str, Any] = {name: value for name, value in options.items() if value not in ([], {}, None)}
     return LoraConfig(
         **given,
-        task_type=TaskType(peft_type),
+        task_type=None if peft_type is None else TaskType(peft_type),
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
@@ -112,13 +112,13 @@ class _Refusal:
     reason: str | None
 
 
-def refusal(base: Path, auto_model: str, peft_type: str, lora: Lora, frozen: Sequence[str]) -> str | None:
+def refusal(base: Path, auto_model: str, peft_type: str | None, lora: Lora, frozen: Sequence[str]) -> str | None:
     """Why peft makes no such adapters for a base; None where it does. Asks peft itself, once for every base and lora.
 
     Args:
         base: folder of the base.
         auto_model: name of the class of transformers that builds the model with a head.
-        peft_type: the ``task_type``, by peft's name.
+        peft_type: the ``task_type``, by peft's name; None where peft has none.
         lora: what is adapted, and how; values of the base are not looked at.
         frozen: submodules of the backbone that get no adapters.
     """

@@ -105,9 +105,9 @@ def write_merged(
     """Merge by one method and write the result as a Hugging Face folder, one parameter at a time.
 
     All arithmetic is float32 or float64; each weight is rounded once, when it is written. The folder holds the backbone
-    (``AutoModel.from_pretrained`` loads it), the base's tokenizer and what it has of generation settings and
-    processors, ``heads/TASK`` with each task's head and configuration, where its expert has other tokens than the base
-    its tokenizer and the rows of the embedding that the base lacks, for per-task methods
+    (``AutoModel.from_pretrained`` loads it), the base's tokenizer or the settings of its image processor and what it
+    has of generation settings and processors, ``heads/TASK`` with each task's head and configuration, where its expert
+    has other tokens than the base its tokenizer and the rows of the embedding that the base lacks, for per-task methods
     ``modulators/TASK.safetensors``, for sequential methods that keep tensors ``sequential/NAME``, and ``pave.json``,
     which also names the submodules that the base does not have and ``AutoModel`` therefore draws at random
     (``not_in_the_base``, such as a pooler).
@@ -335,7 +335,7 @@ def _drawn_by_transformers(base: Checkpoint) -> list[str]:
 
 
 def write_surroundings(folder: Path, context: MergeContext, dtype: torch.dtype = torch.float32) -> None:
-    """Write what stands beside the weights of a backbone: configuration, tokenizer, and the heads of the tasks.
+    """Write what stands beside the weights of a backbone: configuration, processors, and the heads of the tasks.
 
     What the base has of generation settings, processors and chat templates is copied as it is.
 
@@ -345,6 +345,7 @@ def write_surroundings(folder: Path, context: MergeContext, dtype: torch.dtype =
         dtype: the type of most of the weights.
     """
     # Here, so that who only loads a merged model need not load Lightning.
+    from pave_lightning.tasks.image_processors import copy_image_processor
     from pave_lightning.tasks.tokenizers import load_tokenizer, padding_id, text_config
 
     first = next(iter(context.experts.values())).folder
@@ -362,6 +363,7 @@ def write_surroundings(folder: Path, context: MergeContext, dtype: torch.dtype =
     tokenizer = load_tokenizer(read_with, base) if reads else None
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+    copy_image_processor(base, base, folder)
     _carry_along(base, folder)
     for task, expert in context.experts.items():
         private = absent_children(context.base, expert)
@@ -380,6 +382,7 @@ def write_surroundings(folder: Path, context: MergeContext, dtype: torch.dtype =
             text_config(own_config).pad_token_id = own_config.pad_token_id = padding_id(own_config, own_tokenizer)
             if own_tokenizer.get_vocab() != tokenizer.get_vocab():
                 own_tokenizer.save_pretrained(target)
+        copy_image_processor(expert.folder, base, target)
         own_config.architectures = own_config.architectures or [context.architecture.model_class]
         own_config.save_pretrained(target)
 

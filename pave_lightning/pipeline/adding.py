@@ -29,6 +29,7 @@ from pave_lightning.merging.folders import (
 )
 from pave_lightning.reporting.model_card import ExpertSource, as_code, model_card
 from pave_lightning.system.files import making_folder
+from pave_lightning.tasks.kinds.tokens import TOKENS
 from pave_lightning.tasks.tokenizers import load_tokenizer
 from pave_lightning.weights import Architecture, Checkpoint, ExpertTaskVectors, locate_model, model_digest
 from pave_lightning.weights.adapter_base import other_base
@@ -190,6 +191,8 @@ def _unfit(
     incomplete = expert_problem(expert.folder)
     if incomplete is not None:
         yield f"it {incomplete}"
+    if architecture.main_input != TOKENS:
+        return
     own, rows = load_tokenizer(expert.folder, base.folder), token_rows(expert.folder, architecture)
     yield from row_problems("the expert", rows, architecture.vocabulary, own)
     yield from differing_tokens("the expert", own.get_vocab(), load_tokenizer(base.folder).get_vocab())

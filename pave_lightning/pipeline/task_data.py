@@ -13,7 +13,6 @@ from pave_lightning.pipeline.stages.align import expert_folder
 from pave_lightning.pipeline.stages.fit import own_folders
 from pave_lightning.tasks.data_module import TaskDataModule
 from pave_lightning.tasks.task import Task
-from pave_lightning.tasks.tokenizers import padding_id
 from pave_lightning.weights.architecture import read_config
 
 
@@ -34,7 +33,7 @@ def data_module(context: Context, task: Task, batch_size: int, *, own: bool = Fa
         seed=context.recipe.seed,
         cache_dir=context.folder.data,
         batch_size=batch_size,
-        padding=padding_id(read_config(folder), processor),
+        padding=task.padding(read_config(folder), processor),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -239,7 +239,8 @@ def _told_twice(task: Task, one: Split, other: Split) -> str:
     return f"task '{task.name}': {found}, so {meaning}; give them different rows"
 
 
-def _local_file(task: Task, split: Split) -> Path:
+def _local_source(task: Task, split: Split) -> Path:
+    """The file of a split, or its folder of files, for kinds of task that read one."""
     if task.data.folder is not None:
         try:
             return split_file(task.data, getattr(task.data, split))
@@ -247,6 +248,8 @@ def _local_file(task: Task, split: Split) -> Path:
             raise PaveError(f"{split_title(task, split)}: {error}") from error
     where = f"task '{task.name}', {split} split"
     path = local_path(getattr(task.data, split))
+    if path.is_dir() and task.names_files:
+        return path
     if path.is_dir():
         raise PaveError(f"{where}: expected a file, but {path} is a folder; name the csv, jsonl or parquet file in it")
     if "://" in getattr(task.data, split):
@@ -266,10 +269,13 @@ def _source_fingerprint(task: Task, split: Split) -> str:
     data = task.data
     if data.hub is not None:
         return f"{data.hub}/{data.config or ''}@{data.revision or ''}:{getattr(data, split)}"
-    path = _local_file(task, split)
-    options = reading_options(data, path)
-    part = "" if data.folder is None else f" part: {getattr(data, split)}"
-    return file_sha256(path) + (f" {json.dumps(options)}" if options else "") + part
+    path = _local_source(task, split)
+    if path.is_dir():
+        return _digest_of(task.named_files(_read_folder(task, split, path)))
+    digest, options = file_sha256(path), reading_options(data, path)
+    files = _named_files(task.model_dump_json(), split, path, digest) if task.names_files else ()
+    found = [digest, *([json.dumps(options)] if options else []), *([_digest_of(files)] if files else [])]
+    return " ".join([*found, *([] if data.folder is None else [f"part: {getattr(data, split)}"])])
 
 
 def _checked(task: Task, split: Split, fingerprint: str, cache_dir: Path) -> tuple[pa.Table, list[str]]:
@@ -280,7 +286,7 @@ def _checked(task: Task, split: Split, fingerprint: str, cache_dir: Path) -> tup
     """
     if task.data.hub is not None:
         return _usable(task, split, _hub_rows(task, _read_hub(task, split))), []
-    path = _local_file(task, split)
+    path = _local_source(task, split)
 
     def make(copy: Path) -> None:
         rows, digest = _read_local(task, split, path)
@@ -312,9 +318,13 @@ def _usable(task: Task, split: Split, rows: Rows) -> pa.Table:
 
 
 def _read_local(task: Task, split: Split, path: Path) -> tuple[Rows, str]:
+    if path.is_dir():
+        rows = _read_folder(task, split, path)
+        return rows, _digest_of(task.named_files(rows))
     try:
         rows, digest = read_rows(path, task)
-        return (rows if task.data.folder is None else sliced(rows, getattr(task.data, split))), digest
+        used = rows if task.data.folder is None else sliced(rows, getattr(task.data, split))
+        return task.in_folder(used, path.absolute().parent), digest
     except UnreadableError as error:
         raise PaveError(f"{split_title(task, split)}: {error}") from error
     except OSError as error:
@@ -324,6 +334,29 @@ def _read_local(task: Task, split: Split, path: Path) -> tuple[Rows, str]:
             f"{split_title(task, split)}: the file does not fit into memory; leave out columns that are not used, "
             "or save the rows as .parquet"
         ) from error
+
+
+def _read_folder(task: Task, split: Split, folder: Path) -> Rows:
+    try:
+        return task.folder_rows(folder.absolute())
+    except UnreadableError as error:
+        raise PaveError(f"{split_title(task, split)}: {error}") from error
+
+
+@lru_cache(maxsize=64)
+def _named_files(task: str, split: Split, path: Path, digest: str) -> tuple[Path, ...]:
+    """The files that a local table of that content names; none where it cannot be read, which is told elsewhere."""
+    parsed: Task = Task.model_validate_json(task)
+    try:
+        return tuple(parsed.named_files(_read_local(parsed, split, path)[0]))
+    except PaveError:
+        return ()
+
+
+def _digest_of(files: Sequence[Path]) -> str:
+    """SHA-256 of names and contents of files; those that do not exist count by their names."""
+    noted = [[str(file), file_sha256(file) if file.is_file() else None] for file in files]
+    return hashlib.sha256(json.dumps(noted).encode()).hexdigest()
 
 
 def _read_hub(task: Task, split: Split) -> datasets.Dataset:
@@ -384,7 +417,7 @@ def _label_values(task: str, split: Split, fingerprint: str) -> LabelValues | No
     parsed: Task = Task.model_validate_json(task)
     if parsed.data.hub is not None:
         return parsed.label_values(_hub_rows(parsed, _read_hub(parsed, split)))
-    rows, digest = _read_local(parsed, split, _local_file(parsed, split))
+    rows, digest = _read_local(parsed, split, _local_source(parsed, split))
     if not fingerprint.startswith(digest):
         raise changing(parsed, split)
     return parsed.label_values(rows)

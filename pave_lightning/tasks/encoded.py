@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 # Raise it when the files change their form, so that older ones are not read.
 CACHE_FORMAT = 2
-# Rows that are encoded, and written, at a time.
-BATCH = 1000
 
 
 class EncodedRows:
@@ -100,14 +98,18 @@ class EncodedRows:
         with pa.ipc.new_stream(path, first.schema) as stream:
             for batch in chain([first], batches):
                 stream.write_table(batch.cast(first.schema))
+        # Files that rows name are read again here.
+        if self.task.names_files and split_fingerprint(self.task, split) != fingerprint:
+            raise changing(self.task, split)
         problems, _ = self.task.findings(read_copy(path), self.processor, loaded.places)
         if problems:
             raise PaveError("\n".join(f"{split_title(self.task, split)}: {problem}" for problem in problems))
 
     def _encoded(self, rows: pa.Table) -> Iterator[pa.Table]:
         types = self.task.stored_types
-        for start in range(0, len(rows), BATCH):
-            columns = self._encode(rows.slice(start, BATCH).to_pydict())
+        size = self.task.encoded_at_once
+        for start in range(0, len(rows), size):
+            columns = self._encode(rows.slice(start, size).to_pydict())
             yield pa.table({name: _column(values, types.get(name)) for name, values in columns.items()})
 
     def _encode(self, batch: dict[str, list[Any]]) -> dict[str, Any]:

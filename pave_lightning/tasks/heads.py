@@ -60,10 +60,10 @@ class HeadForm:
 
     Attributes:
         auto_model: name of the class of transformers that builds it.
-        peft_type: the ``task_type`` of adapters for it, by peft's name.
+        peft_type: the ``task_type`` of adapters for it, by peft's name; None where peft has none for it.
         config: the part of a model's configuration that describes the head.
     """
 
     auto_model: str
-    peft_type: str
+    peft_type: str | None
     config: dict[str, Any]

@@ -219,6 +219,7 @@ def _any_labels(name: str, lines: Sequence[int]) -> _Lists:
 _MAKERS: dict[ColumnForm, Callable[[str, Sequence[int]], _Texts | _Labels | _Lists]] = {
     ColumnForm.TEXT: _Texts,
     ColumnForm.LABEL: _Labels,
+    ColumnForm.IMAGE: _Texts,  # the path of its file
     ColumnForm.TEXTS: _text_lists,
     ColumnForm.LABELS: _label_lists,
     ColumnForm.ANY_TEXTS: _any_texts,

@@ -19,6 +19,7 @@ class ColumnForm(StrEnum):
 
     TEXT = "a text"
     LABEL = "a label"
+    IMAGE = "an image"
     TEXTS = "a list of texts"
     LABELS = "a list of labels"
     ANY_TEXTS = "a text, a list of texts, or nothing"
@@ -27,7 +28,8 @@ class ColumnForm(StrEnum):
     @property
     def example(self) -> str:
         """How an entry is written in JSON."""
-        return {"a text": '"..."', "a label": "...", "a list of texts": '["...", ...]'}.get(self, "[...]")
+        plain = {"a text": '"..."', "a label": "...", "an image": '"path"', "a list of texts": '["...", ...]'}
+        return plain.get(self, "[...]")
 
 
 class UnreadableError(ValueError):

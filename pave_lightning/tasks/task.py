@@ -48,19 +48,25 @@ class Task(Section):
 
     Attributes:
         auto_model: name of the class of transformers that builds a model with this kind's head.
-        peft_type: the ``task_type`` of this kind's adapters, by peft's name.
+        peft_type: the ``task_type`` of this kind's adapters, by peft's name; None for kinds that peft has no name for.
         fitting_metrics: the metrics that fit this kind.
         default_metrics: the metrics where a recipe names none.
         likelihood: how what is right is thought to be drawn from the outputs.
         has_head: whether models have a part of their own for the task, which is not merged.
+        reads_tokens: whether the model is given tokens, so that its processor is a tokenizer.
+        names_files: whether rows name files of their own, such as images, and may be given as a folder of these.
+        encoded_at_once: how many rows are encoded, and written, at a time.
     """
 
     auto_model: ClassVar[str]
-    peft_type: ClassVar[str]
+    peft_type: ClassVar[str | None]
     fitting_metrics: ClassVar[tuple[MetricName, ...]]
     default_metrics: ClassVar[tuple[MetricName, ...]]
     likelihood: ClassVar[Likelihood] = Likelihood.CATEGORICAL
     has_head: ClassVar[bool] = True
+    reads_tokens: ClassVar[bool] = True
+    names_files: ClassVar[bool] = False
+    encoded_at_once: ClassVar[int] = 1000
 
     name: Name
     """Name of the task in tables, folders and MLflow."""
@@ -187,6 +193,22 @@ class Task(Section):
         """The classes by whose names labels may be given, in index order; none where labels are numbers."""
         return ()
 
+    def folder_rows(self, folder: Path) -> Rows:
+        """The rows that a folder of files holds, for kinds whose rows name files.
+
+        Raises:
+            UnreadableError: the folder holds none.
+        """
+        raise NotImplementedError
+
+    def in_folder(self, rows: Rows, folder: Path) -> Rows:
+        """Rows of a table in a folder, what they name relative to it by its whole path."""
+        return rows
+
+    def named_files(self, rows: Rows) -> list[Path]:
+        """The files that rows name, as `in_folder` leaves them; those that do not exist, too."""
+        return []
+
     def label_values(self, rows: Rows) -> LabelValues | None:
         """The distinct labels of a split; None where it has none that could be read in two ways."""
         return None
@@ -226,6 +248,12 @@ class Task(Section):
     def processor_problem(self, processor: Any) -> str | None:
         """Why a processor cannot be used for this task; None where it can."""
         return None
+
+    def padding(self, config: Any, processor: Any) -> int | None:
+        """The token that fills up batches of a model with a configuration; None where a batch needs none."""
+        from pave_lightning.tasks.tokenizers import padding_id
+
+        return padding_id(config, processor) if self.reads_tokens else None
 
     @abstractmethod
     def processor_fingerprint(self, processor: Any) -> str:
@@ -534,9 +562,15 @@ def kind_of(raw: Any) -> str:
     return named if isinstance(named, str) and named in known_kinds() else DEFAULT
 
 
-def kind_of_adapters(peft_type: str | None) -> type[Task]:
-    """A kind of task for adapters with a ``task_type`` of peft; the default where none fits."""
-    fitting = [kind for kind in known_kinds().values() if kind.peft_type == peft_type]
+def kind_of_adapters(peft_type: str | None, *, reads_tokens: bool = True) -> type[Task]:
+    """A kind of task for adapters with a ``task_type`` of peft; the default where none fits.
+
+    Args:
+        peft_type: the ``task_type``; None where peft was told none.
+        reads_tokens: whether their base is given tokens.
+    """
+    known = [kind for kind in known_kinds().values() if kind.reads_tokens is reads_tokens]
+    fitting = [kind for kind in known if kind.peft_type == peft_type]
     return kind_named(DEFAULT) if kind_named(DEFAULT) in fitting or not fitting else fitting[0]
 
 

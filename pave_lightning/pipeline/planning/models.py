@@ -82,13 +82,13 @@ def check_models(recipe: Recipe, problems: Problems) -> None:
     whose = f"the base's {architecture.backbone_class}"
     problems.extend(f"task '{name}': {whose} {why}" for name, why in unfit.items() if why is not None)
     for task in recipe.tasks:
-        limit = architecture.positions
+        limit = architecture.positions if task.reads_tokens else None
         if limit is not None and task.training.max_length > limit:
             problems.add(
                 f"task '{task.name}': training.max_length is {task.training.max_length}, "
                 f"but the base reads at most {limit} tokens"
             )
-        meant = architecture.intended_positions
+        meant = architecture.intended_positions if task.reads_tokens else None
         if limit is None and meant is not None and task.training.max_length > meant:
             log.warning(
                 "task '%s': training.max_length is %d, but the base was made for at most %d tokens "

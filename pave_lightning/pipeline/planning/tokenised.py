@@ -32,7 +32,9 @@ def tokenised_problems(recipe: Recipe, folder: RunFolder) -> Iterator[str]:
     for task in recipe.tasks:
         try:
             processor = processor_of(recipe, task)
-        except PaveError:  # told with what is wrong with tokenizers
+        except PaveError as error:
+            if not task.reads_tokens:  # what is wrong with tokenizers is told beside them
+                yield f"task '{task.name}': {error}"
             continue
         try:
             rows = EncodedRows(task, processor, seed=recipe.seed, cache_dir=folder.data)

@@ -26,6 +26,8 @@ def token_problems(recipe: Recipe) -> Iterator[str]:
     Args:
         recipe: what is checked.
     """
+    if not any(task.reads_tokens for task in recipe.tasks):
+        return
     try:
         folder = folder_of_base(recipe)
         architecture = Architecture.of_folder(folder, *recipe.auto_models)
@@ -43,7 +45,7 @@ def token_problems(recipe: Recipe) -> Iterator[str]:
         yield from _head_problems("base", architecture, tokenizer)
     tokenizers = {}
     for task in recipe.tasks:
-        if task.expert is None:
+        if task.expert is None or not task.reads_tokens:
             continue
         try:
             own = tokenizers[task.name] = load_tokenizer(existing_folder(task), folder)
@@ -65,6 +67,8 @@ def token_problems(recipe: Recipe) -> Iterator[str]:
 
 def token_notes(recipe: Recipe) -> Iterator[str]:
     """What a run does about tokens that nobody asked it to do, for a recipe in which nothing is wrong."""
+    if not any(task.reads_tokens for task in recipe.tasks):
+        return
     folder = folder_of_base(recipe)
     architecture = Architecture.of_folder(folder, *recipe.auto_models)
     base = architecture.base_checkpoint(folder)
@@ -73,13 +77,13 @@ def token_notes(recipe: Recipe) -> Iterator[str]:
     if note is not None:
         yield f"base: {note}"
     for task in recipe.tasks:
-        if task.expert is not None:
+        if task.expert is not None and task.reads_tokens:
             yield from expert_notes(
                 task.name, existing_folder(task), base, architecture, aligned=recipe.vocabulary != "error"
             )
     rows = table_rows(base, architecture)
     if recipe.vocabulary != "error" and rows is not None:
-        named = [task for task in recipe.tasks if task.expert is not None]
+        named = [task for task in recipe.tasks if task.expert is not None and task.reads_tokens]
         known = {task.name: load_tokenizer(existing_folder(task), folder).get_vocab() for task in named}
         yield from alignment_notes(common_tokens(recipe.vocabulary, tokenizer.get_vocab(), rows, known), known)
 

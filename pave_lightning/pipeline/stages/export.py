@@ -31,6 +31,7 @@ class ExportStage(PurificationStage):
     def run(self, context: Context) -> None:
         """Write every expert with its purified weights."""
         from pave_lightning.purification.export import write_purified_experts
+        from pave_lightning.tasks.image_processors import copy_image_processor, has_image_processor
         from pave_lightning.tasks.tokenizers import load_tokenizer
 
         made = [self.results.finished(stage) for stage in purify_stages(self.results, self.options)]
@@ -40,5 +41,7 @@ class ExportStage(PurificationStage):
             write_purified_experts(writer.path, vectors, experts(context), options, ranks)
             for task in context.recipe.tasks:
                 written = writer.path / task.name
-                if written.is_dir() and not has_tokenizer(written):
+                if written.is_dir() and task.reads_tokens and not has_tokenizer(written):
                     load_tokenizer(context.base_folder).save_pretrained(written)
+                if written.is_dir() and not has_image_processor(written):
+                    copy_image_processor(context.base_folder, context.base_folder, written)

@@ -172,8 +172,9 @@ class FitStage(Stage):
             folder = existing_folder(self.task)
             _check_base(context)
             aligned = context.recipe.vocabulary != "error"
-            for note in expert_notes(self.task.name, folder, context.base, context.architecture, aligned=aligned):
-                log.info("  %s", note)
+            if self.task.reads_tokens:
+                for note in expert_notes(self.task.name, folder, context.base, context.architecture, aligned=aligned):
+                    log.info("  %s", note)
             with context.writing(self) as writer:
                 if (folder / ADAPTER_CONFIG).is_file():
                     adapted = load_adapter(context.base_folder, folder, self.task)
