@@ -435,13 +435,23 @@ def _is_known(name: str, architecture: Architecture) -> bool:
     return architecture.knows(name) or name in architecture.buffers
 
 
-def differences(task: str, base: Checkpoint, expert: Checkpoint, architecture: Architecture) -> list[str]:
+def differences(
+    task: str, base: Checkpoint, expert: Checkpoint, architecture: Architecture, *, matched: Collection[str] = ()
+) -> list[str]:
     """What keeps an expert from being merged with others of that base: names and shapes, from the headers alone.
 
     Index buffers and other tensors that the architecture ignores may differ: not every release of transformers stores
     them. Values are read of two kinds only: buffers that must be the base's, and tied tensors that are stored twice.
     The token embedding may have more rows or fewer, see `own_token_rows`.
+
+    Args:
+        task: the expert's task.
+        base: the base.
+        expert: the expert.
+        architecture: their architecture.
+        matched: names of further tables whose rows are yet to be matched by token, which may differ in their number.
     """
+    tables = {*architecture.token_embeddings, *matched}
     found = [f"task '{task}': {problem}" for problem in (*tie_problems(expert), *unmergeable(expert, architecture))]
     found += [f"task '{task}': {problem}" for problem in buffer_problems(base, expert, architecture.buffers)]
     private = absent_children(base, expert)
@@ -455,7 +465,7 @@ def differences(task: str, base: Checkpoint, expert: Checkpoint, architecture: A
         elif name not in base.backbone:
             found.append(f"task '{task}': {name} {list(stored.shape)} is in the expert, but not in the base")
         elif stored.shape != base.backbone[name].shape and not (
-            name in architecture.token_embeddings and stored.shape[1:] == base.backbone[name].shape[1:]
+            name in tables and stored.shape[1:] == base.backbone[name].shape[1:]
         ):
             found.append(
                 f"task '{task}': {name} is {list(stored.shape)} in the expert, "

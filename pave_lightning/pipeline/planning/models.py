@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pave_lightning.errors import PaveError, Problems, naming, nearest
+from pave_lightning.experts.alignment import output_tables
 from pave_lightning.experts.loading import base_problem
 from pave_lightning.pipeline.bases import existing_folder, folder_of_base, reference_of_base
 from pave_lightning.pipeline.planning.experts import adapter_facts, expert_facts, is_unreadable
@@ -17,7 +18,7 @@ from pave_lightning.tasks.lora import module_names
 from pave_lightning.tasks.task import Task
 from pave_lightning.weights import Adapter, Architecture, Checkpoint
 from pave_lightning.weights.adapters import ADAPTER_CONFIG, adapter_folder
-from pave_lightning.weights.architecture import read_config
+from pave_lightning.weights.architecture import empty_model, read_config
 from pave_lightning.weights.completeness import naming_problem
 from pave_lightning.weights.coverage import unmergeable
 from pave_lightning.weights.task_vectors import absent_children, differences
@@ -132,7 +133,10 @@ def _expert_problems(task: Task, recipe: Recipe, base: Checkpoint, architecture:
     yield from expert_facts(task, folder, base.folder, aligned=recipe.vocabulary != "error")
     if is_unreadable(folder, task.auto_model):
         return
-    yield from differences(task.name, base, expert, architecture)
+    matched = [] if recipe.vocabulary == "error" else output_tables(empty_model(folder, task.auto_model))
+    yield from differences(
+        *(task.name, base, expert, architecture), matched=[name.removeprefix(own.start) for name in matched]
+    )
     if expert.has_backbone_of(base):
         yield f"{where}: the backbone of {folder} is the base's, so there is nothing to merge; was it fine-tuned?"
     for name in expert.non_finite(absent_children(base, expert)):
