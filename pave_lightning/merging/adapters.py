@@ -190,7 +190,11 @@ def _check_fit(weights: _Weights, base: Checkpoint, folder: Path) -> None:
 def _kind(head: Path, architecture: Architecture) -> tuple[str, str | None]:
     """The class of transformers that builds a model with a head, and the ``task_type`` of its adapters."""
     for kind in known_kinds().values():
-        if Architecture.of_folder(head, kind.auto_model).model_class == architecture.model_class:
+        try:
+            found = Architecture.of_folder(head, kind.auto_model)
+        except PaveError:  # no kind of task that such a model can be of
+            continue
+        if found.model_class == architecture.model_class:
             return kind.auto_model, kind.peft_type
     return architecture.model_class, None
 
