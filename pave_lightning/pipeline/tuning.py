@@ -283,7 +283,7 @@ class Chooser:
             step: the step, with a fixed ratio.
             vectors: name of the stack that makes its task vectors.
         """
-        anchor = anchor_of(step, self._recipe)
+        anchor = self._recipe.anchor_of(step)
         key = self._what_counts(anchor, vectors, EXPERT_HEADS)
         if self._last_anchor[0] != key:
             self._last_anchor = ("", {})
@@ -299,12 +299,6 @@ class Chooser:
         stack = stack_of(self._recipe, vectors, step)
         said = step.model_dump_json(include={"method", "scale", "options", "anchor", "tune", "parameters"})
         return f"{stack.described()} {said} {step.write.dtype} {heads.label}"
-
-
-def anchor_of(step: MergeStep, recipe: Recipe) -> MergeStep:
-    """The step that a step names as its anchor, on the task vectors and parameters of that step."""
-    same = {key: getattr(step, key) for key in ("purify", "weights", "parameters")}
-    return recipe.step(str(step.anchor)).model_copy(update=same)
 
 
 def _as_merged(step: MergeStep, facts: Mapping[str, Any]) -> MergeStep:

@@ -185,6 +185,11 @@ class Recipe(Section):
         """The merge step of that name."""
         return next(step for step in self.merge if step.name == name)
 
+    def anchor_of(self, step: MergeStep) -> MergeStep:
+        """The step that a step names as its anchor, on the task vectors and parameters of that step."""
+        same = {key: getattr(step, key) for key in ("purify", "weights", "parameters")}
+        return self.step(str(step.anchor)).model_copy(update=same)
+
     def heads_of(self, step: MergeStep) -> list[Heads]:
         """The heads under which a merge step's models are scored."""
         return self.heads if step.heads is None else step.heads

@@ -11,7 +11,6 @@ from pave_lightning.pipeline.context import Context
 from pave_lightning.pipeline.providers.base import Asking, MergeRequest, Provider, provides
 from pave_lightning.pipeline.stage import Stage
 from pave_lightning.pipeline.stages.merge import MergeStage, chooser
-from pave_lightning.pipeline.tuning import anchor_of
 from pave_lightning.recipe.merge_step import MergeStep
 from pave_lightning.recipe.schema import Recipe
 
@@ -43,4 +42,4 @@ class Anchor(Provider):
 
 def _anchor(request: MergeRequest) -> MergeStage:
     """The anchor of a merge, on the same task vectors."""
-    return MergeStage(request.results, anchor_of(request.step, request.results.recipe), request.vectors)
+    return MergeStage(request.results, request.results.recipe.anchor_of(request.step), request.vectors)
