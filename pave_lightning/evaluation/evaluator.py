@@ -129,9 +129,8 @@ class Evaluator(L.LightningModule):
                     for name, found in backbone.named_parameters(remove_duplicate=False)
                     if any(found is one for one in layer.parameters())
                 }
-                layer.register_forward_hook(
-                    lambda *given: self._hide(*given)
-                )  # a method would be copied with all of this
+                # A bound method would be copied, and this with it, when a candidate adapts a copy of the model.
+                layer.register_forward_hook(lambda *given: self._hide(*given))  # noqa: PLW0108
         self.own_backbones = nn.ModuleList(found for found in own if found is not self.backbone)
         self._own = own
         self._asked = [{name for name, _ in backbone_of(model).named_parameters()} for model in models]
