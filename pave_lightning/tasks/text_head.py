@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -64,7 +65,7 @@ class TextHead:
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
-        """`CLASSES`, float32 of shape ``(classes, width)``, and for bases that add one to logits `BIAS`, ``(classes,)``.
+        """`CLASSES`, float32 of shape ``(classes, width)``, and, where the base adds one, `BIAS`, ``(classes,)``.
 
         Embedded once for a base and its prompts, and kept in the folder of Hugging Face's caches.
 
@@ -75,7 +76,7 @@ class TextHead:
 
     @property
     def problem(self) -> str | None:
-        """Prompts that are longer than what the base reads, in words; None where there are none. Nothing is embedded."""
+        """Prompts that are longer than what the base reads, in words; None where there are none."""
         most = getattr(text_config(read_config(self.base)), "max_position_embeddings", None)
         texts = [text for of_class in self.prompts for text in of_class]
         lengths = [len(found) for found in self.tokenizer(texts)["input_ids"]]
@@ -166,7 +167,9 @@ class BatchesWithClasses:
 
 def _embeddings(model: nn.Module, given: Any) -> Tensor:
     """What a model makes of tokenised texts, float32 of shape ``(n, width)``."""
-    found = model.get_text_features(**given)  # type: ignore[operator]
+    read: Any = model.get_text_features
+    known = inspect.signature(read).parameters  # tokenizers give some models more than they take
+    found = read(**{name: values for name, values in given.items() if name in known})
     pooled: Tensor = getattr(found, "pooler_output", found)
     return pooled.float()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +47,7 @@ class ZeroShotImage(ImageTask):
 
     auto_model: ClassVar[str] = "AutoModelForZeroShotImageClassification"
     has_head: ClassVar[bool] = False
+    headless_because: ClassVar[str] = "their classes are texts, which the base embeds and which stay as they are"
 
     kind: Literal["zero_shot_image"] = "zero_shot_image"
     """What is predicted: the class whose texts are most like an image."""
@@ -72,9 +72,7 @@ class ZeroShotImage(ImageTask):
     @property
     def prompts(self) -> tuple[tuple[str, ...], ...]:
         """For each class its prompts."""
-        return tuple(
-            tuple(template.replace(PLACE, name) for template in self.templates) for name in self.class_names
-        )
+        return tuple(tuple(template.replace(PLACE, name) for template in self.templates) for name in self.class_names)
 
     # ---- examples --------------------------------------------------------------------------------------------------
 
