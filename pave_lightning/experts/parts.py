@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from pave_lightning.errors import PaveError, listed
+from pave_lightning.errors import PaveError, counted, listed
 from pave_lightning.experts.loading import load_with_new_head
 from pave_lightning.tasks.task import Task
 from pave_lightning.weights import Checkpoint
 from pave_lightning.weights.architecture import Architecture, lies_in, read_config
-from pave_lightning.weights.checkpoint import StoredTensor, is_finite_in_float32, weight_files
-from pave_lightning.weights.completeness import lacking_weights, naming_problem
+from pave_lightning.weights.checkpoint import StoredTensor, is_finite_in_float32, stored_tensors, weight_files
 from pave_lightning.weights.configuration import differences_in_function
 
 
@@ -49,14 +48,6 @@ def part_problems(task: Task, folder: Path, base: Path) -> Iterator[str]:
             f"{folder}: {one.key} is {one.expert!r} in its config.json, {one.base!r} in that part of the base's; "
             "name an expert of this base"
         )
-    architecture = Architecture.of_folder(folder)
-    stored = architecture.checkpoint(folder)
-    problem = naming_problem(architecture, stored)
-    if problem is None and (lacking := lacking_weights(architecture, stored)):
-        problem = f"lacks weights of a {architecture.model_class}: {listed(lacking, 3)}; fetch or save it again"
-    if problem is not None:
-        yield f"{folder}: {problem}"
-        return
     try:
         found = part_weights(task, folder, base)
     except PaveError as error:
@@ -81,27 +72,32 @@ def part_weights(task: Task, folder: Path, base: Path) -> dict[str, StoredTensor
     Raises:
         PaveError: no part of the base has weights of these names and shapes.
     """
-    weight_files(folder)
-    own, whole = Architecture.of_folder(folder), Architecture.of_folder(base, task.auto_model)
-    stored = {
-        own.stored_names.get(name, name): tensor
-        for name, tensor in own.checkpoint(folder).backbone.items()
-        if tensor.is_floating and own.knows(name)
-    }
+    whole = Architecture.of_folder(base, task.auto_model)
+    read = [stored_tensors(file) for file in weight_files(folder)]
+    stored = {name: tensor for found in read for name, tensor in found.items() if tensor.is_floating}
     shapes = {name: one.shape for name, one in whole.parameters.items() if not lies_in(name, whole.frozen)}
-    closest: tuple[str, list[str]] | None = None
-    for start in ("", *(f"{child}." for child in whole.children if child not in whole.frozen)):
-        strays = [name for name, tensor in stored.items() if shapes.get(f"{start}{name}") != tensor.shape]
-        if not strays and stored:
-            return {f"{start}{name}": tensor for name, tensor in stored.items()}
-        if closest is None or len(strays) < len(closest[1]):
-            closest = start, strays
-    start, strays = closest or ("", [])
-    told = [f"{name} {list(stored[name].shape)}" for name in strays]
-    raise PaveError(
-        f"{folder}: {len(strays)} of the {len(stored)} weights of this {own.model_class} have no place in the base's "
-        f"{whole.model_class} ({listed(told, 3)}); name an expert of this base"
-    )
+    children = [child for child in whole.children if child not in whole.frozen]
+    # Releases of transformers differ in whether the name of the part stands in front.
+    starts = ("", *(f"{child}." for child in children))
+    strays = {
+        start: [name for name, one in stored.items() if shapes.get(start + name) != one.shape] for start in starts
+    }
+    start = min(starts, key=lambda one: len(strays[one]))
+    if strays[start] or not stored:
+        told = [f"{name} {list(stored[name].shape)}" for name in strays[start]]
+        raise PaveError(
+            f"{folder}: {len(told)} of its {counted(len(stored), 'weight')} have no place in the base's "
+            f"{whole.model_class} ({listed(told, 3)}); name an expert of this base"
+        )
+    named = {start + name: tensor for name, tensor in stored.items()}
+    touched = {name.partition(".")[0] for name in named}
+    lacking = [name for name in shapes if name.partition(".")[0] in touched and name not in named]
+    if lacking:
+        raise PaveError(
+            f"{folder}: it lacks {counted(len(lacking), 'weight')} of the base's part ({listed(lacking, 3)}); fetch or "
+            "save it again"
+        )
+    return named
 
 
 def load_part(task: Task, folder: Path, base: Path) -> nn.Module:

@@ -126,7 +126,7 @@ def _unlike(task: Task, folder: Path, base: Path) -> dict[str, str]:
         )
     if other is None and (changed := _changed(task, folder, base)):
         found["text_side"] = (
-            f"its text side is not the base's ({listed(changed, 2)} differ), and classes are embedded by the base's alone"
+            f"its text side is not the base's ({listed(changed, 2)} differ), and classes are embedded by the base's"
         )
     return found
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pave_lightning.tasks.heads import Misfit
 from pave_lightning.tasks.kinds.images import ImageTask
@@ -47,12 +47,19 @@ class ZeroShotImage(ImageTask):
 
     auto_model: ClassVar[str] = "AutoModelForZeroShotImageClassification"
     has_head: ClassVar[bool] = False
+    needs_classes: ClassVar[bool] = False
     headless_because: ClassVar[str] = "their classes are texts, which the base embeds and which stay as they are"
 
     kind: Literal["zero_shot_image"] = "zero_shot_image"
     """What is predicted: the class whose texts are most like an image."""
     templates: list[str] = Field(default=["a photo of a {}."], min_length=1)
     """Prompts, with {} in the place of the class; of several the mean of the embeddings counts."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _classes_of_data(cls, raw: Any) -> Any:
+        none = isinstance(raw, dict) and raw.get("classes") == []
+        return {key: value for key, value in raw.items() if key != "classes"} if none else raw
 
     def contradictions(self) -> Iterator[str]:
         """Templates without a place for the class, or twice the same."""
@@ -63,6 +70,17 @@ class ZeroShotImage(ImageTask):
         twice = [one for one in dict.fromkeys(self.templates) if self.templates.count(one) > 1]
         if twice:
             yield f"'templates' has {twice[0]!r} twice"
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes that the recipe names, or else those of the data.
+
+        Raises:
+            PaveError: the data cannot be read, or do not name them.
+        """
+        from pave_lightning.tasks.data import class_names_in_data
+
+        return tuple(self.classes) or class_names_in_data(self)
 
     @property
     def labelled_by(self) -> dict[str, Any]:
