@@ -26,8 +26,8 @@ _CIFAR = [
 _VIEWS = [f"{seen} {view}" for view in ("imagery", "photo", "view") for seen in ("satellite", "aerial")]
 
 _RESISC45 = """airplane, airport, baseball diamond, basketball court, beach, bridge, chaparral, church,
-circular farmland, cloud, commercial area, dense residential, desert, forest, freeway, golf course, ground track field, harbor,
-industrial area, intersection, island, lake, meadow, medium residential, mobile home park, mountain, overpass, palace,
+circular farmland, cloud, commercial area, dense residential, desert, forest, freeway, golf course, ground track field,
+harbor, industrial area, intersection, island, lake, meadow, medium residential, mobile home park, mountain, overpass, palace,
 parking lot, railway, railway station, rectangular farmland, river, roundabout, runway, sea ice, ship, snowberg,
 sparse residential, stadium, storage tank, tennis court, terrace, thermal power station, wetland"""
 _DTD = """banded, blotchy, braided, bubbly, bumpy, chequered, cobwebbed, cracked, crosshatched, crystalline, dotted,
