@@ -57,7 +57,8 @@ def part_problems(task: Task, folder: Path, base: Path) -> Iterator[str]:
     for name in broken:
         yield f"{folder}: the weight {name} holds NaN, infinity, or values too large for float32"
     of_base = Architecture.of_folder(base, task.auto_model).checkpoint(base)
-    if not broken and all(torch.equal(Checkpoint.read(tensor), of_base.tensor(name)) for name, tensor in found.items()):
+    pairs = ((Checkpoint.read(tensor).float(), of_base.tensor(name).float()) for name, tensor in found.items())
+    if not broken and all(torch.equal(own, its) for own, its in pairs):
         yield f"{folder} is the base's own, so there is nothing to merge; was it fine-tuned?"
 
 

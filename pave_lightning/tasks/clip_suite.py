@@ -27,8 +27,8 @@ _VIEWS = [f"{seen} {view}" for view in ("imagery", "photo", "view") for seen in 
 
 _RESISC45 = """airplane, airport, baseball diamond, basketball court, beach, bridge, chaparral, church,
 circular farmland, cloud, commercial area, dense residential, desert, forest, freeway, golf course, ground track field,
-harbor, industrial area, intersection, island, lake, meadow, medium residential, mobile home park, mountain, overpass, palace,
-parking lot, railway, railway station, rectangular farmland, river, roundabout, runway, sea ice, ship, snowberg,
+harbor, industrial area, intersection, island, lake, meadow, medium residential, mobile home park, mountain, overpass,
+palace, parking lot, railway, railway station, rectangular farmland, river, roundabout, runway, sea ice, ship, snowberg,
 sparse residential, stadium, storage tank, tennis court, terrace, thermal power station, wetland"""
 _DTD = """banded, blotchy, braided, bubbly, bumpy, chequered, cobwebbed, cracked, crosshatched, crystalline, dotted,
 fibrous, flecked, freckled, frilly, gauzy, grid, grooved, honeycombed, interlaced, knitted, lacelike, lined, marbled,

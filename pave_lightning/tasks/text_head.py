@@ -158,11 +158,11 @@ class BatchesWithClasses:
     """
 
     def __init__(self, collate: Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Tensor]], head: TextHead) -> None:
-        self.collate, self.head = collate, head
+        self.collate, self.shared = collate, head.tensors  # now, and not in every process that loads batches
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """The batch, with `CLASSES` and, where the base has one, `BIAS`, which are the same in all batches."""
-        return {**self.collate(rows), **self.head.tensors}
+        return {**self.collate(rows), **self.shared}
 
 
 def _embeddings(model: nn.Module, given: Any) -> Tensor:

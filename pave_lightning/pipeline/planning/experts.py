@@ -136,4 +136,5 @@ def _changed(task: Task, folder: Path, base: Path) -> list[str]:
     whole = Architecture.of_folder(base, task.auto_model)
     own, of_base = whole.checkpoint(folder).backbone, whole.checkpoint(base).backbone
     same = (name for name in own if name in of_base and lies_in(name, whole.frozen) and own[name].is_floating)
-    return [name for name in same if not torch.equal(Checkpoint.read(own[name]), Checkpoint.read(of_base[name]))]
+    pairs = ((name, Checkpoint.read(own[name]).float(), Checkpoint.read(of_base[name]).float()) for name in same)
+    return [name for name, mine, its in pairs if not torch.equal(mine, its)]

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from pave_lightning.tasks.image_processors import ImageProcessor
+    from pave_lightning.tasks.labels import Reading
+    from pave_lightning.tasks.rows import Rows
     from pave_lightning.tasks.text_head import TextHead
 
 # What stands for the class in a template.
@@ -38,7 +40,7 @@ class ImagesAndClasses:
 
 @task_kind
 class ZeroShotImage(ImageTask):
-    """The class whose prompts are most like an image; cross-entropy of the logits.
+    """The class whose prompts are most like an image; cross-entropy of the logits, those of SigLIP included.
 
     The head is made of texts by the base's text side, and neither trained nor merged: fine-tuned and merged is what
     reads the images, with its projection (Ilharco et al., *Editing Models with Task Arithmetic*, ICLR 2023, keep the
@@ -82,10 +84,16 @@ class ZeroShotImage(ImageTask):
 
         return tuple(self.classes) or class_names_in_data(self)
 
+    def label_problems(self, rows: Rows, name: str, reading: Reading | None) -> Iterator[str]:
+        """What is wrong with the labels, and a metric that is for fewer classes than the data name."""
+        yield from super().label_problems(rows, name, reading)
+        if "f1" in self.metrics and len(self.class_names) > 2:
+            yield f"column '{name}' has {len(self.class_names)} classes, and 'f1' is for two; use 'macro_f1'"
+
     @property
-    def labelled_by(self) -> dict[str, Any]:
-        """The column of the labels, the classes, and what they are called in prompts."""
-        return {**super().labelled_by, "templates": self.templates}
+    def shown_by(self) -> dict[str, Any]:
+        """The column of the images, and the prompts, which a model is shown beside them."""
+        return {**super().shown_by, "classes": list(self.class_names), "templates": self.templates}
 
     @property
     def prompts(self) -> tuple[tuple[str, ...], ...]:
