@@ -111,7 +111,6 @@ def test_class_names_of_a_dataset_that_was_saved_as_parquet(make_task, tmp_path)
         (pa.list_(pa.string_view()), pa.large_list(pa.string_view())),
         (pa.large_list(pa.large_string()), pa.list_(pa.large_string())),
         (pa.list_(pa.string(), 2), pa.list_(pa.string_view(), 2)),
-        (pa.list_view(pa.string()), pa.large_list_view(pa.string_view())),
         (pa.list_(pa.dictionary(pa.int32(), pa.string())), pa.large_list(pa.dictionary(pa.int8(), pa.string()))),
     ],
 )
