@@ -215,7 +215,7 @@ def _open_closed_streams() -> None:
     """
     for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         if getattr(sys, name) is None:
-            stream = Path(os.devnull).open(mode)  # kept open to the end
+            stream = Path(os.devnull).open(mode)  # noqa: SIM115  it stays open to the end
             if stream.fileno() != number:
                 os.dup2(stream.fileno(), number)
             setattr(sys, name, stream)
