@@ -21,6 +21,7 @@ import pyarrow as pa
 from pave_lightning.errors import PaveError, counted, listed, reason
 from pave_lightning.system.files import file_sha256, local_path
 from pave_lightning.system.hub import hub_or_cache, unreached
+from pave_lightning.system.keeping import kept
 from pave_lightning.tasks.checks import row_problems
 from pave_lightning.tasks.copies import found_copy, kept_copy, read_copy
 from pave_lightning.tasks.labels import LabelValues, Reading, label_reading, readings_conflict
@@ -175,13 +176,17 @@ def split_fingerprint(task: Task, split: Split) -> str:
 def class_names_in_data(task: Task) -> tuple[str, ...]:
     """The classes of a task by the names that its training split gives them, in the order of their indices.
 
+    Inside of `keeping` they are looked for once.
+
     These are the names that a data set has for its numbers (``ClassLabel``), or else the labels that are texts (the
     names of the sub-folders of a folder of images), sorted.
 
     Raises:
         PaveError: the split cannot be read, or its labels have no names.
     """
-    return _class_names_in_data(task.model_dump_json(), _source_fingerprint(task, "train"))
+    written = task.model_dump_json()
+    # Asked for with every batch of rows, and the fingerprint of a folder is that of all its files.
+    return kept(("classes", written), lambda: _class_names_in_data(written, _source_fingerprint(task, "train")))
 
 
 @lru_cache(maxsize=64)

@@ -153,11 +153,6 @@ class ZeroShotImage(ImageTask):
         """Nothing: no configuration names the classes."""
         return {}
 
-    @classmethod
-    def unnamed_head(cls, outputs: int) -> dict[str, Any]:
-        """Nothing: no configuration names the classes."""
-        return {}
-
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         """The images."""
         from pave_lightning.tasks.text_head import HEAD
