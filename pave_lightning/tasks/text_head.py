@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pave_lightning.errors import PaveError, counted, foreign, listed
 from pave_lightning.system.files import replacing, write_tensors
 from pave_lightning.system.keeping import kept
+from pave_lightning.tasks.kinds.tokens import TOKENS
 from pave_lightning.tasks.tokenizers import load_tokenizer, text_config
 from pave_lightning.weights.architecture import auto_class, part_named, read_config, unchanged_parts
 from pave_lightning.weights.checkpoint import Checkpoint, model_digest, stored_tensors
@@ -79,7 +80,7 @@ class TextHead:
         """Prompts that are longer than what the base reads, in words; None where there are none."""
         most = getattr(text_config(read_config(self.base)), "max_position_embeddings", None)
         texts = [text for of_class in self.prompts for text in of_class]
-        lengths = [len(found) for found in self.tokenizer(texts)["input_ids"]]
+        lengths = [len(found) for found in self.tokenizer(texts)[TOKENS]]
         long = [text for text, length in zip(texts, lengths, strict=True) if most is not None and length > most]
         if not long:
             return None
@@ -140,7 +141,7 @@ class TextHead:
         most = getattr(text_config(model.config), "max_position_embeddings", None)
         shortest = min((text for of_class in self.prompts for text in of_class), key=len)
         alone = self.tokenizer([shortest], return_tensors="pt")
-        length = alone["input_ids"].shape[1]
+        length = alone[TOKENS].shape[1]
         if most is None or length >= most:
             return {"padding": True}
         padded = self.tokenizer([shortest], return_tensors="pt", padding="max_length", max_length=most)
