@@ -197,12 +197,12 @@ def test_several_templates_count_by_the_mean_of_their_embeddings(family, bases, 
             ends.append(end / np.linalg.norm(end))
         mean = np.mean(ends, axis=0)
         rows.append(mean / np.linalg.norm(mean))
-    expected = np.exp(float(model.logit_scale)) * np.stack(rows)
+    expected = np.exp(model.logit_scale.item()) * np.stack(rows)
     found = TextHead(bases[family], AUTO, task.prompts).tensors
     assert np.allclose(found[CLASSES].numpy(), expected, atol=1e-4)
     assert (BIAS in found) == (family == "siglip")
     if family == "siglip":
-        assert found[BIAS].tolist() == pytest.approx([float(model.logit_bias)] * 3)
+        assert found[BIAS].tolist() == pytest.approx([model.logit_bias.item()] * 3)
     again = TextHead(bases[family], AUTO, task.prompts).tensors  # from the file where it is kept
     assert all(torch.equal(found[name], again[name]) for name in found)
 
