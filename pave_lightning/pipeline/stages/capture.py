@@ -119,7 +119,9 @@ class CaptureStage(Stage):
                 with context.writing(self) as writer:
                     found.save(writer.path / STATISTICS_FILE)
                     facts = {"examples": found.examples, "layers": len(found.layers())}
-                    writer.result.update(facts, unreached=list(callback.unreached))
+                    writer.result.update(
+                        facts, unreached={name: found.why_unreached(name) for name in callback.unreached}
+                    )
 
     def record(self, context: Context, found: Manifest) -> None:
         """How much was captured, in the run of the expert."""
