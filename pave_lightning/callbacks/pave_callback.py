@@ -20,7 +20,7 @@ from pave_lightning.callbacks.adapters import merged_adapters, without_wrappers
 from pave_lightning.callbacks.experts import ExpertObserver
 from pave_lightning.callbacks.norms import NormObserver, norm_layers
 from pave_lightning.callbacks.observation import LinearObserver, matrix_layers
-from pave_lightning.callbacks.padding import DecoderPadding
+from pave_lightning.callbacks.padding import ConvolvedPadding, DecoderPadding
 from pave_lightning.callbacks.sampling import RowSampler
 from pave_lightning.callbacks.used_weights import UsedWeights
 from pave_lightning.errors import PaveError, nearest
@@ -62,6 +62,9 @@ class PaveCallback(L.Callback):
     mask of its own: the ``attention_mask`` that it is given. Where it is given none, its words are masked as the
     batch's ``input_ids`` are that they were shifted from, or else by ``labels`` of -100, or by the padding token. Its
     projections of the encoder's states have the encoder's mask. What follows a decoder is told by its shape.
+
+    Behind a convolution along the sequence (of waveforms or spectra, whose mask has the length that they had before it)
+    a position counts where the convolution of the example alone would have it too.
 
     Of these rows each layer counts ``rows`` at most, a uniform sample of every batch: what is left to count is spread
     evenly over the batches ahead, of all dataloaders, and over the processes. When the number of batches is unknown,
@@ -174,6 +177,7 @@ class PaveCallback(L.Callback):
         self._experts: ExpertObserver | None = None
         self._used: UsedWeights | None = None
         self._padding: DecoderPadding | None = None
+        self._convolved: ConvolvedPadding | None = None
         self._layers: dict[str, list[nn.Module]] = {}
         self._norms: dict[str, list[nn.Module]] = {}
         self._sampler: RowSampler | None = None
@@ -231,6 +235,8 @@ class PaveCallback(L.Callback):
         )
         self._padding = DecoderPadding(backbone, sampler)
         self._switches.callback(self._padding.remove)
+        self._convolved = ConvolvedPadding(backbone, sampler)
+        self._switches.callback(self._convolved.remove)
         self._observer = LinearObserver(
             layers,
             self.moments,
@@ -257,6 +263,8 @@ class PaveCallback(L.Callback):
         self._observer.begin_batch(mask, batch_idx, dataloader_idx)
         if self._padding is not None:
             self._padding.begin_batch(batch, mask)
+        if self._convolved is not None:
+            self._convolved.begin_batch(mask)
         self._tell_parts(batch, mask)
         if self._norm_observer is not None:
             self._norm_observer.begin_batch()
@@ -274,6 +282,8 @@ class PaveCallback(L.Callback):
             self._observer.end_batch()
         if self._padding is not None:
             self._padding.end_batch()
+        if self._convolved is not None:
+            self._convolved.end_batch()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Reduce over processes, divide, save."""
@@ -328,7 +338,7 @@ class PaveCallback(L.Callback):
             self._norm_observer.remove()
             self._norm_observer = None
         self._switches.close()
-        self._padding = self._sampler = self._experts = self._used = None
+        self._padding = self._convolved = self._sampler = self._experts = self._used = None
         self._parts.clear()
         self._sizes.clear()
 
