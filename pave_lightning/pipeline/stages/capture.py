@@ -119,8 +119,9 @@ class CaptureStage(Stage):
                 with context.writing(self) as writer:
                     found.save(writer.path / STATISTICS_FILE)
                     facts = {"examples": found.examples, "layers": len(found.layers())}
-                    unreached = [one for one in callback.unreached if not lies_in(one, context.architecture.frozen)]
-                    writer.result.update(facts, unreached=unreached)
+                    frozen = context.architecture.frozen  # whose layers no task changes
+                    left = [name for name in callback.unreached if not lies_in(name, frozen)]
+                    writer.result.update(facts, unreached={name: found.why_unreached(name) for name in left})
 
     def record(self, context: Context, found: Manifest) -> None:
         """How much was captured, in the run of the expert."""
