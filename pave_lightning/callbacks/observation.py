@@ -105,22 +105,29 @@ class LinearObserver:
             share=share_inputs,
         )
         self._handles: list[RemovableHandle] = [
-            module.register_forward_hook(partial(self._observe, self._layers[name]), with_kwargs=True)
+            # First of all hooks: that of FSDP takes the weights away again.
+            module.register_forward_hook(partial(self._observe, self._layers[name]), with_kwargs=True, prepend=True)
             for name, group in layers.items()
             for module in group
         ]
 
-    def begin_batch(self, mask: Tensor | None, batch: int = 0, loader: int = 0) -> None:
+    def begin_batch(
+        self, mask: Tensor | None, batch: int = 0, loader: int = 0, weights: Tensor | None = None
+    ) -> None:
         """Forget the last batch's inputs and take the padding mask of the next.
 
         Args:
             mask: shape ``(B, L)``, true or non-zero where a token is real; None when all rows count.
             batch: number of the batch in its dataloader.
             loader: number of the dataloader.
+            weights: of the batch's examples, shape ``(B,)``: those of weight 0 are not counted; None counts all.
         """
         self._groups.end_batch()
         self._batch += 1
-        self._sampler.begin_batch(mask, batch, loader)
+        if weights is not None and not bool(weights.any()):
+            self._sampler.pass_over()
+        else:
+            self._sampler.begin_batch(mask, batch, loader, weights)
 
     def end_batch(self) -> None:
         """Let go of the batch."""

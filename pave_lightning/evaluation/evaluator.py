@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import lightning.pytorch as L
 import torch
@@ -22,7 +22,7 @@ from pave_lightning.tasks.constants import constant_scores
 from pave_lightning.tasks.data_module import TaskDataModule
 from pave_lightning.tasks.metrics import scores
 from pave_lightning.tasks.predictions import TaskPredictions
-from pave_lightning.tasks.samplers import ExactSampler
+from pave_lightning.tasks.stand_ins import rows_in_order, split_weight
 from pave_lightning.tasks.task import Batch, Task, auto_models
 from pave_lightning.tasks.tokenizers import set_padding
 from pave_lightning.weights import Architecture, Checkpoint
@@ -84,7 +84,7 @@ class SuiteData(L.LightningDataModule):
         for module in self.modules:
             module.trainer = self.trainer
             loaders.append(module.test_dataloader() if self.split == "test" else module.val_dataloader())
-            self.orders.append(cast(ExactSampler, loaders[-1].sampler).rows)
+            self.orders.append(rows_in_order(loaders[-1]))
         return loaders
 
 
@@ -299,7 +299,10 @@ class Evaluator(L.LightningModule):
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add one batch to its task's metrics."""
         task = self.tasks[dataloader_idx]
+        batch, counts = split_weight(batch)
         found = task.respond(self._adapted[task.name], batch, self._data.modules[dataloader_idx].processor)
+        if not counts:  # it was run because other processes wait for this one in every forward pass
+            return
         self._broken[dataloader_idx] += found.broken
         if len(found.values):  # of some rows a tokenizer leaves nothing that is predicted
             self._metrics[dataloader_idx].update(found.values, found.targets, **found.further)

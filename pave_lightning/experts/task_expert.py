@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from peft import PeftModel
 from torch import Tensor, nn
@@ -16,9 +17,11 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from pave_lightning.errors import PaveError, nearest
+from pave_lightning.experts.sharding import shard_model
 from pave_lightning.tasks.joint_data import TaskBatch
 from pave_lightning.tasks.metrics import scores
 from pave_lightning.tasks.options import Training
+from pave_lightning.tasks.stand_ins import split_weight
 from pave_lightning.tasks.task import Batch, Task
 from pave_lightning.tasks.turns import Turns
 from pave_lightning.weights.architecture import backbone_of
@@ -70,6 +73,11 @@ class TaskExpert(L.LightningModule):
         self.validation_metrics = nn.ModuleList(self._metrics)
         self.validated_at: int | None = None
 
+    def configure_model(self) -> None:
+        """Divide the weights over the processes, where the strategy asks for it."""
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            shard_model(self.model, self.trainer.strategy.device_mesh["data_parallel"])
+
     @property
     def name(self) -> str:
         """What is trained, in the log."""
@@ -111,10 +119,13 @@ class TaskExpert(L.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add one batch of a task to its metrics; one without labels only passes through, for capture."""
         task, model = self.tasks[dataloader_idx], self.models[dataloader_idx]
+        batch, counts = split_weight(batch)
         if self.processors is None:
             found = task.predict(model, batch)
         else:
             found = task.respond(model, batch, self.processors[dataloader_idx])
+        if not counts:  # it was run because other processes wait for this one in every forward pass
+            return
         self._broken[dataloader_idx] += found.broken
         if found.targets is not None:
             self._labelled = True
@@ -127,7 +138,9 @@ class TaskExpert(L.LightningModule):
         Raises:
             PaveError: outputs were NaN or infinite, of which a class would be chosen all the same.
         """
-        broken = self.trainer.strategy.reduce(self._broken, reduce_op="sum").tolist()
+        # A process without a row must not leave the others waiting for what it knows of the metrics.
+        told = torch.cat([self._broken, self._broken.new_tensor([self._labelled])])
+        *broken, labelled = self.trainer.strategy.reduce(told, reduce_op="sum").tolist()
         if any(broken):
             training = self.trainer.state.fn == TrainerFn.FITTING
             name, examples = next((one.name, count) for one, count in zip(self.tasks, broken, strict=True) if count)
@@ -140,7 +153,7 @@ class TaskExpert(L.LightningModule):
                     else "look for broken weights of its expert, or use a safer precision"
                 )
             )
-        if not self._labelled:
+        if not labelled:
             return
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
             self.validated_at = self.trainer.global_step

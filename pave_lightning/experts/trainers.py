@@ -19,12 +19,13 @@ import lightning.pytorch as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from pave_lightning.errors import Interrupted, PaveError, nearest, reason
 from pave_lightning.experts.progress import PassingProgressBar
+from pave_lightning.experts.sharding import FullyShardedStrategy
+from pave_lightning.experts.trainer_options import FULLY_SHARDED
 
 OWNED = {
     "logger": "the recipe's tracking section decides it",
@@ -77,7 +78,7 @@ def _lightning_problems(options: str) -> tuple[str, ...]:
     ours = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
     try:
         with quiet_lightning():
-            trainer = L.Trainer(**{**given, **ours})
+            trainer = L.Trainer(**{**for_lightning(given), **ours})
     except Exception as error:  # whatever a value of another type leads to there
         return (f": lightning.Trainer refuses these options: {reason(error)}",)
     return tuple(_unusable(trainer, given))
@@ -109,17 +110,22 @@ def _unusable(trainer: L.Trainer, options: Mapping[str, Any]) -> Iterator[str]:
             f"{strategy} trains in processes that keep what callbacks know, so the best checkpoint and the statistics "
             "would be lost; use strategy: ddp"
         )
-    if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
-        yield (
-            f"{strategy} shards the weights, but experts are saved, captured and evaluated from whole weights; "
-            "use strategy: ddp, or a single device"
-        )
+
+
+def for_lightning(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a recipe as Lightning takes them, which knows no name of FSDP2.
+
+    Gloo, and the gathering of weights, know no tensors of inference mode.
+    """
+    if options.get("strategy") != FULLY_SHARDED:
+        return dict(options)
+    return {**options, "strategy": FullyShardedStrategy(), "inference_mode": False}
 
 
 def processes_started(options: Mapping[str, Any]) -> int:
     """How many processes Lightning makes of options of the machine."""
     with quiet_lightning():
-        trainer = L.Trainer(**options, logger=False, enable_checkpointing=False)
+        trainer = L.Trainer(**for_lightning(options), logger=False, enable_checkpointing=False)
     return int(trainer.num_devices * trainer.num_nodes)
 
 
@@ -145,7 +151,7 @@ def build_trainer(
         "default_root_dir": root,
         "logger": logger if logger is not None else False,
         "callbacks": list(callbacks),
-        **options,
+        **for_lightning(options),
         **ours,
     }
     if settings["enable_progress_bar"]:
