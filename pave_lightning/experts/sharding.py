@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -141,3 +142,46 @@ def copy_whole(target: Tensor, value: Tensor) -> None:
     moved = value.to(device=local.device, dtype=local.dtype)
     part = distribute_tensor(moved, target.device_mesh, target.placements, src_data_rank=None)
     local.copy_(part.to_local())
+
+
+class WholeWeights(Mapping[str, Tensor]):
+    """Weights by name as whole tensors that may be written to, whether processes hold parts of them or not.
+
+    What is written to the tensor of a divided weight reaches it when another one is asked for, or by `close`, so that
+    no more than one is whole at a time. All processes have to ask for the same ones in the same order.
+
+    Args:
+        weights: weights, divided or whole.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        self._weights = weights
+        self._asked: tuple[str, Tensor] | None = None
+
+    def __getitem__(self, name: str) -> Tensor:
+        weight = self._weights[name]
+        if not isinstance(weight, DTensor):
+            return weight
+        if self._asked is None or self._asked[0] != name:
+            self.close()
+            self._asked = name, whole(weight)
+        return self._asked[1]
+
+    def __setitem__(self, name: str, value: Tensor) -> None:
+        """Copy a whole value into a weight."""
+        if self._asked is not None and self._asked[0] == name:
+            self._asked = None
+        copy_whole(self._weights[name], value)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+    def close(self) -> None:
+        """Let the last weight have what was written."""
+        if self._asked is not None:
+            name, value = self._asked
+            self._asked = None
+            copy_whole(self._weights[name], value)
