@@ -111,7 +111,9 @@ def shard_model(model: nn.Module, mesh: DeviceMesh) -> None:
             f"({listed(trained, 3)}); freeze them, or use strategy: ddp"
         )
     shard_blocks(model, mesh)
-    fully_shard(model, mesh=mesh, ignored_params=set(numbers.values()))
+    # An argument that earlier releases of PyTorch do not know.
+    left_out: dict[str, Any] = {"ignored_params": set(numbers.values())} if numbers else {}
+    fully_shard(model, mesh=mesh, **left_out)
     for method in FURTHER_METHODS:
         if hasattr(model, method):
             register_fsdp_forward_method(model, method)

@@ -17,6 +17,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from pave_lightning.errors import PaveError, nearest
+from pave_lightning.experts.forward_options import apply_forward_options
 from pave_lightning.experts.sharding import shard_model
 from pave_lightning.tasks.joint_data import TaskBatch
 from pave_lightning.tasks.metrics import scores
@@ -72,9 +73,13 @@ class TaskExpert(L.LightningModule):
         self._metrics = [one.build_metrics() for one in self.tasks]
         self.validation_metrics = nn.ModuleList(self._metrics)
         self.validated_at: int | None = None
+        self._configured = False
 
     def configure_model(self) -> None:
-        """Divide the weights over the processes, where the strategy asks for it."""
+        """Let the model compute as its training asks for, and divide its weights where the strategy asks for it."""
+        if self.trainer.state.fn == TrainerFn.FITTING and not self._configured:
+            self._configured = True
+            apply_forward_options(self.models, self.tasks[0].training)
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             shard_model(self.model, self.trainer.strategy.device_mesh["data_parallel"])
 

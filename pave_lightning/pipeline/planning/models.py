@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from pave_lightning.errors import PaveError, Problems, naming, nearest
 from pave_lightning.experts.alignment import output_tables
@@ -110,6 +111,13 @@ def _training_problems(task: Task, architecture: Architecture, base: Path) -> It
     for name in task.training.freeze:
         if name not in layers:
             yield f"task '{task.name}': training.freeze: no submodule '{name}'; {nearest(name, layers)}"
+    if task.training.activation_checkpointing:
+        model: Any = empty_model(base, task.auto_model)
+        if not model.supports_gradient_checkpointing:
+            yield (
+                f"task '{task.name}': training.activation_checkpointing: transformers cannot recompute the activations "
+                f"of a {type(model).__name__}; set it to false"
+            )
     if task.training.lora is not None:
         yield from lora_problems(task, task.training.lora, architecture, base)
 
