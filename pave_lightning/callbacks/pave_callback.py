@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DistributedSampler
 
-from pave_lightning.callbacks.adapters import merged_adapters, without_wrappers
+from pave_lightning.callbacks.adapters import has_adapters, merged_adapters, without_wrappers
 from pave_lightning.callbacks.experts import ExpertObserver
 from pave_lightning.callbacks.norms import NormObserver, norm_layers
 from pave_lightning.callbacks.observation import LinearObserver, matrix_layers
@@ -85,9 +85,10 @@ class PaveCallback(L.Callback):
         * The mask is the batch's own, or that of a decoder: a module that reorders the batch, cuts it up or adds tokens
           is not told apart. In models whose tensors are ``(L, B, d_in)`` the mask is
           read the wrong way round in batches with ``L == B``, except for `torch.nn.MultiheadAttention`.
-        * Where a strategy shards the weights (FSDP, ``ModelParallelStrategy``, DeepSpeed) all processes must run equally
-          many batches: fill up with examples of weight 0 (``weight_key``). Adapters of peft must be merged before the
-          weights are sharded, and tensor parallelism, which divides what a layer is given, is not supported.
+        * Where a strategy divides the weights (FSDP, ``ModelParallelStrategy``, DeepSpeed), all processes must
+          run the same number of batches: fill up with examples of weight 0 (``weight_key``). Merge adapters of peft
+          before the weights are divided. Tensor parallelism, which divides what a layer is given, is not supported.
+          With FSDP1 and DeepSpeed neither norms nor mixtures of experts are captured.
         * A layer whose weight is used without calling its module, such as ``out_proj`` of
           `torch.nn.MultiheadAttention`, is not seen and is listed in ``unreached``.
         * Compiled modules and the fast path of `torch.nn.TransformerEncoder` run uncompiled during the pass. Statistics
@@ -213,6 +214,11 @@ class PaveCallback(L.Callback):
             raise PaveError(
                 f"found no linear layers below {self.backbone or type(pl_module).__name__}: there is nothing to capture"
                 + (f"; it has {found} convolutions, which convolutions=True captures" if found else "")
+            )
+        if _is_divided(backbone) and has_adapters(backbone):
+            raise PaveError(
+                "adapters cannot be merged into weights of which each process holds a part: merge them before "
+                "(merge_and_unload), or capture with whole weights (strategy ddp, or a single device)"
             )
         self._switches.enter_context(merged_adapters(backbone))
         if "torch._dynamo" in sys.modules:
@@ -448,6 +454,15 @@ def _examples_counted(batch: Any, mask: Tensor | None, weights: Tensor | None) -
 def _count_examples(batch: Any) -> int:
     """Length of the first tensor in the batch that has one."""
     return next((len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim), 0)
+
+
+def _is_divided(module: nn.Module) -> bool:
+    """Whether FSDP or DeepSpeed have divided a module's weights. Who has such a model has imported them."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    kinds = () if fsdp is None else (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)
+    return any(isinstance(one, kinds) for one in module.modules()) or any(
+        hasattr(parameter, "ds_id") for parameter in module.parameters()
+    )
 
 
 def _val_loaders(trainer: L.Trainer) -> list[Any]:

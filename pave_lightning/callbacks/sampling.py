@@ -55,9 +55,7 @@ class RowSampler:
         """Whether any mask of this batch marks padding."""
         return any(mask is not None and mask.real is not None for mask in self._masks.values())
 
-    def begin_batch(
-        self, mask: Tensor | None, batch: int = 0, loader: int = 0, weights: Tensor | None = None
-    ) -> None:
+    def begin_batch(self, mask: Tensor | None, batch: int = 0, loader: int = 0, weights: Tensor | None = None) -> None:
         """Take the padding mask and the place of the next batch.
 
         Args:

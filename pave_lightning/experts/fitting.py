@@ -13,7 +13,8 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
-from torch import nn
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from torch import Tensor, nn
 
 from pave_lightning.errors import PaveError, reason
 from pave_lightning.experts.checkpoints import (
@@ -165,13 +166,17 @@ def _trained(
     each_epoch = MovableCheckpoint(dirpath=work_folder, filename="last", enable_version_counter=False)
     started = _Begun()
     callbacks: list[Callback] = [checkpoint, each_epoch, started]
+    if str(begun.settings.get("strategy", "")).startswith("deepspeed"):
+        callbacks.remove(each_epoch)  # from which nothing could go on
+    # Later some strategies let the module see parts of its weights only.
+    expected = {name: torch.empty(value.shape, device="meta") for name, value in expert.state_dict().items()}
     if begun.early_stopping is not None:
         # Not strict: an epoch without a validation pass has nothing to judge by, and training goes on.
         stopping = EarlyStopping(expert.monitor, mode="max", strict=False, **begun.early_stopping.model_dump())
         callbacks.append(stopping)
     if logger is not None:
         callbacks.append(LearningRateMonitor("step"))
-    problem = unusable_checkpoint(work_folder, expert.state_dict())
+    problem = unusable_checkpoint(work_folder, expected)
     if problem:
         start_anew(expert.name, work_folder, problem)
     last = work_folder / LAST
@@ -197,7 +202,7 @@ def _trained(
             raise
     if trainer.global_step == 0:
         raise PaveError(f"{expert.title}: nothing was trained; the trainer needs at least one step (max_epochs)")
-    score = _take_the_best(expert, checkpoint, work_folder / BEST, trainer, data)
+    score = _take_the_best(expert, checkpoint, work_folder / BEST, trainer, data, expected=expected)
     if is_sharded(trainer):
         expert = _in_one_piece(expert, prepare, work_folder / BEST)
     broken = [name for name, value in expert.model.named_parameters() if not is_finite(local_part(value.detach()))]
@@ -231,11 +236,19 @@ def validation_constants(task: Task, base: Path, seed: int, cache_folder: Path) 
 
 
 def _take_the_best(
-    expert: TaskExpert, checkpoint: ModelCheckpoint, best: Path, trainer: L.Trainer, data: L.LightningDataModule
+    expert: TaskExpert,
+    checkpoint: ModelCheckpoint,
+    best: Path,
+    trainer: L.Trainer,
+    data: L.LightningDataModule,
+    *,
+    expected: Mapping[str, Tensor],
 ) -> float:
     """Give an expert the weights with the best validation score, and return it; validates the last ones if needed."""
     score = float("-inf") if checkpoint.best_model_score is None else float(checkpoint.best_model_score)
-    if expert.validated_at != trainer.global_step:
+    # What these have taken apart, Lightning cannot set up once more.
+    once = isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy))
+    if expert.validated_at != trainer.global_step and not once:
         with quiet_lightning(), honest_interrupts():
             found, *_ = trainer.validate(expert, datamodule=data, verbose=False) or ({},)
         last = float(found.get(expert.monitor, "nan"))
@@ -248,7 +261,7 @@ def _take_the_best(
             f"{expert.title}: no validation pass ended, so there is no best checkpoint; the trainer needs at least "
             "one validation batch (limit_val_batches)"
         )
-    problem = damage_of(best, expert.state_dict())
+    problem = damage_of(best, expected, resumable=False)
     if problem:
         start_anew(expert.name, best.parent, f"the best checkpoint is damaged ({problem})")
         raise PaveError(f"{expert.title}: the best checkpoint was damaged; run the same command again")

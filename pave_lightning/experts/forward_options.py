@@ -31,4 +31,4 @@ def apply_forward_options(models: Sequence[nn.Module], options: Training) -> Non
     if options.compile:
         chosen = options.compile if isinstance(options.compile, Compile) else Compile()
         for module in dict.fromkeys(one for model in models for one in blocks(model) or [model]):
-            module.forward = torch.compile(module.forward, **chosen.model_dump())  # type: ignore[method-assign]
+            module.forward = torch.compile(module.forward, **chosen.model_dump())

@@ -49,9 +49,10 @@ def block_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
     found: dict[str, nn.ModuleList] = {}
     for path, module in model.named_modules():
         inside = any(path.startswith(f"{other}.") for other in found)
-        if not inside and isinstance(module, nn.ModuleList) and len(module) > 1:
-            if all(any(True for _ in block.children()) for block in module):
-                found[path] = module
+        if inside or not isinstance(module, nn.ModuleList) or len(module) < 2:
+            continue
+        if all(any(True for _ in block.children()) for block in module):
+            found[path] = module
     return found
 
 

@@ -1,7 +1,7 @@
 """Batches of weight 0: with them all processes run equally many forward passes, and still no row is counted twice.
 
-Strategies that shard the weights gather them in every forward pass, so a process that has run out of rows must go on for
-as long as the others do.
+Strategies that divide the weights gather them in every forward pass, so a process that has run out of rows must go on
+for as long as the others do.
 """
 
 from __future__ import annotations
@@ -115,5 +115,6 @@ class WeightedCollate:
         self._collate = collate
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
+        """A batch of the rows, with their weights."""
         plain = [{name: value for name, value in row.items() if name != WEIGHT} for row in rows]
         return {**self._collate(plain), WEIGHT: torch.tensor([row[WEIGHT] for row in rows])}

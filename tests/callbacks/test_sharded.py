@@ -5,7 +5,6 @@ from pathlib import Path
 import lightning.pytorch as L
 import pytest
 import torch
-from several_processes import run_together
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import BatchSampler, DataLoader
@@ -14,6 +13,7 @@ from pave_lightning.callbacks import PaveCallback
 from pave_lightning.errors import PaveError
 from pave_lightning.experts.sharding import FullyShardedStrategy
 from pave_lightning.statistics import TaskStatistics
+from several_processes import run_together
 
 WIDTH, LENGTH, EXAMPLES, SIZE = 6, 3, 7, 2
 
@@ -153,7 +153,9 @@ def test_examples_of_weight_zero_are_passed_over(options):
 
 
 def test_weights_that_cannot_be_told_apart_are_refused():
-    odd = [{"values": example["values"], "example_weight": torch.tensor(float(i))} for i, example in enumerate(examples())]
+    odd = [
+        {"values": example["values"], "example_weight": torch.tensor(float(i))} for i, example in enumerate(examples())
+    ]
     with pytest.raises(PaveError, match="examples of weight 0 into batches of their own"):
         validate(odd, None, strategy="auto", world=1)
     odd = [{**example, "example_weight": torch.ones(2)} for example in examples()]

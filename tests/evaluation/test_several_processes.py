@@ -4,20 +4,22 @@ import json
 
 import numpy as np
 import pytest
-from several_processes import run_together
 
 from pave_lightning.evaluation import Evaluator, ExpertsCandidate, MergedCandidate, SuiteData
 from pave_lightning.experts.trainers import build_trainer
 from pave_lightning.merging import merge
 from pave_lightning.merging.methods.task_arithmetic import TaskArithmetic
 from pave_lightning.tasks.predictions import read_predictions, write_predictions
+from several_processes import run_together
 
 
 def few(suite, rows):
     """The suite's tasks with so many test rows, all of them where that is None."""
     if rows is None:
         return suite.tasks
-    return [task.model_copy(update={"examples": task.examples.model_copy(update={"test": rows})}) for task in suite.tasks]
+    return [
+        task.model_copy(update={"examples": task.examples.model_copy(update={"test": rows})}) for task in suite.tasks
+    ]
 
 
 def score(rank, world, strategy, suite, rows, folder):
@@ -33,9 +35,7 @@ def score(rank, world, strategy, suite, rows, folder):
         trainer = build_trainer(
             {"accelerator": "cpu", "devices": world, "strategy": strategy}, root=folder, enable_progress_bar=False
         )
-        found = evaluator.score(
-            candidate, SuiteData([suite.data(task) for task in tasks], "test"), trainer, keep=True
-        )
+        found = evaluator.score(candidate, SuiteData([suite.data(task) for task in tasks], "test"), trainer, keep=True)
         told = {task: {"metrics": one.metrics, "examples": one.examples} for task, one in found.items()}
         (folder / f"{name}-{world}-{rank}.json").write_text(json.dumps(told))
         write_predictions(
@@ -53,8 +53,9 @@ def test_several_processes_give_the_scores_of_one(suite, tmp_path, strategy, wor
     score(0, 1, "auto", suite, rows, tmp_path)
     run_together(score, world, world, strategy, suite, rows, tmp_path)
     for name in ("experts", "merged"):
-        (alone, _), one = read_predictions(tmp_path / f"{name}-1-0.parquet"), json.loads(
-            (tmp_path / f"{name}-1-0.json").read_text()
+        (alone, _), one = (
+            read_predictions(tmp_path / f"{name}-1-0.parquet"),
+            json.loads((tmp_path / f"{name}-1-0.json").read_text()),
         )
         for rank in range(world):
             several = json.loads((tmp_path / f"{name}-{world}-{rank}.json").read_text())

@@ -6,7 +6,6 @@ import os
 import pytest
 import torch
 from safetensors.torch import load_file
-from several_processes import run_together
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
@@ -15,6 +14,7 @@ from pave_lightning.errors import Interrupted
 from pave_lightning.experts.fitting import fit_expert, save_expert
 from pave_lightning.experts.sharding import block_stacks, blocks
 from pave_lightning.experts.task_expert import TaskExpert
+from several_processes import run_together
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 16}
 FAMILIES = {

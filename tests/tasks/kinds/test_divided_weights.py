@@ -4,12 +4,12 @@ import json
 import math
 
 import pytest
-from several_processes import run_together
 
 from pave_lightning import TaskDataModule
 from pave_lightning.evaluation import Evaluator, ExpertsCandidate, SuiteData
 from pave_lightning.experts.trainers import build_trainer
 from pave_lightning.weights.architecture import Architecture
+from several_processes import run_together
 
 
 def score(rank, world, strategy, task, folder, tokenizer, place):
