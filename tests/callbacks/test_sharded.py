@@ -5,8 +5,10 @@ from pathlib import Path
 import lightning.pytorch as L
 import pytest
 import torch
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp.wrap import CustomPolicy
 from torch.utils.data import BatchSampler, DataLoader
 
 from pave_lightning.callbacks import PaveCallback
@@ -161,3 +163,32 @@ def test_weights_that_cannot_be_told_apart_are_refused():
     odd = [{**example, "example_weight": torch.ones(2)} for example in examples()]
     with pytest.raises(PaveError, match=r"must be a tensor of shape \(batch,\), found shape \(2, 2\)"):
         validate(odd, None, strategy="auto", world=1)
+
+
+class Wrapped(Expert):
+    """Divided by Lightning: all of it as one unit, and each block as another."""
+
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, FSDPStrategy):
+            chosen = set(self.blocks)
+            self.trainer.strategy.kwargs["auto_wrap_policy"] = CustomPolicy(lambda module: module in chosen)
+
+
+def capture_on_gpu(rank: int, strategy: str, folder: Path) -> None:
+    options = {"accelerator": "gpu", "devices": 1, "logger": False, "enable_checkpointing": False}
+    callback = PaveCallback(folder / "written")
+    trainer = L.Trainer(strategy=strategy, callbacks=callback, enable_progress_bar=False, **options)
+    trainer.validate(Wrapped(), DataLoader(examples(), batch_size=SIZE), verbose=False)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("strategy", ["fsdp", "deepspeed_stage_3"])
+def test_strategies_for_gpus_are_captured_under(strategy, tmp_path):
+    if strategy.startswith("deepspeed"):
+        pytest.importorskip("deepspeed")
+    run_together(capture_on_gpu, 1, strategy, tmp_path)
+    found = TaskStatistics.load(tmp_path / "written")
+    alone = validate(examples(), None, strategy="auto", world=1).statistics
+    assert found.layers() == alone.layers()
+    for name in alone:
+        torch.testing.assert_close(found[name].matrix, alone[name].matrix, rtol=1e-4, atol=1e-5)

@@ -57,7 +57,8 @@ def still_base(make_base):
 
 @pytest.fixture
 def make_task(task_files):
-    def build(world, strategy="fsdp2", trainer=(), **training):
+    def build(world, strategy=None, trainer=(), **training):
+        strategy = strategy or ("fsdp2" if world > 1 else "auto")
         return Task.model_validate(
             {
                 "name": "words",
@@ -65,7 +66,7 @@ def make_task(task_files):
                 "text": "text",
                 "classes": ["low", "high"],
                 "trainer": {
-                    **{"accelerator": "cpu", "devices": world, "strategy": strategy if world > 1 else "auto"},
+                    **{"accelerator": "cpu", "devices": world, "strategy": strategy},
                     **{"max_epochs": 2, "enable_progress_bar": False},
                     **dict(trainer),
                 },
@@ -167,3 +168,20 @@ def test_no_process_but_the_first_writes(make_task, still_base, tmp_path):
     files = {os.path.relpath(path, tmp_path / "two" / "expert") for path in (tmp_path / "two" / "expert").rglob("*")}
     assert {"model.safetensors", "config.json"} <= files
     assert not [name for name in files if name.endswith((".bin", ".ckpt", ".pt"))]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("strategy", ["fsdp2", "fsdp", "deepspeed_stage_2", "deepspeed_stage_3"])
+def test_strategies_for_gpus_train_and_save(make_task, still_base, tmp_path, strategy):
+    """One GPU will do; the run itself is that of the command, in a process of its own."""
+    if strategy.startswith("deepspeed"):
+        pytest.importorskip("deepspeed")
+    options = {"strategy": strategy, "trainer": {"accelerator": "gpu", "devices": 1}}
+    folder = tmp_path / "gpu"
+    folder.mkdir()
+    run_together(fit, 1, make_task(1, **options), still_base, folder)
+    alone, _ = fitted(make_task, still_base, tmp_path / "one", 1)
+    found = load_file(folder / "expert" / "model.safetensors")
+    assert list(found) == list(alone)
+    for name, value in alone.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-3)

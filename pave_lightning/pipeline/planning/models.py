@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pave_lightning.errors import PaveError, Problems, naming, nearest
+from pave_lightning.errors import PaveError, Problems, listed, naming, nearest
 from pave_lightning.experts.alignment import output_tables
 from pave_lightning.experts.loading import base_problem
+from pave_lightning.experts.trainer_options import machine_options, shards
 from pave_lightning.pipeline.bases import existing_folder, folder_of_base, reference_of_base
 from pave_lightning.pipeline.planning.experts import adapter_facts, expert_facts, is_unreadable
 from pave_lightning.pipeline.planning.lora import lora_problems
@@ -21,6 +22,7 @@ from pave_lightning.weights import Adapter, Architecture, Checkpoint
 from pave_lightning.weights.adapters import ADAPTER_CONFIG, adapter_folder
 from pave_lightning.weights.architecture import empty_model, read_config
 from pave_lightning.weights.completeness import naming_problem
+from pave_lightning.weights.configuration import differences_in_function
 from pave_lightning.weights.coverage import unmergeable
 from pave_lightning.weights.task_vectors import absent_children, differences
 from pave_lightning.weights.ties import tie_problems
@@ -145,6 +147,13 @@ def _expert_problems(task: Task, recipe: Recipe, base: Checkpoint, architecture:
     yield from differences(
         *(task.name, base, expert, architecture), matched=[name.removeprefix(own.start) for name in matched]
     )
+    different = differences_in_function(read_config(base.folder), read_config(folder))
+    if different and shards(machine_options(recipe.trainer)):
+        keys = listed([one.key for one in different], 3)
+        yield (
+            f"{where}: trainer.strategy: {folder} computes with a configuration of its own ({keys}), which cannot be "
+            "scored with divided weights; use strategy: ddp, or a single device"
+        )
     if expert.has_backbone_of(base):
         yield f"{where}: the backbone of {folder} is the base's, so there is nothing to merge; was it fine-tuned?"
     for name in expert.non_finite(absent_children(base, expert)):
