@@ -43,8 +43,9 @@ class TaskDataModule(LightningDataModule):
     Each split is encoded once, in `prepare_data`, and kept as an Arrow file (see `EncodedRows`); it is read
     memory-mapped, so processes share it. Give ``use_distributed_sampler=False`` to the trainer: the samplers
     here divide the rows themselves, by the world size and rank of the attached trainer (one process where there is
-    none, so set ``trainer`` before making loaders by hand). Where its strategy shards the weights, batches of
-    validation and test rows hold the weight of each example besides (see `stand_ins`).
+    none, so set ``trainer`` before making loaders by hand). Where its strategy shards the weights, or there
+    are fewer rows than processes, batches of validation and test rows hold the weight of each example besides (see
+    `stand_ins`).
 
     What batches hold is the kind of task's own affair, besides ``labels``; see `Task`.
 
@@ -159,7 +160,9 @@ class TaskDataModule(LightningDataModule):
     def _exact_loader(self, rows: datasets.Dataset, batch_size: int) -> DataLoader[Any]:
         world, rank = self._place()
         sampler = ExactSampler(_lengths(rows), world=world, rank=rank)
-        if self.trainer is None or not is_sharded(self.trainer):
+        # Lightning passes over the whole loop in a process without a batch, and the others would wait for its results.
+        waits = self.trainer is not None and (is_sharded(self.trainer) or len(rows) < world)
+        if not waits:
             return self._loader(rows, batch_size, sampler)
         return DataLoader(
             WeightedRows(rows.remove_columns("length")),

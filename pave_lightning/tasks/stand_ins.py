@@ -1,7 +1,7 @@
 """Batches of weight 0: with them all processes run equally many forward passes, and still no row is counted twice.
 
 Strategies that divide the weights gather them in every forward pass, so a process that has run out of rows must go on
-for as long as the others do.
+for as long as the others do. Nor may a process have no batch at all: Lightning would leave its results out.
 """
 
 from __future__ import annotations
