@@ -26,7 +26,7 @@ Collate = Callable[[Sequence[Mapping[str, Any]]], Batch]
 
 def is_sharded(trainer: L.Trainer) -> bool:
     """Whether a trainer's processes hold parts of the weights each, and so wait for each other in forward passes."""
-    return isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy))
+    return isinstance(getattr(trainer, "strategy", None), (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy))
 
 
 def split_weight(batch: Batch) -> tuple[Batch, bool]:
