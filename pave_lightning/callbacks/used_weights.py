@@ -75,7 +75,7 @@ class UsedWeights:
         for name in self._linear if self._is_searching else self._used:
             for module in self._linear[name]:
                 weight = getattr(module, "weight", None)
-                if isinstance(weight, nn.Parameter):  # what is made anew has no place of its own
+                if type(weight) is nn.Parameter:  # what is made anew, or divided, has no place of its own
                     self._weights.setdefault(weight.data_ptr(), []).append((name, module))
         if self._is_searching:
             self._enter()
