@@ -8,8 +8,8 @@ import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as L
@@ -17,13 +17,14 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from pave_lightning.errors import PaveError, foreign
 from pave_lightning.evaluation.candidates import Candidate
 from pave_lightning.evaluation.evaluator import Evaluator
 from pave_lightning.evaluation.harness import Facts
 from pave_lightning.experts.trainers import honest_interrupts, quiet_lightning
+from pave_lightning.tasks.data import quiet_datasets
 from pave_lightning.tasks.predictions import TaskPredictions
 
 # Those of lm-eval's own command, so that scores are the same: of random, of numpy, torch and the examples in prompts.
@@ -68,7 +69,7 @@ def load_tasks(facts: Facts, few_shot: int | None, *, allow_code: bool) -> dict[
         raise PaveError(f"{facts.name} runs code, which takes --allow-code-execution on the command line")
     from lm_eval.tasks import TaskManager
 
-    with _quiet(), _code(allow_code), foreign(f"lm-eval cannot prepare '{facts.name}'"):
+    with quiet_datasets(), _quiet(), _code(allow_code), foreign(f"lm-eval cannot prepare '{facts.name}'"):
         # Its own folder comes first, so that tasks of one's own stand in for others of the same name.
         folders = list(reversed(facts.folders))
         manager = TaskManager(include_path=folders, include_defaults=False)
@@ -103,11 +104,11 @@ class BenchmarkScorer(L.LightningModule):
         self,
         evaluator: Evaluator,
         candidate: Candidate,
+        *,
         task: str,
         processor: Any,
         name: str,
         loaded: Mapping[str, Any],
-        *,
         batch_size: int,
         limit: int | None = None,
         chat: bool = False,
@@ -128,7 +129,7 @@ class BenchmarkScorer(L.LightningModule):
             PaveError: lm-eval fails.
         """
         with quiet_lightning(), honest_interrupts():
-            trainer.test(self, dataloaders=DataLoader([0]), verbose=False)
+            trainer.test(self, dataloaders=DataLoader(TensorDataset(torch.zeros(1))), verbose=False)
         if self._found is None:
             raise PaveError(f"lm-eval gives no scores of '{self._name}'")
         return self._found

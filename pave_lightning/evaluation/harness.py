@@ -127,9 +127,7 @@ class Catalogue:
             hint = f"; {nearest(name, likely)}" if likely else ""
             raise PaveError(f"lm-eval has no task or group '{name}'{hint}")
         files, leaves = _members(self, name, path)
-        configs = list(leaves.values())
-        first = _read(files[0])
-        return _facts(name, files, list(leaves), configs, first, self.harness)
+        return _facts(name, files, leaves, self.harness)
 
 
 def _members(catalogue: Catalogue, name: str, path: Path) -> tuple[list[Path], dict[str, dict[str, Any]]]:
@@ -172,14 +170,8 @@ def _members(catalogue: Catalogue, name: str, path: Path) -> tuple[list[Path], d
     return files, leaves
 
 
-def _facts(
-    name: str,
-    files: Sequence[Path],
-    tasks: Sequence[str],
-    configs: Sequence[Mapping[str, Any]],
-    first: Mapping[str, Any],
-    harness: Path,
-) -> Facts:
+def _facts(name: str, files: Sequence[Path], leaves: Mapping[str, Mapping[str, Any]], harness: Path) -> Facts:
+    first, configs = _read(files[0]), list(leaves.values())
     sources = list(dict.fromkeys(found.file for config in configs for found in _references(config)))
     there = [file for file in sources if file.is_file()]
     texts = {file: file.read_text(encoding="utf-8", errors="replace") for file in there}
@@ -196,7 +188,7 @@ def _facts(
     return Facts(
         name=name,
         files=tuple(files),
-        tasks=tuple(tasks),
+        tasks=tuple(leaves),
         data=_distinct(_data_name(config) for config in configs if config.get("dataset_path")),
         local=tuple(dict.fromkeys(path for config in configs for path in _local_files(config))),
         metrics=_distinct(shown),
@@ -275,7 +267,7 @@ def _parsed(path: Path) -> Any:
         return Reference((path.parent / f"{module.replace('.', '/')}.py").resolve(), name)
 
     Loader.add_constructor("!function", reference)
-    return yaml.load(path.read_text(encoding="utf-8"), Loader)  # noqa: S506
+    return yaml.load(path.read_text(encoding="utf-8"), Loader)
 
 
 def _listed(value: Any) -> list[Any]:

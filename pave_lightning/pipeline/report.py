@@ -95,10 +95,10 @@ def collect_scores(results: Results) -> ScoreTable:
         kept, _ = read_predictions(results.path(benchmark) / FILE)
         predictions[what] = {**predictions[what], **kept}
         scores = result["scores"][name]
-        primary = primary_metric(benchmark, scores, result["lower"])
+        chosen = primary_metric(benchmark, scores, result["lower"])
         for metric, value in scores["metrics"].items():
             measured = {"task": name, "metric": metric, "value": value, "examples": scores["examples"]}
-            rows.append(Score.of(what, is_primary=metric == primary, **measured))
+            rows.append(Score.of(what, is_primary=metric == chosen, **measured))
     table = ScoreTable(rows, _constants(results))
     intervals = bootstrap_intervals(table, predictions, seed=results.recipe.seed)
     return ScoreTable(rows, table.constants, intervals)

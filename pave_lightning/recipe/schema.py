@@ -168,20 +168,16 @@ class Recipe(Section):
         folders: dict[str, str] = {name.lower(): f"the task '{name}'" for name in tasks}
         wrong = []
         for name, chosen in self.evaluate.lm_eval.benchmarks.items():
-            task = tasks.get(chosen.expert)
+            task, key = tasks.get(chosen.expert), f"{where}.{shortened(name)}"
             if task is None:
-                wrong.append(
-                    f"{where}.{shortened(name)}: no task is named '{chosen.expert}'; {nearest(chosen.expert, list(tasks))}"
-                )
+                wrong.append(f"{key}: no task is named '{chosen.expert}'; {nearest(chosen.expert, list(tasks))}")
             elif task.auto_model not in LANGUAGE_MODELS:
-                wrong.append(
-                    f"{where}.{shortened(name)}: lm-eval scores language models, but '{task.name}' is a {task.kind} task"
-                )
+                wrong.append(f"{key}: lm-eval scores language models, but '{task.name}' is a {task.kind} task")
             other = folders.setdefault(slug(name).lower(), f"the benchmark '{name}'")
             if other != f"the benchmark '{name}'":
                 wrong.append(
-                    f"{where}.{shortened(name)}: {other} has the same name in tables or folders; give the task another "
-                    "name, or leave the benchmark out"
+                    f"{key}: {other} has the same name in tables or folders; give the task another name, or leave the "
+                    "benchmark out"
                 )
         return wrong
 
