@@ -1,12 +1,13 @@
 """What runs of each kind on each family, and the page that shows it."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import transformers as hf
-from transformers.utils import logging
+from transformers.utils import logging as hf_logging
 
 from kinds_by_family.bases import write_base
 from kinds_by_family.rows import KINDS, task
@@ -24,26 +25,29 @@ from pave_lightning.tasks.task import kind_named
 PAGE = Path(__file__).parents[2] / "docs" / "kinds.md"
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 NONE, REFUSED = "", "refused"
+# Models that are merged whole: two tasks of one kind share all of it.
+WHOLE = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
+_log = logging.getLogger(__name__)
 
 
 def walk(family: str, folder: Path) -> dict[str, str]:
     """Run all kinds on a family; what came of each, as the page shows it."""
-    logging.set_verbosity_error()
+    hf_logging.set_verbosity_error()
     config = write_base(family, folder / "base")
-    cells: dict[str, str] = {}
-    together = []
+    cells = dict.fromkeys(KINDS, NONE)
+    heads: dict[str, list[str]] = {}
     for kind in KINDS:
-        if not _has_class(kind, config):
-            cells[kind] = NONE
-        elif kind_named(kind).has_head or kind == "sentence_similarity":
-            together.append(kind)
-        else:  # two of a kind: all of the model is merged, its scores of tokens as well
-            cells |= _run([(kind, "first"), (kind, "second")], folder, kind)
-    if len(together) > 1:
-        cells |= _run([(kind, kind) for kind in together], folder, "together")
-    elif together:
-        cells |= _run([(together[0], "first"), (together[0], "second")], folder, together[0])
-    return {kind: cells[kind] for kind in KINDS}
+        if _has_class(kind, config):
+            heads.setdefault(kind_named(kind).auto_model, []).append(kind)
+    headed = [kind for name, kinds in heads.items() if name not in WHOLE for kind in kinds]
+    found = _run(headed, folder, "together") if headed else {}
+    if REFUSED in found.values():
+        found = {}
+        for name in heads.keys() - set(WHOLE):
+            found |= _run(heads[name], folder, name)
+    for name in heads.keys() & set(WHOLE):
+        found |= _run(heads[name], folder, name)
+    return cells | found
 
 
 def _has_class(kind: str, config: Any) -> bool:
@@ -55,8 +59,9 @@ def _has_class(kind: str, config: Any) -> bool:
     )
 
 
-def _run(tasks: list[tuple[str, str]], folder: Path, name: str) -> dict[str, str]:
+def _run(kinds: list[str], folder: Path, name: str) -> dict[str, str]:
     """Fine-tune, capture, purify, merge and score; for each kind how many layers were captured."""
+    tasks = [(kind, kind) for kind in kinds] + ([(kinds[0], "another")] if len(kinds) == 1 else [])
     rows = folder / "rows" / name
     rows.mkdir(parents=True)
     recipe = Recipe.model_validate(
@@ -76,9 +81,8 @@ def _run(tasks: list[tuple[str, str]], folder: Path, name: str) -> dict[str, str
     try:
         check_recipe(recipe, place)
     except PaveError as error:
-        refusal = kind_named(tasks[0][0])
-        assert any(word in str(error) for word in ("base:", "reads words", "encoder")), (refusal, str(error))
-        return {kind: REFUSED for kind, _ in tasks}
+        _log.info("%s, %s: %s", folder, name, error)
+        return dict.fromkeys(kinds, REFUSED)
     runner = Runner(Context(Results(recipe, place)))
     runner.run(stages_of(runner.results))
     _check_scores(recipe, runner.results)
@@ -90,7 +94,7 @@ def _run(tasks: list[tuple[str, str]], folder: Path, name: str) -> dict[str, str
                 isinstance(model, getattr(hf, one.auto_model)._model_mapping[type(model.config)])
                 or one.has_head is False
             )
-    return {kind: f"{captured[called]} layers" for kind, called in tasks}
+    return {kind: f"{captured[kind]} layers" for kind in kinds}
 
 
 def _check_scores(recipe: Recipe, results: Results) -> None:
