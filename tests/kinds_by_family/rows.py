@@ -1,4 +1,4 @@
-"""Rows of every kind of task, in words that the tokenizer of all families knows, and the keys that a recipe says of it."""
+"""Rows of every kind of task, in words that the tokenizer of all families knows, and what a recipe says of it."""
 
 import io
 import json
