@@ -12,10 +12,10 @@ from pave_lightning.evaluation.options import LmEval
 from pave_lightning.evaluation.scale_search import ScaleSearcher
 from pave_lightning.experts.trainer_options import machine_options
 from pave_lightning.experts.trainers import build_trainer, quiet_lightning
+from pave_lightning.pipeline.benchmark_facts import facts_of
 from pave_lightning.pipeline.context import Context, shared
 from pave_lightning.pipeline.scoring import score_inputs
 from pave_lightning.pipeline.stages.align import experts, own_experts
-from pave_lightning.pipeline.stages.benchmark import facts_of
 from pave_lightning.pipeline.stages.fit import own_digests
 from pave_lightning.pipeline.task_data import data_module
 

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pave_lightning.errors import PaveError, listed
 from pave_lightning.evaluation.harness import Facts
 from pave_lightning.evaluation.options import Benchmark, LmEval
+from pave_lightning.pipeline.benchmark_facts import facts_of
 from pave_lightning.pipeline.launching import CODE_OPTION
 from pave_lightning.pipeline.results import Results
-from pave_lightning.pipeline.stages.benchmark import benchmark_stages, facts_of
+from pave_lightning.pipeline.stages.benchmark import benchmark_stages
 from pave_lightning.recipe.schema import Recipe
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cache
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, cast
 
 from pave_lightning.config import slug
 from pave_lightning.errors import PaveError, doing
-from pave_lightning.evaluation.harness import Catalogue, Facts
 from pave_lightning.evaluation.options import LmEval
+from pave_lightning.pipeline.benchmark_facts import facts_of
 from pave_lightning.pipeline.context import Context
 from pave_lightning.pipeline.results import Results
 from pave_lightning.pipeline.stage import Stage
@@ -138,22 +136,3 @@ def primary_metric(stage: BenchmarkStage, scores: Mapping[str, Any], lower: Iter
         hint = f"name another one: {', '.join(better)}" if better else "leave this benchmark out"
         raise PaveError(f"{where}: '{found}' is better the lower it is, and tables compare by higher scores; {hint}")
     return found
-
-
-def facts_of(options: LmEval, benchmark: str) -> Facts:
-    """What a benchmark fetches and runs.
-
-    Raises:
-        PaveError: lm-eval is not installed, or has no such task.
-    """
-    return _facts(options.folder, benchmark)
-
-
-@cache
-def _facts(folder: str | None, benchmark: str) -> Facts:
-    return _catalogue(folder).facts(benchmark)
-
-
-@cache
-def _catalogue(folder: str | None) -> Catalogue:
-    return Catalogue(None if folder is None else Path(folder))

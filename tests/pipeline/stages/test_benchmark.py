@@ -315,10 +315,10 @@ def test_options_have_a_short_form():
 
 def test_a_missing_package_is_told(settings, tmp_path, monkeypatch):
     from pave_lightning.evaluation import harness
-    from pave_lightning.pipeline.stages import benchmark
+    from pave_lightning.pipeline import benchmark_facts
 
-    benchmark._facts.cache_clear()
-    benchmark._catalogue.cache_clear()
+    benchmark_facts._facts.cache_clear()
+    benchmark_facts._catalogue.cache_clear()
     monkeypatch.setattr(harness, "PACKAGE", "a_package_that_is_not_there")
     with pytest.raises(PaveError, match=r"run: pip install 'pave-lightning\[lm-eval\]'"):
         check_recipe(Recipe.model_validate(settings), RunFolder(tmp_path / "plan"), evaluates=True)
