@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -248,6 +249,21 @@ class Evaluator(L.LightningModule):
                 found[task.name] = head_rows(task, self._adapted[task.name], placed)
         self._adapted, self._loaded = {}, None
         return found
+
+    @contextmanager
+    def model_of(self, candidate: Candidate, task: str) -> Iterator[nn.Module]:
+        """A candidate's model of a task, with its head, while the block runs; its weights must not be changed.
+
+        Args:
+            candidate: the model.
+            task: name of the task.
+        """
+        self._candidate, self._loaded = candidate, None
+        self._prepare([one.name for one in self.tasks].index(task))
+        try:
+            yield self._adapted[task]
+        finally:
+            self._adapted, self._loaded = {}, None
 
     def last_layer(self, task: str) -> tuple[str | None, nn.Linear | None]:
         """Name and layer of what gives the outputs of a task's head, as its expert has it; None where it has none."""
