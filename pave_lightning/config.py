@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -39,6 +39,34 @@ def _path(text: str) -> str:
     return text
 
 
+# In which type merged weights are written: each as the base stores it, or all in one.
+WrittenDtype = Literal["base", "float32", "bfloat16", "float16"]
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def bytes_of(size: int | str) -> int:
+    """A size in bytes: a number, or a number with one of the units KB, MB, GB, TB (decimal) and KiB, MiB, GiB (binary).
+
+    Raises:
+        ValueError: it is no such size, or not above zero.
+
+    Example:
+        >>> bytes_of("5GB"), bytes_of("0.5 MiB"), bytes_of(1000)
+        (5000000000, 524288, 1000)
+    """
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?) ?([A-Za-z]{0,3})", str(size).strip())
+    unit = None if found is None else _UNITS.get(found[2].upper())
+    if found is None or unit is None or (count := int(float(found[1]) * unit)) < 1:
+        raise ValueError("must be a size above zero, such as 5GB, 500MB or a number of bytes")
+    return count
+
+
+def _size(value: int | str) -> int | str:
+    bytes_of(value)
+    return value
+
+
+FileSize = Annotated[int | str, AfterValidator(_size)]
 Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=LONGEST_NAME), AfterValidator(usable_name)]
 FolderPath = Annotated[str, AfterValidator(_path)]
 
@@ -92,7 +120,8 @@ def options_of(kind: type[AnyOptions], given: Mapping[str, Any], whose: str) -> 
                 problems.add(f"{key}: is missing, and has no default")
             else:
                 wrong = found["msg"].removeprefix("Input ").removeprefix("Value error, ")
-                problems.add(f"{key}: {wrong}, found {shortened(repr(found['input']))}")
+                told = f"{key}: {wrong}, found {shortened(repr(found['input']))}" if key else wrong
+                problems.add(told)
         problems.raise_if_any()
         raise
 

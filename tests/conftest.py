@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: one thread, no network, tiny random models on disk."""
 
 import atexit
+import hashlib
 import logging
 import os
 import shutil
@@ -140,6 +141,28 @@ def expert_folders(base_folder, make_expert):
         "second": make_expert(base_folder, seed=2, num_labels=3),
         "third": make_expert(base_folder, seed=3, num_labels=1),
     }
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """Puts files into a hub cache as `hf download` leaves them; the hub itself is not asked."""
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def keep(name, files, *, revision="main", folder=""):
+        place = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+        commit = hashlib.sha1(revision.encode()).hexdigest()
+        (place / "refs").mkdir(parents=True, exist_ok=True)
+        (place / "refs" / revision).write_text(commit)
+        inside = place / "snapshots" / commit / folder
+        inside.mkdir(parents=True, exist_ok=True)
+        for file in files:
+            shutil.copyfile(file, inside / file.name)
+        return inside
+
+    return keep
 
 
 @pytest.fixture(scope="session")

@@ -62,7 +62,9 @@ def test_help_is_fast_and_loads_nothing_heavy():
     assert min(took) < 1.0
 
 
-@pytest.mark.parametrize("command", [*RECIPE_COMMANDS, "sweep", "compare", "methods", "transforms", "schema"])
+@pytest.mark.parametrize(
+    "command", [*RECIPE_COMMANDS, "sweep", "compare", "convert", "export", "methods", "transforms", "schema"]
+)
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
@@ -166,7 +168,7 @@ def test_mistakes_in_the_options_of_transforms_are_told_beside_those_of_the_reci
     assert "vectors.two.0: unknown transform 'depth'" in told
     assert "vectors.two.1: the options of transform 'pave'" in told
     assert "vectors.unused.0: the options of transform 'depth_scale'" in told
-    assert "first: is missing" in told
+    assert "it scales nothing; give factors, such as {first: 0.5}" in told
 
 
 def test_print_config_shows_every_default_and_is_a_recipe_itself(capsys, recipe_file, tmp_path):
@@ -198,7 +200,7 @@ def test_transforms_lists_all_of_them(capsys, monkeypatch):
     assert all(name in shown for name in known_transforms())
     assert main(["transforms", "depth_scale"]) == 0
     shown = capsys.readouterr().out
-    assert "first (required): Factor of the first block" in shown
+    assert "first (default 1.0): Factor of the first block" in shown
     assert "last (default 1.0)" in shown
     assert "did you mean 'pave'" in fails(["transforms", "pavee"], capsys)
 

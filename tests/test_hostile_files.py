@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pave_lightning.errors import PaveError
-from pave_lightning.experts.adapters import adapter_problems, load_adapter_alone
+from pave_lightning.experts.adapters import load_adapter_alone
 from pave_lightning.experts.loading import load_expert
 from pave_lightning.merging.folders import load_merged, merged_facts
 from pave_lightning.merging.modulators import LowRank, Modulator
@@ -22,6 +22,7 @@ from pave_lightning.statistics.gradients import TaskGradients
 from pave_lightning.tasks.task import Task
 from pave_lightning.tasks.tokenizers import load_tokenizer
 from pave_lightning.weights import Adapter, Architecture, Checkpoint
+from pave_lightning.weights.adapter_models import adapter_problems
 
 TASK = Task.model_validate({"name": "t", "data": {}, "text": "text", "classes": 2})
 RECIPE = "name: demo\nbase: folder\ntasks: [pocket/movie, {use: pocket/isa, text: [a, b], classes: [x, y]}]\n"

@@ -19,6 +19,7 @@ from pave_lightning.errors import PaveError
 from pave_lightning.layers import CONVOLUTIONS, matrix_weight
 from pave_lightning.statistics import LayerMoment, Moments, SecondMoment, captured_kind
 from pave_lightning.statistics.second_moment import float32_products_are_exact, full_precision
+from pave_lightning.subspace import is_finite
 
 # Values of patches that are copied at a time: 16 MB in float32.
 PATCH_ELEMENTS = 4_000_000
@@ -142,15 +143,15 @@ class LinearObserver:
         self._groups.reduce(device)
 
     def moments(self) -> dict[str, LayerMoment]:
-        """Means of all layers that have seen a row, on the CPU, in the order of the layers.
+        """Means of all layers that have seen a row, on the CPU, in the order of the layers; the sums are let go.
 
         Raises:
             PaveError: a layer has seen NaN or infinite values.
         """
         means: dict[str, LayerMoment] = {}
         for members, moment in self._groups.moments():
-            mean = moment.moment()
-            if not torch.isfinite(mean.matrix).all():
+            mean = moment.finish()
+            if not is_finite(mean.matrix):
                 raise PaveError(
                     f"layer '{members[0]}' has seen NaN or infinite values in the {mean.rows} rows of its input "
                     "(tokens) that this pass counted: check the expert's weights and the precision of the Trainer"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DistributedSampler
 
+from pave_lightning.callbacks.adapters import merged_adapters, without_wrappers
 from pave_lightning.callbacks.experts import ExpertObserver
 from pave_lightning.callbacks.norms import NormObserver, norm_layers
 from pave_lightning.callbacks.observation import LinearObserver, matrix_layers
@@ -46,8 +47,8 @@ class PaveCallback(L.Callback):
     value) share one covariance for as long as that holds: one that is later given another tensor, or is called more or
     less often, goes on with a copy of the sums. Of mixtures of experts, whose weights are one parameter with three
     axes, each expert has a moment of the rows that reach it, under the name of the parameter and the expert's number
-    (``mlp.experts.down_proj.3``). Products are float32, sums float64, whatever the Trainer's precision.
-    Memory is that of the moments and does not grow with the data.
+    (``mlp.experts.down_proj.3``). Products are float32, sums compensated (see `CompensatedSum`), whatever the Trainer's
+    precision. Memory is that of the moments and does not grow with the data.
 
     Rows are rows of a layer's input (tokens), not of a file. Where the batch holds a mask of shape ``(B, L)``, rows of
     padded positions are dropped from inputs of shape ``(B, L, d_in)``, ``(L, B, d_in)`` and ``(B * L, d_in)``. Inputs
@@ -66,6 +67,9 @@ class PaveCallback(L.Callback):
     over the calls; the first batch, in which k is not known yet, counts k times its part. How many rows there were is
     kept with the statistics (`TaskStatistics.seen`).
 
+    In a model that peft has wrapped, adapters are merged into the weights for the time of the pass, and layers have the
+    names that they have without them.
+
     On demand the pass also takes, for each LayerNorm and RMSNorm, the mean squares of the normalised activations that
     its scale multiplies (`TaskStatistics.norms`), over rows that are chosen like those of the layers. They are computed
     from the norm's input in float32; norms of another form, such as batch norms, and norms that were not reached are
@@ -81,7 +85,7 @@ class PaveCallback(L.Callback):
         * The mask is the batch's own, or that of a decoder: a module that reorders the batch, cuts it up or adds tokens
           is not told apart. In models whose tensors are ``(L, B, d_in)`` the mask is
           read the wrong way round in batches with ``L == B``, except for `torch.nn.MultiheadAttention`.
-        * Weights sharded by FSDP or tensor parallelism are not supported. Merge adapters into the weights first.
+        * Weights sharded by FSDP or tensor parallelism are not supported.
         * A layer whose weight is used without calling its module, such as ``out_proj`` of
           `torch.nn.MultiheadAttention`, is not seen and is listed in ``unreached``.
         * Compiled modules and the fast path of `torch.nn.TransformerEncoder` run uncompiled during the pass. Statistics
@@ -197,13 +201,14 @@ class PaveCallback(L.Callback):
         _warn_of_repeated_examples(trainer)
         pl_module.eval()
         backbone = self._find_backbone(pl_module)
-        layers = matrix_layers(backbone, convolutions=self.convolutions)
+        layers = without_wrappers(matrix_layers(backbone, convolutions=self.convolutions), backbone)
         if not layers:
             found = len(matrix_layers(backbone, convolutions=True))
             raise PaveError(
                 f"found no linear layers below {self.backbone or type(pl_module).__name__}: there is nothing to capture"
                 + (f"; it has {found} convolutions, which convolutions=True captures" if found else "")
             )
+        self._switches.enter_context(merged_adapters(backbone))
         if "torch._dynamo" in sys.modules:
             # Code that was compiled before the hooks were registered would pass them over in silence.
             self._switches.enter_context(torch.compiler.set_stance("force_eager"))
@@ -230,7 +235,7 @@ class PaveCallback(L.Callback):
         )
         self._experts = ExpertObserver(backbone, self.moments, sampler, self._part, keep_rows=self.keep_rows)
         self._switches.callback(self._experts.remove)
-        norms = norm_layers(backbone) if self.norms else {}
+        norms = without_wrappers(norm_layers(backbone), backbone) if self.norms else {}
         self._norms = norms
         self._norm_observer = NormObserver(norms, sampler, self._part)
 

@@ -167,10 +167,11 @@ class InputGroups:
             self._of.update(dict.fromkeys(members, group))
 
     def moments(self) -> Iterator[tuple[list[str], SecondMoment]]:
-        """Layers that share a moment, and the moment, where it has a row."""
+        """Layers that share a moment, and the moment, where it has a row; each is given away, and is here no more."""
         for group in self._distinct():
-            if group.moment is not None and group.moment.rows:
-                yield group.members, group.moment
+            moment, group.moment = group.moment, None  # or else sums and means of all layers would be there at once
+            if moment is not None and moment.rows:
+                yield group.members, moment
 
     def _distinct(self) -> list[InputGroup]:
         return list({id(group): group for group in self._of.values()}.values())

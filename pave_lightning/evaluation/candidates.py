@@ -7,11 +7,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from itertools import chain
 
+import torch
 from torch import Tensor, nn
 
+from pave_lightning.config import WrittenDtype
+from pave_lightning.errors import PaveError
 from pave_lightning.merging.modulators import Modulator
 from pave_lightning.merging.running import MergedVectors
-from pave_lightning.weights import Checkpoint, TaskVectors
+from pave_lightning.weights import Checkpoint, TaskVectors, rounded, written_dtype
 
 
 class Candidate(ABC):
@@ -130,17 +133,41 @@ class MergedCandidate(Candidate):
         source: gives the base's tensors.
         merged: merged task vectors, and what per-task methods keep for each task.
         scale: what the merged task vector is multiplied with.
+        dtype: in which type the model would be written, as `write_merged` takes it: what is scored are the rounded
+            weights.
     """
 
-    def __init__(self, source: TaskVectors, merged: MergedVectors, scale: float = 1.0) -> None:
-        self._source, self._merged, self._scale = source, merged, scale
+    def __init__(
+        self, source: TaskVectors, merged: MergedVectors, scale: float = 1.0, dtype: WrittenDtype = "base"
+    ) -> None:
+        self._source, self._merged, self._scale, self._dtype = source, merged, scale, dtype
         self.shared = not merged.per_task
 
     def weights(self, task: str) -> Iterator[tuple[str, Tensor]]:
-        """The tensors for a task: base + scale * the task's own vector."""
+        """The tensors for a task: base + scale * the task's own vector, as they would be written.
+
+        Of a per-task method the unified weights are written, and rounded; what a task makes of them is not.
+        """
         for parameter in self._source.parameters:
-            yield parameter.name, self._source.base(parameter) + self._scale * self._merged.own(task, parameter.name)
-        yield from self._source.running_statistics()
+            name, base = parameter.name, self._source.base(parameter)
+            unified = self._merged.vectors[name]
+            if self._merged.per_task:
+                if self._written(name) != torch.float32:
+                    unified = self._rounded(name, base + unified) - base
+                yield name, base + self._scale * self._merged.own(task, name, unified)
+            else:
+                yield name, self._rounded(name, base + self._scale * unified)
+        for name, value in chain(self._source.unmerged(), self._source.running_statistics()):
+            yield name, self._rounded(name, value)
+
+    def _written(self, name: str) -> torch.dtype:
+        return written_dtype(self._dtype, self._source.stored_dtype(name))
+
+    def _rounded(self, name: str, exact: Tensor) -> Tensor:
+        try:
+            return rounded(exact, self._written(name), name).float()
+        except PaveError:  # what cannot be written has no scores
+            return torch.full_like(exact, torch.nan)
 
 
 class ModulatedCandidate(Candidate):
@@ -164,6 +191,5 @@ class ModulatedCandidate(Candidate):
         for name in self._unified:
             tensor = self._unified.tensor(name)
             if name in own:
-                base = self._base.tensor(name).float()
-                tensor = base + modulator.apply(name, tensor.float() - base)
+                tensor = modulator.weight(name, self._base.tensor(name), tensor)
             yield name, tensor

@@ -28,7 +28,7 @@ from pave_lightning.tasks.tokenizers import set_padding
 from pave_lightning.weights import Architecture, Checkpoint
 from pave_lightning.weights.architecture import backbone_of, empty_model, name_prefix, read_config, with_backbone
 from pave_lightning.weights.configuration import differences_in_function
-from pave_lightning.weights.embeddings import resize_rows
+from pave_lightning.weights.embeddings import resize_rows, scoring_layer
 from pave_lightning.weights.task_vectors import absent_children, own_token_rows
 
 Split = Literal["validation", "test"]
@@ -110,6 +110,9 @@ class Evaluator(L.LightningModule):
         self._private: dict[str, dict[str, Tensor]] = {}
         self._own_rows: dict[str, dict[str, Tensor]] = {}
         self._token_embeddings: tuple[str, ...] = ()
+        # Weights that score tokens; of how many tokens the model at hand has rows, with and without a task's own.
+        self._score_tables: set[str] = set()
+        self._rows = self._shared_rows = 0
         self._base = base
         models = [self._headed(task, experts[task.name], base) for task in tasks]
         self.backbone: nn.Module = _widest_backbone(tasks, base.folder)
@@ -119,6 +122,15 @@ class Evaluator(L.LightningModule):
         for task in tasks:
             self._own_rows[task.name] = own_token_rows(base, experts[task.name], architecture)
         own = [self._with_own_configuration(task, experts[task.name].folder, base.folder) for task in tasks]
+        for backbone in {id(one): one for one in (self.backbone, *own)}.values():
+            if (layer := scoring_layer(backbone)) is not None:
+                self._score_tables |= {
+                    name
+                    for name, found in backbone.named_parameters(remove_duplicate=False)
+                    if any(found is one for one in layer.parameters())
+                }
+                # A bound method would be copied, and this with it, when a candidate adapts a copy of the model.
+                layer.register_forward_hook(lambda *given: self._hide(*given))  # noqa: PLW0108
         self.own_backbones = nn.ModuleList(found for found in own if found is not self.backbone)
         self._own = own
         self._asked = [{name for name, _ in backbone_of(model).named_parameters()} for model in models]
@@ -153,7 +165,14 @@ class Evaluator(L.LightningModule):
         stored = [held.backbone.get(name) for held in checkpoints for name in self._token_embeddings]
         rows = [found.shape[0] for found in stored if found is not None]
         if rows:
-            resize_rows(self.backbone, max(rows))
+            resize_rows(self.backbone, max(rows), scores=True)
+
+    def _hide(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """Scores of tokens, without those that the model at hand has no row for."""
+        if self._rows == 0 or self._rows >= output.shape[-1]:
+            return output
+        hidden = torch.arange(output.shape[-1], device=output.device) >= self._rows
+        return output.masked_fill(hidden, torch.finfo(output.dtype).min)
 
     def _with_own_configuration(self, task: Task, expert: Path, base: Path) -> nn.Module:
         """The backbone as an expert's configuration builds it, with the same parameters; the base's where it agrees."""
@@ -182,7 +201,7 @@ class Evaluator(L.LightningModule):
         """
         self._candidate, self._loaded = candidate, None
         self._data = data
-        self._kept = KeptPredictions(len(self.tasks)) if keep else None
+        self._kept = KeptPredictions(len(self.tasks), [task.mean_metrics for task in self.tasks]) if keep else None
         self._counts = [0] * len(self.tasks)
         self._broken: list[int | Tensor] = [0] * len(self.tasks)
         for metrics in self._metrics:
@@ -230,7 +249,10 @@ class Evaluator(L.LightningModule):
         backbone = self._own[dataloader_idx] if self._candidate.own_configuration else self.backbone
         self._models[dataloader_idx] = with_backbone(self._models[dataloader_idx], backbone)
         if self._loaded is None or not self._candidate.shared:
+            self._rows = 0
             self._given = self._load(backbone, self._candidate.weights(task))
+            self._shared_rows = self._rows
+        self._rows = self._shared_rows
         asked = self._asked[dataloader_idx]
         given = self._given | self._load(backbone, self._private[task].items())
         self._load(backbone, self._own_rows[task].items(), beyond=self._base)
@@ -265,9 +287,11 @@ class Evaluator(L.LightningModule):
             if name not in own:
                 continue
             target = own[name]
-            if name in self._token_embeddings:
+            if name in self._token_embeddings or name in self._score_tables:
                 first = 0 if beyond is None else beyond.backbone[name].shape[0]
                 target = target[first : first + len(tensor)]
+                if name in self._token_embeddings:
+                    self._rows = max(self._rows, first + len(tensor))
             target.copy_(tensor)
             given.add(name)
         return given
@@ -275,13 +299,14 @@ class Evaluator(L.LightningModule):
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add one batch to its task's metrics."""
         task = self.tasks[dataloader_idx]
-        found = task.predict(self._adapted[task.name], batch)
+        found = task.respond(self._adapted[task.name], batch, self._data.modules[dataloader_idx].processor)
         self._broken[dataloader_idx] += found.broken
         if len(found.values):  # of some rows a tokenizer leaves nothing that is predicted
-            self._metrics[dataloader_idx].update(found.values, found.targets)
+            self._metrics[dataloader_idx].update(found.values, found.targets, **found.further)
         done, examples = self._counts[dataloader_idx], len(batch["labels"])
         if self._kept is not None:
-            self._kept.add(dataloader_idx, found, self._data.orders[dataloader_idx][done : done + examples])
+            rows = self._data.orders[dataloader_idx][done : done + examples]
+            self._kept.add(dataloader_idx, found, rows, task.row_scores(found) if task.mean_metrics else None)
         self._counts[dataloader_idx] += examples
 
     def on_test_epoch_end(self) -> None:

@@ -103,6 +103,9 @@ def fit_head(
 ) -> LinearFit:
     """The last layer of a head for the features of another backbone.
 
+    Classes are fitted by their softmax, labels that hold by themselves by their sigmoids. Numbers, and outputs of which
+    one among several rows is right (choices, tokens), are fitted by least squares: to what the expert says, or labels.
+
     Args:
         task: its kind says what the outputs are.
         heads: how it is fitted; not ``expert``.

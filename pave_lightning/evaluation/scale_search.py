@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from pave_lightning.config import WrittenDtype
 from pave_lightning.errors import PaveError
 from pave_lightning.evaluation.candidates import Candidate, ExpertsCandidate, MergedCandidate
 from pave_lightning.evaluation.evaluator import Evaluator, SuiteData, refuse_non_finite
@@ -69,6 +70,7 @@ class ScaleSearcher:
         root: its folder.
         references: validation scores of these very experts that are known already, by the rows a task; filled here, so
             that several searchers may share them.
+        of_experts: what scores the experts and gives their data, where they read with other tokens than candidates.
     """
 
     def __init__(
@@ -82,7 +84,9 @@ class ScaleSearcher:
         precision: str,
         root: Path,
         references: dict[int | None, dict[str, float]] | None = None,
+        of_experts: tuple[Evaluator, Callable[[Task], TaskDataModule]] | None = None,
     ) -> None:
+        self._of_experts = of_experts or (evaluator, data)
         self.tasks, self.evaluator, self.experts, self.data = list(tasks), evaluator, experts, data
         self.options, self.precision, self.root = options, precision, root
         self._references = references if references is not None else {}
@@ -99,7 +103,14 @@ class ScaleSearcher:
         other._fit = fit
         return other
 
-    def best(self, source: TaskVectors, merged: MergedVectors, search: ScaleSearch, start: float = 1.0) -> FoundScale:
+    def best(
+        self,
+        source: TaskVectors,
+        merged: MergedVectors,
+        search: ScaleSearch,
+        start: float = 1.0,
+        dtype: WrittenDtype = "base",
+    ) -> FoundScale:
         """The best scale for merged task vectors, and every scale that was tried with its score.
 
         Args:
@@ -107,6 +118,7 @@ class ScaleSearcher:
             merged: what a method made of them.
             search: which scales are tried, and on how many rows.
             start: where an automatic search begins, the method's default scale; above zero.
+            dtype: in which type the model would be written; the rounded weights are scored.
 
         Raises:
             PaveError: no expert has a positive score, so nothing can be normalised.
@@ -115,7 +127,7 @@ class ScaleSearcher:
         candidates: dict[float, Candidate] = {}
 
         def average_at(scale: float) -> float:
-            candidates[scale], average = self.scored(MergedCandidate(source, merged, scale), search.examples)
+            candidates[scale], average = self.scored(MergedCandidate(source, merged, scale, dtype), search.examples)
             log.info("  scale %.4g: %.4f of the experts on validation", scale, average)
             return average
 
@@ -150,11 +162,12 @@ class ScaleSearcher:
                 finite.
         """
         if examples not in self._data:  # once: finding the tokenised rows takes longer than reading them
-            modules = [self.data(self._limited(task, examples)) for task in self.tasks]
-            self._data[examples] = SuiteData(modules, "validation")
+            self._data[examples] = self._suite(self.data, examples)
         data = self._data[examples]
         if examples not in self._references:
-            self._references[examples] = self._primary_scores(self.experts, data, whose="its own expert")
+            evaluator, own = self._of_experts
+            theirs = data if own is self.data else self._suite(own, examples)
+            self._references[examples] = self._primary_scores(self.experts, theirs, evaluator, whose="its own expert")
             known = data.constants()
             constants = {task.name: known[task.name][task.primary_metric] for task in self.tasks}
             if weak := weak_experts(self._references[examples], constants):
@@ -162,14 +175,20 @@ class ScaleSearcher:
         reference = {task: value for task, value in self._references[examples].items() if value > 0}
         if not reference:
             raise PaveError("no expert scores above zero on its validation split, so no scale can be chosen")
-        found = self._primary_scores(candidate, data)
+        found = self._primary_scores(candidate, data, self.evaluator)
         return sum(found[task] / value for task, value in reference.items()) / len(reference)
 
-    def _primary_scores(self, candidate: Candidate, data: SuiteData, whose: str = "") -> dict[str, float]:
+    def _suite(self, data: Callable[[Task], TaskDataModule], examples: int | None) -> SuiteData:
+        """The validation rows of all tasks, at most so many of each."""
+        return SuiteData([data(self._limited(task, examples)) for task in self.tasks], "validation")
+
+    def _primary_scores(
+        self, candidate: Candidate, data: SuiteData, evaluator: Evaluator, whose: str = ""
+    ) -> dict[str, float]:
         """Primary scores by task; NaN where outputs are not finite, which is refused of what ``whose`` names."""
         with quiet_lightning():
             trainer = build_trainer(self.options, root=self.root, precision=self.precision, enable_progress_bar=False)
-        scores = self.evaluator.score(candidate, data, trainer)
+        scores = evaluator.score(candidate, data, trainer)
         if whose:
             refuse_non_finite(scores, whose, "look for broken weights, or use a safer evaluate.precision")
         return {task.name: scores[task.name].metrics[task.primary_metric] for task in self.tasks}

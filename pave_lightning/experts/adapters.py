@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,15 @@ from pave_lightning.tasks.heads import HeadForm
 from pave_lightning.tasks.kinds.tokens import TOKENS
 from pave_lightning.tasks.task import Task, kind_of_adapters
 from pave_lightning.weights import Checkpoint, is_finite
-from pave_lightning.weights.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_settings
-from pave_lightning.weights.architecture import Architecture, backbone_of, empty_model, lies_in
-from pave_lightning.weights.checkpoint import StoredTensor, is_finite_in_float32, stored_tensors
-from pave_lightning.weights.embeddings import resize_rows, token_embeddings
+from pave_lightning.weights.adapter_models import adapter_problems, merged_weights, task_type, with_its_rows
+from pave_lightning.weights.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, WRAPPED
+from pave_lightning.weights.architecture import Architecture, empty_model, lies_in
+from pave_lightning.weights.checkpoint import StoredTensor, stored_tensors
 from pave_lightning.weights.task_vectors import absent_children
 
-WRAPPED = "base_model.model."
-# Settings of adapters that weights of the base's shape cannot hold.
-NOT_IN_WEIGHTS = {
-    "layer_replication": "layers of the base are repeated",
-    "alora_invocation_tokens": "it works on some tokens only",
-    "arrow_config": "it chooses among adapters for each token",
-}
+MERGE_FIRST = "merge it with peft first (merge_and_unload, save_pretrained) and name that folder"
+
+log = logging.getLogger("pave_lightning")
 
 
 def load_adapter(base: Path, folder: Path, task: Task) -> nn.Module:
@@ -67,10 +64,9 @@ def _merged(base: Path, folder: Path, task: str, describe: Callable[[], HeadForm
     with foreign(f"task '{task}': the adapter {folder} does not fit the base {base}"), warnings.catch_warnings():
         architecture = Architecture.of_folder(base, form.auto_model, **form.config)
         head = head_of_base(architecture, base, output_layer(base, form.auto_model))
-        model = _with_its_rows(load_base(base, form, head), folder)
+        model = with_its_rows(load_base(base, form, head), folder)
         warnings.simplefilter("ignore")  # of what is missing, which was asked for
-        adapted = PeftModel.from_pretrained(model, folder)
-        merged: nn.Module = adapted.merge_and_unload()
+        merged = merged_weights(PeftModel.from_pretrained(model, folder))
     broken = [name for name, value in merged.named_parameters() if not is_finite(value.detach())]
     if broken:
         raise PaveError(
@@ -78,44 +74,6 @@ def _merged(base: Path, folder: Path, task: str, describe: Callable[[], HeadForm
             "save the adapter again"
         )
     return merged.eval()
-
-
-def adapter_problems(folder: Path) -> list[str]:
-    """What is wrong with a peft adapter by itself; its tensors are read whole.
-
-    Raises:
-        PaveError: its file changed while it was read.
-    """
-    try:
-        settings = adapter_settings(folder)
-    except PaveError as error:
-        return [str(error)]
-    unmerged = [f"{key}: {why}" for key, why in NOT_IN_WEIGHTS.items() if settings.get(key)]
-    if unmerged:
-        why = "; ".join(unmerged)
-        return [f"the adapter {folder} is no change of the base's weights ({why}), so it cannot be merged"]
-    weights = folder / ADAPTER_WEIGHTS
-    if not weights.is_file():
-        return [f"{folder} has no adapter_model.safetensors; pickled adapters are refused"]
-    try:
-        stored = stored_tensors(weights, "save the adapter again")
-    except PaveError as error:
-        return [str(error)]
-    broken = [
-        name for name, found in stored.items() if found.is_floating and not is_finite_in_float32(Checkpoint.read(found))
-    ]
-    if broken:
-        return [
-            f"the adapter {folder} holds NaN, infinity, or values too large for float32 in {listed(broken, 3)}; "
-            "save the adapter again"
-        ]
-    return []
-
-
-def task_type(folder: Path) -> str | None:
-    """What peft was told that the adapter is for; None where that is nothing."""
-    kind = adapter_settings(folder).get("task_type")
-    return None if kind in (None, "") else str(kind)
 
 
 def fit_problems(base: Path, folder: Path, form: HeadForm) -> list[str]:
@@ -133,7 +91,7 @@ def fit_problems(base: Path, folder: Path, form: HeadForm) -> list[str]:
     output = output_layer(base, form.auto_model)
     required, from_base = required_weights(architecture, base), head_of_base(architecture, base, output)
     kind, prefix = architecture.model_class, architecture.prefix
-    model = _with_its_rows(empty_model(base, form.auto_model, **form.config), folder)
+    model = with_its_rows(empty_model(base, form.auto_model, **form.config), folder)
     try:
         with foreign(f"the adapter {folder} does not fit the base {base}"):
             given, missing, misfits = _placed(model, folder)
@@ -164,7 +122,7 @@ def fit_problems(base: Path, folder: Path, form: HeadForm) -> list[str]:
 def adds_nothing(base: Path, folder: Path, auto_model: str) -> bool:
     """Whether an adapter changes no weight of the backbone that the base has; reads no further than what does."""
     architecture = Architecture.of_folder(base, auto_model)
-    start = f"{WRAPPED}{architecture.prefix}."
+    start = f"{WRAPPED}{architecture.start}"
     stored = {
         name.removeprefix(start): found
         for name, found in stored_tensors(folder / ADAPTER_WEIGHTS).items()
@@ -186,7 +144,7 @@ def required_weights(architecture: Architecture, base: Path) -> list[str]:
         architecture: what the base's configuration gives with the head.
         base: folder of the base.
     """
-    prefix, names = f"{architecture.prefix}.", [weight.names[0] for weight in architecture.weights]
+    prefix, names = architecture.start, [weight.names[0] for weight in architecture.weights]
     backbone = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
     private = absent_children(architecture.checkpoint(base), backbone)
     return [name for name in names if not name.startswith(prefix) or lies_in(name.removeprefix(prefix), private)]
@@ -222,6 +180,8 @@ def _form_of_adapter(base: Path, folder: Path) -> HeadForm:
     """What the model is built from whose head an adapter holds."""
     kind = kind_of_adapters(task_type(folder), reads_tokens=Architecture.of_folder(base).main_input == TOKENS)
     stored = stored_tensors(folder / ADAPTER_WEIGHTS)
+    if not kind.has_head:
+        return HeadForm(kind.auto_model, kind.peft_type, kind.unnamed_head(0))
     output = output_layer(base, kind.auto_model)
     found = next((stored[WRAPPED + name] for name in output if WRAPPED + name in stored), None)
     if found is None:
@@ -235,31 +195,71 @@ def _placed(model: nn.Module, folder: Path) -> tuple[set[str], list[str], list[s
     from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
     config: Any = PeftConfig.from_pretrained(folder)
-    config.inference_mode = True
+    config.inference_mode, kind = True, config.peft_type.value
+    pruned = _pruned_ranks(config)
     if hasattr(config, "init_lora_weights"):
         config.init_lora_weights = True  # other ways to start look at the base's values
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        wrapped = get_peft_model(model, config, low_cpu_mem_usage=True)
-        if not hasattr(wrapped.base_model, "merge_and_unload"):
-            raise ValueError(f"adapters of kind {config.peft_type.value} change no weights, so they cannot be merged")
+        try:
+            wrapped = get_peft_model(model, config, low_cpu_mem_usage=True)
+        except NotImplementedError as error:  # of tensors without values
+            raise ValueError(f"adapters of kind {kind} are shaped by the base's values; {MERGE_FIRST}") from error
         asked = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+        shapes = {name: _pruned(name, value.shape, pruned) for name, value in asked.items()}
         stored = {
             name: torch.empty(found.shape, device="meta")
             for name, found in stored_tensors(folder / ADAPTER_WEIGHTS).items()
         }
         wrong = [
-            f"{_bare(name)} is {list(found.shape)} in the adapter, but {list(asked[name].shape)} in this base"
+            f"{_bare(name)} is {list(found.shape)} in the adapter, but {list(shapes[name])} in this base"
             for name, found in stored.items()
-            if name in asked and found.shape != asked[name].shape
+            if name in shapes and found.shape != shapes[name]
         ]
         if wrong:
             return {_bare(name) for name in stored}, [], _few(wrong)
-        placed = set_peft_model_state_dict(wrapped, {**asked, **stored})
+        placed = set_peft_model_state_dict(wrapped, {**stored, **asked})
+        if kind != "LORA":
+            _check_merge(wrapped, kind)
     surplus = set(placed.unexpected_keys)
     unplaced = [_bare(name) for name in stored if name not in asked and _inserted(name) & surplus]
     given = {_bare(name) for name in stored} - set(unplaced)
     return given, [_bare(name) for name in asked if name not in stored], _few([f"it has no {n}" for n in unplaced])
+
+
+def _pruned_ranks(config: Any) -> dict[str, int]:
+    """The ranks that AdaLoRA has left its layers, by names in the whole model; its configuration names none any more.
+
+    What is cut off is told by values, which plans do not read.
+    """
+    masks = config.rank_pattern if config.peft_type.value == "ADALORA" else None
+    if not masks:
+        return {}
+    config.rank_pattern = None
+    return {name.rpartition(".")[0]: sum(bool(kept) for kept in mask) for name, mask in masks.items()}
+
+
+def _pruned(name: str, shape: torch.Size, ranks: Mapping[str, int]) -> torch.Size:
+    """The shape of a tensor of an adapter with the ranks that its layers were left."""
+    layer, _, side = _bare(name).rpartition(".lora_")
+    if layer not in ranks:
+        return shape
+    return torch.Size([shape[0], ranks[layer]] if side == "B" else [ranks[layer], *shape[1:]])
+
+
+def _check_merge(wrapped: Any, kind: str) -> None:
+    """Find out whether peft can merge adapters of a kind, by merging ones without values.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    try:
+        wrapped.merge_and_unload()
+    except NotImplementedError as error:
+        if "meta" not in str(error):  # or else values are missing
+            raise ValueError(f"peft cannot merge adapters of kind {kind} into weights") from error
+    except RuntimeError:
+        log.debug("adapters of kind %s are not merged without values", kind)
 
 
 def _few(problems: list[str], most: int = 3) -> list[str]:
@@ -281,25 +281,3 @@ def _module_to_save(name: str, prefix: str) -> str:
     """The module to name for peft so that a parameter is saved: a direct child of the model or of its backbone."""
     parts = name.split(".")
     return ".".join(parts[: 2 if parts[0] == prefix else 1])
-
-
-def embedding_rows(adapter: Path, names: Collection[str]) -> int | None:
-    """How many tokens the embedding has that an adapter brings along whole; None where it brings none.
-
-    Args:
-        adapter: folder of the adapter.
-        names: names of the weight that has one row a token, inside the backbone.
-    """
-    for stored, tensor in stored_tensors(adapter / ADAPTER_WEIGHTS).items():
-        plain = stored.replace(".base_layer.", ".").replace(".modules_to_save.", ".").replace(".default.", ".")
-        if any(plain.endswith(f".{name}") for name in names):
-            return tensor.shape[0]
-    return None
-
-
-def _with_its_rows(model: nn.Module, folder: Path) -> nn.Module:
-    """The model with as many rows of its token embedding as an adapter brings along, where it brings any."""
-    rows = embedding_rows(folder, token_embeddings(backbone_of(model)))
-    if rows is not None:
-        resize_rows(backbone_of(model), rows)
-    return model

@@ -24,7 +24,8 @@ from pave_lightning.experts.checkpoints import (
     start_anew,
     unusable_checkpoint,
 )
-from pave_lightning.experts.loading import add_adapters, load_with_new_head, quiet_transformers
+from pave_lightning.experts.loading import load_with_new_head
+from pave_lightning.experts.new_adapters import add_adapters, keep_start, save_adapter
 from pave_lightning.experts.schedule import training_settings
 from pave_lightning.experts.task_expert import TaskExpert, freeze
 from pave_lightning.experts.trainers import build_trainer, honest_interrupts, quiet_lightning
@@ -39,10 +40,9 @@ from pave_lightning.tasks.metrics import weak_experts
 from pave_lightning.tasks.options import EarlyStopping as EarlyStoppingOptions
 from pave_lightning.tasks.task import Task
 from pave_lightning.tasks.tokenizers import load_tokenizer, padding_note
-from pave_lightning.weights import Checkpoint
-from pave_lightning.weights.architecture import backbone_of
+from pave_lightning.weights.architecture import Architecture, backbone_of
+from pave_lightning.weights.quiet import quiet_transformers
 from pave_lightning.weights.task_vectors import absent_children
-from pave_lightning.weights.ties import tied_names
 
 log = logging.getLogger("pave_lightning")
 
@@ -100,12 +100,14 @@ def fit_expert(
         freeze(model, task.training.freeze)
         if task.training.lora is not None:
             backbone = backbone_of(model)
-            stored = Checkpoint(base, str(model.base_model_prefix), tied_names(backbone))
+            stored = Architecture.of_model(model).checkpoint(base)
             private = absent_children(stored, dict(backbone.named_parameters()))
             frozen = task.training.freeze
             model = add_adapters(model, task.training.lora, task.peft_type, frozen=frozen, private=private)
+            if is_rank_zero():
+                keep_start(model, task.training.lora, work_folder)
         data = task_data(task, base, model, seed, cache_folder)
-        expert = TaskExpert(model, task, seed=seed)
+        expert = TaskExpert(model, task, seed=seed, processors=[data.processor])
         return Prepared(expert, data, training_settings(task), task.training.early_stopping)
 
     expert, score = trained(prepare, work_folder, logger=logger)
@@ -258,7 +260,9 @@ class _Begun(Callback):
         self.training = True
 
 
-def save_expert(model: nn.Module, base: Path, folder: Path, tokenizer_of: Path | None = None) -> None:
+def save_expert(
+    model: nn.Module, base: Path, folder: Path, tokenizer_of: Path | None = None, *, work_folder: Path | None = None
+) -> None:
     """Write an expert as a Hugging Face folder; adapters stand beside the weights they merge into.
 
     Its tokenizer goes with it, where it reads tokens, and its image processor, where it reads images.
@@ -268,9 +272,10 @@ def save_expert(model: nn.Module, base: Path, folder: Path, tokenizer_of: Path |
         base: folder of the base model, whose tokenizer or image processor it is.
         folder: an existing folder.
         tokenizer_of: folder whose tokenizer or image processor it is instead, where it has one of its own.
+        work_folder: that of its training, for adapters that took a part of the base's weights when they started.
     """
     if hasattr(model, "merge_and_unload"):
-        model.save_pretrained(folder / "adapter")  # type: ignore[operator]
+        save_adapter(model, folder, work_folder)
         model = model.merge_and_unload()  # type: ignore[operator]
     with quiet_transformers():
         model.save_pretrained(folder)  # type: ignore[operator]

@@ -13,7 +13,8 @@ from torch import nn
 
 from pave_lightning.experts.fitting import Prepared, task_data, trained, validation_constants
 from pave_lightning.experts.joint_schedule import common_freeze, joint_settings
-from pave_lightning.experts.loading import add_adapters, load_with_new_head
+from pave_lightning.experts.loading import load_with_new_head
+from pave_lightning.experts.new_adapters import add_adapters
 from pave_lightning.experts.task_expert import TaskExpert, freeze
 from pave_lightning.tasks.joint_data import JointDataModule
 from pave_lightning.tasks.task import Task, auto_models
@@ -57,7 +58,8 @@ def fit_joint(
         models = _models(tasks, base, turns.seed)
         pairs = zip(tasks, models, strict=True)
         modules = [task_data(task, base, _inner(model), turns.seed, cache_folder) for task, model in pairs]
-        expert = TaskExpert(models, tasks, seed=turns.seed, turns=turns)
+        processors = [module.processor for module in modules]
+        expert = TaskExpert(models, tasks, seed=turns.seed, turns=turns, processors=processors)
         data = JointDataModule(modules, turns)
         return Prepared(expert, data, joint_settings(tasks[0]), tasks[0].training.early_stopping)
 

@@ -95,7 +95,7 @@ def _differing(key: str, values: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _written(value: Any) -> str:
-    return str(value.model_dump() if hasattr(value, "model_dump") else value)
+    return str(value.model_dump(exclude_defaults=True) if hasattr(value, "model_dump") else value)
 
 
 def common_freeze(tasks: Sequence[Task]) -> list[str]:

@@ -1,19 +1,16 @@
-"""From folders to models: base models that get a new head, experts that have one, new adapters."""
+"""From folders to models: base models that get a new head, experts that have one."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pave_lightning.errors import PaveError, foreign, listed, reason
-from pave_lightning.layers import is_linear
+from pave_lightning.errors import PaveError, counted, foreign, listed
 from pave_lightning.tasks.heads import HeadForm
-from pave_lightning.tasks.options import Lora
 from pave_lightning.tasks.task import Task
 from pave_lightning.tasks.tokenizers import set_padding
 from pave_lightning.weights import Checkpoint, is_finite
@@ -22,13 +19,13 @@ from pave_lightning.weights.architecture import (
     auto_class,
     backbone_of,
     form_of,
-    lies_in,
     name_prefix,
     read_config,
     with_backbone,
 )
 from pave_lightning.weights.checkpoint import StoredTensor, weight_files
 from pave_lightning.weights.completeness import lacking_of_base, lacking_weights, naming_problem
+from pave_lightning.weights.quiet import quiet_transformers
 
 
 def load_with_new_head(base: Path, task: Task) -> nn.Module:
@@ -67,9 +64,10 @@ def load_base(base: Path, form: HeadForm, head: Mapping[str, StoredTensor] | Non
     read = ((name, value) for name, value in backbone_of(loaded).named_parameters() if f"{prefix}{name}" not in missing)
     _check_finite(read, base)
     set_padding(loaded, base)
-    config: Any = loaded.config
-    model: nn.Module = auto_class(form.auto_model).from_config(config).float()
-    model = with_backbone(model, backbone_of(loaded))
+    backbone, model = backbone_of(loaded), loaded
+    if backbone is not loaded:
+        config: Any = loaded.config
+        model = with_backbone(auto_class(form.auto_model).from_config(config).float(), backbone)
     for name, stored in (head or {}).items():
         model.get_parameter(name).data = Checkpoint.read(stored).float()
     return model
@@ -86,7 +84,10 @@ def base_problem(base: Path, architecture: Architecture) -> str | None:
     problem = naming_problem(architecture, checkpoint)
     lacking = lacking_of_base(architecture, checkpoint)
     if problem is None and lacking:
-        problem = f"{len(lacking)} weights of the model do not fit its files ({listed(lacking, 3)}); fetch it again"
+        problem = (
+            f"{counted(len(lacking), 'weight')} of the model cannot be filled from its files ({listed(lacking, 3)}); "
+            "fetch it again"
+        )
     return problem
 
 
@@ -119,7 +120,7 @@ def load_expert(folder: Path, task: Task, base: Path | None = None) -> nn.Module
     missing = sorted(info["missing_keys"])
     if missing:
         raise PaveError(
-            f"task '{task.name}': the checkpoint {folder} lacks {len(missing)} weights, among them "
+            f"task '{task.name}': the checkpoint {folder} lacks {counted(len(missing), 'weight')}, among them "
             f"{', '.join(missing[:3])}; expected a fine-tuned {form_of(task.auto_model)} with its head"
         )
     outputs, asked = int(model.config.num_labels), task.head_config.get("num_labels")  # type: ignore[union-attr, arg-type]
@@ -157,51 +158,9 @@ def expert_problem(folder: Path, auto_model: str | None = None) -> str | None:
         first = head[0].partition(" ")[0]
         return f"has no head of a {form_of(auto_model)} (no {first}); expected a fine-tuned one"
     return (
-        f"lacks {len(lacking)} weights of a {architecture.model_class}, or has them in another shape: "
+        f"lacks {counted(len(lacking), 'weight')} of a {architecture.model_class}, or has them in another shape: "
         f"{listed(lacking, 3)}; they would be drawn at random; expected a whole fine-tuned model"
     )
-
-
-def add_adapters(
-    model: nn.Module, lora: Lora, peft_type: str | None, *, frozen: Sequence[str], private: Collection[str]
-) -> nn.Module:
-    """Wrap a model so that only low-rank adapters and the head are trained (peft).
-
-    Args:
-        model: a model with a head.
-        lora: rank, scaling and which layers.
-        peft_type: the ``task_type``, by peft's name; None where peft has none.
-        frozen: submodules of the backbone that get no adapters.
-        private: direct submodules of the backbone that the base has no weights for, such as a pooler; they start at
-            random, so they are trained whole and kept with the head.
-
-    Raises:
-        PaveError: no layer of the backbone is meant by ``target_modules``.
-    """
-    from peft import LoraConfig, TaskType, get_peft_model
-
-    prefix = name_prefix(model)
-    inner = backbone_of(model)
-    beside = [] if inner is model else [(name, child) for name, child in model.named_children() if child is not inner]
-    whole = [name for name, child in beside if list(child.parameters())]
-    whole += [f"{prefix}{name}" for name in private]
-    without = [*whole, *(f"{prefix}{name}" for name in frozen)]
-    config = LoraConfig(
-        task_type=None if peft_type is None else TaskType(peft_type),
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        modules_to_save=whole,
-        exclude_modules=[
-            name for name, module in model.named_modules() if is_linear(module) and lies_in(name, without)
-        ],
-    )
-    try:
-        wrapped: nn.Module = get_peft_model(model, config)
-    except (ValueError, TypeError) as error:
-        raise PaveError(f"training.lora: {reason(error)}") from error
-    return wrapped
 
 
 def _load(folder: Path, auto_model: str, **changes: Any) -> tuple[nn.Module, dict[str, Any]]:
@@ -216,20 +175,3 @@ def _load(folder: Path, auto_model: str, **changes: Any) -> tuple[nn.Module, dic
             **changes,
         )
     return model, dict(info)
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' load reports and progress bars away; what matters of them is checked and told by us."""
-    from transformers.utils import logging as transformers_logging
-
-    verbosity = transformers_logging.get_verbosity()
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if shown:
-            transformers_logging.enable_progress_bar()

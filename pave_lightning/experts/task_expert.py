@@ -42,6 +42,8 @@ class TaskExpert(L.LightningModule):
         task: what it is taught; its kind says what batches hold, and decides loss and metrics.
         seed: together with the epoch it seeds dropout, so that a resumed run equals an uninterrupted one.
         turns: of several tasks, which of them each step is of.
+        processors: what the tasks' rows are encoded with, for answers that are texts. Without them validation only
+            takes what is predicted in one pass, as capture does.
 
     Attributes:
         model: what is trained; of several tasks a `torch.nn.ModuleList`.
@@ -56,12 +58,14 @@ class TaskExpert(L.LightningModule):
         task: Task | Sequence[Task],
         seed: int = 0,
         turns: Turns | None = None,
+        processors: Sequence[Any] | None = None,
     ) -> None:
         super().__init__()
         self.models = [model] if isinstance(model, nn.Module) else list(model)
         self.model: nn.Module = self.models[0] if isinstance(model, nn.Module) else nn.ModuleList(model)
         self.tasks = [task] if isinstance(task, Task) else list(task)
         self.seed, self.turns = seed, turns
+        self.processors = None if processors is None else list(processors)
         self._metrics = [one.build_metrics() for one in self.tasks]
         self.validation_metrics = nn.ModuleList(self._metrics)
         self.validated_at: int | None = None
@@ -106,12 +110,16 @@ class TaskExpert(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add one batch of a task to its metrics; one without labels only passes through, for capture."""
-        found = self.tasks[dataloader_idx].predict(self.models[dataloader_idx], batch)
+        task, model = self.tasks[dataloader_idx], self.models[dataloader_idx]
+        if self.processors is None:
+            found = task.predict(model, batch)
+        else:
+            found = task.respond(model, batch, self.processors[dataloader_idx])
         self._broken[dataloader_idx] += found.broken
         if found.targets is not None:
             self._labelled = True
             if len(found.targets):
-                self._metrics[dataloader_idx].update(found.values, found.targets)
+                self._metrics[dataloader_idx].update(found.values, found.targets, **found.further)
 
     def on_validation_epoch_end(self) -> None:
         """Log ``validation/METRIC``, or ``validation/TASK/METRIC`` and the average of several, over all processes.

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from pave_lightning.experts.adapters import embedding_rows
 from pave_lightning.tasks.tokenizers import load_tokenizer, padding_note
 from pave_lightning.weights import Architecture, Checkpoint
+from pave_lightning.weights.adapter_models import embedding_rows
 from pave_lightning.weights.adapters import ADAPTER_CONFIG
-from pave_lightning.weights.locate import has_tokenizer
+from pave_lightning.weights.tokenizer_files import has_tokenizer
 
 
 def token_rows(folder: Path, architecture: Architecture, base: Checkpoint | None = None) -> int | None:
@@ -79,12 +79,22 @@ def differing_tokens(what: str, own: Mapping[str, int], vocabulary: Mapping[str,
     yield (
         f"{what}: its vocabulary is not the base's: {counted}, first {token!r}, which is token "
         f"{number} there, but {in_base} in the base; tokens in common must have the same numbers, so fine-tune it with "
-        "the base's tokenizer, to which tokens may be added at the end"
+        "the base's tokenizer, to which tokens may be added at the end, or set vocabulary: base_rows or union, which "
+        "match rows by token"
     )
 
 
-def expert_notes(task: str, folder: Path, base: Checkpoint, architecture: Architecture) -> Iterator[str]:
+def expert_notes(
+    task: str, folder: Path, base: Checkpoint, architecture: Architecture, *, aligned: bool = False
+) -> Iterator[str]:
     """What to tell of the tokens of an expert that is taken as it is.
+
+    Args:
+        task: the expert's task.
+        folder: its folder.
+        base: the base's checkpoint.
+        architecture: its architecture.
+        aligned: whether its rows are matched by token, of which more is told elsewhere.
 
     Raises:
         PaveError: its tokenizer or its weights cannot be read.
@@ -95,7 +105,7 @@ def expert_notes(task: str, folder: Path, base: Checkpoint, architecture: Archit
     elif note := padding_note(load_tokenizer(folder, base.folder)):
         yield f"{where}: {note}"
     own, rows = token_rows(folder, architecture, base), table_rows(base, architecture)
-    if own is None or rows is None or own == rows:
+    if aligned or own is None or rows is None or own == rows:
         return
     if own > rows:
         counted = "row beyond the base's is" if own - rows == 1 else "rows beyond the base's are"

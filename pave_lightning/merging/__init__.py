@@ -7,6 +7,7 @@ from pave_lightning.merging.modulators import LowRank, Modulator, ModulatorWrite
 from pave_lightning.merging.parts import PartOfVectors, begin_parts, reduce_states
 from pave_lightning.merging.registry import known_methods, make_method, merge_method, method_named
 from pave_lightning.merging.running import MergedVectors, merge, merge_per_task, merge_static
+from pave_lightning.merging.selection import SelectedTaskVectors, is_selected, selected
 from pave_lightning.merging.sequential import RunningMean, RunningSum, SequentialMethod, SequentialState
 from pave_lightning.merging.states import State, States, order_statistics
 from pave_lightning.merging.trained import TrainedMethod, TrainedOptions
@@ -28,6 +29,7 @@ __all__ = [
     "PerTaskMethod",
     "RunningMean",
     "RunningSum",
+    "SelectedTaskVectors",
     "SequentialMethod",
     "SequentialState",
     "State",
@@ -36,6 +38,7 @@ __all__ = [
     "TrainedMethod",
     "TrainedOptions",
     "begin_parts",
+    "is_selected",
     "known_methods",
     "make_method",
     "merge",
@@ -45,4 +48,5 @@ __all__ = [
     "method_named",
     "order_statistics",
     "reduce_states",
+    "selected",
 ]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +14,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from pave_lightning.config import WrittenDtype, bytes_of
 from pave_lightning.errors import PaveError, foreign, nearest
 from pave_lightning.merging.base import MergeMethod, PerTaskMethod, StaticMethod
 from pave_lightning.merging.evidence import Evidence
@@ -28,16 +32,24 @@ from pave_lightning.weights import (
     TaskVectors,
     is_finite,
     locate_model,
+    rounded,
+    written_dtype,
 )
 from pave_lightning.weights.architecture import empty_model, read_config
 from pave_lightning.weights.checkpoint import model_digest, stored_tensors
 from pave_lightning.weights.configuration import merged_configuration
-from pave_lightning.weights.locate import has_tokenizer
 from pave_lightning.weights.memory import freed_memory_returned
 from pave_lightning.weights.task_vectors import absent_children, own_token_rows
 from pave_lightning.weights.ties import tied_names
+from pave_lightning.weights.tokenizer_files import has_tokenizer
+
+log = logging.getLogger("pave_lightning")
 
 FACTS_FILE = "pave.json"
+# Where weights do not say it.
+DEFAULT_SHARD_SIZE = "5GB"
+# Rounding that changes more of a merged task vector than this is warned of.
+MUCH_ROUNDING = 0.25
 HEAD_FILE = "head.safetensors"
 # Beside a head whose last layer was fitted to the merged model: the head as its expert has it.
 EXPERT_HEAD_FILE = "expert-head.safetensors"
@@ -59,6 +71,8 @@ class MergeContext:
         experts: each task's checkpoint, for its head.
         architecture: the experts' architecture.
         facts: what else is noted in ``pave.json`` (method, options, scale, ...).
+        one_vocabulary: whether all experts have the same rows beyond the base's, and tokenizers that know them, so that
+            the merged model has them too; else they are kept with each task.
     """
 
     base_reference: str
@@ -66,6 +80,13 @@ class MergeContext:
     experts: Mapping[str, Checkpoint]
     architecture: Architecture
     facts: Mapping[str, Any]
+    one_vocabulary: bool = False
+
+    @property
+    def new_rows(self) -> dict[str, Tensor]:
+        """Rows of the merged model's table beyond the base's, by the names of its weight."""
+        first = next(iter(self.experts.values()))
+        return own_token_rows(self.base, first, self.architecture) if self.one_vocabulary else {}
 
 
 @freed_memory_returned()
@@ -78,15 +99,18 @@ def write_merged(
     *,
     merged: Mapping[str, Tensor] | None = None,
     evidence: Evidence | None = None,
+    dtype: WrittenDtype = "base",
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
 ) -> None:
     """Merge by one method and write the result as a Hugging Face folder, one parameter at a time.
 
-    The folder holds the backbone (float32; ``AutoModel.from_pretrained`` loads it), the tokenizer or the settings of
-    the image processor, ``heads/TASK`` with
-    each task's head and configuration, where its expert has other tokens than the base its tokenizer and the rows of
-    the embedding that the base lacks, for per-task methods ``modulators/TASK.safetensors``, for sequential methods that
-    keep tensors ``sequential/NAME``, and ``pave.json``, which also names the submodules that the base does not have and
-    ``AutoModel`` therefore draws at random (``not_in_the_base``, such as a pooler).
+    All arithmetic is float32 or float64; each weight is rounded once, when it is written. The folder holds the backbone
+    (``AutoModel.from_pretrained`` loads it), the base's tokenizer or the settings of its image processor and what it
+    has of generation settings and processors, ``heads/TASK`` with each task's head and configuration, where its expert
+    has other tokens than the base its tokenizer and the rows of the embedding that the base lacks, for per-task methods
+    ``modulators/TASK.safetensors``, for sequential methods that keep tensors ``sequential/NAME``, and ``pave.json``,
+    which also names the submodules that the base does not have and ``AutoModel`` therefore draws at random
+    (``not_in_the_base``, such as a pooler).
 
     Args:
         folder: an existing, empty folder.
@@ -96,18 +120,25 @@ def write_merged(
         context: what else goes into the folder.
         merged: the merged task vectors of a static method where they are known already.
         evidence: what is known of the tasks' data, for methods that need it.
+        dtype: in which type the weights are written: each as the base stores it, but at most float32, or one for all.
+            What per-task and sequential methods keep beside them stays float32, and heads stay as their experts have
+            them.
+        max_shard_size: largest size of a file of weights, in bytes or such as ``5GB``.
 
     Raises:
-        PaveError: there is nothing to merge, the method cannot merge it, or what comes out is not finite.
+        PaveError: there is nothing to merge, the method cannot merge it, or what comes out is not finite, or too large
+            for the type in which it is written.
+        ValueError: ``max_shard_size`` is no size.
     """
-    writer = ShardWriter(folder)
-    written = set()
+    writer = _RoundingWriter(
+        folder, source, dtype, bytes_of(max_shard_size), own_names=context.base.own_names, new_rows=context.new_rows
+    )
     factor = 1.0 if scale is None else scale
     if isinstance(method, PerTaskMethod):
         kept = {task: ModulatorWriter() for task in source.tasks}
         for parameter, modulated in merge_per_task(method, source, evidence):
-            writer.add(parameter.name, _finite(method, parameter.name, _added(source, parameter, modulated.shared)))
-            written.add(parameter.name)
+            exact = _finite(method, parameter.name, _added(source, parameter, modulated.shared))
+            writer.add_merged(parameter.name, exact, modulated.shared)
             for task, mask in modulated.masks.items():
                 kept[task].add_mask(parameter.name, mask)
             for task, factors in modulated.factors.items():
@@ -122,18 +153,75 @@ def write_merged(
         known = None if merged is None else ((p, merged[p.name]) for p in source.parameters)
         pairs: Iterable[tuple[Parameter, Tensor]] = merge_static(method, source, evidence) if known is None else known
         for parameter, vector in pairs:
-            writer.add(parameter.name, _finite(method, parameter.name, _added(source, parameter, vector, factor)))
-            written.add(parameter.name)
+            exact = _finite(method, parameter.name, _added(source, parameter, vector, factor))
+            writer.add_merged(parameter.name, exact, vector, factor)
     for name, average in source.running_statistics():
-        writer.add(name, average)
-        written.add(name)
+        writer.add_merged(name, average)
     for name in context.base:
-        if name not in written:
-            writer.add(name, context.base.tensor(name))
+        if name not in writer.names:
+            writer.add_of_base(name, context.base.tensor(name))
     writer.close()
     if _takes_experts_later(method, scale):
         _write_kept(folder / KEPT_FOLDER, method, source)
-    _write_surroundings(folder, method, context, scale)
+    _write_surroundings(folder, method, context, scale, writer)
+
+
+class _RoundingWriter:
+    """Writes the weights of a merged model in the type that is asked for, and finds what rounding changes.
+
+    Attributes:
+        names: what has been written.
+        dtype: the type of most values.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        source: TaskVectors,
+        dtype: WrittenDtype,
+        shard_bytes: int,
+        *,
+        own_names: Mapping[str, str],
+        new_rows: Mapping[str, Tensor],
+    ) -> None:
+        self._new_rows = new_rows
+        self.names: set[str] = set()
+        self.asked = dtype
+        self._own_names = own_names  # as the base's file calls them, so that the base's class loads them
+        self._source, self._shards = source, ShardWriter(folder, shard_bytes)
+        self._lost = self._merged = 0.0
+
+    def add_merged(self, name: str, exact: Tensor, vector: Tensor | None = None, factor: float = 1.0) -> None:
+        """Round and write a merged weight; ``vector`` is the task vector in it, before it is multiplied."""
+        found = rounded(exact, written_dtype(self.asked, self._source.stored_dtype(name)), name)
+        if found.dtype != exact.dtype and vector is not None:
+            self._lost += float((found.double() - exact.double()).square().sum())
+            self._merged += factor**2 * float(vector.double().square().sum())
+        self._write(name, found)
+
+    def add_of_base(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor of the base that is not merged; as it is, or in the one type that is asked for."""
+        if self.asked != "base" and tensor.is_floating_point():
+            tensor = rounded(tensor, written_dtype(self.asked, tensor.dtype), name)
+        self._write(name, tensor)
+
+    def _write(self, name: str, tensor: Tensor) -> None:
+        self._shards.add(self._own_names.get(name, name), _with_rows(tensor, self._new_rows.get(name)))
+        self.names.add(name)
+
+    def close(self) -> None:
+        """Write what is pending."""
+        self._shards.close()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        elements = self._shards.elements
+        return max(elements, key=lambda dtype: (elements[dtype], str(dtype)), default=torch.float32)
+
+    @property
+    def rounding(self) -> float | None:
+        """Norm of what rounding changes, as a share of the merged task vector's norm; None where nothing is rounded."""
+        return math.sqrt(self._lost / self._merged) if self._merged else None
 
 
 def _added(source: TaskVectors, parameter: Parameter, vector: Tensor, factor: float = 1.0) -> Tensor:
@@ -142,6 +230,11 @@ def _added(source: TaskVectors, parameter: Parameter, vector: Tensor, factor: fl
     for rows in source.blocks(parameter):
         result[within(rows)] = source.base(parameter, rows) + factor * vector[within(rows)]
     return result
+
+
+def _with_rows(table: Tensor, new: Tensor | None) -> Tensor:
+    """A weight with further rows, where there are any."""
+    return table if new is None else torch.cat([table, new.to(table)])
 
 
 def _finite(method: MergeMethod, what: str, tensor: Tensor) -> Tensor:
@@ -207,12 +300,27 @@ def load_gradients(place: Path, expert: Path | None = None) -> TaskGradients:
     return found
 
 
-def _write_surroundings(folder: Path, method: MergeMethod, context: MergeContext, scale: float | None) -> None:
-    write_surroundings(folder, context)
+def _write_surroundings(
+    folder: Path, method: MergeMethod, context: MergeContext, scale: float | None, written: _RoundingWriter
+) -> None:
+    write_surroundings(folder, context, written.dtype)
     facts = {"method": method.name, "form": method.form, "base": context.base_reference, **context.facts}
     drawn = _drawn_by_transformers(context.base)
     if drawn:
         facts["not_in_the_base"] = drawn
+    if written.asked != "base":
+        facts["dtype"] = written.asked
+    if written.rounding is not None:
+        facts["rounding"] = written.rounding
+        short = str(written.dtype).removeprefix("torch.")
+        if written.rounding > MUCH_ROUNDING:
+            log.warning(
+                "  rounding to %s changes the merged task vector by %.0f %% of its norm; write.dtype: float32 keeps it",
+                short,
+                100 * written.rounding,
+            )
+        else:
+            log.info("  rounding to %s changes %.2g of the merged task vector (norms)", short, written.rounding)
     if _takes_experts_later(method, scale):
         facts |= {"sequential": method.state(scale), "base_digest": model_digest(context.base.folder)}
     write_facts(folder, facts)
@@ -226,12 +334,15 @@ def _drawn_by_transformers(base: Checkpoint) -> list[str]:
     return sorted({name.partition(".")[0] for name in bare.parameters} - there)
 
 
-def write_surroundings(folder: Path, context: MergeContext) -> None:
+def write_surroundings(folder: Path, context: MergeContext, dtype: torch.dtype = torch.float32) -> None:
     """Write what stands beside the weights of a backbone: configuration, processors, and the heads of the tasks.
+
+    What the base has of generation settings, processors and chat templates is copied as it is.
 
     Args:
         folder: an existing folder.
         context: whose heads; its facts are not written.
+        dtype: the type of most of the weights.
     """
     # Here, so that who only loads a merged model need not load Lightning.
     from pave_lightning.tasks.image_processors import copy_image_processor
@@ -240,14 +351,20 @@ def write_surroundings(folder: Path, context: MergeContext) -> None:
     first = next(iter(context.experts.values())).folder
     base = context.base.folder
     config = read_config(base)
-    config.architectures = [Architecture.of_folder(first).backbone_class]
-    config.dtype = "float32"
+    of_base = Architecture.of_folder(first if config.model_type == read_config(first).model_type else base)
+    config.architectures = [of_base.backbone_class]
+    config.dtype = str(dtype).removeprefix("torch.")
+    for name, rows in context.new_rows.items():
+        text_config(config).vocab_size = context.base.backbone[name].shape[0] + len(rows)
     config.save_pretrained(folder)
     # Whoever merges weights alone needs no tokenizer.
-    tokenizer = load_tokenizer(base) if context.architecture.token_embeddings and has_tokenizer(base) else None
+    read_with = first if context.one_vocabulary else base
+    reads = context.architecture.token_embeddings and (has_tokenizer(read_with) or has_tokenizer(base))
+    tokenizer = load_tokenizer(read_with, base) if reads else None
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     copy_image_processor(base, base, folder)
+    _carry_along(base, folder)
     for task, expert in context.experts.items():
         private = absent_children(context.base, expert)
         prefix = Architecture.of_folder(expert.folder).start
@@ -257,7 +374,7 @@ def write_surroundings(folder: Path, context: MergeContext) -> None:
         target.mkdir(parents=True)
         write_tensors(target / HEAD_FILE, {name: tensor.contiguous() for name, tensor in head.items()})
         own_rows = own_token_rows(context.base, expert, context.architecture)
-        if own_rows:
+        if own_rows and not context.one_vocabulary:
             write_tensors(target / TOKENS_FILE, {name: tensor.contiguous() for name, tensor in own_rows.items()})
         own_config = merged_configuration(base, expert.folder)
         if tokenizer is not None:
@@ -268,6 +385,22 @@ def write_surroundings(folder: Path, context: MergeContext) -> None:
         copy_image_processor(expert.folder, base, target)
         own_config.architectures = own_config.architectures or [context.architecture.model_class]
         own_config.save_pretrained(target)
+
+
+def _carry_along(base: Path, folder: Path) -> None:
+    """Copy what a base has beside weights, configuration and tokenizer that its users need."""
+    from transformers import utils
+
+    for name in (
+        utils.GENERATION_CONFIG_NAME,
+        utils.FEATURE_EXTRACTOR_NAME,  # of image processors too
+        utils.VIDEO_PROCESSOR_NAME,
+        utils.PROCESSOR_NAME,
+        utils.CHAT_TEMPLATE_FILE,
+        utils.LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE,
+    ):
+        if (base / name).is_file():
+            shutil.copyfile(base / name, folder / name)
 
 
 def write_facts(folder: Path, facts: Mapping[str, Any]) -> None:
@@ -363,7 +496,9 @@ def load_merged(folder: str | Path, task: str, base: str | None = None, *, exper
         raise PaveError(f"{folder} has no head for task '{task}': {nearest(task, tasks)}")
     model = empty_model(kept / task, device="cpu").float()
     architecture = Architecture.of_folder(kept / task)
-    checkpoint = Checkpoint(folder, architecture.prefix)
+    own_names = architecture.checkpoint(folder).own_names
+    # Tied tensors are as they are stored: a head that the file has beside an embedding is one of its own.
+    checkpoint = Checkpoint(folder, architecture.prefix, called={own: name for name, own in own_names.items()})
     state = {name: checkpoint.tensor(name).float() for name in checkpoint if checkpoint.backbone[name].is_floating}
     if per_task:
         modulator = Modulator(folder / "modulators" / f"{task}.safetensors")
@@ -371,10 +506,11 @@ def load_merged(folder: str | Path, task: str, base: str | None = None, *, exper
         for name in modulator:
             if name not in origin.backbone or name not in state:
                 raise PaveError(f"{folder}: what is kept for '{task}' names the weight {name}, which is not there")
-            start = origin.tensor(name).float()
-            if start.shape != state[name].shape:
+            start = origin.tensor(name)
+            shape = state[name][: len(start)].shape if name in architecture.token_embeddings else state[name].shape
+            if start.shape != shape:
                 raise PaveError(f"{folder}: the weight {name} has another shape than that of the base")
-            state[name] = start + modulator.apply(name, state[name] - start)
+            state[name] = modulator.weight(name, start, state[name])
     as_expert = expert_head and (kept / task / EXPERT_HEAD_FILE).exists()
     head = _kept_head(folder, task, EXPERT_HEAD_FILE if as_expert else HEAD_FILE)
     own_rows = _kept(kept / task / TOKENS_FILE) if (kept / task / TOKENS_FILE).exists() else {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
@@ -23,6 +24,15 @@ class MatrixOptions(MethodOptions):
     task vectors, or the base's values."""
 
 
+class TableOptions(MatrixOptions):
+    """Options of methods whose published code decomposes every two-dimensional tensor."""
+
+    embeddings: bool = False
+    """Whether embeddings and other two-dimensional parameters that no layer multiplies its input with are treated as
+    matrix weights too, as the published code does; otherwise, and where one has too few rows or columns for so many
+    tasks, they are among the others."""
+
+
 MatrixOptionsT_co = TypeVar("MatrixOptionsT_co", bound=MatrixOptions, default=MatrixOptions, covariant=True)
 
 
@@ -30,7 +40,8 @@ class MatrixMethod(StaticMethod[MatrixOptionsT_co]):
     """A method for the weights that a layer multiplies its input with; all others are averaged, summed or left.
 
     Matrix weights are those of linear layers (GPT-2's transposed ones included) and of convolutions that are matrix
-    products; of a mixture each expert's. Embeddings are looked up, not multiplied, so they are among the others.
+    products; of a mixture each expert's. Embeddings are looked up, not multiplied, so they are among the others, unless
+    `TableOptions` say otherwise.
     """
 
     cost = Cost.DECOMPOSITION
@@ -53,7 +64,12 @@ class MatrixMethod(StaticMethod[MatrixOptionsT_co]):
 
     def covers(self, parameter: Parameter) -> bool:
         """Whether the method treats this parameter."""
-        return parameter.is_matrix
+        tables = isinstance(self.options, TableOptions) and self.options.embeddings
+        return parameter.is_matrix or (tables and len(parameter.shape) == 2)
+
+    def misfit(self, parameter: Parameter, tasks: int) -> str | None:
+        """Why a matrix weight cannot be merged for so many tasks, see `refusals`; None where it can."""
+        return None
 
     def in_blocks(self, parameter: Parameter) -> bool:
         """Only what the method does not treat."""
@@ -61,10 +77,12 @@ class MatrixMethod(StaticMethod[MatrixOptionsT_co]):
 
     def merge(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
         """The method for matrix weights; mean, sum or nothing for the others."""
-        if not self.covers(parameter):
+        small = not parameter.is_matrix and self.covers(parameter) and self.misfit(_as_weight(parameter), len(vectors))
+        if small or not self.covers(parameter):
             return self.merge_other(parameter, base, vectors)
         if not parameter.elements:  # has neither norms nor directions
             return torch.zeros_like(base)
+        parameter = _as_weight(parameter)
         matrices = {task: parameter.as_matrix(vector) for task, vector in vectors.items()}
         merged = self.merge_matrix(parameter, parameter.as_matrix(base), matrices)
         return parameter.from_matrix(merged.float())
@@ -83,12 +101,19 @@ class MatrixMethod(StaticMethod[MatrixOptionsT_co]):
         tasks = len(vectors.tasks)
         refused: dict[tuple[tuple[int, int], str], list[str]] = {}
         for parameter in filter(self.covers, vectors.parameters):
+            if not parameter.is_matrix:  # a table that does not fit is among the others
+                continue
             problem = why(parameter, tasks)
             if problem is not None:
                 refused.setdefault((parameter.matrix_shape, problem), []).append(parameter.name)
         for ((height, width), problem), (first, *others) in refused.items():
             more = f" (and {len(others)} more, such as {', '.join(others[:2])})" if others else ""
             yield f"{first} is {height} x {width}{more}: {problem}"
+
+
+def _as_weight(parameter: Parameter) -> Parameter:
+    """The parameter as a matrix weight; of a table each row is one output."""
+    return parameter if parameter.is_matrix else replace(parameter, input_axis=1)
 
 
 def combined(how: Literal["mean", "sum", "base"], base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:

@@ -141,6 +141,20 @@ class Modulator:
     def __iter__(self) -> Iterator[str]:
         return iter(self._masks | self._factors)
 
+    def weight(self, name: str, base: Tensor, unified: Tensor) -> Tensor:
+        """A task's own weight: the base's, and what is kept of the unified task vector; float32.
+
+        Args:
+            name: name of the parameter.
+            base: its value in the base.
+            unified: base plus unified task vector. Rows behind the base's, those of tokens that the base has not, are
+                nobody's alone and stay as they are.
+        """
+        base, unified = base.float(), unified.float()
+        if base.dim() == 0 or len(base) == len(unified):
+            return base + self.apply(name, unified - base)
+        return torch.cat([base + self.apply(name, unified[: len(base)] - base), unified[len(base) :]])
+
     def apply(self, name: str, unified: Tensor) -> Tensor:
         """The task's own task vector of that parameter: rescaler * (mask * unified + left @ right), of its shape."""
         with foreign(f"{self._path}: what is kept of {name} does not fit the weight", "merge again"):

@@ -43,10 +43,17 @@ class MergedVectors:
         """Whether tasks have weights of their own."""
         return bool(self.masks or self.factors)
 
-    def own(self, task: str, name: str) -> Tensor:
-        """A parameter's task vector as the task uses it, before scaling: float32, of the parameter's shape."""
+    def own(self, task: str, name: str, unified: Tensor | None = None) -> Tensor:
+        """A parameter's task vector as the task uses it, before scaling: float32, of the parameter's shape.
+
+        Args:
+            task: the task.
+            name: name of the parameter.
+            unified: what takes the place of the parameter's merged task vector, such as a rounded one.
+        """
         mask, factors = self.masks.get(task, {}).get(name), self.factors.get(task, {}).get(name)
-        return modulated(self.vectors[name], mask, factors, self.rescalers.get(task, 1.0))
+        shared = self.vectors[name] if unified is None else unified
+        return modulated(shared, mask, factors, self.rescalers.get(task, 1.0))
 
     def model(self, task: str | None = None, *, scale: float | None = None) -> nn.Module:
         """The merged model of modules in memory: base plus scaled merged task vectors, running statistics averaged.

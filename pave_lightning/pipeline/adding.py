@@ -13,12 +13,11 @@ from typing import Any
 
 from pave_lightning.config import LONGEST_NAME, NAME_PATTERN, name_problem
 from pave_lightning.errors import PaveError, Problems, shortened
-from pave_lightning.experts.adapter_base import other_base
-from pave_lightning.experts.adapters import adapter_problems, load_adapter_alone
+from pave_lightning.experts.adapters import load_adapter_alone
 from pave_lightning.experts.fitting import save_expert
 from pave_lightning.experts.loading import expert_problem
 from pave_lightning.experts.vocabulary import differing_tokens, expert_notes, row_problems, token_rows
-from pave_lightning.merging import Evidence, Need, SequentialMethod, known_methods, make_method, method_named
+from pave_lightning.merging import Evidence, Need, SequentialMethod, known_methods, make_method, method_named, selected
 from pave_lightning.merging.folders import (
     EXPERT_HEAD_FILE,
     HEAD_FILE,
@@ -33,8 +32,11 @@ from pave_lightning.system.files import making_folder
 from pave_lightning.tasks.kinds.tokens import TOKENS
 from pave_lightning.tasks.tokenizers import load_tokenizer
 from pave_lightning.weights import Architecture, Checkpoint, ExpertTaskVectors, locate_model, model_digest
+from pave_lightning.weights.adapter_base import other_base
+from pave_lightning.weights.adapter_models import adapter_problems
 from pave_lightning.weights.adapters import ADAPTER_CONFIG
 from pave_lightning.weights.configuration import config_differences
+from pave_lightning.weights.locate import named_adapter
 
 log = logging.getLogger("pave_lightning")
 
@@ -102,7 +104,8 @@ def add_expert(
     heads = merged / "heads"
     _check_request(merged, facts, task, output)
     _check_fisher(str(facts["method"]), fisher)
-    named = locate_model(expert, role=f"expert of '{task}'")
+    role = f"expert of '{task}'"
+    named = named_adapter(locate_model(expert, role=role), role=role)
     base = locate_model(str(facts["base"]), role="base")
     if (named / ADAPTER_CONFIG).is_file() and not adapter_problems(named) and "base" not in accept:
         other = other_base(named, str(facts["base"]), base)
@@ -120,18 +123,20 @@ def add_expert(
             log.info("%s", note)
         before = Checkpoint(merged, architecture.prefix)
         counts = {ALREADY_MERGED: sum(head.is_dir() for head in heads.iterdir())}
-        source = ExpertTaskVectors(base_weights, {ALREADY_MERGED: before, task: new}, architecture, counts)
+        vectors = ExpertTaskVectors(base_weights, {ALREADY_MERGED: before, task: new}, architecture, counts)
+        source = selected(vectors, **facts.get("parameters", {}))
         method = make_method(str(facts["method"]), facts.get("options", {}))
         if not isinstance(method, SequentialMethod):
             raise PaveError(_not_sequential(merged, facts))
         method.start_from(facts["sequential"], load_kept(merged, method.keeps, architecture.prefix))
         # Heads that were fitted to the model do not fit what it becomes.
-        dropped = ("method", "form", "base", "sequential", "heads")
+        dropped = ("method", "form", "base", "sequential", "heads", "dtype", "rounding")
         kept = {key: value for key, value in facts.items() if key not in dropped}
         kept["added"] = [*facts.get("added", []), task]  # as it was fine-tuned, also where the others were purified
         context = MergeContext(str(facts["base"]), base_weights, {task: new}, architecture, kept)
         with making_folder(output) as place:
-            write_merged(place, method, source, facts.get("scale"), context, evidence=evidence)
+            asked = facts.get("dtype", "base")
+            write_merged(place, method, source, facts.get("scale"), context, evidence=evidence, dtype=asked)
             for head in sorted(found for found in heads.iterdir() if found.is_dir()):
                 shutil.copytree(head, place / "heads" / head.name)
                 if (own := place / "heads" / head.name / EXPERT_HEAD_FILE).exists():
@@ -204,6 +209,11 @@ def _check_request(merged: Path, facts: dict[str, Any], task: str, output: Path)
     if facts.get("scale") == 0:
         raise PaveError(
             f"{merged} was merged with scale 0, so it holds nothing of its experts; merge all of them again"
+        )
+    if facts.get("vocabulary") == "union":
+        raise PaveError(
+            f"{merged} has tokens of its experts beside the base's (vocabulary: union), to which those of one more "
+            "cannot be added later; merge all experts again"
         )
     if "sequential" not in facts or not issubclass(method_named(str(facts["method"])), SequentialMethod):
         raise PaveError(_not_sequential(merged, facts))

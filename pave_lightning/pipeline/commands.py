@@ -182,7 +182,7 @@ def working(recipe: Recipe, *, computes: bool = True, verify: bool = False) -> I
             recipe.name,
             key=f"{folder.root.resolve()}:{recipe_digest(recipe)}",
             params={
-                "base": recipe.base,
+                "base": str(recipe.base),
                 "seed": recipe.seed,
                 "tasks": ", ".join(task.name for task in recipe.tasks),
                 "capture": recipe.capture.model_dump(),

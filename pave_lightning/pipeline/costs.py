@@ -104,6 +104,7 @@ def predict_cost(
     methods: Sequence[type[MergeMethod]] = (),
     when_read: Sequence[Purify] = (),
     new_experts: int = 0,
+    merged_bytes: Sequence[int] | None = None,
     timed: bool = True,
 ) -> PredictedCost:
     """What purifying and merging experts will take.
@@ -119,6 +120,8 @@ def predict_cost(
         when_read: purifications that are computed while merging reads their result, once each time, and not written.
         new_experts: checkpoints that are still to be written, as experts are that are trained; others are read where
             they are.
+        merged_bytes: what the weights of each merged model take on disk, in the order of ``methods``; those of float32
+            where None.
         timed: whether to time small solves of each shape, which takes about a second where no plan did within the hour.
     """
     asked = (options,) if isinstance(options, Purify) else tuple(options or ())
@@ -150,7 +153,15 @@ def predict_cost(
     return PredictedCost(
         baseline_bytes=baseline,
         peak_bytes=baseline + peak,
-        disk_bytes=disk_bytes(parameters, tasks, kinds, purifications=asked, methods=methods, new_experts=new_experts),
+        disk_bytes=disk_bytes(
+            parameters,
+            tasks,
+            kinds,
+            purifications=asked,
+            methods=methods,
+            new_experts=new_experts,
+            merged_bytes=merged_bytes,
+        ),
         layers=tuple(layers),
     )
 
@@ -452,10 +463,13 @@ def disk_bytes(
     kinds: Mapping[str, MomentKind],
     *,
     purifications: Sequence[Purify] = (),
-    methods: Iterable[type[MergeMethod]],
+    methods: Sequence[type[MergeMethod]],
     new_experts: int,
+    merged_bytes: Sequence[int] | None = None,
 ) -> int:
-    """What experts that are trained, statistics, purified weights and merged models take on disk, all in float32.
+    """What experts that are trained, statistics, purified weights and merged models take on disk.
+
+    All but merged models are float32, see `predict_cost`.
 
     Every purification leaves weights of its own; the statistics are those of all tasks, and are captured once. Layers
     that read the same input share one moment on disk, which headers do not show: each is counted.
@@ -473,5 +487,6 @@ def disk_bytes(
             * len(options.tasks or range(tasks))
             * sum(p.elements for p in purified_matrices(parameters, kinds, options))
         )
-    merged = sum(total + _kept_bytes(method(), parameters, tasks) for method in methods)
+    merged = sum(_kept_bytes(method(), parameters, tasks) for method in methods)
+    merged += total * len(methods) if merged_bytes is None else sum(merged_bytes)
     return new_experts * total + statistics + weights + merged

@@ -13,7 +13,8 @@ from pave_lightning.experts.trainer_options import machine_options
 from pave_lightning.experts.trainers import build_trainer, quiet_lightning
 from pave_lightning.pipeline.context import Context, shared
 from pave_lightning.pipeline.scoring import score_inputs
-from pave_lightning.pipeline.stages.fit import expert_digests, experts
+from pave_lightning.pipeline.stages.align import experts, own_experts
+from pave_lightning.pipeline.stages.fit import own_digests
 from pave_lightning.pipeline.task_data import data_module
 
 
@@ -24,35 +25,53 @@ def evaluator(context: Context) -> Evaluator:
         return Evaluator(context.recipe.tasks, experts(context), context.base)
 
 
-def score_on_test(context: Context, candidate: Candidate, *, alone: bool = False) -> dict[str, TaskScore]:
+@shared
+def evaluator_of_experts(context: Context) -> Evaluator:
+    """The evaluator of the experts by themselves, each with its own tokens."""
+    if context.recipe.vocabulary == "error":
+        return evaluator(context)
+    with torch.random.fork_rng():
+        return Evaluator(context.recipe.tasks, own_experts(context), context.base)
+
+
+def score_on_test(
+    context: Context, candidate: Candidate, *, alone: bool = False, own: bool = False
+) -> dict[str, TaskScore]:
     """A candidate's scores on all test splits, with its predictions.
 
     Args:
         context: the recipe, and what is loaded of it.
         candidate: the model.
         alone: score it in this process, whatever the trainer asks for.
+        own: whether the candidate is the experts by themselves, each with its own tokens.
     """
     recipe = context.recipe
-    data = SuiteData([data_module(context, task, recipe.evaluate.batch_size) for task in recipe.tasks], "test")
+    modules = [data_module(context, task, recipe.evaluate.batch_size, own=own) for task in recipe.tasks]
+    data = SuiteData(modules, "test")
     with quiet_lightning():
         trainer = build_trainer(
             _one_process(context) if alone else machine_options(recipe.trainer),
             root=context.folder.root,
             precision=recipe.evaluate.precision,
         )
-    return evaluator(context).score(candidate, data, trainer, keep=True)
+    scoring = evaluator_of_experts(context) if own else evaluator(context)
+    return scoring.score(candidate, data, trainer, keep=True)
 
 
 @shared
 def searcher(context: Context) -> ScaleSearcher:
     """What scores candidates on the validation splits."""
     recipe = context.recipe
-    depends_on = score_inputs(recipe, expert_digests(context.results), "validation")
+    depends_on = score_inputs(recipe, own_digests(context.results), "validation")
+    size, differ = recipe.evaluate.batch_size, recipe.vocabulary != "error"
     return ScaleSearcher(
         recipe.tasks,
         evaluator(context),
-        ExpertsCandidate(experts(context)),
-        data=lambda task: data_module(context, task, recipe.evaluate.batch_size),
+        ExpertsCandidate(own_experts(context) if differ else experts(context)),
+        data=lambda task: data_module(context, task, size),
+        of_experts=(evaluator_of_experts(context), lambda task: data_module(context, task, size, own=True))
+        if differ
+        else None,
         options=_one_process(context),
         precision=recipe.evaluate.precision,
         root=context.folder.root,

@@ -9,9 +9,11 @@ from typing import Any
 
 from rich.console import Console
 
+from pave_lightning.pipeline.planning.merging import stored_parameters
 from pave_lightning.pipeline.purifications import label
 from pave_lightning.pipeline.results import Results
 from pave_lightning.pipeline.runner import Runner
+from pave_lightning.pipeline.selections import excluded_sections
 from pave_lightning.pipeline.stages import (
     CaptureStage,
     EvaluateStage,
@@ -22,7 +24,7 @@ from pave_lightning.pipeline.stages import (
     stages_of,
 )
 from pave_lightning.pipeline.stages.evaluate import ScoredJoint, scored_models
-from pave_lightning.pipeline.stages.fit import encoded_rows, expert_digests
+from pave_lightning.pipeline.stages.fit import encoded_rows, own_digests
 from pave_lightning.purification import KeptRank
 from pave_lightning.purification.options import Purify
 from pave_lightning.reporting.bootstrap import bootstrap_intervals
@@ -116,7 +118,7 @@ def _purifications(results: Results) -> dict[str, Purify]:
     """The distinct purifications that merged models were made with, by what they are called in names of folders."""
     merges = MergeStage.all(results)
     used = [merge.stack_as_chosen(results.finished(merge).result).purification for merge in merges]
-    return {label(options): options for options in used if options is not None and options.rho != 1}
+    return {label(options): options for options in used if options is not None and not options.changes_nothing}
 
 
 def _made(runner: Runner, options: Purify) -> dict[str, Any]:
@@ -126,7 +128,7 @@ def _made(runner: Runner, options: Purify) -> dict[str, Any]:
 
 def _untouched(runner: Runner, options: Purify) -> list[list[str]]:
     """Task, layer and reason of each layer that a purification left as it is."""
-    found: list[list[str]] = _made(runner, options).get("untouched", []) if options.rho != 1 else []
+    found: list[list[str]] = [] if options.changes_nothing else _made(runner, options).get("untouched", [])
     return found
 
 
@@ -144,6 +146,7 @@ def _print_untouched(runner: Runner, console: Console) -> None:
     """What is not merged or captured, what the statistics lack, and what each purification left as it is."""
     merges, captured = bool(runner.results.recipe.merge), captures(runner.results)
     sections = runner.context.coverage.sections(merges=merges, captures=captured)
+    sections |= excluded_sections(runner.results.recipe.merge, _parameter_names(runner))
     sections["capture: layers without statistics"] = untouched_lines(_unreached(runner.results))
     for options in _purifications(runner.results).values():
         heading = f"purification ({options.summary}): layers left as they are"
@@ -153,14 +156,20 @@ def _print_untouched(runner: Runner, console: Console) -> None:
             console.print("\n".join([heading, *(f"  {line}" for line in lines)]), soft_wrap=True, markup=False)
 
 
+def _parameter_names(runner: Runner) -> list[str]:
+    """Names of the parameters that base and experts share."""
+    context = runner.context
+    return [parameter.name for parameter in stored_parameters(context.base, context.architecture)]
+
+
 def _write_cards(runner: Runner, table: ScoreTable) -> None:
     """A README.md in each merged folder. It stands outside the manifest, because scores come after merging."""
     recipe = runner.results.recipe
     experts = [
         ExpertSource(
-            task.name, task.expert.from_ if task.expert else "fine-tuned in this run", digest.partition("+")[0]
+            task.name, str(task.expert.from_) if task.expert else "fine-tuned in this run", digest.partition("+")[0]
         )
-        for task, digest in zip(recipe.tasks, expert_digests(runner.results).values(), strict=True)
+        for task, digest in zip(recipe.tasks, own_digests(runner.results).values(), strict=True)
     ]
     versions = {name.removeprefix("version."): text for name, text in environment_tags().items()}
     for merge in MergeStage.all(runner.results):
@@ -177,7 +186,7 @@ def _write_cards(runner: Runner, table: ScoreTable) -> None:
         card = model_card(
             name=step.name,
             title=f"{recipe.name}: {merge.words}",
-            base_model=recipe.base,
+            base_model=runner.results.base_reference,
             method=step.method,
             form=facts["form"],
             vectors=vectors,
@@ -189,7 +198,10 @@ def _write_cards(runner: Runner, table: ScoreTable) -> None:
             purification=purification,
             transforms=facts.get("transforms", ()),
             untouched=() if purify is None else _untouched(runner, purify),
-            left_out=runner.context.coverage.sections(captures=made.rho is not None),
+            left_out={
+                **runner.context.coverage.sections(captures=made.rho is not None),
+                **excluded_sections([step], _parameter_names(runner)),
+            },
             experts=experts,
             scores=ScoreTable(
                 (

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pave_lightning.errors import PaveError
+from pave_lightning.pipeline.bases import folder_of_base, reference_of_base
 from pave_lightning.pipeline.run_folder import Manifest, RunFolder
 from pave_lightning.recipe.schema import Recipe
 from pave_lightning.tasks.task import Task
-from pave_lightning.weights import locate_model, model_digest
+from pave_lightning.weights import model_digest
+from pave_lightning.weights.checkpoint import stored_tensors, weight_files
 
 
 class Kept(Protocol):
@@ -89,9 +91,21 @@ class Results:
         return self._names[folder, task.name]
 
     @cached_property
+    def base_reference(self) -> str:
+        """How the base is named, as `locate_model` takes it."""
+        return str(reference_of_base(self.recipe))
+
+    @cached_property
     def base_folder(self) -> Path:
         """Where the base is."""
-        return locate_model(self.recipe.base, role="base")
+        return folder_of_base(self.recipe)
+
+    @cached_property
+    def base_in_halves(self) -> bool:
+        """Whether the base holds weights in half precision, to which merged ones are rounded unless told otherwise."""
+        halves = ("F16", "BF16")
+        files = weight_files(self.base_folder)
+        return any(stored.dtype in halves for file in files for stored in stored_tensors(file).values())
 
     @cached_property
     def base_digest(self) -> str:

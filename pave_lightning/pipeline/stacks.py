@@ -18,6 +18,7 @@ from pave_lightning.recipe.schema import Recipe
 from pave_lightning.recipe.stacks import BUILT_IN
 from pave_lightning.transforms import Transform, transform_named
 from pave_lightning.transforms.pave import Pave
+from pave_lightning.transforms.task_weights import TaskWeights, TaskWeightsOptions
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class TransformStack:
     @property
     def is_built_in(self) -> bool:
         """Whether its name says what it is in every recipe."""
-        return self.name in BUILT_IN
+        return self.name in BUILT_IN and len(self.transforms) == len(BUILT_IN[self.name])
 
     @property
     def rho(self) -> float | str | None:
@@ -106,6 +107,10 @@ def stack_of(recipe: Recipe, name: str, step: MergeStep | None = None) -> Transf
             continue
         places.append(place)
         inherited.append("" if given else transforms[-1].section)
+    if step is not None and step.weights:
+        transforms.append(TaskWeights(TaskWeightsOptions.model_validate(step.weights)))
+        places.append(f"merge.{step.name}.weights")
+        inherited.append("")
     problems.raise_if_any()
     return TransformStack(name, tuple(transforms), tuple(places), tuple(inherited))
 

@@ -9,15 +9,23 @@ from torch import Tensor
 from pave_lightning.callbacks.options import Capture
 from pave_lightning.evaluation import SuiteData
 from pave_lightning.pipeline.context import Context
-from pave_lightning.pipeline.stages.fit import expert_folder
+from pave_lightning.pipeline.stages.align import expert_folder
+from pave_lightning.pipeline.stages.fit import own_folders
 from pave_lightning.tasks.data_module import TaskDataModule
 from pave_lightning.tasks.task import Task
 from pave_lightning.weights.architecture import read_config
 
 
-def data_module(context: Context, task: Task, batch_size: int) -> TaskDataModule:
-    """A task's data, as its finished expert reads it."""
-    folder = expert_folder(context.results, task.name)
+def data_module(context: Context, task: Task, batch_size: int, *, own: bool = False) -> TaskDataModule:
+    """A task's data, as merged models read it.
+
+    Args:
+        context: the recipe, and what is loaded of it.
+        task: the task, or a copy with other rows.
+        batch_size: rows of a batch.
+        own: as the task's expert reads it by itself, with its own tokens where those of merged models are others.
+    """
+    folder = own_folders(context.results)[task.name] if own else expert_folder(context.results, task.name)
     processor = task.load_processor(folder, context.base_folder)
     return TaskDataModule(
         task,

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pave_lightning.config import WrittenDtype
 from pave_lightning.errors import naming
 from pave_lightning.evaluation import Candidate, MergedCandidate
 from pave_lightning.evaluation.heads import FittedHeads
@@ -46,6 +47,7 @@ class MergeChoice:
         facts: what was chosen and what was tried, as plain JSON values.
         cost: what merging took, where the result is known.
         fitted: the model with the heads that were fitted to it in choosing; None where none were.
+        dtype: in which type its weights are written.
     """
 
     method: MergeMethod
@@ -57,10 +59,11 @@ class MergeChoice:
     facts: dict[str, Any]
     cost: MeasuredCost = field(default_factory=MeasuredCost)
     fitted: FittedHeads | None = None
+    dtype: WrittenDtype = "base"
 
     def candidate(self) -> Candidate:
         """The merged model, in memory."""
-        return MergedCandidate(self.source, self.result(), 1.0 if self.scale is None else self.scale)
+        return MergedCandidate(self.source, self.result(), 1.0 if self.scale is None else self.scale, self.dtype)
 
     def result(self) -> MergedVectors:
         """The merge result, computed now unless it is known."""
@@ -217,19 +220,28 @@ class Chooser:
         known = self._known_merge(step, vectors, options)
         if known is None and not (scored or complete or isinstance(scale, ScaleSearch)):
             given = self._given(step, vectors, options)
-            return MergeChoice(*given, scale, None, math.nan, {"scale": scale, **ratio})
+            return MergeChoice(*given, scale, None, math.nan, {"scale": scale, **ratio}, dtype=step.write.dtype)
         made = known or self._merge(step, vectors, options)
         average, facts, candidate = math.nan, {"scale": scale, **ratio}, None
         if isinstance(scale, ScaleSearch):
-            found = self._searcher(heads).best(made.source, made.merged, scale, start=default or 1.0)
+            found = self._searcher(heads).best(made.source, made.merged, scale, default or 1.0, step.write.dtype)
             scale, average, candidate = found.scale, found.average, found.candidate
             facts = {"scale": scale, "search": [list(tried) for tried in found.tried], **ratio}
         elif scored:
-            tried = MergedCandidate(made.source, made.merged, 1.0 if scale is None else scale)
+            tried = MergedCandidate(made.source, made.merged, 1.0 if scale is None else scale, step.write.dtype)
             candidate, average = self._searcher(heads).scored(tried, None)
         fitted = candidate if isinstance(candidate, FittedHeads) else None
         return MergeChoice(
-            made.method, made.source, made.evidence, scale, made.merged, average, facts, made.cost, fitted
+            made.method,
+            made.source,
+            made.evidence,
+            scale,
+            made.merged,
+            average,
+            facts,
+            made.cost,
+            fitted,
+            step.write.dtype,
         )
 
     def _merge(self, step: MergeStep, vectors: str, options: dict[str, Any]) -> _Merge:
@@ -260,7 +272,9 @@ class Chooser:
     def _unscaled(self, step: MergeStep, vectors: str, options: dict[str, Any]) -> str:
         """What a merge result depends on before it is scaled."""
         stack = stack_of(self._recipe, vectors, step)
-        return f"{stack.described()} {step.method} {json.dumps(options, sort_keys=True)} {step.anchor}"
+        return (
+            f"{stack.described()} {step.method} {json.dumps(options, sort_keys=True)} {step.anchor} {step.parameters}"
+        )
 
     def anchor(self, step: MergeStep, vectors: str) -> dict[str, Tensor]:
         """The scaled task vector of a step's anchor, run on the same task vectors; the last one is kept.
@@ -269,7 +283,7 @@ class Chooser:
             step: the step, with a fixed ratio.
             vectors: name of the stack that makes its task vectors.
         """
-        anchor = self._recipe.step(str(step.anchor)).model_copy(update={"purify": step.purify})
+        anchor = self._recipe.anchor_of(step)
         key = self._what_counts(anchor, vectors, EXPERT_HEADS)
         if self._last_anchor[0] != key:
             self._last_anchor = ("", {})
@@ -283,8 +297,8 @@ class Chooser:
     def _what_counts(self, step: MergeStep, vectors: str, heads: Heads) -> str:
         """What is chosen for a step depends on this, of all that the recipe says about it."""
         stack = stack_of(self._recipe, vectors, step)
-        said = step.model_dump_json(include={"method", "scale", "options", "anchor", "tune"})
-        return f"{stack.described()} {said} {heads.label}"
+        said = step.model_dump_json(include={"method", "scale", "options", "anchor", "tune", "parameters"})
+        return f"{stack.described()} {said} {step.write.dtype} {heads.label}"
 
 
 def _as_merged(step: MergeStep, facts: Mapping[str, Any]) -> MergeStep:

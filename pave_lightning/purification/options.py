@@ -28,6 +28,9 @@ class Purify(Section):
     """Preserved rank ratio: the share of all tasks' components that are kept; or auto: the ratio, out of 0.875, 0.9375,
     0.97, 0.984, 0.992 and 1, whose merged model scores best on the validation split. 1 is no purification, so on that
     data auto is never below plain."""
+    task_rho: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(default={}, exclude_if=lambda value: not value)
+    """Ratios of single tasks, by name, in place of rho: tasks of equal ratios share one budget. With rho: auto these
+    stay as they are."""
     scope: Literal["layer", "model", "global"] = "layer"
     """What shares one budget of ranks. layer: the tasks of one layer (the paper); model: as layer, then one ratio for
     each task, all the ranks that it keeps over all full ranks (the published scripts); global: all layers and tasks."""
@@ -59,6 +62,15 @@ class Purify(Section):
         return hash(self.model_dump_json())
 
     @property
+    def changes_nothing(self) -> bool:
+        """Whether every task keeps all of its ranks."""
+        return self.rho == 1 and all(rho == 1 for rho in self.task_rho.values())
+
+    def rho_of(self, task: str) -> float | Literal["auto"]:
+        """The ratio of a task."""
+        return self.task_rho.get(task, self.rho)
+
+    @property
     def reads_statistics(self) -> bool:
         """Whether captured statistics are needed at all."""
         return self.metric != "identity" and self.statistics in ("own", "other_task")
@@ -75,15 +87,17 @@ class Purify(Section):
         """What differs from other purifications, in a few words."""
         ratio = self.rho if isinstance(self.rho, str) else f"{self.rho:g}"
         words = [f"rho {ratio}", self.metric, f"{self.allocation} allocation", f"scope {self.scope}"]
+        words += [f"rho {rho:g} for {task}" for task, rho in self.task_rho.items()]
         words += [] if self.statistics == "own" else [f"statistics {self.statistics}"]
         words += [] if self.target == "expert" else [f"target {self.target}"]
         return ", ".join(words)
 
 
 def ratios(options: Purify) -> list[Purify]:
-    """The purifications that are made: several where the ratio is chosen on validation data, none of a ratio of 1."""
+    """The purifications that are made: several where the ratio is chosen on validation data, none of ratios of 1."""
     tried = AUTO_RATIOS if options.rho == "auto" else (options.rho,)
-    return [options.model_copy(update={"rho": rho}) for rho in tried if rho != 1]
+    found = [options.model_copy(update={"rho": rho}) for rho in tried]
+    return [one for one in found if not one.changes_nothing]
 
 
 class Compute(Section):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import product
@@ -257,10 +258,17 @@ class PurifiedTaskVectors(DerivedTaskVectors):
         """Ranks of the spectra that share a budget: those of one layer's tasks, or of all layers and tasks."""
         if not values:
             return {}
-        if self.options.allocation == "even":
-            return {key: max(1, rank) for key, rank in even_ranks(values, self._rho).items()}
-        # A budget out of reach was refused before; a rest of rounding, where some tasks are untouched, is none.
-        return allocate_ranks(values, self._rho, self.options.stopping_share, nearest_budget=True)
+        groups: dict[float, dict[AnyKey, Tensor]] = {}  # tasks of equal ratios share a budget
+        for key, found in values.items():
+            groups.setdefault(self._rho(key if isinstance(key, str) else key[0]), {})[key] = found
+        ranks: dict[AnyKey, int] = {}
+        for rho, own in groups.items():
+            if self.options.allocation == "even":
+                ranks |= {key: max(1, rank) for key, rank in even_ranks(own, rho).items()}
+            else:
+                # A budget out of reach was refused before; a rest of rounding, where some tasks are untouched, is none.
+                ranks |= allocate_ranks(own, rho, self.options.stopping_share, nearest_budget=True)
+        return ranks
 
     @cached_property
     def _ranks_of_all(self) -> dict[Key, int]:
@@ -280,21 +288,21 @@ class PurifiedTaskVectors(DerivedTaskVectors):
         averaged = averaged_ranks(ranks, {key: len(found) for key, found in values.items()})
         return {key: max(1, rank) for key, rank in averaged.items()}
 
-    @property
-    def _rho(self) -> float:
-        if isinstance(self.options.rho, str):
+    def _rho(self, task: str) -> float:
+        rho = self.options.rho_of(task)
+        if isinstance(rho, str):
             raise PaveError("rho: auto is chosen by a workflow on validation data; give a number here")
-        return self.options.rho
+        return rho
 
     def _check(self) -> None:
         problems = Problems("the task vectors cannot be purified like this:")
         if isinstance(self.options.rho, str):
             problems.add("rho: auto is chosen by a workflow on validation data; give a number here")
-        for task in self.options.tasks or ():
+        for task in {**dict.fromkeys(self.options.tasks or ()), **self.options.task_rho}:
             if task not in self.source.tasks:
                 problems.add(f"task '{task}' is to be purified, but there are only {', '.join(self.source.tasks)}")
         problems.extend(self._moments.problems(self.layers))
-        problems.extend(budget_problems(self.options, self.layers, len(self.purified_tasks)))
+        problems.extend(budget_problems(self.options, self.layers, self.purified_tasks))
         problems.raise_if_any()
 
 
@@ -314,16 +322,23 @@ def batches(layers: Sequence[Layer], tasks: int, workers: int) -> Iterator[Seque
     return (layers[start : start + size] for start in range(0, len(layers), size))
 
 
-def budget_problems(options: Purify, layers: Sequence[Parameter], tasks: int) -> Iterator[str]:
-    """What is wrong with a rank ratio for these layers, one line for each width (or whole model) that it does not fit.
+def budget_problems(options: Purify, layers: Sequence[Parameter], tasks: Iterable[str]) -> Iterator[str]:
+    """What is wrong with rank ratios for these layers, one line for each width (or whole model) that one does not fit.
 
     Args:
         options: the purification.
         layers: the matrix weights.
-        tasks: how many tasks share a budget.
+        tasks: which tasks are purified; those of equal ratios share a budget.
     """
-    if isinstance(options.rho, str) or options.nearest_budget or not layers or not tasks:
+    if options.nearest_budget or not layers:
         return
+    for rho, count in Counter(map(options.rho_of, tasks)).items():
+        if not isinstance(rho, str):
+            yield from _budget_problems(options, layers, rho, count)
+
+
+def _budget_problems(options: Purify, layers: Sequence[Parameter], rho: float, tasks: int) -> Iterator[str]:
+    """Those of one ratio, which so many tasks have."""
     share = options.stopping_share if options.allocation == "spectral" else 1.0
     budgets: dict[tuple[int, ...], str] = {}
     matrices = [matrix for parameter in layers for matrix in parameter.matrices]
@@ -334,6 +349,6 @@ def budget_problems(options: Purify, layers: Sequence[Parameter], tasks: int) ->
             budgets.setdefault((min(matrix.shape),), matrix.name)
     for lengths, where in budgets.items():
         try:
-            spectral_budget({str(key): width for key, width in enumerate(lengths * tasks)}, options.rho, share)
+            spectral_budget({str(key): width for key, width in enumerate(lengths * tasks)}, rho, share)
         except UnreachableBudgetError as error:
             yield f"{where}: {error}; take that with nearest_budget: true, or change rho or stopping_share"

@@ -12,6 +12,8 @@ from pave_lightning.config import LONGEST_NAME, NAME_PATTERN, Section, unless_wr
 from pave_lightning.evaluation.options import HeadList, Scale
 from pave_lightning.purification.options import Purify
 from pave_lightning.recipe.limits import MOST_COMBINATIONS, repeats
+from pave_lightning.recipe.parameters import Parameters
+from pave_lightning.recipe.write import Write
 
 
 class MergeStep(Section):
@@ -31,6 +33,13 @@ class MergeStep(Section):
     """Which task vectors the method is run on: plain, purified, and names of stacks of the recipe's section vectors."""
     purify: Purify = Purify()
     """Purification for this step; keys that are not given come from the recipe's purify section."""
+    weights: dict[str, float] = {}
+    """Factor of each task's vector, by the task's name, before the method: {movie: 0.7, tweet: 0.3}; 1 for tasks that
+    are not named. Applied behind all transforms of the stack."""
+    parameters: Parameters = Parameters()
+    """Which parameters are merged; keys that are not given come from the recipe's parameters section."""
+    write: Write = Write()
+    """How the result is written; keys that are not given come from the recipe's write section."""
     heads: HeadList | None = None
     """Heads under which this step's models are scored; the recipe's where nothing is said."""
     options: dict[str, Any] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
@@ -12,12 +12,16 @@ from pave_lightning.callbacks.options import Capture
 from pave_lightning.config import MOST_TOLD, FolderPath, Name, Section, unless_wrong
 from pave_lightning.errors import listed, nearest, shortened
 from pave_lightning.evaluation.options import EXPERT_HEADS, ControlList, Evaluate, HeadList, Heads
+from pave_lightning.experts.vocabularies import Vocabulary
 from pave_lightning.purification.options import Compute, Purify
 from pave_lightning.recipe.merge_step import MergeStep
+from pave_lightning.recipe.parameters import Parameters
 from pave_lightning.recipe.stacks import BUILT_IN, Stack, folder_problems, named_transform, stack_name_problems
 from pave_lightning.recipe.sweep import Sweep
+from pave_lightning.recipe.write import Write
+from pave_lightning.system.references import HubModel
 from pave_lightning.tasks.options import Examples, Training
-from pave_lightning.tasks.suites import suite_task
+from pave_lightning.tasks.suites import known_data, suite_task
 from pave_lightning.tasks.task import Task, any_kind, auto_models
 from pave_lightning.tracking.options import Tracking
 
@@ -34,8 +38,16 @@ class Recipe(Section):
     """Name of the run; its folder is output/name."""
     seed: int = Field(default=0, ge=0, le=2**31 - 1)
     """Seed of everything drawn at random: heads, order of examples, dropout, samples of rows."""
-    base: str
-    """The common base model: a folder, a hub id, or package:NAME/FOLDER for a model inside an installed package."""
+    base: str | HubModel
+    """The common base model: a folder, a GGUF file, package:NAME/PATH for one of the two inside an installed package, a
+    hub id, or {hub: OWNER/NAME, folder: ..., revision: ...} for a part of a repository; infer for the base that the
+    experts themselves name, adapters in adapter_config.json and models in their card (base_model)."""
+    vocabulary: Vocabulary = "error"
+    """What is done where the tokens of experts have other numbers than the base's. error: it is refused; tokens that
+    one of them has besides may stand at the end. base_rows: merged models have the base's tokenizer; rows of an expert
+    are matched by token, and those of other tokens dropped and counted. union: new tokens of experts are appended in
+    the order of the tasks, each with the mean of its rows over the experts that have it. Each expert is scored with its
+    own tokenizer."""
     output: FolderPath = "checkpoints"
     """Folder in which the run folder is made."""
     shared: FolderPath | None = None
@@ -61,6 +73,10 @@ class Recipe(Section):
     plain, the empty stack, and purified, [pave]; pave without options has those of the section purify."""
     merge: list[MergeStep] = []
     """The merge methods to run."""
+    parameters: Parameters = Parameters()
+    """Which parameters are merged, unless a merge step says otherwise."""
+    write: Write = Write()
+    """How merged models are written, unless a merge step says otherwise."""
     heads: HeadList = [EXPERT_HEADS]
     """Heads under which merged models are scored: expert, logits, probabilities, orthogonal or labels, {fit: ...,
     rows: ...} to change some keys, or a list of these; each is a row of the tables."""
@@ -84,7 +100,10 @@ class Recipe(Section):
         if not isinstance(raw, dict):
             return raw
         raw = dict(raw)
-        for key, shared in (("tasks", ("examples", "training", "trainer")), ("merge", ("purify",))):
+        for key, shared in (
+            ("tasks", ("examples", "training", "trainer")),
+            ("merge", ("purify", "parameters", "write")),
+        ):
             if not isinstance(raw.get(key), list):
                 continue
             defaults = {name: raw[name] for name in shared if isinstance(raw.get(name), dict)}
@@ -112,10 +131,12 @@ class Recipe(Section):
                         "both into one folder; give one another name"
                     )
         known = [task.name for task in self.tasks]
-        lists = [("purify.tasks", self.purify.tasks)]
-        for step in self.merge:
-            if step.purify.tasks != self.purify.tasks:  # what is handed down is told once
-                lists.append((f"purify.tasks of merge step '{step.name}'", step.purify.tasks))
+        lists: list[tuple[str, Iterable[str] | None]] = []
+        for key in ("tasks", "task_rho"):
+            lists.append((f"purify.{key}", getattr(self.purify, key)))
+            for step in self.merge:
+                if getattr(step.purify, key) != getattr(self.purify, key):  # what is handed down is told once
+                    lists.append((f"purify.{key} of merge step '{step.name}'", getattr(step.purify, key)))
         for where, chosen in lists:
             wrong += [
                 f"{where}: no task is named '{name}'; {nearest(name, known)}"
@@ -164,6 +185,11 @@ class Recipe(Section):
         """The merge step of that name."""
         return next(step for step in self.merge if step.name == name)
 
+    def anchor_of(self, step: MergeStep) -> MergeStep:
+        """The step that a step names as its anchor, on the task vectors and parameters of that step."""
+        same = {key: getattr(step, key) for key in ("purify", "weights", "parameters")}
+        return self.step(str(step.anchor)).model_copy(update=same)
+
     def heads_of(self, step: MergeStep) -> list[Heads]:
         """The heads under which a merge step's models are scored."""
         return self.heads if step.heads is None else step.heads
@@ -199,7 +225,7 @@ def _filled(entry: Any, defaults: Mapping[str, Any], key: str) -> Any:
             own = {name: value for name, value in entry.items() if name != "use"}
             known = suite_task(entry["use"])
             if isinstance(own.get("data"), dict):
-                own["data"] = {**known["data"], **own["data"]}
+                own["data"] = known_data(known["data"], own["data"])
             entry = {**known, **own}
     elif isinstance(entry, str):
         entry = {"method": entry}

@@ -32,10 +32,14 @@ LIGHTNING_OPTIONS = {
 }
 """The best known options of lightning.Trainer, to say where they belong; `trainer` takes every option."""
 
-_SYNONYMS = {"lr": "learning_rate", "use": "method", "columns": "text", "labels": "classes"}
+_SYNONYMS = {
+    **{"lr": "learning_rate", "use": "method", "columns": "text", "labels": "classes"},
+    **{"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"},
+}
 """What other programs call a key."""
 
 A_TASK_NAME = "the name of a known task, such as pocket/movie"
+A_MODEL = "a folder, a hub id, or a mapping such as {hub: OWNER/NAME, folder: last}"
 HEADS = "the name of a fit such as logits, a mapping with the key 'fit', or a list of these"
 TASK, TRAINER = "Task", "trainer"
 _EXPECTED: dict[tuple[Any, str | int], str] = {
@@ -46,6 +50,8 @@ _EXPECTED: dict[tuple[Any, str | int], str] = {
     ("MergeStep", "vectors"): "a list of plain, purified and names of stacks",
     ("MergeStep", "heads"): HEADS,
     ("Recipe", "heads"): HEADS,
+    ("Recipe", "base"): A_MODEL,
+    ("Expert", "from"): A_MODEL,
     (
         "Recipe",
         "vectors",
@@ -214,7 +220,8 @@ def of_other_kinds(spot: Spot) -> str | None:
     key = str(spot.keys[-1])
     tasks = _forms(_recipe_schema()["properties"]["tasks"]["items"]) if _is_task(spot.owner) else ()
     kinds = [task["kind"] for task in tasks if key in task["properties"]]
-    return f"'{key}' belongs to {' and '.join(kinds)} tasks" if kinds else None
+    named = " and ".join(filter(None, (", ".join(kinds[:-1]), *kinds[-1:])))
+    return f"'{key}' belongs to {named} tasks" if kinds else None
 
 
 def _unknown_key(spot: Spot) -> str:

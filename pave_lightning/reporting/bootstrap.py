@@ -27,7 +27,13 @@ import numpy as np
 import numpy.typing as npt
 
 from pave_lightning.reporting.intervals import Against, Interval, Intervals, PairIntervals
-from pave_lightning.reporting.resampled_metrics import CLASS_METRICS, NUMBER_METRICS, Floats, ResampledTask
+from pave_lightning.reporting.resampled_metrics import (
+    CLASS_METRICS,
+    LABEL_METRICS,
+    NUMBER_METRICS,
+    Floats,
+    ResampledTask,
+)
 from pave_lightning.reporting.scores import Model, ScoreTable, model_of
 from pave_lightning.tasks.predictions import TaskPredictions
 
@@ -116,7 +122,7 @@ class _Statistic:
 
     def _add(self, table: ScoreTable, predictions: Predictions, task: str) -> None:
         own = [score for score in table.scores if score.task == task]
-        known = (*CLASS_METRICS, *NUMBER_METRICS)
+        known = (*CLASS_METRICS, *NUMBER_METRICS, *LABEL_METRICS, *_means(predictions, task))
         metrics = [name for name in dict.fromkeys(score.metric for score in own) if name in known]
         rows = max((score.examples for score in own), default=0)
         found = {model: predictions[model][task] for model in self._models if task in predictions.get(model, {})}
@@ -201,3 +207,8 @@ def _mean(values: Floats, slots: Sequence[int]) -> Floats:
         return np.full((values.shape[0], values.shape[2]), math.nan)
     mean: Floats = values[:, slots].mean(axis=1)
     return mean
+
+
+def _means(predictions: Predictions, task: str) -> set[str]:
+    """The metrics of which scores of rows are kept."""
+    return {name for found in predictions.values() if task in found for name in found[task].means}

@@ -18,6 +18,7 @@ from pave_lightning.reporting.scores import Model, ScoreTable
 from pave_lightning.reporting.sweep_table import signed
 from pave_lightning.reporting.tables import TASK_WIDTH, lines_of, short_metric
 from pave_lightning.tasks.predictions import TaskPredictions
+from pave_lightning.tasks.text_matches import plain_text
 
 
 @dataclass(frozen=True)
@@ -55,15 +56,23 @@ def disagreements(first: TaskPredictions, second: TaskPredictions) -> Disagreeme
         (1, 1, array([1, 2, 3]), array([1, 2, 0]))
     """
     targets = first.targets
-    if first.are_classes:
+    if first.are_texts:
+        errors = [_missed(one) for one in (first, second)]
+    elif first.are_classes:
         errors = [(one.predictions != targets).astype(np.float64) for one in (first, second)]
     else:
         errors = [np.abs(one.predictions - targets) for one in (first, second)]
-    gain = errors[1] - errors[0]
+    gain: npt.NDArray[np.float64] = errors[1] - errors[0]
     differing = np.flatnonzero(first.predictions != second.predictions)
     places = differing[np.argsort(-np.abs(gain[differing]), kind="stable")]
     nearer = np.where(gain > 0, 1, np.where(gain < 0, 2, 0))
     return Disagreements(int((gain > 0).sum()), int((gain < 0).sum()), places, nearer[places])
+
+
+def _missed(predictions: TaskPredictions) -> npt.NDArray[np.float64]:
+    """1 for each text that is none of the right ones, 0 for others."""
+    told = zip(predictions.predictions, predictions.targets, strict=True)
+    return np.asarray([plain_text(text) not in map(plain_text, right) for text, right in told], dtype=np.float64)
 
 
 def comparison_table(
@@ -128,19 +137,25 @@ def columns_of(
 
     Returns:
         ``task``, ``row``, ``position``, ``target``, ``a``, ``b`` (class indices or numbers), ``target_class``,
-        ``a_class``, ``b_class`` (empty for numbers), and ``nearer``: a, b, or neither.
+        ``a_class``, ``b_class`` (empty for numbers), and ``nearer``: a, b, or neither. Texts stand in the place of
+        classes, several right ones with `` | `` between them, and their numbers are NaN.
     """
     numbers = {"target": first.targets, "a": first.predictions, "b": second.predictions}
     numbers = {name: values[found.places] for name, values in numbers.items()}
 
     def named(values: npt.NDArray[Any]) -> list[str]:
+        if first.are_texts:
+            return [value if isinstance(value, str) else " | ".join(value) for value in values]
         return [classes[int(value)] if 0 <= value < len(classes) else "" for value in values]
 
     return {
         "task": [task] * len(found.places),
         "row": first.rows[found.places],
         "position": first.positions[found.places],
-        **{name: values.astype(np.float64) for name, values in numbers.items()},
+        **{
+            name: np.full(len(values), np.nan) if first.are_texts else values.astype(np.float64)
+            for name, values in numbers.items()
+        },
         **{f"{name}_class": named(values) for name, values in numbers.items()},
         "nearer": [("neither", "a", "b")[which] for which in found.nearer],
     }

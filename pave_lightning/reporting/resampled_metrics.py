@@ -14,12 +14,17 @@ import numpy as np
 import numpy.typing as npt
 from scipy import sparse
 
+from pave_lightning.reporting.resampled_labels import label_metric
 from pave_lightning.tasks.predictions import TaskPredictions
+from pave_lightning.tasks.text_matches import TESTS, plain_text
 
 Floats = npt.NDArray[np.float64]
 
 CLASS_METRICS = ("accuracy", "f1", "macro_f1", "matthews")
 NUMBER_METRICS = ("pearson", "spearman")
+TEXT_METRICS = tuple(TESTS)
+# Of rows with a probability for each of several labels.
+LABEL_METRICS = ("micro_f1", "macro_f1", "exact_match", "mean_average_precision")
 # A variance of values that reach to 1 below which they all are the same number: what rounding leaves.
 NO_VARIANCE = 1e-14
 
@@ -53,11 +58,24 @@ class ResampledTask:
         """
         counts = row_counts(indices, self._row_count)
         by_model: dict[str, Floats] = {}
-        fitting = CLASS_METRICS if self._predictions[0].are_classes else NUMBER_METRICS
+        first = self._predictions[0]
+        if first.means:
+            fitting = first.means
+        elif first.are_classes:
+            fitting = CLASS_METRICS
+        else:
+            fitting = TEXT_METRICS if first.are_texts else (*NUMBER_METRICS, *LABEL_METRICS)
         asked = [name for name in self._metrics if name in fitting]
+        of_labels = [name for name in asked if name in LABEL_METRICS]
         with np.errstate(divide="ignore", invalid="ignore"):
-            if self._predictions[0].are_classes:
+            if first.means:
+                by_model = self._of_means(asked, counts)
+            elif first.are_texts:
+                by_model = {name: (self._passing(name) @ counts) / (self._answers @ counts) for name in asked}
+            elif first.are_classes:
                 by_model = self._of_classes(asked, counts)
+            elif of_labels:
+                by_model = self._of_labels(of_labels, counts)
             elif asked:
                 weights = counts if self._whole else counts[self._row_of]
                 by_model = self._of_numbers(asked, weights)
@@ -75,6 +93,19 @@ class ResampledTask:
                 found[name] = np.stack([_OF_COUNTS[name](*counted) for counted in by_class])
         return found
 
+    def _of_means(self, asked: Sequence[str], counts: Floats) -> dict[str, Floats]:
+        rows, names = self._several
+        weights = counts[rows]
+        answers = weights.sum(axis=0)
+        scores = {name: np.stack([one[:, place] for one in self._tables]) for place, name in enumerate(names)}
+        return {name: scores[name] @ weights / answers for name in asked}
+
+    def _of_labels(self, asked: Sequence[str], counts: Floats) -> dict[str, Floats]:
+        rows, _ = self._several
+        weights, actual = counts[rows], self._predictions[0].targets.reshape(len(rows), -1) > 0
+        found = {name: [label_metric(name, one, actual, weights) for one in self._tables] for name in asked}
+        return {name: np.stack(values) for name, values in found.items()}
+
     def _of_numbers(self, asked: Sequence[str], weights: Floats) -> dict[str, Floats]:
         found: dict[str, Floats] = {}
         finite = np.asarray([np.isfinite(one.predictions).all() for one in self._predictions])
@@ -86,6 +117,32 @@ class ResampledTask:
         for values in found.values():
             values[~finite] = np.nan
         return found
+
+    def _passing(self, name: str) -> Floats:
+        """How many texts of each row pass a test, shape ``(models, rows)``."""
+        right = [[plain_text(one) for one in own] for own in self._predictions[0].targets]
+        return np.stack(
+            [
+                self._per_row(
+                    np.asarray(
+                        [TESTS[name](plain_text(text), own) for text, own in zip(one.predictions, right, strict=True)],
+                        dtype=np.bool_,
+                    )
+                )
+                for one in self._predictions
+            ]
+        )
+
+    @cached_property
+    def _several(self) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:
+        """The rows that have predictions, which are as many for each, and the metrics that are kept for them."""
+        return np.unique(self._row_of), self._predictions[0].means
+
+    @cached_property
+    def _tables(self) -> list[Floats]:
+        """Each model's predictions, shape ``(rows, predictions of a row)``."""
+        rows, _ = self._several
+        return [one.predictions.astype(np.float64).reshape(len(rows), -1) for one in self._predictions]
 
     # ---- what stays the same in all draws ----------------------------------------------------------------------------
 

@@ -14,18 +14,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pave_lightning.errors import PaveError
+from pave_lightning.statistics.compensated import CompensatedSum
 from pave_lightning.subspace import MomentKind
+from pave_lightning.system.pages import zeros_on_pages
 
-# Rows that may be summed in float32 before they are added to the float64 total.
-PARTIAL_ROWS = 4096
-# Rows that wait for each other, since one product of many rows is much cheaper than many products of a few.
-WAITING_ROWS = 512
+# How many rows wait for each other, since one product of many is cheaper than many products of a few: a share of the
+# moment's height, so that what waits is small beside the sums, but enough of them to be worth a product.
+WAITING_SHARE = 8
+FEWEST_WAITING, MOST_WAITING = 64, 256
+# One float32 product is over no more rows than this: longer ones lose digits, and copies of half-precision rows grow.
+MOST_ROWS = 4096
 # Products of fewer columns are taken in float64: libraries add up their rows one after the other, which in float32
 # costs the small eigenvalues of rows that are much alike (hundreds of roundings of the largest; 3 of wider products).
 THIN = 16
-SMALLEST_BLOCK = 64
-BLOCKS = 8
-
 
 Moments = Literal["smallest", "input", "output"]
 
@@ -100,10 +101,11 @@ class LayerMoment:
 class SecondMoment:
     """Accumulates the uncentred second moment of a layer's inputs, of its outputs, or of its outputs with its inputs.
 
-    Products are taken in float32 and added up in float64, which keeps the small eigenvalues that float32 sums lose.
-    Of a symmetric moment only the lower block triangle is computed. Sum and count are kept apart and un-normalised, so
-    that shards and processes merge exactly. Memory does not grow with the number of rows: it is 12 bytes an entry, and
-    up to 512 rows beside them. The first ``d_in`` inputs are kept as they are, before there are any sums.
+    Products are taken in float32 and added up with compensation (see `CompensatedSum`), which keeps the small
+    eigenvalues that float32 sums lose. Of a symmetric moment only the lower block triangle is computed. Sum and count
+    are kept apart and un-normalised, so that shards and processes merge exactly. Memory does not grow with the number
+    of rows: it is 6 bytes an entry, of a symmetric moment 3.4, and, where batches have few rows, an eighth as many rows
+    as it is high beside them. The first ``d_in`` inputs are kept as they are, before there are any sums.
 
     Args:
         in_features: width ``d_in`` of the inputs.
@@ -144,9 +146,8 @@ class SecondMoment:
         height = in_features if out_features is None else out_features
         self.shape: tuple[int, int] = (height, height if self.kind == "output" else in_features)
         self._device = device
-        self._partial: Tensor | None = None
-        self._total: Tensor | None = None
-        self._partial_rows = 0
+        self._total: CompensatedSum | None = None
+        self._waiting_limit = max(FEWEST_WAITING, min(MOST_WAITING, self.shape[0] // WAITING_SHARE))
         # Copies of rows, for the cross moment of outputs beside them, that no sum holds yet.
         self._waiting: tuple[Tensor, ...] | None = None
         self._waiting_rows = 0
@@ -186,8 +187,7 @@ class SecondMoment:
         """An accumulator that has seen the same and goes on by itself."""
         other = copy(self)
         with torch.inference_mode(False):  # what is begun in an inference pass can be added to after it
-            other._partial = None if self._partial is None else self._partial.clone()
-            other._total = None if self._total is None else self._total.clone()
+            other._total = None if self._total is None else self._total.copy()
             if self._waiting is not None:
                 other._waiting = tuple(factor.clone() for factor in self._waiting)
         return other
@@ -206,10 +206,8 @@ class SecondMoment:
         if other._waiting is not None:
             self._take(tuple(factor[: other._waiting_rows].to(self._device) for factor in other._waiting))
         if other._total is not None:
-            other._flush()
             self._multiply_waiting()  # rows that were kept as they are become sums like the other's
-            total = self._sums()[1]
-            total += other._total.to(total.device)
+            self._sums().add(other._total)
         self.rows += other.rows
         self.seen += other.seen
 
@@ -220,9 +218,16 @@ class SecondMoment:
         """
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return
-        total = self._settled()
-        counts = torch.tensor([self.rows, self.seen], dtype=torch.int64, device=total.device)
-        dist.all_reduce(total)
+        self._multiply_waiting()
+        total = self._sums()
+
+        def reduced() -> Iterator[Tensor]:
+            for _, _, part in total.parts():
+                dist.all_reduce(part)
+                yield part
+
+        total.replace(reduced())
+        counts = torch.tensor([self.rows, self.seen], dtype=torch.int64, device=self._device)
         dist.all_reduce(counts)
         self.rows, self.seen = counts.tolist()
 
@@ -244,11 +249,9 @@ class SecondMoment:
                 kept = self._waiting[0][: self.rows]
                 kept = (kept.cpu() if kept.is_mps else kept).double()
                 mean = kept.T @ kept / self.rows
-            else:
-                mean = self._settled() / self.rows
-            if self.kind != "cross":
-                mean = mean.tril() + mean.tril(-1).T
-            return mean.float()
+                return (mean.tril() + mean.tril(-1).T).float()
+            self._multiply_waiting()
+            return self._sums().mean(self.rows)
 
     def moment(self) -> LayerMoment:
         """The moment on the CPU; of kind ``"rows"`` for fewer than ``d_in`` inputs, unless ``keep_rows`` is off.
@@ -261,6 +264,25 @@ class SecondMoment:
                 rows = self._waiting[0][: self.rows] / math.sqrt(self.rows)
             return LayerMoment("rows", rows.cpu(), self.rows, self.seen)
         return LayerMoment(self.kind, self.mean().cpu(), self.rows, self.seen)
+
+    def finish(self) -> LayerMoment:
+        """As `moment`, but nothing may be added or asked for after it: the sums become the moment.
+
+        Raises:
+            ValueError: no rows have been added.
+        """
+        if self._is_kept or not self.rows:
+            return self.moment()
+        with torch.inference_mode(False), torch.no_grad():
+            self._multiply_waiting()
+            found, self._total = self._sums().take_mean(self.rows), None
+            return LayerMoment(self.kind, found.cpu(), self.rows, self.seen)
+
+    @property
+    def held_bytes(self) -> int:
+        """What is held in memory: sums, and rows that no sum has yet."""
+        waiting = sum(factor.nbytes for factor in self._waiting or ())
+        return waiting + (0 if self._total is None else self._total.bytes)
 
     @property
     def _is_kept(self) -> bool:
@@ -275,15 +297,14 @@ class SecondMoment:
         """
         start, count = 0, len(factors[0])
         while start < count:
-            limit = self.shape[1] if self._is_kept else WAITING_ROWS
+            limit = self.shape[1] if self._is_kept else self._waiting_limit
             if not self._waiting_rows and count - start >= limit:
                 self._multiply(tuple(factor[start:] for factor in factors))
                 return
             if self._waiting is None:
                 with torch.inference_mode(False):  # what is begun in an inference pass can be added to after it
                     self._waiting = tuple(
-                        torch.empty(limit, factor.shape[1], dtype=torch.float32, device=factor.device)
-                        for factor in factors
+                        zeros_on_pages((limit, factor.shape[1]), torch.float32, factor.device) for factor in factors
                     )
             stop = min(count, start + limit - self._waiting_rows)
             end = self._waiting_rows + stop - start
@@ -303,53 +324,20 @@ class SecondMoment:
         self._multiply(factors)
 
     def _multiply(self, factors: tuple[Tensor, ...]) -> None:
-        partial = self._sums()[0]
-        while len(factors[0]):
-            room = PARTIAL_ROWS - self._partial_rows
-            now = tuple(factor[:room].float() for factor in factors)
-            factors = tuple(factor[room:] for factor in factors)
-            with full_precision(partial.device.type):
-                if min(self.shape) < THIN and not partial.is_mps:
-                    partial += now[0].double().T.mm(now[-1].double())
-                elif self.kind == "cross":
-                    partial.addmm_(now[0].T, now[1])
-                else:
-                    _add_lower_blocks(partial, now[0])
-            self._partial_rows += len(now[0])
-            if self._partial_rows >= PARTIAL_ROWS:
-                self._flush()
+        total = self._sums()
+        for start in range(0, len(factors[0]), MOST_ROWS):
+            now = tuple(factor[start : start + MOST_ROWS].float() for factor in factors)
+            if min(self.shape) < THIN and not now[0].is_mps:
+                now = tuple(factor.double() for factor in now)
+            with full_precision(now[0].device.type):
+                total.add_product(now[0], now[-1])
 
-    def _sums(self) -> tuple[Tensor, Tensor]:
-        """The float32 part and the float64 total, made when they are first needed."""
-        if self._partial is None or self._total is None:
+    def _sums(self) -> CompensatedSum:
+        """The sums, made when they are first needed."""
+        if self._total is None:
             with torch.inference_mode(False):
-                self._partial = torch.zeros(self.shape, dtype=torch.float32, device=self._device)
-                # Apple's MPS has no float64.
-                device = "cpu" if self._partial.is_mps else self._device
-                self._total = torch.zeros(self.shape, dtype=torch.float64, device=device)
-        return self._partial, self._total
-
-    def _settled(self) -> Tensor:
-        """The float64 total of everything."""
-        self._multiply_waiting()
-        total = self._sums()[1]
-        self._flush()
-        return total
-
-    def _flush(self) -> None:
-        if self._partial_rows:
-            partial, total = self._sums()
-            total += partial.to(total.device)
-            partial.zero_()
-            self._partial_rows = 0
-
-
-def _add_lower_blocks(sums: Tensor, rows: Tensor) -> None:
-    width = rows.shape[1]
-    block = max(SMALLEST_BLOCK, width // BLOCKS)
-    for start in range(0, width, block):
-        stop = start + block
-        sums[start:, start:stop].addmm_(rows[:, start:].T, rows[:, start:stop])
+                self._total = CompensatedSum(self.shape, lower=self.kind != "cross", device=self._device)
+        return self._total
 
 
 def float32_products_are_exact() -> bool:

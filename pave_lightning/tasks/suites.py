@@ -1,7 +1,8 @@
-"""Tasks that are known by name: the pocket suite shipped with the package, and GLUE on the Hugging Face hub."""
+"""Tasks that are known by name: two suites shipped with the package, and GLUE, on the hub or in a folder."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,11 @@ _POCKET: dict[str, dict[str, Any]] = {
     "similarity": {"text": ["text_a", "text_b"], "kind": "regression", "value_range": [0.0, 5.0]},
 }
 
+INSTRUCTIONS_FOLDER = POCKET_FOLDER.with_name("instructions")
+_INSTRUCTIONS_DATA = "package:pave_lightning/tasks/instructions"
+# What a language model is asked, and the most tokens of what it is to answer.
+_INSTRUCTIONS = {"arithmetic": 16, "definition": 8, "order": 24, "record": 40}
+
 # The test split of GLUE has no labels, so the validation split is reported and a tenth of the training split validates.
 _GLUE_SPLITS = {"train": "train[:90%]", "validation": "train[90%:]", "test": "validation"}
 _GLUE: dict[str, dict[str, Any]] = {
@@ -60,7 +66,19 @@ _GLUE: dict[str, dict[str, Any]] = {
 
 def suite_task_names() -> list[str]:
     """Every task that a recipe can use by name."""
-    return [f"pocket/{name}" for name in _POCKET] + [f"glue/{name}" for name in _GLUE]
+    suites: dict[str, Iterable[str]] = {"pocket": _POCKET, "instructions": _INSTRUCTIONS, "glue": _GLUE}
+    return [f"{suite}/{name}" for suite, tasks in suites.items() for name in tasks]
+
+
+def known_data(known: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """The data of a known task with a recipe's changes; a folder of one's own stands in place of the hub.
+
+    Args:
+        known: ``data`` of `suite_task`.
+        own: the keys that a recipe gives itself.
+    """
+    from_hub = ("hub", "revision") if own.get("folder") is not None and own.get("hub") is None else ()
+    return {**{key: value for key, value in known.items() if key not in from_hub}, **own}
 
 
 def suite_task(name: str) -> dict[str, Any]:
@@ -76,6 +94,9 @@ def suite_task(name: str) -> dict[str, Any]:
     if suite == "pocket" and task in _POCKET:
         splits = {split: f"{_POCKET_DATA}/{task}/{split}.parquet" for split in ("train", "validation", "test")}
         return {"name": task, "data": splits, **_POCKET[task]}
+    if suite == "instructions" and task in _INSTRUCTIONS:
+        splits = {split: f"{_INSTRUCTIONS_DATA}/{task}/{split}.parquet" for split in ("train", "validation", "test")}
+        return {"name": task, "data": splits, "kind": "causal_lm", "max_new_tokens": _INSTRUCTIONS[task]}
     if suite == "glue" and task in _GLUE:
         splits = dict(_GLUE_SPLITS)
         if task == "mnli":

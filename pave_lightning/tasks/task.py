@@ -52,6 +52,7 @@ class Task(Section):
         fitting_metrics: the metrics that fit this kind.
         default_metrics: the metrics where a recipe names none.
         likelihood: how what is right is thought to be drawn from the outputs.
+        has_head: whether models have a part of their own for the task, which is not merged.
         reads_tokens: whether the model is given tokens, so that its processor is a tokenizer.
         names_files: whether rows name files of their own, such as images, and may be given as a folder of these.
         encoded_at_once: how many rows are encoded, and written, at a time.
@@ -62,6 +63,7 @@ class Task(Section):
     fitting_metrics: ClassVar[tuple[MetricName, ...]]
     default_metrics: ClassVar[tuple[MetricName, ...]]
     likelihood: ClassVar[Likelihood] = Likelihood.CATEGORICAL
+    has_head: ClassVar[bool] = True
     reads_tokens: ClassVar[bool] = True
     names_files: ClassVar[bool] = False
     encoded_at_once: ClassVar[int] = 1000
@@ -218,6 +220,17 @@ class Task(Section):
         Rows of which all labels are the same can tell no good model from a bad one.
         """
 
+    def unseen_classes(self, labels: npt.NDArray[np.int64] | npt.NDArray[np.float32]) -> list[str]:
+        """Classes that none of these labels is of.
+
+        Args:
+            labels: as `answers` gives them.
+        """
+        import numpy as np
+
+        names = self.class_names
+        return [names[index] for index in np.setdiff1d(np.arange(len(names)), labels).tolist()]
+
     # ---- examples --------------------------------------------------------------------------------------------------
 
     @abstractmethod
@@ -288,6 +301,12 @@ class Task(Section):
             processor: see `load_processor`.
             padding: the token that fills up rows, where that is another than the processor's.
         """
+
+    def collate_training(
+        self, processor: Any, padding: int | None = None
+    ) -> Callable[[Sequence[Mapping[str, Any]]], Batch]:
+        """What puts encoded rows into one batch that is only trained on; see `collate`."""
+        return self.collate(processor, padding)
 
     @abstractmethod
     def random_examples(self, processor: Any, count: int, seed: int) -> dict[str, list[Any]]:
@@ -426,13 +445,39 @@ class Task(Section):
 
     @abstractmethod
     def predict(self, model: nn.Module, batch: Batch) -> Predictions:
-        """What a model predicts for a batch, with or without labels."""
+        """What a model predicts for a batch, with or without labels, in one pass; capture looks at that pass."""
+
+    def respond(self, model: nn.Module, batch: Batch, processor: Any) -> Predictions:
+        """What a model answers to a batch, as the metrics take it: what it predicts, or the text that it writes.
+
+        Args:
+            model: a model with this kind's head, or a peft model around one.
+            batch: a batch, with or without labels.
+            processor: what its rows were encoded with.
+        """
+        return self.predict(model, batch)
 
     def build_metrics(self) -> MetricCollection:
         """The metrics, keyed by their names in the recipe; states add up over batches and processes."""
         from pave_lightning.tasks.metrics import build_metrics
 
         return build_metrics(self.metrics, self.output_size)
+
+    @property
+    def mean_metrics(self) -> tuple[MetricName, ...]:
+        """Metrics that are means of what `row_scores` says, and that predictions alone do not tell; kept in this order.
+
+        Empty where predictions are numbers, which tell all.
+        """
+        return ()
+
+    def row_scores(self, found: Predictions) -> Tensor:
+        """What each example of a batch adds to the `mean_metrics`: float64 of shape ``(n, metrics)``.
+
+        Args:
+            found: predictions with targets.
+        """
+        raise NotImplementedError
 
     def constant_score(self, metric: MetricName, labels: Tensor) -> float:
         """What the best constant answer scores: always the same class, or the same number.
@@ -444,6 +489,14 @@ class Task(Section):
         from pave_lightning.tasks.constant_answers import constant_class
 
         return constant_class(metric, labels)
+
+    def base_problem(self, config: Any) -> str | None:
+        """Why models of a base cannot be used for this task, in words that go on after its class; None where they can.
+
+        Args:
+            config: the base's configuration, as transformers reads it.
+        """
+        return None
 
     @abstractmethod
     def misfits(self, config: Any, written: Mapping[str, Any]) -> Iterator[Misfit]:

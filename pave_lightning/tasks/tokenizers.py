@@ -11,7 +11,7 @@ from pave_lightning.system.files import check_sizes
 from pave_lightning.system.keeping import kept
 from pave_lightning.tasks.kinds.tokens import TOKENS
 from pave_lightning.weights.architecture import read_config
-from pave_lightning.weights.locate import has_tokenizer
+from pave_lightning.weights.tokenizer_files import has_tokenizer
 
 if TYPE_CHECKING:
     from torch import nn

@@ -32,24 +32,25 @@ class Pave(Transform[Purify]):
 
     def wanted(self, *, changed: bool) -> frozenset[Need]:
         """Moments of inputs where the experts were changed, else of any form; none where none are read."""
-        if not self.options.reads_statistics or self.options.rho == 1:
+        if not self.options.reads_statistics or self.options.changes_nothing:
             return frozenset()
         return frozenset({Need.INPUT_MOMENTS if changed else Need.MOMENTS})
 
     def problems(self, vectors: TaskVectors) -> Iterator[str]:
         """Tasks that there are not, and ratios out of reach, of all ratios that are tried."""
         chosen = self.options.tasks or vectors.tasks
-        yield from (
-            f"tasks: no task is named '{task}'; {nearest(task, vectors.tasks)}"
-            for task in chosen
-            if task not in vectors.tasks
-        )
+        for key, named in (("tasks", chosen), ("task_rho", self.options.task_rho)):
+            yield from (
+                f"{key}: no task is named '{task}'; {nearest(task, vectors.tasks)}"
+                for task in named
+                if task not in vectors.tasks
+            )
         layers = [parameter for parameter in vectors.parameters if parameter.kind is ParameterKind.LINEAR]
         for options in ratios(self.options):
-            yield from budget_problems(options, layers, len(chosen))
+            yield from budget_problems(options, layers, chosen)
 
     def apply(self, vectors: TaskVectors, evidence: Evidence, compute: Compute) -> TaskVectors:
         """The purified task vectors, computed layer by layer; a ratio of 1 leaves them as they are."""
-        if self.options.rho == 1:
+        if self.options.changes_nothing:
             return vectors
         return PurifiedTaskVectors(vectors, evidence.statistics, self.options, compute)

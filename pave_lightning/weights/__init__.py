@@ -7,6 +7,7 @@ from pave_lightning.weights.checkpoint import Checkpoint, model_digest
 from pave_lightning.weights.locate import locate_model
 from pave_lightning.weights.modules import ModuleTaskVectors
 from pave_lightning.weights.parameters import ADDITIVE, Parameter, ParameterKind
+from pave_lightning.weights.rounding import rounded, written_dtype
 from pave_lightning.weights.sources import task_vectors
 from pave_lightning.weights.task_vectors import DerivedTaskVectors, ExpertTaskVectors, TaskVectors
 from pave_lightning.weights.writing import ShardWriter
@@ -26,5 +27,7 @@ __all__ = [
     "is_finite",
     "locate_model",
     "model_digest",
+    "rounded",
     "task_vectors",
+    "written_dtype",
 ]

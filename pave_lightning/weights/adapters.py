@@ -13,18 +13,26 @@ from torch import Tensor
 
 from pave_lightning.errors import PaveError, shortened
 from pave_lightning.system.files import read_json
-from pave_lightning.weights.checkpoint import Checkpoint, StoredTensor, is_finite_in_float32, stored_tensors
+from pave_lightning.system.patterns import fits_pattern, pattern_problem
+from pave_lightning.weights.checkpoint import (
+    Checkpoint,
+    StoredTensor,
+    convert_advice,
+    is_finite_in_float32,
+    stored_tensors,
+)
 from pave_lightning.weights.parameters import Parameter
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PICKLED_ADAPTER = "adapter_model.bin"
 ADAPTER_FOLDER = "adapter"
 
 LARGEST_RANK = 2**31 - 1
 LARGEST_ALPHA = 1e6
-LONGEST_PATTERN = 500
 
-_WRAPPED = "base_model.model."
+# What peft calls the model that it wraps.
+WRAPPED = "base_model.model."
 _FACTOR = re.compile(r"(?P<layer>.+)\.lora_(?P<side>[AB])\.weight")
 # Low-rank updates of tables that are looked up, and biases beside a factor: the expert's own weights hold both.
 _ELSEWHERE = re.compile(r".+\.(lora_embedding_[AB]|lora_B\.bias)")
@@ -119,7 +127,7 @@ class Adapter:
     ) -> Iterator[tuple[str, AdaptedLayer]]:
         sides: dict[str, dict[str, StoredTensor]] = {}
         for name, tensor in stored.items():
-            match = _FACTOR.fullmatch(name.removeprefix(_WRAPPED))
+            match = _FACTOR.fullmatch(name.removeprefix(WRAPPED))
             if match:
                 sides.setdefault(match["layer"].replace(".base_layer", ""), {})[match["side"]] = tensor
         for layer, pair in sorted(sides.items()):
@@ -158,8 +166,15 @@ def adapter_settings(folder: Path) -> dict[str, Any]:
 
 def _header(file: Path) -> dict[str, StoredTensor]:
     if not file.is_file():
-        raise PaveError(f"{file.parent} has no {file.name}; pickled adapters are refused")
+        raise PaveError(absent_adapter(file.parent))
     return stored_tensors(file, "save the adapter again")
+
+
+def absent_adapter(folder: Path) -> str:
+    """What to say of an adapter without safetensors."""
+    if (folder / PICKLED_ADAPTER).is_file():
+        return convert_advice(str(folder), [PICKLED_ADAPTER], str(folder))
+    return f"{folder} has no {ADAPTER_WEIGHTS}; save the adapter again"
 
 
 def _refusal(settings: Mapping[str, Any], stored: Mapping[str, StoredTensor]) -> str | None:
@@ -177,18 +192,18 @@ def _refusal(settings: Mapping[str, Any], stored: Mapping[str, StoredTensor]) ->
         if settings.get(key):
             return f"its adapter has the setting {key}: {why}, so the update is not the product of two factors"
     for name in stored:
-        own = name.removeprefix(_WRAPPED)
+        own = name.removeprefix(WRAPPED)
         if ".lora_" in own and not _FACTOR.fullmatch(own) and not _ELSEWHERE.fullmatch(own):
             return f"its adapter holds {own}, of which nothing is known here"
-    if not any(_FACTOR.fullmatch(name.removeprefix(_WRAPPED)) for name in stored):
+    if not any(_FACTOR.fullmatch(name.removeprefix(WRAPPED)) for name in stored):
         return "its adapter has no low-rank factors of any layer"
     return None
 
 
 def _scaling(settings: Mapping[str, Any], layer: str) -> tuple[int, float]:
     """Rank and scaling of a layer, by the patterns of the configuration; the first that matches counts, as in peft."""
-    rank = _by_pattern(settings.get("rank_pattern"), layer, settings.get("r", 8))
-    alpha = _by_pattern(settings.get("alpha_pattern"), layer, settings.get("lora_alpha", 8))
+    rank = by_pattern(settings.get("rank_pattern"), layer, settings.get("r", 8))
+    alpha = by_pattern(settings.get("alpha_pattern"), layer, settings.get("lora_alpha", 8))
     if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= LARGEST_RANK:
         raise PaveError(f"{ADAPTER_CONFIG} gives {layer} the rank {shortened(repr(rank))}; save the adapter again")
     if not isinstance(alpha, int | float) or not abs(alpha) <= LARGEST_ALPHA:
@@ -196,17 +211,23 @@ def _scaling(settings: Mapping[str, Any], layer: str) -> tuple[int, float]:
     return rank, alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 
-def _by_pattern(patterns: Any, layer: str, default: Any) -> Any:
+def by_pattern(patterns: Any, layer: str, default: Any) -> Any:
+    """What a pattern of a configuration says of a layer, as peft reads it: the first that fits the name's end counts.
+
+    Args:
+        patterns: a mapping of regular expressions, or None.
+        layer: name of the layer in the whole model.
+        default: for layers that none fits.
+
+    Raises:
+        PaveError: it is no such mapping.
+    """
     if patterns and not isinstance(patterns, dict):
         raise PaveError(f"{ADAPTER_CONFIG} holds a pattern that is no mapping of layers; save the adapter again")
     for key in patterns or ():
-        if len(key) > LONGEST_PATTERN or re.search(r"[+*}]\)+[+*{]", key):  # which may take for ever
-            raise PaveError(f"{ADAPTER_CONFIG} holds a pattern of layers that is not tried: {shortened(key)}")
-    try:
-        found = (value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", layer))
-        return next(found, default)
-    except re.error as error:
-        raise PaveError(f"{ADAPTER_CONFIG} holds a pattern of layers that is none ({error})") from error
+        if problem := pattern_problem(key):
+            raise PaveError(f"{ADAPTER_CONFIG} holds a pattern of layers that {problem}")
+    return next((value for key, value in (patterns or {}).items() if fits_pattern(key, layer)), default)
 
 
 def _of_backbone(layers: Mapping[str, AdaptedLayer], prefix: str) -> dict[str, AdaptedLayer]:

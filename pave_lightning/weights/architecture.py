@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +26,9 @@ from pave_lightning.weights.embeddings import token_embeddings
 from pave_lightning.weights.fused import fused_parts
 from pave_lightning.weights.matrices import Outputs, Part
 from pave_lightning.weights.parameters import Parameter, ParameterKind, kind_of, parameters_of
-from pave_lightning.weights.places import Piece, Place, stored_places
+from pave_lightning.weights.places import Piece, Place, loaded_names, stored_places
 from pave_lightning.weights.positions import longest_sequence
+from pave_lightning.weights.quantised import quantisation_problem
 from pave_lightning.weights.remembered import remembered
 from pave_lightning.weights.ties import tied_names
 
@@ -322,7 +323,8 @@ class Architecture:
         # Checkpoints may have names of their own for all of it (models of several modalities).
         renamed = {name.partition(".")[0] for name in (*self.renamed, *self.places)}
         outer = (renamed | self.children.keys()) - {self.inner}
-        return Checkpoint(
+        read = partial(
+            Checkpoint,
             folder,
             self.prefix,
             self.tied,
@@ -332,6 +334,31 @@ class Architecture:
             beside=self.beside,
             copied=self.copied,
         )
+        found = read()
+        called = self._called(name for name in found.backbone if not (self.knows(name) or name in self.buffers))
+        return read(called=called) if called else found
+
+    def _called(self, unknown: Iterable[str]) -> dict[str, str]:
+        """Names that a file has for weights of the backbone, where transformers loads them under others -> these."""
+        names = tuple(name for name in unknown if not self.ignores(name))
+        if not names:
+            return {}
+        loaded = _loaded_names(self.model_class, json.dumps(self.config, default=str), self.start, names)
+        stored = {own: name for name, own in self.stored_names.items()}
+        inside = {name: own.removeprefix(self.start) for name, own in loaded.items() if own.startswith(self.start)}
+        return {name: stored.get(own, own) for name, own in inside.items() if self.knows(stored.get(own, own))}
+
+
+@lru_cache(maxsize=64)
+def _loaded_names(model_class: str, config: str, start: str, stored: tuple[str, ...]) -> dict[str, str]:
+    """What a model calls tensors that a file stores under names without the backbone's prefix."""
+    from transformers import AutoConfig
+
+    values = json.loads(config)
+    made = AutoConfig.for_model(values.pop("model_type"), **values)
+    with torch.device("meta"):
+        model = auto_class(model_class)._from_config(made)
+    return {name.removeprefix(start): own for name, own in loaded_names(model, (start + one for one in stored)).items()}
 
 
 def _as_alias(backbone: nn.Module, name: str, own: Parameter) -> Parameter:
@@ -352,7 +379,8 @@ def _placed(name: str, shape: tuple[int, ...], place: Place, parameters: Mapping
                 Part(owner.layer, Outputs(start, owner.shape[0]), layer=owner.layer)
                 for owner, start in zip(owners, starts, strict=False)
             )
-            return Parameter(name, first.kind, shape, 1, parts=parts)
+            # What a file has fused reads one input: statistics of the first layer are those of all.
+            return Parameter(name, first.kind, shape, 1, module=first.layer, parts=parts)
         return Parameter(name, ParameterKind.OTHER if first.input_axis is not None else first.kind, shape)
     if first.input_axis is None:
         return Parameter(name, first.kind, shape)
@@ -475,7 +503,8 @@ def read_config(folder: Path, **changes: Any) -> PretrainedConfig:
         changes: values to use in place of those of the file.
 
     Raises:
-        PaveError: it is missing or broken, describes a model of impossible size, or one that brings its own code.
+        PaveError: it is missing or broken, describes a model of impossible size, one that brings its own code, or one
+            whose weights are quantised.
     """
     file = folder / "config.json"
     settings = read_json(file)
@@ -485,6 +514,9 @@ def read_config(folder: Path, **changes: Any) -> PretrainedConfig:
     named = settings.get("architectures") or []
     if not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
         raise PaveError(f"{file}: expected a list of names under architectures, found {shortened(str(named))}")
+    quantised = quantisation_problem(folder, settings)
+    if quantised is not None:
+        raise PaveError(f"{folder}: {quantised}")
     from transformers import AutoConfig
 
     with foreign(f"{folder}: its config.json gives no model", _own_code(settings)):
@@ -546,7 +578,7 @@ def backbone_of(model: nn.Module) -> nn.Module:
         PaveError: it has a head, and no backbone where transformers says.
     """
     backbone = getattr(model, str(model.base_model_prefix), None)
-    if has_language_head(model) or (backbone is None and _is_bare(model)):
+    if has_language_head(model) or (backbone is None and is_bare(model)):
         return model
     if not isinstance(backbone, nn.Module):
         raise PaveError(f"{type(model).__name__} has no backbone named '{model.base_model_prefix}'")
@@ -596,7 +628,8 @@ def _own_names(model: nn.Module) -> set[str]:
     return {name.partition(".")[0] for name, _ in model.named_parameters()}
 
 
-def _is_bare(model: nn.Module) -> bool:
+def is_bare(model: nn.Module) -> bool:
+    """Whether a model of transformers is a backbone without a head."""
     return type(model).__name__ in _bare_classes(getattr(model, "config", None))
 
 

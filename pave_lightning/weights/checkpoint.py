@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from pave_lightning.system.files import check_header, file_sha256, read_failure,
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 MOST_SHARDS = 10_000
+# What `pave convert` reads: weights of models and adapters, in one file or in shards, as torch.save writes them.
+CONVERTIBLE = re.compile(r"(pytorch_model|adapter_model)(-\d+-of-\d+)?\.bin")
 PICKLED_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
 IDENTIFYING = (".safetensors", ".json", ".txt", ".model", ".spm", ".tiktoken", ".tokenizer", ".codes")
 FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -71,12 +74,14 @@ class Checkpoint:
         inner: where there is no prefix, the submodule whose name stored names may lack, all of them.
         outer: other direct submodules, whose names stand as they are.
         beside: where there is no prefix, direct submodules and parameters that are of the head.
+        called: names that the file has for backbone tensors, without the prefix -> the names that they go by.
         copied: names of backbone tensors -> others whose values they have where the files lack them, or the reverse.
 
     Attributes:
         backbone: the backbone's tensors by name; of tied ones one, whatever the file calls it.
         head: all other tensors by their stored names.
         copies: further copies of tied tensors, by name.
+        own_names: names of backbone tensors -> what the file calls them, without the prefix, where the two differ.
 
     Raises:
         PaveError: weights are missing, pickled, truncated or no safetensors; shards are missing.
@@ -93,11 +98,12 @@ class Checkpoint:
         outer: Collection[str] = (),
         beside: Collection[str] = (),
         copied: Mapping[str, str] | None = None,
+        called: Mapping[str, str] | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.tied = dict(tied or {})
         self.files = weight_files(self.folder)
-        stored = {name: tensor for file in self.files for name, tensor in stored_tensors(file).items()}
+        stored = _stored_in(self.files)
         start = f"{prefix}."
         if inner and not any(name.startswith(f"{inner}.") for name in stored):
             stored = {
@@ -114,6 +120,10 @@ class Checkpoint:
             self.backbone = {name: tensor for name, tensor in stored.items() if name not in self.head}
         for name in [name for name in self.backbone if name.partition(".")[0] in without]:
             del self.backbone[name]
+        known = {own: name for own, name in (called or {}).items() if own in self.backbone}
+        self.own_names = {name: own for own, name in known.items() if name not in self.backbone}
+        for name, own in self.own_names.items():
+            self.backbone[name] = self.backbone.pop(own)
         legacy = {".gamma": ".weight", ".beta": ".bias"}
         for name in list(self.backbone):
             for old, new in legacy.items():
@@ -234,6 +244,33 @@ def stored_tensors(file: Path, again: str = "fetch or save the checkpoint again"
         raise PaveError(read_failure(file, damaged)) from error
 
 
+def _stored_in(files: Sequence[Path]) -> dict[str, StoredTensor]:
+    """What the headers of all files of a checkpoint say, by the tensors' names.
+
+    Raises:
+        PaveError: a file cannot be read, two hold a tensor of the same name, or a shard lacks what the index has in it.
+    """
+    found: dict[str, StoredTensor] = {}
+    for file in files:
+        for name, tensor in stored_tensors(file).items():
+            if name in found:
+                raise PaveError(
+                    f"{file.parent}: the shards {found[name].file.name} and {file.name} both hold {name}, so it is not "
+                    "known which counts; fetch or save the checkpoint again"
+                )
+            found[name] = tensor
+    if files and files[0].name != SINGLE_FILE:
+        index = files[0].parent / INDEX_FILE
+        placed = read_json(index, "save the checkpoint again")["weight_map"]
+        lost = [name for name, file in placed.items() if name not in found or found[name].file.name != file]
+        if lost:
+            raise PaveError(
+                f"{index} says that {placed[lost[0]]} holds {lost[0]}, which it does not; fetch or save the checkpoint "
+                "again"
+            )
+    return found
+
+
 def _values(stored: StoredTensor, rows: slice | None) -> Tensor:
     """The values of a floating-point tensor, copied: to map a file anew for every block costs more than its reading."""
     dtype, shape, start = FLOATING[stored.dtype], stored.shape, stored.start
@@ -269,30 +306,58 @@ def weight_files(folder: Path) -> list[Path]:
     """
     if (folder / SINGLE_FILE).is_file():
         return [folder / SINGLE_FILE]
-    index = folder / INDEX_FILE
-    if index.is_file():
-        placed = read_json(index, "save the checkpoint again").get("weight_map")
-        if not isinstance(placed, dict) or not all(isinstance(name, str) for name in placed.values()) or not placed:
-            raise PaveError(f"{index} is broken: expected JSON with a weight_map; save the checkpoint again")
-        names = sorted(set(placed.values()))
-        if len(names) > MOST_SHARDS:
-            raise PaveError(f"{index} names {len(names):,} files, expected at most {MOST_SHARDS:,}; is it broken?")
-        elsewhere = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
-        if elsewhere:
-            raise PaveError(
-                f"{index} names {listed([repr(shortened(name)) for name in elsewhere])}; expected names of safetensors "
-                "files in the same folder"
-            )
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise PaveError(f"{folder}: the index names shards that are not there: {listed(missing)}")
-        return [folder / name for name in names]
+    if (folder / INDEX_FILE).is_file():
+        return shard_files(folder / INDEX_FILE)
     if not folder.is_dir():
         raise PaveError(f"there is no folder {folder}")
     pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLED_ENDINGS)
+    if convertible := [name for name in pickled if CONVERTIBLE.fullmatch(name)]:
+        raise PaveError(convert_advice(str(folder), convertible, str(folder)))
     if pickled:
         raise PaveError(
-            f"{folder} holds its weights as {', '.join(pickled)}; pickled weights can run code and are refused: "
+            f"{folder} holds its weights as {listed(pickled, 3)}; pickled weights can run code and are refused: "
             "load and save them once with save_pretrained to get safetensors"
         )
     raise PaveError(f"{folder} has no {SINGLE_FILE} (nor shards with an index)")
+
+
+def shard_files(index: Path, ending: str = ".safetensors") -> list[Path]:
+    """The shards that an index names, sorted.
+
+    Args:
+        index: the index, JSON with a ``weight_map`` of names of tensors to names of files.
+        ending: what the names of shards end with.
+
+    Raises:
+        PaveError: the index is broken, names files elsewhere, or shards are missing.
+    """
+    placed = read_json(index, "save the checkpoint again").get("weight_map")
+    if not isinstance(placed, dict) or not all(isinstance(name, str) for name in placed.values()) or not placed:
+        raise PaveError(f"{index} is broken: expected JSON with a weight_map; save the checkpoint again")
+    names = sorted(set(placed.values()))
+    if len(names) > MOST_SHARDS:
+        raise PaveError(f"{index} names {len(names):,} files, expected at most {MOST_SHARDS:,}; is it broken?")
+    elsewhere = [name for name in names if Path(name).name != name or not name.endswith(ending)]
+    if elsewhere:
+        raise PaveError(
+            f"{index} names {listed([repr(shortened(name)) for name in elsewhere])}; expected names of "
+            f"{ending.removeprefix('.')} files in the same folder"
+        )
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise PaveError(f"{index.parent}: the index names shards that are not there: {listed(missing)}")
+    return [index.parent / name for name in names]
+
+
+def convert_advice(what: str, pickled: Sequence[str], source: str) -> str:
+    """What to say of a model whose weights are pickled.
+
+    Args:
+        what: the model.
+        pickled: names of the files.
+        source: how `pave convert` is told of it.
+    """
+    return (
+        f"{what} holds its weights as {listed(pickled, 3)}; pickled weights can run code and are refused: run "
+        f"`pave convert {source} FOLDER` once, and name FOLDER instead"
+    )

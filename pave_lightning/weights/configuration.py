@@ -115,11 +115,15 @@ def config_differences(task: str, base: Path, expert: Path, accept: Collection[s
 def merged_configuration(base: Path, expert: Path) -> Any:
     """The configuration of a merged model below an expert's head: the base's values for what the backbone computes.
 
+    An expert that is a part of the base, as the vision encoder of CLIP, has the configuration of that part.
+
     Args:
         base: folder of the base.
         expert: folder of the expert.
     """
     origin, own = read_config(base), read_config(expert)
+    if origin.model_type != own.model_type:
+        return own
     for key in dict.fromkeys(one.key.partition(".")[0] for one in differences_in_function(origin, own)):
         if hasattr(origin, key):
             setattr(own, key, copy.deepcopy(getattr(origin, key)))

@@ -24,24 +24,51 @@ def token_embeddings(backbone: nn.Module) -> list[str]:
     return [name for name, found in backbone.named_parameters(remove_duplicate=False) if found is weight]
 
 
-def resize_rows(backbone: nn.Module, rows: int) -> None:
+def resize_rows(backbone: nn.Module, rows: int, *, scores: bool = False) -> None:
     """Give the token embedding another number of rows; the first ones stay, new ones are zero.
 
-    Modules that share the weight go on sharing it, and the configuration names the new number.
+    Modules that look tokens up in the weight go on sharing it, and the configuration names the new number.
+
+    Args:
+        backbone: the backbone.
+        rows: how many rows.
+        scores: whether the layer that scores each token gets them as well, tied to the embedding or not.
     """
     weight = _weight(backbone)
     if weight is None or len(weight) == rows:
         return
-    kept = weight.detach()[:rows]
-    grown = torch.cat([kept, kept.new_zeros(rows - len(kept), *weight.shape[1:])])
-    replaced = nn.Parameter(grown, requires_grad=weight.requires_grad)
+    replaced = _resized(weight, rows)
     tables = _tables(backbone)
+    layer = scoring_layer(backbone) if scores else None
+    if layer is not None:
+        for name, own in list(layer.named_parameters(recurse=False)):
+            if len(own) == len(weight):
+                setattr(layer, name, replaced if own is weight else _resized(own, rows))
+        for name, held in list(backbone.named_buffers(recurse=False)):  # BART adds a bias of its own
+            if held.shape[-1:] == weight.shape[:1]:
+                setattr(backbone, name, torch.cat([held, held.new_zeros(*held.shape[:-1], rows)], dim=-1)[..., :rows])
     config: Any = backbone.config
     config.get_text_config().vocab_size = rows
     for module in tables:
         module.weight, module.num_embeddings = replaced, rows
         if module.padding_idx is not None and module.padding_idx >= rows:
             module.padding_idx = None  # which only keeps its gradient away
+
+
+def scoring_layer(model: nn.Module) -> nn.Module | None:
+    """The layer of a language model that gives each token its score; None in other models."""
+    reader: Any = getattr(model, "get_output_embeddings", None)
+    try:
+        layer = reader() if reader is not None else None
+    except (NotImplementedError, AttributeError):  # models that read no tokens
+        layer = None
+    return layer if isinstance(layer, nn.Module) else None
+
+
+def _resized(weight: nn.Parameter, rows: int) -> nn.Parameter:
+    kept = weight.detach()[:rows]
+    grown = torch.cat([kept, kept.new_zeros(rows - len(kept), *weight.shape[1:])])
+    return nn.Parameter(grown, requires_grad=weight.requires_grad)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ from pave_lightning.weights.matrices import Outputs, Part
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "encoder_attention_heads")
 _KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_n_heads")
 Layout = tuple[Part, ...]
+# Of deeper models than there are, a pass takes longer than all else that a plan does.
+MOST_GUESSES = 400
 _PLACE = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
@@ -29,15 +31,16 @@ def fused_parts(model: nn.Module) -> dict[str, Layout]:
     the meta device, shows which outputs of a layer go into one further step. A layout is taken only if no step mixes
     outputs of two of its parts, some step takes just one of them, and no other layout explains as many steps. Layers
     that such a pass does not come to (behind a mixture, whose routes depend on values) are as those of the same name
-    and size. Experts of mixtures say how gate and up lie, and so does `torch.nn.MultiheadAttention`. Key and value are
-    named in the usual order.
+    and size; of models with more than `MOST_GUESSES` layers that may be fused all weights are taken whole. Experts of
+    mixtures say how gate and up lie, and so does `torch.nn.MultiheadAttention`. Key and value are named in the usual
+    order.
 
     Args:
         model: a Hugging Face model on the meta device; weights of others are taken whole.
     """
     found = {**dict(_of_experts(model)), **dict(_of_attention(model))}
     guesses = {name: layouts for name, layouts in _guesses(model) if layouts}
-    if not guesses or not all(parameter.is_meta for parameter in model.parameters()):
+    if not 0 < len(guesses) <= MOST_GUESSES or not all(parameter.is_meta for parameter in model.parameters()):
         return found
     modules = {name: model.get_submodule(name) for name in guesses}
     used = _used_outputs(model, modules)

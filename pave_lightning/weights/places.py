@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +81,25 @@ def stored_places(model: nn.Module) -> dict[str, Place]:
         if pieces and not (len(pieces) == 1 and pieces[0].parameter == name and pieces[0].fills(weights[name].shape)):
             places[name] = Place(pieces)
     return places
+
+
+def loaded_names(model: nn.Module, stored: Iterable[str]) -> dict[str, str]:
+    """Name in a checkpoint -> name in the model, for names that transformers changes when it loads, by its own rules.
+
+    Checkpoints of older releases have names that no model is saved with any more (``weight_g``), and part of a model
+    may be loaded from the checkpoint of the whole (the vision encoder of CLIP).
+
+    Args:
+        model: a Hugging Face model; its values are not looked at.
+        stored: names in a checkpoint.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    rules = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
+    known, prefix = model.state_dict(), str(model.base_model_prefix)
+    found = {name: rename_source_key(name, rules, [], prefix, known)[0] for name in stored}
+    return {name: own for name, own in found.items() if own in known and own != name}
 
 
 class _Followed(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -13,7 +13,9 @@ from pave_lightning.weights.task_vectors import ExpertTaskVectors, checkpoint_ve
 
 
 @overload
-def task_vectors(base: str, experts: Mapping[str, str]) -> ExpertTaskVectors: ...
+def task_vectors(
+    base: str | None = None, experts: Mapping[str, str] | None = None, *, accept: Collection[str] = ()
+) -> ExpertTaskVectors: ...
 
 
 @overload
@@ -23,19 +25,23 @@ def task_vectors(
 
 
 def task_vectors(
-    base: str | nn.Module,
-    experts: Mapping[str, str] | Mapping[str, nn.Module | StateDict],
+    base: str | nn.Module | None = None,
+    experts: Mapping[str, str] | Mapping[str, nn.Module | StateDict] | None = None,
     *,
     heads: Collection[str] = (),
+    accept: Collection[str] = (),
 ) -> ExpertTaskVectors | ModuleTaskVectors:
     """Task vectors of fine-tuned models, which are read parameter by parameter.
 
     Args:
-        base: folder, hub id, or ``package:NAME/FOLDER`` of the base model; or any module in memory.
-        experts: each task's fine-tuned model: folders or hub ids where the base is one; modules, or state dicts, where
-            the base is a module.
+        base: folder, hub id, or ``package:NAME/FOLDER`` of the base model, by default the one that the experts'
+            adapters name; or any module in memory.
+        experts: each task's fine-tuned model: folders or hub ids of checkpoints and adapters where the base is no
+            module; modules, or state dicts, where it is one.
         heads: of modules the submodules and parameters that each task keeps for itself, by their dotted names; models
             of transformers tell their heads themselves, and folders hold only these.
+        accept: of checkpoints what may differ although it is refused otherwise: ``base``, for adapters that name
+            another base.
 
     Raises:
         PaveError: a model is missing, or the experts do not fit the base (all differences are listed).
@@ -48,8 +54,11 @@ def task_vectors(
         ('digits', 'signs')
     """
     if isinstance(base, nn.Module):
-        return ModuleTaskVectors(base, experts, heads=heads)  # type: ignore[arg-type]
-    given = [found for found in (base, *experts.values()) if not isinstance(found, str)]
+        if accept:
+            raise PaveError("accept is for adapters, which name a base; modules in memory name none")
+        return ModuleTaskVectors(base, experts or {}, heads=heads)  # type: ignore[arg-type]
+    named = [base] if base is not None else []
+    given = [found for found in (*named, *(experts or {}).values()) if not isinstance(found, str)]
     if given:
         raise PaveError(
             f"expected folders or hub ids, found {type(given[0]).__name__}; where experts are modules or state dicts, "
@@ -57,4 +66,4 @@ def task_vectors(
         )
     if heads:
         raise PaveError("heads are named for modules in memory alone; checkpoints say by their class what the head is")
-    return checkpoint_vectors(base, experts)  # type: ignore[arg-type]
+    return checkpoint_vectors(base, experts, accept=accept)  # type: ignore[arg-type]

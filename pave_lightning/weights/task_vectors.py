@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
 
-from pave_lightning.errors import PaveError, Problems
+from pave_lightning.errors import PaveError, Problems, counted, listed, naming
 from pave_lightning.subspace import is_finite
+from pave_lightning.weights.adapter_base import other_base
+from pave_lightning.weights.adapter_models import write_with_adapter
 from pave_lightning.weights.adapters import ADAPTER_CONFIG, ADAPTER_FOLDER, Adapter, adapter_folder, misfit
 from pave_lightning.weights.architecture import Architecture
 from pave_lightning.weights.buffers import averaged, buffer_problems
 from pave_lightning.weights.checkpoint import FLOATING, Checkpoint
 from pave_lightning.weights.coverage import unmergeable
-from pave_lightning.weights.locate import locate_model
+from pave_lightning.weights.inferred_base import inferred_base
+from pave_lightning.weights.locate import locate_model, named_adapter
 from pave_lightning.weights.parameters import Parameter
 from pave_lightning.weights.ties import tie_problems
 from pave_lightning.weights.untied import with_heads_apart
@@ -111,6 +116,14 @@ class TaskVectors(ABC):
         """What an expert was read from; None where there is no such thing."""
         return None
 
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """The type in which the base stores a parameter or a running statistic, by its name."""
+        return torch.float32
+
+    def unmerged(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and value (float32) of each parameter that is left out of a merge and stays as it is in the base."""
+        yield from ()
+
     def model(self, weights: Mapping[str, Tensor], task: str | None = None) -> nn.Module:
         """A model with these weights in place of the base's, by the names of parameters and running statistics.
 
@@ -165,6 +178,14 @@ class DerivedTaskVectors(TaskVectors):
         """What the source makes of these weights."""
         return self.source.model(weights, task)
 
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """That of the source."""
+        return self.source.stored_dtype(name)
+
+    def unmerged(self) -> Iterator[tuple[str, Tensor]]:
+        """Those of the source."""
+        return self.source.unmerged()
+
     def running_statistics(self) -> Iterator[tuple[str, Tensor]]:
         """The averages, as they are."""
         return self.source.running_statistics()
@@ -183,6 +204,10 @@ class PlannedTaskVectors(TaskVectors):
     def __init__(self, parameters: Iterable[Parameter], ranks: Mapping[str, Mapping[str, int] | str]) -> None:
         self.tasks, self.parameters = tuple(ranks), tuple(parameters)
         self._ranks = dict(ranks)
+
+    def of(self, parameters: Iterable[Parameter]) -> PlannedTaskVectors:
+        """Those of some of the parameters."""
+        return PlannedTaskVectors(parameters, self._ranks)
 
     def base(self, parameter: Parameter, rows: slice | None = None) -> Tensor:
         """Not known."""
@@ -263,6 +288,8 @@ class ExpertTaskVectors(TaskVectors):
                 self._adapters[task] = Adapter(folder, architecture.prefix)
                 problems.extend(f"task '{task}': {problem}" for problem in self._adapter_problems(task, architecture))
         problems.raise_if_any()
+        # What is removed with the task vectors.
+        self.temporary: tuple[TemporaryDirectory[str], ...] = ()
 
     def base(self, parameter: Parameter, rows: slice | None = None) -> Tensor:
         """The base's tensor (float32)."""
@@ -296,6 +323,10 @@ class ExpertTaskVectors(TaskVectors):
     def checkpoint(self, task: str) -> Checkpoint | None:
         """The expert's checkpoint."""
         return self._experts[task]
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """The type in which the base's file holds it."""
+        return FLOATING[self._base.backbone[name].dtype]
 
     def running_statistics(self) -> Iterator[tuple[str, Tensor]]:
         """The average over the experts of each running statistic (float32)."""
@@ -399,24 +430,42 @@ def own_token_rows(base: Checkpoint, expert: Checkpoint, architecture: Architect
     return found
 
 
-def differences(task: str, base: Checkpoint, expert: Checkpoint, architecture: Architecture) -> list[str]:
+def _is_known(name: str, architecture: Architecture) -> bool:
+    """Whether a module of the model has a weight or a buffer that checkpoints store under this name."""
+    return architecture.knows(name) or name in architecture.buffers
+
+
+def differences(
+    task: str, base: Checkpoint, expert: Checkpoint, architecture: Architecture, *, matched: Collection[str] = ()
+) -> list[str]:
     """What keeps an expert from being merged with others of that base: names and shapes, from the headers alone.
 
     Index buffers and other tensors that the architecture ignores may differ: not every release of transformers stores
     them. Values are read of two kinds only: buffers that must be the base's, and tied tensors that are stored twice.
     The token embedding may have more rows or fewer, see `own_token_rows`.
+
+    Args:
+        task: the expert's task.
+        base: the base.
+        expert: the expert.
+        architecture: their architecture.
+        matched: names of further tables whose rows are yet to be matched by token, which may differ in their number.
     """
+    tables = {*architecture.token_embeddings, *matched}
     found = [f"task '{task}': {problem}" for problem in (*tie_problems(expert), *unmergeable(expert, architecture))]
     found += [f"task '{task}': {problem}" for problem in buffer_problems(base, expert, architecture.buffers)]
     private = absent_children(base, expert)
     of_expert = {name.partition(".")[0] for name in expert.backbone}
+    strays: dict[str, list[str]] = {"expert": [], "base": []}
     for name, stored in expert.backbone.items():
         if name.partition(".")[0] in private or not stored.is_floating or not architecture.compares(name):
             continue
-        if name not in base.backbone:
+        if name not in base.backbone and not _is_known(name, architecture):
+            strays["expert"].append(name)
+        elif name not in base.backbone:
             found.append(f"task '{task}': {name} {list(stored.shape)} is in the expert, but not in the base")
         elif stored.shape != base.backbone[name].shape and not (
-            name in architecture.token_embeddings and stored.shape[1:] == base.backbone[name].shape[1:]
+            name in tables and stored.shape[1:] == base.backbone[name].shape[1:]
         ):
             found.append(
                 f"task '{task}': {name} is {list(stored.shape)} in the expert, "
@@ -427,37 +476,62 @@ def differences(task: str, base: Checkpoint, expert: Checkpoint, architecture: A
         matters = stored.is_floating and architecture.compares(name) and name.partition(".")[0] in of_expert
         if architecture.inner and not architecture.knows(name) and not architecture.averages(name):
             matters = False  # the pooler of a base whose experts are language models
-        if name not in expert.backbone and matters:
+        if name not in expert.backbone and matters and not _is_known(name, architecture):
+            strays["base"].append(name)
+        elif name not in expert.backbone and matters:
             found.append(f"task '{task}': {name} {list(stored.shape)} is in the base, but not in the expert")
+    model = architecture.backbone_class or architecture.model_class
+    for names, whose in ((strays["expert"], f"task '{task}': the expert's"), (strays["base"], "base: its")):
+        if names:  # of the base in the same words for every task, so that it is told once
+            found.append(
+                f"{whose} files hold {counted(len(names), 'weight')} that no module of a {model} has "
+                f"({listed(names, 3)}), and the {'experts lack' if whose.startswith('base') else 'base lacks'}; "
+                "if config.json is right, load the model with transformers, which passes over them, and save it again"
+            )
     return found
 
 
-def checkpoint_vectors(base: str, experts: Mapping[str, str]) -> ExpertTaskVectors:
+def checkpoint_vectors(
+    base: str | None = None, experts: Mapping[str, str] | None = None, *, accept: Collection[str] = ()
+) -> ExpertTaskVectors:
     """Task vectors of fine-tuned checkpoints, read lazily.
 
     Of models with heads for tasks the backbones are compared. Language models, whose heads score tokens, are compared
     whole: their heads count as what they are, weights of their own or, where all checkpoints tie them, the embedding.
 
+    An expert that is a peft adapter is merged into the base first, by peft itself, one after the other; the weights
+    (float32) are kept in a temporary folder for as long as the task vectors are. Its head is left out.
+
     Args:
-        base: folder, hub id, or ``package:NAME/FOLDER`` of the base model.
-        experts: the same for each task's fine-tuned checkpoint.
+        base: folder, hub id, or ``package:NAME/FOLDER`` of the base model; by default the one that the experts'
+            adapters name.
+        experts: the same for each task's fine-tuned checkpoint or adapter.
+        accept: what may differ although it is refused otherwise: ``base``, for adapters that name another base.
 
     Raises:
-        PaveError: a model is missing, or the experts do not fit the base (all differences are listed).
+        PaveError: a model is missing, no adapter or several different ones name the base, or the experts do not fit
+            the base (all differences are listed).
     """
-    folders = {task: locate_model(reference, role=f"expert of '{task}'") for task, reference in experts.items()}
+    folders = {task: locate_model(name, role=f"expert of '{task}'") for task, name in (experts or {}).items()}
     if not folders:
         raise PaveError("no experts are given")
-    for task, folder in folders.items():
-        if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
-            raise PaveError(
-                f"expert of '{task}': {folder} is a peft adapter, no whole model; a recipe takes it as it is, but "
-                f"here it must be merged into the base first (merge_and_unload, save_pretrained); keep it beside the "
-                f"weights in a folder '{ADAPTER_FOLDER}'"
-            )
-    base_folder = locate_model(base, role="base")
+    folders = {task: named_adapter(folder, role=f"expert of '{task}'") for task, folder in folders.items()}
+    adapters = {task: folder for task, folder in folders.items() if (folder / ADAPTER_CONFIG).is_file()}
+    reference = base if base is not None else inferred_base(folders)
+    base_folder = locate_model(reference, role="base")
+    kept = {}
+    for task, adapter in adapters.items():
+        other = None if "base" in accept else other_base(adapter, str(reference), base_folder)
+        if other is not None:
+            raise PaveError(f"expert of '{task}': {other}; name the adapter's own base, or accept 'base'")
+        place = kept[task] = TemporaryDirectory(prefix="pave-expert-")
+        with naming(f"expert of '{task}'"):
+            write_with_adapter(base_folder, adapter, Path(place.name))
+        folders[task] = Path(place.name)
     architecture = Architecture.of_folder(next(iter(folders.values())))
     architecture = with_heads_apart(architecture, [base_folder, *folders.values()])
     base_checkpoint = architecture.checkpoint(base_folder)
     checkpoints = {task: architecture.checkpoint(folder) for task, folder in folders.items()}
-    return ExpertTaskVectors(base_checkpoint, checkpoints, architecture)
+    vectors = ExpertTaskVectors(base_checkpoint, checkpoints, architecture)
+    vectors.temporary = tuple(kept.values())
+    return vectors

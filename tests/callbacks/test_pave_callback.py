@@ -591,9 +591,8 @@ def test_memory_does_not_grow_with_the_data() -> None:
         class Weigh(L.Callback):
             def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
                 observer: Any = callback._observer
-                moments = [moment for _, moment in observer._groups.moments()]
-                kept = [x for m in moments for x in (m._partial, m._total, *(m._waiting or ())) if x is not None]
-                held.append(sum(tensor.nbytes for tensor in kept))
+                groups = observer._groups._distinct()
+                held.append(sum(group.moment.held_bytes for group in groups if group.moment is not None))
 
         callback = PaveCallback(backbone="backbone", **options)
         trainer([Weigh(), callback]).validate(Expert(bert()), loader(tokens(batches)), verbose=False)

@@ -1,10 +1,15 @@
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from pave_lightning.evaluation import CheckpointCandidate, ExpertsCandidate, MergedCandidate, ModulatedCandidate
+from pave_lightning.merging import merge
+from pave_lightning.merging.folders import MergeContext, write_merged
+from pave_lightning.merging.methods.emr import Emr
+from pave_lightning.merging.methods.task_arithmetic import TaskArithmetic
 from pave_lightning.merging.modulators import LowRank, Modulator
 from pave_lightning.merging.running import MergedVectors
-from pave_lightning.weights import Checkpoint, task_vectors
+from pave_lightning.weights import Architecture, Checkpoint, task_vectors
 
 
 def same(found, expected):
@@ -88,3 +93,32 @@ def test_masks_switch_with_the_task_and_leave_the_rest(base_folder, expert_folde
         if other != name:
             assert torch.equal(first[other], unified.tensor(other))
     assert first.keys() == set(unified)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("method", [TaskArithmetic(), Emr()], ids=["static", "per task"])
+def test_a_merge_in_memory_has_the_weights_as_they_are_written(base_folder, expert_folders, tmp_path, method, dtype):
+    source = task_vectors(str(base_folder), {task: str(folder) for task, folder in expert_folders.items()})
+    scale = 0.3 if method.default_scale else 1.0
+    tried = MergedCandidate(source, merge(method, source), scale, dtype)
+    architecture = Architecture.of_folder(expert_folders["first"])
+    base = Checkpoint(base_folder, "bert")
+    experts = {task: Checkpoint(folder, "bert") for task, folder in expert_folders.items()}
+    context = MergeContext(str(base_folder), base, experts, architecture, {})
+    write_merged(tmp_path, method, source, scale, context, dtype=dtype)
+    written = CheckpointCandidate(Checkpoint(tmp_path, "bert"))
+    if method.form == "per-task":
+        modulators = {task: Modulator(tmp_path / "modulators" / f"{task}.safetensors") for task in experts}
+        written = ModulatedCandidate(base, Checkpoint(tmp_path, "bert"), modulators)
+    for task in experts:
+        found, wanted = dict(tried.weights(task)), dict(written.weights(task))
+        assert found.keys() == wanted.keys()
+        tolerance = 1e-6 if method.form == "per-task" else 0
+        assert all(torch.allclose(found[name], value.float(), atol=tolerance, rtol=0) for name, value in wanted.items())
+
+
+def test_what_cannot_be_written_has_no_scores(base_folder, expert_folders):
+    source = task_vectors(str(base_folder), {task: str(folder) for task, folder in expert_folders.items()})
+    merged = MergedVectors({parameter.name: torch.ones(parameter.shape) for parameter in source.parameters})
+    found = dict(MergedCandidate(source, merged, 1e6, "float16").weights("first"))
+    assert all(value.isnan().all() for value in found.values())

@@ -3,6 +3,7 @@
 import pytest
 import scipy.linalg
 import torch
+from sklearn.linear_model import LogisticRegression
 from torch import nn
 from transformers import (
     BertConfig,
@@ -148,6 +149,40 @@ def test_regression_is_fitted_to_numbers():
     assert torch.allclose(
         (rows.features.double() @ found.weight.T + found.bias)[:, 0], rows.targets.double(), atol=1e-4
     )
+
+
+@pytest.mark.parametrize("fit", ["probabilities", "labels"])
+def test_labels_that_hold_by_themselves_are_fitted_one_by_one(fit):
+    """As scikit-learn's logistic regression of each of them, to labels that are drawn or known."""
+    draw = torch.Generator().manual_seed(0)
+    features, layer = torch.randn(400, 4, generator=draw), nn.Linear(4, 3)
+    outputs = 2 * features[:, :3] - 1
+    holds = (torch.rand(400, 3, generator=draw) < outputs.sigmoid()).long()
+    task = Task(name="t", kind="multi_label", data={}, text="text", classes=3)
+    rows = HeadRows(features, outputs, holds)
+    found = fit_head(task, Heads(fit=fit, strength=1e-6), rows, rows, layer)
+    if fit == "probabilities":
+        expected = torch.cat([2 * torch.eye(3), torch.zeros(3, 1)], dim=1).double()
+        assert torch.allclose(found.weight, expected, atol=1e-2)
+        assert torch.allclose(found.bias, -torch.ones(3).double(), atol=1e-2)
+    else:
+        for place in range(3):
+            alone = LogisticRegression(C=1e6, tol=1e-8, max_iter=1000).fit(features.double(), holds[:, place])
+            assert torch.allclose(found.weight[place], torch.from_numpy(alone.coef_[0]), atol=1e-2)
+            assert float(found.bias[place]) == pytest.approx(alone.intercept_[0], abs=1e-2)
+
+
+def test_choices_are_fitted_by_least_squares():
+    draw = torch.Generator().manual_seed(0)
+    features, targets = torch.randn(40, 4, generator=draw), torch.zeros(40, 2, dtype=torch.int64)
+    targets[::4, 0] = 1
+    targets[:, 1] = torch.arange(40) // 4
+    task = Task(name="t", kind="multiple_choice", data={}, text="text", choices="choices")
+    rows = HeadRows(features, features @ torch.randn(4, 1, generator=draw), targets)
+    found = fit_head(task, Heads(fit="labels", strength=1e-9), rows, rows, nn.Linear(4, 1))
+    wide = torch.cat([features, torch.ones(40, 1)], dim=1).double()
+    expected = torch.linalg.lstsq(wide, targets[:, :1].double()).solution[:, 0]
+    assert torch.allclose(torch.cat([found.weight[0], found.bias]), expected, atol=1e-6)
 
 
 def test_what_cannot_be_fitted_is_told():

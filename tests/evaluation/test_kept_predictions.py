@@ -61,8 +61,9 @@ def test_a_split_with_fewer_rows_than_processes_is_allowed(suite):
 
 
 LENGTHS = [3, 9, 1, 4, 4, 7, 2]
-# One task with a class a row; one with as many numbers a row as it is long, but none for row 2; one with a single row.
-TASKS = 3
+# One task with a class a row; one with as many numbers a row as it is long, but none for row 2; one with a single
+# row; one with texts, of which several may be right.
+TASKS = 4
 
 
 class Rows(L.LightningDataModule):
@@ -81,6 +82,11 @@ class Rows(L.LightningDataModule):
         return loaders
 
 
+def written(row):
+    """A text and the right ones, of different lengths and numbers."""
+    return "ä\n" * row, [f"right {place}" for place in range(1 + row % 3)]
+
+
 class Fake(L.LightningModule):
     """Predicts what can be told from the row."""
 
@@ -94,6 +100,9 @@ class Fake(L.LightningModule):
             values = torch.tensor([row + word / 10 for row, n in zip(rows, lengths, strict=True) for word in range(n)])
             examples = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(lengths))
             found = Predictions(values, -values, torch.tensor(0), examples)
+        elif dataloader_idx == 3:
+            texts, right = zip(*(written(row) for row in rows.tolist()), strict=True)
+            found = Predictions(texts, right, torch.tensor(0))
         else:
             found = Predictions(rows % 3, rows % 2, torch.tensor(0))
         self.kept.add(dataloader_idx, found, rows.tolist())
@@ -154,13 +163,15 @@ def test_several_processes_keep_the_same_as_one(tmp_path, world):
     found, classes = read_predictions(tmp_path / "1-0.parquet")
     np.testing.assert_array_equal(found["task0"].predictions, np.arange(7) % 3)
     np.testing.assert_array_equal(found["task0"].targets, np.arange(7) % 2)
-    assert classes == {"task0": ["no", "yes", "maybe"], "task1": [], "task2": []}
+    assert classes == {"task0": ["no", "yes", "maybe"], "task1": [], "task2": [], "task3": []}
     words = [(row, word) for row, length in enumerate(LENGTHS) if row != 2 for word in range(length)]
     np.testing.assert_array_equal(np.stack([found["task1"].rows, found["task1"].positions], 1), words)
     expected = np.asarray([np.float32(row + word / 10) for row, word in words], dtype=np.float64)
     np.testing.assert_array_equal(found["task1"].predictions, expected)
     np.testing.assert_array_equal(found["task1"].targets, -expected)
     assert found["task2"].rows.tolist() == [0]
+    told = [(text, list(right)) for text, right in zip(found["task3"].predictions, found["task3"].targets, strict=True)]
+    assert told == [written(row) for row in range(7)]
 
 
 def test_predictions_of_which_the_example_is_not_known_are_not_kept(tmp_path):

@@ -7,10 +7,17 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import (
+    AdaLoraConfig,
     IA3Config,
+    LilyConfig,
+    LNTuningConfig,
+    LoHaConfig,
     LoraConfig,
+    OFTConfig,
     PromptTuningConfig,
+    ShiraConfig,
     TaskType,
+    VeraConfig,
     get_peft_model,
 )
 from safetensors.torch import load_file, save_file
@@ -24,15 +31,17 @@ from transformers import (
 )
 
 from pave_lightning.errors import PaveError
-from pave_lightning.experts.adapter_base import other_base
 from pave_lightning.experts.adapters import (
-    adapter_problems,
     adds_nothing,
     fit_problems,
     load_adapter,
     load_adapter_alone,
 )
+from pave_lightning.experts.fitting import save_expert
+from pave_lightning.experts.loading import load_expert
 from pave_lightning.tasks.task import Task
+from pave_lightning.weights.adapter_base import other_base
+from pave_lightning.weights.adapter_models import adapter_problems
 
 SMALL = {
     "vocab_size": 100,
@@ -66,7 +75,7 @@ def save_base(tiny_tokenizer, tmp_path):
 def train(tmp_path):
     """As a user of peft would: noise on all that is trained, saved; gives the folder and the trained model's logits."""
 
-    def run(base, config, name="adapter", **labels):
+    def run(base, config, name="adapter", edit=None, **labels):
         with torch.random.fork_rng():
             torch.manual_seed(1)
             model = AutoModelForSequenceClassification.from_pretrained(base, **(labels or {"num_labels": 2}))
@@ -76,6 +85,8 @@ def train(tmp_path):
                     if parameter.requires_grad:
                         parameter.add_(0.05 * torch.randn_like(parameter))
                 logits = adapted(**INPUTS).logits
+        if edit is not None:
+            edit(adapted)
         adapted.save_pretrained(tmp_path / name)
         return tmp_path / name, logits
 
@@ -177,9 +188,59 @@ def test_other_adapters_are_what_was_trained(base_folder, train, task, config):
 
 def test_adapters_that_change_no_weights(base_folder, train, task):
     folder, _ = train(base_folder, PromptTuningConfig(task_type=TaskType.SEQ_CLS, num_virtual_tokens=4))
+    (problem,) = adapter_problems(folder)
+    assert "is of kind PROMPT_TUNING" in problem
+    with pytest.raises(PaveError, match="nothing to merge"):
+        load_adapter(base_folder, folder, task)
+
+
+def pruned(adapted):
+    """Let AdaLoRA have pruned two of four directions of one layer and one of the others."""
+    names = [name for name, _ in adapted.base_model.model.named_parameters() if "lora_E" in name]
+    masks = {name: [True, False, True, place > 0] for place, name in enumerate(names)}
+    adapted.peft_config["default"].rank_pattern = masks
+
+
+@pytest.mark.parametrize(
+    ("config", "edit"),
+    [
+        (AdaLoraConfig(init_r=4, target_r=2, total_step=9, tinit=1, tfinal=1), pruned),
+        (VeraConfig(r=4, save_projection=False), None),
+        (VeraConfig(r=4), None),
+        (LoHaConfig(), None),
+        (OFTConfig(r=0, oft_block_size=4), None),
+    ],
+    ids=["adalora", "vera without projections", "vera", "loha", "oft"],
+)
+def test_recipes_take_other_kinds_in(base_folder, train, task, config, edit):
+    config.task_type, config.target_modules = TaskType.SEQ_CLS, {"query", "value"}
+    folder, logits = train(base_folder, config, edit=edit)
+    assert adapter_problems(folder) == []
+    assert fit_problems(base_folder, folder, task.head_form) == []
+    assert not adds_nothing(base_folder, folder, task.auto_model)
+    with torch.no_grad():
+        found = load_adapter(base_folder, folder, task)(**INPUTS).logits
+    assert edit is not None or torch.allclose(found, logits, atol=1e-5, rtol=0)
+
+
+def test_kinds_that_peft_cannot_merge(base_folder, train, task):
+    folder, _ = train(base_folder, LilyConfig(task_type=TaskType.SEQ_CLS, target_modules=["query"]))
     (problem,) = fit_problems(base_folder, folder, task.head_form)
-    assert "PROMPT_TUNING" in problem
-    assert "cannot be merged" in problem
+    assert "peft cannot merge adapters of kind LILY into weights" in problem
+
+
+def test_kinds_that_need_the_values_of_the_base(base_folder, train, task):
+    folder, _ = train(base_folder, ShiraConfig(task_type=TaskType.SEQ_CLS, r=2, target_modules=["query"]))
+    (problem,) = fit_problems(base_folder, folder, task.head_form)
+    assert "adapters of kind SHIRA are shaped by the base's values; merge it with peft first" in problem
+
+
+def test_a_head_that_peft_leaves_in_its_wrapper_is_taken_out_of_it(base_folder, train, task, tmp_path):
+    folder, logits = train(base_folder, LNTuningConfig(task_type=TaskType.SEQ_CLS, target_modules=["LayerNorm"]))
+    save_expert(load_adapter(base_folder, folder, task), base_folder, tmp_path)
+    with torch.no_grad():
+        found = load_expert(tmp_path, task, base_folder)(**INPUTS).logits
+    torch.testing.assert_close(found, logits, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(

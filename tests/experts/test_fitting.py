@@ -16,13 +16,13 @@ from transformers import (
 
 from pave_lightning.errors import PaveError
 from pave_lightning.experts import task_expert
-from pave_lightning.experts.adapter_base import other_base
 from pave_lightning.experts.adapters import load_adapter
 from pave_lightning.experts.fitting import fit_expert, save_expert
 from pave_lightning.experts.loading import expert_problem, load_base, load_with_new_head
 from pave_lightning.experts.task_expert import TaskExpert, parameter_groups
 from pave_lightning.tasks.heads import HeadForm
 from pave_lightning.tasks.task import Task
+from pave_lightning.weights.adapter_base import other_base
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_head_and_backbone_have_rates_of_their_own_and_vectors_do_not_decay(base
     assert len(rates) == len(list(model.parameters()))
 
 
-def test_dropout_is_on_while_training(base_folder, make_task):
+def test_dropout_is_on_while_training(base_folder, make_task, tmp_path):
     seen = []
 
     class Watching(TaskExpert):
@@ -90,7 +90,7 @@ def test_dropout_is_on_while_training(base_folder, make_task):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fitting, "TaskExpert", Watching)
         task = make_task(trainer={"max_epochs": 2})
-        fitting.fit_expert(task, base_folder, seed=0, work_folder=base_folder / "w", cache_folder=base_folder / "d")
+        fitting.fit_expert(task, base_folder, seed=0, work_folder=tmp_path / "w", cache_folder=tmp_path / "d")
     assert len(seen) == 6
     assert all(seen)
 

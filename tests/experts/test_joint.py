@@ -309,6 +309,28 @@ def test_one_adapter_for_all_tasks(make_tasks, fit, base_folder, tmp_path, names
         assert torch.isfinite(model.classifier.weight).all()
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_dora": True, "modules_to_save": ["embeddings", "LayerNorm"]},
+        {"init_lora_weights": "pissa", "bias": "all", "trainable_token_indices": [3, 7]},
+    ],
+)
+def test_one_adapter_with_options_of_peft(make_tasks, fit, base_folder, tmp_path, options):
+    models, _ = fit(make_tasks("words", "numbers", training={"lora": {"rank": 2, **options}}), tmp_path)
+    from transformers import AutoModel
+
+    base = AutoModel.from_pretrained(base_folder).state_dict()
+    for model in models:
+        assert not any("lora" in name or "modules_to_save" in name for name, _ in model.bert.named_modules())
+        state = model.bert.state_dict()
+        assert {name for name in base if "pooler" not in name} <= set(state)
+        moved = {name for name in base if name in state and not torch.equal(state[name], base[name])}
+        assert {"embeddings.word_embeddings.weight", "encoder.layer.1.output.LayerNorm.bias"} <= moved
+        for name in moved - {name for name in moved if "pooler" in name}:
+            assert torch.equal(state[name], models[0].bert.state_dict()[name])
+
+
 # --- from a checkpoint -----------------------------------------------------------------------------------------------
 
 
@@ -320,7 +342,7 @@ def test_the_same_seed_gives_the_same_models(make_tasks, fit, tmp_path):
     assert not torch.equal(one[0]["classifier.weight"], other[0]["classifier.weight"])
 
 
-@pytest.mark.parametrize("lora", [None, {"rank": 2}])
+@pytest.mark.parametrize("lora", [None, {"rank": 2}, {"rank": 2, "use_dora": True, "modules_to_save": ["embeddings"]}])
 def test_a_training_that_was_killed_ends_as_one_that_was_not(make_tasks, fit, tmp_path, caplog, lora):
     tasks = make_tasks(training={"lora": lora})
     whole = states(fit(tasks, tmp_path / "whole")[0])

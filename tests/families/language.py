@@ -151,6 +151,7 @@ CLASSIFIERS = [
         "model",
         parts=fused(Wqkv=thirds, Wi=halves),
     ),
+    classifier("GTE", "Gte", lambda: hf.GteConfig(**STANDARD), "gte", heads=("classifier", "gte.pooler")),
     classifier("GPT-2", "GPT2", lambda: hf.GPT2Config(**OLD), "transformer", parts=fused(c_attn=thirds)),
     classifier("OPT", "OPT", lambda: hf.OPTConfig(**OPT, word_embed_proj_dim=8), "model"),
     classifier("GPT-NeoX", "GPTNeoX", lambda: hf.GPTNeoXConfig(**STANDARD), "gpt_neox", parts=QKV_BY_HEAD),
@@ -238,7 +239,20 @@ PAIRED = [
 
 # One of each kind of structure; the others are slow only because they are many.
 QUICK = (
-    *("BERT", "ALBERT", "DeBERTa", "DeBERTa-v3", "ModernBERT", "GPT-2", "GPT-NeoX", "Llama", "Phi-3", "T5", "BART"),
+    *(
+        "BERT",
+        "ALBERT",
+        "DeBERTa",
+        "DeBERTa-v3",
+        "ModernBERT",
+        "GTE",
+        "GPT-2",
+        "GPT-NeoX",
+        "Llama",
+        "Phi-3",
+        "T5",
+        "BART",
+    ),
     *("Falcon, causal", "Llama, causal", "Llama (tied), causal", "Mamba, causal", "Mixtral, causal", "GPT-OSS, causal"),
     "T5, sequence to sequence",
 )

@@ -96,6 +96,15 @@ FAMILIES = [
         sizes=BOTH,
         slow=True,
     ),
+    Pretrained(
+        "CLIP, its vision encoder alone fine-tuned",
+        clip,
+        "CLIPModel",
+        "CLIPVisionModel",
+        images(),
+        heads=(),
+        sizes=BOTH,
+    ),
     Pretrained("SigLIP", siglip, "SiglipModel", "SiglipModel", pairs, heads=(), sizes=BOTH, slow=True),
     of_images("SigLIP, image classifiers", siglip, "Siglip"),
     Pretrained(

@@ -15,7 +15,7 @@ from pave_lightning.merging.methods.emr import Emr
 from pave_lightning.merging.methods.task_arithmetic import TaskArithmetic
 from pave_lightning.merging.methods.ties import Ties
 from pave_lightning.merging.methods.tsv import TsvCompress
-from pave_lightning.weights import Architecture, Checkpoint, ExpertTaskVectors, ShardWriter, task_vectors
+from pave_lightning.weights import Architecture, Checkpoint, ExpertTaskVectors, task_vectors
 
 INPUTS = {
     "input_ids": torch.tensor([[2, 5, 40, 99, 3], [2, 17, 3, 0, 0]]),
@@ -25,11 +25,11 @@ INPUTS = {
 
 @pytest.fixture
 def write(tmp_path, context_of, base_folder, expert_folders):
-    def build(method, scale=None, *, base=base_folder, experts=expert_folders, merged=None, **facts):
+    def build(method, scale=None, *, base=base_folder, experts=expert_folders, merged=None, writing=None, **facts):
         source, context = context_of(base, experts, **facts)
         folder = tmp_path / "merged"
         folder.mkdir()
-        write_merged(folder, method, source, scale, context, merged=merged)
+        write_merged(folder, method, source, scale, context, merged=merged, **(writing or {}))
         return folder
 
     return build
@@ -176,8 +176,7 @@ def test_blocks_and_shards_change_nothing(write, method, monkeypatch, tmp_path):
     scale = 0.3 if method.default_scale else None
     whole = write(method, scale).rename(tmp_path / "whole")
     monkeypatch.setattr(ExpertTaskVectors.blocks, "__defaults__", (100,))
-    monkeypatch.setattr(ShardWriter.__init__, "__defaults__", (10_000,))
-    folder = write(method, scale)
+    folder = write(method, scale, writing={"max_shard_size": "10KB"})
     assert not (folder / "model.safetensors").exists()
     first, second = Checkpoint(whole, "bert"), Checkpoint(folder, "bert")
     assert sorted(first) == sorted(second)
@@ -322,3 +321,160 @@ def test_what_transformers_would_draw_at_random_is_noted(make_base, make_expert,
     assert facts.get("not_in_the_base") == (None if pooler else ["pooler"])
     _, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
     assert {name.partition(".")[0] for name in info["missing_keys"]} == set(facts.get("not_in_the_base", ()))
+
+
+# ---- types and files -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def in_type(tmp_path):
+    """A copy of a model folder whose weights, or those that are chosen, are stored in another type."""
+
+    def build(folder, dtype, chosen=lambda name: True):
+        target = tmp_path / f"{folder.name}-{str(dtype).removeprefix('torch.')}"
+        shutil.copytree(folder, target)
+        stored = load_file(folder / "model.safetensors")
+        stored = {name: value.to(dtype) if chosen(name) else value for name, value in stored.items()}
+        save_file(stored, target / "model.safetensors", {"format": "pt"})
+        return target
+
+    return build
+
+
+def numpy_rounded(values, dtype):
+    """float32 values rounded to the nearest of a narrower type, ties to even, as float32; written without torch."""
+    values = np.asarray(values, np.float32)
+    if dtype == torch.float16:
+        return values.astype(np.float16).astype(np.float32)
+    if dtype == torch.bfloat16:
+        bits = values.view(np.uint32).astype(np.uint64)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16).astype(np.uint32).view(np.float32)
+    return values
+
+
+@pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("asked", ["base", "float32", "bfloat16", "float16"])
+def test_weights_are_written_in_the_type_that_is_asked_for(write, in_type, base_folder, expert_folders, stored, asked):
+    base = in_type(base_folder, stored)
+    folder = write(TaskArithmetic(), 0.3, base=base, writing={"dtype": asked})
+    own = torch.float32 if stored == torch.float64 else stored
+    dtype = own if asked == "base" else getattr(torch, asked)
+    found = load_file(folder / "model.safetensors")
+    assert {value.dtype for value in found.values()} == {dtype}
+    start = {name: value.float().numpy() for name, value in load_file(base / "model.safetensors").items()}
+    experts = [load_file(path / "model.safetensors") for path in expert_folders.values()]
+    for name, value in start.items():
+        # Sums as a method takes them: float32, one task after the other.
+        total = np.zeros_like(value)
+        for expert in experts:
+            total = total + (expert[f"bert.{name}"].numpy() - value)
+        exact = value + np.float32(0.3) * total
+        wanted = numpy_rounded(exact, dtype)
+        step = {torch.float32: 2e-7, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
+        # Rounding may fall to either side where the sums differ in their last bit; twice it may not.
+        near = np.abs(found[name].float().numpy() - wanted) <= step * np.abs(wanted) + 1e-7
+        assert near.all()
+        assert (found[name].float().numpy() == wanted).mean() > (0.9 if dtype != torch.float32 else 0)
+    assert json.loads((folder / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+    facts = json.loads((folder / "pave.json").read_text())
+    assert facts.get("dtype", "base") == asked
+    assert ("rounding" in facts) == (dtype != torch.float32)
+    # transformers keeps the type, and both readers have the same weights.
+    loaded = AutoModel.from_pretrained(folder)
+    assert loaded.dtype == dtype
+    ours = load_merged(folder, "first").bert.state_dict()
+    assert all(torch.equal(ours[name], value.float()) for name, value in loaded.state_dict().items() if name in ours)
+
+
+def test_each_weight_keeps_the_type_that_the_base_has_it_in(write, in_type, base_folder):
+    base = in_type(base_folder, torch.bfloat16, lambda name: "LayerNorm" not in name)
+    found = load_file(write(TaskArithmetic(), 0.3, base=base) / "model.safetensors")
+    kept = {name for name, value in found.items() if value.dtype == torch.float32}
+    assert kept == {name for name in found if "LayerNorm" in name}
+
+
+def test_the_type_of_the_experts_does_not_matter(write, in_type, expert_folders):
+    experts = {task: in_type(folder, torch.float16) for task, folder in expert_folders.items()}
+    found = load_file(write(TaskArithmetic(), 0.3, experts=experts) / "model.safetensors")
+    assert {value.dtype for value in found.values()} == {torch.float32}
+
+
+def test_what_rounding_changes_is_told(write, in_type, base_folder, expert_folders, caplog):
+    base = in_type(base_folder, torch.bfloat16)
+    with caplog.at_level("INFO", "pave_lightning"):
+        folder = write(Average(), base=base)
+    start = {name: value.double() for name, value in load_file(base / "model.safetensors").items()}
+    experts = [load_file(path / "model.safetensors") for path in expert_folders.values()]
+    found = {name: value.double() for name, value in load_file(folder / "model.safetensors").items()}
+    lost = size = 0.0
+    for name, value in start.items():
+        vector = sum(expert[f"bert.{name}"].double() - value for expert in experts) / len(experts)
+        lost += float((found[name] - value - vector).square().sum())
+        size += float(vector.square().sum())
+    told = json.loads((folder / "pave.json").read_text())["rounding"]
+    assert told == pytest.approx((lost / size) ** 0.5, rel=1e-3)
+    assert f"rounding to bfloat16 changes {told:.2g} of the merged task vector" in caplog.text
+
+
+def test_rounding_that_takes_most_of_an_update_is_warned_of(write, in_type, base_folder, caplog):
+    base = in_type(base_folder, torch.bfloat16)
+    write(TaskArithmetic(), 1e-3, base=base)
+    assert "write.dtype: float32 keeps it" in caplog.text
+
+
+@pytest.mark.parametrize("method", [Emr(), TsvCompress()], ids=lambda method: method.name)
+def test_per_task_models_are_read_as_they_are_written(write, in_type, base_folder, expert_folders, method):
+    base = in_type(base_folder, torch.bfloat16)
+    folder = write(method, base=base)
+    unified = load_file(folder / "model.safetensors")
+    assert {value.dtype for value in unified.values()} == {torch.bfloat16}
+    start = {name: value.float() for name, value in load_file(base / "model.safetensors").items()}
+    if isinstance(method, TsvCompress):  # nothing is shared, so nothing is rounded
+        assert all(torch.equal(unified[name].float(), value) for name, value in start.items())
+    model = load_merged(folder, "second", str(base))
+    expert = load_file(expert_folders["second"] / "model.safetensors")
+    # Far nearer to the expert than the base is, although what is shared has only eight bits.
+    name = "encoder.layer.0.attention.self.query.bias"
+    own = model.bert.state_dict()[name]
+    assert (own - expert[f"bert.{name}"]).norm() < 0.9 * (start[name] - expert[f"bert.{name}"]).norm()
+
+
+def test_values_that_a_type_cannot_hold_are_refused_by_name(write, expert_folders):
+    with pytest.raises(
+        PaveError, match=r"the largest that float16 can hold is 6\.55e\+04; write the model in bfloat16"
+    ):
+        write(TaskArithmetic(), 1e7, writing={"dtype": "float16"})
+
+
+def test_tensors_of_the_base_that_no_expert_shares_have_the_type_too(write, make_base, make_expert):
+    base = make_base()
+    bare = make_expert(base, seed=5)
+    stored = load_file(bare / "model.safetensors")
+    save_file({n: v for n, v in stored.items() if ".pooler." not in n}, bare / "model.safetensors", {"format": "pt"})
+    found = load_file(
+        write(TaskArithmetic(), 0.3, base=base, experts={"a": bare, "b": bare}, writing={"dtype": "float16"})
+        / "model.safetensors"
+    )
+    assert found["pooler.dense.weight"].dtype == torch.float16
+    assert torch.equal(
+        found["pooler.dense.weight"], load_file(base / "model.safetensors")["pooler.dense.weight"].half()
+    )
+
+
+def test_a_size_that_is_none_is_refused(write):
+    with pytest.raises(ValueError, match="such as 5GB, 500MB or a number of bytes"):
+        write(TaskArithmetic(), 0.3, writing={"max_shard_size": "five"})
+
+
+def test_generation_settings_and_processors_are_carried_along(write, base_folder, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(base_folder, base)
+    contents = {
+        "generation_config.json": json.dumps({"max_new_tokens": 7}),
+        "preprocessor_config.json": json.dumps({"size": 32}),
+        "chat_template.jinja": "{{ messages }}",
+    }
+    for name, text in contents.items():
+        (base / name).write_text(text)
+    folder = write(TaskArithmetic(), 0.3, base=base)
+    assert {name: (folder / name).read_text() for name in contents} == contents

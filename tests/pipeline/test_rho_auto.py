@@ -10,7 +10,7 @@ from pave_lightning import Recipe, run_recipe
 from pave_lightning.errors import PaveError
 from pave_lightning.pipeline.commands import open_folder, run_stage
 from pave_lightning.pipeline.planning import plan_rows
-from pave_lightning.pipeline.stages.fit import plain_vectors
+from pave_lightning.pipeline.stages.align import plain_vectors
 from pave_lightning.purification.options import AUTO_RATIOS
 from pave_lightning.tasks.data_module import TaskDataModule
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from pave_lightning.pipeline.purifications import purifications
 from pave_lightning.pipeline.results import Results
 from pave_lightning.pipeline.stacks import stack_of
 from pave_lightning.pipeline.stages import CaptureStage, MergeStage, PurifyStage
-from pave_lightning.pipeline.stages.fit import plain_vectors
+from pave_lightning.pipeline.stages.align import plain_vectors
 from pave_lightning.pipeline.stages.merge import stacked_vectors
 from pave_lightning.pipeline.stages.purify import task_vectors
 from pave_lightning.purification import PurifiedTaskVectors
@@ -259,3 +260,38 @@ def test_purification_that_is_read_costs_time_and_memory_but_no_disk(settings):
     assert {(found.shape, found.layers) for found in read.layers} == {(f.shape, f.layers) for f in stored.layers}
     assert read.peak_bytes - read.baseline_bytes > plain.peak_bytes - plain.baseline_bytes
     assert plain.disk_bytes < read.disk_bytes < stored.disk_bytes
+
+
+def test_weights_of_a_step_are_those_of_the_transform(settings, ready_runner):
+    step = {"method": "ties", "vectors": ["plain", "halved"], "weights": {"words": 0.25}}
+    recipe = Recipe.model_validate({**settings, "merge": [step]})
+    runner = ready_runner(recipe)
+    plain = plain_vectors(runner.context)
+    for merge, halved in zip(MergeStage.all(runner.results), (1, 0.5), strict=True):
+        assert merge.depends_on()["transforms"][-1] == {"name": "task_weights", "options": {"words": 0.25}}
+        assert not merge.stack.is_built_in
+        found = stacked_vectors(runner.context, merge.request)
+        for parameter in plain.parameters:
+            assert found.vector("words", parameter).equal(0.25 * halved * plain.vector("words", parameter))
+            assert found.vector("more", parameter).equal(plain.vector("more", parameter))
+
+
+def test_weights_of_tasks_that_there_are_not_are_told(problems):
+    told = problems(merge=[{"method": "ties", "vectors": ["plain"], "weights": {"wrods": 0.25}}])
+    assert "merge.ties.weights: no task is named 'wrods'; did you mean 'words'?" in told
+
+
+def test_parameters_of_a_step_are_merged_and_no_others(settings, ready_runner):
+    step = {"method": "ties", "vectors": ["purified", "plain"], "parameters": {"exclude": ["embeddings.*"]}}
+    recipe = Recipe.model_validate({**settings, "merge": [step]})
+    runner = ready_runner(recipe)
+    folder = run_recipe(recipe) / "merged/ties-plain"
+    (_, plain) = MergeStage.all(runner.results)
+    assert plain.depends_on()["parameters"] == {"include": [], "exclude": ["embeddings.*"]}
+    base = load_file(Path(recipe.base) / "model.safetensors")
+    found = load_file(folder / "model.safetensors")
+    assert {name for name in base if np.array_equal(found[name], base[name])} == {
+        name for name in base if name.startswith("embeddings.")
+    }
+    card = (folder / "README.md").read_text()
+    assert "left out by the key parameters" in card

@@ -301,3 +301,48 @@ def test_a_budget_that_untouched_tasks_put_out_of_reach_by_rounding_is_no_error(
 def test_an_automatic_ratio_is_refused_in_words(source, statistics):
     with pytest.raises(PaveError, match="rho: auto is chosen by a workflow on validation data; give a number here"):
         PurifiedTaskVectors(source, statistics, Purify(rho="auto"))
+
+
+# ---- ratios of single tasks ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("allocation", ["spectral", "even"])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_tasks_of_equal_ratios_share_a_budget(source, capture, statistics, make_source, scope, allocation):
+    options = Purify(rho=0.7, damping=DAMPING, scope=scope, allocation=allocation, task_rho={"b": 0.9})
+    found = PurifiedTaskVectors(source, statistics, options)
+    ranks = read_all(found)
+    plain = options.model_copy(update={"task_rho": {}})
+    pair, single = make_source(("a", "c")), make_source(("b",))
+    others = PurifiedTaskVectors(pair, capture(pair), plain)
+    own = PurifiedTaskVectors(single, capture(single), plain.model_copy(update={"rho": 0.9}))
+    assert ranks == read_all(others) | read_all(own)
+    for parameter in source.parameters:
+        assert found.expert("b", parameter).equal(own.expert("b", parameter))
+        assert found.expert("c", parameter).equal(others.expert("c", parameter))
+
+
+def test_a_ratio_of_one_leaves_a_task_as_it_is(source, statistics):
+    found = PurifiedTaskVectors(source, statistics, Purify(rho=0.7, task_rho={"a": 1.0}))
+    assert all(found.expert("a", parameter).equal(source.expert("a", parameter)) for parameter in source.parameters)
+    assert not all(found.expert("b", parameter).equal(source.expert("b", parameter)) for parameter in source.parameters)
+
+
+def test_ratios_of_tasks_that_there_are_not_are_refused(source, statistics):
+    with pytest.raises(PaveError, match="task 'd' is to be purified, but there are only a, b, c"):
+        PurifiedTaskVectors(source, statistics, Purify(task_rho={"d": 0.9}))
+
+
+def test_a_ratio_of_one_task_that_leaves_nothing_is_told(source, statistics):
+    with pytest.raises(PaveError, match=r"rho 0.05 leaves 0 of 5 components to 1 spectra"):
+        PurifiedTaskVectors(source, statistics, Purify(rho=0.7, task_rho={"a": 0.05}))
+
+
+def test_options_without_ratios_of_tasks_are_written_as_before():
+    """What is stored of a purification is found by what its options say."""
+    assert "task_rho" not in Purify().model_dump()
+    assert Purify(task_rho={"a": 0.5}).model_dump()["task_rho"] == {"a": 0.5}
+    assert not Purify(rho=1, task_rho={"a": 0.5}).changes_nothing
+    assert Purify(rho=1, task_rho={"a": 1.0}).changes_nothing
+    assert Purify(rho=0.9, task_rho={"a": 0.5}).summary.startswith("rho 0.9, covariance")
+    assert "rho 0.5 for a" in Purify(task_rho={"a": 0.5}).summary

@@ -84,22 +84,32 @@ def published(weights, damped, rho, ranks_of=stopping_ranks):
     return purified, ranks
 
 
-def check_layers(source, statistics, vectors, rho, ranks_of=stopping_ranks):
-    """Every linear weight of every task against the formula; returns how many ranks differ from the even share."""
+def check_layers(source, statistics, vectors, rho, ranks_of=stopping_ranks, fused=()):
+    """Every linear weight of every task against the formula; returns how many ranks differ from the even share.
+
+    Layers named in ``fused`` hold query, key and value one after the other, each of which is purified by itself.
+    """
     uneven = 0
     for parameter in linear(source):
-        weights = {t: upright(source.expert(t, parameter).double().numpy(), parameter) for t in source.tasks}
-        damped = {
-            t: covariance(statistics, t, parameter.layer) + DAMPING * np.eye(w.shape[1]) for t, w in weights.items()
+        height = max(parameter.shape) if parameter.layer in fused else 0
+        thirds = {
+            name: slice(i * height // 3, (i + 1) * height // 3) for i, name in enumerate(("query", "key", "value"))
         }
-        expected, ranks = published(weights, damped, rho, ranks_of)
-        for task in source.tasks:
-            found = upright(vectors.expert(task, parameter).double().numpy(), parameter)
-            assert found == pytest.approx(expected[task], abs=2e-6)
-            assert np.abs(found - weights[task]).max() > 1e-3
-            kept = vectors.ranks[task, parameter.layer]
-            assert (kept.rank, kept.full) == (ranks[task], min(parameter.shape))
-            uneven += kept.rank != round(rho * kept.full)
+        parts = {f".{name}": rows for name, rows in thirds.items()} if height else {"": slice(None)}
+        whole = {t: upright(source.expert(t, parameter).double().numpy(), parameter) for t in source.tasks}
+        for part, rows in parts.items():
+            weights = {task: weight[rows] for task, weight in whole.items()}
+            damped = {
+                t: covariance(statistics, t, parameter.layer) + DAMPING * np.eye(w.shape[1]) for t, w in weights.items()
+            }
+            expected, ranks = published(weights, damped, rho, ranks_of)
+            for task in source.tasks:
+                found = upright(vectors.expert(task, parameter).double().numpy(), parameter)[rows]
+                assert found == pytest.approx(expected[task], abs=2e-6)
+                assert np.abs(found - weights[task]).max() > 1e-3
+                kept = vectors.ranks[task, parameter.layer + part]
+                assert (kept.rank, kept.full) == (ranks[task], min(weights[task].shape))
+                uneven += kept.rank != round(rho * kept.full)
     return uneven
 
 
@@ -305,7 +315,7 @@ def test_transposed_weights(tmp_path):
         "h.0.mlp.c_proj": (64, 64),
     }
     vectors = PurifiedTaskVectors(source, statistics, Purify(rho=0.75, damping=DAMPING))
-    check_layers(source, statistics, vectors, 0.75)
+    check_layers(source, statistics, vectors, 0.75, fused=["h.0.attn.c_attn"])
     write_purified(vectors, tmp_path / "purified")
     stored = Checkpoint(tmp_path / "purified" / "a", "transformer")
     for parameter in linear(source):

@@ -161,7 +161,7 @@ def test_resolved_yaml_is_filled_in_and_in_the_order_of_the_fields(read_recipe: 
     assert resolved["tasks"][0]["training"]["learning_rate"] == 3e-5
     assert resolved["tasks"][0]["trainer"]["max_epochs"] == 2
     assert resolved["tasks"][1]["trainer"]["max_epochs"] == 1
-    assert resolved["tasks"][3]["expert"] == {"from": "some/checkpoint", "accept": ["rope_theta"]}
+    assert resolved["tasks"][3]["expert"] == {"from": "some/checkpoint", "adapter": None, "accept": ["rope_theta"]}
     assert resolved["merge"][0]["purify"]["rho"] == 0.9
     assert resolved["merge"][2]["purify"]["rho"] == 0.5
     assert "use" not in resolved["tasks"][0]

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from pave_lightning.errors import PaveError
 from pave_lightning.recipe.loading import load_recipe
 from pave_lightning.recipe.schema import Recipe
+from pave_lightning.tasks.options import MetricName
 
 Write = Callable[[str], Path]
 Problems = Callable[..., list[str]]
@@ -341,10 +343,7 @@ WRONG_TASKS = [
     (f"[{{{OWN}, classes: 2, metrics: []}}]", ["tasks.0 (own).metrics: needs at least 1 entry, found 0"]),
     (
         f"[{{{OWN}, classes: 2, primary_metric: zzz}}]",
-        [
-            "tasks.0 (own).primary_metric: 'zzz' is not allowed; "
-            "known are: accuracy, f1, macro_f1, matthews, pearson, spearman"
-        ],
+        [f"tasks.0 (own).primary_metric: 'zzz' is not allowed; known are: {', '.join(get_args(MetricName))}"],
     ),
     (
         f"[{{{OWN}, classes: 2, primary_metric: f1}}]",
@@ -370,7 +369,7 @@ WRONG_TASKS = [
     ),
     (
         f"[{{{OWN}, classes: 2, expert: a/b}}]",
-        ["tasks.0 (own).expert: must be a mapping with keys such as from, accept, found 'a/b'"],
+        ["tasks.0 (own).expert: must be a mapping with keys such as from, adapter, accept, found 'a/b'"],
     ),
     (
         f"[{{{OWN}, classes: 2, expert: {{form: a/b}}}}]",
@@ -380,7 +379,7 @@ WRONG_TASKS = [
         f"[{{{OWN}, classes: 2, expert: {{}}}}]",
         [
             "tasks.0 (own).expert: the key 'from' is missing "
-            "(folder or hub id of a fine-tuned sequence-classification checkpoint (or of a peft adapter of the base))"
+            "(a fine-tuned model with the head of the task's kind, or a peft adapter of the base)"
         ],
     ),
     (
@@ -445,7 +444,8 @@ merge:
         "seed: must be a whole number in [0, 2147483647], found 'yes'",
         "training.learning_rat: unknown key; did you mean 'learning_rate'?",
         "purify.rho: 2 is outside (0, 1]",
-        "tasks.2 (isa): 'classes' belongs to text_classification and token_classification tasks",
+        "tasks.2 (isa): 'classes' belongs to image_classification, multi_label, text_classification and "
+        "token_classification tasks",
         "tasks.2 (isa): metric 'accuracy' does not fit a regression task; fitting are pearson, spearman",
         "tasks.2 (isa).training.batch_size: must be at least 1, found 0",
         "tasks.3 (sense).training.early_stopping.patience: must be at least 1, found 0",
@@ -556,3 +556,52 @@ def test_the_schema_refuses_what_can_be_told_without_reading_two_keys_together(
 ) -> None:
     if not any(outside in text for outside in (*OUTSIDE_THE_SCHEMA, "2024")):
         assert schema_errors(f"{SMALL}{text}\n")
+
+
+@pytest.mark.parametrize(
+    ("base", "told"),
+    [
+        ("{hub: owner/name, where: x}", "base.where: unknown key; known are: hub, folder, revision, file"),
+        ("{folder: last}", "base: the key 'hub' is missing (name of the repository, such as FacebookAI/roberta-base)"),
+        ("{hub: a b}", "base.hub: must be the name of a repository, OWNER/NAME, found 'a b'"),
+        (
+            "{hub: a/b, folder: ../c}",
+            "base.folder: must be a path inside of the repository, such as checkpoints/last, found '../c'",
+        ),
+        ("3", "base: must be a folder, a hub id, or a mapping such as {hub: OWNER/NAME, folder: last}, found 3"),
+    ],
+)
+def test_wrong_names_of_models(recipe_problems: Problems, base: str, told: str) -> None:
+    tasks = "[pocket/movie, pocket/tweet]"
+    assert recipe_problems(f"name: x\nbase: {base}\ntasks: {tasks}\n") == [told]
+
+
+def test_a_part_of_a_repository_is_written_as_it_was_read(read_recipe, write_recipe) -> None:
+    from pave_lightning.recipe.loading import recipe_to_yaml
+
+    base = "{hub: owner/name, folder: last, revision: v1}"
+    tasks = "[{use: pocket/movie, expert: {from: {hub: owner/movie}}}, pocket/tweet]"
+    recipe = read_recipe(f"name: x\nbase: {base}\ntasks: {tasks}\nvocabulary: union\n")
+    assert str(recipe.base) == "hf://owner/name@v1/last"
+    assert str(recipe.tasks[0].expert.from_) == "owner/movie"
+    assert read_recipe(recipe_to_yaml(recipe)) == recipe
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ("{r: 4}", "training.lora.r: unknown key; did you mean 'rank'?"),
+        ("{lora_alpha: 4}", "training.lora.lora_alpha: unknown key; did you mean 'alpha'?"),
+        ("{use_rlora: true}", "training.lora.use_rlora: unknown key; did you mean 'use_rslora'?"),
+        ("{rank_pattern: {query: 0}}", "training.lora.rank_pattern.query: must be at least 1, found 0"),
+        ("{rank_pattern: {'(': 3}}", "training.lora.rank_pattern"),
+        ("{init_lora_weights: eva}", "training.lora.init_lora_weights: must be true, gaussian, orthogonal, mica"),
+        ("{init_lora_weights: false}", "training.lora.init_lora_weights: must be true, gaussian, orthogonal, mica"),
+        ("{target_modules: []}", "training.lora: 'target_modules' names nothing"),
+        ("{use_dora: true, lora_bias: true}", "training.lora: 'use_dora' and 'lora_bias' exclude each other"),
+        ("{bias: some}", "training.lora.bias: "),
+    ],
+)
+def test_options_of_adapters(recipe_problems: Problems, options: str, told: str) -> None:
+    (line,) = recipe_problems(START + f"tasks: [pocket/movie]\ntraining: {{lora: {options}}}\n")
+    assert line.startswith(told)

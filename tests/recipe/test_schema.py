@@ -118,7 +118,7 @@ def test_a_scale_is_a_number_or_a_search() -> None:
 def test_expert_is_written_from() -> None:
     expert = Expert.model_validate({"from": "folder"})
     assert expert.from_ == "folder"
-    assert expert.model_dump(by_alias=True) == {"from": "folder", "accept": []}
+    assert expert.model_dump(by_alias=True) == {"from": "folder", "adapter": None, "accept": []}
 
 
 def test_training_is_handed_down_key_by_key() -> None:

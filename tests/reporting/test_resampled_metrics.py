@@ -7,7 +7,7 @@ from scipy.stats import pearsonr, spearmanr
 
 from pave_lightning.reporting.resampled_metrics import ResampledTask, row_counts
 from pave_lightning.tasks.metrics import build_metrics, scores
-from pave_lightning.tasks.predictions import TaskPredictions
+from pave_lightning.tasks.predictions import TaskPredictions, as_objects
 
 ROWS, DRAWS = 30, 25
 
@@ -122,6 +122,19 @@ def test_all_rows_once_give_the_score_itself(metric):
     wide = np.float64 if outputs == 1 else np.int64
     task = ResampledTask([of_rows(predictions.astype(wide), targets.astype(wide))], ROWS, [metric])
     assert task.values(np.arange(ROWS)[None])[0, 0, 0] == pytest.approx(scores(collection)[metric], abs=1e-6)
+
+
+def test_texts_are_those_of_a_plain_loop(indices):
+    random = np.random.default_rng(0)
+    right = as_objects([("yes",) if row % 2 else ("no", "not") for row in range(ROWS)])
+    models = [as_objects([["yes", "no", "it is not", ""][place] for place in random.integers(4, size=ROWS)])] * 2
+    models = [of_rows(one, right) for one in models]
+    found = ResampledTask(models, ROWS, ["exact_match", "accuracy", "contains"]).values(indices)
+    for model, one in enumerate(models):
+        for draw, (texts, targets) in enumerate(drawn_again(one, indices)):
+            exact = np.mean([text in own for text, own in zip(texts, targets, strict=True)])
+            within = np.mean([bool(set(text.split()) & set(own)) for text, own in zip(texts, targets, strict=True)])
+            assert found[model, :, draw] == pytest.approx([exact, np.nan, within], nan_ok=True)
 
 
 def test_what_does_not_fit_or_is_not_finite_has_no_value(indices):

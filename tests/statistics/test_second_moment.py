@@ -10,8 +10,7 @@ from torch import Tensor
 from pave_lightning.errors import PaveError
 from pave_lightning.statistics import LayerMoment, SecondMoment
 from pave_lightning.statistics.second_moment import (
-    PARTIAL_ROWS,
-    WAITING_ROWS,
+    FEWEST_WAITING,
     float32_products_are_exact,
     full_precision,
 )
@@ -134,14 +133,24 @@ def test_memory_does_not_depend_on_the_number_of_rows() -> None:
         moment = SecondMoment(40)
         for _ in range(batches):
             moment.update(torch.ones(3, 40))
-        tensors = [moment._partial, moment._total, *(moment._waiting or ())]
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        return moment.held_bytes
 
-    assert held(30) == held(3000) == 12 * 40 * 40 + 4 * WAITING_ROWS * 40
+    assert held(30) == held(3000) == 6 * 40 * 40 + 4 * FEWEST_WAITING * 40
 
 
-def test_many_rows_are_summed_in_float64() -> None:
-    rows = torch.randn(PARTIAL_ROWS, 8, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize(("width", "outputs"), [(768, None), (384, 96), (130, 40)])
+def test_sums_take_no_more_than_half_as_much_again_as_is_stored_of_them(width: int, outputs: int | None) -> None:
+    moment = SecondMoment(width, outputs)
+    rows = torch.ones(width, width)
+    for _ in range(2):
+        moment.update(rows, None if outputs is None else torch.ones(width, outputs))
+    stored = moment.moment().matrix.nbytes
+    share = 1.5 if outputs is not None else 6 / 4 * 9 / 16
+    assert moment.held_bytes <= share * stored
+
+
+def test_many_rows_are_summed_as_in_float64() -> None:
+    rows = torch.randn(4096, 8, generator=torch.Generator().manual_seed(0))
     moment, single = SecondMoment(8), torch.zeros(8, 8)
     for _ in range(64):
         moment.update(rows)
@@ -314,3 +323,18 @@ def test_rows_that_are_much_alike_leave_no_negative_eigenvalues(width):
     moment.update(rows)
     values = torch.linalg.eigvalsh(moment.mean().double())
     assert values[0] > -16 * torch.finfo(torch.float32).eps * values[-1]
+
+
+@pytest.mark.parametrize(("width", "outputs", "kind"), [(70, None, None), (70, 12, None), (70, 12, "output")])
+@pytest.mark.parametrize("rows", [5, 200])
+def test_finishing_gives_the_moment(width, outputs, kind, rows):
+    torch.manual_seed(0)
+    moment = SecondMoment(width, outputs, kind=kind)
+    inputs = None if kind == "output" else torch.randn(rows, width)
+    moment.update(inputs, None if outputs is None else torch.randn(rows, outputs), seen=300)
+    wanted = moment.copy().moment()
+    found = moment.finish()
+    assert torch.equal(found.matrix, wanted.matrix)
+    assert (found.kind, found.rows, found.seen) == (wanted.kind, wanted.rows, wanted.seen)
+    with pytest.raises(ValueError, match="at least one row"):
+        SecondMoment(3).finish()

@@ -84,9 +84,9 @@ def test_a_grid_over_ratios_and_seeds(ready_settings, tracking_uri, tmp_path, ca
 
     primary_scores, normalisers = ScaleSearcher._primary_scores, []
 
-    def watched(self, candidate, data, **whose):
+    def watched(self, candidate, *given, **whose):
         normalisers.extend([candidate] if isinstance(candidate, ExpertsCandidate) else [])
-        return primary_scores(self, candidate, data, **whose)
+        return primary_scores(self, candidate, *given, **whose)
 
     monkeypatch.setattr(ScaleSearcher, "_primary_scores", watched)
     path = written(tmp_path, ready_settings, vary={"purify.rho": list(RATIOS)})

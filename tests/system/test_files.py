@@ -14,13 +14,13 @@ import torch
 from safetensors import SafetensorError
 
 from pave_lightning.errors import PaveError
-from pave_lightning.experts.adapters import adapter_problems
 from pave_lightning.merging.modulators import Modulator
 from pave_lightning.statistics import LayerMoment, TaskStatistics
 from pave_lightning.statistics.gradients import TaskGradients
 from pave_lightning.system import files
 from pave_lightning.system.files import file_sha256, making_folder, replacing, save_hashes, write_tensors
 from pave_lightning.weights import Checkpoint, ShardWriter
+from pave_lightning.weights.adapter_models import adapter_problems
 
 
 @pytest.fixture

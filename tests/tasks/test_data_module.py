@@ -13,7 +13,6 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from pave_lightning.errors import PaveError
-from pave_lightning.tasks import encoded
 from pave_lightning.tasks.data_module import TaskDataModule
 from pave_lightning.tasks.encoded import EncodedRows
 from pave_lightning.tasks.kinds.tokens import tokenizer_fingerprint
@@ -317,7 +316,7 @@ def test_rows_are_encoded_and_written_in_parts(make_module, make_task, monkeypat
     task = make_task()
     whole = make_module(task).encoded.table("train")
     other = make_module(task.model_copy(update={"name": "other"}))
-    monkeypatch.setattr(encoded, "BATCH", 5)
+    monkeypatch.setattr(type(task), "encoded_at_once", 5)
     parts = other.encoded.table("train")
     assert [len(batch) for batch in parts.to_batches()] == [5, 5, 5, 5, 3]
     assert parts.to_pylist() == whole.to_pylist() == make_module(task).dataset("train").to_list()

@@ -63,8 +63,12 @@ def test_every_kind_says_all_that_others_ask(kind):
 
 
 # What a batch holds, and which model reads it, is the kinds' own affair. The callback works without a recipe as well.
-KNOWN_BY_KINDS = r"AutoModelFor(Sequence|Token)Classification|input_ids|SEQ_CLS|TOKEN_CLS"
-ELSEWHERE = {"callbacks/pave_callback.py", "callbacks/padding.py"}
+KNOWN_BY_KINDS = (
+    r"AutoModelFor(Sequence|Token)Classification|AutoModelFor(MultipleChoice|QuestionAnswering)|input_ids|"
+    r"SEQ_CLS|TOKEN_CLS|QUESTION_ANS|FEATURE_EXTRACTION"
+)
+# What serves users without a recipe, and what looks into models of any kind.
+ELSEWHERE = {"callbacks/pave_callback.py", "callbacks/padding.py", "weights/fused.py"}
 
 
 def test_nothing_outside_the_folder_knows_what_a_kind_knows():

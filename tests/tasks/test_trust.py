@@ -127,11 +127,13 @@ def test_damaged_copies_heal(folder, make_task, tmp_path, tokenizer, caplog):
 
 def test_the_same_file_for_two_splits_is_told(make_task, check, tmp_path, caplog):
     task = make_task()
-    (tmp_path / "train.jsonl").write_text('{"text": "a", "label": 1}\n')
-    (tmp_path / "validation.jsonl").write_text('{"text": "b", "label": 1}\n')
+    for split in ("train", "validation"):
+        lines = [f'{{"text": "{split} {label}", "label": {label}}}\n' for label in (0, 1)]
+        (tmp_path / f"{split}.jsonl").write_text("".join(lines))
     assert check(task) == []
     assert caplog.text == ""
-    assert check(make_task(train=[{"text": "a", "label": 0}], data={"validation": task.data.test})) == []
+    both = [{"text": "a", "label": 0}, {"text": "c", "label": 1}]
+    assert check(make_task(train=both, data={"validation": task.data.test})) == []
     assert f"the validation split and the test split are the same ({task.data.test}), so scores are" in caplog.text
     caplog.clear()
     test = [{"text": "a", "label": 0}, {"text": "b", "label": 1}]

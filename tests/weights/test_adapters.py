@@ -364,7 +364,7 @@ def test_broken_factors(base_folder, tmp_path, change, message):
         ("adapter_config.json", b"{", "adapter_config.json cannot be read"),
         ("adapter_config.json", b"[]", "adapter_config.json holds a list, expected an object"),
         ("adapter_model.safetensors", b"no", "is truncated or no safetensors file"),
-        ("adapter_model.safetensors", None, "has no adapter_model.safetensors; pickled adapters are refused"),
+        ("adapter_model.safetensors", None, "has no adapter_model.safetensors; save the adapter again"),
     ],
 )
 def test_broken_files(tmp_path, file, content, message):
@@ -375,12 +375,6 @@ def test_broken_files(tmp_path, file, content, message):
         (tmp_path / file).write_bytes(content)
     with pytest.raises(PaveError, match=message):
         Adapter(tmp_path, "bert")
-
-
-def test_an_adapter_is_no_whole_model(base_folder, tmp_path):
-    adapted(base_folder, lora(target_modules=["query"])).save_pretrained(tmp_path)
-    with pytest.raises(PaveError, match=f"expert of 'a': {tmp_path} is a peft adapter, no whole model"):
-        task_vectors(str(base_folder), {"a": str(tmp_path)})
 
 
 def test_purified_and_other_sources_have_no_factors():

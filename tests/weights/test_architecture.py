@@ -9,7 +9,7 @@ from transformers import BertConfig, CLIPConfig, GPT2Config, ViTConfig, ViTForIm
 from pave_lightning.callbacks import PaveCallback
 from pave_lightning.errors import PaveError
 from pave_lightning.weights import Architecture, Checkpoint, ExpertTaskVectors, Parameter, ParameterKind
-from pave_lightning.weights.architecture import backbone_of, empty_model
+from pave_lightning.weights.architecture import backbone_of, empty_model, name_prefix, with_backbone
 from pave_lightning.weights.matrices import Outputs, Part
 
 IMAGES = "AutoModelForImageClassification"
@@ -235,3 +235,13 @@ def test_a_model_without_backbone_is_told():
     model.base_model_prefix = "weight"
     with pytest.raises(PaveError, match="Linear has no backbone named 'weight'"):
         backbone_of(model)
+
+
+def test_models_on_another_backbone(base_folder):
+    """A model with a head is changed in place; of a bare one there is nothing but the backbone."""
+    other = empty_model(base_folder, "AutoModel")
+    headed, bare = (empty_model(base_folder, f"AutoModel{end}") for end in ("ForSequenceClassification", ""))
+    assert (name_prefix(headed), name_prefix(bare)) == ("bert.", "")
+    assert with_backbone(headed, other) is headed
+    assert headed.bert is other
+    assert with_backbone(bare, other) is other

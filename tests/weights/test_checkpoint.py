@@ -235,3 +235,32 @@ def test_an_old_index_beside_a_single_file_is_not_asked(write, tmp_path):
     index = {"weight_map": {"weight": "model-00001-of-00001.safetensors", "gone": "model-00002-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     assert Checkpoint(folder, "none").tensor("weight").tolist() == [1, 1, 1]
+
+
+@pytest.fixture
+def shards(base_folder, tmp_path):
+    """A base in shards, its files in order."""
+    from transformers import AutoModel
+
+    AutoModel.from_pretrained(base_folder).save_pretrained(tmp_path / "shards", max_shard_size="20kB")
+    return sorted((tmp_path / "shards").glob("model-*.safetensors"))
+
+
+def test_a_tensor_in_two_shards(shards):
+    from safetensors.torch import load_file, save_file
+
+    first = load_file(shards[0])
+    name = min(first)
+    save_file(load_file(shards[1]) | {name: first[name] + 1}, shards[1], metadata={"format": "pt"})
+    with pytest.raises(PaveError, match=rf"{shards[0].name} and {shards[1].name} both hold {name}, so it is not known"):
+        Checkpoint(shards[0].parent, "bert")
+
+
+def test_an_index_that_names_another_shard(shards):
+    index = shards[0].parent / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    name = next(name for name, file in content["weight_map"].items() if file == shards[0].name)
+    content["weight_map"][name] = shards[1].name
+    index.write_text(json.dumps(content))
+    with pytest.raises(PaveError, match=rf"index\.json says that {shards[1].name} holds {name}, which it does not"):
+        Checkpoint(shards[0].parent, "bert")

@@ -71,12 +71,6 @@ def test_defaults_and_old_names_are_no_differences(tmp_path):
     assert config_differences("a", old, plain, ["rms_norm_eps"]) == [problem]
 
 
-def test_a_quantised_model_is_another_function(tmp_path):
-    plain = write(tmp_path / "plain", model_type="bert")
-    small = write(tmp_path / "small", model_type="bert", quantization_config={"quant_method": "fp8"})
-    assert "quantization_config" in config_differences("a", plain, small)[0]
-
-
 def test_another_kind_of_model_is_told_alone(tmp_path):
     RobertaConfig(hidden_act="relu").save_pretrained(tmp_path / "roberta")
     BertConfig().save_pretrained(tmp_path / "bert")

@@ -115,8 +115,10 @@ def test_all_differences_of_all_experts_are_told_at_once(base_folder, expert_fol
         task_vectors(str(base_folder), references(expert_folders, renamed=renamed, widened=widened))
     assert str(caught.value).splitlines() == [
         "the experts do not fit the base:",
-        "  - task 'renamed': encoder.layer.0.renamed.weight [32, 64] is in the expert, but not in the base",
         "  - task 'renamed': encoder.layer.0.output.dense.weight [32, 64] is in the base, but not in the expert",
+        "  - task 'renamed': the expert's files hold 1 weight that no module of a BertModel has "
+        "(encoder.layer.0.renamed.weight), and the base lacks; if config.json is right, load the model with "
+        "transformers, which passes over them, and save it again",
         "  - task 'widened': embeddings.position_embeddings.weight is [33, 32] in the expert, [32, 32] in the base",
     ]
 
@@ -137,11 +139,14 @@ def test_an_expert_with_more_layers(base_folder, make_base, make_expert):
     base, expert = Checkpoint(base_folder, "bert"), Checkpoint(deep, "bert")
     architecture = Architecture.of_folder(base_folder)
     found = differences("deep", base, expert, architecture)
+    (told,) = found  # the base's configuration knows none of them
+    assert told.startswith("task 'deep': the expert's files hold 16 weights that no module of a BertModel has (encoder")
+    (told,) = differences("shallow", expert, base, architecture)
+    assert told.startswith("base: its files hold 16 weights that no module of a BertModel has (encoder.layer.2.")
+    assert told == differences("again", expert, base, architecture)[0]
+    found = differences("deep", base, expert, Architecture.of_folder(deep))
     assert len(found) == 16
     assert all("encoder.layer.2." in line and "in the expert, but not in the base" in line for line in found)
-    found = differences("shallow", expert, base, architecture)
-    assert len(found) == 16
-    assert all("in the base, but not in the expert" in line for line in found)
 
 
 def test_experts_that_fit_differ_in_nothing(base_folder, expert_folders):
@@ -246,3 +251,47 @@ def test_a_parameter_that_a_task_leaves_alone(base_folder, expert_folders, tmp_p
     parameter = next(p for p in source.parameters if p.name == name)
     assert source.is_zero("same", parameter)
     assert not source.is_zero("first", parameter)
+
+
+def bare_and_headed(kind, folder):
+    """A tiny model without a head, the same with one for tokens, and with one for classes: their folders."""
+    import transformers
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50, "pad_token_id": 0}
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    heads = ("Model", "ForMaskedLM" if kind == "Bert" else "ForCausalLM", "ForSequenceClassification")
+    for seed, head in enumerate(heads):
+        torch.manual_seed(seed)
+        getattr(transformers, f"{kind}{head}")(config).save_pretrained(folder / head)
+    return [folder / head for head in heads]
+
+
+@pytest.mark.parametrize("kind", ["Bert", "Llama"])
+def test_bare_models_and_models_with_heads_are_compared(kind, tmp_path):
+    from transformers import AutoModel
+
+    places = bare_and_headed(kind, tmp_path)
+    models = [AutoModel.from_pretrained(place).state_dict() for place in places]
+    name = "encoder.layer.0.output.dense.weight" if kind == "Bert" else "layers.0.mlp.down_proj.weight"
+    for base, first in zip(places, models, strict=True):
+        for expert, second in zip(places, models, strict=True):
+            source = task_vectors(str(base), {"a": str(expert)})
+            parameter = next(found for found in source.parameters if found.name.endswith(name))
+            assert torch.equal(source.vector("a", parameter), second[name] - first[name])
+
+
+def test_checkpoints_of_several_types_and_shards(base_folder, expert_folders, tmp_path):
+    from transformers import AutoModel, AutoModelForSequenceClassification
+
+    base = AutoModel.from_pretrained(base_folder).bfloat16()
+    base.save_pretrained(tmp_path / "base", max_shard_size="20kB")
+    experts = {}
+    for task, dtype in (("first", torch.float16), ("second", torch.float32)):
+        experts[task] = AutoModelForSequenceClassification.from_pretrained(expert_folders[task]).to(dtype)
+        experts[task].save_pretrained(tmp_path / task, max_shard_size="30kB")
+    assert len(list((tmp_path / "base").glob("model-*"))) > 1
+    source = task_vectors(str(tmp_path / "base"), {task: str(tmp_path / task) for task in experts})
+    for parameter in source.parameters:
+        for task, expert in experts.items():
+            expected = expert.bert.get_parameter(parameter.name).float() - base.get_parameter(parameter.name).float()
+            assert torch.equal(source.vector(task, parameter), expected)

@@ -100,3 +100,72 @@ def test_the_sha256_of_a_file(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"weights" * 1000)
     assert file_sha256(path) == hashlib.sha256(b"weights" * 1000).hexdigest()
+
+
+@pytest.fixture
+def mixed():
+    """Tensors of several types and odd sizes, in an order in which some would begin at a wrong place."""
+    torch.manual_seed(0)
+    drawn = {f"block.{index}.weight": torch.randn(5, index + 3) for index in range(12)}
+    return {
+        "flags": torch.tensor([True, False, True]),
+        "half": torch.randn(3).bfloat16(),
+        "scalar": torch.tensor(2.5),
+        "empty": torch.zeros(0, 4),
+        **drawn,
+        "wide": torch.randn(3, 3).double(),
+        "count": torch.tensor(7),
+        "transposed": torch.randn(4, 6).T,
+        "half odd": torch.randn(3, 5).half(),
+    }
+
+
+@pytest.mark.parametrize("held_bytes", [1, 40, 200])
+@pytest.mark.parametrize("shard_bytes", [100, 600, 10_000])
+def test_shards_that_are_larger_than_what_is_held(tmp_path, mixed, shard_bytes, held_bytes):
+    writer = ShardWriter(tmp_path, shard_bytes, held_bytes)
+    held = []
+    for name, tensor in mixed.items():
+        writer.add(name, tensor)
+        held.append(sum(tensor.nbytes for tensor in writer._pending.values()))
+    writer.close()
+    # What is held may hold odd tensors back, which come last.
+    odd = sum(tensor.nbytes for tensor in mixed.values() if tensor.nbytes % 8)
+    assert max(held) <= max(held_bytes, *(tensor.nbytes for tensor in mixed.values())) + odd
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert not list(tmp_path.glob("*.tmp"))
+    found = {}
+    for file in files:
+        loaded = load_file(file)
+        assert sum(tensor.nbytes for tensor in loaded.values()) <= shard_bytes or len(loaded) == 1
+        assert not loaded.keys() & found.keys()
+        found |= loaded
+    assert found.keys() == mixed.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in mixed.items())
+    assert all(found[name].dtype == tensor.dtype for name, tensor in mixed.items())
+    # Ours reads values where the header says they begin.
+    checkpoint = Checkpoint(tmp_path, "bert")
+    assert all(torch.equal(checkpoint.tensor(name), tensor) for name, tensor in mixed.items())
+    whole = sum(tensor.nbytes for tensor in mixed.values()) <= shard_bytes
+    assert (len(files) == 1) == whole
+
+
+def test_a_header_that_is_full_ends_the_shard(tmp_path):
+    tensors = {"first": torch.ones(20)} | {"long name " * 30 + str(index): torch.ones(2) for index in range(60)}
+    write_held = ShardWriter(tmp_path, 100_000, 80)
+    for name, tensor in tensors.items():
+        write_held.add(name, tensor)
+    write_held.close()
+    found = {}
+    for file in tmp_path.glob("*.safetensors"):
+        found |= load_file(file)
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
+def test_what_was_added_is_counted_by_type(tmp_path, mixed):
+    writer = ShardWriter(tmp_path)
+    for name, tensor in mixed.items():
+        writer.add(name, tensor)
+    assert writer.elements[torch.bfloat16] == 3
+    assert torch.bool not in writer.elements

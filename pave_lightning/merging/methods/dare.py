@@ -41,7 +41,10 @@ class DareTiesOptions(DareOptions):
     """Options of DARE followed by TIES."""
 
     density: float = Field(default=0.2, gt=0, le=1)
-    """Share of each dropped and rescaled task vector's elements, zeros counted, that survives the trim of TIES."""
+    """Share of each dropped and rescaled task vector's elements, zeros counted, that survives the trim of TIES; 1 trims
+    nothing, as mergekit's method of this name does not."""
+    merge: Literal["mean", "sum"] = "mean"
+    """What becomes of the elements that have the elected sign: their mean, as in TIES, or their sum, as in mergekit."""
 
 
 def uniform_draws(count: int, *, task: str, parameter: str, seed: int | None = None, start: int = 0) -> Tensor:
@@ -192,6 +195,9 @@ class DareTies(StaticMethod[DareTiesOptions]):
     fewer elements than its density are left, nothing more is trimmed. Cost: that of `Dare` and `Ties`, with three
     draws for each element.
 
+    mergekit's ``dare_ties`` is ``{density: 1, merge: sum, rescale: l1}`` with its density as 1 - ``drop_rate`` and
+    scale 1.
+
     Source: Yu et al., *Language Models are Super Mario*, ICML 2024 (arXiv 2311.03099), with TIES by Yadav et al.,
     NeurIPS 2023 (arXiv 2306.01708).
     """
@@ -214,4 +220,4 @@ class DareTies(StaticMethod[DareTiesOptions]):
 
     def merge(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
         """Drop, rescale, trim, elect and merge."""
-        return merge_trimmed(dropped(parameter, vectors, self.options), self.thresholds)
+        return merge_trimmed(dropped(parameter, vectors, self.options), self.thresholds, self.options.merge)

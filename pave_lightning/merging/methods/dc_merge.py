@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from itertools import accumulate, pairwise
 from typing import Literal
 
@@ -13,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from pave_lightning.merging.evidence import Evidence
-from pave_lightning.merging.matrices import MatrixMethod, MatrixOptions
+from pave_lightning.merging.matrices import MatrixMethod, TableOptions
 from pave_lightning.merging.methods.tsv import too_narrow
 from pave_lightning.merging.registry import merge_method
 from pave_lightning.subspace import leading_triplets, polar_factor
@@ -23,7 +22,7 @@ from pave_lightning.weights import Parameter, TaskVectors
 _TIED = 1e-9
 
 
-class DcMergeOptions(MatrixOptions):
+class DcMergeOptions(TableOptions):
     """Options of DC-Merge; the defaults are those for full fine-tuning.
 
     For LoRA updates the source takes ``rank`` 16 (the updates' rank) and ``smoothing`` ``mean``, or ``linear`` for its
@@ -63,8 +62,9 @@ class DcMerge(MatrixMethod[DcMergeOptions]):
     not divide r, or a task has fewer directions above float32 rounding, the cover space has as many dimensions as there
     are directions (the code fills it up with arbitrary ones, which it blocks in step 5 but counts in step 3); where
     directions of several tasks coincide, the cover space has none instead of arbitrary ones; entries that tie with the
-    threshold, and sums that cancel, do so up to rounding. Embeddings are averaged (the code decomposes every
-    two-dimensional tensor). Matrices with fewer than two outputs a task are refused (the code needs one of each side).
+    threshold, and sums that cancel, do so up to rounding. Embeddings are averaged unless ``embeddings`` is true (the
+    code decomposes every two-dimensional tensor). Matrices with fewer than two outputs a task are refused (the code
+    needs one of each side).
     """
 
     summary = "entries that agree in the space covered by all tasks' leading singular directions"
@@ -74,7 +74,11 @@ class DcMerge(MatrixMethod[DcMergeOptions]):
     def problems(self, vectors: TaskVectors, evidence: Evidence) -> Iterator[str]:
         """Matrices that have too few singular directions."""
         yield from super().problems(vectors, evidence)
-        yield from self.refusals(vectors, partial(too_narrow, rank=self.options.rank))
+        yield from self.refusals(vectors, self.misfit)
+
+    def misfit(self, parameter: Parameter, tasks: int) -> str | None:
+        """It has too few singular directions."""
+        return too_narrow(parameter, tasks, self.options.rank)
 
     def merge_matrix(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
         """Trim, elect and average in the cover space; only its diagonal blocks are needed."""

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from pave_lightning.merging.evidence import Evidence
-from pave_lightning.merging.matrices import MatrixMethod, MatrixOptions
+from pave_lightning.merging.matrices import MatrixMethod, TableOptions
 from pave_lightning.merging.registry import merge_method
 from pave_lightning.subspace import leading_triplets, polar_factor
 from pave_lightning.subspace.factorisation import rounding_level
@@ -22,7 +22,7 @@ def _sum(vectors: Mapping[str, Tensor]) -> Tensor:
 
 
 @merge_method("iso_c")
-class IsoC(MatrixMethod):
+class IsoC(MatrixMethod[TableOptions]):
     r"""Add up the task vectors and give all singular directions of the sum the mean singular value.
 
     For a matrix weight :math:`\sum_t \tau_t = U S V^T`: :math:`\Delta = \bar\sigma \, U V^T`, where
@@ -34,11 +34,13 @@ class IsoC(MatrixMethod):
     on validation data, 0.1 to 3.0; 1 is the default of a common library, and for eight vision tasks 1.3 to 1.5 was
     best. Departures: of a sum without full rank (such as of LoRA updates) only the directions above float32 rounding
     get the mean value, which stays the mean over all of them; a polar factor would fill up the others with arbitrary
-    directions of the same strength. Embeddings are averaged (the code decomposes every two-dimensional tensor).
+    directions of the same strength. Embeddings are averaged unless ``embeddings``
+    is true (the code decomposes every two-dimensional tensor).
     """
 
     summary = "the sum of the task vectors with all its singular values made equal"
     source = "Marczak et al. 2025, arXiv 2502.04959"
+    Options = TableOptions
 
     def merge_matrix(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
         """The isometry of the sum, times its mean singular value."""
@@ -47,7 +49,7 @@ class IsoC(MatrixMethod):
         return merged * (total.values.sum() / max(1, min(base.shape)))
 
 
-class IsoCtsOptions(MatrixOptions):
+class IsoCtsOptions(TableOptions):
     """Options of Iso-CTS."""
 
     common_share: float = Field(default=0.8, gt=0, lt=1)
@@ -72,7 +74,8 @@ class IsoCts(MatrixMethod[IsoCtsOptions]):
     Source: Marczak et al., *No Task Left Behind*, ICML 2025 (arXiv 2502.04959); on the scale see `IsoC` (1.5 to 1.9 was
     best). Departures: directions that are nothing but float32 rounding, such as the residuals of tasks that lie within
     the common directions, and directions of several tasks that coincide are not replaced by arbitrary ones (the mean
-    still counts r values); a number of tasks for which p is zero is refused. Embeddings are averaged.
+    still counts r values); a number of tasks for which p is zero is refused. Embeddings are averaged unless
+    ``embeddings`` is true.
     """
 
     summary = "equal singular values for common directions and for each task's own"
@@ -82,9 +85,10 @@ class IsoCts(MatrixMethod[IsoCtsOptions]):
     def problems(self, vectors: TaskVectors, evidence: Evidence) -> Iterator[str]:
         """Matrices that leave no direction to the tasks or to their sum."""
         yield from super().problems(vectors, evidence)
-        yield from self.refusals(vectors, self._misfit)
+        yield from self.refusals(vectors, self.misfit)
 
-    def _misfit(self, parameter: Parameter, tasks: int) -> str | None:
+    def misfit(self, parameter: Parameter, tasks: int) -> str | None:
+        """It leaves no direction to the tasks or to their sum."""
         directions, share = min(parameter.matrix_shape), self.options.common_share
         common, own = self._split(directions, tasks)
         if own and common > 0:

@@ -23,6 +23,9 @@ class TiesOptions(MethodOptions):
 
     density: float = Field(0.2, gt=0, le=1)
     """Share of each task vector's elements that survive the trim (k in the paper)."""
+    trim: Literal["model", "tensor"] = "model"
+    """Of what the share is taken: of all elements of the whole model together (the published code), or of each tensor
+    for itself (mergekit)."""
     merge: Literal["mean", "sum"] = "mean"
     """What becomes of the elements that have the elected sign: their mean (the paper), or their sum, which other
     libraries use and which wants a smaller scale, about 0.3 for eight tasks."""
@@ -50,6 +53,23 @@ def trim_thresholds(states: States, vectors: TaskVectors, density: float) -> Ste
         magnitudes=True,
     )
     return {task: threshold for task, (threshold,) in found.items()}
+
+
+def tensor_thresholds(vectors: TaskVectors, density: float) -> dict[str, dict[str, float]]:
+    """For each parameter, by name, and each task the magnitude that a share of that tensor's elements reaches.
+
+    Args:
+        vectors: the task vectors, or a part of their parameters.
+        density: that share.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for parameter in vectors.parameters:
+        kept, own = max(1, int(parameter.elements * density)), found.setdefault(parameter.name, {})
+        for task in vectors.tasks if parameter.elements else ():
+            # Block by block, as merging reads it: sums of products may round differently in other blocks.
+            blocks = [vectors.vector(task, parameter, rows).reshape(-1) for rows in vectors.blocks(parameter)]
+            own[task] = float(torch.cat(blocks).abs_().kthvalue(parameter.elements - kept + 1).values)
+    return found
 
 
 def merge_trimmed(
@@ -109,13 +129,14 @@ class Ties(StaticMethod[TiesOptions]):
     r"""Trim each task vector to its largest elements, elect a sign per element, average what has that sign.
 
     1. Trim: of each task vector keep the ``density`` share of largest magnitude over the WHOLE model; elements that tie
-       with the threshold are kept.
+       with the threshold are kept. With ``trim: tensor`` the share is that of every tensor for itself, as in mergekit,
+       which keeps more of tensors that hardly change.
     2. Elect by mass: :math:`\gamma = \mathrm{sgn}(\sum_t \hat\tau_t)`.
     3. Disjoint mean: the mean of the non-zero :math:`\hat\tau_t` whose sign is :math:`\gamma`.
 
     The result is :math:`W = W_0 + \lambda` times that mean. With the sum in place of the mean the default scale is too
     large: the implementations that add up search around 0.3. Cost: two histogram passes for the thresholds, which need
-    no sort and no copy of a task vector, and one elementwise pass.
+    no sort and no copy of a task vector, and one elementwise pass; of each tensor for itself one selection a task.
 
     Source: Yadav et al., *TIES-Merging*, NeurIPS 2023 (arXiv 2306.01708), default density 0.2 and scale 1. Departure:
     where the trimmed elements sum to exactly zero the paper's sign is zero and nothing is merged; its code falls back
@@ -130,9 +151,13 @@ class Ties(StaticMethod[TiesOptions]):
     Options = TiesOptions
 
     def prepare(self, vectors: TaskVectors) -> Iterator[None]:
-        """Find each task's global trim threshold."""
-        self.thresholds = yield from trim_thresholds(self.states, vectors, self.options.density)
+        """Find each task's trim threshold: one for the model, or one for each tensor."""
+        if self.options.trim == "tensor":
+            self._own = tensor_thresholds(vectors, self.options.density)
+        else:
+            self._thresholds = yield from trim_thresholds(self.states, vectors, self.options.density)
 
     def merge(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
         """The disjoint mean, or sum, of the trimmed task vectors."""
-        return merge_trimmed(vectors, self.thresholds, self.options.merge)
+        thresholds = self._own[parameter.name] if self.options.trim == "tensor" else self._thresholds
+        return merge_trimmed(vectors, thresholds, self.options.merge)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pave_lightning.merging.base import Cost, MethodOptions, Modulated, PerTaskMethod
 from pave_lightning.merging.evidence import Evidence
-from pave_lightning.merging.matrices import MatrixMethod, MatrixOptions
+from pave_lightning.merging.matrices import MatrixMethod, TableOptions
 from pave_lightning.merging.modulators import LowRank
 from pave_lightning.merging.registry import merge_method
 from pave_lightning.subspace import leading_triplets, polar_factor
@@ -63,7 +63,7 @@ def too_narrow(parameter: Parameter, tasks: int, rank: int | None = None) -> str
     return too_few_outputs(parameter, tasks)
 
 
-class TsvMergeOptions(MatrixOptions):
+class TsvMergeOptions(TableOptions):
     """Options of TSV-Merge."""
 
     rank_share: float | None = Field(default=None, gt=0, le=1)
@@ -87,11 +87,12 @@ class TsvMerge(MatrixMethod[TsvMergeOptions]):
     data. Cost: one symmetric eigenproblem of order r a matrix and task, and two of order qT a matrix.
 
     Source: Gargiulo et al., *Task Singular Vectors*, CVPR 2025 (arXiv 2412.00081). The published code searches the
-    scale on validation data, 0.1 to 3.0; 1 is what a common library takes. Departures: embeddings are averaged (the
-    code decomposes every two-dimensional tensor); where directions of several tasks coincide, the polar factor is a
-    partial isometry instead of being filled up with arbitrary directions, which would carry the tasks' singular values;
-    singular directions that are nothing but float32 rounding are left out; q is exact where the code's floating-point
-    1/T may lose one; matrices with fewer than two outputs a task are refused, where the code needs one of each side.
+    scale on validation data, 0.1 to 3.0; 1 is what a common library takes. Departures: embeddings are averaged unless
+    ``embeddings`` is true (the code decomposes every two-dimensional tensor); where directions of several tasks
+    coincide, the polar factor is a partial isometry instead of being filled up with arbitrary directions, which would
+    carry the tasks' singular values; singular directions that are nothing but float32 rounding are left out; q is exact
+    where the code's floating-point 1/T may lose one; matrices with fewer than two outputs a task are refused, where the
+    code needs one of each side.
     """
 
     summary = "leading singular directions of all tasks, made orthogonal, added up"
@@ -101,9 +102,10 @@ class TsvMerge(MatrixMethod[TsvMergeOptions]):
     def problems(self, vectors: TaskVectors, evidence: Evidence) -> Iterator[str]:
         """Matrices that have too few singular directions."""
         yield from super().problems(vectors, evidence)
-        yield from self.refusals(vectors, self._misfit)
+        yield from self.refusals(vectors, self.misfit)
 
-    def _misfit(self, parameter: Parameter, tasks: int) -> str | None:
+    def misfit(self, parameter: Parameter, tasks: int) -> str | None:
+        """It has too few singular directions."""
         directions, share = min(parameter.matrix_shape), self.options.rank_share
         rank = rank_of_share(directions, share, tasks)
         problem = too_narrow(parameter, tasks, rank)

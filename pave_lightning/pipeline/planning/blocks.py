@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from pave_lightning.errors import PaveError
-from pave_lightning.experts.loading import quiet_transformers
 from pave_lightning.merging import method_named
 from pave_lightning.merging.blocks import MODEL_FAILURES, BlockStack
 from pave_lightning.merging.passes import misnamed
@@ -26,6 +25,7 @@ from pave_lightning.pipeline.providers import providers_of
 from pave_lightning.recipe.schema import Recipe
 from pave_lightning.tasks.kinds.tokens import MASK, TOKENS
 from pave_lightning.weights.architecture import backbone_of, empty_model, read_config
+from pave_lightning.weights.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

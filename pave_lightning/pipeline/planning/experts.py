@@ -7,11 +7,12 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from pave_lightning.errors import listed
-from pave_lightning.experts.adapter_base import other_base
-from pave_lightning.experts.adapters import adapter_problems, adds_nothing, fit_problems, task_type
+from pave_lightning.experts.adapters import adds_nothing, fit_problems
 from pave_lightning.experts.loading import expert_problem
 from pave_lightning.system.files import read_json
 from pave_lightning.tasks.task import Task
+from pave_lightning.weights.adapter_base import other_base
+from pave_lightning.weights.adapter_models import adapter_problems, task_type
 from pave_lightning.weights.architecture import Architecture, form_of, read_config
 from pave_lightning.weights.completeness import naming_problem, unused_weights
 from pave_lightning.weights.configuration import (
@@ -19,6 +20,9 @@ from pave_lightning.weights.configuration import (
     config_differences,
     differences_in_function,
 )
+
+# Keys of configurations that hold numbers of tokens and change what is computed.
+NUMBERS = ("eos_token_id", "decoder_start_token_id")
 
 log = logging.getLogger("pave_lightning")
 
@@ -61,13 +65,14 @@ def is_unreadable(folder: Path, auto_model: str) -> bool:
     return naming_problem(architecture, architecture.checkpoint(folder)) is not None
 
 
-def expert_facts(task: Task, folder: Path, base: Path) -> Iterator[str]:
+def expert_facts(task: Task, folder: Path, base: Path, *, aligned: bool = False) -> Iterator[str]:
     """What is wrong with a whole checkpoint that a recipe names: its configuration, kind and head.
 
     Args:
         task: the task; ``expert.accept`` says what is meant.
         folder: folder of the checkpoint.
         base: folder of the base.
+        aligned: whether its tokens get the base's numbers, so that numbers in its configuration may be others.
 
     Raises:
         PaveError: a configuration or a file cannot be read.
@@ -76,7 +81,7 @@ def expert_facts(task: Task, folder: Path, base: Path) -> Iterator[str]:
     incomplete = expert_problem(folder, task.auto_model)
     if incomplete is not None:
         yield f"{where}: {folder}: {incomplete}"
-    yield from config_differences(task.name, base, folder, accept)
+    yield from config_differences(task.name, base, folder, [*accept, *(NUMBERS if aligned else ())])
     found = {} if incomplete is not None else _unlike(task, folder)
     misfits = list(task.misfits(read_config(folder), read_json(folder / "config.json")))
     if incomplete is None:

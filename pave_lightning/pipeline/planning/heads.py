@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pave_lightning.errors import PaveError, counted
+from pave_lightning.errors import PaveError, counted, listed
 from pave_lightning.evaluation.heads import least_rows
 from pave_lightning.pipeline.results import Results
 from pave_lightning.pipeline.stages.evaluate import ScoredModel, scored_models
@@ -32,9 +32,18 @@ def head_problems(recipe: Recipe, cache: Path) -> Iterator[str]:
         recipe: what is checked.
         cache: folder of copies of rows.
     """
-    asked = recipe.fitted_heads
+    asked, headless = recipe.fitted_heads, [task for task in recipe.tasks if not task.has_head]
+    if asked and headless:
+        names, kinds = listed([f"'{task.name}'" for task in headless]), listed(sorted({one.kind for one in headless}))
+        told = f"heads: {', '.join(one.label for one in asked)}: tasks of kind {kinds} ({names}) have no head to fit"
+        if len(headless) == len(recipe.tasks):
+            yield f"{told}, since their whole models are merged; leave 'heads' out"
+        else:
+            log.warning("%s; they are scored as they are", told)
     loaded: dict[str, tuple[pa.Table, set[str], pa.Table]] = {}
     for task in recipe.tasks if asked else ():
+        if not task.has_head:
+            continue
         with suppress(PaveError):  # told with what is wrong with the data
             training, test = (load_split(task, split, seed=recipe.seed, cache_dir=cache) for split in ("train", "test"))
             encoded = encoded_rows(recipe, task, cache).table("train")

@@ -10,11 +10,10 @@ from pave_lightning.errors import PaveError, listed
 from pave_lightning.experts.joint_schedule import disagreements, partly_frozen
 from pave_lightning.experts.schedule import training_schedule
 from pave_lightning.experts.trainer_options import process_count, trainer_problems
-from pave_lightning.pipeline.stages import existing_folder
+from pave_lightning.pipeline.bases import existing_folder, folder_of_base
 from pave_lightning.pipeline.stages.fit import training_rows
 from pave_lightning.recipe.schema import Recipe
 from pave_lightning.tasks.task import Task
-from pave_lightning.weights import locate_model
 
 log = logging.getLogger("pave_lightning")
 
@@ -39,7 +38,7 @@ def joint_problems(recipe: Recipe, cache: Path) -> Iterator[str]:
         if task.expert is not None:
             # Trained tasks are asked the same with their experts.
             schedule = () if found else _schedule_problems(task, recipe.seed, cache)
-            for problem in (*schedule, *_reading_problems(task, recipe.base)):
+            for problem in (*schedule, *_reading_problems(task, recipe)):
                 yield f"controls: joint: task '{task.name}': {problem}, {OTHERWISE}"
     partly = partly_frozen(recipe.tasks)
     if partly:
@@ -61,10 +60,10 @@ def _schedule_problems(task: Task, seed: int, cache: Path) -> Iterator[str]:
         yield f"its expert is there, but it would be trained again: {error}"
 
 
-def _reading_problems(task: Task, reference: str) -> Iterator[str]:
+def _reading_problems(task: Task, recipe: Recipe) -> Iterator[str]:
     """Why what is trained on a task's rows could not be scored on them: an expert's tokenizer reads them otherwise."""
     try:
-        base = locate_model(reference, role="base")
+        base = folder_of_base(recipe)
         own, of_base = (task.load_processor(folder, base) for folder in (existing_folder(task), base))
         differ = task.processor_fingerprint(own) != task.processor_fingerprint(of_base)
     except PaveError:

@@ -6,9 +6,9 @@ import sys
 from collections.abc import Iterable, Sequence
 
 from pave_lightning.evaluation.options import ScaleSearch
-from pave_lightning.pipeline.planning.models import is_wrapped
 from pave_lightning.pipeline.stacks import TransformStack
 from pave_lightning.recipe.merge_step import MergeStep
+from pave_lightning.tasks.lora import trained_values
 from pave_lightning.tasks.task import Task
 from pave_lightning.weights import Parameter
 from pave_lightning.weights.architecture import lies_in
@@ -52,8 +52,7 @@ def fit_bytes(parameters: Sequence[Parameter], task: Task) -> int:
     trained = [parameter for parameter in parameters if not lies_in(parameter.layer, options.freeze)]
     values = sum(parameter.elements for parameter in trained)
     if options.lora is not None:
-        adapted = [parameter for parameter in trained if is_wrapped(parameter, options.lora)]
-        values = sum(options.lora.rank * sum(parameter.matrix_shape) for parameter in adapted)
+        values = trained_values(options.lora, parameters, "", options.freeze)
         weights += values
     state = 4 * (weights + OPTIMIZER_VALUES * values)
     half = str(task.trainer.get("precision", "32-true")) in HALF_PRECISIONS

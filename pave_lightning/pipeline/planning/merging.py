@@ -6,25 +6,26 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cache, partial
 
 from pave_lightning.errors import PaveError
-from pave_lightning.merging import MergeMethod, Need, make_method, method_named
+from pave_lightning.merging import MergeMethod, Need, is_selected, make_method, method_named
 from pave_lightning.merging.evidence import PlannedEvidence
 from pave_lightning.merging.low_rank import LowRankMethod, quoted
+from pave_lightning.merging.selection import selection_problems
 from pave_lightning.merging.stacks import as_method_sees
+from pave_lightning.pipeline.bases import existing_folder, folder_of_base
 from pave_lightning.pipeline.planning.blocks import block_problem, naming_problems
-from pave_lightning.pipeline.planning.models import adapter_of, is_wrapped
+from pave_lightning.pipeline.planning.models import adapter_of
 from pave_lightning.pipeline.providers import known_providers
 from pave_lightning.pipeline.purifications import purifications
 from pave_lightning.pipeline.stacks import stack_of, transform_problem
-from pave_lightning.pipeline.stages import existing_folder
 from pave_lightning.recipe.merge_step import MergeStep
 from pave_lightning.recipe.schema import Recipe
 from pave_lightning.statistics import Moments
+from pave_lightning.tasks.lora import adapter_ranks
 from pave_lightning.tasks.task import Task
 from pave_lightning.transforms import Transform
 from pave_lightning.transforms.pave import Pave
-from pave_lightning.weights import Adapter, Architecture, Checkpoint, Parameter, locate_model
+from pave_lightning.weights import Adapter, Architecture, Checkpoint, Parameter
 from pave_lightning.weights.adapters import ADAPTER_CONFIG, ADAPTER_FOLDER
-from pave_lightning.weights.architecture import lies_in
 from pave_lightning.weights.task_vectors import (
     PlannedTaskVectors,
 )
@@ -39,7 +40,7 @@ def merge_problems(recipe: Recipe) -> Iterator[str]:
     architecture: Architecture | None = None
     parameters: list[Parameter] = []
     try:
-        folder = locate_model(recipe.base, role="base")
+        folder = folder_of_base(recipe)
         architecture = Architecture.of_folder(folder, *recipe.auto_models)
         parameters = list(stored_parameters(architecture.base_checkpoint(folder), architecture))
     except PaveError:  # told elsewhere; what can be said without is said
@@ -63,8 +64,7 @@ def merge_problems(recipe: Recipe) -> Iterator[str]:
 def stored_parameters(base: Checkpoint, architecture: Architecture) -> Iterator[Parameter]:
     """The parameters that experts of a base will share with it."""
     for name, stored in sorted(base.backbone.items()):
-        known = name in architecture.parameters or name in architecture.stored_names
-        if known and stored.is_floating:
+        if architecture.knows(name) and stored.is_floating:
             yield architecture.describe(name, stored.shape)
 
 
@@ -90,8 +90,11 @@ def _ranks(task: Task, parameters: Sequence[Parameter], prefix: str) -> Mapping[
         lora = task.training.lora
         if lora is None:
             return TRAINED_WHOLE
-        adapted = [p for p in parameters if is_wrapped(p, lora) and not lies_in(p.layer, task.training.freeze)]
-        return {parameter.layer: lora.rank for parameter in adapted}
+        if lora.use_dora:
+            return "they are trained with use_dora, which rescales the updated weights"
+        factor = 2 if lora.changes_the_base else 1  # the difference from the start is written
+        ranks = adapter_ranks(lora, parameters, prefix, task.training.freeze)
+        return {layer: factor * rank for layer, rank in ranks.items()}
     folder = existing_folder(task)
     where = adapter_of(folder)
     if where is None:
@@ -112,6 +115,13 @@ def _step_problems(
         yield f"{where}: {step.method} has no scale; leave the key 'scale' out"
     for need, provider in known_providers().items():
         yield from (f"{where}: {problem}" for problem in provider().problems(step, recipe, needed=need in wanted))
+    yield from (
+        f"{where}: parameters.{problem}"
+        for problem in selection_problems(vectors.parameters, step.parameters.include, step.parameters.exclude)
+    )
+    vectors = vectors.of(
+        p for p in vectors.parameters if is_selected(p.name, step.parameters.include, step.parameters.exclude)
+    )
     if methods and len(recipe.tasks) > 1:
         yield from (f"{where}: {problem}" for problem in _request_problems(methods, wanted, vectors, evidence))
     sizes = {method.batch_size for method in methods} if kind.batched else ()

@@ -6,16 +6,19 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-from pave_lightning.errors import PaveError, Problems, nearest
+from pave_lightning.errors import PaveError, Problems, naming, nearest
+from pave_lightning.experts.alignment import output_tables
 from pave_lightning.experts.loading import base_problem
+from pave_lightning.pipeline.bases import existing_folder, folder_of_base, reference_of_base
 from pave_lightning.pipeline.planning.experts import adapter_facts, expert_facts, is_unreadable
-from pave_lightning.pipeline.stages import existing_folder
+from pave_lightning.pipeline.planning.lora import lora_problems
 from pave_lightning.recipe.schema import Recipe
 from pave_lightning.tasks.kinds.tokens import TOKENS
-from pave_lightning.tasks.options import Lora
+from pave_lightning.tasks.lora import module_names
 from pave_lightning.tasks.task import Task
-from pave_lightning.weights import Adapter, Architecture, Checkpoint, Parameter, ParameterKind, locate_model
+from pave_lightning.weights import Adapter, Architecture, Checkpoint
 from pave_lightning.weights.adapters import ADAPTER_CONFIG, adapter_folder
+from pave_lightning.weights.architecture import empty_model, read_config
 from pave_lightning.weights.completeness import naming_problem
 from pave_lightning.weights.coverage import unmergeable
 from pave_lightning.weights.task_vectors import absent_children, differences
@@ -29,18 +32,6 @@ def adapter_of(folder: Path) -> Path | None:
     return folder if (folder / ADAPTER_CONFIG).is_file() else adapter_folder(folder)
 
 
-def is_wrapped(parameter: Parameter, lora: Lora) -> bool:
-    """Whether LoRA with these options adapts the layer that owns a parameter, with that parameter as its weight."""
-    if parameter.kind is not ParameterKind.LINEAR or not parameter.name.endswith(".weight"):
-        return False
-    return lora.target_modules == "all-linear" or any(is_named(parameter.layer, n) for n in lora.target_modules)
-
-
-def is_named(layer: str, name: str) -> bool:
-    """Whether a layer has that name, or a name that ends with it."""
-    return layer == name or layer.endswith(f".{name}")
-
-
 def check_models(recipe: Recipe, problems: Problems) -> None:
     """Check the base, the experts that exist already, and how the others are to be trained.
 
@@ -51,8 +42,9 @@ def check_models(recipe: Recipe, problems: Problems) -> None:
     Raises:
         PaveError: The base cannot be read, so that nothing else can be asked.
     """
-    base_folder = locate_model(recipe.base, role="base")
-    of_kinds = [Architecture.of_folder(base_folder, name) for name in recipe.auto_models]
+    base_folder = folder_of_base(recipe)
+    with naming("base"):
+        of_kinds = [Architecture.of_folder(base_folder, name) for name in recipe.auto_models]
     if len({one.backbone_class for one in of_kinds}) > 1:
         found = ", ".join(f"{one.model_class} on {one.backbone_class}" for one in of_kinds)
         raise PaveError(
@@ -72,9 +64,9 @@ def check_models(recipe: Recipe, problems: Problems) -> None:
     weights = [
         name for name, stored in base.backbone.items() if stored.is_floating and name not in architecture.buffers
     ]
-    stored = {architecture.stored_names.get(name, name) for name in weights}
-    foreign = sorted(name for name in stored if name not in architecture.parameters and not architecture.ignores(name))
-    unset = [name for name in architecture.parameters if name not in stored]
+    foreign = sorted(name for name in weights if not architecture.knows(name) and not architecture.ignores(name))
+    unset = [name for name in architecture.parameters if architecture.stored_for(name).isdisjoint(weights)]
+    unset = [name for name in unset if name not in base.backbone]
     if foreign and unset:
         problems.add(
             f"base: {architecture.config.get('model_type')} stores weights in other pieces than the model has "
@@ -85,6 +77,10 @@ def check_models(recipe: Recipe, problems: Problems) -> None:
         if incomplete is not None:
             problems.add(f"base: {incomplete}")
     problems.extend(f"base: {problem}" for problem in (*tie_problems(base), *unmergeable(base, architecture)))
+    config = read_config(base_folder)
+    unfit = {task.name: task.base_problem(config) for task in recipe.tasks}
+    whose = f"the base's {architecture.backbone_class}"
+    problems.extend(f"task '{name}': {whose} {why}" for name, why in unfit.items() if why is not None)
     for task in recipe.tasks:
         limit = architecture.positions if task.reads_tokens else None
         if limit is not None and task.training.max_length > limit:
@@ -101,44 +97,24 @@ def check_models(recipe: Recipe, problems: Problems) -> None:
             )
         try:
             if task.expert is not None:
-                problems.extend(_expert_problems(task, recipe.base, base, architecture))
+                problems.extend(_expert_problems(task, recipe, base, architecture))
             if task.expert is None or "joint" in recipe.controls:
-                problems.extend(_training_problems(task, architecture))
+                problems.extend(_training_problems(task, architecture, base_folder))
         except PaveError as error:
-            problems.add(str(error))
+            told = str(error)
+            problems.add(told if told.startswith("task ") else f"task '{task.name}': {told}")
 
 
-def _training_problems(task: Task, architecture: Architecture) -> Iterator[str]:
-    layers = sorted({module for name in architecture.parameters for module in _ancestors(name)})
+def _training_problems(task: Task, architecture: Architecture, base: Path) -> Iterator[str]:
+    layers = module_names(architecture.parameters.values())
     for name in task.training.freeze:
         if name not in layers:
             yield f"task '{task.name}': training.freeze: no submodule '{name}'; {nearest(name, layers)}"
-    lora = task.training.lora
-    if lora is None:
-        return
-    adapted = [parameter for parameter in architecture.parameters.values() if is_wrapped(parameter, lora)]
-    widest = max((min(parameter.matrix_shape) for parameter in adapted), default=lora.rank)
-    if lora.rank > widest:
-        yield (
-            f"task '{task.name}': training.lora.rank is {lora.rank}, but no layer that it adapts has more than "
-            f"{widest} directions; lower it"
-        )
-    if not isinstance(lora.target_modules, str):
-        linear = [p.layer for p in architecture.parameters.values() if p.kind is ParameterKind.LINEAR]
-        endings = sorted({layer.rpartition(".")[2] for layer in linear})
-        for name in lora.target_modules:
-            if not any(is_named(layer, name) for layer in linear):
-                hint = nearest(name, endings)
-                yield f"task '{task.name}': training.lora.target_modules: no linear layer '{name}'; {hint}"
+    if task.training.lora is not None:
+        yield from lora_problems(task, task.training.lora, architecture, base)
 
 
-def _ancestors(name: str) -> Iterator[str]:
-    parts = name.split(".")[:-1]
-    for end in range(1, len(parts) + 1):
-        yield ".".join(parts[:end])
-
-
-def _expert_problems(task: Task, reference: str, base: Checkpoint, architecture: Architecture) -> Iterator[str]:
+def _expert_problems(task: Task, recipe: Recipe, base: Checkpoint, architecture: Architecture) -> Iterator[str]:
     """What is wrong with a checkpoint that a recipe names instead of training.
 
     Raises:
@@ -147,17 +123,20 @@ def _expert_problems(task: Task, reference: str, base: Checkpoint, architecture:
     folder = existing_folder(task)
     where = f"task '{task.name}'"
     if (folder / ADAPTER_CONFIG).is_file():
-        problems = adapter_facts(task, folder, reference, base.folder)
+        problems = adapter_facts(task, folder, str(reference_of_base(recipe)), base.folder)
         yield from (f"{where}: {problem}" for problem in problems)
         if not problems:
             Adapter(folder, architecture.prefix)  # tells what is wrong with its factors
         return
     own = Architecture.of_folder(folder, task.auto_model)
     expert = own.checkpoint(folder)
-    yield from expert_facts(task, folder, base.folder)
+    yield from expert_facts(task, folder, base.folder, aligned=recipe.vocabulary != "error")
     if is_unreadable(folder, task.auto_model):
         return
-    yield from differences(task.name, base, expert, architecture)
+    matched = [] if recipe.vocabulary == "error" else output_tables(empty_model(folder, task.auto_model))
+    yield from differences(
+        *(task.name, base, expert, architecture), matched=[name.removeprefix(own.start) for name in matched]
+    )
     if expert.has_backbone_of(base):
         yield f"{where}: the backbone of {folder} is the base's, so there is nothing to merge; was it fine-tuned?"
     for name in expert.non_finite(absent_children(base, expert)):

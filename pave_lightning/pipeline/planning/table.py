@@ -9,9 +9,11 @@ from itertools import groupby
 from rich import filesize
 from rich.table import Table
 
+from pave_lightning.config import WrittenDtype
 from pave_lightning.errors import PaveError
 from pave_lightning.experts.joint_schedule import common_freeze
 from pave_lightning.merging import method_named
+from pave_lightning.pipeline.bases import folder_of_base
 from pave_lightning.pipeline.costs import PredictedCost, expected_kinds, predict_cost
 from pave_lightning.pipeline.planning.memory import fit_bytes, later_bytes, search_bytes
 from pave_lightning.pipeline.planning.merging import stored_parameters
@@ -23,7 +25,8 @@ from pave_lightning.pipeline.stages import EvaluateStage, ExportStage, MergeStag
 from pave_lightning.purification.vectors import workers_of
 from pave_lightning.recipe.schema import Recipe
 from pave_lightning.tasks.task import Task
-from pave_lightning.weights import Architecture, locate_model
+from pave_lightning.weights import Architecture, Checkpoint, written_dtype
+from pave_lightning.weights.checkpoint import FLOATING
 
 
 def plan_rows(recipe: Recipe, folder: RunFolder) -> list[tuple[str, str, str]]:
@@ -39,7 +42,7 @@ def _planned(results: Results) -> list[Stage]:
         return found
     exported: list[ExportStage] = []
     with suppress(PaveError):  # told elsewhere, where it matters
-        exported = [stage for stage in ExportStage.all(results) if stage.options.rho != 1]
+        exported = [stage for stage in ExportStage.all(results) if not stage.options.changes_nothing]
     scored = next(place for place, stage in enumerate(found) if isinstance(stage, EvaluateStage))
     return [*found[:scored], *exported, *found[scored:]]
 
@@ -77,7 +80,7 @@ def cost_table(recipe: Recipe, folder: RunFolder) -> Table:
 
 def added_memory(recipe: Recipe) -> dict[str, int]:
     """Bytes that training and scoring merged models take besides the program, at most; 0 for what is not done."""
-    base_folder = locate_model(recipe.base, role="base")
+    base_folder = folder_of_base(recipe)
     parameters = list(Architecture.of_folder(base_folder, *recipe.auto_models).parameters.values())
     trained = [fit_bytes(parameters, task) for task in recipe.tasks if task.expert is None]
     trained += [fit_bytes(parameters, task) for task in jointly_trained(recipe)]
@@ -95,13 +98,20 @@ def jointly_trained(recipe: Recipe) -> list[Task]:
     return [task.model_copy(update={"training": task.training.model_copy(update=frozen)}) for task in recipe.tasks]
 
 
+def _written_bytes(base: Checkpoint, dtype: WrittenDtype) -> int:
+    """What the backbone of a merged model takes on disk, of whose weights only the types differ from the base's."""
+    stored = [tensor for tensor in base.backbone.values() if tensor.is_floating]
+    return sum(tensor.size * written_dtype(dtype, FLOATING[tensor.dtype]).itemsize for tensor in stored)
+
+
 def predicted_cost(recipe: Recipe, folder: RunFolder) -> PredictedCost:
     """Memory, time and disk that the recipe's purification and merging will take, from headers and small trials."""
     results = Results(recipe, folder)
     stages = _planned(results)
-    base_folder = locate_model(recipe.base, role="base")
+    base_folder = folder_of_base(recipe)
     architecture = Architecture.of_folder(base_folder, *recipe.auto_models)
-    parameters = list(stored_parameters(architecture.base_checkpoint(base_folder), architecture))
+    base = architecture.base_checkpoint(base_folder)
+    parameters = list(stored_parameters(base, architecture))
     capture = recipe.capture
     merges = [stage for stage in stages if isinstance(stage, MergeStage) and not stage.weights_from]
     planned = [stage.options for stage in stages if isinstance(stage, PurifyStage | ExportStage)]
@@ -114,6 +124,7 @@ def predicted_cost(recipe: Recipe, folder: RunFolder) -> PredictedCost:
         kinds if captures(results) else {},
         options=planned,
         methods=[method_named(merge.step.method) for merge in merges],
+        merged_bytes=[_written_bytes(base, merge.step.write.dtype) for merge in merges],
         when_read=[options for merge in merges for options in merge.stack.purified_when_read],
         new_experts=sum(task.expert is None for task in recipe.tasks) + exported + ("joint" in recipe.controls),
     )

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 import numpy as np
 
 from pave_lightning.errors import PaveError
+from pave_lightning.pipeline.bases import folder_of_base
 from pave_lightning.pipeline.run_folder import RunFolder
 from pave_lightning.pipeline.stages.fit import processor_of
 from pave_lightning.recipe.schema import Recipe
 from pave_lightning.tasks.data import SPLITS, load_split, split_title
 from pave_lightning.tasks.encoded import EncodedRows
-from pave_lightning.weights import locate_model
 
 log = logging.getLogger("pave_lightning")
 
@@ -28,7 +28,7 @@ def tokenised_problems(recipe: Recipe, folder: RunFolder) -> Iterator[str]:
     Raises:
         PaveError: There is no base.
     """
-    locate_model(recipe.base, role="base")
+    folder_of_base(recipe)
     for task in recipe.tasks:
         try:
             processor = processor_of(recipe, task)

@@ -6,12 +6,14 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from pave_lightning.errors import PaveError
+from pave_lightning.experts.alignment import alignment_notes, common_tokens
 from pave_lightning.experts.vocabulary import differing_tokens, expert_notes, row_problems, table_rows, token_rows
-from pave_lightning.pipeline.stages import existing_folder
+from pave_lightning.pipeline.bases import existing_folder, folder_of_base
 from pave_lightning.recipe.schema import Recipe
 from pave_lightning.tasks.task import Task
 from pave_lightning.tasks.tokenizers import load_tokenizer, padding_note
-from pave_lightning.weights import Architecture, Checkpoint, locate_model
+from pave_lightning.tasks.union_tokenizer import union_problems
+from pave_lightning.weights import Architecture, Checkpoint
 from pave_lightning.weights.adapters import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ def token_problems(recipe: Recipe) -> Iterator[str]:
     if not any(task.reads_tokens for task in recipe.tasks):
         return
     try:
-        folder = locate_model(recipe.base, role="base")
+        folder = folder_of_base(recipe)
         architecture = Architecture.of_folder(folder, *recipe.auto_models)
         base = architecture.base_checkpoint(folder)
     except PaveError:  # told elsewhere
@@ -39,32 +41,51 @@ def token_problems(recipe: Recipe) -> Iterator[str]:
         return
     rows = table_rows(base, architecture)
     yield from row_problems("base", rows, architecture.vocabulary, tokenizer)
-    yield from _head_problems("base", architecture, tokenizer)
+    if any(task.has_head for task in recipe.tasks):
+        yield from _head_problems("base", architecture, tokenizer)
     tokenizers = {}
     for task in recipe.tasks:
         if task.expert is None or not task.reads_tokens:
             continue
         try:
-            tokenizers[task.name] = load_tokenizer(existing_folder(task), folder)
-            yield from _expert_problems(task, tokenizers[task.name], tokenizer, base, architecture)
+            own = tokenizers[task.name] = load_tokenizer(existing_folder(task), folder)
+            yield from _expert_problems(task, own, tokenizer, base, architecture)
+            if recipe.vocabulary == "error":
+                what = f"task '{task.name}': {existing_folder(task)}"
+                yield from differing_tokens(what, own.get_vocab(), tokenizer.get_vocab())
         except PaveError as error:
             yield str(error) if str(error).startswith("task ") else f"task '{task.name}': {error}"
-    yield from _clashes(tokenizers, tokenizer, rows)
+    if recipe.vocabulary == "error":
+        yield from _clashes(tokenizers, tokenizer, rows)
+    elif rows is None:
+        yield f"vocabulary: {recipe.vocabulary}: the base has no table with a row for each token; leave it out"
+    elif recipe.vocabulary == "union":
+        known = {task: own.get_vocab() for task, own in tokenizers.items()}
+        new = common_tokens("union", tokenizer.get_vocab(), rows, known).new
+        yield from union_problems(tokenizer, tokenizers, new)
 
 
 def token_notes(recipe: Recipe) -> Iterator[str]:
     """What a run does about tokens that nobody asked it to do, for a recipe in which nothing is wrong."""
     if not any(task.reads_tokens for task in recipe.tasks):
         return
-    folder = locate_model(recipe.base, role="base")
+    folder = folder_of_base(recipe)
     architecture = Architecture.of_folder(folder, *recipe.auto_models)
     base = architecture.base_checkpoint(folder)
-    note = padding_note(load_tokenizer(folder))
+    tokenizer = load_tokenizer(folder)
+    note = padding_note(tokenizer)
     if note is not None:
         yield f"base: {note}"
     for task in recipe.tasks:
         if task.expert is not None and task.reads_tokens:
-            yield from expert_notes(task.name, existing_folder(task), base, architecture)
+            yield from expert_notes(
+                task.name, existing_folder(task), base, architecture, aligned=recipe.vocabulary != "error"
+            )
+    rows = table_rows(base, architecture)
+    if recipe.vocabulary != "error" and rows is not None:
+        named = [task for task in recipe.tasks if task.expert is not None and task.reads_tokens]
+        known = {task.name: load_tokenizer(existing_folder(task), folder).get_vocab() for task in named}
+        yield from alignment_notes(common_tokens(recipe.vocabulary, tokenizer.get_vocab(), rows, known), known)
 
 
 def _expert_problems(
@@ -80,8 +101,8 @@ def _expert_problems(
     its = architecture if adapter else Architecture.of_folder(folder, task.auto_model)
     rows = token_rows(folder, its, base)
     yield from row_problems(what, rows, rows if adapter else its.vocabulary, own)
-    yield from differing_tokens(what, own.get_vocab(), tokenizer.get_vocab())
-    yield from _head_problems(what, its, own)
+    if task.has_head:
+        yield from _head_problems(what, its, own)
 
 
 def _head_problems(what: str, architecture: Architecture, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:

@@ -42,5 +42,4 @@ class Anchor(Provider):
 
 def _anchor(request: MergeRequest) -> MergeStage:
     """The anchor of a merge, on the same task vectors."""
-    step = request.results.recipe.step(str(request.step.anchor))
-    return MergeStage(request.results, step.model_copy(update={"purify": request.step.purify}), request.vectors)
+    return MergeStage(request.results, request.results.recipe.anchor_of(request.step), request.vectors)

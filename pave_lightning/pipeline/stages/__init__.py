@@ -6,11 +6,12 @@ from operator import itemgetter
 
 from pave_lightning.pipeline.results import Results
 from pave_lightning.pipeline.stage import Stage
+from pave_lightning.pipeline.stages.align import AlignStage
 from pave_lightning.pipeline.stages.capture import CaptureStage
 from pave_lightning.pipeline.stages.diagnose import DiagnoseStage
 from pave_lightning.pipeline.stages.evaluate import EvaluateStage
 from pave_lightning.pipeline.stages.export import ExportStage
-from pave_lightning.pipeline.stages.fit import FitStage, existing_folder
+from pave_lightning.pipeline.stages.fit import FitStage
 from pave_lightning.pipeline.stages.gradients import GradientStage
 from pave_lightning.pipeline.stages.heads import HeadsStage
 from pave_lightning.pipeline.stages.joint import JointStage
@@ -19,6 +20,7 @@ from pave_lightning.pipeline.stages.purify import PurifyStage
 
 __all__ = [
     "KINDS",
+    "AlignStage",
     "CaptureStage",
     "DiagnoseStage",
     "EvaluateStage",
@@ -30,7 +32,6 @@ __all__ = [
     "MergeStage",
     "PurifyStage",
     "captures",
-    "existing_folder",
     "kind_of",
     "stages_of",
 ]
@@ -38,6 +39,7 @@ __all__ = [
 # Every kind of stage, in the order of work.
 KINDS: tuple[type[Stage], ...] = (
     FitStage,
+    AlignStage,
     CaptureStage,
     GradientStage,
     PurifyStage,

@@ -10,6 +10,7 @@ from pave_lightning.pipeline.context import Context, shared
 from pave_lightning.pipeline.results import Results
 from pave_lightning.pipeline.run_folder import Manifest
 from pave_lightning.pipeline.stage import Stage
+from pave_lightning.pipeline.stages.align import AlignStage, expert_stage
 from pave_lightning.pipeline.stages.fit import FitStage
 from pave_lightning.statistics import TaskStatistics
 from pave_lightning.statistics.gradients import EXPERT_DIGEST
@@ -49,13 +50,13 @@ class CaptureStage(Stage):
     def name(self) -> str:
         """``statistics/TASK``."""
         return self.results.name_for(
-            "statistics/", self.task, lambda: {"fit": self.expert.inputs(), "capture": self._options()}
+            "statistics/", self.task, lambda: {"fit": self.expert.origin(), "capture": self._options()}
         )
 
     @property
-    def expert(self) -> FitStage:
+    def expert(self) -> FitStage | AlignStage:
         """The expert that is looked at."""
-        return FitStage(self.results, self.task)
+        return expert_stage(self.results, self.task)
 
     @property
     def made_by(self) -> str:

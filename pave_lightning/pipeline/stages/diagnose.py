@@ -8,8 +8,8 @@ from typing import Any
 from pave_lightning.pipeline.context import Context
 from pave_lightning.pipeline.purifications import PurificationStage
 from pave_lightning.pipeline.stage import Stage
+from pave_lightning.pipeline.stages.align import expert_stages, plain_vectors
 from pave_lightning.pipeline.stages.capture import CaptureStage, statistics
-from pave_lightning.pipeline.stages.fit import FitStage, plain_vectors
 from pave_lightning.pipeline.stages.purify import purification_inputs, purified_now
 
 log = logging.getLogger("pave_lightning")
@@ -25,7 +25,7 @@ class DiagnoseStage(PurificationStage):
 
     def needs(self) -> list[Stage]:
         """Experts and statistics."""
-        return [*FitStage.all(self.results), *CaptureStage.all(self.results)]
+        return [*expert_stages(self.results), *CaptureStage.all(self.results)]
 
     def depends_on(self) -> dict[str, Any]:
         """What purified weights depend on."""

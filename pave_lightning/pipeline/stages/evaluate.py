@@ -15,7 +15,8 @@ from pave_lightning.pipeline.purifications import label, purifications
 from pave_lightning.pipeline.results import Results
 from pave_lightning.pipeline.scoring import score_inputs
 from pave_lightning.pipeline.stage import Stage
-from pave_lightning.pipeline.stages.fit import FitStage, expert_digests, experts
+from pave_lightning.pipeline.stages.align import expert_digests, expert_stages, experts, own_experts
+from pave_lightning.pipeline.stages.fit import own_digests
 from pave_lightning.pipeline.stages.heads import HeadsStage
 from pave_lightning.pipeline.stages.joint import JointStage
 from pave_lightning.pipeline.stages.merge import MergeStage, merged_model
@@ -48,6 +49,7 @@ class ScoredModel(ABC):
         words: it in words, in messages.
         is_control: whether it is not a merged model, but scored beside them to compare with.
         may_fail: whether outputs that are not finite only cost it its scores, instead of stopping the work.
+        own_tokens: whether it reads each task with the expert's own tokens, where those of merged models are others.
     """
 
     label: str
@@ -57,6 +59,7 @@ class ScoredModel(ABC):
     heads: str = EXPERT_HEADS.label
     is_control: bool = False
     may_fail: ClassVar[bool] = False
+    own_tokens: ClassVar[bool] = False
 
     def __init__(self, results: Results) -> None:
         self.results = results
@@ -76,7 +79,11 @@ class ScoredModel(ABC):
 
     @abstractmethod
     def candidate(self, context: Context) -> tuple[Candidate, dict[str, Any]]:
-        """What is scored, and facts that stand beside the scores."""
+        """The model as merged models are read, and facts that stand beside the scores."""
+
+    def by_itself(self, context: Context) -> tuple[Candidate, dict[str, Any]]:
+        """What is scored, and the same facts; with tokens of its own where it has them (`own_tokens`)."""
+        return self.candidate(context)
 
 
 class ScoredBase(ScoredModel):
@@ -102,16 +109,23 @@ class ScoredExperts(ScoredModel):
     label = model = "experts"
     form = "expert"
     words = "its own expert"
+    own_tokens = True
 
     def depends_on(self) -> dict[str, Any]:
         """The experts' digests."""
-        return {"model": expert_digests(self.results)}
+        return {"model": own_digests(self.results)}
 
     def candidate(self, context: Context) -> tuple[Candidate, dict[str, Any]]:
         """The experts' checkpoints."""
         from pave_lightning.evaluation import ExpertsCandidate
 
         return ExpertsCandidate(experts(context)), {}
+
+    def by_itself(self, context: Context) -> tuple[Candidate, dict[str, Any]]:
+        """The experts' checkpoints with their own tokens."""
+        from pave_lightning.evaluation import ExpertsCandidate
+
+        return ExpertsCandidate(own_experts(context)), {}
 
 
 class ScoredPurifiedExperts(ScoredModel):
@@ -304,7 +318,7 @@ class EvaluateStage(Stage):
 
     def needs(self) -> list[Stage]:
         """The experts, whose heads are used, and what the model is made of."""
-        return [*FitStage.all(self.results), *self.model.needs()]
+        return [*expert_stages(self.results), *self.model.needs()]
 
     def depends_on(self) -> dict[str, Any]:
         """Heads, rows and metrics; the model's weights; the form of what is kept."""
@@ -319,8 +333,8 @@ class EvaluateStage(Stage):
         from pave_lightning.tasks.predictions import FILE, write_predictions
 
         with doing(self.doing):
-            candidate, facts = self.model.candidate(context)
-            scores = score_on_test(context, candidate, alone=self.trainer is None)
+            candidate, facts = self.model.by_itself(context)
+            scores = score_on_test(context, candidate, alone=self.trainer is None, own=self.model.own_tokens)
             try:
                 refuse_non_finite(scores, self.model.words, BROKEN_OUTPUTS)
             except PaveError as error:

@@ -8,10 +8,10 @@ from pave_lightning.errors import doing
 from pave_lightning.pipeline.context import Context
 from pave_lightning.pipeline.purifications import PurificationStage
 from pave_lightning.pipeline.stage import Stage
-from pave_lightning.pipeline.stages.fit import experts
+from pave_lightning.pipeline.stages.align import experts
 from pave_lightning.pipeline.stages.purify import needed_for, purification_inputs, purify_stages, task_vectors
 from pave_lightning.purification import KeptRank
-from pave_lightning.weights.locate import has_tokenizer
+from pave_lightning.weights.tokenizer_files import has_tokenizer
 
 
 class ExportStage(PurificationStage):

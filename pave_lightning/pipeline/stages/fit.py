@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
 from pave_lightning.errors import PaveError, counted, doing, listed
 from pave_lightning.experts.schedule import training_schedule
 from pave_lightning.experts.trainer_options import process_count
+from pave_lightning.pipeline.bases import existing_folder, folder_of_base
 from pave_lightning.pipeline.context import Context, shared
 from pave_lightning.pipeline.results import Results, short_digest
 from pave_lightning.pipeline.run_folder import Manifest
@@ -23,11 +22,9 @@ from pave_lightning.tasks.constants import constant_answer
 from pave_lightning.tasks.data import SPLITS, load_split, split_fingerprint
 from pave_lightning.tasks.encoded import EncodedRows
 from pave_lightning.tasks.task import Task
-from pave_lightning.weights import Checkpoint, ExpertTaskVectors, TaskVectors, locate_model, model_digest
+from pave_lightning.weights import model_digest
 from pave_lightning.weights.adapters import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS
-from pave_lightning.weights.architecture import backbone_of
-from pave_lightning.weights.embeddings import share_rows
-from pave_lightning.weights.locate import has_tokenizer
+from pave_lightning.weights.tokenizer_files import has_tokenizer
 
 if TYPE_CHECKING:
     from pave_lightning.tracking.logger import TrackingLogger
@@ -120,6 +117,10 @@ class FitStage(Stage):
         seed = {"seed": self.results.recipe.seed} if self.task.expert is None else {}
         return {"task": described, **seed}
 
+    def origin(self) -> dict[str, Any]:
+        """What names of what is made of the expert depend on."""
+        return self.inputs()
+
     def checkpoint(self) -> Path:
         """The folder of the finished expert.
 
@@ -143,19 +144,20 @@ class FitStage(Stage):
         from pave_lightning.experts.fitting import fit_expert, save_expert
 
         training = context.folder.root / "training" / self.task.name
+        work_folder = training / short_digest(self.inputs())
         with doing(f"fit {self.task.name}"):
             run = context.child(self.run_name, "fit", self.params())
             model, metrics = fit_expert(
                 self.task,
                 context.base_folder,
                 seed=context.recipe.seed,
-                work_folder=training / short_digest(self.inputs()),
+                work_folder=work_folder,
                 cache_folder=context.folder.data,
                 logger=metrics_logger(context, run, self),
             )
             if is_rank_zero():
                 with context.writing(self) as writer:
-                    save_expert(model, context.base_folder, writer.path)
+                    save_expert(model, context.base_folder, writer.path, work_folder=work_folder)
                     writer.result.update(metrics=metrics)
                 clear_away(training)
 
@@ -169,8 +171,9 @@ class FitStage(Stage):
         with doing(f"take in the expert of {self.task.name}"):
             folder = existing_folder(self.task)
             _check_base(context)
+            aligned = context.recipe.vocabulary != "error"
             if self.task.reads_tokens:
-                for note in expert_notes(self.task.name, folder, context.base, context.architecture):
+                for note in expert_notes(self.task.name, folder, context.base, context.architecture, aligned=aligned):
                     log.info("  %s", note)
             with context.writing(self) as writer:
                 if (folder / ADAPTER_CONFIG).is_file():
@@ -192,12 +195,6 @@ def metrics_logger(context: Context, run: str, stage: Stage) -> TrackingLogger |
 
     logged = context.tracker.continue_series(run, short_digest(stage.inputs()))
     return TrackingLogger(context.tracker, run, logged=logged)
-
-
-def existing_folder(task: Task) -> Path:
-    """The folder of the checkpoint that a recipe names for a task instead of training."""
-    reference = task.expert.from_ if task.expert is not None else ""
-    return locate_model(reference, role=f"expert of task '{task.name}'")
 
 
 def training_inputs(task: Task) -> dict[str, Any]:
@@ -237,7 +234,7 @@ def processor_of(recipe: Recipe, task: Task) -> Any:
     Raises:
         PaveError: there is no base or no such expert, or the tokenizer cannot be read.
     """
-    base = locate_model(recipe.base, role="base")
+    base = folder_of_base(recipe)
     return task.load_processor(base if task.expert is None else existing_folder(task), base)
 
 
@@ -253,43 +250,17 @@ def training_rows(task: Task, seed: int, cache: Path) -> tuple[int, int]:
     return len(train), len(validation)
 
 
-def expert_folder(results: Results, name: str) -> Path:
-    """The folder of a task's finished expert.
-
-    By name: a scale search reads fewer rows with a changed copy of the task, which has no expert of its own.
+def own_folders(results: Results) -> dict[str, Path]:
+    """The folder of each task's finished expert with its own tokens, in the order of the tasks.
 
     Raises:
-        PaveError: it is missing or stale.
+        PaveError: an expert is missing or stale.
     """
-    return FitStage(results, results.recipe.task(name)).checkpoint()
+    return {task.name: FitStage(results, task).checkpoint() for task in results.recipe.tasks}
 
 
-@shared
-def experts(context: Context) -> dict[str, Checkpoint]:
-    """Each task's finished expert."""
-    folders = {task.name: expert_folder(context.results, task.name) for task in context.recipe.tasks}
-    return {name: context.architecture.checkpoint(folder) for name, folder in folders.items()}
-
-
-@shared
-def plain_vectors(context: Context) -> TaskVectors:
-    """The plain task vectors of all finished experts."""
-    expert_digests(context.results)
-    return ExpertTaskVectors(context.base, experts(context), context.architecture)
-
-
-def classifier(context: Context, name: str) -> nn.Module:
-    """A task's expert with its head, in memory; its token embedding has the base's rows, see `share_rows`."""
-    from pave_lightning.experts.loading import load_expert
-
-    folder = expert_folder(context.results, name)
-    model = load_expert(folder, context.recipe.task(name), context.base_folder)
-    share_rows(backbone_of(model), context.token_rows)
-    return model
-
-
-def expert_digests(results: Results) -> dict[str, str]:
-    """What identifies each task's expert, in the order of the tasks.
+def own_digests(results: Results) -> dict[str, str]:
+    """What identifies each task's expert with its own tokens, in the order of the tasks.
 
     Raises:
         PaveError: an expert is missing or stale.

@@ -11,8 +11,9 @@ from pave_lightning.merging.passes import load_parameters
 from pave_lightning.pipeline.context import Context
 from pave_lightning.pipeline.results import Results
 from pave_lightning.pipeline.stage import Stage
+from pave_lightning.pipeline.stages.align import AlignStage, classifier, expert_stage, plain_vectors
 from pave_lightning.pipeline.stages.capture import shown_examples
-from pave_lightning.pipeline.stages.fit import FitStage, classifier, plain_vectors
+from pave_lightning.pipeline.stages.fit import FitStage
 from pave_lightning.statistics.gradients import EXPERT_DIGEST, GradientKind, TaskGradients
 from pave_lightning.tasks.task import Task
 from pave_lightning.weights import model_digest
@@ -46,13 +47,13 @@ class GradientStage(Stage):
     def name(self) -> str:
         """``gradients/KIND-TASK``."""
         return self.results.name_for(
-            f"gradients/{self.kind}-", self.of, lambda: {"fit": self.expert.inputs(), **self._options()}
+            f"gradients/{self.kind}-", self.of, lambda: {"fit": self.expert.origin(), **self._options()}
         )
 
     @property
-    def expert(self) -> FitStage:
+    def expert(self) -> FitStage | AlignStage:
         """The task's expert."""
-        return FitStage(self.results, self.of)
+        return expert_stage(self.results, self.of)
 
     def about(self) -> str:
         """What is taken, and of how many examples."""

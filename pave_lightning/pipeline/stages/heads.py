@@ -11,8 +11,8 @@ from pave_lightning.evaluation.options import Heads
 from pave_lightning.pipeline.context import Context, shared
 from pave_lightning.pipeline.results import Results
 from pave_lightning.pipeline.stage import Stage
+from pave_lightning.pipeline.stages.align import expert_digests, expert_stages, experts
 from pave_lightning.pipeline.stages.capture import shown_examples
-from pave_lightning.pipeline.stages.fit import FitStage, expert_digests, experts
 from pave_lightning.system.files import write_tensors
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class HeadsStage(Stage):
 
     def needs(self) -> list[Stage]:
         """The experts and the model."""
-        return [*FitStage.all(self.results), *self.model.needs()]
+        return [*expert_stages(self.results), *self.model.needs()]
 
     def depends_on(self) -> dict[str, Any]:
         """The model, the experts, the rows, and the labels where they are used."""

@@ -139,9 +139,14 @@ def write_joint(folder: Path, models: Mapping[str, nn.Module], context: Context)
             whole = context.architecture.checkpoint(Path(alone))
             if not (folder / "config.json").exists():
                 _write_backbone(folder, context.base, whole)
-            of_task = MergeContext(context.recipe.base, context.base, {task: whole}, context.architecture, {})
+            of_task = MergeContext(
+                context.results.base_reference, context.base, {task: whole}, context.architecture, {}
+            )
             write_surroundings(folder, of_task)
-    write_facts(folder, {"method": "joint", "form": "static", "base": context.recipe.base, "tasks": list(models)})
+    write_facts(
+        folder,
+        {"method": "joint", "form": "static", "base": context.results.base_reference, "tasks": list(models)},
+    )
 
 
 def _write_backbone(folder: Path, base: Checkpoint, trained: Checkpoint) -> None:

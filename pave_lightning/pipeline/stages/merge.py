@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pave_lightning.errors import doing
 from pave_lightning.evaluation.options import EXPERT_HEADS, Heads, ScaleSearch
-from pave_lightning.merging import Evidence, MergeMethod, method_named
+from pave_lightning.merging import Evidence, MergeMethod, method_named, selected
 from pave_lightning.merging.folders import MergeContext, load_fitted_heads, write_fitted_heads, write_merged
 from pave_lightning.pipeline.context import Context, shared
 from pave_lightning.pipeline.providers import MergeRequest, Provider, evidence, providers_of
@@ -25,10 +25,12 @@ from pave_lightning.pipeline.scoring import score_inputs
 from pave_lightning.pipeline.seeds import with_seed
 from pave_lightning.pipeline.stacks import TransformStack, stack_of
 from pave_lightning.pipeline.stage import Stage
-from pave_lightning.pipeline.stages.fit import FitStage, expert_digests, experts
+from pave_lightning.pipeline.stages.align import expert_digests, expert_stages, experts
 from pave_lightning.pipeline.stages.heads import fit_heads, head_inputs
 from pave_lightning.pipeline.stages.purify import purification_inputs, purify_stages, task_vectors
 from pave_lightning.recipe.merge_step import MergeStep
+from pave_lightning.recipe.parameters import Parameters
+from pave_lightning.recipe.write import Write
 from pave_lightning.transforms import transformed
 from pave_lightning.transforms.pave import Pave
 from pave_lightning.weights import Checkpoint, TaskVectors
@@ -124,11 +126,11 @@ class MergeStage(Stage):
     def needs(self) -> list[Stage]:
         """Experts, what the evidence for method and transforms is made of, and purified weights; or a merged model."""
         if self.weights_from:
-            return [*FitStage.all(self.results), *self.weights_from]
+            return [*expert_stages(self.results), *self.weights_from]
         given = [stage for provider in self.providers for stage in provider.stages(self.request)]
         purification = self.stack.purification
         purified = [] if purification is None else purify_stages(self.results, purification)
-        return [*FitStage.all(self.results), *given, *purified]
+        return [*expert_stages(self.results), *given, *purified]
 
     def depends_on(self) -> dict[str, Any]:
         """Experts, base, options, task vectors and evidence; what anything is chosen on, what heads are fitted to."""
@@ -160,6 +162,10 @@ class MergeStage(Stage):
             inputs["batch_size"] = recipe.capture.batch_size
         for provider in self.providers:
             inputs |= provider.inputs(self.request)
+        if step.parameters != Parameters():
+            inputs["parameters"] = step.parameters.model_dump()
+        if step.write != Write() or self.results.base_in_halves:
+            inputs["write"] = step.write.model_dump()
         if step.tune:
             inputs["tune"] = step.tune
         if isinstance(step.scale, ScaleSearch) or step.tune or stack.is_chosen:
@@ -182,12 +188,30 @@ class MergeStage(Stage):
         chosen = chooser(context).choose(step, self.vectors, self.heads)
         facts = {"vectors": self.vectors, "options": chosen.method.options.model_dump(), **chosen.facts}
         facts |= {"anchor": step.anchor} if step.anchor else {}
+        facts |= {"parameters": step.parameters.model_dump()} if step.parameters != Parameters() else {}
         stack = self.stack_as_chosen(facts)
         facts |= {} if stack.is_built_in else {"transforms": stack.described()}
-        written = MergeContext(context.recipe.base, context.base, experts(context), context.architecture, facts)
+        differ = context.recipe.vocabulary != "error"
+        facts |= {"vocabulary": context.recipe.vocabulary} if differ else {}
+        written = MergeContext(
+            context.results.base_reference,
+            context.base,
+            experts(context),
+            context.architecture,
+            facts,
+            one_vocabulary=differ,
+        )
         merged = None if chosen.merged is None else chosen.merged.vectors
         write_merged(
-            writer.path, chosen.method, chosen.source, chosen.scale, written, merged=merged, evidence=chosen.evidence
+            writer.path,
+            chosen.method,
+            chosen.source,
+            chosen.scale,
+            written,
+            merged=merged,
+            evidence=chosen.evidence,
+            dtype=step.write.dtype,
+            max_shard_size=step.write.max_shard_size,
         )
         cost = {name: value for name, value in vars(chosen.cost).items() if math.isfinite(value)}
         writer.result.update(facts, form=chosen.method.form, cost=cost)
@@ -224,6 +248,8 @@ class MergeStage(Stage):
         params = {"method": step.method, "vectors": self.vectors, "asked_scale": step.scale, "options": step.options}
         params |= {"anchor": step.anchor} if step.anchor else {}
         params |= {"tune": step.tune} if step.tune else {}
+        params |= {"parameters": step.parameters.model_dump()} if step.parameters != Parameters() else {}
+        params |= {"write": step.write.model_dump()} if step.write != Write() else {}
         params |= {"heads": self.heads.model_dump()} if self.heads.fitted else {}
         params |= {"purify": step.purify.model_dump()} if "purify" in stack.inherited else {}
         return params if stack.is_built_in else {**params, "transforms": stack.described()}
@@ -294,11 +320,13 @@ def _taken(manifest: Manifest, source: Path, target: Path) -> dict[str, Any]:
 def stacked_vectors(context: Context, request: MergeRequest) -> TaskVectors:
     """The task vectors of a merge step whose ratio is fixed, once all that they need is there.
 
-    A purification at the beginning of the stack was stored; what comes behind it is computed as it is read.
+    A purification at the beginning of the stack was stored; what comes behind it is computed as it is read. Parameters
+    that the step leaves out are not among them.
     """
     stack = request.stack
     vectors, computed = task_vectors(context, stack.purification), stack.transforms
     for transform in computed if stack.purification is None else computed[1:]:
         given = evidence(context, transform, request)
         vectors = transformed(vectors, [transform], given, context.recipe.compute)
-    return vectors
+    chosen = request.step.parameters
+    return selected(vectors, chosen.include, chosen.exclude)

@@ -9,8 +9,8 @@ from pave_lightning.pipeline.context import Context
 from pave_lightning.pipeline.purifications import label
 from pave_lightning.pipeline.results import Results
 from pave_lightning.pipeline.stage import Stage
+from pave_lightning.pipeline.stages.align import expert_digests, expert_stages, plain_vectors
 from pave_lightning.pipeline.stages.capture import CaptureStage, statistics, statistics_digests
-from pave_lightning.pipeline.stages.fit import FitStage, expert_digests, plain_vectors
 from pave_lightning.purification import PurifiedTaskVectors, StoredPurification, write_purified
 from pave_lightning.purification.options import Purify, ratios
 from pave_lightning.weights import Checkpoint, TaskVectors
@@ -49,7 +49,7 @@ class PurifyStage(Stage):
 
     def needs(self) -> list[Stage]:
         """Experts and statistics."""
-        return [*FitStage.all(self.results), *CaptureStage.all(self.results)]
+        return [*expert_stages(self.results), *CaptureStage.all(self.results)]
 
     def depends_on(self) -> dict[str, Any]:
         """Experts, statistics and options."""
@@ -76,7 +76,7 @@ def task_vectors(context: Context, options: Purify | None) -> TaskVectors:
         PaveError: the purified weights are missing or stale.
     """
     plain = plain_vectors(context)
-    if options is None or options.rho == 1:
+    if options is None or options.changes_nothing:
         return plain
     stage = PurifyStage(context.results, options)
     context.results.finished(stage)

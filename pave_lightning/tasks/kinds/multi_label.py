@@ -200,6 +200,10 @@ class MultiLabel(TextTask):
 
         return {**super().stored_types, "labels": pa.list_(pa.int8())}
 
+    def unseen_classes(self, labels: npt.NDArray[np.int64] | npt.NDArray[np.float32]) -> list[str]:
+        """Classes that hold in no row."""
+        return [name for name, count in zip(self.classes, labels.sum(axis=0), strict=True) if not count]
+
     # ---- models ----------------------------------------------------------------------------------------------------
 
     @property

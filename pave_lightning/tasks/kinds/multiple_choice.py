@@ -177,6 +177,10 @@ class MultipleChoice(SequencesTask):
 
         return np.asarray(rows[self.label], dtype=np.int64)
 
+    def unseen_classes(self, labels: npt.NDArray[np.int64] | npt.NDArray[np.float32]) -> list[str]:
+        """None: a choice is told by what it says, not by its place."""
+        return []
+
     # ---- examples --------------------------------------------------------------------------------------------------
 
     def encode(self, rows: Mapping[str, list[Any]], processor: PreTrainedTokenizerBase) -> dict[str, Any]:

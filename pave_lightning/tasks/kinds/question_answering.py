@@ -398,6 +398,20 @@ class QuestionAnswering(Task):
 
         return build_squad_metrics(self.metrics)
 
+    @property
+    def mean_metrics(self) -> tuple[MetricName, ...]:
+        """All metrics: means of what single answers score."""
+        return tuple(self.metrics)
+
+    def row_scores(self, found: Predictions) -> Tensor:
+        """The scores of each answer by itself."""
+        import torch
+
+        from pave_lightning.tasks.text_metrics import squad_scores
+
+        rows = squad_scores(found.values, found.targets or ())  # type: ignore[arg-type]
+        return torch.tensor([[row[name] for name in self.metrics] for row in rows], dtype=torch.float64)
+
     def constant_score(self, metric: MetricName, labels: Tensor) -> float:
         """The share of the most frequent answer; of ``token_f1`` its exact matches alone."""
         return int(labels.bincount().max()) / len(labels)

@@ -43,6 +43,7 @@ class SentenceSimilarity(SequencesTask):
     fitting_metrics: ClassVar[tuple[MetricName, ...]] = ("spearman", "pearson")
     default_metrics: ClassVar[tuple[MetricName, ...]] = ("spearman", "pearson")
     likelihood: ClassVar[Likelihood] = Likelihood.GAUSSIAN
+    has_head: ClassVar[bool] = False
 
     kind: Literal["sentence_similarity"] = "sentence_similarity"
     """What is predicted: how alike the meanings of two texts are."""
@@ -138,6 +139,12 @@ class SentenceSimilarity(SequencesTask):
         from pave_lightning.tasks.likelihood import gaussian_directions
 
         return gaussian_directions(outputs)
+
+    def base_problem(self, config: Any) -> str | None:
+        """An encoder and a decoder, whose last states are not those of the text."""
+        if not config.is_encoder_decoder:
+            return None
+        return "has an encoder and a decoder, and a text is embedded by the states of one stack; use an encoder"
 
     def misfits(self, config: Any, written: Mapping[str, Any]) -> Iterator[Misfit]:
         """What a model of sentence-transformers does with its tokens' states besides taking their mean."""

@@ -201,3 +201,20 @@ def test_defaults():
     assert Dare.default_scale == TaskArithmetic.default_scale
     assert DareTies.default_scale == Ties.default_scale
     assert DareTiesOptions().density == TiesOptions().density
+
+
+def test_what_agrees_after_dropping_may_be_added_up_as_mergekit_does(make_source):
+    """Dropped, rescaled to the old sum of magnitudes, signs elected by mass, added up; nothing is trimmed."""
+    rng = np.random.default_rng(8)
+    vectors = {task: {"w": rng.standard_normal((6, 5))} for task in ("one", "two", "three")}
+    options = DareTiesOptions(drop_rate=0.4, rescale="l1", density=1, merge="sum", seed=3)
+    left = []
+    for task, own in vectors.items():
+        value = own["w"].astype(np.float32).astype(np.float64)
+        kept = value * survivors(value.shape, 0.4, 3, task, "w")
+        left.append(kept * np.abs(value).sum() / np.abs(kept).sum())
+    stacked = np.stack(left)
+    agrees = np.sign(stacked) == np.sign(stacked.sum(axis=0))
+    found = run(DareTies(options), make_source(vectors))["w"]
+    assert found == pytest.approx((stacked * agrees).sum(axis=0), abs=1e-5)
+    assert DareTiesOptions().merge == "mean"

@@ -110,3 +110,28 @@ def test_the_thresholds_of_all_tasks_are_found_in_two_walks_over_the_parameters(
     source = watched_source({task: {"one": np.arange(4.0), "two": np.arange(4.0)} for task in "abc"})
     Ties().prepare_alone(source)
     assert source.asked == 2 * (["one"] * 3 + ["two"] * 3)
+
+
+def test_each_tensor_may_be_trimmed_for_itself(make_source):
+    vectors = {
+        "a": {"p": [4.0, -1.0, 2.0], "q": [[0.5, -3.0]]},
+        "b": {"p": [-2.0, 5.0, 1.0], "q": [[1.5, -2.5]]},
+    }
+    merged = merge(Ties(TiesOptions(density=0.5, trim="tensor")), make_source(vectors)).vectors
+    assert merged["p"].tolist() == [4.0, 5.0, 0.0]  # of three elements one survives, of two one
+    assert merged["q"].tolist() == [[0.0, -2.75]]
+
+
+@pytest.mark.parametrize("how", ["mean", "sum"])
+@pytest.mark.parametrize("density", [0.1, 0.34, 0.8, 1.0])
+def test_trimming_each_tensor_is_ties_of_each_tensor_alone(make_source, density, how):
+    rng = np.random.default_rng(4)
+    shapes = {"a": (6, 5), "b": (7,), "c": ()}
+    sizes = {"a": 1.0, "b": 0.01, "c": 5.0}
+    vectors = {t: {n: sizes[n] * rng.standard_normal(s) for n, s in shapes.items()} for t in ("one", "two", "three")}
+    method = Ties(TiesOptions(density=density, trim="tensor", merge=how))
+    for elements in (None, 1, 8):
+        found = merge(method, make_source(vectors, elements=elements)).vectors
+        for name in shapes:
+            alone = {task: {name: own[name]} for task, own in vectors.items()}
+            assert found[name].numpy().ravel() == pytest.approx(reference(alone, density, how), abs=1e-6)

@@ -56,3 +56,26 @@ def test_8_bit_weights_of_the_base_are_refused(planned, base_folder, tmp_path):
 
     with pytest.raises(PaveError, match=r"1 weights are stored as F8_E4M3, such as encoder\.layer\.0\.output"):
         planned(base=rewritten(base_folder, tmp_path / "small", shrink))
+
+
+def test_what_steps_leave_out_is_told_by_step(planned):
+    left = {"exclude": ["embeddings.*", "*.LayerNorm.*"]}
+    steps = [{"method": name, "vectors": ["plain"]} for name in ("average", "ties")]
+    steps += [{"method": "task_arithmetic", "vectors": ["plain"], "parameters": {"include": ["pooler.*"]}}]
+    lines = planned(merge=steps, parameters=left)
+    at = lines.index("weights that the merge of average, ties leaves as they are in the base")
+    assert lines[at + 1].startswith("  left out by the key parameters: embeddings.LayerNorm.bias")
+    assert "embeddings.word_embeddings.weight" in lines[at + 1]
+    assert "encoder.layer.*.output.LayerNorm.weight (2)" in lines[at + 1]
+    at = lines.index("weights that the merge of task_arithmetic leaves as they are in the base")
+    # What the recipe excludes is handed down to a step that includes something.
+    assert "encoder.layer.*.attention.self.key.weight (2)" in lines[at + 1]
+    assert "pooler" not in lines[at + 1]
+
+
+def test_patterns_that_match_nothing_are_refused_by_the_plan(planned):
+    step = {"method": "average", "vectors": ["plain"], "parameters": {"include": ["bert.*"], "exclude": ["pooler"]}}
+    with pytest.raises(PaveError) as caught:
+        planned(merge=[step])
+    assert "merge step 'average': parameters.include: 'bert.*' matches no parameter" in str(caught.value)
+    assert "parameters.exclude: 'pooler' matches no parameter; patterns match whole names" in str(caught.value)

@@ -150,7 +150,7 @@ def test_heads_that_are_more_or_less_than_the_model(told, expert):
     assert "no place for (dense.weight)" in text
     assert told(expert, ["unused_weights"]) == ""
     edit_weights(expert, lambda tensors: {n: t for n, t in tensors.items() if n != "classifier.bias"})
-    assert "lacks 1 weights" in told(expert, ["unused_weights"])
+    assert "lacks 1 weight of a" in told(expert, ["unused_weights"])
 
 
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "model.", "base_model.model."])
@@ -169,7 +169,7 @@ def test_a_base_that_lacks_weights(told, expert, base_folder, tmp_path):
     shutil.copytree(base_folder, tmp_path / "base")
     name = "encoder.layer.1.output.dense.weight"
     edit_weights(tmp_path / "base", lambda tensors: {n: t for n, t in tensors.items() if n != name})
-    assert f"base: 1 weights of the model do not fit its files ({name} is not there)" in told(
+    assert f"base: 1 weight of the model cannot be filled from its files ({name} is not there)" in told(
         expert, base=str(tmp_path / "base")
     )
 

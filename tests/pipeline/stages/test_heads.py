@@ -78,7 +78,7 @@ def test_a_run_with_fitted_heads(fitted_settings, capsys):
     batches = {task.name: shown_batches(context, task, 24)}
     mine = score.head_rows(base, batches)[task.name]
     from pave_lightning.evaluation import ExpertsCandidate
-    from pave_lightning.pipeline.stages.fit import experts
+    from pave_lightning.pipeline.stages.align import experts
     from pave_lightning.pipeline.task_data import data_module
 
     theirs = score.head_rows(ExpertsCandidate(experts(context)), batches)[task.name]

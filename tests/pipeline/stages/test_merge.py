@@ -22,9 +22,9 @@ from pave_lightning.pipeline.context import Context
 from pave_lightning.pipeline.evaluating import evaluator
 from pave_lightning.pipeline.results import Results
 from pave_lightning.pipeline.stages import MergeStage
-from pave_lightning.pipeline.stages.fit import plain_vectors
+from pave_lightning.pipeline.stages.align import plain_vectors
 from pave_lightning.pipeline.stages.heads import fit_heads
-from pave_lightning.pipeline.stages.merge import chooser, searcher_under
+from pave_lightning.pipeline.stages.merge import chooser, merged_model, searcher_under
 from pave_lightning.pipeline.task_data import data_module, shown_batches
 from pave_lightning.subspace.linear_fit import LinearFit
 from pave_lightning.subspace.logistic_fit import fit_logistic
@@ -43,7 +43,7 @@ def average_by_hand(context, candidate):
     """The mean of normalised validation accuracies, every head solved for anew."""
     recipe, model = context.recipe, evaluator(context)
     from pave_lightning.evaluation import ExpertsCandidate
-    from pave_lightning.pipeline.stages.fit import experts
+    from pave_lightning.pipeline.stages.align import experts
 
     own = ExpertsCandidate(experts(context))
     total = 0.0
@@ -190,3 +190,35 @@ def test_a_kept_merge_is_not_taken_for_another(settings, ready_runner):
     found = [chooser(runner.context).choose(step, "plain", EXPERT_HEADS, complete=True) for step in (first, second)]
     assert [choice.method.name for choice in found] == ["task_arithmetic", "ties"]
     assert MergeStage(runner.results, first, "plain").weights_from == []
+
+
+def test_scales_are_chosen_by_the_weights_as_they_are_written(settings):
+    scale = {"search": [0.5, 60.0], "points": 3}  # large enough for float16's steps to show, and for some not to fit
+    step = {**SEARCHED, "scale": scale, "write": {"dtype": "float16"}}
+    recipe = Recipe.model_validate(
+        {**settings, "merge": [step], "heads": "expert", "write": {"max_shard_size": "20KB"}}
+    )
+    assert recipe.merge[0].write.max_shard_size == "20KB"
+    folder = run_recipe(recipe) / "merged/task_arithmetic-plain"
+    assert {value.dtype for file in folder.glob("*.safetensors") for value in load_file(file).values()} == {
+        torch.float16
+    }
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    facts = json.loads((folder / "pave.json").read_text())
+    context = Context(Results(recipe, open_folder(recipe)))
+    written = merged_model(context, folder)
+    _, average = searcher_under(context, EXPERT_HEADS).scored(written, None)
+    assert max(found for _, found in facts["search"]) == average
+
+
+def test_a_model_is_made_anew_where_it_is_written_otherwise(settings):
+    def inputs(**changes):
+        recipe = Recipe.model_validate({**settings, "heads": "expert", **changes})
+        (stage,) = MergeStage.all(Results(recipe, open_folder(recipe)))
+        return stage._merged_from()
+
+    run_recipe(Recipe.model_validate({**settings, "heads": "expert"}))
+    plain = inputs()
+    assert "write" not in plain
+    assert inputs(write={"dtype": "bfloat16"}) != plain
+    assert inputs(write={"max_shard_size": 1000}) != plain

@@ -72,7 +72,8 @@ class CountStage(Stage):
 def counted(monkeypatch, ready_settings):
     """The settings of a recipe that merges nothing, and a new kind of stage that is made after all experts."""
     kinds = list(stages.KINDS)
-    kinds[2:2] = [CountStage, AlphabetStage]
+    behind = kinds.index(stages.CaptureStage) + 1
+    kinds[behind:behind] = [CountStage, AlphabetStage]
     monkeypatch.setattr(stages, "KINDS", tuple(kinds))
     return {**ready_settings, "merge": [], "capture": {"examples": 8}}
 

@@ -4,6 +4,8 @@ import json
 import random
 
 import pytest
+import torch
+from transformers import AutoTokenizer
 
 from pave_lightning import Task
 from pave_lightning.tasks.data import check_task
@@ -22,7 +24,7 @@ def write_rows(tmp_path):
 
 
 @pytest.fixture
-def make_task(write_rows):
+def task_of(write_rows):
     """A task over rows that are given, the same for all splits."""
 
     def build(rows, **options):
@@ -58,6 +60,39 @@ def recipe_beside_words(settings_in, tmp_path, write_rows):
             "tasks": [words, {"name": "mine", "data": parts, **task}],
             "merge": [{"method": "task_arithmetic", "scale": 0.5}],
             "heads": ["expert", "labels"],
+        }
+
+    return build
+
+
+@pytest.fixture
+def recipe_of_experts(recipe_beside_words, tmp_path):
+    """The recipe of a task of some kind with an expert that is there, beside one of adapters that are to be trained.
+
+    The models are run while they are merged: block by block, and by training towards what the heads say.
+    """
+
+    def build(rows, auto_class, **task):
+        settings = recipe_beside_words(rows, **task)
+        base, given = settings["base"], tmp_path / "given"
+        torch.manual_seed(0)
+        model = auto_class.from_pretrained(base)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        model.save_pretrained(given)
+        AutoTokenizer.from_pretrained(base).save_pretrained(given)
+        mine = settings["tasks"][1]
+        adapted = {**mine, "name": "adapted", "training": {"lora": {"rank": 2}}}
+        running = [
+            {"method": "featcal", "anchor": "task_arithmetic", "options": {"examples": 16}},
+            {"method": "distillation", "anchor": "task_arithmetic", "options": {"examples": 16, "epochs": 1}},
+        ]
+        return {
+            **settings,
+            "tasks": [adapted, {**mine, "expert": {"from": str(given)}}],
+            "merge": [*settings["merge"], *running],
+            "heads": ["expert"],
         }
 
     return build

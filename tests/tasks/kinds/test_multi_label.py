@@ -59,7 +59,7 @@ def multi_hot(task, tmp_path):
     return task.answers(load_split(task, "train", seed=0, cache_dir=tmp_path / "cache")).tolist()
 
 
-def test_lists_of_names_of_indices_and_columns_mean_the_same(rows, make_task, problems_of, tmp_path):
+def test_lists_of_names_of_indices_and_columns_mean_the_same(rows, task_of, problems_of, tmp_path):
     expected = [[int(holds) for holds in row["labels"]] for row in rows]
     by_index = [{**row, "labels": [CLASSES.index(name) for name in row["labels"]]} for row in named(rows)]
     flags = [{key: int(value) if key in CLASSES else value for key, value in row.items()} for row in spread(rows)]
@@ -69,7 +69,7 @@ def test_lists_of_names_of_indices_and_columns_mean_the_same(rows, make_task, pr
         (spread(rows), of_kind(labels=CLASSES)),
         (flags, {"kind": "multi_label", "text": "text", "labels": CLASSES}),
     ):
-        task = make_task(given, **options)
+        task = task_of(given, **options)
         assert problems_of(task) == ""
         assert multi_hot(task, tmp_path) == expected
 
@@ -94,15 +94,13 @@ def test_columns_of_a_csv_file(rows, tmp_path, problems_of, spelt):
         (None, "column 'labels' has no list in row 12"),
     ],
 )
-def test_lists_that_cannot_be_used_are_told(rows, make_task, problems_of, labels, told):
-    assert told in problems_of(make_task([*named(rows), {"text": "w1", "labels": labels}], **of_kind()))
+def test_lists_that_cannot_be_used_are_told(rows, task_of, problems_of, labels, told):
+    assert told in problems_of(task_of([*named(rows), {"text": "w1", "labels": labels}], **of_kind()))
 
 
-def test_lists_of_0_and_1_are_told(rows, make_task, problems_of):
+def test_lists_of_0_and_1_are_told(rows, task_of, problems_of):
     given = [{**row, "labels": [int(holds) for holds in row["labels"]]} for row in rows]
-    assert "not 0 or 1 for each class, which columns of their own may hold" in problems_of(
-        make_task(given, **of_kind())
-    )
+    assert "not 0 or 1 for each class, which columns of their own may hold" in problems_of(task_of(given, **of_kind()))
 
 
 @pytest.mark.parametrize(
@@ -112,15 +110,25 @@ def test_lists_of_0_and_1_are_told(rows, make_task, problems_of):
         (None, "column 'even' has no label in row 12"),
     ],
 )
-def test_columns_that_cannot_be_used_are_told(rows, make_task, problems_of, value, told):
+def test_columns_that_cannot_be_used_are_told(rows, task_of, problems_of, value, told):
     flags = [{key: int(value) if key in CLASSES else value for key, value in row.items()} for row in spread(rows)]
-    task = make_task([*flags, {"text": "w1", "low": 0, "even": value, "long": 1}], **of_kind(labels=CLASSES))
+    task = task_of([*flags, {"text": "w1", "low": 0, "even": value, "long": 1}], **of_kind(labels=CLASSES))
     assert told in problems_of(task)
 
 
-def test_rows_that_all_carry_the_same_labels_are_told(make_task, problems_of):
-    told = problems_of(make_task([{"text": "w1", "labels": ["low"]}] * 4, **of_kind()))
+def test_rows_that_all_carry_the_same_labels_are_told(task_of, problems_of):
+    told = problems_of(task_of([{"text": "w1", "labels": ["low"]}] * 4, **of_kind()))
     assert "all 4 rows that are used carry the same label in column 'labels'" in told
+
+
+def test_classes_without_examples_are_told(rows, task_of, problems_of, caplog):
+    given = [{**row, "labels": [name for name in row["labels"] if name != "even"]} for row in named(rows)]
+    assert problems_of(task_of(given, **of_kind())) == ""
+    told = [record.message for record in caplog.records if "has the class even" in record.message]
+    assert len(told) == 2
+    assert "train split" in told[0]
+    assert "none of the 12 rows that are used has the class even, so nothing is learned of it" in told[0]
+    assert "no score says anything of it" in told[1]
 
 
 def test_keys_that_do_not_go_together():
@@ -170,9 +178,9 @@ def tiny_model():
     return BertForSequenceClassification(config).eval()
 
 
-def test_loss_and_fisher_information(rows, make_task, tiny_tokenizer, tmp_path):
+def test_loss_and_fisher_information(rows, task_of, tiny_tokenizer, tmp_path):
     """The loss of transformers; the sum over classes of p (1 - p) times the squared gradient of each logit."""
-    task, model = make_task(named(rows), **of_kind()), tiny_model()
+    task, model = task_of(named(rows), **of_kind()), tiny_model()
     module = TaskDataModule(task, tiny_tokenizer, seed=0, cache_dir=tmp_path / "cache", batch_size=5)
     batches = list(module.val_dataloader())
     for batch in batches:
@@ -188,8 +196,8 @@ def test_loss_and_fisher_information(rows, make_task, tiny_tokenizer, tmp_path):
     assert torch.allclose(found.double(), total / len(rows), rtol=1e-4, atol=1e-8)
 
 
-def test_experts_with_other_heads_are_told(make_task):
-    task = make_task([], **of_kind())
+def test_experts_with_other_heads_are_told(task_of):
+    task = task_of([], **of_kind())
     config = BertConfig(num_labels=3, id2label=dict(enumerate(CLASSES)), problem_type="single_label_classification")
     assert [found.accept for found in task.misfits(config, config.to_dict())] == ["problem_type"]
     config = BertConfig(num_labels=3, id2label=dict(enumerate(reversed(CLASSES))))
@@ -203,6 +211,8 @@ def test_a_whole_run(recipe_beside_words, tmp_path):
     folder = run_recipe(recipe)
     table = list(csv.DictReader((folder / "results.csv").open()))
     assert all(np.isfinite(float(row["mine/micro_f1"])) for row in table)
+    known = [row["mine/micro_f1/low"] for row in table if row["model"] != "expert"]
+    assert any(known)
     expert = AutoModelForSequenceClassification.from_pretrained(folder / "experts" / "mine")
     assert expert.config.problem_type == "multi_label_classification"
     merged = load_merged(folder / "merged" / "task_arithmetic-purified", "mine")

@@ -48,7 +48,7 @@ def model():
     return BertForMultipleChoice(config).eval()
 
 
-def test_lists_columns_indices_and_names_mean_the_same(rows, make_task, problems_of, tmp_path):
+def test_lists_columns_indices_and_names_mean_the_same(rows, task_of, problems_of, tmp_path):
     letters = [{**row, "label": "ABC"[row["label"]]} for row in rows]
     endings = [{**row, "label": ENDINGS[row["label"]]} for row in spread(rows)]
     texts = [{**row, "label": str(row["label"])} for row in spread(rows)]
@@ -61,7 +61,7 @@ def test_lists_columns_indices_and_names_mean_the_same(rows, make_task, problems
         (texts, {"choices": ENDINGS}),
         (counted, {"choice_names": [1, 2, 3]}),
     ):
-        task = make_task(given, **{**OF_KIND, **options})
+        task = task_of(given, **{**OF_KIND, **options})
         assert problems_of(task) == ""
         found = task.answers(load_split(task, "train", seed=0, cache_dir=tmp_path / "cache"))
         assert found.tolist() == [row["label"] for row in rows]
@@ -83,12 +83,12 @@ def test_lists_columns_indices_and_names_mean_the_same(rows, make_task, problems
         ({"text": None, "choices": ["w1", "w2", "w3"], "label": 1}, "column 'text' has no text in row 12"),
     ],
 )
-def test_rows_that_cannot_be_used_are_told(rows, make_task, problems_of, wrong, told):
-    assert told in problems_of(make_task([*rows, wrong], **OF_KIND))
+def test_rows_that_cannot_be_used_are_told(rows, task_of, problems_of, wrong, told):
+    assert told in problems_of(task_of([*rows, wrong], **OF_KIND))
 
 
-def test_a_number_of_choices_that_the_names_do_not_have(rows, make_task, problems_of):
-    told = problems_of(make_task(rows, **OF_KIND, choice_names=["A", "B"]))
+def test_a_number_of_choices_that_the_names_do_not_have(rows, task_of, problems_of):
+    told = problems_of(task_of(rows, **OF_KIND, choice_names=["A", "B"]))
     assert "must hold 2 choices ('choice_names' names them), but holds 3 in 12 rows" in told
 
 
@@ -109,11 +109,9 @@ def module_of(task, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("second", [False, True])
-def test_outputs_loss_and_predictions_are_those_of_transformers(
-    rows, make_task, tiny_tokenizer, tmp_path, model, second
-):
+def test_outputs_loss_and_predictions_are_those_of_transformers(rows, task_of, tiny_tokenizer, tmp_path, model, second):
     rows = [{**row, "start": "w7 w8"} for row in rows]
-    task = make_task(rows, **{**OF_KIND, **({"text": ["text", "start"]} if second else {})})
+    task = task_of(rows, **{**OF_KIND, **({"text": ["text", "start"]} if second else {})})
     module = module_of(task, tiny_tokenizer, tmp_path)
     loader, found, lost = module.val_dataloader(), [], 0.0
     for batch in loader:
@@ -136,8 +134,8 @@ def test_outputs_loss_and_predictions_are_those_of_transformers(
     assert lost == pytest.approx(expected, abs=1e-4)
 
 
-def test_broken_outputs_count_by_row(rows, make_task, tiny_tokenizer, tmp_path):
-    task = make_task(rows, **OF_KIND)
+def test_broken_outputs_count_by_row(rows, task_of, tiny_tokenizer, tmp_path):
+    task = task_of(rows, **OF_KIND)
     batch = next(iter(module_of(task, tiny_tokenizer, tmp_path).val_dataloader()))
 
     class Broken(nn.Module):
@@ -149,8 +147,8 @@ def test_broken_outputs_count_by_row(rows, make_task, tiny_tokenizer, tmp_path):
     assert int(task.predict(Broken(), batch).broken) == 2
 
 
-def test_fisher_information_is_that_of_the_softmax_over_choices(rows, make_task, tiny_tokenizer, tmp_path, model):
-    task = make_task(rows, **OF_KIND)
+def test_fisher_information_is_that_of_the_softmax_over_choices(rows, task_of, tiny_tokenizer, tmp_path, model):
+    task = task_of(rows, **OF_KIND)
     found = fisher_diagonal(model, task, module_of(task, tiny_tokenizer, tmp_path).val_dataloader())
     name, total = "encoder.layer.0.output.dense.bias", torch.zeros(16, dtype=torch.float64)
     for row in rows:
@@ -171,21 +169,11 @@ def test_random_examples_have_as_many_choices(tiny_tokenizer):
 
 
 @pytest.mark.parametrize("given", [False, True])
-def test_a_whole_run(recipe_beside_words, tmp_path, given):
-    settings = recipe_beside_words(questions, **OF_KIND)
+def test_a_whole_run(recipe_beside_words, recipe_of_experts, tmp_path, given):
     if given:
-        other = AutoModelForMultipleChoice.from_pretrained(settings["base"])
-        with torch.no_grad():
-            for parameter in other.parameters():
-                parameter.add_(0.05 * torch.randn_like(parameter))
-        other.save_pretrained(tmp_path / "given")
-        AutoTokenizer.from_pretrained(settings["base"]).save_pretrained(tmp_path / "given")
-        settings["tasks"][1]["expert"] = {"from": str(tmp_path / "given")}
-        first = {**settings["tasks"][1], "name": "first", "training": {"lora": {"rank": 2}}}
-        first.pop("expert")
-        settings["tasks"] = [first, settings["tasks"][1]]
-        settings["merge"] = [{"method": "featcal", "name": "task_arithmetic"}]
-        settings["heads"] = ["expert"]
+        settings = recipe_of_experts(questions, AutoModelForMultipleChoice, **OF_KIND)
+    else:
+        settings = recipe_beside_words(questions, **OF_KIND)
     recipe = Recipe.model_validate(settings)
     check_recipe(recipe, RunFolder(tmp_path / "plan"))
     folder = run_recipe(recipe)

@@ -13,11 +13,16 @@ import torch
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, BertConfig, BertForQuestionAnswering
 
 from pave_lightning import Recipe, Task, TaskDataModule, load_merged, run_recipe
+from pave_lightning.evaluation import Evaluator, ExpertsCandidate, SuiteData
 from pave_lightning.experts.gradients import absolute_gradients, fisher_diagonal
+from pave_lightning.experts.trainers import build_trainer
 from pave_lightning.pipeline.planning import check_recipe
 from pave_lightning.pipeline.run_folder import RunFolder
+from pave_lightning.reporting.resampled_metrics import ResampledTask
 from pave_lightning.tasks.data import load_split
 from pave_lightning.tasks.metrics import scores
+from pave_lightning.tasks.predictions import read_predictions, write_predictions
+from pave_lightning.weights import Checkpoint
 
 OF_KIND = {"kind": "question_answering"}
 
@@ -53,7 +58,7 @@ def loaded(task, tmp_path):
     return [table.column(name).to_pylist() for name in task.answer]
 
 
-def test_nested_and_flat_columns_mean_the_same(rows, make_task, problems_of, tmp_path):
+def test_nested_and_flat_columns_mean_the_same(rows, task_of, problems_of, tmp_path):
     objects = [
         {**row, "answers": [{"text": row["answers"]["text"][0], "answer_start": row["answers"]["answer_start"][0]}]}
         for row in rows
@@ -68,7 +73,7 @@ def test_nested_and_flat_columns_mean_the_same(rows, make_task, problems_of, tmp
         (flat, {"answer": ["text", "start"]}),
         (lists, {"answer": ["text", "start"]}),
     ):
-        task = make_task(given, **OF_KIND, **options)
+        task = task_of(given, **OF_KIND, **options)
         assert problems_of(task) == ""
         assert loaded(task, tmp_path) == expected
     whole, single = pa.Table.from_pylist(rows), pa.Table.from_pylist(objects)
@@ -104,23 +109,23 @@ def test_nested_and_flat_columns_mean_the_same(rows, make_task, problems_of, tmp
         (None, "has no answer in row 12"),
     ],
 )
-def test_answers_that_cannot_be_used_are_told(rows, make_task, problems_of, answers, told):
+def test_answers_that_cannot_be_used_are_told(rows, task_of, problems_of, answers, told):
     wrong = {"question": "w0", "context": "w1 w2 w3", "answers": answers}
-    assert told in problems_of(make_task([*rows, wrong], **OF_KIND))
+    assert told in problems_of(task_of([*rows, wrong], **OF_KIND))
 
 
-def test_a_column_that_is_not_there_is_told(rows, make_task, problems_of):
-    told = problems_of(make_task(rows, **OF_KIND, answer=["answers.texts", "answers.answer_start"]))
+def test_a_column_that_is_not_there_is_told(rows, task_of, problems_of):
+    told = problems_of(task_of(rows, **OF_KIND, answer=["answers.texts", "answers.answer_start"]))
     assert "there is no column 'answers.texts'" in told
 
 
-def test_rows_without_an_answer_may_be_allowed(rows, make_task, problems_of, tmp_path):
+def test_rows_without_an_answer_may_be_allowed(rows, task_of, problems_of, tmp_path):
     none = {"question": "w0", "context": "w1 w2", "answers": {"text": [], "answer_start": []}}
-    task = make_task([*rows, none], **OF_KIND, unanswerable=True)
+    task = task_of([*rows, none], **OF_KIND, unanswerable=True)
     assert problems_of(task) == ""
     assert loaded(task, tmp_path)[0][-1] == []
     flat = [{"question": "w0", "context": "w1 w2", "a": text, "s": start} for text, start in (("w1", 0), ("", -1))]
-    task = make_task(flat, **OF_KIND, unanswerable=True, answer=["a", "s"])
+    task = task_of(flat, **OF_KIND, unanswerable=True, answer=["a", "s"])
     assert problems_of(task) == ""
     assert loaded(task, tmp_path) == [[["w1"], []], [[0], []]]
 
@@ -141,11 +146,11 @@ def encoded_row(task, tokenizer, row):
     return {name: value[0] for name, value in task.encode(columns, tokenizer).items()}
 
 
-def test_windows_overlap_and_hold_every_answer(make_task, tiny_tokenizer):
+def test_windows_overlap_and_hold_every_answer(task_of, tiny_tokenizer):
     """Each window is question and a part of the context; together they have all of it, and neighbours share tokens."""
     words = [f"w{index}" for index in range(40)]
     context = " ".join(words)
-    task = make_task([], **OF_KIND, doc_stride=3, training={"max_length": 16})
+    task = task_of([], **OF_KIND, doc_stride=3, training={"max_length": 16})
     for place, word in enumerate(words):
         answers = {"text": [word], "answer_start": [context.index(f"{word} ") if place < 39 else len(context) - 3]}
         row = encoded_row(task, tiny_tokenizer, {"question": "w90 w91", "context": context, "answers": answers})
@@ -166,16 +171,16 @@ def test_windows_overlap_and_hold_every_answer(make_task, tiny_tokenizer):
         assert row["length"] == sum(map(len, row["input_ids"]))
 
 
-def test_long_questions_leave_half_of_a_window_to_the_context(make_task, tiny_tokenizer):
-    task = make_task([], **OF_KIND, training={"max_length": 16})
+def test_long_questions_leave_half_of_a_window_to_the_context(task_of, tiny_tokenizer):
+    task = task_of([], **OF_KIND, training={"max_length": 16})
     row = {"question": " ".join(["w1"] * 50), "context": "w5 w6 w7", "answers": {"text": ["w7"], "answer_start": [6]}}
     encoded = encoded_row(task, tiny_tokenizer, row)
     assert [len(ids) for ids in encoded["input_ids"]] == [6 + 3 + 3]
     assert encoded["first_tokens"] == [10]
 
 
-def test_windows_without_room_are_refused(make_task, tiny_tokenizer, tmp_path):
-    task = make_task([], **OF_KIND, doc_stride=2, training={"max_length": 8})
+def test_windows_without_room_are_refused(task_of, tiny_tokenizer, tmp_path):
+    task = task_of([], **OF_KIND, doc_stride=2, training={"max_length": 8})
     assert task.processor_problem(tiny_tokenizer) == (
         "training.max_length 8 leaves no room for a question and 3 tokens of the context; raise it, or lower doc_stride"
     )
@@ -199,8 +204,8 @@ def by_hand(model, tokenizer, row, most=30):
 
 
 @pytest.mark.parametrize("most", [30, 2])
-def test_outputs_and_answers_are_those_of_transformers(rows, make_task, tiny_tokenizer, tmp_path, model, most):
-    task = make_task(rows, **OF_KIND, max_answer_length=most)
+def test_outputs_and_answers_are_those_of_transformers(rows, task_of, tiny_tokenizer, tmp_path, model, most):
+    task = task_of(rows, **OF_KIND, max_answer_length=most)
     loader, found = (module := module_of(task, tiny_tokenizer, tmp_path)).val_dataloader(), []
     for batch in loader:
         with torch.no_grad():
@@ -219,10 +224,10 @@ def test_outputs_and_answers_are_those_of_transformers(rows, make_task, tiny_tok
         assert torch.allclose(logits[:length], expected, atol=1e-6)
 
 
-def test_the_best_span_of_all_windows_is_the_answer(make_task, tiny_tokenizer, tmp_path, model):
+def test_the_best_span_of_all_windows_is_the_answer(task_of, tiny_tokenizer, tmp_path, model):
     """The larger sum of two logits over windows that are read one by one, whatever the batch."""
     rows = questions(random.Random(2), 9, longest=40)
-    task = make_task(rows, **OF_KIND, doc_stride=4, training={"max_length": 16})
+    task = task_of(rows, **OF_KIND, doc_stride=4, training={"max_length": 16})
     answers = {}
     for size in (1, 4):
         loader, said = module_of(task, tiny_tokenizer, tmp_path, size).val_dataloader(), []
@@ -246,8 +251,8 @@ def test_the_best_span_of_all_windows_is_the_answer(make_task, tiny_tokenizer, t
         assert answers[1][place] == best[1]
 
 
-def test_no_answer_where_it_is_the_likelier(rows, make_task, tiny_tokenizer, tmp_path, model):
-    task = make_task(rows, **OF_KIND, unanswerable=True)
+def test_no_answer_where_it_is_the_likelier(rows, task_of, tiny_tokenizer, tmp_path, model):
+    task = task_of(rows, **OF_KIND, unanswerable=True)
     loader, found = module_of(task, tiny_tokenizer, tmp_path).val_dataloader(), []
     for batch in loader:
         with torch.no_grad():
@@ -257,9 +262,9 @@ def test_no_answer_where_it_is_the_likelier(rows, make_task, tiny_tokenizer, tmp
     assert 0 < found.count("") < len(found)
 
 
-def test_loss_and_gradients_are_those_of_single_windows(rows, make_task, tiny_tokenizer, tmp_path, model):
+def test_loss_and_gradients_are_those_of_single_windows(rows, task_of, tiny_tokenizer, tmp_path, model):
     """Cross-entropy over context and first token; the Fisher information by autograd over all first and last tokens."""
-    task = make_task(rows[:4], **OF_KIND)
+    task = task_of(rows[:4], **OF_KIND)
     batches = list(module_of(task, tiny_tokenizer, tmp_path, 3).val_dataloader())
     fisher, magnitude = fisher_diagonal(model, task, batches), absolute_gradients(model, task, batches)
     name = "encoder.layer.0.output.dense.bias"
@@ -292,17 +297,39 @@ def test_scores_are_those_of_squad():
     assert scores(metrics) == pytest.approx({"exact_match": 0.5, "token_f1": 0.7}, abs=1e-6)
 
 
-def test_answers_that_no_window_has_whole_are_told(make_task, tiny_tokenizer, tmp_path):
+def test_what_single_answers_score_is_kept(rows, task_of, tiny_tokenizer, tmp_path, model):
+    """So that means over rows are the scores, and rows can be drawn again; also from the file."""
+    task = task_of(rows, **OF_KIND)
+    model.save_pretrained(tmp_path / "expert")
+    tiny_tokenizer.save_pretrained(tmp_path / "expert")
+    expert = Checkpoint(tmp_path / "expert", "bert")
+    trainer = build_trainer({"accelerator": "cpu", "devices": 1}, root=tmp_path, precision="32-true")
+    data = SuiteData([module_of(task, tiny_tokenizer, tmp_path)], "test")
+    scored = Evaluator([task], {"mine": expert}, expert).score(
+        ExpertsCandidate({"mine": expert}), data, trainer, keep=True
+    )["mine"]
+    write_predictions(tmp_path / "kept.parquet", {"mine": scored.predictions}, {})
+    kept = read_predictions(tmp_path / "kept.parquet")[0]["mine"]
+    assert kept.means == ("token_f1", "exact_match")
+    assert kept.rows.tolist() == [row for row in range(12) for _ in range(2)]
+    texts = [by_hand(model, tiny_tokenizer, row)[0] for row in rows]
+    exact = [text == row["answers"]["text"][0] for text, row in zip(texts, rows, strict=True)]
+    assert kept.predictions.reshape(-1, 2)[:, 1].tolist() == exact
+    again = ResampledTask([kept], 12, list(kept.means)).values(np.arange(12)[None])[0, :, 0]
+    assert dict(zip(kept.means, again, strict=True)) == pytest.approx(scored.metrics, abs=1e-6)
+
+
+def test_answers_that_no_window_has_whole_are_told(task_of, tiny_tokenizer, tmp_path):
     words = " ".join(f"w{index}" for index in range(30))
     row = {"question": "w1", "context": words, "answers": {"text": [words], "answer_start": [0]}}
     rows = [row, {**row, "answers": {"text": ["w0"], "answer_start": [0]}}]
-    task = make_task(rows, **OF_KIND, training={"max_length": 16})
+    task = task_of(rows, **OF_KIND, training={"max_length": 16})
     (remark,) = module_of(task, tiny_tokenizer, tmp_path).encoded.remarks("train")
     assert "1 answers, first in row 0 (counted from 0), lie whole in no window" in remark
 
 
-def test_random_examples_have_tokens_to_answer_with(make_task, tiny_tokenizer):
-    task = make_task([], **OF_KIND, training={"max_length": 9})
+def test_random_examples_have_tokens_to_answer_with(task_of, tiny_tokenizer):
+    task = task_of([], **OF_KIND, training={"max_length": 9})
     drawn = task.random_examples(tiny_tokenizer, 5, seed=1)
     rows = [{name: values[row] for name, values in drawn.items() if name != "length"} for row in range(5)]
     batch = task.collate(tiny_tokenizer)(rows)
@@ -311,21 +338,11 @@ def test_random_examples_have_tokens_to_answer_with(make_task, tiny_tokenizer):
 
 
 @pytest.mark.parametrize("given", [False, True])
-def test_a_whole_run(recipe_beside_words, tmp_path, given):
-    settings = recipe_beside_words(questions, **OF_KIND)
+def test_a_whole_run(recipe_beside_words, recipe_of_experts, tmp_path, given):
     if given:
-        other = AutoModelForQuestionAnswering.from_pretrained(settings["base"])
-        with torch.no_grad():
-            for parameter in other.parameters():
-                parameter.add_(0.05 * torch.randn_like(parameter))
-        other.save_pretrained(tmp_path / "given")
-        AutoTokenizer.from_pretrained(settings["base"]).save_pretrained(tmp_path / "given")
-        settings["tasks"][1]["expert"] = {"from": str(tmp_path / "given")}
-        first = {**settings["tasks"][1], "name": "first", "training": {"lora": {"rank": 2}}}
-        first.pop("expert")
-        settings["tasks"] = [first, settings["tasks"][1]]
-        settings["merge"] = [{"method": "featcal", "name": "task_arithmetic"}]
-        settings["heads"] = ["expert"]
+        settings = recipe_of_experts(questions, AutoModelForQuestionAnswering, **OF_KIND)
+    else:
+        settings = recipe_beside_words(questions, **OF_KIND)
     recipe = Recipe.model_validate(settings)
     check_recipe(recipe, RunFolder(tmp_path / "plan"))
     folder = run_recipe(recipe)

@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, T5Config, T5Model
 
 from pave_lightning import Recipe, Task, TaskDataModule, load_merged, run_recipe
+from pave_lightning.errors import PaveError
 from pave_lightning.experts.gradients import fisher_diagonal
 from pave_lightning.pipeline.planning import check_recipe
 from pave_lightning.pipeline.run_folder import RunFolder
@@ -51,9 +52,9 @@ def model():
     return BertModel(BertConfig(**sizes, vocab_size=100, max_position_embeddings=32, initializer_range=0.5)).eval()
 
 
-def test_outputs_are_cosines_of_means_and_padding_does_not_matter(make_task, tiny_tokenizer, tmp_path, model):
+def test_outputs_are_cosines_of_means_and_padding_does_not_matter(task_of, tiny_tokenizer, tmp_path, model):
     rows = pairs(random.Random(0), 12)
-    task = make_task(rows, **OF_KIND)
+    task = task_of(rows, **OF_KIND)
     module = module_of(task, tiny_tokenizer, tmp_path)
     loader, found, losses = module.val_dataloader(), [], []
     for batch in loader:
@@ -71,9 +72,9 @@ def test_outputs_are_cosines_of_means_and_padding_does_not_matter(make_task, tin
     assert sum(losses) == pytest.approx(sum((one - other) ** 2 for one, other in expected), abs=1e-5)
 
 
-def test_fisher_information_is_that_of_one_pair_at_a_time(make_task, tiny_tokenizer, tmp_path, model):
+def test_fisher_information_is_that_of_one_pair_at_a_time(task_of, tiny_tokenizer, tmp_path, model):
     rows = pairs(random.Random(0), 6)
-    task = make_task(rows, **OF_KIND)
+    task = task_of(rows, **OF_KIND)
     found = fisher_diagonal(model, task, module_of(task, tiny_tokenizer, tmp_path).val_dataloader())
     name = "encoder.layer.0.output.dense.bias"
     total = torch.zeros(16, dtype=torch.float64)
@@ -87,8 +88,8 @@ def test_fisher_information_is_that_of_one_pair_at_a_time(make_task, tiny_tokeni
     assert torch.allclose(found[name].double(), total / len(rows), rtol=1e-4, atol=1e-10)
 
 
-def test_scores_outside_of_the_range_are_told(make_task, problems_of):
-    told = problems_of(make_task([*pairs(random.Random(0), 4), {"one": "w1", "other": "w2", "label": 7}], **OF_KIND))
+def test_scores_outside_of_the_range_are_told(task_of, problems_of):
+    told = problems_of(task_of([*pairs(random.Random(0), 4), {"one": "w1", "other": "w2", "label": 7}], **OF_KIND))
     assert "column 'label' must hold numbers from 0 to 5, but holds 7 in row 4" in told
 
 
@@ -107,7 +108,7 @@ def test_keys_that_do_not_go_together():
         (["Transformer", "Pooling", "Dense"], "mean_tokens", "has a step Dense behind the backbone"),
     ],
 )
-def test_models_that_embed_otherwise_are_told(make_base, make_task, steps, pooling, told):
+def test_models_that_embed_otherwise_are_told(make_base, task_of, steps, pooling, told):
     folder = make_base()
     modules = [{"type": f"sentence_transformers.models.{step}", "path": f"{i}_{step}"} for i, step in enumerate(steps)]
     (folder / "modules.json").write_text(json.dumps(modules))
@@ -116,26 +117,24 @@ def test_models_that_embed_otherwise_are_told(make_base, make_task, steps, pooli
     (folder / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 32, **modes}))
     from pave_lightning.weights.architecture import read_config
 
-    found = list(make_task([], **OF_KIND).misfits(read_config(folder), {}))
+    found = list(task_of([], **OF_KIND).misfits(read_config(folder), {}))
     assert [misfit.accept for misfit in found] == (["pooling"] if told else [])
     assert all(told in misfit.message for misfit in found)
 
 
-@pytest.mark.parametrize("trained", [True, False])
-def test_a_whole_run(recipe_beside_words, tmp_path, make_base, trained):
+def test_a_base_with_a_decoder_is_told(recipe_beside_words, tmp_path, tiny_tokenizer):
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 100}
+    T5Model(T5Config(**sizes, pad_token_id=0, decoder_start_token_id=0)).save_pretrained(tmp_path / "t5")
+    tiny_tokenizer.save_pretrained(tmp_path / "t5")
     settings = recipe_beside_words(pairs, **OF_KIND)
-    if not trained:  # an expert that is there, beside one that is to be trained with adapters
-        other = AutoModel.from_pretrained(settings["base"])
-        with torch.no_grad():
-            for parameter in other.parameters():
-                parameter.add_(0.05 * torch.randn_like(parameter))
-        other.save_pretrained(tmp_path / "given")
-        AutoTokenizer.from_pretrained(settings["base"]).save_pretrained(tmp_path / "given")
-        settings["tasks"][1]["expert"] = {"from": str(tmp_path / "given")}
-        first = {**settings["tasks"][1], "name": "first", "training": {"lora": {"rank": 2}}}
-        first.pop("expert")
-        settings["tasks"] = [first, settings["tasks"][1]]
-        settings["heads"] = ["expert"]
+    recipe = Recipe.model_validate({**settings, "base": str(tmp_path / "t5"), "tasks": settings["tasks"][1:]})
+    with pytest.raises(PaveError, match="task 'mine': the base's T5Model has an encoder and a decoder"):
+        check_recipe(recipe, RunFolder(tmp_path / "plan"))
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_whole_run(recipe_beside_words, recipe_of_experts, tmp_path, given):
+    settings = recipe_of_experts(pairs, AutoModel, **OF_KIND) if given else recipe_beside_words(pairs, **OF_KIND)
     recipe = Recipe.model_validate(settings)
     check_recipe(recipe, RunFolder(tmp_path / "plan"))
     folder = run_recipe(recipe)

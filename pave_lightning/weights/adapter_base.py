@@ -7,9 +7,9 @@ from pathlib import Path
 
 from pave_lightning.errors import PaveError
 from pave_lightning.system.files import SCHEME, file_sha256, local_path, read_json
-from pave_lightning.weights import Architecture, Checkpoint
 from pave_lightning.weights.adapters import adapter_settings
-from pave_lightning.weights.checkpoint import weight_files
+from pave_lightning.weights.architecture import Architecture
+from pave_lightning.weights.checkpoint import Checkpoint, weight_files
 
 # Where the hub's cache keeps a model: models--ORGANISATION--NAME/snapshots/COMMIT.
 _SNAPSHOT = re.compile(r"(?:^|.*/)models--(?P<id>[^/]+)/snapshots/(?P<commit>[^/]+)/?")
@@ -23,7 +23,7 @@ def other_base(folder: Path, reference: str, base: Path) -> str | None:
 
     Args:
         folder: folder of the adapter.
-        reference: how the recipe names the base.
+        reference: how the base is named.
         base: folder of the base.
     """
     settings = adapter_settings(folder)
@@ -36,13 +36,13 @@ def other_base(folder: Path, reference: str, base: Path) -> str | None:
     if where is not None:
         if _same_weights(where, base):
             return None
-        return f"{said}, whose weights are not those of the recipe's base '{reference}'"
+        return f"{said}, whose weights are not those of the base '{reference}'"
     if noted.startswith(SCHEME) and noted == reference:
         return None
     names = {reference, str(base), _named_in(base)} - {""}
     if any(_same_name(noted, name) for name in names) and _same_revision(noted, revision, base):
         return None
-    return f"{said}, which is not on this machine, and the recipe's base is '{reference}'"
+    return f"{said}, which is not on this machine, and the base is '{reference}'"
 
 
 def _local(noted: str, revision: str | None) -> Path | None:
