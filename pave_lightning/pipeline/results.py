@@ -68,6 +68,15 @@ class Results:
             raise PaveError(f"{self.path(stage)} is {state}; run `{stage.made_by}` with this recipe, or `pave run`")
         return found
 
+    def place(self, stage: Kept) -> Path:
+        """Where the result of a finished stage is: in its own folder, or in one that it only notes.
+
+        Raises:
+            PaveError: as `finished`.
+        """
+        found = self.finished(stage)
+        return Path(found.result["folder"]) if "folder" in found.result else self.path(stage)
+
     def is_there(self, stage: Kept) -> bool:
         """Whether the stage is finished and was made from these very inputs, as everything that it builds on."""
         with suppress(PaveError):  # something that it builds on is not there or stale itself

@@ -5,6 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pave_lightning.tasks.heads import Likelihood
+
+
+def directions(likelihood: Likelihood, outputs: Tensor) -> Tensor:
+    """Directions for outputs of one example, shape ``(n, C)``, by how what is right is drawn from them.
+
+    Returns:
+        Shape ``(k, n, C)``, of the outputs' dtype.
+    """
+    if likelihood is Likelihood.GAUSSIAN:
+        return gaussian_directions(outputs)
+    if likelihood is Likelihood.BERNOULLI:
+        return bernoulli_directions(outputs)
+    if likelihood is Likelihood.JOINT:  # each column is what the softmax goes over
+        return categorical_directions(outputs.T).transpose(1, 2)
+    return categorical_directions(outputs)
+
 
 def categorical_directions(outputs: Tensor) -> Tensor:
     """Directions for predictions that are drawn, apart from each other, by the softmax of their logits.

@@ -425,7 +425,6 @@ class Task(Section):
             return functional.one_hot(targets, self.output_size).double()
         return targets.reshape(len(targets), self.output_size).double()
 
-    @abstractmethod
     def likelihood_directions(self, outputs: Tensor) -> Tensor:
         r"""Rows whose outer products sum to the Fisher information of the outputs.
 
@@ -438,6 +437,9 @@ class Task(Section):
         Returns:
             Shape ``(k, n, output_size)``, of the outputs' dtype.
         """
+        from pave_lightning.tasks.likelihood import directions
+
+        return directions(self.likelihood, outputs)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The mean loss of a labelled batch, scalar, float32."""

@@ -114,8 +114,7 @@ class AlignStage(Stage):
         Raises:
             PaveError: it is missing or stale.
         """
-        found = self.results.finished(self)
-        return Path(found.result["folder"]) if "folder" in found.result else self.results.path(self)
+        return self.results.place(self)
 
     def digest(self) -> str:
         """What identifies it: its own files, or the expert where it is the expert itself.

@@ -127,8 +127,7 @@ class FitStage(Stage):
         Raises:
             PaveError: it is missing or stale.
         """
-        found = self.results.finished(self)
-        return Path(found.result["folder"]) if "folder" in found.result else self.results.path(self)
+        return self.results.place(self)
 
     def digest(self) -> str:
         """What identifies the finished expert: its own files, or those of the folder that it was taken in from.

@@ -231,12 +231,6 @@ class MultiLabel(TextTask):
 
         return functional.binary_cross_entropy_with_logits(outputs.float(), targets.float())
 
-    def likelihood_directions(self, outputs: Tensor) -> Tensor:
-        """Whether each class holds is drawn by the sigmoid of its logit."""
-        from pave_lightning.tasks.likelihood import bernoulli_directions
-
-        return bernoulli_directions(outputs)
-
     def build_metrics(self) -> MetricCollection:
         """See `build_multi_label_metrics`."""
         from pave_lightning.tasks.metrics import build_multi_label_metrics

@@ -257,12 +257,6 @@ class MultipleChoice(SequencesTask):
         right = outputs.float()[:, 0][targets[:, 0].bool()]
         return (logits.logsumexp(dim=1) - right).mean()
 
-    def likelihood_directions(self, outputs: Tensor) -> Tensor:
-        """One choice of the row is drawn by the softmax of their logits."""
-        from pave_lightning.tasks.likelihood import categorical_directions
-
-        return categorical_directions(outputs.T).transpose(1, 2)
-
     def misfits(self, config: Any, written: Mapping[str, Any]) -> Iterator[Misfit]:
         """None: what has a head of this kind fits."""
         return iter(())

@@ -368,9 +368,7 @@ class QuestionAnswering(Task):
 
         There are two directions for each token, of which all but a few add nothing worth a backward pass.
         """
-        from pave_lightning.tasks.likelihood import categorical_directions
-
-        rows = categorical_directions(outputs.T).transpose(1, 2)
+        rows = super().likelihood_directions(outputs)
         sizes = rows.double().square().sum(dim=(1, 2))
         return rows[sizes > NEGLIGIBLE * sizes.sum()]
 

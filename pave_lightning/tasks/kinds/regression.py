@@ -73,12 +73,6 @@ class Regression(SingleLabelTask):
 
         return functional.mse_loss(outputs.squeeze(-1).float(), targets.float())
 
-    def likelihood_directions(self, outputs: Tensor) -> Tensor:
-        """The output is the mean of a Gaussian of variance one."""
-        from pave_lightning.tasks.likelihood import gaussian_directions
-
-        return gaussian_directions(outputs)
-
     def misfits(self, config: Any, written: Mapping[str, Any]) -> Iterator[Misfit]:
         """Another problem type, or several outputs."""
         return head_misfits(self.head_config, config)

@@ -134,12 +134,6 @@ class SentenceSimilarity(SequencesTask):
 
         return functional.mse_loss(outputs.squeeze(-1).float(), targets.float())
 
-    def likelihood_directions(self, outputs: Tensor) -> Tensor:
-        """The cosine is the mean of a Gaussian of variance one."""
-        from pave_lightning.tasks.likelihood import gaussian_directions
-
-        return gaussian_directions(outputs)
-
     def base_problem(self, config: Any) -> str | None:
         """An encoder and a decoder, whose last states are not those of the text."""
         if not config.is_encoder_decoder:

@@ -239,12 +239,6 @@ class OneClassTask(OneLabelTask):
 
         return functional.cross_entropy(outputs.float(), targets)
 
-    def likelihood_directions(self, outputs: Tensor) -> Tensor:
-        """The class is drawn by the softmax of the logits."""
-        from pave_lightning.tasks.likelihood import categorical_directions
-
-        return categorical_directions(outputs)
-
     def misfits(self, config: Any, written: Mapping[str, Any]) -> Iterator[Misfit]:
         """Another problem type, or other classes."""
         return class_misfits(self.classes, self.head_config, config, written)

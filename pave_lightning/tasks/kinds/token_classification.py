@@ -263,12 +263,6 @@ class TokenClassification(Task):
             return outputs.float().sum()
         return functional.cross_entropy(outputs.float(), targets)
 
-    def likelihood_directions(self, outputs: Tensor) -> Tensor:
-        """Each word's class is drawn by the softmax of its logits."""
-        from pave_lightning.tasks.likelihood import categorical_directions
-
-        return categorical_directions(outputs)
-
     def predict(self, model: nn.Module, batch: Batch) -> Predictions:
         """One class for each word."""
         from pave_lightning.tasks.metrics import non_finite_rows
