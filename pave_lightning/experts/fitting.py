@@ -42,7 +42,7 @@ from pave_lightning.tasks.task import Task
 from pave_lightning.tasks.tokenizers import load_tokenizer, padding_note
 from pave_lightning.weights.architecture import Architecture, backbone_of
 from pave_lightning.weights.quiet import quiet_transformers
-from pave_lightning.weights.task_vectors import absent_children
+from pave_lightning.weights.task_vectors import absent_modules
 
 log = logging.getLogger("pave_lightning")
 
@@ -100,8 +100,8 @@ def fit_expert(
         freeze(model, task.training.freeze)
         if task.training.lora is not None:
             backbone = backbone_of(model)
-            stored = Architecture.of_model(model).checkpoint(base)
-            private = absent_children(stored, dict(backbone.named_parameters()))
+            architecture = Architecture.of_model(model)
+            private = absent_modules(architecture.checkpoint(base), architecture, dict(backbone.named_parameters()))
             frozen = task.training.freeze
             model = add_adapters(model, task.training.lora, task.peft_type, frozen=frozen, private=private)
             if is_rank_zero():
