@@ -88,8 +88,17 @@ def read_rows(path: Path, task: Task) -> tuple[Rows, str]:
 
 def plain_column(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """A column whose values, or entries of lists, are no categories, in forms that `datasets` knows."""
+    column = _without_list_views(column)
     plain = _plain_type(column.type)
     return column if plain == column.type else column.cast(plain)
+
+
+def _without_list_views(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    # Arrow's own cast of them gives wrong lists where a row has none (seen with pyarrow 25).
+    if not (pa.types.is_list_view(column.type) or pa.types.is_large_list_view(column.type)):
+        return column
+    plain = [_lists_of(chunk, pc.list_flatten(chunk)) for chunk in column.chunks]
+    return pa.chunked_array(plain, pa.large_list(column.type.value_type))
 
 
 def _plain_type(kind: pa.DataType) -> pa.DataType:
@@ -107,22 +116,25 @@ def _plain_type(kind: pa.DataType) -> pa.DataType:
 def inner_column(column: pa.ChunkedArray, keys: Sequence[str]) -> pa.ChunkedArray | None:
     """What keys lead to inside of a column of objects, or of lists of objects; None where they lead nowhere."""
     for key in keys:
+        column = _without_list_views(column)
         kind = column.type
         in_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
         fields = kind.value_type if in_list else kind
         if not pa.types.is_struct(fields) or fields.get_field_index(key) < 0:
             return None
         if in_list:
-            column = pa.chunked_array([_field_of_lists(chunk, key) for chunk in column.chunks] or [[]])
+            found = [_lists_of(chunk, pc.struct_field(pc.list_flatten(chunk), key)) for chunk in column.chunks]
+            column = pa.chunked_array(found or [[]])
         else:
             column = pc.struct_field(column, key)
     return column
 
 
-def _field_of_lists(lists: pa.Array, key: str) -> pa.Array:
+def _lists_of(lists: pa.Array, entries: pa.Array) -> pa.Array:
+    """Entries in lists of the sizes of other lists; where there is none of those, there is none."""
     sizes = np.asarray(pc.fill_null(pc.list_value_length(lists), 0), dtype=np.int64)
     offsets = pa.array(np.concatenate([[0], np.cumsum(sizes)]), pa.int64())
-    return pa.LargeListArray.from_arrays(offsets, pc.struct_field(pc.list_flatten(lists), key), mask=lists.is_null())
+    return pa.LargeListArray.from_arrays(offsets, entries, mask=lists.is_null())
 
 
 def is_text(kind: pa.DataType) -> bool:

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pave_lightning.tasks.reading import read_rows
+from pave_lightning.tasks.reading import inner_column, plain_column, read_rows
 from pave_lightning.tasks.rows import UnreadableError
 from pave_lightning.tasks.task import Task
 
@@ -103,3 +103,16 @@ def test_files_of_other_names_for_the_same_form_and_packed_ones(tmp_path):
     assert read_rows(path, task)[0].count == 1
     with pytest.raises(UnreadableError, match=r"files ending in .gz are packed; unpack it first"):
         read_rows(tmp_path / "rows.csv.gz", task)
+
+
+@pytest.mark.parametrize("kind", [pa.list_view, pa.large_list_view, pa.large_list])
+def test_lists_by_sizes_keep_every_row(kind):
+    """Also where a row has no list, which a cast by Arrow itself gets wrong; and inside of objects."""
+    rows = [["a", "b"], None, [], ["c"]]
+    column = pa.chunked_array([pa.array(rows, kind(pa.string())), pa.array([["d"]], kind(pa.string()))])
+    assert plain_column(column).to_pylist() == [*rows, ["d"]]
+    objects = [[{"text": text} for text in row] if row is not None else None for row in rows]
+    nested = pa.chunked_array([pa.array(objects, kind(pa.struct([("text", pa.string())])))])
+    found = inner_column(nested, ["text"])
+    assert found is not None
+    assert found.to_pylist() == rows
