@@ -22,13 +22,19 @@ def test_cut_down_it_runs_whole_and_experts_learn(tmp_path):
         "tasks=[images/flag, images/letter]",
         "trainer.max_epochs=2",
         "capture.examples=64",
-        "examples={validation: 60, test: 100}",
+        "examples={train: 1000, validation: 60, test: 100}",
         "merge=[{method: average}, {method: emr}]",
         f"output={tmp_path}",
         f"tracking.uri=sqlite:///{tmp_path / 'runs.db'}",
     ]
     folder = run_recipe(load_recipe(RECIPE, changes))
     table = list(csv.DictReader((folder / "results.csv").open()))
-    (experts,) = [row for row in table if row["model"] == "experts" or row["form"] == "expert"]
-    assert float(experts["flag/accuracy"]) > 0.5
-    assert float(experts["letter/accuracy"]) > 0.3
+    found = {(row["model"], row["vectors"], row["heads"]): row for row in table}
+    assert {name for name, *_ in found} >= {"base", "experts", "average", "emr"}
+    assert {(vectors, heads) for name, vectors, heads in found if name == "average"} == {
+        (vectors, heads) for vectors in ("plain", "purified") for heads in ("expert", "logits")
+    }
+    experts = found["experts", "", "expert"]
+    # By chance 1/24 and 1/26.
+    assert float(experts["flag/accuracy"]) > 0.4
+    assert float(experts["letter/accuracy"]) > 0.25
