@@ -243,9 +243,7 @@ def _local_source(task: Task, split: Split) -> Path:
     """The file of a split, or its folder of files, for kinds of task that read one."""
     if task.data.folder is not None:
         try:
-            if task.names_files and (folder := split_folder(task.data, getattr(task.data, split))) is not None:
-                return folder
-            return split_file(task.data, getattr(task.data, split))
+            return _in_dataset(task, getattr(task.data, split))
         except (UnreadableError, OSError) as error:
             raise PaveError(f"{split_title(task, split)}: {error}") from error
     where = f"task '{task.name}', {split} split"
@@ -264,6 +262,18 @@ def _local_source(task: Task, split: Split) -> Path:
             "or give 'data.hub' if this is a split of a dataset on the hub"
         )
     return path
+
+
+def _in_dataset(task: Task, source: str) -> Path:
+    """The file of a split in ``data.folder``; else, for kinds of task that read one, its folder of files."""
+    try:
+        return split_file(task.data, source)
+    except UnreadableError:
+        # A table comes first: the folder beside it may hold the files that it names.
+        folder = split_folder(task.data, source) if task.names_files else None
+        if folder is None:
+            raise
+        return folder
 
 
 def _source_fingerprint(task: Task, split: Split) -> str:

@@ -346,6 +346,16 @@ def test_a_folder_of_splits_of_classes(split_folders, problems_of):
     assert "'train[:50%]' would leave whole classes out; name 'train'" in problems_of(task)
 
 
+def test_a_table_beside_a_folder_of_its_images_comes_first(split_folders, problems_of):
+    for split in ("train", "val", "test"):
+        rows = [f"{split}/{label}/{split}.png,{other}" for label, other in (("grey", "red"), ("red", "grey"))]
+        (split_folders / f"{split}.csv").write_text("\n".join(["image,label", *rows]) + "\n")
+    task = task_over({"folder": str(split_folders)})
+    assert problems_of(task) == ""
+    rows = load_split(task, "validation", seed=0, cache_dir=split_folders / "cache").to_pylist()
+    assert rows[0] == {"image": str(split_folders / "val" / "grey" / "val.png"), "label": "red"}
+
+
 def test_images_that_change_are_other_rows(split_folders):
     """Copies of rows are told by the images' contents, not by their names alone."""
     task = task_over({"folder": str(split_folders)})
