@@ -6,8 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-# In capture and evaluation, where nothing is trained, this one does for all; DeepSpeed's earlier stages divide what only
-# training has.
+# Where nothing is trained this one does for all; DeepSpeed's earlier stages divide what only training has.
 FULLY_SHARDED = "fsdp2"
 _DIVIDES = re.compile(r"fsdp.*|deepspeed_stage_3.*")
 _DIVIDES_IN_TRAINING = re.compile(r"fsdp.*|deepspeed.*")
