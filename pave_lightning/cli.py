@@ -40,6 +40,7 @@ RECIPE_COMMANDS = {
 SWEEP = "run a recipe over a grid of settings and seeds; write a table, a picture and findings"
 COMPARE = "compare two models of a run: paired differences with intervals, and where they disagree"
 CONVERT = "write a model whose weights are pickled (pytorch_model.bin) as a folder with safetensors"
+NEW = "write a starting recipe from looking at files: columns, classes, splits"
 RECIPES = "list the shipped recipes, or print one"
 QUICKSTART = "run the shipped recipe quickstart: small tasks and models, offline, minutes on two CPU cores"
 EXPORT = "write a merged model of a run in another form, such as one LoRA adapter of its base"
@@ -149,6 +150,7 @@ def _add_commands_without_recipe(commands: Any, new: Callable[..., ArgumentParse
     recipes.add_argument("name", type=str, nargs="?", default=None, help="a recipe, to see its text")
     recipes.add_argument("--debug", action="store_true", help="show tracebacks")
     commands.add_subcommand("recipes", recipes, help=RECIPES)
+    commands.add_subcommand("new", _start_parser(new), help=NEW)
     methods = new(description="List the merge methods, or the options of one.")
     methods.add_argument("method", type=str, nargs="?", default=None, help="a method, to see its options")
     methods.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -160,6 +162,27 @@ def _add_commands_without_recipe(commands: Any, new: Callable[..., ArgumentParse
     schema = new(description="Print the JSON schema of recipes, for editors.")
     schema.add_argument("--debug", action="store_true", help="show tracebacks")
     commands.add_subcommand("schema", schema, help="print the JSON schema of recipes, for editors")
+
+
+def _start_parser(new: Callable[..., ArgumentParser]) -> ArgumentParser:
+    """The parser of ``pave new``."""
+    start = new(description=f"{NEW[0].upper()}{NEW[1:]}.")
+    start.add_argument("name", type=str, help="name of the recipe, or path of its file; it must not exist")
+    start.add_argument(
+        "--tasks", type=str, nargs="+", required=True, metavar="FILE", help="csv, jsonl or parquet files, or folders"
+    )
+    start.add_argument(
+        "--base", type=str, required=True, help="the base model: a folder, a hub id, package:NAME/FOLDER"
+    )
+    start.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="tasks.NAME.KEY=VALUE",
+        help="what cannot be told from the files, such as --set tasks.reviews.label=stars; may be repeated",
+    )
+    start.add_argument("--debug", action="store_true", help="show tracebacks")
+    return start
 
 
 def _export_parser(new: Callable[..., ArgumentParser]) -> ArgumentParser:
@@ -267,7 +290,7 @@ def _execute(command: str, options: Namespace) -> None:
 
         task, metric, output = (_once(options, name) for name in ("task", "metric", "output"))
         return compare(options.run, options.a, options.b, task=task, metric=metric, rows=options.rows, output=output)
-    if command in (others := {"convert": _convert, "export": _export, "recipes": _recipes}):
+    if command in (others := {"convert": _convert, "export": _export, "new": _start, "recipes": _recipes}):
         return others[command](options)
     if command == "schema":
         import json
@@ -288,6 +311,13 @@ def _export(options: Namespace) -> None:
 
     rank = None if lora is None else int(lora)
     export(options.run, model, output, lora=rank, task=task, keep_whole=bool(options.keep_whole))
+
+
+def _start(options: Namespace) -> None:
+    from pave_lightning.recipe.starting import start_recipe
+
+    path = start_recipe(options.name, options.tasks, options.base, options.set)
+    _out(f"{path} is written; check it, then run: pave plan {path}")
 
 
 def _recipes(options: Namespace) -> None:

@@ -81,7 +81,7 @@ def _sources(document: Any) -> Iterator[tuple[str, str]]:
         elif name:
             yield "hub", hub_model(name).hub if name.startswith(HUB_SCHEME) else name
     for task in tasks:
-        own = {"use": task} if isinstance(task, str) else task
+        own: dict[str, Any] = {"use": task} if isinstance(task, str) else task
         known = suite_task(own["use"])["data"] if "use" in own else {}
         data = known_data(known, own.get("data") or {})
         if data.get("folder"):
