@@ -142,7 +142,8 @@ def _start_task(found: FoundSplits, given: Mapping[str, Any], config: Mapping[st
     profile = profile_of_files(list(read.values()), config)
     suggestion = _suggest(profile, given)
     remark = ""
-    if "test" in read and not _is_labelled(read["test"], suggestion and _as_task(found, suggestion)):
+    likely = None if suggestion is None else _as_task(found, suggestion)
+    if "test" in read and not _is_labelled(read["test"], likely):
         remark = f"{found.files['test'].name} has no labels and is left out"
         found = replace(found, files={split: file for split, file in found.files.items() if split != "test"})
         read = {split: read[split] for split in found.files}

@@ -13,6 +13,7 @@ from pave_lightning.tasks.options import Data
 from pave_lightning.tasks.rows import UnreadableError
 from pave_lightning.tasks.split_files import ENDINGS, OTHER_WORDS, split_file
 
+SPLITS: tuple[str, ...] = ("train", "validation", "test")
 _WORDS = {word: split for split, others in OTHER_WORDS.items() for word in (split, *others)}
 _WORD = "|".join(_WORDS)
 _PART = re.compile(r"-\d+-of-\d+$")
@@ -100,7 +101,7 @@ def search_splits(paths: Sequence[Path], problems: Problems) -> list[FoundSplits
                 f"{folder / '-'.join(filter(None, (rest, 'train')))}{next(iter(files.values())).suffix}"
             )
         else:
-            ordered = {split: files[split] for split in ("train", "validation", "test") if split in files}
+            ordered = {split: files[split] for split in SPLITS if split in files}
             name = _free(
                 slug(rest or folder.absolute().name).strip("-_.") or "task", [one.name for one in found.values()]
             )
