@@ -117,12 +117,16 @@ class Column:
         return self.name.strip().casefold() in ROW_NUMBERS
 
     @property
-    def repeats(self) -> bool:
-        """Whether it holds few, short values again and again, as a column of classes does."""
+    def has_few(self) -> bool:
+        """Whether it holds few values again and again."""
         if self.numbers_rows or self.holds not in (Holds.TEXTS, Holds.WHOLE_NUMBERS, Holds.FLAGS):
             return False
-        few = 2 <= len(self.distinct) <= min(MOST_CLASSES, len(self.values) / ROWS_OF_A_CLASS)
-        return few and (self.holds is not Holds.TEXTS or self.words <= LONGEST_LABEL)
+        return 2 <= len(self.distinct) <= min(MOST_CLASSES, len(self.values) / ROWS_OF_A_CLASS)
+
+    @property
+    def repeats(self) -> bool:
+        """Whether it holds few, short values again and again, as a column of classes does."""
+        return self.has_few and (self.holds is not Holds.TEXTS or self.words <= LONGEST_LABEL)
 
     @property
     def classes(self) -> int | list[Any]:
@@ -189,14 +193,13 @@ class Profile:
 
     def label(self, without: Collection[str] = ()) -> Column | None:
         """The column that is most likely the label of a row; None where several are as likely."""
-        short = [
-            column for column in self.columns if column.name not in without and (column.repeats or column.is_numeric)
-        ]
-        for names in (LABELS, SCORES):
-            found = next((column for name in names for column in short if column.name.strip().casefold() == name), None)
-            if found is not None:
-                return found
-        likely = [column for column in short if not column.numbers_rows and len(column.distinct) < self.rows]
+        columns = [one for one in self.columns if one.name not in without]
+        for name in (*LABELS, *SCORES):
+            for column in columns:
+                if column.name.strip().casefold() == name and (column.has_few or column.is_numeric):
+                    return column
+        likely = [column for column in columns if column.repeats or (column.is_numeric and not column.numbers_rows)]
+        likely = [column for column in likely if len(column.distinct) < self.rows]
         return likely[0] if len(likely) == 1 else None
 
     def shown(self, without: Collection[str] = ()) -> list[str] | None:
