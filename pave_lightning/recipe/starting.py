@@ -90,10 +90,17 @@ def start_recipe(name: str, files: Sequence[str], base: str, settings: Sequence[
         draft.write_text(text, encoding="utf-8")
         load_recipe(draft)
     try:
-        with target.open("x", encoding="utf-8") as stream:
-            stream.write(text)
+        stream = target.open("x", encoding="utf-8")
     except OSError as error:
         raise PaveError(f"{target} cannot be written: {reason(error)}") from error
+    try:
+        with stream:
+            stream.write(text)
+    except BaseException as error:  # half a recipe is none
+        target.unlink()
+        if isinstance(error, OSError):
+            raise PaveError(f"{target} cannot be written: {reason(error)}") from error
+        raise
     return target
 
 
