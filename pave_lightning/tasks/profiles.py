@@ -287,12 +287,18 @@ def profile_of(name: str, values: Sequence[Any], class_names: Sequence[str] = ()
 
 
 def read_columns(file: Path) -> FileColumns:
-    """All columns of a csv, tsv, json, jsonl or parquet file.
+    """All columns of a csv, tsv, json, jsonl or parquet file, or image and label of a folder with one folder a class.
 
     Raises:
         UnreadableError: the file cannot be read.
         OSError: the file cannot be opened.
     """
+    if file.is_dir():
+        from pave_lightning.tasks.images import folder_rows
+
+        rows = folder_rows(file, "image", "label")
+        labels = rows.columns["label"].to_pylist()
+        return FileColumns({"image": [_IMAGE] * rows.count, "label": labels}, rows.count)
     ending = ending_of(file)
     content = file.read_bytes()
     if ending in DELIMITED:
@@ -330,7 +336,7 @@ def _parquet(content: bytes) -> FileColumns:
     try:
         table = pq.ParquetFile(pa.BufferReader(content)).read(use_threads=False)
         columns = {
-            name: _Images(table.num_rows) if _is_image(column.type) else plain_column(column).to_pylist()
+            name: [_IMAGE] * table.num_rows if _is_image(column.type) else plain_column(column).to_pylist()
             for name, column in zip(table.column_names, table.columns, strict=True)
         }
     except (pa.ArrowException, OSError, ValueError, TypeError, KeyError, OverflowError) as error:
@@ -339,13 +345,7 @@ def _parquet(content: bytes) -> FileColumns:
     return FileColumns(columns, table.num_rows, {name: names for name, names in named.items() if names})
 
 
-class _Images(list[Any]):
-    """Marks, in place of the values of a column, that they are images."""
-
-    def __init__(self, rows: int) -> None:
-        super().__init__([_IMAGE] * rows)
-
-
+# Stands in place of each image.
 _IMAGE = object()
 _IMAGE_FILE = re.compile(r".+\.(jpe?g|png|webp|bmp|gif|tiff?)", re.IGNORECASE)
 

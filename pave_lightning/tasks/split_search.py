@@ -40,9 +40,12 @@ class FoundSplits:
         Raises:
             UnreadableError: parts of a file cannot be named, since another one has the same name.
         """
-        if len(self.files) == len(OTHER_WORDS):
+        if len(self.files) == len(SPLITS):
             return {split: str(file) for split, file in self.files.items()}
         train = self.files["train"]
+        if train.is_dir():
+            absent = [split for split in SPLITS if split not in self.files]
+            raise UnreadableError(f"there is no folder {' and no folder '.join(absent)} beside {train.name}")
         source = {split: _PART.sub("", file.stem) for split, file in self.files.items()}
         for split, file in self.files.items():
             found = split_file(Data(folder=str(train.parent)), source[split])
@@ -73,7 +76,7 @@ def search_splits(paths: Sequence[Path], problems: Problems) -> list[FoundSplits
     """The data sets that files and folders belong to, with the files of other splits that lie beside them.
 
     Args:
-        paths: files of any split, or folders of files that are named after splits.
+        paths: files of any split, or folders of files, or of folders of images, that are named after splits.
         problems: is told of paths that hold no rows.
 
     Returns:
@@ -112,6 +115,9 @@ def search_splits(paths: Sequence[Path], problems: Problems) -> list[FoundSplits
 def _of(folder: Path, rest: str | None, suffix: str) -> Iterator[tuple[str, Path]]:
     """The files of a folder that have the same rest of a name, by split; a file without a split is that of training."""
     known = [file for file in sorted(folder.iterdir()) if file.suffix.lower() in ENDINGS and file.is_file()]
+    if rest is None and not known:  # folders of images, with one folder for each class
+        known = [place for place in sorted(folder.iterdir()) if place.is_dir() and split_of(place)[1] is None]
+        suffix = ""
     alike = [(*split_of(file), file) for file in known if suffix in ("", file.suffix.lower())]
     yield from (("train", file) for split, own, file in alike if own == rest and split is None)
     yield from ((split, file) for split, own, file in alike if own == rest and split is not None)

@@ -194,3 +194,19 @@ def test_names_that_yaml_takes_for_something_else(write, name):
     write("rows.jsonl", lambda place: {name: text(place), "label": ("on", "1")[place % 2]})
     task = load_recipe(start_recipe("mine", ["rows.jsonl"], BASE)).tasks[0]
     assert (task.text, task.classes) == ([name], ["1", "on"])
+
+
+def test_folders_of_images(write):
+    image = pytest.importorskip("PIL.Image")
+    for split in ("train", "val", "test"):
+        for kind in ("cat", "dog"):
+            folder = Path("pets") / split / kind
+            folder.mkdir(parents=True)
+            for number in range(3):
+                image.new("RGB", (8, 8)).save(folder / f"{number}.png")
+    task = load_recipe(start_recipe("mine", ["pets"], BASE)).task("pets")
+    assert (task.kind, task.classes) == ("image_classification", ["cat", "dog"])
+    assert (task.data.train, task.data.validation, task.data.test) == ("pets/train", "pets/val", "pets/test")
+    Path("pets/test").rename("pets/later")
+    Path("mine.yaml").unlink()
+    assert "there is no folder test beside train" in refused("mine", ["pets"], BASE)
