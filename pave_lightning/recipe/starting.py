@@ -19,15 +19,8 @@ from pave_lightning.recipe.finding import SUFFIXES
 from pave_lightning.recipe.loading import load_recipe
 from pave_lightning.recipe.yaml_text import YAMLReadError, read_yaml
 from pave_lightning.system.files import local_path
-from pave_lightning.tasks.profiles import (
-    Column,
-    FileColumns,
-    Profile,
-    Suggestion,
-    base_config,
-    profile_of_files,
-    read_columns,
-)
+from pave_lightning.tasks.file_profiles import FileColumns, base_config, profile_of_files, read_columns
+from pave_lightning.tasks.profiles import Column, Profile, Suggestion
 from pave_lightning.tasks.rows import UnreadableError, column_path, no_column
 from pave_lightning.tasks.split_files import SplitSlice
 from pave_lightning.tasks.split_search import FoundSplits, search_splits

@@ -7,7 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pave_lightning.tasks.profiles import FileColumns, Holds, profile_of, profile_of_files, read_columns
+from pave_lightning.tasks.file_profiles import FileColumns, profile_of_files, read_columns
+from pave_lightning.tasks.profiles import Holds, profile_of
 from pave_lightning.tasks.rows import UnreadableError
 from pave_lightning.tasks.task import known_kinds
 
