@@ -17,12 +17,16 @@ from pave_lightning.callbacks.sampling import RowSampler
 from pave_lightning.callbacks.sharing import Given, InputGroup, InputGroups
 from pave_lightning.errors import PaveError
 from pave_lightning.layers import CONVOLUTIONS, matrix_weight
-from pave_lightning.statistics import LayerMoment, Moments, SecondMoment, captured_kind
+from pave_lightning.statistics import NOT_REACHED, LayerMoment, Moments, SecondMoment, captured_kind
 from pave_lightning.statistics.second_moment import float32_products_are_exact, full_precision
 from pave_lightning.subspace import is_finite
 
 # Values of patches that are copied at a time: 16 MB in float32.
 PATCH_ELEMENTS = 4_000_000
+
+# Why a layer that was called has no moment.
+SEVERAL_INPUTS = "its query, key and value are not projections of one tensor"
+NO_PRODUCT = "its outputs are not the product of its kernels with patches of its input"
 
 
 def matrix_layers(backbone: nn.Module, *, convolutions: bool = False) -> dict[str, list[nn.Module]]:
@@ -98,6 +102,7 @@ class LinearObserver:
     ) -> None:
         self._sampler, self._part_of = sampler or RowSampler(None), part_of
         self._batch = 0
+        self._passed_over: dict[str, str] = {}
         self._layers = {name: _ObservedLayer(name, group[0], moments, keep_rows) for name, group in layers.items()}
         self._groups = InputGroups(
             {name: layer.empty_moment for name, layer in self._layers.items()},
@@ -159,12 +164,24 @@ class LinearObserver:
             means.update(dict.fromkeys(members, mean))
         return {name: means[name] for name in self._layers if name in means}
 
+    def unreached(self) -> dict[str, str]:
+        """Layers that have seen no row, and why."""
+        return {name: self._passed_over.get(name, NOT_REACHED) for name in self._layers if not self._groups.has(name)}
+
+    def take(self, name: str, module: nn.Module, rows: Tensor) -> None:
+        """Count what the weight of a layer has multiplied, ``(..., d_in)``, although the layer was not called."""
+        layer, inputs = self._layers[name], rows.detach()
+        add = partial(self._add, layer, module, inputs, None)
+        self._groups.take(name, Given(inputs, (_cut(module), self._part_of(module, inputs)), add))
+
     @torch.no_grad()
     def _observe(
         self, layer: _ObservedLayer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:  # anything else returned by a forward hook would replace the layer's output
         inputs = _input_of(module, args, kwargs)
-        if inputs is not None and layer.multiplies(module, inputs, output):
+        if inputs is None or not layer.multiplies(module, inputs, output):
+            self._passed_over[layer.name] = NO_PRODUCT if inputs is not None else SEVERAL_INPUTS
+        else:
             # An input cannot have changed in between: trainable linear layers forbid it, they need it for their
             # gradient.
             cut = _cut(module), self._part_of(module, inputs)

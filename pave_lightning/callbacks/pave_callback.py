@@ -20,13 +20,16 @@ from pave_lightning.callbacks.adapters import merged_adapters, without_wrappers
 from pave_lightning.callbacks.experts import ExpertObserver
 from pave_lightning.callbacks.norms import NormObserver, norm_layers
 from pave_lightning.callbacks.observation import LinearObserver, matrix_layers
-from pave_lightning.callbacks.padding import DecoderPadding
+from pave_lightning.callbacks.padding import ConvolvedPadding, DecoderPadding
 from pave_lightning.callbacks.sampling import RowSampler
+from pave_lightning.callbacks.used_weights import UsedWeights
 from pave_lightning.errors import PaveError, nearest
-from pave_lightning.statistics import Moments, TaskStatistics
+from pave_lightning.statistics import NOT_REACHED, Moments, TaskStatistics
 
 # A batch and the dotted name of a layer, empty for the batch itself -> which positions are data.
 MaskOf = Callable[[Any, str], Tensor | None]
+# Why a layer that was not called has no moment.
+OTHERWISE_USED = "its weight is used otherwise than as one matrix that multiplies what the layer is given"
 
 
 class PaveCallback(L.Callback):
@@ -60,6 +63,9 @@ class PaveCallback(L.Callback):
     batch's ``input_ids`` are that they were shifted from, or else by ``labels`` of -100, or by the padding token. Its
     projections of the encoder's states have the encoder's mask. What follows a decoder is told by its shape.
 
+    Behind a convolution along the sequence (of waveforms or spectra, whose mask has the length that they had before it)
+    a position counts where the convolution of the example alone would have it too.
+
     Of these rows each layer counts ``rows`` at most, a uniform sample of every batch: what is left to count is spread
     evenly over the batches ahead, of all dataloaders, and over the processes. When the number of batches is unknown,
     each batch counts 1/32 of what is left. Layers that look at the same tokens count the same ones. The sample depends
@@ -86,8 +92,9 @@ class PaveCallback(L.Callback):
           is not told apart. In models whose tensors are ``(L, B, d_in)`` the mask is
           read the wrong way round in batches with ``L == B``, except for `torch.nn.MultiheadAttention`.
         * Weights sharded by FSDP or tensor parallelism are not supported.
-        * A layer whose weight is used without calling its module, such as ``out_proj`` of
-          `torch.nn.MultiheadAttention`, is not seen and is listed in ``unreached``.
+        * Of a layer that is not called (``out_proj`` of `torch.nn.MultiheadAttention`, ``dt_proj`` of Mamba) the
+          products with its whole weight are found where they are functions of torch; what a kernel of its own does
+          with it is not seen, and such a layer is listed in ``unreached``.
         * Compiled modules and the fast path of `torch.nn.TransformerEncoder` run uncompiled during the pass. Statistics
           are not part of checkpoints.
 
@@ -168,7 +175,9 @@ class PaveCallback(L.Callback):
         self._observer: LinearObserver | None = None
         self._norm_observer: NormObserver | None = None
         self._experts: ExpertObserver | None = None
+        self._used: UsedWeights | None = None
         self._padding: DecoderPadding | None = None
+        self._convolved: ConvolvedPadding | None = None
         self._layers: dict[str, list[nn.Module]] = {}
         self._norms: dict[str, list[nn.Module]] = {}
         self._sampler: RowSampler | None = None
@@ -181,7 +190,8 @@ class PaveCallback(L.Callback):
     def statistics(self) -> TaskStatistics:
         """What the last pass has captured.
 
-        Layers that no process has reached are absent; their names are in ``unreached``, here and of the statistics.
+        Layers that no process has reached are absent; their names are in ``unreached``, here and of the statistics,
+        whose `why_unreached` gives the reason.
 
         Raises:
             PaveError: no pass has been completed.
@@ -225,6 +235,8 @@ class PaveCallback(L.Callback):
         )
         self._padding = DecoderPadding(backbone, sampler)
         self._switches.callback(self._padding.remove)
+        self._convolved = ConvolvedPadding(backbone, sampler)
+        self._switches.callback(self._convolved.remove)
         self._observer = LinearObserver(
             layers,
             self.moments,
@@ -233,6 +245,8 @@ class PaveCallback(L.Callback):
             share_inputs=self.share_inputs,
             keep_rows=self.keep_rows,
         )
+        self._used = UsedWeights(backbone, layers, self._observer.take)
+        self._switches.callback(self._used.remove)
         self._experts = ExpertObserver(backbone, self.moments, sampler, self._part, keep_rows=self.keep_rows)
         self._switches.callback(self._experts.remove)
         norms = without_wrappers(norm_layers(backbone), backbone) if self.norms else {}
@@ -249,25 +263,33 @@ class PaveCallback(L.Callback):
         self._observer.begin_batch(mask, batch_idx, dataloader_idx)
         if self._padding is not None:
             self._padding.begin_batch(batch, mask)
+        if self._convolved is not None:
+            self._convolved.begin_batch(mask)
         self._tell_parts(batch, mask)
         if self._norm_observer is not None:
             self._norm_observer.begin_batch()
         if self._experts is not None:
             self._experts.begin_batch()
+        if self._used is not None:
+            self._used.begin_batch()
         self._examples += _count_examples(batch) if mask is None else int(mask.any(dim=1).sum())
 
     def on_validation_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
         """Let go of the batch."""
+        if self._used is not None:
+            self._used.end_batch()
         if self._observer is not None:
             self._observer.end_batch()
         if self._padding is not None:
             self._padding.end_batch()
+        if self._convolved is not None:
+            self._convolved.end_batch()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Reduce over processes, divide, save."""
-        if self._observer is None or self._norm_observer is None or self._experts is None:
+        if self._observer is None or self._norm_observer is None or self._experts is None or self._used is None:
             return
-        observer, norm_observer, experts = self._observer, self._norm_observer, self._experts
+        observer, norm_observer, experts, used = self._observer, self._norm_observer, self._experts, self._used
         if self._sampler is not None and self._sampler.unmasked is not None and not self._sampler.has_masked:
             rank_zero_warn(
                 "PaveCallback: no layer's input has rows (tokens) that fit the padding masks (one had the leading "
@@ -284,10 +306,15 @@ class PaveCallback(L.Callback):
         experts.reduce(pl_module.device)
         norm_observer.reduce(pl_module.device)
         examples = int(trainer.strategy.reduce(torch.tensor(self._examples, device=pl_module.device), reduce_op="sum"))
+        reasons = observer.unreached()
+        reasons |= dict.fromkeys(used.otherwise & reasons.keys(), OTHERWISE_USED)
         moments, norms = observer.moments() | dict(experts.moments()), norm_observer.moments()
-        self.unreached = [name for name in (*self._layers, *experts.layers) if name not in moments]
+        unreached = {
+            name: reasons.get(name, NOT_REACHED) for name in (*self._layers, *experts.layers) if name not in moments
+        }
+        self.unreached = list(unreached)
         self._statistics = TaskStatistics(
-            moments, examples=examples, metadata=self.metadata, norms=norms, unreached=self.unreached
+            moments, examples=examples, metadata=self.metadata, norms=norms, unreached=unreached
         )
         self.unreached_norms = [name for name in self._norms if name not in norms]
         if self.path is not None:
@@ -311,7 +338,7 @@ class PaveCallback(L.Callback):
             self._norm_observer.remove()
             self._norm_observer = None
         self._switches.close()
-        self._padding = self._sampler = self._experts = None
+        self._padding = self._convolved = self._sampler = self._experts = self._used = None
         self._parts.clear()
         self._sizes.clear()
 

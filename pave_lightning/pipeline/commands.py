@@ -106,7 +106,14 @@ def plan_recipe(recipe: Recipe, console: Console | None = None, *, verify: bool 
     Raises:
         PaveError: lists everything that is wrong.
     """
-    from pave_lightning.pipeline.planning import check_recipe, cost_table, coverage_lines, plan_rows, token_notes
+    from pave_lightning.pipeline.planning import (
+        check_recipe,
+        cost_table,
+        coverage_lines,
+        plan_rows,
+        token_notes,
+        weight_notes,
+    )
 
     console = console or terminal()
     with planning_folder(recipe, verify=verify) as folder:
@@ -118,7 +125,7 @@ def plan_recipe(recipe: Recipe, console: Console | None = None, *, verify: bool 
             table.add_row(*row)
         print_under(f"{recipe.name} in {folder.root}", table, console)
         console.print(cost_table(recipe, folder))
-        for note in token_notes(recipe):
+        for note in (*weight_notes(recipe), *token_notes(recipe)):
             console.print(f"note: {note}", soft_wrap=True, markup=False, highlight=False)
         for line in coverage_lines(recipe, folder):
             console.print(line, soft_wrap=True, markup=False, highlight=False)

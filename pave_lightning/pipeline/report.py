@@ -35,6 +35,7 @@ from pave_lightning.reporting.scores import EXPERT_HEADS, Model, Score, ScoreTab
 from pave_lightning.reporting.tables import render
 from pave_lightning.reporting.untouched import untouched_lines
 from pave_lightning.reporting.verdicts import difference_lines, difference_sentences
+from pave_lightning.statistics import NOT_REACHED
 from pave_lightning.system.keeping import keeping
 from pave_lightning.system.terminal import terminal
 from pave_lightning.tasks.constants import constant_answer
@@ -138,8 +139,10 @@ def _unreached(results: Results) -> Iterator[tuple[str, str, str]]:
         if not isinstance(stage, CaptureStage):
             continue
         found = results.current(stage)
-        for layer in found.result.get("unreached", []) if found is not None else ():
-            yield stage.task.name, layer, "no example reached it"
+        layers = found.result.get("unreached", []) if found is not None else ()
+        reasons = layers if isinstance(layers, dict) else {}  # as results of older versions have them not
+        for layer in layers:
+            yield stage.task.name, layer, reasons.get(layer, NOT_REACHED)
 
 
 def _print_untouched(runner: Runner, console: Console) -> None:

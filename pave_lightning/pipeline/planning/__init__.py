@@ -3,6 +3,7 @@
 from pave_lightning.pipeline.planning.checks import check_recipe
 from pave_lightning.pipeline.planning.coverage import coverage_lines
 from pave_lightning.pipeline.planning.merging import merge_problems, option_problems
+from pave_lightning.pipeline.planning.models import weight_notes
 from pave_lightning.pipeline.planning.table import cost_table, plan_rows, predicted_cost
 from pave_lightning.pipeline.planning.tokens import token_notes
 
@@ -15,4 +16,5 @@ __all__ = [
     "plan_rows",
     "predicted_cost",
     "token_notes",
+    "weight_notes",
 ]
