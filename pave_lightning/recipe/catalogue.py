@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from pave_lightning.errors import listed
 from pave_lightning.recipe.finding import shipped_recipes
 from pave_lightning.recipe.yaml_text import read_yaml
 from pave_lightning.system.catalogue import catalogue_console, print_catalogue
@@ -16,6 +17,8 @@ from pave_lightning.system.files import SCHEME
 from pave_lightning.system.references import GGUF_ENDING, HUB_SCHEME, hub_model
 from pave_lightning.tasks.suites import known_data, suite_task
 
+# Of repositories of the hub; the recipe itself has the others.
+MOST_NAMED = 4
 HEADINGS = ("recipe", "what it does", "command", "needs")
 
 
@@ -64,7 +67,7 @@ def needs(document: Any) -> list[str]:
     packages = [name if is_installed(name) else f"{name} (not installed)" for name in found["package"]]
     told = [f"package {name}" for name in packages]
     if found["hub"]:
-        told.append(f"hub: {', '.join(found['hub'])}")
+        told.append(f"hub: {listed(found['hub'], MOST_NAMED)}")
     return [*told, *(f"folder {name}" for name in found["folder"])] or ["nothing else"]
 
 
