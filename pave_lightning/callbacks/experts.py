@@ -64,7 +64,8 @@ class _Stack:
 
     def ensure(self, number: int, device: torch.device) -> SecondMoment:
         if number not in self.sums:
-            height, width = self.matrix(number).shape
+            # Not of the matrix itself: outside of forward passes processes may hold parts of it.
+            height, width = self.weight.shape[:0:-1] if self.axis == 1 else self.weight.shape[1:]
             kind = captured_kind(self.moments, height, width)
             out_features = None if kind == "input" else height
             self.sums[number] = SecondMoment(width, out_features, kind=kind, keep_rows=self.keep_rows, device=device)

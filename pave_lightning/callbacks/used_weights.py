@@ -19,6 +19,8 @@ from pave_lightning.layers import is_linear, matrix_weight
 _PRODUCTS = {"linear": 0, "matmul": 0, "__matmul__": 0, "mm": 0, "bmm": 0, "addmm": 1}
 # What only gives another view of a weight, or asks something of it.
 _LOOKS = ("__get__", "t", "transpose", "detach", "view", "size", "dim", "numel", "stride", "data_ptr", "is_contiguous")
+# Batches in which products are sought everywhere while layers are left that nothing has used, as CLIP's texts have.
+SEARCHED = 4
 _ATTENTION = inspect.signature(multi_head_attention_forward)
 
 Count = Callable[[str, nn.Module, Tensor], None]
@@ -28,8 +30,8 @@ Count = Callable[[str, nn.Module, Tensor], None]
 class UsedWeights:
     """Finds products with the weights of linear layers that are not called, for as long as a pass lasts.
 
-    All functions of torch are watched until each layer has been called or was found in a product; afterwards only
-    inside of the modules in which products were found.
+    All functions of torch are watched until each layer has been called or was found in a product, for some batches at
+    most; afterwards only inside of the modules in which products were found.
 
     Args:
         backbone: the module below which the layers are.
@@ -73,7 +75,7 @@ class UsedWeights:
         for name in self._linear if self._is_searching else self._used:
             for module in self._linear[name]:
                 weight = getattr(module, "weight", None)
-                if isinstance(weight, nn.Parameter):  # what is made anew has no place of its own
+                if type(weight) is nn.Parameter:  # what is made anew, or divided, has no place of its own
                     self._weights.setdefault(weight.data_ptr(), []).append((name, module))
         if self._is_searching:
             self._enter()
@@ -81,7 +83,7 @@ class UsedWeights:
     def end_batch(self) -> None:
         """Stop watching; once all layers were seen, look only where a product was found."""
         self._leave_all()
-        if self._is_searching and not self._left:
+        if self._is_searching and (not self._left or self._batches == SEARCHED):
             self._is_searching = False
             self._take_off()
             for module in self._users:

@@ -10,6 +10,7 @@ from torch.nn.functional import linear
 from torch.overrides import _get_current_function_mode
 
 from pave_lightning.callbacks.pave_callback import OTHERWISE_USED
+from pave_lightning.callbacks.used_weights import SEARCHED
 from pave_lightning.statistics import NOT_REACHED
 
 
@@ -179,3 +180,20 @@ def test_an_error_ends_the_watch(capture: Any, running: Any) -> None:
         capture(running(net, step), batches())
     assert _get_current_function_mode() is None
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+
+
+def test_the_search_ends_where_layers_are_left_that_nothing_uses(capture: Any, running: Any) -> None:
+    """As the texts' side of CLIP is while it reads images; what was found goes on being counted."""
+    modes: list[Any] = []
+    net = Using(PRODUCTS["linear"])
+    net.idle = nn.Linear(4, 4)
+
+    def step(net: Any, batch: Any) -> None:
+        modes.append(_get_current_function_mode())
+        net(batch["x"])
+
+    data = [batch for _ in range(3) for batch in batches()]
+    found = capture(running(net, step), data, moments="input", keep_rows=False).statistics
+    assert [mode is None for mode in modes] == [False] * SEARCHED + [True] * (9 - SEARCHED)
+    torch.testing.assert_close(found["layer"].matrix, moment(real_rows(data)))
+    assert found.unreached == ("idle",)

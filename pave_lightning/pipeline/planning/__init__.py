@@ -1,5 +1,6 @@
 """What `pave plan` asks, and every other command before it begins: what is wrong, what would be done, what it takes."""
 
+from pave_lightning.pipeline.planning.benchmarks import benchmark_lines
 from pave_lightning.pipeline.planning.checks import check_recipe
 from pave_lightning.pipeline.planning.coverage import coverage_lines
 from pave_lightning.pipeline.planning.merging import merge_problems, option_problems
@@ -8,6 +9,7 @@ from pave_lightning.pipeline.planning.table import cost_table, plan_rows, predic
 from pave_lightning.pipeline.planning.tokens import token_notes
 
 __all__ = [
+    "benchmark_lines",
     "check_recipe",
     "cost_table",
     "coverage_lines",

@@ -6,11 +6,13 @@ import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from pave_lightning.errors import PaveError, Problems, counted, listed, naming, nearest
 from pave_lightning.experts.alignment import output_tables
 from pave_lightning.experts.loading import base_problem
 from pave_lightning.experts.parts import is_part, part_problems
+from pave_lightning.experts.trainer_options import machine_options, shards
 from pave_lightning.pipeline.bases import existing_folder, folder_of_base, reference_of_base
 from pave_lightning.pipeline.planning.experts import adapter_facts, expert_facts, is_unreadable
 from pave_lightning.pipeline.planning.lora import lora_problems
@@ -23,6 +25,7 @@ from pave_lightning.weights.adapters import ADAPTER_CONFIG, adapter_folder
 from pave_lightning.weights.architecture import empty_model, read_config
 from pave_lightning.weights.checkpoint import passed_over, weight_files
 from pave_lightning.weights.completeness import naming_problem
+from pave_lightning.weights.configuration import differences_in_function
 from pave_lightning.weights.coverage import unmergeable
 from pave_lightning.weights.task_vectors import absent_children, differences
 from pave_lightning.weights.ties import tie_problems
@@ -164,6 +167,13 @@ def _training_problems(task: Task, architecture: Architecture, base: Path) -> It
     for name in task.training.freeze:
         if name not in layers:
             yield f"task '{task.name}': training.freeze: no submodule '{name}'; {nearest(name, layers)}"
+    if task.training.activation_checkpointing:
+        model: Any = empty_model(base, task.auto_model)
+        if not model.supports_gradient_checkpointing:
+            yield (
+                f"task '{task.name}': training.activation_checkpointing: transformers cannot recompute the activations "
+                f"of a {type(model).__name__}; set it to false"
+            )
     if task.training.lora is not None:
         yield from lora_problems(task, task.training.lora, architecture, base)
 
@@ -194,6 +204,13 @@ def _expert_problems(task: Task, recipe: Recipe, base: Checkpoint, architecture:
     yield from differences(
         *(task.name, base, expert, architecture), matched=[name.removeprefix(own.start) for name in matched]
     )
+    different = differences_in_function(read_config(base.folder), read_config(folder))
+    if different and shards(machine_options(recipe.trainer)):
+        keys = listed([one.key for one in different], 3)
+        yield (
+            f"{where}: trainer.strategy: {folder} computes with a configuration of its own ({keys}), which cannot be "
+            "scored with divided weights; use strategy: ddp, or a single device"
+        )
     if expert.has_backbone_of(base):
         yield f"{where}: the backbone of {folder} is the base's, so there is nothing to merge; was it fine-tuned?"
     for name in expert.non_finite(absent_children(base, expert)):

@@ -441,11 +441,34 @@ def test_what_always_the_same_answer_scores_is_told(recipe_settings):
         ({"strategy": "ddp_spawn", "devices": 2}, "trainer.strategy: ddp_spawn trains in processes that keep"),
         ({"num_nodes": 2}, "trainer.num_nodes"),
         ({"fast_dev_run": True}, "trainer.fast_dev_run"),
+        ({"strategy": "fsdp", "devices": 2}, "trainer.strategy: fsdp needs GPUs; use fsdp2"),
     ],
     ids=str,
 )
 def test_training_that_lightning_would_refuse_or_lose(problems, trainer, told):
     assert told in problems(trainer={"accelerator": "cpu", **trainer})
+
+
+def test_divided_weights_are_no_problem_but_where_they_must_be_whole(problems, expert, monkeypatch):
+    folder, tasks = expert
+    divided = {"accelerator": "cpu", "strategy": "fsdp2", "devices": 2}
+    assert problems(trainer=divided) == ""
+    told = problems(trainer=divided, controls=["joint"])
+    assert "controls: joint: trainer.strategy divides the weights over processes" in told
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "layer_norm_eps": 1e-5}))
+    tasks[0]["expert"]["accept"] = ["layer_norm_eps"]
+    told = problems(trainer=divided, tasks=tasks)
+    assert "computes with a configuration of its own (layer_norm_eps), which cannot be scored with divided" in told
+    assert problems(trainer={**divided, "strategy": "ddp"}, tasks=tasks) == ""
+
+
+def test_models_that_cannot_recompute_activations_are_told(problems, monkeypatch):
+    training = {"activation_checkpointing": True, "max_length": 16}
+    assert problems(training=training) == ""
+    monkeypatch.setattr("transformers.BertForSequenceClassification.supports_gradient_checkpointing", False)
+    told = problems(training=training)
+    assert "task 'words': training.activation_checkpointing: transformers cannot recompute the activations of a" in told
 
 
 def test_trainer_sections_of_tasks_are_asked_too(recipe_settings, problems):
