@@ -37,7 +37,8 @@ class History(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Note losses."""
-        if trainer.global_step % max(trainer.log_every_n_steps, 1) == 0:
+        every = max(getattr(trainer, "log_every_n_steps", 1), 1)  # set by a part of the trainer
+        if trainer.global_step % every == 0:
             self._note(trainer, TRAINING)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
