@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from pave_lightning.reporting.page import marks
 from pave_lightning.reporting.page.content import Block, Cell, Column, Figure, Panels, Rows, Section, Table, Text
-from pave_lightning.reporting.page.scores import grouped, name_cells, name_columns
+from pave_lightning.reporting.page.scores import NAME, grouped, name_cell
 from pave_lightning.reporting.scores import Model, ScoreTable
 from pave_lightning.reporting.tables import number_text
 from pave_lightning.reporting.vectors import in_order
@@ -63,7 +63,7 @@ def _costs(table: ScoreTable, costs: Mapping[Model, MergedCost]) -> Iterator[Blo
     def cells(model: Model) -> list[Cell]:
         cost = costs[model]
         return [
-            *name_cells(table, model),
+            name_cell(model),
             Cell(number_text(table.normalised_average(model))),
             Cell(_amount(cost.seconds)),
             Cell(_amount(cost.peak_megabytes)),
@@ -75,7 +75,7 @@ def _costs(table: ScoreTable, costs: Mapping[Model, MergedCost]) -> Iterator[Blo
     if panels:
         yield Panels("Normalised average against costs", panels)
     columns = [
-        *name_columns(table),
+        NAME,
         Column("normalised", "average", is_number=True),
         Column("merge", "seconds", is_number=True),
         Column("memory", "peak MB", is_number=True),
@@ -118,7 +118,7 @@ def _panel(
                     "marker": {"color": marks.vectors_colour(vectors, kinds), "symbol": symbol, "size": 10},
                 }
             )
-    scale = {"type": "log", "dtick": 1} if min(known) > 0 and max(known) > 20 * min(known) else {"rangemode": "tozero"}
+    scale = {"type": "log"} if min(known) > 0 and max(known) > 20 * min(known) else {"rangemode": "tozero"}
     layout = {"xaxis": marks.axis(title, **scale), "yaxis": marks.axis("normalised average")}
     return Figure(f"Normalised average against {title}", traces, layout, height=300)
 

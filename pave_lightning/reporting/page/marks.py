@@ -7,16 +7,15 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from pave_lightning.errors import visible
+from pave_lightning.errors import shortened, visible
 from pave_lightning.reporting.scores import EXPERT_HEADS, Model
-from pave_lightning.reporting.tables import lines_of
 from pave_lightning.reporting.vectors import KNOWN, others_of
 
 # Properties of the page's style sheet, which gives them other values in the dark.
 TASK_COLOURS = 8
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "pentagon", "star", "hexagon")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot", "5px 2px 1px 2px", "8px 3px")
-LABEL_WIDTH = 18
+LABEL_WIDTH = 24
 SCALE = "Viridis"
 MUTED, STRONG, REFERENCE = "--muted", "--text", "--reference"
 
@@ -26,9 +25,9 @@ def shown(text: str) -> str:
     return html.escape(visible(" ".join(text.split())), quote=False)
 
 
-def label(text: str, width: int = LABEL_WIDTH) -> str:
-    """A name in short lines."""
-    return "<br>".join(shown(line) for line in lines_of(text, width))
+def label(text: str) -> str:
+    """A name that fits beside a figure; the whole name stands in the table."""
+    return shown(shortened(text, LABEL_WIDTH))
 
 
 def name_of(model: Model) -> str:

@@ -33,8 +33,14 @@
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", all);
     let waiting;
     addEventListener("resize", () => { clearTimeout(waiting); waiting = setTimeout(all, 150); });
-    addEventListener("beforeprint", all);
-    addEventListener("afterprint", all);
+    // On paper figures are as wide as the text, and the recipe is open.
+    const print = on => {
+      document.documentElement.classList.toggle("printing", on);
+      document.querySelectorAll("details:has(> pre)").forEach(element => { element.open = on; });
+      all();
+    };
+    addEventListener("beforeprint", () => print(true));
+    addEventListener("afterprint", () => print(false));
   } catch (error) {
     console.error(error);
   }

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import base64
 import gzip
+import re
 from collections.abc import Iterator
 from functools import cache
 from importlib.resources import files
+from itertools import count
 from pathlib import Path
 from typing import Any
+
+from markupsafe import Markup
 
 from pave_lightning.reporting.page.content import Block, Code, Figure, Page, Panels, Table, Text
 from pave_lightning.system.files import replacing
@@ -45,22 +49,22 @@ def html_of(page: Page) -> str:
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":"), "ensure_ascii": False}
-    environment.filters |= {"kind": kind, "id": id}
-    figures = _numbered(page)
+    environment.filters |= {"kind": kind, "breakable": _breakable}
+    figures = [figure for section in page.shown() for block in section.blocks for figure in _figures(block)]
+    numbers = count(1)  # the template asks for one a figure, in the same order
     return environment.from_string(_shipped(TEMPLATE)).render(
         page=page,
         style=_shipped(STYLE),
         script=_shipped(SCRIPT),
         plotly=_compressed_plotly() if figures else "",
-        figures=[_described(figure) for figure in figures.values()],
-        names={id(figure): name for name, figure in figures.items()},
+        figures=[_described(figure) for figure in figures],
+        next_number=lambda: next(numbers),
     )
 
 
-def _numbered(page: Page) -> dict[str, Figure]:
-    """The figures of a page by the ids of their elements."""
-    found = [figure for section in page.shown() for block in section.blocks for figure in _figures(block)]
-    return {f"figure-{number}": figure for number, figure in enumerate(found, start=1)}
+def _breakable(text: str) -> Markup:
+    """A name, escaped, that a narrow column may break behind its marks."""
+    return Markup("<wbr>").join(re.findall(r"[^_./]+[_./]*|[_./]+", text))
 
 
 def _figures(block: Block) -> Iterator[Figure]:

@@ -22,7 +22,7 @@ TITLES: dict[Part, str] = {
     "static": "Merged: one set of weights for all tasks",
     "per-task": "Per-task: something extra is kept for each task, so not one model for all",
 }
-ROW_HEIGHT = 34
+ROW_HEIGHT = 36
 # Beyond these, dots are drawn at the edge: one value far below zero must not flatten all others.
 LOWEST, HIGHEST = -0.3, 1.5
 
@@ -39,7 +39,7 @@ def _results(table: ScoreTable) -> Iterator[Block]:
         normalised = table.normalised_average(model)
         task, lowest = _weakest(table, model)
         return [
-            *name_cells(table, model),
+            name_cell(model),
             _number(table.average(model), table.average_interval(model)),
             _number(
                 normalised,
@@ -50,7 +50,7 @@ def _results(table: ScoreTable) -> Iterator[Block]:
         ]
 
     columns = [
-        *name_columns(table),
+        NAME,
         Column("average", is_number=True),
         Column("normalised", "average", is_number=True),
         Column("weakest task", "normalised"),
@@ -90,12 +90,12 @@ def _tasks(table: ScoreTable) -> Iterator[Block]:
             )
             for task in tasks
         ]
-        return [*name_cells(table, model), *found]
+        return [name_cell(model), *found]
 
     columns = [Column(task, table.primary_metrics[task], is_number=True) for task in tasks]
     yield Table(
         "Scores on the test split of each task; the best merged model with one set of weights is marked.",
-        [*name_columns(table), *columns],
+        [NAME, *columns],
         grouped(table, cells),
     )
     yield _task_figure(table)
@@ -126,20 +126,14 @@ def _key(score: Any) -> Model:
     return Model(score.model, score.vectors, score.form, score.heads, score.is_control)
 
 
-def name_columns(table: ScoreTable) -> list[Column]:
-    """The columns that say which model a row is about."""
-    heads = [Column("heads")] if _has_heads(table) else []
-    return [Column("model"), Column("vectors"), *heads]
+NAME = Column("model", "task vectors, heads")
 
 
-def name_cells(table: ScoreTable, model: Model) -> list[Cell]:
-    """Their cells."""
-    heads = [Cell(f"{model.heads} †" if model.saw_labels else model.heads)] if _has_heads(table) else []
-    return [Cell(model.name), Cell(model.vectors), *heads]
-
-
-def _has_heads(table: ScoreTable) -> bool:
-    return any(model.heads != EXPERT_HEADS for model in table.models())
+def name_cell(model: Model) -> Cell:
+    """The cell that says which model a row is about; heads are told where they are not the experts'."""
+    heads = f"{model.heads} heads" if model.heads != EXPERT_HEADS else ""
+    told = ", ".join(filter(None, [model.vectors, f"{heads} †" if model.saw_labels else heads]))
+    return Cell(model.name, told)
 
 
 def grouped(table: ScoreTable, cells: Callable[[Model], Sequence[Cell]]) -> list[Rows]:
@@ -198,7 +192,12 @@ def normalised_figure(table: ScoreTable) -> Figure:
                     for model, value in zip(models, values, strict=True)
                 ],
                 "hovertemplate": "%{customdata[0]}<br>%{customdata[1]}",
-                "marker": {"color": marks.task_colour(index), "symbol": marks.task_symbol(index), "size": 8},
+                "marker": {
+                    "color": marks.task_colour(index),
+                    "symbol": marks.task_symbol(index),
+                    "size": 8,
+                    "line": {"color": "--page", "width": 0.8},
+                },
             }
         )
     shapes = [_line(1.0, "--expert", "solid")]
@@ -231,6 +230,7 @@ def normalised_figure(table: ScoreTable) -> Figure:
             "yaxis": {
                 "tickvals": places,
                 "ticktext": labels,
+                "tickfont": {"size": 11},
                 "range": [len(models) - 0.5, -0.5],
                 "showgrid": False,
                 "zeroline": False,
@@ -241,11 +241,10 @@ def normalised_figure(table: ScoreTable) -> Figure:
 
 
 def _row_label(model: Model) -> str:
-    lines = [marks.label(model.name)]
-    told = [model.vectors, f"{model.heads} heads" if model.heads != EXPERT_HEADS else ""]
-    if any(told):
-        lines.append(f"<sup>{marks.shown(', '.join(filter(None, told)))}</sup>")
-    return "<br>".join(lines) if len(lines[0]) > 14 or len(lines) == 1 else " ".join(lines)
+    told = ", ".join(filter(None, [model.vectors, f"{model.heads} heads" if model.heads != EXPERT_HEADS else ""]))
+    lines = [marks.label(model.name), marks.shown(told)] if told else [marks.label(model.name)]
+    # Vectors stand behind a short name, and below a longer one.
+    return ", ".join(lines) if len("".join(lines)) <= marks.LABEL_WIDTH else "<br>".join(lines)
 
 
 def _series(model: Model) -> str | None:
@@ -306,11 +305,13 @@ def _task_figure(table: ScoreTable) -> Figure:
     models = [model for model in table.models() if model.form != "expert"]
     tasks = table.tasks()
     values = [[table.normalised_value(model, task) for task in tasks] for model in models]
+    merged = [row for model, row in zip(models, values, strict=True) if model.form != "base"]
+    lowest = [max(value, 0.0) for row in merged for value in row if not math.isnan(value)]
     trace = marks.heat_map([str(place) for place in range(len(models))], tasks, values, "normalised score")
     trace |= {
         "y": list(range(len(models))),
-        "zmin": 0,
-        "zmax": 1,
+        "zmin": min([0.9, *lowest]),
+        "zmax": 1.0,
         "text": [[number_text(value) for value in row] for row in values],
         "texttemplate": "%{text}",
         "customdata": [[marks.shown(marks.name_of(model))] * len(tasks) for model in models],
@@ -321,6 +322,7 @@ def _task_figure(table: ScoreTable) -> Figure:
         "yaxis": {
             "tickvals": list(range(len(models))),
             "ticktext": [_row_label(model) for model in models],
+            "tickfont": {"size": 11},
             "autorange": "reversed",
             "showgrid": False,
             "zeroline": False,
@@ -329,11 +331,11 @@ def _task_figure(table: ScoreTable) -> Figure:
     }
     numbers = Table(
         "Normalised scores by task",
-        [*name_columns(table), *(Column(task, is_number=True) for task in tasks)],
+        [NAME, *(Column(task, is_number=True) for task in tasks)],
         [
             Rows(
                 [
-                    [*name_cells(table, model), *(Cell(number_text(value)) for value in row)]
+                    [name_cell(model), *(Cell(number_text(value)) for value in row)]
                     for model, row in zip(models, values, strict=True)
                 ]
             )
