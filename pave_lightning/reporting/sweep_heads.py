@@ -22,9 +22,9 @@ def ranking_by_heads(summary: pd.DataFrame, heads: list[str]) -> list[str]:
         heads: the kinds of heads, in the order of the columns.
     """
     measured = summary[summary["mean"].notna()]
-    is_control = [_is_control(*row) for row in measured[["model", "form"]].itertuples(index=False, name=None)]
-    parts = {CONTROLS: measured[is_control]}
-    merged = measured[[not control for control in is_control]]
+    controls = [is_control(*row) for row in measured[["model", "form"]].itertuples(index=False, name=None)]
+    parts = {CONTROLS: measured[controls]}
+    merged = measured[[not control for control in controls]]
     parts |= {title: merged[merged["form"] == form] for form, title in TITLES.items()}
     found: list[str] = []
     for title, rows in parts.items():
@@ -34,7 +34,8 @@ def ranking_by_heads(summary: pd.DataFrame, heads: list[str]) -> list[str]:
     return found
 
 
-def _is_control(model: str, form: str) -> bool:
+def is_control(model: str, form: str) -> bool:
+    """Whether a model of a sweep is not merged."""
     return form in ("base", "expert") or model == "experts" or model.startswith("expert of ")
 
 

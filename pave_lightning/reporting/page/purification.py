@@ -86,24 +86,25 @@ def _share(record: KeptRank | None) -> float:
     return math.nan if record is None else record.share
 
 
-def diagnostics_sections(found: Mapping[str, Mapping[str, pd.DataFrame]]) -> list[Section]:
+def diagnostics_sections(found: Mapping[str, Mapping[str, pd.DataFrame]], tasks: Sequence[str]) -> list[Section]:
     """Spectra, and how tasks interfere, where the diagnostics were made.
 
     Args:
         found: The tables of `pave_lightning.diagnostics.Diagnostics`, by the words of the purification.
+        tasks: All tasks, in the order of their colours.
     """
-    spectra = [block for words, tables in found.items() for block in _spectra(words, tables["spectra"])]
-    between = [block for words, tables in found.items() for block in _interference(words, tables)]
+    spectra = [block for words, tables in found.items() for block in _spectra(words, tables["spectra"], tasks)]
+    between = [block for words, tables in found.items() for block in _interference(words, tables, tasks)]
     return [
         Section("spectra", "Spectra", spectra),
         Section("interference", "Interference between tasks", between),
     ]
 
 
-def _spectra(words: str, table: pd.DataFrame) -> Iterator[Block]:
+def _spectra(words: str, table: pd.DataFrame, tasks: Sequence[str]) -> Iterator[Block]:
     """A panel a kind of layer, a line a task: the geometric mean over the layers of a kind."""
     kinds = kinds_of_layers(table["layer"])
-    names, tasks = list(dict.fromkeys(kinds.values())), list(dict.fromkeys(table["task"]))
+    names = list(dict.fromkeys(kinds.values()))
     for matrix in DRAWN:
         part = table[table["matrix"] == matrix]
         if part.empty:
@@ -168,12 +169,13 @@ def _spectrum_panel(kind: str, tasks: Sequence[str], curves: Mapping[str, Sequen
     return Figure(kind, traces, layout, height=270)
 
 
-def _interference(words: str, tables: Mapping[str, pd.DataFrame]) -> Iterator[Block]:
+def _interference(words: str, tables: Mapping[str, pd.DataFrame], known: Sequence[str]) -> Iterator[Block]:
     """Pairs of tasks before and after purification: maps of signs and cosines, and a table with all of it."""
     summary = tables["conflict_summary"]
     if summary.empty:
         return
-    tasks = list(dict.fromkeys([*summary["task_a"], *summary["task_b"]]))
+    found = {*summary["task_a"], *summary["task_b"]}
+    tasks = [task for task in known if task in found]
     panels = []
     for column, (title, low, high) in CONFLICTS.items():
         for treatment, when in ((BEFORE, "before"), (AFTER, "after")):

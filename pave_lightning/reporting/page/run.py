@@ -63,6 +63,8 @@ class RunFacts:
 def run_page(facts: RunFacts) -> Page:
     """The page of a run; what is not there has no section."""
     table = facts.table
+    # One order of tasks, so that a task has one colour on the whole page.
+    experts = sorted(facts.experts, key=lambda expert: table.tasks().index(expert.task))
     return Page(
         title=facts.name,
         summary=summary(facts),
@@ -71,9 +73,9 @@ def run_page(facts: RunFacts) -> Page:
             tasks_section(table),
             costs_section(table, facts.costs),
             use_section(facts.best),
-            training_section(facts.experts),
+            training_section(experts),
             ranks_section(facts.ranks),
-            *diagnostics_sections(facts.diagnostics),
+            *diagnostics_sections(facts.diagnostics, table.tasks()),
             Section("left-out", "Left out or failed", list(_left_out(facts))),
             recipe_section(facts.recipe),
             versions_section(facts.versions),
@@ -113,7 +115,12 @@ def summary(facts: RunFacts) -> list[str]:
         f"{number_text(table.normalised_average(best))}{half} of its experts' scores, an average score of "
         f"{number_text(table.average(best))}"
     )
-    return [done, told + "".join(f" ({', '.join(found)})" for found in [_others(table)] if found) + "."]
+    if others := _others(table):
+        told += f" ({', '.join(others)})"
+    if table.not_learned():
+        tasks = listed(list(table.not_learned()), NAMED_TASKS)
+        told += f"; that says little, because the expert of {tasks} scores no higher than always the same answer"
+    return [done, f"{told}."]
 
 
 def _reference(table: ScoreTable) -> Iterator[str]:

@@ -3,6 +3,7 @@
 import json
 import re
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import pytest
 
@@ -79,7 +80,7 @@ def test_structure_can_be_read_without_seeing_it(page):
     levels = [int(tag[1]) for tag, _ in elements.found if re.fullmatch("h[1-6]", tag)]
     assert levels[0] == 1
     assert levels.count(1) == 1
-    assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))
+    assert all(after <= before + 1 for before, after in pairwise(levels))
     drawings = [attributes for attributes in elements.all("div") if attributes.get("role") == "img"]
     assert [attributes["id"] for attributes in drawings] == ["figure-1", "figure-2"]
     assert all(attributes["aria-label"] for attributes in drawings)
