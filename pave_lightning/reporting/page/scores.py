@@ -72,14 +72,7 @@ def tasks_section(table: ScoreTable) -> Section:
 
 def _tasks(table: ScoreTable) -> Iterator[Block]:
     tasks = table.tasks()
-    best = {
-        task: max(
-            (table.value(model, task) for model in table.models() if model.section == "static"),
-            key=lambda value: -math.inf if math.isnan(value) else value,
-            default=math.nan,
-        )
-        for task in tasks
-    }
+    best = {task: _best_on(table, task) for task in tasks}
 
     def cells(model: Model) -> list[Cell]:
         found = [
@@ -102,6 +95,13 @@ def _tasks(table: ScoreTable) -> Iterator[Block]:
     further = _further_metrics(table)
     if further is not None:
         yield further
+
+
+def _best_on(table: ScoreTable, task: str) -> float:
+    """The highest score of the static models on a task; NaN where several have the same and none has less."""
+    static = [table.value(model, task) for model in table.models() if model.section == "static"]
+    values = [value for value in static if not math.isnan(value)]
+    return math.nan if len(values) > 1 and len(set(values)) == 1 else max(values, default=math.nan)
 
 
 def _further_metrics(table: ScoreTable) -> Table | None:

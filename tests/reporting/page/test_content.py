@@ -86,6 +86,18 @@ def test_every_task_has_its_scores_and_its_best_model(table):
     assert figure.traces[0]["z"][2] == pytest.approx([0.5, 1.0])
 
 
+def test_nothing_is_the_best_where_all_are_equal(table):
+    topic = {("ties", "plain"): 0.45}
+    same = [
+        Score(**{**vars(score), "value": topic.get((score.model, score.vectors), score.value)})
+        if (score.task, score.metric) == ("topic", "accuracy")
+        else score
+        for score in table.scores
+    ]
+    first, _ = blocks(tasks_section(ScoreTable(same)), Table)
+    assert {cell.text for group in first.groups for row in group.rows for cell in row if cell.is_best} == {"0.600"}
+
+
 def test_figure_has_a_row_for_each_model_and_says_nothing_of_what_is_not_known(table):
     figure = normalised_figure(table)
     bars = {trace["name"]: trace for trace in figure.traces if trace["type"] == "bar"}
