@@ -41,7 +41,7 @@ from pave_lightning.tasks.metrics import weak_experts
 from pave_lightning.tasks.options import EarlyStopping as EarlyStoppingOptions
 from pave_lightning.tasks.task import Task
 from pave_lightning.tasks.tokenizers import load_tokenizer, padding_note
-from pave_lightning.weights.architecture import Architecture, backbone_of
+from pave_lightning.weights.architecture import Architecture, backbone_of, unchanged_parts
 from pave_lightning.weights.quiet import quiet_transformers
 from pave_lightning.weights.task_vectors import absent_children
 
@@ -100,12 +100,12 @@ def fit_expert(
     def prepare() -> Prepared:
         L.seed_everything(seed, workers=True, verbose=False)
         model = load_with_new_head(base, task)
-        freeze(model, task.training.freeze)
+        frozen = [*task.training.freeze, *sorted(unchanged_parts(model, task.auto_model))]
+        freeze(model, frozen)
         if task.training.lora is not None:
             backbone = backbone_of(model)
             stored = Architecture.of_model(model).checkpoint(base)
             private = absent_children(stored, dict(backbone.named_parameters()))
-            frozen = task.training.freeze
             model = add_adapters(model, task.training.lora, task.peft_type, frozen=frozen, private=private)
             if is_rank_zero():
                 keep_start(model, task.training.lora, work_folder)

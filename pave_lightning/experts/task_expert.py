@@ -21,7 +21,7 @@ from pave_lightning.tasks.metrics import scores
 from pave_lightning.tasks.options import Training
 from pave_lightning.tasks.task import Batch, Task
 from pave_lightning.tasks.turns import Turns
-from pave_lightning.weights.architecture import backbone_of
+from pave_lightning.weights.architecture import backbone_of, part_named
 
 # The mean of the tasks' primary metrics, where there are several.
 AVERAGE = "validation/primary_average"
@@ -239,8 +239,8 @@ def freeze(model: nn.Module, names: list[str]) -> None:
         PaveError: the backbone has no submodule of that name.
     """
     backbone = backbone_of(model)
-    known = [name for name, _ in backbone.named_modules() if name]
+    known = [name for name, _ in (*backbone.named_modules(), *backbone.named_parameters(recurse=False)) if name]
     for name in names:
         if name not in known:
             raise PaveError(f"training.freeze: the backbone has no submodule '{name}'; {nearest(name, known)}")
-        backbone.get_submodule(name).requires_grad_(False)
+        part_named(backbone, name).requires_grad_(False)

@@ -230,4 +230,4 @@ class Expert(Section):
     accept: list[str] = []
     """What may differ although it is refused otherwise; the message names it. Keys of config.json, such as rope_theta:
     merged models use the base's value, the expert is scored with its own. Or architectures, problem_type, id2label,
-    label2id, unused_weights, pooling; for adapters base (trained on another base) and task_type."""
+    label2id, unused_weights, text_side, pooling; for adapters base (trained on another base) and task_type."""

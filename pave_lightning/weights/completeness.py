@@ -101,7 +101,8 @@ def lacking_of_base(architecture: Architecture, base: Checkpoint) -> list[str]:
         if found.startswith(prefix)
     ]
     absent = set(architecture.children) - {name.partition(".")[0] for name in base.backbone}
-    private = {name for name in absent if not architecture.children[name]}
+    # A model of images and texts has no head that a task could bring.
+    private = set() if architecture.frozen else {name for name in absent if not architecture.children[name]}
     return [found for found in lacking if not lies_in(found.partition(" ")[0], private)]
 
 

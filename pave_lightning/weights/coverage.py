@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from pave_lightning.weights.architecture import Architecture
+from pave_lightning.weights.architecture import Architecture, lies_in
 from pave_lightning.weights.buffers import BufferKind
 from pave_lightning.weights.checkpoint import FLOATING, Checkpoint
 from pave_lightning.weights.parameters import Parameter, ParameterKind
@@ -67,7 +67,9 @@ def _not_merged(base: Checkpoint, architecture: Architecture) -> Iterator[tuple[
         if name in base.copies:
             yield name, f"tied to {own}, with which it is merged"
     for name, stored in base.backbone.items():
-        if name in architecture.buffers:
+        if lies_in(name, architecture.frozen):
+            yield name, "of the text side, which no task changes, so that it stays as it is in the base"
+        elif name in architecture.buffers:
             yield name, BUFFER_REASONS[architecture.buffers[name]]
         elif not architecture.knows(name):
             yield name, "not in the model of the experts, so that it stays as it is in the base"

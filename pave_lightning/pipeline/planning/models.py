@@ -9,6 +9,7 @@ from pathlib import Path
 from pave_lightning.errors import PaveError, Problems, naming, nearest
 from pave_lightning.experts.alignment import output_tables
 from pave_lightning.experts.loading import base_problem
+from pave_lightning.experts.parts import is_part, part_problems
 from pave_lightning.pipeline.bases import existing_folder, folder_of_base, reference_of_base
 from pave_lightning.pipeline.planning.experts import adapter_facts, expert_facts, is_unreadable
 from pave_lightning.pipeline.planning.lora import lora_problems
@@ -127,6 +128,9 @@ def _expert_problems(task: Task, recipe: Recipe, base: Checkpoint, architecture:
         yield from (f"{where}: {problem}" for problem in problems)
         if not problems:
             Adapter(folder, architecture.prefix)  # tells what is wrong with its factors
+        return
+    if is_part(folder, base.folder, task.auto_model):
+        yield from (f"{where}: {problem}" for problem in part_problems(task, folder, base.folder))
         return
     own = Architecture.of_folder(folder, task.auto_model)
     expert = own.checkpoint(folder)

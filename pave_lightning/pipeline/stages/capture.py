@@ -90,7 +90,7 @@ class CaptureStage(Stage):
         from pave_lightning.experts.trainer_options import machine_options
         from pave_lightning.experts.trainers import build_trainer, honest_interrupts, quiet_lightning
         from pave_lightning.pipeline.task_data import CaptureData, data_module
-        from pave_lightning.weights.architecture import name_prefix
+        from pave_lightning.weights.architecture import lies_in, name_prefix
 
         options, expert = context.recipe.capture, self.expert.checkpoint()
         with doing(f"capture {self.task.name}"):
@@ -119,7 +119,8 @@ class CaptureStage(Stage):
                 with context.writing(self) as writer:
                     found.save(writer.path / STATISTICS_FILE)
                     facts = {"examples": found.examples, "layers": len(found.layers())}
-                    writer.result.update(facts, unreached=list(callback.unreached))
+                    unreached = [one for one in callback.unreached if not lies_in(one, context.architecture.frozen)]
+                    writer.result.update(facts, unreached=unreached)
 
     def record(self, context: Context, found: Manifest) -> None:
         """How much was captured, in the run of the expert."""

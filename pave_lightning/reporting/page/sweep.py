@@ -15,10 +15,9 @@ from pave_lightning.reporting.page.content import Block, Cell, Column, Figure, P
 from pave_lightning.reporting.page.run import NAMED_TASKS, recipe_section, versions_section
 from pave_lightning.reporting.page.scores import ROW_HEIGHT, TITLES
 from pave_lightning.reporting.sweep_findings import best_rows, finding_sections, setting_of
-from pave_lightning.reporting.sweep_heads import is_control
 from pave_lightning.reporting.sweep_plot import Line, axis_for, drawn_lines, is_numeric
 from pave_lightning.reporting.sweep_ranking import NOTE
-from pave_lightning.reporting.sweep_table import SCORE, SweepScores, plainly, signed, summary_of
+from pave_lightning.reporting.sweep_table import SCORE, SweepScores, controls_among, plainly, signed, summary_of
 from pave_lightning.reporting.sweep_view import SweepView
 from pave_lightning.reporting.tables import number_text
 
@@ -101,9 +100,13 @@ def _summary(scores: SweepScores, summary: pd.DataFrame) -> list[str]:
 def _best(scores: SweepScores, summary: pd.DataFrame) -> pd.Series | None:
     """The static model and setting with the highest mean; None where there is none."""
     rows = best_rows(scores, summary) if summary["mean"].notna().any() else summary.iloc[:0]
-    merged = [not is_control(model, form) for model, form in rows[["model", "form"]].itertuples(index=False, name=None)]
-    rows = rows[[one and form == "static" for one, form in zip(merged, rows["form"], strict=True)]]
+    rows = rows[~_not_merged(rows) & rows["form"].eq("static")]
     return None if rows.empty else rows.loc[rows["mean"].idxmax()]
+
+
+def _not_merged(rows: pd.DataFrame) -> pd.Series:
+    """Which rows are of models that no method has merged, purified experts among them."""
+    return controls_among(rows) | rows["form"].eq("expert")
 
 
 def _setting(scores: SweepScores, row: Any) -> str:
@@ -155,8 +158,9 @@ def _names(scores: SweepScores, row: Mapping[str, Any]) -> list[Cell]:
 def _grouped(summary: pd.DataFrame, cells: Any) -> list[Rows]:
     """Rows of the summary: what is not merged, static models, per-task ones."""
     groups: dict[str, list[list[Cell]]] = {REFERENCES: [], TITLES["static"]: [], TITLES["per-task"]: []}
+    not_merged = _not_merged(summary)
     for index, row in summary.iterrows():
-        title = REFERENCES if is_control(row["model"], row["form"]) else TITLES[row["form"]]
+        title = REFERENCES if not_merged[index] else TITLES[row["form"]]
         groups[title].append(cells(index, row))
     return [Rows(rows, title) for title, rows in groups.items() if rows]
 
