@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from pave_lightning.experts.strategies import FULLY_SHARDED, shards, shards_weights
+
 # What concerns the machine, not the training; only these matter for capture and evaluation.
 MACHINE_OPTIONS = ("accelerator", "devices", "strategy", "num_nodes", "enable_progress_bar")
 # Options and values that Lightning takes on every machine; to ask it takes seconds, most of them to load it.
@@ -58,7 +60,7 @@ def is_distributed(options: Mapping[str, Any]) -> bool:
     several = devices not in (1, "1", "auto", [0], "0")
     if devices == "auto" and options.get("accelerator", "auto") in ("auto", "gpu", "cuda"):
         several = torch.cuda.device_count() > 1
-    return several or options.get("num_nodes", 1) != 1
+    return several or options.get("num_nodes", 1) != 1 or shards(options)
 
 
 @lru_cache(maxsize=64)
@@ -69,5 +71,15 @@ def _processes(options: str) -> int:
 
 
 def machine_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The trainer options that say where to run, without those that say how to train."""
-    return {key: value for key, value in options.items() if key in MACHINE_OPTIONS}
+    """The trainer options that say where to run, without those that say how to train.
+
+    A strategy that is made for training is replaced by what divides the weights as it does, where nothing is trained.
+
+    Example:
+        >>> machine_options({"strategy": "deepspeed_stage_2", "devices": 4, "max_epochs": 3})
+        {'strategy': 'auto', 'devices': 4}
+    """
+    found = {key: value for key, value in options.items() if key in MACHINE_OPTIONS}
+    if shards(options):
+        found["strategy"] = FULLY_SHARDED if shards_weights(options) else "auto"
+    return found

@@ -68,8 +68,8 @@ class Data(Section):
     revision: str | None = None
     """Commit, tag or branch of the hub dataset."""
     folder: str | None = None
-    """A folder that holds a dataset's files by the names of splits (train.csv, train-00000-of-00001.parquet), in place
-    of the hub: train, validation and test are then splits too."""
+    """A folder that holds a dataset's files by the names of splits (train.csv, train-00000-of-00001.parquet, for images
+    train/CLASS/FILE), in place of the hub: train, validation and test are then splits too."""
     train: str = "train"
     """Path of a local file, or a split of the hub dataset or folder, of which slices such as train[:90%] are
     understood."""
@@ -194,6 +194,19 @@ class EarlyStopping(Section):
     """The least rise that counts."""
 
 
+class Compile(Section):
+    """Options of torch.compile, under the same names."""
+
+    backend: str = "inductor"
+    """What compiles: inductor, or another backend that PyTorch knows."""
+    mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None = None
+    """How much effort is spent on fast kernels."""
+    dynamic: bool | None = None
+    """Whether sequences of any length share one graph; null: from the second length on."""
+    fullgraph: bool = False
+    """Whether a block that cannot be compiled as one graph is an error."""
+
+
 class Training(Section):
     """How an expert is fine-tuned: AdamW with linear warm-up and linear decay."""
 
@@ -215,6 +228,10 @@ class Training(Section):
     """Stop early on the primary metric; without it all epochs run."""
     lora: Lora | None = None
     """Train adapters instead of all weights."""
+    activation_checkpointing: bool = False
+    """Keep only the inputs of each block for the backward pass, and recompute the rest: less memory, a third slower."""
+    compile: bool | Compile = False
+    """Compile the blocks of the model while training (torch.compile): true, or options of torch.compile."""
 
 
 class Expert(Section):

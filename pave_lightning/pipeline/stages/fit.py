@@ -214,7 +214,8 @@ def training_inputs(task: Task) -> dict[str, Any]:
         "shown": task.shown_by,
         "labelled": task.labelled_by,
         "primary_metric": task.primary_metric,
-        "training": task.training.model_dump(),
+        # How forward passes are run changes the rounding at most.
+        "training": task.training.model_dump(exclude={"activation_checkpointing", "compile"}),
         "trainer": {key: value for key, value in task.trainer.items() if key not in HARMLESS_OPTIONS},
     }
 
