@@ -36,7 +36,7 @@ RECIPE_COMMANDS = {
     "diagnose": "show what purification does to the task vectors, as tables and pictures",
     "merge": "purify and merge the experts",
     "evaluate": "score base, experts and merged models on the test splits",
-    "report": "write tables and pictures from the scores that are there",
+    "report": "write tables, pictures and the page report.html from the scores that are there",
 }
 SWEEP = "run a recipe over a grid of settings and seeds; write a table, a picture and findings"
 COMPARE = "compare two models of a run: paired differences with intervals, and where they disagree"

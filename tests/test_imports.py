@@ -44,7 +44,7 @@ def test_starting_up_loads_nothing_heavy():
 def test_reports_need_no_torch():
     code = (
         "import pkgutil, sys, pave_lightning.reporting as r; "
-        "[__import__(found.name) for found in pkgutil.iter_modules(r.__path__, r.__name__ + '.')]; "
+        "[__import__(found.name) for found in pkgutil.walk_packages(r.__path__, r.__name__ + '.')]; "
         "print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

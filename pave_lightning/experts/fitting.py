@@ -25,6 +25,7 @@ from pave_lightning.experts.checkpoints import (
     start_anew,
     unusable_checkpoint,
 )
+from pave_lightning.experts.history import History
 from pave_lightning.experts.loading import load_with_new_head
 from pave_lightning.experts.new_adapters import add_adapters, keep_start, save_adapter
 from pave_lightning.experts.schedule import training_settings
@@ -78,6 +79,7 @@ def fit_expert(
     work_folder: Path,
     cache_folder: Path,
     logger: Logger | None = None,
+    history: History | None = None,
 ) -> tuple[nn.Module, dict[str, float]]:
     """Fine-tune one expert and return it with the weights of its best checkpoint.
 
@@ -88,6 +90,7 @@ def fit_expert(
         work_folder: where checkpoints are kept while training.
         cache_folder: where tokenised data is kept.
         logger: receives the metrics while training.
+        history: notes the course of the training.
 
     Returns:
         The trained model, in eval mode (a peft model where adapters were trained), and its validation metrics: the
@@ -114,7 +117,7 @@ def fit_expert(
         expert = TaskExpert(model, task, seed=seed, processors=[data.processor])
         return Prepared(expert, data, training_settings(task), task.training.early_stopping)
 
-    expert, score = trained(prepare, work_folder, logger=logger)
+    expert, score = trained(prepare, work_folder, logger=logger, history=history)
     constant = validation_constants(task, base, seed, cache_folder)
     weak = weak_experts({task.name: score}, {task.name: constant[task.primary_metric]})
     if weak and is_rank_zero():  # or else every process says it
@@ -124,7 +127,11 @@ def fit_expert(
 
 
 def trained(
-    prepare: Callable[[], Prepared], work_folder: Path, *, logger: Logger | None = None
+    prepare: Callable[[], Prepared],
+    work_folder: Path,
+    *,
+    logger: Logger | None = None,
+    history: History | None = None,
 ) -> tuple[TaskExpert, float]:
     """Train to the end; the weights are then those of the best checkpoint.
 
@@ -135,6 +142,7 @@ def trained(
         prepare: makes what is trained, from its seed.
         work_folder: where checkpoints are kept while training.
         logger: receives the metrics while training.
+        history: notes the course of the training.
 
     Returns:
         What was trained, and its validation score.
@@ -146,17 +154,21 @@ def trained(
     """
     begun = prepare()
     try:
-        return _trained(begun, prepare, work_folder, logger)
+        return _trained(begun, prepare, work_folder, logger, history)
     except _UnusableCheckpointError as error:
         name = begun.expert.name
         start_anew(name, work_folder, f"the last checkpoint cannot be restored ({reason(error)})")
         if is_launched():  # the other processes of this stage have to begin anew, too
             raise PaveError(f"{begun.expert.title}: run the same command again, which trains anew") from error
-    return _trained(prepare(), prepare, work_folder, logger)
+    return _trained(prepare(), prepare, work_folder, logger, history)
 
 
 def _trained(
-    begun: Prepared, prepare: Callable[[], Prepared], work_folder: Path, logger: Logger | None
+    begun: Prepared,
+    prepare: Callable[[], Prepared],
+    work_folder: Path,
+    logger: Logger | None,
+    history: History | None,
 ) -> tuple[TaskExpert, float]:
     expert, data = begun.expert, begun.data
     checkpoint = MovableCheckpoint(
@@ -174,6 +186,8 @@ def _trained(
         # Not strict: an epoch without a validation pass has nothing to judge by, and training goes on.
         stopping = EarlyStopping(expert.monitor, mode="max", strict=False, **begun.early_stopping.model_dump())
         callbacks.append(stopping)
+    if history is not None:
+        callbacks.append(history)
     if logger is not None:
         callbacks.append(LearningRateMonitor("step"))
     problem = unusable_checkpoint(work_folder, expected)

@@ -86,9 +86,11 @@ def run_stage(recipe: Recipe, command: str, task: str | None = None, *, allow_co
         runner.run(stage for stage in made if task is None or (stage.task is not None and stage.task.name == task))
         if command in ("purify", "diagnose"):
             _tell([runner.results.path(stage) for stage in made])
+        if command == "diagnose" and not is_launched():
+            terminal().print("`pave report` puts them on the page report.html", soft_wrap=True)
         if command == "evaluate" and not is_launched():
             _tell([runner.results.folder.path("scores")])
-            terminal().print("`pave report` makes tables and pictures of them", soft_wrap=True)
+            terminal().print("`pave report` makes tables, pictures and the page report.html of them", soft_wrap=True)
 
 
 def _tell(folders: Sequence[Path]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from pave_lightning.pipeline.page import REPORT, write_run_page
 from pave_lightning.pipeline.planning.merging import stored_parameters
 from pave_lightning.pipeline.purifications import label
 from pave_lightning.pipeline.results import Results
@@ -47,7 +48,7 @@ log = logging.getLogger("pave_lightning")
 
 
 def write_report(runner: Runner, console: Console | None = None) -> ScoreTable:
-    """Collect the scores, print the table, write ``results.csv``, ``results.parquet`` and the pictures, log everything.
+    """Collect the scores, print the table, write tables, pictures and ``report.html``, log everything.
 
     Raises:
         PaveError: scores are missing.
@@ -62,14 +63,18 @@ def write_report(runner: Runner, console: Console | None = None) -> ScoreTable:
         files.append(root / "normalised_scores.png")
     files += _draw_ranks(runner)
     _write_cards(runner, table)
+    left_out = _left_out(runner)
+    files.append(write_run_page(runner.results, table, _kept_ranks(runner), left_out))
     if runner.context.tracker is not None:
         _record(runner, runner.context.tracker, table, files)
     console = console or terminal()
     console.print(render(table, console.width))
     for line in difference_lines(table):
         console.print(line, markup=False, highlight=False)
-    _print_untouched(runner, console)
+    for heading, lines in left_out.items():
+        console.print("\n".join([heading, *(f"  {line}" for line in lines)]), soft_wrap=True, markup=False)
     console.print(f"results: {root / 'results.csv'}", soft_wrap=True)
+    console.print(f"report: {root / REPORT}", soft_wrap=True)
     return table
 
 
@@ -124,10 +129,20 @@ def _draw_ranks(runner: Runner) -> list[Path]:
     for name, options in distinct.items():
         ending = "" if len(distinct) == 1 else f"-{name}"
         path = runner.results.folder.root / f"kept_ranks{ending}.png"
-        ranks = [KeptRank(*entry) for entry in _made(runner, options)["ranks"]]
-        kept_ranks(sorted(ranks, key=lambda kept: natural(kept.layer)), path)
+        kept_ranks(_ranks(runner, options), path)
         files.append(path)
     return files
+
+
+def _kept_ranks(runner: Runner) -> dict[str, list[KeptRank]]:
+    """What each distinct purification kept, by its words."""
+    return {options.summary: _ranks(runner, options) for options in _purifications(runner.results).values()}
+
+
+def _ranks(runner: Runner, options: Purify) -> list[KeptRank]:
+    """What a purification kept, layers in the order of depth."""
+    ranks = [KeptRank(*entry) for entry in _made(runner, options)["ranks"]]
+    return sorted(ranks, key=lambda kept: natural(kept.layer))
 
 
 def _purifications(results: Results) -> dict[str, Purify]:
@@ -160,8 +175,8 @@ def _unreached(results: Results) -> Iterator[tuple[str, str, str]]:
             yield stage.task.name, layer, reasons.get(layer, NOT_REACHED)
 
 
-def _print_untouched(runner: Runner, console: Console) -> None:
-    """What is not merged or captured, what the statistics lack, and what each purification left as it is."""
+def _left_out(runner: Runner) -> dict[str, list[str]]:
+    """Lines by heading: what is not merged or captured, what the statistics lack, what purification left as it is."""
     merges, captured = bool(runner.results.recipe.merge), captures(runner.results)
     sections = runner.context.coverage.sections(merges=merges, captures=captured)
     sections |= excluded_sections(runner.results.recipe.merge, _parameter_names(runner))
@@ -169,9 +184,7 @@ def _print_untouched(runner: Runner, console: Console) -> None:
     for options in _purifications(runner.results).values():
         heading = f"purification ({options.summary}): layers left as they are"
         sections[heading] = untouched_lines(_untouched(runner, options))
-    for heading, lines in sections.items():
-        if lines:
-            console.print("\n".join([heading, *(f"  {line}" for line in lines)]), soft_wrap=True, markup=False)
+    return {heading: lines for heading, lines in sections.items() if lines}
 
 
 def _parameter_names(runner: Runner) -> list[str]:

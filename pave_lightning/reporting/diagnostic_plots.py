@@ -81,7 +81,7 @@ def spectra(table: pd.DataFrame, path: Path | str) -> None:
     """
     import numpy as np
 
-    kinds = _kinds(table["layer"])
+    kinds = kinds_of_layers(table["layer"])
     table = table.assign(kind=table["layer"].map(kinds))
     names, tasks = list(dict.fromkeys(kinds.values())), list(dict.fromkeys(table["task"]))
     rows = [name for name in MATRICES if (table["matrix"] == name).any()]
@@ -128,7 +128,7 @@ def pruning_error(table: pd.DataFrame, path: Path | str) -> None:
         table: `Diagnostics.pruning_error`.
         path: The PNG file.
     """
-    kinds = _kinds(table["layer"])
+    kinds = kinds_of_layers(table["layer"])
     table = table.assign(kind=table["layer"].map(kinds))
     names = list(dict.fromkeys(kinds.values()))
     figure, panels = _grid(-(-len(names) // 4), min(4, len(names)), 2.7, 2.3, legend=0.6)
@@ -270,7 +270,7 @@ def kind_of_layer(layer: str) -> str:
     return ".".join(piece for piece in after if not piece.isdigit()) or layer
 
 
-def _kinds(layers: Sequence[str]) -> dict[str, str]:
+def kinds_of_layers(layers: Sequence[str]) -> dict[str, str]:
     """The kind of each layer; rare kinds are put together where there are many."""
     names = sorted(dict.fromkeys(layers), key=natural)
     kinds = {name: kind_of_layer(name) for name in names}

@@ -44,11 +44,29 @@ def findings(frame: pd.DataFrame, view: SweepView) -> str:
 def findings_of(scores: SweepScores, summary: pd.DataFrame) -> str:
     """`findings` for scores and a summary that are prepared already."""
     view = scores.view
-    parts = [f"# {view.title or 'Findings'}", view.question, _setting(scores)]
+    parts = [f"# {view.title or 'Findings'}", view.question, setting_of(scores)]
     if summary.empty or summary["mean"].isna().all():
         parts.append("There are no scores to compare.")
         return "\n\n".join(part for part in parts if part) + "\n"
-    best = _best_rows(scores, summary)
+    best = best_rows(scores, summary)
+    merged = best[best["form"] != "expert"]
+    if not scores.keys and merged["model"].nunique() > 1:
+        parts += ["## All models", *ranking(merged)]
+    if scores.keys == ["heads"]:
+        parts += ["## All models", *ranking_by_heads(summary, list(map(str, scores.values["heads"])))]
+    for heading, lines in finding_sections(scores, summary).items():
+        parts += [f"## {heading}", "\n".join(f"- {line}" for line in lines)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def finding_sections(scores: SweepScores, summary: pd.DataFrame) -> dict[str, list[str]]:
+    """The findings as lines by heading, those that have any; names of keys stand between backticks.
+
+    Args:
+        scores: The scores, some of which have a value.
+        summary: `summary_of` them.
+    """
+    view, best = scores.view, best_rows(scores, summary)
     sections = [
         ("Best settings", _best(scores, summary, best)),
         ("Purified against plain", _purified_against_plain(scores, best)),
@@ -57,15 +75,7 @@ def findings_of(scores: SweepScores, summary: pd.DataFrame) -> str:
         ("Tasks, at each model's best purified setting", _tasks(scores, best)),
         ("How to read this", _notes(scores)),
     ]
-    merged = best[best["form"] != "expert"]
-    if not scores.keys and merged["model"].nunique() > 1:
-        parts += ["## All models", *ranking(merged)]
-    if scores.keys == ["heads"]:
-        parts += ["## All models", *ranking_by_heads(summary, list(map(str, scores.values["heads"])))]
-    for heading, lines in sections:
-        if lines:
-            parts += [f"## {heading}", "\n".join(f"- {line}" for line in lines)]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return {heading: lines for heading, lines in sections if lines}
 
 
 def verdict(found: Paired) -> str:
@@ -113,7 +123,8 @@ def knee(points: Sequence[tuple[float, float]], tolerance: float) -> float:
     return points[place][0]
 
 
-def _setting(scores: SweepScores) -> str:
+def setting_of(scores: SweepScores) -> str:
+    """What was run, and which scores are told, in some sentences; names of keys stand between backticks."""
     seeds = list(dict.fromkeys(scores.by_seed["seed"]))
     told = [f"{len(seeds)} seed{'s' if len(seeds) != 1 else ''}, {len(scores.tasks)} tasks ({', '.join(scores.tasks)})"]
     told += [f"`{key}`: {', '.join(map(plainly, scores.values[key]))}" for key in scores.keys]
@@ -126,7 +137,7 @@ def _setting(scores: SweepScores) -> str:
     return f"{'; '.join(told)}. {score} The spread (±, sd) is the standard deviation over seeds."
 
 
-def _best_rows(scores: SweepScores, summary: pd.DataFrame) -> pd.DataFrame:
+def best_rows(scores: SweepScores, summary: pd.DataFrame) -> pd.DataFrame:
     """The best row of every model and vectors, among the settings that have the most seeds."""
     rows = summary[~controls_among(summary)]
     rows = rows[rows["mean"].notna()]

@@ -112,9 +112,9 @@ def draw_scores(scores: SweepScores, path: Path | str) -> None:
     """`draw` for scores that are prepared already."""
     view = scores.view
     values = scores.values_of(view.x)
-    as_lines = _is_numeric(scores)
+    as_lines = is_numeric(scores)
     axis = axis_for(values, view) if as_lines else Axis({value: float(i) for i, value in enumerate(values)}, [])
-    lines = _lines(scores, values)
+    lines = drawn_lines(scores, values)
     panels = _panels(lines)
     looks = _looks(lines, panelled="" if len(panels) < 2 else _panel_field(lines))
 
@@ -186,7 +186,13 @@ def _step(places: dict[Any, float]) -> float:
     return gaps[len(gaps) // 2] if gaps else 1.0
 
 
-def _lines(scores: SweepScores, values: Sequence[Any]) -> list[Line]:
+def drawn_lines(scores: SweepScores, values: Sequence[Any]) -> list[Line]:
+    """The lines, or bars of every group, of a figure: static models first, then per-task ones, then experts.
+
+    Args:
+        scores: The scores, with the view of what makes a line.
+        values: The values on the horizontal axis.
+    """
     x = scores.view.x
     fields = scores.view.lines_among(scores.keys)
     rows = scores.merged()
@@ -485,7 +491,7 @@ def _draw_references(axes: Axes, scores: SweepScores, heights: tuple[float, floa
 
 def _heights(scores: SweepScores, lines: Sequence[Line]) -> tuple[float, float]:
     """The ends of the vertical axis: all that is drawn, and the references where they do not flatten it."""
-    as_lines = _is_numeric(scores)
+    as_lines = is_numeric(scores)
     shown = [] if as_lines else [0.0]
     for line in lines:
         for mean, sd, seeds in line.points.values():
@@ -519,7 +525,7 @@ def _head(figure: Figure, view: SweepView) -> None:
 def _note(scores: SweepScores) -> str:
     seeds = scores.by_seed["seed"].nunique()
     if seeds > 1:
-        shape = "band" if _is_numeric(scores) else "whisker"
+        shape = "band" if is_numeric(scores) else "whisker"
         told = f"{shape}: one standard deviation over {seeds} seeds on either side; small dots: single seeds"
     else:
         told = "one seed: no spread is known"
@@ -533,7 +539,7 @@ def _legend(axes: Axes, scores: SweepScores, lines: Sequence[Line], looks: dict[
     """Say what colours, markers and strokes mean, once, beside the panel on the right."""
     from matplotlib.patches import Patch
 
-    as_lines = _is_numeric(scores)
+    as_lines = is_numeric(scores)
     heights = _heights(scores, lines)
     # What the panel's heading or the axis says need not be said again
     said = _panel_field(lines) if len(_panels(lines)) > 1 else "model" if scores.view.x == "model" else ""
@@ -583,6 +589,7 @@ def _stroke(colour: str, style: Stroke, label: str, **options: Any) -> Line2D:
     return Line2D([], [], color=colour, linestyle=style, label=label, **options)
 
 
-def _is_numeric(scores: SweepScores) -> bool:
+def is_numeric(scores: SweepScores) -> bool:
+    """Whether numbers stand on the horizontal axis, so that lines are drawn and no bars."""
     x = scores.view.x
     return x in scores.keys and sum(map(is_number, scores.values[x])) > 1

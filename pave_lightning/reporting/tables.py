@@ -98,7 +98,7 @@ def _part(table: ScoreTable, tasks: list[str], bounds: Bounds, *, with_averages:
     if with_averages:
         part.add_column("average", justify="right", no_wrap=True)
         part.add_column("normalised\naverage", justify="right", no_wrap=True)
-    best = _best_static(table)
+    best = best_static(table)
     previous = None
     for model in table.models():
         if previous is not None and model.section != previous.section:
@@ -109,15 +109,15 @@ def _part(table: ScoreTable, tasks: list[str], bounds: Bounds, *, with_averages:
         ]
         cells += [Text(_heads(model))] if _heads_width(table) else []
         for task in tasks:
-            value = _number(table.value(model, task)) + _mark(table, model, task)
+            value = number_text(table.value(model, task)) + _mark(table, model, task)
             cells.append(_with_half(value, table.interval(model, task), shown=bounds is Bounds.ALL))
         if with_averages:
             normalised = table.normalised_average(model)
             style = "bold" if model.section == "static" and normalised == best else ""
             shown = bounds is not Bounds.NONE
-            cells.append(_with_half(_number(table.average(model)), table.average_interval(model), shown=shown))
+            cells.append(_with_half(number_text(table.average(model)), table.average_interval(model), shown=shown))
             interval = table.normalised_average_interval(model)
-            cells.append(_with_half(_number(normalised), interval, shown=shown, style=style))
+            cells.append(_with_half(number_text(normalised), interval, shown=shown, style=style))
         part.add_row(*cells)
         previous = model
     return part
@@ -216,7 +216,8 @@ def _not_learned(table: ScoreTable) -> str:
     return f"{NOT_LEARNED_MARK} {note}" if note else ""
 
 
-def _best_static(table: ScoreTable) -> float:
+def best_static(table: ScoreTable) -> float:
+    """The highest normalised average of the static models, which is marked; NaN where there is none."""
     values = [table.normalised_average(model) for model in table.models() if model.section == "static"]
     return max((value for value in values if not math.isnan(value)), default=math.nan)
 
@@ -231,7 +232,8 @@ def short_metric(metric: str) -> str:
     return SHORT_METRICS.get(metric, metric)
 
 
-def _number(value: float) -> str:
+def number_text(value: float) -> str:
+    """A score with three digits; a hyphen where it was not measured."""
     if math.isnan(value):
         return "-"
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.3g}"

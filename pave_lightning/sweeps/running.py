@@ -21,6 +21,7 @@ from pave_lightning.evaluation import Candidate
 from pave_lightning.evaluation.options import EXPERT_HEADS
 from pave_lightning.pipeline.commands import open_folder, planning_folder, print_under, read_recipe, working
 from pave_lightning.pipeline.context import Context
+from pave_lightning.pipeline.page import REPORT
 from pave_lightning.pipeline.planning import check_recipe, merge_problems
 from pave_lightning.pipeline.purifications import purifications
 from pave_lightning.pipeline.results import Results, short_digest
@@ -32,17 +33,29 @@ from pave_lightning.pipeline.stages.evaluate import ScoredMerge, ScoredPurifiedE
 from pave_lightning.pipeline.stages.heads import fit_heads, head_inputs
 from pave_lightning.pipeline.stages.merge import chooser
 from pave_lightning.recipe.finding import find_sweep
-from pave_lightning.recipe.loading import load_recipe
+from pave_lightning.recipe.loading import load_recipe, recipe_to_yaml
 from pave_lightning.recipe.schema import Recipe
 from pave_lightning.recipe.sweep import Sweep
+from pave_lightning.reporting.page import write_page
+from pave_lightning.reporting.page.sweep import SweepFacts, sweep_page
 from pave_lightning.reporting.sweep_view import CARRIED_COLUMNS
 from pave_lightning.reporting.sweeps import SweepView, write_sweep
 from pave_lightning.system.files import DAMAGED
 from pave_lightning.system.terminal import terminal
+from pave_lightning.tracking import environment_tags
 
 log = logging.getLogger("pave_lightning")
 
 HEADS = "heads"
+# Files of a sweep that its page names, with what is in them.
+FILES = {
+    "scores.parquet": "scores, a row a metric",
+    "summary.csv": "means over seeds",
+    "summary.parquet": "the same",
+    "figure.png": "picture",
+    "findings.md": "findings",
+    "recipe.yaml": "the recipe",
+}
 
 
 @dataclass(frozen=True)
@@ -89,12 +102,26 @@ def run_sweep(name: str, overrides: Sequence[str] = (), *, verify: bool = False)
             log.info("%d of %d: %s", number, len(cells), cell.label)
             rows += cell_rows(cell, runner, heads=told)
         files = write_sweep(pd.DataFrame(rows), view_of(recipe), root)
+        files.append(_write_page(recipe, pd.DataFrame(rows), root))
         tracker = runner.context.tracker
         if tracker is not None:
             for file in files:
                 tracker.log_file(tracker.parent_run_id, file)
             tracker.complete_parent("summary", _summary_metrics(files, keys_of(cells)))
     return root
+
+
+def _write_page(recipe: Recipe, frame: pd.DataFrame, root: Path) -> Path:
+    """Write ``report.html`` of a sweep whose other files are there."""
+    facts = SweepFacts(
+        recipe.name,
+        frame,
+        view_of(recipe),
+        recipe=recipe_to_yaml(recipe),
+        versions={name.removeprefix("version."): text for name, text in environment_tags().items()},
+        files={name: what for name, what in FILES.items() if (root / name).exists()},
+    )
+    return write_page(sweep_page(facts), root / REPORT)
 
 
 def plan_sweep(

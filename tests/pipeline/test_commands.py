@@ -89,7 +89,7 @@ def test_a_run_leaves_everything_it_promises(recipe, tracking_uri, capsys):
     assert children["merge:task_arithmetic:plain"].data.params["method"] == "task_arithmetic"
     assert parent.data.tags["version.torch"].startswith(torch.__version__.split("+")[0])
     stored = {file.path for file in client.list_artifacts(parent.info.run_id)}
-    assert stored >= {"recipe.yaml", "results.csv", "normalised_scores.png", "kept_ranks.png"}
+    assert stored >= {"recipe.yaml", "report.html", "results.csv", "normalised_scores.png", "kept_ranks.png"}
 
 
 def client_key(run):

@@ -45,7 +45,7 @@ def test_cards_and_terminal_tell_scores_and_untouched_layers(settings):
     tables = "embedding tables: embeddings.word_embeddings.weight, embeddings.position_embeddings.weight, "
     assert f"weights that are not captured and purified\n  {tables}" in printed
     left = "its weight has no effect on the data: 1 layer of words (encoder.layer.1.attention.self.query)"
-    assert file.getvalue().splitlines()[-5:-1] == [
+    assert file.getvalue().splitlines()[-6:-2] == [
         "capture: layers without statistics",
         "  no example reached it: 5 layers of more (adapter.0, adapter.1, adapter.2 and 2 more)",
         "purification (rho 0.9, covariance, spectral allocation, scope layer): layers left as they are",

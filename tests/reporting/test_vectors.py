@@ -128,7 +128,7 @@ def test_each_line_of_a_sweep_has_its_own_look(x, models, tmp_path):
         draw(frame(models=models), view, tmp_path / "figure.png")
     assert imread(tmp_path / "figure.png").std() > 0.01
     scores = SweepScores(frame(models=models), view)
-    lines = sweep_plot._lines(scores, scores.values_of(x))
+    lines = sweep_plot.drawn_lines(scores, scores.values_of(x))
     looks = sweep_plot._looks(lines, panelled="")
     if x == "purify.rho":
         assert len(lines) == 4 * len(models)

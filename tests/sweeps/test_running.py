@@ -127,6 +127,7 @@ def test_a_grid_over_ratios_and_seeds(ready_settings, tracking_uri, tmp_path, ca
     assert parent.info.status == "FINISHED"
     assert {file.path for file in client.list_artifacts(parent.info.run_id)} >= {
         *("recipe.yaml", "scores.parquet", "summary.csv", "summary.parquet", "figure.png", "findings.md"),
+        "report.html",
     }
     metrics = parent.data.metrics
     assert len(metrics) == len(summary)

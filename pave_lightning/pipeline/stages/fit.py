@@ -141,7 +141,9 @@ class FitStage(Stage):
     def _fit(self, context: Context) -> None:
         from pave_lightning.experts.checkpoints import clear_away
         from pave_lightning.experts.fitting import fit_expert, save_expert
+        from pave_lightning.experts.history import History
 
+        history = History()
         training = context.folder.root / "training" / self.task.name
         work_folder = training / short_digest(self.inputs())
         with doing(f"fit {self.task.name}"):
@@ -153,11 +155,12 @@ class FitStage(Stage):
                 work_folder=work_folder,
                 cache_folder=context.folder.data,
                 logger=metrics_logger(context, run, self),
+                history=history,
             )
             if is_rank_zero():
                 with context.writing(self) as writer:
                     save_expert(model, context.base_folder, writer.path, work_folder=work_folder)
-                    writer.result.update(metrics=metrics)
+                    writer.result.update(metrics=metrics, curves=history.curves())
                 clear_away(training)
 
     def _take_in(self, context: Context) -> None:
