@@ -452,3 +452,26 @@ def measured():
         return int(code), torch == "True", int(peak), float(seconds)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def assert_same_weights():
+    """Fails unless two folders hold the same tensors to the bit, however weights are divided into shards."""
+    from safetensors.torch import load_file
+
+    def tensors(folder):
+        found = {}
+        for file in sorted(folder.rglob("*.safetensors")):
+            place = "model" if file.name.startswith("model") else file.name
+            where = str(file.parent.relative_to(folder)), place
+            found |= {(*where, name): tensor for name, tensor in load_file(file).items()}
+        return found
+
+    def check(one, other):
+        first, second = tensors(one), tensors(other)
+        assert first
+        assert first.keys() == second.keys()
+        differing = [key for key in first if first[key].dtype != second[key].dtype or not first[key].equal(second[key])]
+        assert differing == []
+
+    return check

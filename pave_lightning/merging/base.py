@@ -104,9 +104,15 @@ class MergeMethod(ABC, Generic[OptionsT_co]):
         self.evidence = evidence
         self.prepare_alone(vectors)
 
-    def begin_part(self, vectors: TaskVectors, evidence: Evidence) -> Iterator[None]:
-        """As :meth:`begin`, of a part of the parameters; stops wherever the states of all parts must be reduced."""
-        self._check(vectors, evidence)
+    def begin_part(self, vectors: TaskVectors, evidence: Evidence, whole: TaskVectors | None = None) -> Iterator[None]:
+        """As :meth:`begin`, of a part of the parameters; stops wherever the states of all parts must be reduced.
+
+        Args:
+            vectors: those of the part.
+            evidence: what is known of the tasks' data.
+            whole: those of all parameters, which are checked instead of the part's where they are given.
+        """
+        self._check(vectors if whole is None else whole, evidence)
         self.evidence, self.states = evidence, States()
         yield from self.prepare(vectors) or ()
 

@@ -11,10 +11,13 @@ from torch import Tensor, nn
 
 from pave_lightning.errors import PaveError, nearest
 from pave_lightning.merging.base import MergeMethod, Modulated, PerTaskMethod, StaticMethod
+from pave_lightning.merging.dealing import own_part
 from pave_lightning.merging.evidence import Evidence
 from pave_lightning.merging.modulators import LowRank, modulated
 from pave_lightning.merging.registry import make_method
+from pave_lightning.merging.sharing import gathered
 from pave_lightning.merging.stacks import EachExpert, as_method_sees
+from pave_lightning.system.process_groups import ALONE, ProcessGroup
 from pave_lightning.weights import Parameter, TaskVectors
 
 
@@ -86,7 +89,7 @@ class MergedVectors:
 
 
 def merge_static(
-    method: StaticMethod, source: TaskVectors, evidence: Evidence | None = None
+    method: StaticMethod, source: TaskVectors, evidence: Evidence | None = None, group: ProcessGroup = ALONE
 ) -> Iterator[tuple[Parameter, Tensor]]:
     """Yield the merged task vector of one parameter after the other, before scaling.
 
@@ -94,6 +97,7 @@ def merge_static(
         method: the method.
         source: plain or purified task vectors.
         evidence: what is known of the tasks' data, for methods that need it.
+        group: the processes that share the merge; each is given its own parameters, in the end the states of all.
 
     Yields:
         A parameter, and its merged task vector: float32, of the parameter's shape.
@@ -101,12 +105,16 @@ def merge_static(
     Raises:
         PaveError: there is nothing to merge, or the method cannot merge it.
     """
-    given = as_method_sees(method, source)
-    _begin(method, given, evidence)
+    given = as_method_sees(method, own_part(method, source, group))
+    _begin(method, given, as_method_sees(method, source), evidence, group)
     found: Iterable[tuple[Parameter, Tensor]] = _merged(method, given)
     if method.rescales:
-        found = ((parameter, merged.mul_(method.factor(parameter))) for parameter, merged in list(found))
+        held = list(found)
+        _reduce(method, group)
+        found = ((parameter, merged.mul_(method.factor(parameter))) for parameter, merged in held)
     yield from given.together(found) if isinstance(given, EachExpert) else found
+    if not method.rescales:
+        _reduce(method, group)
 
 
 def _merged(method: StaticMethod, source: TaskVectors) -> Iterator[tuple[Parameter, Tensor]]:
@@ -118,34 +126,39 @@ def _merged(method: StaticMethod, source: TaskVectors) -> Iterator[tuple[Paramet
 
 
 def merge_per_task(
-    method: PerTaskMethod, source: TaskVectors, evidence: Evidence | None = None
+    method: PerTaskMethod, source: TaskVectors, evidence: Evidence | None = None, group: ProcessGroup = ALONE
 ) -> Iterator[tuple[Parameter, Modulated]]:
     """Yield what is shared and what each task keeps of one parameter after the other; arguments as in `merge_static`.
 
     Raises:
         PaveError: there is nothing to merge, or the method cannot merge it.
     """
-    _begin(method, source, evidence)
-    for parameter in source.parameters:
+    own = own_part(method, source, group)
+    _begin(method, own, source, evidence, group)
+    for parameter in own.parameters:
         shared = torch.empty(parameter.shape)
         masks: dict[str, Tensor] = {}
         factors: dict[str, LowRank] = {}
-        for rows in _blocks(method, source, parameter):
-            part = method.merge(parameter.block(rows), *source.read(parameter, rows))
+        for rows in _blocks(method, own, parameter):
+            part = method.merge(parameter.block(rows), *own.read(parameter, rows))
             shared[within(rows)] = part.shared
             for task, mask in part.masks.items():
                 masks.setdefault(task, torch.empty(parameter.shape, dtype=torch.bool))[within(rows)] = mask
             factors |= part.factors
         yield parameter, Modulated(shared, masks, factors)
+    _reduce(method, group)
 
 
-def merge(method: MergeMethod | str, source: TaskVectors, evidence: Evidence | None = None) -> MergedVectors:
+def merge(
+    method: MergeMethod | str, source: TaskVectors, evidence: Evidence | None = None, group: ProcessGroup = ALONE
+) -> MergedVectors:
     """Merge all parameters in memory; for models that fit there.
 
     Args:
         method: the method, or its name for the method with its default options.
         source: plain or purified task vectors.
         evidence: what is known of the tasks' data, for methods that need it.
+        group: the processes that share the merge; each is given all of the result.
 
     Raises:
         PaveError: no method has that name; there is nothing to merge, or the method cannot merge it.
@@ -168,7 +181,7 @@ def merge(method: MergeMethod | str, source: TaskVectors, evidence: Evidence | N
     result = MergedVectors(source=source, default_scale=1.0 if method.default_scale is None else method.default_scale)
     if isinstance(method, PerTaskMethod):
         result.masks, result.factors = {task: {} for task in source.tasks}, {task: {} for task in source.tasks}
-        for parameter, part in merge_per_task(method, source, evidence):
+        for parameter, part in merge_per_task(method, source, evidence, group):
             result.vectors[parameter.name] = part.shared
             for task, mask in part.masks.items():
                 result.masks[task][parameter.name] = mask
@@ -176,18 +189,28 @@ def merge(method: MergeMethod | str, source: TaskVectors, evidence: Evidence | N
                 result.factors[task][parameter.name] = factors
         result.rescalers = method.rescalers()
     elif isinstance(method, StaticMethod):
-        result.vectors = {parameter.name: merged for parameter, merged in merge_static(method, source, evidence)}
+        result.vectors = {parameter.name: made for parameter, made in merge_static(method, source, evidence, group)}
     else:
         raise TypeError(f"expected a merge method such as Ties(), or the name of one, found {method!r}")
+    gathered(result, group)
     return result
 
 
-def _begin(method: MergeMethod, source: TaskVectors, evidence: Evidence | None) -> None:
+def _begin(
+    method: MergeMethod, own: TaskVectors, source: TaskVectors, evidence: Evidence | None, group: ProcessGroup
+) -> None:
+    """Begin the merge of a part of the task vectors, of which other processes have the rest."""
     if len(source.tasks) < 2:
         raise PaveError(f"merging needs at least two experts, found {len(source.tasks)}")
     if not source.parameters:
         raise PaveError("base and experts share no floating-point tensor, so there is nothing to merge")
-    method.begin(source, evidence if evidence is not None else Evidence())
+    for _ in method.begin_part(own, evidence if evidence is not None else Evidence(), source):
+        _reduce(method, group)
+
+
+def _reduce(method: MergeMethod, group: ProcessGroup) -> None:
+    """Make what a method has gathered that of the parameters of all processes."""
+    method.states.reduce(group.gather(method.states.gathered()))
 
 
 def within(rows: slice | None) -> slice | EllipsisType:

@@ -76,6 +76,7 @@ def searcher(context: Context) -> ScaleSearcher:
         precision=recipe.evaluate.precision,
         root=context.folder.root,
         references=context.references.setdefault(json.dumps(depends_on), {}),
+        group=context.group,
     )
 
 

@@ -101,9 +101,23 @@ def ratios(options: Purify) -> list[Purify]:
 
 
 class Compute(Section):
-    """How purification uses the machine; the results do not depend on it beyond rounding."""
+    """How purification and merging use the machine; the results do not depend on it beyond rounding."""
 
+    processes: int = Field(default=1, ge=1)
+    """Processes that share a merge, each with its own parameters. The merged weights are the same bit for bit whatever
+    their number, if each has the same number of threads. Methods that cannot be divided run in one."""
+    threads: int | None = Field(default=None, ge=1)
+    """Threads of each of them. Results may differ in their last bits with another number, so where one is set, it
+    counts as an input of merged models. Default: the processor cores, divided among the processes."""
     workers: int | None = Field(default=None, ge=1)
-    """Threads that work at once, each on one task of a layer; one for each processor core where nothing is said."""
+    """Threads of each process that purify at once, each one task of a layer. Default: threads."""
     device: Literal["cpu", "cuda"] = "cpu"
     """cpu: eigenvectors of the weakest directions alone; cuda: full eigenvalue decompositions on the graphics card."""
+
+    def threads_of_each(self, processes: int) -> int | None:
+        """How many threads each of so many processes may use; None for as many as one process alone does."""
+        if self.threads is not None or processes == 1:
+            return self.threads
+        import torch
+
+        return max(1, torch.get_num_threads() // processes)

@@ -31,6 +31,7 @@ from pave_lightning.subspace import (
 )
 from pave_lightning.weights import DerivedTaskVectors, Parameter, ParameterKind, TaskVectors
 from pave_lightning.weights.matrices import Matrix
+from pave_lightning.weights.task_vectors import spectral_work
 
 # Convolutions are captured on demand.
 ALWAYS_PURIFIED = (ParameterKind.LINEAR, ParameterKind.EXPERTS)
@@ -134,6 +135,11 @@ class PurifiedTaskVectors(DerivedTaskVectors):
             self._layer = parameter.name
         weight = self._weights[task]
         return weight if rows is None else weight[rows]
+
+    def work(self, parameter: Parameter) -> float:
+        """What reading the source takes, and the spectra of all purified tasks."""
+        solves = len(self.purified_tasks) if parameter.name in self._purifiable else 0
+        return self.source.work(parameter) + solves * sum(map(spectral_work, parameter.apart if solves else ()))
 
     def purified(self) -> Iterator[tuple[str, Parameter, Tensor]]:
         """Task, parameter and purified fine-tuned tensor (float32) of every layer and purified task, layer by layer.

@@ -38,10 +38,12 @@ class ProcessGroup:
     Attributes:
         rank: the number of this process, from 0.
         size: how many there are.
+        folder: a folder that all of them see, for what is too large to be told; none where this process is alone.
     """
 
     rank: int = 0
     size: int = 1
+    folder: Path
 
     @property
     def is_first(self) -> bool:
@@ -83,9 +85,9 @@ class GlooGroup(ProcessGroup):
     def __init__(self, rank: int, size: int, folder: Path) -> None:
         from torch import distributed
 
-        self.rank, self.size = rank, size
-        store = distributed.FileStore(str(folder / "meeting"), size)
-        self._gloo = distributed.ProcessGroupGloo(store, rank, size, PATIENCE)
+        self.rank, self.size, self.folder = rank, size, folder
+        store = distributed.FileStore(str(folder / "meeting"), size)  # type: ignore[attr-defined]
+        self._gloo: Any = distributed.ProcessGroupGloo(store, rank, size, PATIENCE)
 
     def gather(self, own: T) -> list[T]:
         """What every process has, see `ProcessGroup.gather`.
@@ -103,9 +105,7 @@ class GlooGroup(ProcessGroup):
         mine[: len(packed)] = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
         found = [torch.zeros(room, dtype=torch.uint8) for _ in range(self.size)]
         self._all_gather(found, mine)
-        return [
-            cast(T, _unpacked(one[: int(size)].numpy().tobytes())) for one, size in zip(found, sizes, strict=True)
-        ]
+        return [cast(T, _unpacked(one[: int(size)].numpy().tobytes())) for one, size in zip(found, sizes, strict=True)]
 
     def _all_gather(self, places: list[Tensor], own: Tensor) -> None:
         try:

@@ -61,13 +61,11 @@ def _apart(numbers: Iterable[float]) -> tuple[float, ...]:
     """As few numbers with the same exact sum (Shewchuk 1997)."""
     found: list[float] = []
     for number in numbers:
-        kept = 0
+        rests: list[float] = []
+        total = number
         for other in found:
-            larger, smaller = (number, other) if abs(number) >= abs(other) else (other, number)
-            number = larger + smaller
-            rest = smaller - (number - larger)
-            if rest:
-                found[kept] = rest
-                kept += 1
-        found[kept:] = [number]
+            larger, smaller = (total, other) if abs(total) >= abs(other) else (other, total)
+            total = larger + smaller
+            rests.append(smaller - (total - larger))
+        found = [*filter(None, rests), total]
     return tuple(found)

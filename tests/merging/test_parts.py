@@ -209,6 +209,13 @@ def test_parts_of_the_parameters_give_what_all_of_them_give(name, options, count
         assert all(method.state() == single.state() for method in methods)
 
 
+@each_case
+def test_processes_that_share_a_merge_each_come_to_know_all_of_it(name, options, in_processes, source_of, evidence):
+    expected = merge(make(name, options), source_of(name, elements=12), evidence)
+    for found in in_processes(2, lambda group: merge(make(name, options), source_of(name, 12), evidence, group)):
+        assert not differences(found, expected, source_of(name))
+
+
 def test_states_matter(source_of, evidence):
     """That the parts agree shows something only if methods that gather anything do not agree without reduction."""
     gathering, differing = set(), set()

@@ -82,7 +82,7 @@ class Fisher(StaticMethod[FisherOptions]):
         total = self.states.add("squares", squares, "sum")
         yield
         for task, square in total.value.items():
-            if square == 0:
+            if not square:
                 raise PaveError(
                     f"task '{task}': the Fisher information is zero everywhere, so it cannot be normalised; take it "
                     "from other examples, or set options.normalise: false"

@@ -13,6 +13,7 @@ from pave_lightning.pipeline.stages.align import expert_digests, expert_stages, 
 from pave_lightning.pipeline.stages.capture import CaptureStage, statistics, statistics_digests
 from pave_lightning.purification import PurifiedTaskVectors, StoredPurification, write_purified
 from pave_lightning.purification.options import Purify, ratios
+from pave_lightning.subspace.parallel import limited_threads
 from pave_lightning.weights import Checkpoint, TaskVectors
 
 FORMAT = 3
@@ -57,7 +58,8 @@ class PurifyStage(Stage):
 
     def run(self, context: Context) -> None:
         """Purify the weights of all tasks, layer by layer."""
-        with doing(f"purify ({self.options.summary})"), context.writing(self) as writer:
+        threads = limited_threads(context.recipe.compute.threads)
+        with doing(f"purify ({self.options.summary})"), threads, context.writing(self) as writer:
             vectors = purified_now(context, self.options)
             write_purified(vectors, writer.path)
             writer.result["ranks"] = [[r.task, r.layer, r.rank, r.full] for r in vectors.ranks.values()]
@@ -99,6 +101,7 @@ def purification_inputs(results: Results, options: Purify) -> dict[str, Any]:
         "experts": expert_digests(results),
         "statistics": statistics_digests(results),
         "purify": options.model_dump(),
+        **({} if results.recipe.compute.threads is None else {"threads": results.recipe.compute.threads}),
     }
 
 
