@@ -147,7 +147,7 @@ def write_merged(
     )
     factor = 1.0 if scale is None else scale
     if isinstance(method, PerTaskMethod):
-        _write_per_task(folder, method, source, factor, writer, evidence, group)
+        _write_per_task(folder, method, source, factor, writer, evidence=evidence, group=group)
     elif isinstance(method, StaticMethod):
         pairs: Iterable[tuple[Parameter, Tensor]]
         if merged is None:
@@ -172,6 +172,7 @@ def _write_per_task(
     source: TaskVectors,
     factor: float,
     writer: _RoundingWriter,
+    *,
     evidence: Evidence | None,
     group: ProcessGroup,
 ) -> None:

@@ -83,8 +83,10 @@ class Runner:
         return self.results.finished(stage)
 
     def _make_needed(self, stage: Stage) -> None:
+        """Make what a stage needs and has no command of its own, but for what its processes make together."""
+        elsewhere = self._is_elsewhere(stage)
         for needed in stage.needs():
-            if needed.on_demand:
+            if needed.on_demand and not (elsewhere and needed.processes > 1):
                 self.make(needed)
 
     def _work(self, stage: Stage) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import product
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from pave_lightning.subspace import (
     remove_tail,
     spectral_budget,
 )
+from pave_lightning.system.process_groups import ALONE, ProcessGroup, dealt
 from pave_lightning.weights import DerivedTaskVectors, Parameter, ParameterKind, TaskVectors
 from pave_lightning.weights.matrices import Matrix
 from pave_lightning.weights.task_vectors import spectral_work
@@ -141,19 +142,42 @@ class PurifiedTaskVectors(DerivedTaskVectors):
         solves = len(self.purified_tasks) if parameter.name in self._purifiable else 0
         return self.source.work(parameter) + solves * sum(map(spectral_work, parameter.apart if solves else ()))
 
-    def purified(self) -> Iterator[tuple[str, Parameter, Tensor]]:
+    def purified(self, group: ProcessGroup = ALONE) -> Iterator[tuple[str, Parameter, Tensor]]:
         """Task, parameter and purified fine-tuned tensor (float32) of every layer and purified task, layer by layer.
 
         Where there are fewer tasks than workers, several layers are purified at a time, see `layers_at_once`.
+
+        Args:
+            group: the processes that share the work; each is given its own layers, and in the end ``ranks`` and
+                ``untouched`` of all.
         """
-        for layers in self._together():
+        if self.options.scope != "layer" and "_ranks_of_all" not in vars(self):
+            self._ranks_of_all = self._ranks_over(group)
+        for layers in self._own_batches(group):
             for parameter, weights in zip(layers, self._purify(layers), strict=True):
                 for task in self.purified_tasks:
                     # Handed over, so that it does not stay in memory while the next layers are purified.
                     yield task, parameter, weights.pop(task)
+        self._learn(group)
 
-    def _together(self) -> Iterator[Sequence[Parameter]]:
-        return batches(self.layers, len(self.purified_tasks), self._workers)
+    def _own_batches(self, group: ProcessGroup) -> Sequence[Sequence[Parameter]]:
+        """The layers that this process purifies, as many together as go at a time."""
+        every = list(batches(self.layers, len(self.purified_tasks), self._workers))
+        return dealt(every, group.size, lambda layers: sum(map(self.work, layers)))[group.rank]
+
+    def _learn(self, group: ProcessGroup) -> None:
+        """Take in what other processes have found of their layers; in the order of the layers, whoever had them."""
+        names = [matrix.name for parameter in self.layers for matrix in parameter.matrices]
+        keys = list(product(self.purified_tasks, names))
+        own: dict[str, Any] = {
+            "ranks": [(*key, found.rank, found.full) for key, found in self.ranks.items()],
+            "untouched": [(*key, reason) for key, reason in self.untouched.items()],
+        }
+        told = group.gather(own)
+        ranks = {(task, layer): KeptRank(task, layer, *rank) for one in told for task, layer, *rank in one["ranks"]}
+        untouched = {(task, layer): reason for one in told for task, layer, reason in one["untouched"]}
+        self.ranks = {key: ranks[key] for key in keys if key in ranks}
+        self.untouched = {key: untouched[key] for key in keys if key in untouched}
 
     def _purify(self, layers: Sequence[Parameter]) -> list[dict[str, Tensor]]:
         """All tasks' weights of some layers; the tasks of a layer go together because they share its ranks."""
@@ -279,16 +303,24 @@ class PurifiedTaskVectors(DerivedTaskVectors):
     @cached_property
     def _ranks_of_all(self) -> dict[Key, int]:
         """Ranks of all tasks and layers, for the scopes that share a budget among layers."""
-        values: dict[Key, Tensor] = {}
-        ranks: dict[Key, int] = {}
-        for layers in self._together():
+        return self._ranks_over(ALONE)
+
+    def _ranks_over(self, group: ProcessGroup) -> dict[Key, int]:
+        """The same, found by several processes together."""
+        found_here: dict[str, dict[str, Tensor]] = {}
+        for layers in self._own_batches(group):
             pairs = [(parameter, matrix) for parameter in layers for matrix in parameter.matrices]
             for (_, matrix), spectra in zip(pairs, self._spectra(pairs), strict=True):
                 # Only the values are kept; the directions of all layers would not fit in memory.
-                own = {task: spectrum.values for task, spectrum in spectra.items()}
-                values.update({(task, matrix.name): found for task, found in own.items()})
-                if self.options.scope == "model":
-                    ranks.update({(task, matrix.name): rank for task, rank in self._allocate(own).items()})
+                found_here[matrix.name] = {task: spectrum.values for task, spectrum in spectra.items()}
+        by_layer = {name: found for one in group.gather(found_here) for name, found in one.items()}
+        values: dict[Key, Tensor] = {}
+        ranks: dict[Key, int] = {}
+        for matrix in (matrix for parameter in self.layers for matrix in parameter.matrices):
+            own = by_layer[matrix.name]
+            values.update({(task, matrix.name): found for task, found in own.items()})
+            if self.options.scope == "model":
+                ranks.update({(task, matrix.name): rank for task, rank in self._allocate(own).items()})
         if self.options.scope == "global":
             return self._allocate(values)
         averaged = averaged_ranks(ranks, {key: len(found) for key, found in values.items()})

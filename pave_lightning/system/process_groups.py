@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -148,6 +148,29 @@ def process_group() -> ProcessGroup:
     """The group that this process was started in, which it enters; alone where it was not. Call it once."""
     found = place()
     return ALONE if found is None else GlooGroup(found.rank, found.size, found.folder)
+
+
+def dealt(things: Sequence[T], shares: int, work: Callable[[T], float]) -> list[list[T]]:
+    """Things divided into shares that take about the same work: the largest first, each to whoever has least to do.
+
+    Args:
+        things: what is dealt out.
+        shares: how many shares there are; some are empty where there are fewer things.
+        work: what each thing takes, in any unit.
+
+    Returns:
+        The shares, each in the order of the things.
+
+    Example:
+        >>> dealt([5, 1, 1, 4, 2], 2, float)
+        [[5, 1], [1, 4, 2]]
+    """
+    totals, owner = [0.0] * shares, dict[int, int]()
+    for index in sorted(range(len(things)), key=lambda index: -work(things[index])):
+        least = totals.index(min(totals))
+        owner[index] = least
+        totals[least] += work(things[index])
+    return [[thing for index, thing in enumerate(things) if owner[index] == share] for share in range(shares)]
 
 
 def _packed(value: Any) -> bytes:

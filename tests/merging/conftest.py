@@ -1,6 +1,5 @@
 """A source of task vectors in memory, and everything that is needed to write merged folders of a tiny BERT."""
 
-import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +12,6 @@ from pave_lightning.merging import Evidence
 from pave_lightning.merging.folders import MergeContext
 from pave_lightning.merging.passes import ForwardPasses
 from pave_lightning.statistics import LayerMoment, NormMoment, TaskStatistics
-from pave_lightning.system.process_groups import ProcessGroup, _packed, _unpacked
 from pave_lightning.weights import (
     Architecture,
     Checkpoint,
@@ -296,49 +294,3 @@ def walkable(make_source):
 
     passes = ForwardPasses(backbone, source, batches, classifier=classifier)
     return source, Evidence(passes=passes, anchor=anchor)
-
-
-class ThreadGroup(ProcessGroup):
-    """Threads in place of processes: they are told the same, by the same bytes."""
-
-    def __init__(self, rank, folder, told, barrier):
-        self.rank, self.size, self.folder = rank, len(told), folder
-        self._told, self._barrier = told, barrier
-
-    def gather(self, own):
-        self._told[self.rank] = _packed(own)
-        self._barrier.wait()
-        found = [_unpacked(packed) for packed in self._told]
-        self._barrier.wait()
-        return found
-
-
-@pytest.fixture
-def in_processes(tmp_path):
-    """Calls a function for each of some processes, which are threads here; what each of them gives, in order."""
-
-    def run(size, work):
-        folder = tmp_path / f"meeting-{size}"
-        folder.mkdir(exist_ok=True)
-        barrier, told = threading.Barrier(size), [b""] * size
-        found, failed = [None] * size, []
-
-        def one(rank):
-            try:
-                found[rank] = work(ThreadGroup(rank, folder, told, barrier))
-            except threading.BrokenBarrierError:
-                pass
-            except BaseException as error:
-                failed.append(error)
-                barrier.abort()
-
-        threads = [threading.Thread(target=one, args=(rank,)) for rank in range(size)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if failed:
-            raise failed[0]
-        return found
-
-    return run

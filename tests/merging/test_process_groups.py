@@ -12,10 +12,10 @@ from transformers import AutoModel
 
 from pave_lightning.errors import PaveError
 from pave_lightning.merging import Evidence, SequentialMethod, make_method, merge
-from pave_lightning.merging.dealing import dealt, own_parameters
+from pave_lightning.merging.dealing import own_parameters
 from pave_lightning.merging.folders import write_merged
 from pave_lightning.statistics.gradients import TaskGradients
-from pave_lightning.system.process_groups import Place
+from pave_lightning.system.process_groups import Place, dealt
 
 METHODS = ("average", "ties", "tsv_m", "emr", "tall_masks", "tsv_c", "opcm", "perturb_and_merge", "iso_c", "dare")
 

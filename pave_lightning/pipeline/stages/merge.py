@@ -142,7 +142,15 @@ class MergeStage(Stage):
         told = "" if scale is None else f", scale {scale if isinstance(scale, float) else 'searched'}"
         before = "" if stack.is_built_in else f", after {', '.join(transform.name for transform in stack.transforms)}"
         heads = f", heads fitted to {self.heads.fit}" if self.heads.fitted else ""
-        return f"{self.step.method}{told}{before}{heads}"
+        return f"{self.step.method}{told}{before}{heads}{self._division}"
+
+    @property
+    def _division(self) -> str:
+        """In how many processes, where a recipe asks for several."""
+        if self.results.recipe.compute.processes == 1 or self.weights_from:
+            return ""
+        serial = self.serial_because
+        return f", in one process ({serial})" if serial else f", in {self.processes} processes"
 
     def needs(self) -> list[Stage]:
         """Experts, what the evidence for method and transforms is made of, and purified weights; or a merged model."""

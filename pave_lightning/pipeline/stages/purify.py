@@ -44,6 +44,11 @@ class PurifyStage(Stage):
         """``purified/LABEL``."""
         return f"purified/{label(self.options)}"
 
+    @property
+    def processes(self) -> int:
+        """As many as the recipe says; each purifies its own layers."""
+        return self.results.recipe.compute.processes
+
     def about(self) -> str:
         """The purification in a few words."""
         return self.options.summary
@@ -58,10 +63,11 @@ class PurifyStage(Stage):
 
     def run(self, context: Context) -> None:
         """Purify the weights of all tasks, layer by layer."""
-        threads = limited_threads(context.recipe.compute.threads)
-        with doing(f"purify ({self.options.summary})"), threads, context.writing(self) as writer:
+        group = context.group
+        threads = limited_threads(context.recipe.compute.threads_of_each(group.size))
+        with doing(f"purify ({self.options.summary})"), threads, context.writing_together(self) as writer:
             vectors = purified_now(context, self.options)
-            write_purified(vectors, writer.path)
+            write_purified(vectors, writer.path, group)
             writer.result["ranks"] = [[r.task, r.layer, r.rank, r.full] for r in vectors.ranks.values()]
             writer.result["untouched"] = [[*key, reason] for key, reason in vectors.untouched.items()]
 
