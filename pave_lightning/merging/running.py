@@ -14,6 +14,7 @@ from pave_lightning.merging.base import MergeMethod, Modulated, PerTaskMethod, S
 from pave_lightning.merging.dealing import own_part
 from pave_lightning.merging.evidence import Evidence
 from pave_lightning.merging.modulators import LowRank, modulated
+from pave_lightning.merging.placing import placed
 from pave_lightning.merging.registry import make_method
 from pave_lightning.merging.sharing import gathered
 from pave_lightning.merging.stacks import EachExpert, as_method_sees
@@ -105,7 +106,7 @@ def merge_static(
     Raises:
         PaveError: there is nothing to merge, or the method cannot merge it.
     """
-    given = as_method_sees(method, own_part(method, source, group))
+    given = as_method_sees(method, placed(method, own_part(method, source, group)))
     _begin(method, given, as_method_sees(method, source), evidence, group)
     found: Iterable[tuple[Parameter, Tensor]] = _merged(method, given)
     if method.rescales:
@@ -133,7 +134,7 @@ def merge_per_task(
     Raises:
         PaveError: there is nothing to merge, or the method cannot merge it.
     """
-    own = own_part(method, source, group)
+    own = placed(method, own_part(method, source, group))
     _begin(method, own, source, evidence, group)
     for parameter in own.parameters:
         shared = torch.empty(parameter.shape)
@@ -144,7 +145,7 @@ def merge_per_task(
             shared[within(rows)] = part.shared
             for task, mask in part.masks.items():
                 masks.setdefault(task, torch.empty(parameter.shape, dtype=torch.bool))[within(rows)] = mask
-            factors |= part.factors
+            factors |= {task: LowRank(kept.left.cpu(), kept.right.cpu()) for task, kept in part.factors.items()}
         yield parameter, Modulated(shared, masks, factors)
     _reduce(method, group)
 

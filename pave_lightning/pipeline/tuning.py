@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pave_lightning.config import WrittenDtype
@@ -269,6 +270,9 @@ class Chooser:
     ) -> tuple[MergeMethod, TaskVectors, Evidence]:
         """The method, the task vectors that it is run on, and what else it knows."""
         method = make_method(step.method, options)
+        device = torch.device(self._recipe.compute.device_of(self._group.rank))
+        if not method.cpu_because(device.type):
+            method.device = device
         source = self._source(step, vectors)
         return method, source, self._evidence(method, step, vectors)
 

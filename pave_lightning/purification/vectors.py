@@ -30,6 +30,7 @@ from pave_lightning.subspace import (
     spectral_budget,
 )
 from pave_lightning.system.process_groups import ALONE, ProcessGroup, dealt
+from pave_lightning.system.process_groups import place as process_place
 from pave_lightning.weights import DerivedTaskVectors, Parameter, ParameterKind, TaskVectors
 from pave_lightning.weights.matrices import Matrix
 from pave_lightning.weights.task_vectors import spectral_work
@@ -124,6 +125,8 @@ class PurifiedTaskVectors(DerivedTaskVectors):
         self._layer: str | None = None
         self._weights: dict[str, Tensor] = {}
         self._workers = workers_of(self.compute)
+        place = process_place()
+        self._device = solving_device(self.compute, 0 if place is None else place.rank)
         self._check()
 
     def expert(self, task: str, parameter: Parameter, rows: slice | None = None) -> Tensor:
@@ -277,7 +280,7 @@ class PurifiedTaskVectors(DerivedTaskVectors):
             metric=self.options.metric,
             damping=self.options.damping,
             exact=self.options.exact,
-            device=self.compute.device,
+            device=self._device,
         )
         if float(spectrum.values[0]) == 0:
             what = "task vector" if self.options.target == "delta" else "weight"
@@ -346,7 +349,13 @@ class PurifiedTaskVectors(DerivedTaskVectors):
 
 def workers_of(compute: Compute) -> int:
     """How many threads purify at once."""
-    return 1 if compute.device != "cpu" else compute.workers or torch.get_num_threads()
+    return 1 if solving_device(compute) != "cpu" else compute.workers or torch.get_num_threads()
+
+
+def solving_device(compute: Compute, rank: int = 0) -> str:
+    """Where one of several processes solves: the CPU in place of a device without float64."""
+    found = compute.device_of(rank)
+    return "cpu" if found == "mps" else found
 
 
 def layers_at_once(tasks: int, workers: int) -> int:

@@ -146,11 +146,18 @@ class MergeStage(Stage):
 
     @property
     def _division(self) -> str:
-        """In how many processes, where a recipe asks for several."""
-        if self.results.recipe.compute.processes == 1 or self.weights_from:
-            return ""
-        serial = self.serial_because
-        return f", in one process ({serial})" if serial else f", in {self.processes} processes"
+        """In how many processes and where, if a recipe asks for several, or for another device than the CPU."""
+        compute, told = self.results.recipe.compute, ""
+        if self.weights_from:
+            return told
+        if compute.processes > 1:
+            serial = self.serial_because
+            told += f", in one process ({serial})" if serial else f", in {self.processes} processes"
+        device = compute.device_of()
+        if device != "cpu":
+            cpu = method_named(self.step.method).cpu_because(device.partition(":")[0])
+            told += f", on the CPU ({cpu})" if cpu else f", on {compute.device}"
+        return told
 
     def needs(self) -> list[Stage]:
         """Experts, what the evidence for method and transforms is made of, and purified weights; or a merged model."""
