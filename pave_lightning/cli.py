@@ -12,6 +12,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pave_lightning.credentials import has_secrets, without_secrets
@@ -196,6 +197,7 @@ def program() -> NoReturn:
 
     To take the libraries apart again takes Python seconds in which nothing is done and Ctrl-C shows a traceback.
     """
+    _open_closed_streams()
     gc.set_threshold(50_000)  # imports make many objects and no garbage: with Python's 700, 8 % of a plan looks for it
     code = main()
     logging.shutdown()
@@ -204,6 +206,19 @@ def program() -> NoReturn:
         with suppress(OSError, ValueError):  # who reads our output has gone, or it is closed
             stream.flush()
     os._exit(code)
+
+
+def _open_closed_streams() -> None:
+    """Put the null device in the place of each standard stream that is closed, as with ``pave run R.yaml >&-``.
+
+    Else the next file that is opened has its number, and is written into by whoever prints.
+    """
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is None:
+            stream = Path(os.devnull).open(mode)  # noqa: SIM115  it stays open to the end
+            if stream.fileno() != number:
+                os.dup2(stream.fileno(), number)
+            setattr(sys, name, stream)
 
 
 def _run(arguments: list[str] | None) -> int:

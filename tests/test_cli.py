@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -368,3 +369,17 @@ def test_a_program_says_all_and_ends_with_its_exit_code():
     wrong = subprocess.run([*program, "sweep", "nonsense"], capture_output=True, text=True)
     assert wrong.returncode == 2
     assert "there is no sweep 'nonsense'" in wrong.stderr
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", "<&- >&- 2>&-"])
+def test_standard_streams_may_be_closed(closed, tmp_path):
+    """The command does its work, and no file that it opens takes the number of a stream that others print to."""
+    program = [sys.executable, "-m", "pave_lightning", "sweep", "nonsense"]
+    script = f'{shlex.join(program)} {closed}; echo "ended with $?" >> ended'
+    subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (tmp_path / "ended").read_text() == "ended with 2\n"
+    number = "from pave_lightning.cli import _open_closed_streams as o; o(); print(open('/dev/null').fileno() > 2)"
+    script = f"{shlex.join([sys.executable, '-c', number])} {closed}"
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.stderr == ""
+    assert done.stdout == ("" if ">&-" in closed.replace("2>&-", "") else "True\n")

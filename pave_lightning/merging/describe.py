@@ -34,15 +34,16 @@ def print_methods(name: str | None = None, console: Console | None = None) -> No
 
 
 def _cells(method: type[MergeMethod]) -> tuple[str, ...]:
-    return method.summary, method.form, _needs(method), method.cost, _scale(method), method.source
+    return method.summary, method.form, needs_of(method), method.cost, scale_of(method), method.source
 
 
 def _details(method: type[MergeMethod]) -> str:
-    scale = "no scale" if method.default_scale is None else f"scale {_scale(method)}"
-    return f"{method.form}; {_needs(method)}; {method.cost}; {scale}"
+    scale = "no scale" if method.default_scale is None else f"scale {scale_of(method)}"
+    return f"{method.form}; {needs_of(method)}; {method.cost}; {scale}"
 
 
-def _needs(method: type[MergeMethod]) -> str:
+def needs_of(method: type[MergeMethod]) -> str:
+    """What a method needs, in words."""
     return "; ".join(_needed(method))
 
 
@@ -57,5 +58,6 @@ def _needed(method: type[MergeMethod]) -> Iterator[str]:
         yield f"holds {method.held_models} whole model{'s' if method.held_models > 1 else ''}"
 
 
-def _scale(method: type[MergeMethod]) -> str:
+def scale_of(method: type[MergeMethod]) -> str:
+    """A method's default scale; a dash where it has none."""
     return "-" if method.default_scale is None else f"{method.default_scale:g}"

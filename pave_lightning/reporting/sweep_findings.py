@@ -16,6 +16,7 @@ from pave_lightning.reporting.sweep_table import (
     TINY,
     Paired,
     SweepScores,
+    controls_among,
     is_number,
     paired,
     plainly,
@@ -127,7 +128,7 @@ def _setting(scores: SweepScores) -> str:
 
 def _best_rows(scores: SweepScores, summary: pd.DataFrame) -> pd.DataFrame:
     """The best row of every model and vectors, among the settings that have the most seeds."""
-    rows = summary[(summary["form"] != "base") & ~((summary["form"] == "expert") & (summary["vectors"] == ""))]
+    rows = summary[~controls_among(summary)]
     rows = rows[rows["mean"].notna()]
     most = rows.groupby(list(IDENTITY))["seeds"].transform("max")
     rows = rows[rows["seeds"] == most]

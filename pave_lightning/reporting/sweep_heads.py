@@ -8,7 +8,7 @@ import pandas as pd
 
 from pave_lightning.reporting.markdown import escaped, table
 from pave_lightning.reporting.sweep_ranking import TITLES
-from pave_lightning.reporting.sweep_table import IDENTITY
+from pave_lightning.reporting.sweep_table import IDENTITY, controls_among
 
 CONTROLS = "Controls"
 """Heading of what no method has merged."""
@@ -22,9 +22,9 @@ def ranking_by_heads(summary: pd.DataFrame, heads: list[str]) -> list[str]:
         heads: the kinds of heads, in the order of the columns.
     """
     measured = summary[summary["mean"].notna()]
-    is_control = [_is_control(*row) for row in measured[["model", "form"]].itertuples(index=False, name=None)]
-    parts = {CONTROLS: measured[is_control]}
-    merged = measured[[not control for control in is_control]]
+    control = controls_among(measured) | measured["form"].eq("expert")
+    parts = {CONTROLS: measured[control]}
+    merged = measured[~control]
     parts |= {title: merged[merged["form"] == form] for form, title in TITLES.items()}
     found: list[str] = []
     for title, rows in parts.items():
@@ -32,10 +32,6 @@ def ranking_by_heads(summary: pd.DataFrame, heads: list[str]) -> list[str]:
             lines = [_line(name, own, heads) for name, own in _best_first(rows)]
             found += [f"### {title}", table(["model", "vectors", *map(escaped, heads)], lines)]
     return found
-
-
-def _is_control(model: str, form: str) -> bool:
-    return form in ("base", "expert") or model == "experts" or model.startswith("expert of ")
 
 
 def _best_first(rows: pd.DataFrame) -> list[tuple[tuple[str, str], pd.DataFrame]]:

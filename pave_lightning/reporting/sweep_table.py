@@ -28,6 +28,19 @@ CONFIDENCE = 0.95
 SCORE = "/score"
 
 
+def controls_among(rows: pd.DataFrame) -> pd.Series:
+    """Which rows are of models that nothing has merged: the base, experts as they are or under other heads.
+
+    Purified experts are none of them. No merge step can have these names.
+
+    Args:
+        rows: with the columns of `IDENTITY`.
+    """
+    experts = rows["model"].eq("experts") | rows["model"].str.startswith("expert of ")
+    of_experts = rows["form"].eq("expert") & rows["vectors"].eq("")
+    return rows["form"].eq("base") | of_experts | (experts & rows["form"].ne("expert"))
+
+
 @dataclass(frozen=True)
 class Paired:
     """Paired differences over seeds: their mean, spread and Student's 95 % interval.
@@ -121,9 +134,8 @@ class SweepScores:
         """The same averaged over tasks; NaN where a task that others have was not measured."""
 
     def merged(self) -> pd.DataFrame:
-        """The rows of `by_seed` that are drawn and compared: all but the base and the experts as they are."""
-        rows = self.by_seed
-        return rows[(rows["form"] != "base") & ~((rows["form"] == "expert") & (rows["vectors"] == ""))]
+        """The rows of `by_seed` that are drawn and compared: all but controls."""
+        return self.by_seed[~controls_among(self.by_seed)]
 
     def reference(self, form: str) -> pd.DataFrame:
         """The rows of `by_seed` of the base, or of the experts as they are."""

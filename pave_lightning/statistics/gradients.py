@@ -12,8 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pave_lightning.errors import PaveError, nearest, reason
-from pave_lightning.statistics.files import write_whole
-from pave_lightning.system.files import check_header, read_failure
+from pave_lightning.statistics.files import read_described, write_whole
 
 GradientKind = Literal["fisher", "absolute"]
 
@@ -183,29 +182,16 @@ def _check(value: Tensor, what: str) -> None:
 
 def _read_header(file: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
     """The header's JSON and the shapes of the stored tensors, all of it checked."""
-    if not file.is_file():
-        raise PaveError(f"no gradients at {file}: take them first")
+    found = read_described(file, HEADER_KEY, "gradients", "take them first", "take the gradients again")
     try:
-        check_header(file)
-        with safe_open(file, framework="pt") as opened:
-            text = (opened.metadata() or {}).get(HEADER_KEY)
-            views = {name: opened.get_slice(name) for name in sorted(opened.keys())}
-            shapes = {name: tuple(view.get_shape()) for name, view in views.items()}
-            formats = {str(view.get_dtype()) for view in views.values()}
-    except (SafetensorError, OSError) as error:
-        damaged = f"{file} is truncated or no safetensors file ({error}): take the gradients again"
-        raise PaveError(read_failure(file, damaged)) from error
-    if text is None:
-        raise PaveError(f"{file} is a safetensors file, but holds no task's gradients: give one written by a capture")
-    try:
-        header = json.loads(text)
+        header = json.loads(found.text)
         version, examples = header["format_version"], header["examples"]
         if version > FORMAT_VERSION:
             raise PaveError(f"{file} has gradients format {version}, known is up to {FORMAT_VERSION}: upgrade")
         well_formed = header["kind"] in get_args(GradientKind) and isinstance(header["metadata"], dict)
-        well_formed = well_formed and isinstance(examples, int) and examples > 0 and formats <= {"F32"}
+        well_formed = well_formed and isinstance(examples, int) and examples > 0 and found.all_float32
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise PaveError(f"{file} has a damaged gradients header ({reason(error)}): take the gradients again") from error
     if not well_formed:
         raise PaveError(f"{file} has a damaged gradients header: take the gradients again")
-    return header, shapes
+    return header, found.shapes

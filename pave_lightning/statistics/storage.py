@@ -13,11 +13,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pave_lightning.errors import PaveError, nearest, reason
-from pave_lightning.statistics.files import write_whole
+from pave_lightning.statistics.files import read_described, write_whole
 from pave_lightning.statistics.norm_moment import NormMoment
 from pave_lightning.statistics.second_moment import LayerMoment
 from pave_lightning.subspace import MomentKind, is_finite
-from pave_lightning.system.files import check_header, read_failure
 
 # One metadata entry, because safetensors writes several in random order: equal statistics give equal files.
 HEADER_KEY = "pave_lightning.statistics"
@@ -288,28 +287,14 @@ def _miscounted(rows: int, seen: int) -> str | None:
 
 def _read_header(file: Path) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
     """The header's JSON and the shapes of the stored matrices, all of it checked."""
-    if not file.is_file():
-        raise PaveError(f"no statistics at {file}: capture them first")
+    found = read_described(file, HEADER_KEY, "statistics", "capture them first", again(file))
+    shapes = found.shapes
     try:
-        check_header(file)
-        with safe_open(file, framework="pt") as opened:
-            text = (opened.metadata() or {}).get(HEADER_KEY)
-            views = {name: opened.get_slice(name) for name in sorted(opened.keys())}
-            shapes = {name: tuple(view.get_shape()) for name, view in views.items()}
-            formats = {str(view.get_dtype()) for view in views.values()}
-    except (SafetensorError, OSError) as error:
-        damaged = f"{file} is truncated or no safetensors file ({error}): {again(file)}"
-        raise PaveError(read_failure(file, damaged)) from error
-    if text is None:
-        raise PaveError(f"{file} is a safetensors file, but holds no task statistics: give one written by a capture")
-    try:
-        header = json.loads(text)
+        header = json.loads(found.text)
         version = header["format_version"]
         if version > FORMAT_VERSION:
             raise PaveError(f"{file} has statistics format {version}, known is up to {FORMAT_VERSION}: upgrade")
-        well_formed = (
-            formats <= {"F32"} and isinstance(header["examples"], int) and isinstance(header["metadata"], dict)
-        )
+        well_formed = found.all_float32 and isinstance(header["examples"], int) and isinstance(header["metadata"], dict)
         unreached = header.get("unreached", [])
         well_formed = well_formed and isinstance(unreached, list) and all(isinstance(name, str) for name in unreached)
         for entry in header["layers"].values():

@@ -48,15 +48,16 @@ def fit_logistic(
         if len(wide) < folds:
             raise ValueError(f"expected at least {folds} rows, one a fold, found {len(wide)}")
         fold = _folds(wide, aims, folds, seed)
-        best: tuple[float, float] | None = None
-        for tried in sorted(strengths, reverse=True):
-            lost = 0.0
-            for held in range(folds):
-                weight, bias = _solve(wide[fold != held], aims[fold != held], tried * spread, exact=False)
-                lost += float(((softmax(wide[fold == held] @ weight.T + bias, axis=1) - aims[fold == held]) ** 2).sum())
-            if best is None or lost < best[0]:
-                best = lost, tried
-        error, strength = (best[0] / len(wide), best[1]) if best is not None else (error, strength)
+        lost = dict.fromkeys(sorted(strengths, reverse=True), 0.0)
+        for held in range(folds):
+            there = fold != held
+            found: tuple[Array, Array] | None = None
+            for tried in lost:  # each begins at the solution of the stronger one before
+                found = _solve(wide[there], aims[there], tried * spread, begin=found)
+                said = softmax(wide[~there] @ found[0].T + found[1], axis=1)
+                lost[tried] += float(((said - aims[~there]) ** 2).sum())
+        strength = min(lost, key=lambda tried: lost[tried])
+        error = lost[strength] / len(wide)
     weight, bias = _solve(wide, aims, strength * spread, exact=True)
     solved = torch.from_numpy(weight)
     return LinearFit(solved, torch.from_numpy(bias) - solved @ middle, strength, error)
@@ -72,7 +73,9 @@ def _folds(wide: Array, aims: Array, folds: int, seed: int) -> npt.NDArray[np.in
     return fold
 
 
-def _solve(wide: Array, aims: Array, penalty: float, *, exact: bool) -> tuple[Array, Array]:
+def _solve(
+    wide: Array, aims: Array, penalty: float, *, exact: bool = False, begin: tuple[Array, Array] | None = None
+) -> tuple[Array, Array]:
     """Weight ``(C, d)`` and intercept ``(C,)`` for one strength; what is only compared need not be exact."""
     from scipy.optimize import minimize
     from scipy.special import log_softmax
@@ -89,6 +92,8 @@ def _solve(wide: Array, aims: Array, penalty: float, *, exact: bool) -> tuple[Ar
         return value, np.concatenate([slope.ravel(), error.mean(axis=0)])
 
     start = np.zeros(classes * wide.shape[1] + classes)
+    if begin is not None:
+        start = np.concatenate([begin[0].ravel(), begin[1]])
     options = {"maxiter": MOST_STEPS, **({"ftol": 1e-14, "gtol": 1e-8} if exact else {"ftol": 1e-10, "gtol": 1e-5})}
     found = minimize(loss, start, jac=True, method="L-BFGS-B", options=options)
     return found.x[:-classes].reshape(classes, -1), found.x[-classes:] - found.x[-classes:].mean()

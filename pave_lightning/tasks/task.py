@@ -341,14 +341,14 @@ class Task(Section):
         """Number of outputs of the head for one prediction."""
 
     @property
-    @abstractmethod
     def head_config(self) -> dict[str, Any]:
-        """The part of a model's configuration that describes the head."""
+        """The part of a model's configuration that describes the head; nothing where tasks do not differ in it."""
+        return {}
 
     @classmethod
     def unnamed_head(cls, outputs: int) -> dict[str, Any]:
         """The part of a model's configuration that describes a head of which no more than its size is known."""
-        return {"num_labels": outputs}
+        return {"num_labels": outputs} if cls.has_head else {}
 
     @property
     def head_form(self) -> HeadForm:

@@ -59,7 +59,8 @@ def test_findings_of_a_sweep_with_several_kinds_of_heads():
         for seed in (0, 1, 2)
         for model, vectors, form, heads, value in (
             *[("base", "", "base", "expert", 0.4), ("base", "", "base", "logits", 0.6)],
-            ("experts", "", "expert", "expert", 0.8),
+            *[("experts", "", "expert", "expert", 0.8), ("experts", "", "per-task", "logits", 0.79)],
+            ("expert of sst2", "", "static", "logits", 0.78),
             *[("ties", "plain", "static", "expert", 0.5), ("ties", "plain", "static", "logits", 0.7)],
         )
     ]
@@ -67,3 +68,9 @@ def test_findings_of_a_sweep_with_several_kinds_of_heads():
     assert "| base |  | 0.506 ± 0.006 | 0.753 ± 0.003 |" in told
     assert "| ties | plain | 0.630 ± 0.005 | 0.877 ± 0.002 |" in told
     assert "logits against expert, ties, plain: mean difference" in told
+    # Controls are compared with, and never the best of what was merged.
+    _, _, settings = told.partition("## Best settings")
+    assert "- ties: plain" in settings
+    assert "experts (per-task)" not in settings
+    assert "expert of sst2" not in settings
+    assert "Highest" not in settings

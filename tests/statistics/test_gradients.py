@@ -134,7 +134,7 @@ def test_tells_when_the_file_is_gone(file: Path) -> None:
 def test_refuses_the_files_of_others(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     safetensors.torch.save_file({"weight": torch.ones(2)}, file)
-    with pytest.raises(PaveError, match="holds no task's gradients"):
+    with pytest.raises(PaveError, match="holds no gradients of a task"):
         TaskGradients.load(file)
 
 

@@ -130,7 +130,7 @@ def test_refuses_the_files_of_others(tmp_path: Path) -> None:
     with pytest.raises(PaveError, match="truncated or no safetensors"):
         TaskStatistics.load(file)
     safetensors.torch.save_file({"weight": torch.ones(2)}, file)
-    with pytest.raises(PaveError, match="holds no task statistics"):
+    with pytest.raises(PaveError, match="holds no statistics of a task"):
         TaskStatistics.load(file)
 
 

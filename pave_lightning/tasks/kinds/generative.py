@@ -296,16 +296,6 @@ class GenerativeTask(Task):
         """0: one logit a token of the vocabulary, which only the model knows."""
         return 0
 
-    @property
-    def head_config(self) -> dict[str, Any]:
-        """Nothing: there is no head."""
-        return {}
-
-    @classmethod
-    def unnamed_head(cls, outputs: int) -> dict[str, Any]:
-        """Nothing: there is no head."""
-        return {}
-
     def private_names(self, model: nn.Module) -> set[str]:
         """None: what scores tokens is merged."""
         return set()

@@ -208,11 +208,6 @@ class MultipleChoice(SequencesTask):
         """One logit for each choice of a row, whose outputs are as many rows."""
         return 1
 
-    @property
-    def head_config(self) -> dict[str, Any]:
-        """Nothing: the head gives one number, whatever the number of choices."""
-        return {}
-
     @classmethod
     def unnamed_head(cls, outputs: int) -> dict[str, Any]:
         """Nothing: the head gives one number."""

