@@ -349,7 +349,7 @@ class PurifiedTaskVectors(DerivedTaskVectors):
 
 def workers_of(compute: Compute) -> int:
     """How many threads purify at once."""
-    return 1 if solving_device(compute) != "cpu" else compute.workers or torch.get_num_threads()
+    return 1 if solving_device(compute) != "cpu" else compute.workers or compute.threads or torch.get_num_threads()
 
 
 def solving_device(compute: Compute, rank: int = 0) -> str:
