@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -37,7 +39,7 @@ def gathered(own: MergedVectors, group: ProcessGroup) -> None:
         for name, factors in own.factors[task].items():
             made[f"{_LEFT}{number}/{name}"], made[f"{_RIGHT}{number}/{name}"] = factors.left, factors.right
     files = [group.folder / f"merged-{rank}.safetensors" for rank in range(group.size)]
-    write_tensors(files[group.rank], {name: tensor.contiguous() for name, tensor in made.items()})
+    write_tensors(files[group.rank], _apart(made))
     group.wait()
     found: dict[str, Tensor] = {}
     for file in files:
@@ -54,3 +56,13 @@ def gathered(own: MergedVectors, group: ProcessGroup) -> None:
         own.masks[task] = under(f"{_MASK}{number}")
         left, right = under(f"{_LEFT}{number}"), under(f"{_RIGHT}{number}")
         own.factors[task] = {name: LowRank(left[name], right[name]) for name in left}
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, contiguous; copies of those that share memory with another one, which safetensors refuses."""
+    found, known = {}, set[int]()
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone(memory_format=torch.contiguous_format) if place in known else tensor.contiguous()
+        known.add(place)
+    return found

@@ -183,11 +183,13 @@ def _packed(value: Any) -> bytes:
 
 
 def _plain(value: Any, tensors: dict[str, Tensor]) -> Any:
+    import torch
     from torch import Tensor
 
     if isinstance(value, Tensor):
         name = str(len(tensors))
-        tensors[name] = value.detach().cpu().contiguous()
+        # A copy, because safetensors refuses tensors that share memory.
+        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
         return {_TENSOR: name}
     if isinstance(value, Total):
         return {_TOTAL: value.parts}

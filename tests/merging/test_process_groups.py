@@ -11,9 +11,10 @@ import torch
 from transformers import AutoModel
 
 from pave_lightning.errors import PaveError
-from pave_lightning.merging import Evidence, SequentialMethod, make_method, merge
+from pave_lightning.merging import Evidence, MergedVectors, SequentialMethod, make_method, merge
 from pave_lightning.merging.dealing import own_parameters
 from pave_lightning.merging.folders import write_merged
+from pave_lightning.merging.sharing import gathered
 from pave_lightning.statistics.gradients import TaskGradients
 from pave_lightning.system.process_groups import Place, dealt
 
@@ -95,6 +96,26 @@ def test_all_can_be_more_than_the_parameters(in_processes, make_source):
     found = in_processes(3, lambda group: merge("ties", make_source(vectors), group=group))
     assert all(list(one.vectors) == ["a"] for one in found)
     assert all(torch.equal(one.vectors["a"], found[0].vectors["a"]) for one in found)
+
+
+def test_results_may_share_memory(in_processes, tmp_path):
+    whole = torch.arange(6.0)
+
+    def share(group):
+        mask = torch.ones(3, dtype=torch.bool)
+        own = MergedVectors({"a": whole[:3], "b": whole[3:]} if group.is_first else {"c": whole}, source=None)
+        own.masks = {"x": {"a": mask}, "y": {"a": mask}} if group.is_first else {"x": {}, "y": {}}
+        own.factors = {"x": {}, "y": {}}
+        gathered(own, group)
+        return own
+
+    for found in in_processes(2, share):
+        assert {name: vector.tolist() for name, vector in found.vectors.items()} == {
+            "a": [0, 1, 2],
+            "b": [3, 4, 5],
+            "c": [0, 1, 2, 3, 4, 5],
+        }
+        assert found.masks["y"]["a"].all()
 
 
 def test_the_largest_parameters_go_to_different_processes(in_processes, make_source):
