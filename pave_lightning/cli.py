@@ -54,6 +54,12 @@ QUIET = {
 # An option with one value: gathered, so that none is lost unseen.
 SINGLE: dict[str, Any] = {"type": str, "action": "append", "default": []}
 VERIFYING = ("run", "plan")
+EVALUATING = ("run", "plan", "evaluate")
+CODE: dict[str, Any] = {
+    "action": "store_true",
+    "help": "let benchmarks run code that models write (HumanEval, MBPP), and Python files beside task files of your "
+    "own; it runs with your rights, so do this in a container",
+}
 VERIFY: dict[str, Any] = {
     "action": "store_true",
     "help": "hash every input and every result that is there, instead of relying on size, times and inode",
@@ -91,6 +97,8 @@ def build_parser() -> ArgumentParser:
         )
         if name in VERIFYING:
             command.add_argument("--verify", **VERIFY)
+        if name in EVALUATING:
+            command.add_argument("--allow-code-execution", **CODE)
         if name in PER_TASK:
             command.add_argument("--task", **single, help="only this task")
         if name == "merge":
@@ -331,14 +339,16 @@ def _execute_recipe(command: str, options: Namespace) -> None:
     if command == "run":
         if recipe.sweep is not None:
             _say(f"note: what the recipe's sweep varies is run by `pave sweep {options.recipe}`, not here")
-        commands.run_recipe(recipe, verify=bool(options.verify))
+        commands.run_recipe(recipe, verify=bool(options.verify), allow_code=bool(options.allow_code_execution))
     elif command == "plan":
         from pave_lightning.system.collecting import seldom_collected
 
         with seldom_collected():
-            commands.plan_recipe(recipe, verify=bool(options.verify))
+            allow_code = bool(options.allow_code_execution)
+            commands.plan_recipe(recipe, verify=bool(options.verify), allow_code=allow_code)
     else:
-        commands.run_stage(recipe, command, task)
+        allow_code = command in EVALUATING and bool(options.allow_code_execution)
+        commands.run_stage(recipe, command, task, allow_code=allow_code)
     return None
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,18 @@ TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTransp
 ConvolutionLayer: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
 # What modules call the number of their experts.
 _EXPERTS = re.compile(r"(^|_)experts$")
+# Names under which the wrappers of FSDP1, activation checkpointing and torch.compile hold what they wrap.
+WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
+
+
+def plain_name(name: str) -> str:
+    """The dotted name of a module or weight without the wrappers around it.
+
+    Example:
+        >>> plain_name("encoder.layer.0._fsdp_wrapped_module.output.weight")
+        'encoder.layer.0.output.weight'
+    """
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -79,6 +92,35 @@ def matrix_weight(module: nn.Module) -> tuple[str, int] | None:
     if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
         return "in_proj_weight", 1
     return None
+
+
+def matrix_shape(module: nn.Module) -> tuple[int, int]:
+    """``(d_out, d_in)`` of the matrix by which a module multiplies its input.
+
+    Outside of forward passes FSDP1 and DeepSpeed leave a flat piece of a weight, or nothing, in its place; the module
+    still knows its sizes.
+
+    Args:
+        module: a module for which `matrix_weight` gives a weight.
+
+    Raises:
+        ValueError: the module multiplies its input with no matrix.
+    """
+    found = matrix_weight(module)
+    if found is None:
+        raise ValueError(f"{type(module).__name__} multiplies its input with no matrix")
+    shape = getattr(module, found[0]).shape
+    if len(shape) > 1:
+        height, width = shape[0], math.prod(shape[1:])
+        return (width, height) if found[1] == 0 else (height, width)
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    if isinstance(module, CONVOLUTIONS):
+        return module.out_channels, module.in_channels * math.prod(module.kernel_size)
+    if isinstance(module, nn.MultiheadAttention):
+        return 3 * module.embed_dim, module.embed_dim
+    transposed: Any = module
+    return transposed.nf, transposed.nx
 
 
 def stacked_axis(module: nn.Module, attribute: str) -> int | None:

@@ -36,6 +36,11 @@ def merged_adapters(model: nn.Module) -> Iterator[None]:
                     weight.copy_(weights[name])
 
 
+def has_adapters(model: nn.Module) -> bool:
+    """Whether any layer has adapters that are in use and not merged."""
+    return any(not layer.merged and not layer.disable_adapters for _, layer in _adapted(model))
+
+
 def without_wrappers(layers: Mapping[str, Sequence[nn.Module]], model: nn.Module) -> dict[str, list[nn.Module]]:
     """Layers by the names that they have without adapters; the factors of adapters, and unused copies, are left out.
 

@@ -28,9 +28,11 @@ from pave_lightning.statistics.second_moment import full_precision
 _PRODUCTS = {"linear": -1, "matmul": -2, "__matmul__": -2, "mm": -2, "bmm": -2}
 _INDEXED = ("__getitem__", "index_select")
 _JOINED = ("cat", "concat", "concatenate")
+_LAID_OUT = ("reshape", "view", "flatten")
 _DIVIDED = ("split", "chunk", "tensor_split", "unbind")
 # Rows of an expert are chosen among those that reached it: the padding is out already.
 _PART = "experts"
+_LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
 @dataclass
@@ -62,7 +64,8 @@ class _Stack:
 
     def ensure(self, number: int, device: torch.device) -> SecondMoment:
         if number not in self.sums:
-            height, width = self.matrix(number).shape
+            # Not of the matrix itself: outside of forward passes processes may hold parts of it.
+            height, width = self.weight.shape[:0:-1] if self.axis == 1 else self.weight.shape[1:]
             kind = captured_kind(self.moments, height, width)
             out_features = None if kind == "input" else height
             self.sums[number] = SecondMoment(width, out_features, kind=kind, keep_rows=self.keep_rows, device=device)
@@ -141,7 +144,9 @@ class ExpertObserver:
             mixtures.setdefault(parents.get(stack.module, stack.module), []).append(stack)
         for mixture, stacks in mixtures.items():
             # The module around the experts may have other methods called than its forward.
-            for module in dict.fromkeys([mixture, *(stack.module for stack in stacks)]):
+            # In the one around that, whose rows still lie as the mask does, following begins.
+            around = [parents[mixture]] if mixture in parents and not isinstance(parents[mixture], _LISTS) else []
+            for module in dict.fromkeys([*around, mixture, *(stack.module for stack in stacks)]):
                 self._handles.append(module.register_forward_pre_hook(partial(self._enter, stacks), with_kwargs=True))
                 self._handles.append(module.register_forward_hook(self._leave, always_call=True))
         for config in {id(c): c for s in self._stacks for c in [getattr(s.module, "config", None)] if c}.values():
@@ -204,9 +209,6 @@ class ExpertObserver:
     def _enter(
         self, stacks: Sequence[_Stack], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        if any(watch.stacks is stacks for watch in self._watches if watch is not None):
-            self._watches.append(None)  # for what leaves this module
-            return
         given = next(
             (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim > 1), None
         )
@@ -217,6 +219,11 @@ class ExpertObserver:
             if index is not None:
                 real = torch.zeros(math.prod(leading), dtype=torch.bool, device=given.device)
                 real[index.to(real.device)] = True
+        known = next((watch for watch in self._watches if watch is not None and watch.stacks is stacks), None)
+        if known is not None:
+            known.begin(given, real)
+            self._watches.append(None)  # for what leaves this module
+            return
         watch = _Products(stacks, self._count, given, real, pads=self._sampler.has_padding)
         self._watches.append(watch)
         watch.__enter__()  # type: ignore[no-untyped-call]
@@ -267,8 +274,15 @@ class _Products(TorchFunctionMode):
         self.stacks, self._count = stacks, count
         self._pads = pads
         self._real: Any = WeakIdKeyDictionary()  # tensors are told apart by identity
+        self._places: dict[tuple[int, ...], Tensor] = {}
+        self.begin(given, real)
+
+    def begin(self, given: Tensor | None, real: Tensor | None) -> None:
+        """Follow the rows of a further tensor; arguments as of the class."""
         if given is not None and real is not None:
             self._real[given] = real
+            if given.ndim == 3:
+                self._places[tuple(given.shape[:2])] = real
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
@@ -306,6 +320,7 @@ class _Products(TorchFunctionMode):
             return
         source = next((value for value in args if isinstance(value, Tensor) and value in self._real), None)
         if source is None:
+            self._flatten(name, args, found)
             return
         real = self._real[source]
         if name in _INDEXED and args[0] is source:
@@ -323,3 +338,12 @@ class _Products(TorchFunctionMode):
         for one in found if isinstance(found, tuple | list) else [found]:
             if isinstance(one, Tensor) and one.ndim > 1 and math.prod(one.shape[:-1]) == len(real):
                 self._real[one] = real
+
+    def _flatten(self, name: str, args: Sequence[Any], found: Any) -> None:
+        """Rows that a model lays out anew, ``(B, L, ..., d)`` to ``(n, d)``, are as their places in the mask are."""
+        source = args[0] if args else None
+        if name not in _LAID_OUT or not isinstance(source, Tensor) or not isinstance(found, Tensor) or found.ndim != 2:
+            return
+        real = self._places.get(tuple(source.shape[:2])) if source.ndim > 2 else None
+        if real is not None and found.shape[-1] == source.shape[-1] and len(found) % len(real) == 0:
+            self._real[found] = real.repeat_interleave(len(found) // len(real))

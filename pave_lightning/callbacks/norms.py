@@ -45,7 +45,7 @@ class NormObserver:
         self._batch = 0
         self._layers = {name: _ObservedNorm(group[0].get_parameter("weight").numel()) for name, group in layers.items()}
         self._handles: list[RemovableHandle] = [
-            module.register_forward_hook(partial(self._observe, self._layers[name]), with_kwargs=True)
+            module.register_forward_hook(partial(self._observe, self._layers[name]), with_kwargs=True, prepend=True)
             for name, group in layers.items()
             for module in group
         ]

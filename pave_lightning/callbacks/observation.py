@@ -16,13 +16,17 @@ from pave_lightning.callbacks.patches import multiplies_patches, patch_view, sel
 from pave_lightning.callbacks.sampling import RowSampler
 from pave_lightning.callbacks.sharing import Given, InputGroup, InputGroups
 from pave_lightning.errors import PaveError
-from pave_lightning.layers import CONVOLUTIONS, matrix_weight
-from pave_lightning.statistics import LayerMoment, Moments, SecondMoment, captured_kind
+from pave_lightning.layers import CONVOLUTIONS, matrix_shape, matrix_weight, plain_name
+from pave_lightning.statistics import NOT_REACHED, LayerMoment, Moments, SecondMoment, captured_kind
 from pave_lightning.statistics.second_moment import float32_products_are_exact, full_precision
 from pave_lightning.subspace import is_finite
 
 # Values of patches that are copied at a time: 16 MB in float32.
 PATCH_ELEMENTS = 4_000_000
+
+# Why a layer that was called has no moment.
+SEVERAL_INPUTS = "its query, key and value are not projections of one tensor"
+NO_PRODUCT = "its outputs are not the product of its kernels with patches of its input"
 
 
 def matrix_layers(backbone: nn.Module, *, convolutions: bool = False) -> dict[str, list[nn.Module]]:
@@ -30,7 +34,8 @@ def matrix_layers(backbone: nn.Module, *, convolutions: bool = False) -> dict[st
 
     These are `torch.nn.Linear`, transformers' `Conv1D`, `torch.nn.MultiheadAttention` for its fused projection, and, on
     demand, convolutions without groups. A module that is registered twice is listed once, and modules that hold the
-    same weight are listed together under the name of the first. Names leave out the wrapper that torch.compile puts in.
+    same weight are listed together under the name of the first. Names leave out the wrappers that torch.compile, FSDP1
+    and activation checkpointing put in.
 
     Args:
         backbone: the module to search, without itself.
@@ -62,7 +67,7 @@ def weight_owners(backbone: nn.Module, attribute_of: Callable[[nn.Module], str |
             continue
         if not cast(Tensor, getattr(module, attribute)).is_floating_point():
             continue
-        own_name = ".".join(part for part in path.split(".") if part != "_orig_mod")
+        own_name = plain_name(path)
         # A parametrised weight is made anew each time it is asked for, so it cannot be told by its identity.
         parameter = dict(module.named_parameters(recurse=False)).get(attribute)
         name = own_name if parameter is None else names.setdefault(id(parameter), own_name)
@@ -98,6 +103,7 @@ class LinearObserver:
     ) -> None:
         self._sampler, self._part_of = sampler or RowSampler(None), part_of
         self._batch = 0
+        self._passed_over: dict[str, str] = {}
         self._layers = {name: _ObservedLayer(name, group[0], moments, keep_rows) for name, group in layers.items()}
         self._groups = InputGroups(
             {name: layer.empty_moment for name, layer in self._layers.items()},
@@ -105,22 +111,27 @@ class LinearObserver:
             share=share_inputs,
         )
         self._handles: list[RemovableHandle] = [
-            module.register_forward_hook(partial(self._observe, self._layers[name]), with_kwargs=True)
+            # First of all hooks: that of FSDP takes the weights away again.
+            module.register_forward_hook(partial(self._observe, self._layers[name]), with_kwargs=True, prepend=True)
             for name, group in layers.items()
             for module in group
         ]
 
-    def begin_batch(self, mask: Tensor | None, batch: int = 0, loader: int = 0) -> None:
+    def begin_batch(self, mask: Tensor | None, batch: int = 0, loader: int = 0, weights: Tensor | None = None) -> None:
         """Forget the last batch's inputs and take the padding mask of the next.
 
         Args:
             mask: shape ``(B, L)``, true or non-zero where a token is real; None when all rows count.
             batch: number of the batch in its dataloader.
             loader: number of the dataloader.
+            weights: of the batch's examples, shape ``(B,)``: those of weight 0 are not counted; None counts all.
         """
         self._groups.end_batch()
         self._batch += 1
-        self._sampler.begin_batch(mask, batch, loader)
+        if weights is not None and not bool(weights.any()):
+            self._sampler.pass_over()
+        else:
+            self._sampler.begin_batch(mask, batch, loader, weights)
 
     def end_batch(self) -> None:
         """Let go of the batch."""
@@ -159,12 +170,24 @@ class LinearObserver:
             means.update(dict.fromkeys(members, mean))
         return {name: means[name] for name in self._layers if name in means}
 
+    def unreached(self) -> dict[str, str]:
+        """Layers that have seen no row, and why."""
+        return {name: self._passed_over.get(name, NOT_REACHED) for name in self._layers if not self._groups.has(name)}
+
+    def take(self, name: str, module: nn.Module, rows: Tensor) -> None:
+        """Count what the weight of a layer has multiplied, ``(..., d_in)``, although the layer was not called."""
+        layer, inputs = self._layers[name], rows.detach()
+        add = partial(self._add, layer, module, inputs, None)
+        self._groups.take(name, Given(inputs, (_cut(module), self._part_of(module, inputs)), add))
+
     @torch.no_grad()
     def _observe(
         self, layer: _ObservedLayer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:  # anything else returned by a forward hook would replace the layer's output
         inputs = _input_of(module, args, kwargs)
-        if inputs is not None and layer.multiplies(module, inputs, output):
+        if inputs is None or not layer.multiplies(module, inputs, output):
+            self._passed_over[layer.name] = NO_PRODUCT if inputs is not None else SEVERAL_INPUTS
+        else:
             # An input cannot have changed in between: trainable linear layers forbid it, they need it for their
             # gradient.
             cut = _cut(module), self._part_of(module, inputs)
@@ -192,7 +215,7 @@ class _ObservedLayer:
 
     def __init__(self, name: str, module: nn.Module, moments: Moments, keep_rows: bool) -> None:
         self.name = name
-        self.out_features, self.in_features = self.matrix(module).shape
+        self.out_features, self.in_features = matrix_shape(module)
         self.kind = captured_kind(moments, self.out_features, self.in_features)
         self.keep_rows = keep_rows
         self._multiplies: bool | None = None

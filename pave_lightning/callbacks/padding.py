@@ -117,6 +117,88 @@ class DecoderPadding:
         return real
 
 
+class ConvolvedPadding:
+    """Carries padding masks through convolutions along the sequence, which make it shorter.
+
+    Such as those of waveforms and spectra to the positions that speech encoders make of them: a position is data where
+    the convolution of the example alone would have it too. Call `begin_batch` before each forward pass and `remove`
+    when done.
+
+    Args:
+        backbone: the module in which convolutions with one spatial axis are sought.
+        sampler: is told of the mask behind each.
+    """
+
+    def __init__(self, backbone: nn.Module, sampler: RowSampler) -> None:
+        self._sampler = sampler
+        self._masks: dict[tuple[int, ...], Tensor] = {}
+        self._handles: list[RemovableHandle] = [
+            module.register_forward_pre_hook(self._enter)
+            for module in backbone.modules()
+            if isinstance(module, nn.Conv1d)
+        ]
+
+    def begin_batch(self, mask: Tensor | None) -> None:
+        """Take a batch's padding mask, shape ``(B, L)``; None when all rows count."""
+        self._masks = {} if mask is None else {tuple(mask.shape): mask}
+
+    def end_batch(self) -> None:
+        """Let go of the batch."""
+        self._masks = {}
+
+    def remove(self) -> None:
+        """Take the hooks off again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.end_batch()
+
+    @torch.no_grad()
+    def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        inputs = args[0] if args else None
+        if not isinstance(module, nn.Conv1d) or not isinstance(inputs, Tensor) or inputs.ndim != 3:
+            return
+        mask = self._masks.get((inputs.shape[0], inputs.shape[2]))
+        found = None if mask is None else convolved(mask, module)
+        if found is not None and tuple(found.shape) not in self._masks:
+            self._masks[tuple(found.shape)] = found
+            self._sampler.add_mask(f"behind a convolution to {found.shape[1]}", found)
+
+
+def convolved(mask: Tensor, layer: nn.Conv1d) -> Tensor | None:
+    """The padding mask of what a convolution makes of a padded sequence.
+
+    Args:
+        mask: shape ``(B, L)``, true or non-zero where a position is real.
+        layer: the convolution.
+
+    Returns:
+        Shape ``(B, L_out)``, true where the patch reaches no further beyond the real positions than the convolution's
+        own padding does beyond a sequence; None where the layer has no output.
+
+    Example:
+        >>> convolved(torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]]), nn.Conv1d(1, 1, 3, stride=2)).int()
+        tensor([[1, 1],
+                [1, 0]], dtype=torch.int32)
+    """
+    (kernel,), (stride,), (dilation,) = layer.kernel_size, layer.stride, layer.dilation
+    reach = dilation * (kernel - 1)
+    if layer.padding == "valid":
+        before = after = 0
+    elif layer.padding == "same":
+        before, after = reach // 2, reach - reach // 2
+    else:
+        before = after = int(layer.padding[0])
+    real = (mask != 0).float()[:, None]
+    # As if each example were padded by itself: in front of its first and behind its last real position.
+    padded = nn.functional.pad(real, (before, after))
+    wide = nn.functional.max_pool1d(nn.functional.pad(padded, (after, before)), before + after + 1, stride=1)
+    if wide.shape[2] <= reach:
+        return None
+    inside = -nn.functional.max_pool1d(-wide, kernel, stride=stride, dilation=dilation)
+    return inside[:, 0] > 0
+
+
 def shifted(mask: Tensor) -> Tensor:
     """The padding mask of words that are shifted one place to the right, behind a token with which decoding starts.
 

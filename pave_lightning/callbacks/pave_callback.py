@@ -16,17 +16,20 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DistributedSampler
 
-from pave_lightning.callbacks.adapters import merged_adapters, without_wrappers
+from pave_lightning.callbacks.adapters import has_adapters, merged_adapters, without_wrappers
 from pave_lightning.callbacks.experts import ExpertObserver
 from pave_lightning.callbacks.norms import NormObserver, norm_layers
 from pave_lightning.callbacks.observation import LinearObserver, matrix_layers
-from pave_lightning.callbacks.padding import DecoderPadding
+from pave_lightning.callbacks.padding import ConvolvedPadding, DecoderPadding
 from pave_lightning.callbacks.sampling import RowSampler
+from pave_lightning.callbacks.used_weights import UsedWeights
 from pave_lightning.errors import PaveError, nearest
-from pave_lightning.statistics import Moments, TaskStatistics
+from pave_lightning.statistics import NOT_REACHED, Moments, TaskStatistics
 
 # A batch and the dotted name of a layer, empty for the batch itself -> which positions are data.
 MaskOf = Callable[[Any, str], Tensor | None]
+# Why a layer that was not called has no moment.
+OTHERWISE_USED = "its weight is used otherwise than as one matrix that multiplies what the layer is given"
 
 
 class PaveCallback(L.Callback):
@@ -60,6 +63,9 @@ class PaveCallback(L.Callback):
     batch's ``input_ids`` are that they were shifted from, or else by ``labels`` of -100, or by the padding token. Its
     projections of the encoder's states have the encoder's mask. What follows a decoder is told by its shape.
 
+    Behind a convolution along the sequence (of waveforms or spectra, whose mask has the length that they had before it)
+    a position counts where the convolution of the example alone would have it too.
+
     Of these rows each layer counts ``rows`` at most, a uniform sample of every batch: what is left to count is spread
     evenly over the batches ahead, of all dataloaders, and over the processes. When the number of batches is unknown,
     each batch counts 1/32 of what is left. Layers that look at the same tokens count the same ones. The sample depends
@@ -85,9 +91,13 @@ class PaveCallback(L.Callback):
         * The mask is the batch's own, or that of a decoder: a module that reorders the batch, cuts it up or adds tokens
           is not told apart. In models whose tensors are ``(L, B, d_in)`` the mask is
           read the wrong way round in batches with ``L == B``, except for `torch.nn.MultiheadAttention`.
-        * Weights sharded by FSDP or tensor parallelism are not supported.
-        * A layer whose weight is used without calling its module, such as ``out_proj`` of
-          `torch.nn.MultiheadAttention`, is not seen and is listed in ``unreached``.
+        * Where a strategy divides the weights (FSDP, ``ModelParallelStrategy``, DeepSpeed), all processes must
+          run the same number of batches: fill up with examples of weight 0 (``weight_key``). Merge adapters of peft
+          before the weights are divided. Tensor parallelism, which divides what a layer is given, is not supported.
+          With FSDP1 and DeepSpeed neither norms nor mixtures of experts are captured.
+        * Of a layer that is not called (``out_proj`` of `torch.nn.MultiheadAttention`, ``dt_proj`` of Mamba) the
+          products with its whole weight are found where they are functions of torch; what a kernel of its own does
+          with it, or a product with divided weights, is not seen, and such a layer is listed in ``unreached``.
         * Compiled modules and the fast path of `torch.nn.TransformerEncoder` run uncompiled during the pass. Statistics
           are not part of checkpoints.
 
@@ -115,6 +125,8 @@ class PaveCallback(L.Callback):
             its moment. Rows are what the expert made of single tokens: switch this off for statistics that leave the
             place where private data must stay.
         norms: whether to capture norms, which some merge methods need.
+        weight_key: key of the weights of a batch's examples, shape ``(B,)``, in batches that are mappings and have it:
+            examples of weight 0 are not counted, all others once.
 
     Raises:
         ValueError: ``moments`` is none of the above, or ``rows`` is below 1.
@@ -142,6 +154,7 @@ class PaveCallback(L.Callback):
         convolutions: bool = False,
         keep_rows: bool = True,
         norms: bool = False,
+        weight_key: str = "example_weight",
     ) -> None:
         if moments not in get_args(Moments):
             raise ValueError(f"moments must be one of {', '.join(get_args(Moments))}, found '{moments}'")
@@ -162,13 +175,16 @@ class PaveCallback(L.Callback):
         self.convolutions = convolutions
         self.keep_rows = keep_rows
         self.norms = norms
+        self.weight_key = weight_key
         self.unreached: list[str] = []
         self.unreached_norms: list[str] = []
         self._statistics: TaskStatistics | None = None
         self._observer: LinearObserver | None = None
         self._norm_observer: NormObserver | None = None
         self._experts: ExpertObserver | None = None
+        self._used: UsedWeights | None = None
         self._padding: DecoderPadding | None = None
+        self._convolved: ConvolvedPadding | None = None
         self._layers: dict[str, list[nn.Module]] = {}
         self._norms: dict[str, list[nn.Module]] = {}
         self._sampler: RowSampler | None = None
@@ -181,7 +197,8 @@ class PaveCallback(L.Callback):
     def statistics(self) -> TaskStatistics:
         """What the last pass has captured.
 
-        Layers that no process has reached are absent; their names are in ``unreached``, here and of the statistics.
+        Layers that no process has reached are absent; their names are in ``unreached``, here and of the statistics,
+        whose `why_unreached` gives the reason.
 
         Raises:
             PaveError: no pass has been completed.
@@ -208,6 +225,11 @@ class PaveCallback(L.Callback):
                 f"found no linear layers below {self.backbone or type(pl_module).__name__}: there is nothing to capture"
                 + (f"; it has {found} convolutions, which convolutions=True captures" if found else "")
             )
+        if _is_divided(backbone) and has_adapters(backbone):
+            raise PaveError(
+                "adapters cannot be merged into weights of which each process holds a part: merge them before "
+                "(merge_and_unload), or capture with whole weights (strategy ddp, or a single device)"
+            )
         self._switches.enter_context(merged_adapters(backbone))
         if "torch._dynamo" in sys.modules:
             # Code that was compiled before the hooks were registered would pass them over in silence.
@@ -218,13 +240,15 @@ class PaveCallback(L.Callback):
         self._layers = layers
         sampler = self._sampler = RowSampler(
             self.rows,
-            sum(trainer.num_val_batches),
+            sum(trainer.num_val_batches) - sum(map(_stand_ins, _val_loaders(trainer))),
             seed=self.seed,
             rank=trainer.global_rank,
             processes=trainer.world_size,
         )
         self._padding = DecoderPadding(backbone, sampler)
         self._switches.callback(self._padding.remove)
+        self._convolved = ConvolvedPadding(backbone, sampler)
+        self._switches.callback(self._convolved.remove)
         self._observer = LinearObserver(
             layers,
             self.moments,
@@ -233,6 +257,8 @@ class PaveCallback(L.Callback):
             share_inputs=self.share_inputs,
             keep_rows=self.keep_rows,
         )
+        self._used = UsedWeights(backbone, layers, self._observer.take)
+        self._switches.callback(self._used.remove)
         self._experts = ExpertObserver(backbone, self.moments, sampler, self._part, keep_rows=self.keep_rows)
         self._switches.callback(self._experts.remove)
         norms = without_wrappers(norm_layers(backbone), backbone) if self.norms else {}
@@ -245,29 +271,37 @@ class PaveCallback(L.Callback):
         """Read the padding mask of the batch and count its examples."""
         if self._observer is None:
             return
-        mask = self._mask_of(batch, "")
-        self._observer.begin_batch(mask, batch_idx, dataloader_idx)
+        mask, weights = self._mask_of(batch, ""), self._weights_of(batch)
+        self._observer.begin_batch(mask, batch_idx, dataloader_idx, weights)
         if self._padding is not None:
             self._padding.begin_batch(batch, mask)
+        if self._convolved is not None:
+            self._convolved.begin_batch(mask)
         self._tell_parts(batch, mask)
         if self._norm_observer is not None:
             self._norm_observer.begin_batch()
         if self._experts is not None:
             self._experts.begin_batch()
-        self._examples += _count_examples(batch) if mask is None else int(mask.any(dim=1).sum())
+        if self._used is not None:
+            self._used.begin_batch()
+        self._examples += _examples_counted(batch, mask, weights)
 
     def on_validation_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
         """Let go of the batch."""
+        if self._used is not None:
+            self._used.end_batch()
         if self._observer is not None:
             self._observer.end_batch()
         if self._padding is not None:
             self._padding.end_batch()
+        if self._convolved is not None:
+            self._convolved.end_batch()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Reduce over processes, divide, save."""
-        if self._observer is None or self._norm_observer is None or self._experts is None:
+        if self._observer is None or self._norm_observer is None or self._experts is None or self._used is None:
             return
-        observer, norm_observer, experts = self._observer, self._norm_observer, self._experts
+        observer, norm_observer, experts, used = self._observer, self._norm_observer, self._experts, self._used
         if self._sampler is not None and self._sampler.unmasked is not None and not self._sampler.has_masked:
             rank_zero_warn(
                 "PaveCallback: no layer's input has rows (tokens) that fit the padding masks (one had the leading "
@@ -284,10 +318,15 @@ class PaveCallback(L.Callback):
         experts.reduce(pl_module.device)
         norm_observer.reduce(pl_module.device)
         examples = int(trainer.strategy.reduce(torch.tensor(self._examples, device=pl_module.device), reduce_op="sum"))
+        reasons = observer.unreached()
+        reasons |= dict.fromkeys(used.otherwise & reasons.keys(), OTHERWISE_USED)
         moments, norms = observer.moments() | dict(experts.moments()), norm_observer.moments()
-        self.unreached = [name for name in (*self._layers, *experts.layers) if name not in moments]
+        unreached = {
+            name: reasons.get(name, NOT_REACHED) for name in (*self._layers, *experts.layers) if name not in moments
+        }
+        self.unreached = list(unreached)
         self._statistics = TaskStatistics(
-            moments, examples=examples, metadata=self.metadata, norms=norms, unreached=self.unreached
+            moments, examples=examples, metadata=self.metadata, norms=norms, unreached=unreached
         )
         self.unreached_norms = [name for name in self._norms if name not in norms]
         if self.path is not None:
@@ -311,7 +350,7 @@ class PaveCallback(L.Callback):
             self._norm_observer.remove()
             self._norm_observer = None
         self._switches.close()
-        self._padding = self._sampler = self._experts = None
+        self._padding = self._convolved = self._sampler = self._experts = self._used = None
         self._parts.clear()
         self._sizes.clear()
 
@@ -360,6 +399,30 @@ class PaveCallback(L.Callback):
             return self._parts.get(module, "")
         return self._padding.part(module, inputs)
 
+    def _weights_of(self, batch: Any) -> Tensor | None:
+        """The weights of a batch's examples; None where it has none, or they are all the same and not zero.
+
+        Raises:
+            PaveError: they are no tensor of shape ``(B,)``, or some examples of a batch without a mask do not count.
+        """
+        weights = batch.get(self.weight_key) if isinstance(batch, Mapping) else None
+        if weights is None:
+            return None
+        if not isinstance(weights, Tensor) or weights.ndim != 1:
+            found = f"shape {tuple(weights.shape)}" if isinstance(weights, Tensor) else type(weights).__name__
+            raise PaveError(
+                f"batch['{self.weight_key}'] must be a tensor of shape (batch,), found {found}: name the weights of "
+                "examples with weight_key"
+            )
+        if bool((weights != 0).all()):
+            return None
+        if bool(weights.any()) and self._mask_of(batch, "") is None:
+            raise PaveError(
+                f"batch['{self.weight_key}'] is zero for some examples of a batch that has no mask, so their rows "
+                "cannot be told apart: give a mask, or put examples of weight 0 into batches of their own"
+            )
+        return weights
+
     def _mask_of(self, batch: Any, layer: str) -> Tensor | None:
         """The mask of what a layer is given; that of the batch for no layer."""
         if self.mask is not None:
@@ -407,14 +470,40 @@ def _refuse_other_batch(inputs: Tensor, layer: str, mask: tuple[int, ...], examp
         )
 
 
+def _examples_counted(batch: Any, mask: Tensor | None, weights: Tensor | None) -> int:
+    """How many examples of a batch are data: none of weight 0, and none that is padding altogether."""
+    if mask is None:
+        return _count_examples(batch) if weights is None else int(weights.count_nonzero())
+    real = mask.any(dim=1)
+    return int((real if weights is None else real & (weights != 0)).sum())
+
+
 def _count_examples(batch: Any) -> int:
     """Length of the first tensor in the batch that has one."""
     return next((len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim), 0)
 
 
-def _warn_of_repeated_examples(trainer: L.Trainer) -> None:
+def _is_divided(module: nn.Module) -> bool:
+    """Whether FSDP or DeepSpeed have divided a module's weights. Who has such a model has imported them."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    kinds = () if fsdp is None else (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)
+    return any(isinstance(one, kinds) for one in module.modules()) or any(
+        hasattr(parameter, "ds_id") for parameter in module.parameters()
+    )
+
+
+def _val_loaders(trainer: L.Trainer) -> list[Any]:
     loaders = trainer.val_dataloaders
-    for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
+    return list(loaders) if isinstance(loaders, list | tuple) else [loaders]
+
+
+def _stand_ins(loader: Any) -> int:
+    """How many batches of a loader are of weight 0, where its sampler of batches tells it."""
+    return int(getattr(getattr(loader, "batch_sampler", None), "stand_ins", 0))
+
+
+def _warn_of_repeated_examples(trainer: L.Trainer) -> None:
+    for loader in _val_loaders(trainer):
         sampler = getattr(loader, "sampler", None)
         if trainer.world_size > 1 and isinstance(sampler, DistributedSampler) and not sampler.drop_last:
             repeated = sampler.total_size - len(sampler.dataset)  # type: ignore[arg-type]

@@ -44,6 +44,8 @@ class RowSampler:
         self.unmasked: tuple[int, ...] | None = None
         self.has_masked = False
         self._begun = 0
+        self._counts = True
+        self._real: Tensor | None = None
         self._place: tuple[int, ...] = ()
         self._masks: dict[str, _Mask | None] = {}
         self._chosen: dict[tuple[object, ...], tuple[Tensor | None, int]] = {}
@@ -53,19 +55,27 @@ class RowSampler:
         """Whether any mask of this batch marks padding."""
         return any(mask is not None and mask.real is not None for mask in self._masks.values())
 
-    def begin_batch(self, mask: Tensor | None, batch: int = 0, loader: int = 0) -> None:
+    def begin_batch(self, mask: Tensor | None, batch: int = 0, loader: int = 0, weights: Tensor | None = None) -> None:
         """Take the padding mask and the place of the next batch.
 
         Args:
             mask: shape ``(B, L)``, true or non-zero where a token is real; None when all rows count.
             batch: number of the batch in its dataloader.
             loader: number of the dataloader.
+            weights: of the batch's examples, shape ``(B,)``: those of weight 0 are taken for padding in every mask.
         """
         self.end_batch()
         self._begun += 1
         self._place = (*self._origin, loader, batch)
+        if weights is not None:
+            self._real = weights != 0
         if mask is not None:
-            self._masks[""] = _Mask.of(mask)
+            self._masks[""] = self._mask(mask)
+
+    def pass_over(self) -> None:
+        """Count no row of the next batch, which is none of those that ``batches`` counts."""
+        self.end_batch()
+        self._counts = False
 
     def add_mask(self, part: str, mask: Tensor | None) -> None:
         """Take the padding mask of a part of the model that sees other tokens than the rest, for this batch.
@@ -74,13 +84,14 @@ class RowSampler:
             part: name of the part.
             mask: shape ``(B, L)``, true or non-zero where a token is real; None when all rows count.
         """
-        self._masks[part] = None if mask is None else _Mask.of(mask)
+        self._masks[part] = None if mask is None else self._mask(mask)
         self._chosen.clear()
 
     def end_batch(self) -> None:
         """Forget the batch."""
         self._masks.clear()
         self._chosen.clear()
+        self._real, self._counts = None, True
 
     def allowance(self, counted: int) -> int | None:
         """How many rows a layer may count in this batch, having counted so many before it; None for all.
@@ -108,6 +119,8 @@ class RowSampler:
         Returns:
             Indices into the flattened rows, or None for all rows; and how many real rows there are.
         """
+        if not self._counts:
+            return torch.empty(0, dtype=torch.int64), 0
         counts_all = part in self._masks and self._masks[part] is None
         known = (self._masks.get(name) for name in (part, "", *self._masks) if not counts_all)
         mask = next((mask for mask in known if mask is not None and leading in mask.leading), None)
@@ -119,6 +132,12 @@ class RowSampler:
         if key not in self._chosen:
             self._chosen[key] = self._choose(leading, allowance, call, calls, mask)
         return self._chosen[key]
+
+    def _mask(self, mask: Tensor) -> _Mask:
+        """A padding mask, shape ``(B, L)``, in which examples of weight 0 are padding."""
+        if self._real is not None and len(self._real) == len(mask):
+            mask = mask.bool() & self._real[:, None]
+        return _Mask.of(mask)
 
     def _choose(
         self, leading: tuple[int, ...], allowance: int | None, call: int, calls: int, mask: _Mask | None

@@ -131,6 +131,11 @@ class InputGroups:
             self._part(group)
             group = self._of[name]
 
+    def has(self, name: str) -> bool:
+        """Whether a layer's group has counted a row; to be asked while the sums are there."""
+        group = self._of.get(name)
+        return group is not None and group.moment is not None and group.moment.rows > 0
+
     def end_batch(self) -> None:
         """Count what only some members of a group have been given, and forget the batch's tensors."""
         self._first.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from itertools import chain
@@ -64,14 +65,21 @@ def adapted(candidate: Candidate, model: nn.Module, task: str) -> nn.Module:
     """
     shared = list(chain(model.parameters(), model.buffers()))
     versions = [_version(tensor) for tensor in shared]
-    # A copy of all modules, but of no tensor.
-    found = candidate.adapt(copy.deepcopy(model, {id(tensor): tensor for tensor in shared}), task)
+    # A copy of all modules, but of no tensor, nor of blocks whose weights several processes hold in parts.
+    kept = {id(one): one for one in [*shared, *_divided(model)]}
+    found = candidate.adapt(copy.deepcopy(model, kept), task)
     if versions != [_version(tensor) for tensor in shared]:
         raise RuntimeError(
             f"{type(candidate).__name__}.adapt has changed weights in place for task '{task}', which other tasks use "
             "as well; put new parameters into the module instead"
         )
     return found.to(device=shared[0].device, dtype=shared[0].dtype).eval()
+
+
+def _divided(model: nn.Module) -> list[nn.Module]:
+    """The modules that FSDP2 has divided. Who has such a model has imported it, so this need not."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return [] if fsdp is None else [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
 
 
 def _version(tensor: Tensor) -> int:

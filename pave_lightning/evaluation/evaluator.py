@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -17,12 +19,13 @@ from pave_lightning.errors import PaveError
 from pave_lightning.evaluation.candidates import Candidate, adapted
 from pave_lightning.evaluation.heads import HeadRows, head_rows, last_layer
 from pave_lightning.evaluation.kept_predictions import KeptPredictions
+from pave_lightning.experts.sharding import WholeWeights, shard_blocks
 from pave_lightning.experts.trainers import honest_interrupts, quiet_lightning
 from pave_lightning.tasks.constants import constant_scores
 from pave_lightning.tasks.data_module import TaskDataModule
 from pave_lightning.tasks.metrics import scores
 from pave_lightning.tasks.predictions import TaskPredictions
-from pave_lightning.tasks.samplers import ExactSampler
+from pave_lightning.tasks.stand_ins import rows_in_order, split_weight
 from pave_lightning.tasks.task import Batch, Task, auto_models
 from pave_lightning.tasks.tokenizers import set_padding
 from pave_lightning.weights import Architecture, Checkpoint
@@ -84,7 +87,7 @@ class SuiteData(L.LightningDataModule):
         for module in self.modules:
             module.trainer = self.trainer
             loaders.append(module.test_dataloader() if self.split == "test" else module.val_dataloader())
-            self.orders.append(cast(ExactSampler, loaders[-1].sampler).rows)
+            self.orders.append(rows_in_order(loaders[-1]))
         return loaders
 
 
@@ -185,6 +188,22 @@ class Evaluator(L.LightningModule):
                 setattr(module, attribute, parameters[f"{name}.{attribute}" if name else attribute])
         return own
 
+    def configure_model(self) -> None:
+        """Divide the blocks of the backbone over the processes, where the strategy asks for it; all else stays whole.
+
+        Raises:
+            PaveError: an expert has a configuration of its own, whose backbone has the same weights.
+        """
+        if not isinstance(self.trainer.strategy, ModelParallelStrategy):
+            return
+        if len(self.own_backbones):
+            found = [task.name for task, own in zip(self.tasks, self._own, strict=True) if own is not self.backbone]
+            raise PaveError(
+                f"trainer.strategy: the expert of {', '.join(found)} computes with a configuration of its own, which "
+                "cannot be scored with divided weights; use strategy: ddp, or a single device"
+            )
+        shard_blocks(self.backbone, self.trainer.strategy.device_mesh["data_parallel"])
+
     def score(
         self, candidate: Candidate, data: SuiteData, trainer: L.Trainer, *, keep: bool = False
     ) -> dict[str, TaskScore]:
@@ -231,6 +250,21 @@ class Evaluator(L.LightningModule):
         self._adapted, self._loaded = {}, None
         return found
 
+    @contextmanager
+    def model_of(self, candidate: Candidate, task: str) -> Iterator[nn.Module]:
+        """A candidate's model of a task, with its head, while the block runs; its weights must not be changed.
+
+        Args:
+            candidate: the model.
+            task: name of the task.
+        """
+        self._candidate, self._loaded = candidate, None
+        self._prepare([one.name for one in self.tasks].index(task))
+        try:
+            yield self._adapted[task]
+        finally:
+            self._adapted, self._loaded = {}, None
+
     def last_layer(self, task: str) -> tuple[str | None, nn.Linear | None]:
         """Name and layer of what gives the outputs of a task's head, as its expert has it; None where it has none."""
         index = [one.name for one in self.tasks].index(task)
@@ -276,7 +310,7 @@ class Evaluator(L.LightningModule):
             weights: names as they are stored, and values; of the token embedding the first rows, or all.
             beyond: a checkpoint behind whose rows these rows of the token embedding come.
         """
-        own = backbone.state_dict(keep_vars=True)  # without what the model makes by itself
+        own = WholeWeights(backbone.state_dict(keep_vars=True))  # without what the model makes by itself
         given = set()
         for stored, tensor in weights:
             name, place = self._names.get(stored, stored), self._places.get(stored)
@@ -286,20 +320,24 @@ class Evaluator(L.LightningModule):
                 continue
             if name not in own:
                 continue
-            target = own[name]
             if name in self._token_embeddings or name in self._score_tables:
                 first = 0 if beyond is None else beyond.backbone[name].shape[0]
-                target = target[first : first + len(tensor)]
+                own[name][first : first + len(tensor)].copy_(tensor)
                 if name in self._token_embeddings:
                     self._rows = max(self._rows, first + len(tensor))
-            target.copy_(tensor)
+            else:
+                own[name] = tensor
             given.add(name)
+        own.close()
         return given
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add one batch to its task's metrics."""
         task = self.tasks[dataloader_idx]
+        batch, counts = split_weight(batch)
         found = task.respond(self._adapted[task.name], batch, self._data.modules[dataloader_idx].processor)
+        if not counts:  # it was run because other processes wait for this one in every forward pass
+            return
         self._broken[dataloader_idx] += found.broken
         if len(found.values):  # of some rows a tokenizer leaves nothing that is predicted
             self._metrics[dataloader_idx].update(found.values, found.targets, **found.further)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
-from pave_lightning.config import Section, Span, unless_wrong
+from pave_lightning.config import FolderPath, Name, Section, Span, unless_wrong
 
 # Most scales of one search.
 MOST_POINTS = 1000
@@ -67,6 +67,40 @@ Scale = Annotated[
 ]
 
 
+class Benchmark(Section):
+    """A task of lm-eval that models are scored on."""
+
+    expert: Name
+    """The task of this recipe whose expert does it: models are scored as they do that task, and the expert's own score
+    is the one that normalises."""
+    metric: str | None = None
+    """The metric that stands in the tables, with or without the name of lm-eval's filter: exact_match, or
+    exact_match,strict-match. By default the first; all are kept."""
+    few_shot: int | None = Field(default=None, ge=0)
+    """Examples in the prompt; by default what the task says."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_short_form(cls, raw: Any) -> Any:
+        return {"expert": raw} if isinstance(raw, str) else raw
+
+
+class LmEval(Section):
+    """Benchmarks that models are scored on with lm-eval, besides the test splits."""
+
+    benchmarks: dict[str, Benchmark] = Field(min_length=1)
+    """Names of tasks or groups of lm-eval, each with the task of this recipe whose expert does it: {gsm8k: math}, or
+    {gsm8k: {expert: math, metric: ..., few_shot: ...}}."""
+    folder: FolderPath | None = None
+    """A folder with task files of one's own (yaml), whose names come before those of lm-eval."""
+    limit: int | None = Field(default=None, ge=1)
+    """Rows of each task, the first ones; all where nothing is said."""
+    batch_size: int | None = Field(default=None, ge=1)
+    """Rows of a forward pass; by default evaluate.batch_size."""
+    chat: bool = False
+    """Whether prompts are written as a chat, by the tokenizer's chat template."""
+
+
 class Evaluate(Section):
     """How models are scored."""
 
@@ -76,6 +110,8 @@ class Evaluate(Section):
     """Precision of the pass (a lightning.Trainer precision)."""
     purified_experts: bool = False
     """Also score every purified expert alone on its own task: what purification costs before anything is merged."""
+    lm_eval: LmEval | None = None
+    """Benchmarks of lm-eval, for tasks of the kinds causal_lm and seq2seq; takes the package lm_eval."""
 
 
 HeadFit = Literal["expert", "logits", "probabilities", "orthogonal", "labels"]

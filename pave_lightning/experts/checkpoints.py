@@ -62,10 +62,15 @@ def unusable_checkpoint(folder: Path, weights: Mapping[str, Tensor]) -> str:
     return f"the best checkpoint is damaged ({problem})" if problem else ""
 
 
-def damage_of(file: Path, weights: Mapping[str, Tensor]) -> str:
+def damage_of(file: Path, weights: Mapping[str, Tensor], *, resumable: bool = True) -> str:
     """What is wrong with a checkpoint's bytes or content; empty where nothing is.
 
     Every byte is read: the checksums of the archive cover the tensors, and the rest is what the module expects.
+
+    Args:
+        file: the checkpoint.
+        weights: what the module expects; only shapes are looked at.
+        resumable: whether training is to go on from it, so that more than the weights has to be there.
     """
     try:
         with zipfile.ZipFile(file) as archive:
@@ -76,9 +81,10 @@ def damage_of(file: Path, weights: Mapping[str, Tensor]) -> str:
     # torch raises errors of many kinds here; its advice to load pickles unsafely is none of ours.
     except Exception as error:
         return type(error).__name__
-    missing = [key for key in NEEDED if not isinstance(found, dict) or key not in found]
+    needed, filled = (NEEDED, FILLED) if resumable else (FILLED[:1], FILLED[:1])
+    missing = [key for key in needed if not isinstance(found, dict) or key not in found]
     # Lightning goes on without a word where the state of the optimiser is empty.
-    missing += [key for key in FILLED if not missing and not found[key]]
+    missing += [key for key in filled if not missing and not found[key]]
     if missing:
         return f"no {missing[0]}"
     shapes = {name: getattr(value, "shape", None) for name, value in dict(found["state_dict"]).items()}

@@ -13,7 +13,8 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
-from torch import nn
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from torch import Tensor, nn
 
 from pave_lightning.errors import PaveError, reason
 from pave_lightning.experts.checkpoints import (
@@ -27,6 +28,7 @@ from pave_lightning.experts.checkpoints import (
 from pave_lightning.experts.loading import load_with_new_head
 from pave_lightning.experts.new_adapters import add_adapters, keep_start, save_adapter
 from pave_lightning.experts.schedule import training_settings
+from pave_lightning.experts.sharding import local_part
 from pave_lightning.experts.task_expert import TaskExpert, freeze
 from pave_lightning.experts.trainers import build_trainer, honest_interrupts, quiet_lightning
 from pave_lightning.system.files import let_others_read
@@ -38,9 +40,11 @@ from pave_lightning.tasks.image_processors import copy_image_processor
 from pave_lightning.tasks.kinds.tokens import TOKENS
 from pave_lightning.tasks.metrics import weak_experts
 from pave_lightning.tasks.options import EarlyStopping as EarlyStoppingOptions
+from pave_lightning.tasks.stand_ins import is_sharded
 from pave_lightning.tasks.task import Task
 from pave_lightning.tasks.tokenizers import load_tokenizer, padding_note
-from pave_lightning.weights.architecture import Architecture, backbone_of
+from pave_lightning.weights import is_finite
+from pave_lightning.weights.architecture import Architecture, backbone_of, unchanged_parts
 from pave_lightning.weights.quiet import quiet_transformers
 from pave_lightning.weights.task_vectors import absent_children
 
@@ -97,12 +101,12 @@ def fit_expert(
     def prepare() -> Prepared:
         L.seed_everything(seed, workers=True, verbose=False)
         model = load_with_new_head(base, task)
-        freeze(model, task.training.freeze)
+        frozen = [*task.training.freeze, *sorted(unchanged_parts(model, task.auto_model))]
+        freeze(model, frozen)
         if task.training.lora is not None:
             backbone = backbone_of(model)
             stored = Architecture.of_model(model).checkpoint(base)
             private = absent_children(stored, dict(backbone.named_parameters()))
-            frozen = task.training.freeze
             model = add_adapters(model, task.training.lora, task.peft_type, frozen=frozen, private=private)
             if is_rank_zero():
                 keep_start(model, task.training.lora, work_folder)
@@ -142,16 +146,18 @@ def trained(
     """
     begun = prepare()
     try:
-        return _trained(begun, work_folder, logger)
+        return _trained(begun, prepare, work_folder, logger)
     except _UnusableCheckpointError as error:
         name = begun.expert.name
         start_anew(name, work_folder, f"the last checkpoint cannot be restored ({reason(error)})")
         if is_launched():  # the other processes of this stage have to begin anew, too
             raise PaveError(f"{begun.expert.title}: run the same command again, which trains anew") from error
-    return _trained(prepare(), work_folder, logger)
+    return _trained(prepare(), prepare, work_folder, logger)
 
 
-def _trained(begun: Prepared, work_folder: Path, logger: Logger | None) -> tuple[TaskExpert, float]:
+def _trained(
+    begun: Prepared, prepare: Callable[[], Prepared], work_folder: Path, logger: Logger | None
+) -> tuple[TaskExpert, float]:
     expert, data = begun.expert, begun.data
     checkpoint = MovableCheckpoint(
         dirpath=work_folder, filename="best", monitor=expert.monitor, mode="max", enable_version_counter=False
@@ -160,13 +166,17 @@ def _trained(begun: Prepared, work_folder: Path, logger: Logger | None) -> tuple
     each_epoch = MovableCheckpoint(dirpath=work_folder, filename="last", enable_version_counter=False)
     started = _Begun()
     callbacks: list[Callback] = [checkpoint, each_epoch, started]
+    if str(begun.settings.get("strategy", "")).startswith("deepspeed"):
+        callbacks.remove(each_epoch)  # from which nothing could go on
+    # Later some strategies let the module see parts of its weights only.
+    expected = {name: torch.empty(value.shape, device="meta") for name, value in expert.state_dict().items()}
     if begun.early_stopping is not None:
         # Not strict: an epoch without a validation pass has nothing to judge by, and training goes on.
         stopping = EarlyStopping(expert.monitor, mode="max", strict=False, **begun.early_stopping.model_dump())
         callbacks.append(stopping)
     if logger is not None:
         callbacks.append(LearningRateMonitor("step"))
-    problem = unusable_checkpoint(work_folder, expert.state_dict())
+    problem = unusable_checkpoint(work_folder, expected)
     if problem:
         start_anew(expert.name, work_folder, problem)
     last = work_folder / LAST
@@ -192,8 +202,10 @@ def _trained(begun: Prepared, work_folder: Path, logger: Logger | None) -> tuple
             raise
     if trainer.global_step == 0:
         raise PaveError(f"{expert.title}: nothing was trained; the trainer needs at least one step (max_epochs)")
-    score = _take_the_best(expert, checkpoint, work_folder / BEST, trainer, data)
-    broken = [name for name, value in expert.model.named_parameters() if not bool(torch.isfinite(value).all())]
+    score = _take_the_best(expert, checkpoint, work_folder / BEST, trainer, data, expected=expected)
+    if is_sharded(trainer):
+        expert = _in_one_piece(expert, prepare, work_folder / BEST)
+    broken = [name for name, value in expert.model.named_parameters() if not is_finite(local_part(value.detach()))]
     if broken:
         raise PaveError(
             f"{expert.title}: training gave NaN or infinite weights ({len(broken)} tensors, first {broken[0]}); "
@@ -224,27 +236,50 @@ def validation_constants(task: Task, base: Path, seed: int, cache_folder: Path) 
 
 
 def _take_the_best(
-    expert: TaskExpert, checkpoint: ModelCheckpoint, best: Path, trainer: L.Trainer, data: L.LightningDataModule
+    expert: TaskExpert,
+    checkpoint: ModelCheckpoint,
+    best: Path,
+    trainer: L.Trainer,
+    data: L.LightningDataModule,
+    *,
+    expected: Mapping[str, Tensor],
 ) -> float:
     """Give an expert the weights with the best validation score, and return it; validates the last ones if needed."""
     score = float("-inf") if checkpoint.best_model_score is None else float(checkpoint.best_model_score)
-    if expert.validated_at != trainer.global_step:
+    # What these have taken apart, Lightning cannot set up once more.
+    once = isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy))
+    if expert.validated_at != trainer.global_step and not once:
         with quiet_lightning(), honest_interrupts():
             found, *_ = trainer.validate(expert, datamodule=data, verbose=False) or ({},)
         last = float(found.get(expert.monitor, "nan"))
         if last > score:
+            if is_sharded(trainer):
+                trainer.save_checkpoint(best, weights_only=True)
             return last
     if score == float("-inf"):
         raise PaveError(
             f"{expert.title}: no validation pass ended, so there is no best checkpoint; the trainer needs at least "
             "one validation batch (limit_val_batches)"
         )
-    problem = damage_of(best, expert.state_dict())
+    problem = damage_of(best, expected, resumable=False)
     if problem:
         start_anew(expert.name, best.parent, f"the best checkpoint is damaged ({problem})")
         raise PaveError(f"{expert.title}: the best checkpoint was damaged; run the same command again")
-    expert.load_state_dict(torch.load(best, map_location="cpu", weights_only=True)["state_dict"])
+    if not is_sharded(trainer):
+        expert.load_state_dict(torch.load(best, map_location="cpu", weights_only=True)["state_dict"])
     return score
+
+
+def _in_one_piece(expert: TaskExpert, prepare: Callable[[], Prepared], best: Path) -> TaskExpert:
+    """What was trained with divided weights, whole, for rank zero, which saves it; the others have their parts only.
+
+    The file is mapped, not loaded, so that rank zero holds the weights once and no other process holds them.
+    """
+    if not is_rank_zero():
+        return expert
+    whole = prepare().expert
+    whole.load_state_dict(torch.load(best, map_location="cpu", mmap=True, weights_only=True)["state_dict"])
+    return whole
 
 
 class _UnusableCheckpointError(Exception):

@@ -20,7 +20,7 @@ from pave_lightning.tasks.joint_data import JointDataModule
 from pave_lightning.tasks.task import Task, auto_models
 from pave_lightning.tasks.turns import Turns
 from pave_lightning.weights import Architecture
-from pave_lightning.weights.architecture import backbone_of, lies_in
+from pave_lightning.weights.architecture import backbone_of, lies_in, unchanged_parts
 
 
 def fit_joint(
@@ -106,12 +106,13 @@ class _Shared:
 
 def _models(tasks: Sequence[Task], base: Path, seed: int) -> list[nn.Module]:
     """The base with a new head for each task, on one backbone."""
-    shared, frozen, lora = _Shared.of(tasks, base), common_freeze(tasks), tasks[0].training.lora
+    shared, named, lora = _Shared.of(tasks, base), common_freeze(tasks), tasks[0].training.lora
     models: list[nn.Module] = []
     for task in tasks:
         L.seed_everything(seed, workers=True, verbose=False)
         model = load_with_new_head(base, task)
         private = shared.private(model)
+        frozen = [*named, *sorted(unchanged_parts(model, task.auto_model))]
         freeze(model, [name for name in task.training.freeze if lies_in(name, private)])
         if not models:
             freeze(model, [name for name in frozen if not lies_in(name, private)])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pave_lightning.experts.schedule import training_schedule, training_settings
-from pave_lightning.experts.trainer_options import is_distributed, process_count
+from pave_lightning.experts.trainer_options import is_distributed, process_count, shards
 from pave_lightning.tasks.task import Task
 from pave_lightning.tasks.turns import Turns
 from pave_lightning.weights.architecture import lies_in
@@ -23,7 +23,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "accumulate_grad_batches": (None, 1),
 }
 # Sections of training that hold for the whole model.
-SHARED_OPTIONS = ("weight_decay", "early_stopping", "lora")
+SHARED_OPTIONS = ("weight_decay", "early_stopping", "lora", "activation_checkpointing", "compile")
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,11 @@ def disagreements(tasks: Sequence[Task]) -> Iterator[str]:
                 f"trainer.{key} cannot be shared out: a model that is trained on all tasks takes whole epochs, and one "
                 "batch of one task a step; let max_epochs alone say how long"
             )
+    if any(shards(task.trainer) for task in tasks):
+        yield (
+            "trainer.strategy divides the weights over processes, but a model that is trained on all tasks is several "
+            "models that share a backbone; use strategy: ddp"
+        )
     for key in SHARED_OPTIONS:
         yield from _differing(f"training.{key}", {task.name: getattr(task.training, key) for task in tasks})
 

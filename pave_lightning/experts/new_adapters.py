@@ -25,6 +25,7 @@ from pave_lightning.weights.architecture import (
     has_language_head,
     lies_in,
     name_prefix,
+    part_named,
 )
 from pave_lightning.weights.checkpoint import stored_tensors
 from pave_lightning.weights.remembered import remembered
@@ -67,7 +68,7 @@ def add_adapters(
     except (ValueError, TypeError, NotImplementedError) as error:
         raise PaveError(f"training.lora: {reason(error)}") from error
     for name in frozen:  # of which peft has made the biases trainable
-        backbone_of(model).get_submodule(name).requires_grad_(False)
+        part_named(backbone_of(model), name).requires_grad_(False)
     return wrapped
 
 

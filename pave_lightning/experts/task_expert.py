@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.fsdp.wrap import CustomPolicy
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from pave_lightning.errors import PaveError, nearest
+from pave_lightning.experts.forward_options import apply_forward_options
+from pave_lightning.experts.sharding import blocks, shard_model
+from pave_lightning.layers import plain_name
 from pave_lightning.tasks.joint_data import TaskBatch
 from pave_lightning.tasks.metrics import scores
 from pave_lightning.tasks.options import Training
+from pave_lightning.tasks.stand_ins import split_weight
 from pave_lightning.tasks.task import Batch, Task
 from pave_lightning.tasks.turns import Turns
-from pave_lightning.weights.architecture import backbone_of
+from pave_lightning.weights.architecture import backbone_of, part_named
 
 # The mean of the tasks' primary metrics, where there are several.
 AVERAGE = "validation/primary_average"
@@ -69,6 +75,21 @@ class TaskExpert(L.LightningModule):
         self._metrics = [one.build_metrics() for one in self.tasks]
         self.validation_metrics = nn.ModuleList(self._metrics)
         self.validated_at: int | None = None
+        self._configured = False
+        # Told now: FSDP1 flattens the weights.
+        self._vectors = {name for one in self.models for name, value in one.named_parameters() if value.ndim < 2}
+
+    def configure_model(self) -> None:
+        """Let the model compute as its training asks for, and divide its weights where the strategy asks for it."""
+        if self.trainer.state.fn == TrainerFn.FITTING and not self._configured:
+            self._configured = True
+            apply_forward_options(self.models, self.tasks[0].training)
+        strategy = self.trainer.strategy
+        if isinstance(strategy, ModelParallelStrategy):
+            shard_model(self.model, strategy.device_mesh["data_parallel"])
+        elif isinstance(strategy, FSDPStrategy):
+            chosen = set(blocks(self.model))
+            strategy.kwargs["auto_wrap_policy"] = CustomPolicy(lambda module: module in chosen)
 
     @property
     def name(self) -> str:
@@ -111,10 +132,13 @@ class TaskExpert(L.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add one batch of a task to its metrics; one without labels only passes through, for capture."""
         task, model = self.tasks[dataloader_idx], self.models[dataloader_idx]
+        batch, counts = split_weight(batch)
         if self.processors is None:
             found = task.predict(model, batch)
         else:
             found = task.respond(model, batch, self.processors[dataloader_idx])
+        if not counts:  # it was run because other processes wait for this one in every forward pass
+            return
         self._broken[dataloader_idx] += found.broken
         if found.targets is not None:
             self._labelled = True
@@ -127,7 +151,9 @@ class TaskExpert(L.LightningModule):
         Raises:
             PaveError: outputs were NaN or infinite, of which a class would be chosen all the same.
         """
-        broken = self.trainer.strategy.reduce(self._broken, reduce_op="sum").tolist()
+        # A process without a row must not leave the others waiting for what it knows of the metrics.
+        told = torch.cat([self._broken, self._broken.new_tensor([self._labelled])])
+        *broken, labelled = self.trainer.strategy.reduce(told, reduce_op="sum").tolist()
         if any(broken):
             training = self.trainer.state.fn == TrainerFn.FITTING
             name, examples = next((one.name, count) for one, count in zip(self.tasks, broken, strict=True) if count)
@@ -140,7 +166,7 @@ class TaskExpert(L.LightningModule):
                     else "look for broken weights of its expert, or use a safer precision"
                 )
             )
-        if not self._labelled:
+        if not labelled:
             return
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
             self.validated_at = self.trainer.global_step
@@ -178,7 +204,7 @@ class TaskExpert(L.LightningModule):
         having = Counter(id(parameter) for model in self.models for parameter in model.parameters())
         groups, taken = [], set[int]()
         for model, task in zip(self.models, self.tasks, strict=True):
-            for group in parameter_groups(model, task, task.training):
+            for group in parameter_groups(model, task, task.training, self._vectors):
                 for shared in (True, False):
                     new = [one for one in group["params"] if id(one) not in taken and (having[id(one)] > 1) == shared]
                     if new:
@@ -212,15 +238,25 @@ def linear_schedule(step: int, warm_up: int, steps: int) -> float:
     return max(0.0, (steps - step) / max(1, steps - warm_up))
 
 
-def parameter_groups(model: nn.Module, task: Task, options: Training) -> list[dict[str, Any]]:
-    """Trainable parameters by learning rate (backbone or head) and weight decay (none for vectors: biases, norms)."""
+def parameter_groups(
+    model: nn.Module, task: Task, options: Training, vectors: Collection[str] | None = None
+) -> list[dict[str, Any]]:
+    """Trainable parameters by learning rate (backbone or head) and weight decay (none for vectors: biases, norms).
+
+    Args:
+        model: a model with the task's head, or a peft model around one.
+        task: its kind says what belongs to the head.
+        options: how it is trained.
+        vectors: names of the parameters that are vectors, where their shapes no longer tell it.
+    """
     inner: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
     private = task.private_names(inner)
     of_head = {id(parameter) for name, parameter in inner.named_parameters() if name in private}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            key = (id(parameter) not in of_head, parameter.ndim > 1)
+            is_vector = parameter.ndim < 2 if vectors is None else plain_name(name) in vectors
+            key = (id(parameter) not in of_head, not is_vector)
             groups.setdefault(key, []).append(parameter)
     return [
         {
@@ -239,8 +275,8 @@ def freeze(model: nn.Module, names: list[str]) -> None:
         PaveError: the backbone has no submodule of that name.
     """
     backbone = backbone_of(model)
-    known = [name for name, _ in backbone.named_modules() if name]
+    known = [name for name, _ in (*backbone.named_modules(), *backbone.named_parameters(recurse=False)) if name]
     for name in names:
         if name not in known:
             raise PaveError(f"training.freeze: the backbone has no submodule '{name}'; {nearest(name, known)}")
-        backbone.get_submodule(name).requires_grad_(False)
+        part_named(backbone, name).requires_grad_(False)

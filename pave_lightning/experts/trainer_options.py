@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
@@ -23,6 +24,11 @@ PLAIN: dict[str, Callable[[Any], bool]] = {
     "log_every_n_steps": lambda value: type(value) is int and value > 0,
     "gradient_clip_val": lambda value: type(value) in (int, float) and 0 < value < float("inf"),
 }
+# Strategies that divide the weights over the processes. In capture and evaluation, where nothing is trained, one does
+# for all; DeepSpeed's earlier stages divide what only training has.
+FULLY_SHARDED = "fsdp2"
+_DIVIDES = re.compile(r"fsdp.*|deepspeed_stage_3.*")
+_DIVIDES_IN_TRAINING = re.compile(r"fsdp.*|deepspeed.*")
 # Variables by which Lightning finds a cluster, which has a say in what the trainer takes.
 CLUSTERS = ("SLURM_NTASKS", "TORCHELASTIC_RUN_ID", "LSB_JOBID", "KUBERNETES_PORT", "OMPI_COMM_WORLD_SIZE", "WORLD_SIZE")
 
@@ -58,7 +64,12 @@ def is_distributed(options: Mapping[str, Any]) -> bool:
     several = devices not in (1, "1", "auto", [0], "0")
     if devices == "auto" and options.get("accelerator", "auto") in ("auto", "gpu", "cuda"):
         several = torch.cuda.device_count() > 1
-    return several or options.get("num_nodes", 1) != 1
+    return several or options.get("num_nodes", 1) != 1 or shards(options)
+
+
+def shards(options: Mapping[str, Any]) -> bool:
+    """Whether a trainer with these options divides weights, gradients or optimiser states over processes."""
+    return bool(_DIVIDES_IN_TRAINING.fullmatch(str(options.get("strategy", "auto"))))
 
 
 @lru_cache(maxsize=64)
@@ -69,5 +80,15 @@ def _processes(options: str) -> int:
 
 
 def machine_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The trainer options that say where to run, without those that say how to train."""
-    return {key: value for key, value in options.items() if key in MACHINE_OPTIONS}
+    """The trainer options that say where to run, without those that say how to train.
+
+    A strategy that is made for training is replaced by what divides the weights as it does, where nothing is trained.
+
+    Example:
+        >>> machine_options({"strategy": "deepspeed_stage_2", "devices": 4, "max_epochs": 3})
+        {'strategy': 'auto', 'devices': 4}
+    """
+    found = {key: value for key, value in options.items() if key in MACHINE_OPTIONS}
+    if shards(options):
+        found["strategy"] = FULLY_SHARDED if _DIVIDES.fullmatch(str(options["strategy"])) else "auto"
+    return found

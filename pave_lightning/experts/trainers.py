@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import re
 import signal
 import sys
 import threading
@@ -12,19 +13,23 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import lightning.pytorch as L
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from pave_lightning.errors import Interrupted, PaveError, nearest, reason
 from pave_lightning.experts.progress import PassingProgressBar
+from pave_lightning.experts.sharding import FullyShardedStrategy
+from pave_lightning.experts.trainer_options import FULLY_SHARDED, shards
 
 OWNED = {
     "logger": "the recipe's tracking section decides it",
@@ -65,6 +70,7 @@ def refused_options(options: Mapping[str, Any], where: str) -> list[str]:
             found.append(f"{where}.{key}: {REFUSED[key][1]}")
         else:
             found += [f"{where}.{problem}" for problem in _type_problems(key, value)]
+    found += [f"{where}.{problem}" for problem in _strategy_problems(options)]
     if not found:
         found += [f"{where}{problem}" for problem in _lightning_problems(json.dumps(options, sort_keys=True))]
     return found
@@ -77,7 +83,7 @@ def _lightning_problems(options: str) -> tuple[str, ...]:
     ours = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
     try:
         with quiet_lightning():
-            trainer = L.Trainer(**{**given, **ours})
+            trainer = L.Trainer(**{**for_lightning(given), **ours})
     except Exception as error:  # whatever a value of another type leads to there
         return (f": lightning.Trainer refuses these options: {reason(error)}",)
     return tuple(_unusable(trainer, given))
@@ -109,17 +115,46 @@ def _unusable(trainer: L.Trainer, options: Mapping[str, Any]) -> Iterator[str]:
             f"{strategy} trains in processes that keep what callbacks know, so the best checkpoint and the statistics "
             "would be lost; use strategy: ddp"
         )
-    if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
+
+
+def for_lightning(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a recipe as Lightning takes them, which knows no name of FSDP2.
+
+    Gloo, and the gathering of weights, know no tensors of inference mode.
+    """
+    name = str(options.get("strategy"))
+    if name == FULLY_SHARDED:
+        return {**options, "strategy": FullyShardedStrategy(), "inference_mode": False}
+    if name.startswith("deepspeed") and name in StrategyRegistry:
+        from pave_lightning.experts.deepspeed import deepspeed_strategy
+
+        return {**options, "strategy": deepspeed_strategy(name)}
+    return dict(options)
+
+
+def _strategy_problems(options: Mapping[str, Any]) -> Iterator[str]:
+    """Why a strategy that divides the weights cannot be had with these options, or here."""
+    name = str(options.get("strategy", "auto"))
+    if re.sub(r"[\W_]", "", name.lower()) in ("modelparallel", "modelparallelstrategy", "fullyshard", "fsdpv2"):
+        yield f"strategy: {name} is called {FULLY_SHARDED} here"
+    if name.startswith("deepspeed") and find_spec("deepspeed") is None:
         yield (
-            f"{strategy} shards the weights, but experts are saved, captured and evaluated from whole weights; "
-            "use strategy: ddp, or a single device"
+            f"strategy: {name} needs DeepSpeed, which is not installed; run `pip install deepspeed`, or use "
+            f"{FULLY_SHARDED}, which divides as much and needs nothing else"
         )
+    if not shards(options) or name == FULLY_SHARDED:
+        return
+    if options.get("accelerator", "auto") == "cpu" or not torch.cuda.is_available():
+        yield f"strategy: {name} needs GPUs; use {FULLY_SHARDED}, which divides the weights on CPUs too, or ddp"
+    by_norm = options.get("gradient_clip_algorithm") in (None, "norm")
+    if name.startswith("fsdp") and options.get("gradient_clip_val") and by_norm:
+        yield f"strategy: {name} clips no gradients by their norm (gradient_clip_val); use {FULLY_SHARDED}, which does"
 
 
 def processes_started(options: Mapping[str, Any]) -> int:
     """How many processes Lightning makes of options of the machine."""
     with quiet_lightning():
-        trainer = L.Trainer(**options, logger=False, enable_checkpointing=False)
+        trainer = L.Trainer(**for_lightning(options), logger=False, enable_checkpointing=False)
     return int(trainer.num_devices * trainer.num_nodes)
 
 
@@ -145,7 +180,7 @@ def build_trainer(
         "default_root_dir": root,
         "logger": logger if logger is not None else False,
         "callbacks": list(callbacks),
-        **options,
+        **for_lightning(options),
         **ours,
     }
     if settings["enable_progress_bar"]:

@@ -399,7 +399,8 @@ def write_surroundings(folder: Path, context: MergeContext, dtype: torch.dtype =
     config.save_pretrained(folder)
     # Whoever merges weights alone needs no tokenizer.
     read_with = first if context.one_vocabulary else base
-    reads = context.architecture.token_embeddings and (has_tokenizer(read_with) or has_tokenizer(base))
+    texts = context.architecture.token_embeddings or context.architecture.frozen
+    reads = texts and (has_tokenizer(read_with) or has_tokenizer(base))
     tokenizer = load_tokenizer(read_with, base) if reads else None
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

@@ -36,12 +36,13 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return load_recipe(path, overrides, option_problems=problems)
 
 
-def run_recipe(recipe: Recipe, *, verify: bool = False) -> Path:
+def run_recipe(recipe: Recipe, *, verify: bool = False, allow_code: bool = False) -> Path:
     """Run a recipe to its end: fit, capture, purify, merge, evaluate, report. Finished stages are not run again.
 
     Args:
         recipe: the recipe.
         verify: hash every input and every result that is there, whatever their sizes and times say.
+        allow_code: whether benchmarks may run code that models write, and Python files beside task files.
 
     Returns:
         The run folder.
@@ -52,19 +53,20 @@ def run_recipe(recipe: Recipe, *, verify: bool = False) -> Path:
     from pave_lightning.pipeline.report import write_report
     from pave_lightning.pipeline.stages import stages_of
 
-    with working(recipe, verify=verify) as runner:
+    with working(recipe, verify=verify, evaluates=True, allow_code=allow_code) as runner:
         runner.run(stages_of(runner.results))
         write_report(runner)
     return Path(recipe.output) / recipe.name
 
 
-def run_stage(recipe: Recipe, command: str, task: str | None = None) -> None:
+def run_stage(recipe: Recipe, command: str, task: str | None = None, *, allow_code: bool = False) -> None:
     """Make what one command makes, for one task or (fit, capture) for all.
 
     Args:
         recipe: the recipe.
         command: fit, capture, purify, diagnose, merge, evaluate or report.
         task: the name of the only task; for fit and capture.
+        allow_code: as in `run_recipe`; for evaluate.
 
     Raises:
         PaveError: what the stage builds on is missing or stale; the message names the command that makes it.
@@ -78,10 +80,10 @@ def run_stage(recipe: Recipe, command: str, task: str | None = None) -> None:
         with working(recipe, computes=False) as runner:
             write_report(runner)
         return
-    from pave_lightning.pipeline.stages import kind_of
+    from pave_lightning.pipeline.stages import kinds_of
 
-    with working(recipe) as runner:
-        made = list(kind_of(command).all(runner.results))
+    with working(recipe, evaluates=command == "evaluate", allow_code=allow_code) as runner:
+        made = [stage for kind in kinds_of(command) for stage in kind.all(runner.results)]
         runner.run(stage for stage in made if task is None or (stage.task is not None and stage.task.name == task))
         if command in ("purify", "diagnose"):
             _tell([runner.results.path(stage) for stage in made])
@@ -96,22 +98,33 @@ def _tell(folders: Sequence[Path]) -> None:
         terminal().print(f"results: {folder}", soft_wrap=True)
 
 
-def plan_recipe(recipe: Recipe, console: Console | None = None, *, verify: bool = False) -> None:
+def plan_recipe(
+    recipe: Recipe, console: Console | None = None, *, verify: bool = False, allow_code: bool = False
+) -> None:
     """Check everything, run nothing, and print what would be done.
 
     Args:
         recipe: the recipe.
         console: where to print.
         verify: hash every input and every result that is there, whatever their sizes and times say.
+        allow_code: whether benchmarks that run code are looked at as well, which runs their own.
 
     Raises:
         PaveError: lists everything that is wrong.
     """
-    from pave_lightning.pipeline.planning import check_recipe, cost_table, coverage_lines, plan_rows, token_notes
+    from pave_lightning.pipeline.planning import (
+        benchmark_lines,
+        check_recipe,
+        cost_table,
+        coverage_lines,
+        plan_rows,
+        token_notes,
+        weight_notes,
+    )
 
     console = console or terminal()
     with planning_folder(recipe, verify=verify) as folder:
-        check_recipe(recipe, folder)
+        check_recipe(recipe, folder, evaluates=True, allow_code=allow_code or None)
         table = Table()
         for heading in ("stage", "result", "what"):
             table.add_column(heading)
@@ -119,7 +132,9 @@ def plan_recipe(recipe: Recipe, console: Console | None = None, *, verify: bool 
             table.add_row(*row)
         print_under(f"{recipe.name} in {folder.root}", table, console)
         console.print(cost_table(recipe, folder))
-        for note in token_notes(recipe):
+        for line in benchmark_lines(recipe):
+            console.print(line, soft_wrap=True, markup=False, highlight=False)
+        for note in (*weight_notes(recipe), *token_notes(recipe)):
             console.print(f"note: {note}", soft_wrap=True, markup=False, highlight=False)
         for line in coverage_lines(recipe, folder):
             console.print(line, soft_wrap=True, markup=False, highlight=False)
@@ -152,7 +167,9 @@ def planning_folder(recipe: Recipe, *, verify: bool = False) -> Iterator[RunFold
 
 
 @contextmanager
-def working(recipe: Recipe, *, computes: bool = True, verify: bool = False) -> Iterator[Runner]:
+def working(
+    recipe: Recipe, *, computes: bool = True, verify: bool = False, evaluates: bool = False, allow_code: bool = False
+) -> Iterator[Runner]:
     """A runner over the recipe's run folder: checked, locked and recorded in MLflow.
 
     Inside a process that a driver started, the driver has done all this, and only rank zero records. What computes
@@ -167,7 +184,8 @@ def working(recipe: Recipe, *, computes: bool = True, verify: bool = False) -> I
     folder = open_folder(recipe, verify=verify)
     results = Results(recipe, folder)
     if is_launched():
-        yield Runner(Context(results, attached_tracker(), group=process_group()))
+        context = Context(results, attached_tracker(), allow_code=allow_code, group=process_group())
+        yield Runner(context)
         return
 
     from pave_lightning.pipeline.launching import Launcher
@@ -175,7 +193,7 @@ def working(recipe: Recipe, *, computes: bool = True, verify: bool = False) -> I
     from pave_lightning.tracking import Tracker, environment_tags
 
     with folder.locked(), stoppable():
-        check_recipe(recipe, folder, computes=computes)
+        check_recipe(recipe, folder, computes=computes, evaluates=evaluates, allow_code=allow_code)
         resolved = folder.write_text("recipe.yaml", recipe_to_yaml(recipe))
         tracker = Tracker(
             recipe.tracking.uri,
@@ -194,4 +212,4 @@ def working(recipe: Recipe, *, computes: bool = True, verify: bool = False) -> I
         )
         with tracker.recorded(), stoppable():  # inside of the record, which says whether the run failed or was stopped
             tracker.log_file(tracker.parent_run_id, resolved)
-            yield Runner(Context(results, tracker), Launcher())
+            yield Runner(Context(results, tracker, allow_code=allow_code), Launcher(allow_code=allow_code))

@@ -195,7 +195,7 @@ def _table(models: Sequence[Scored], pair: _Pair, metrics: Mapping[str, str]) ->
         alike = {task: metrics[task] for task in tasks}
         scores += one.score_rows(alike)
         predictions[one.model] = {task: one.predictions[task] for task in alike if task in one.predictions}
-    seed = next((int(found["examples"][1]) for found in pair.a.tasks.values()), 0)
+    seed = next((int(found["examples"][1]) for found in pair.a.tasks.values() if "examples" in found), 0)
     compared = [(pair.a.model, pair.b.model)]
     intervals = bootstrap_intervals(ScoreTable(scores), predictions, seed=seed, pairs=compared)
     return ScoreTable(scores, intervals=intervals)

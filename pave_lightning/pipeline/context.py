@@ -29,6 +29,7 @@ class Context:
         label: what the names of its runs in MLflow begin with.
         references: validation scores of experts, which normalise those of merged models, by what they depend on;
             filled on the way, so that several recipes may share them.
+        allow_code: whether code that models write may be run, which the command line alone can say.
         group: the processes that share the work of stages that can be divided.
 
     Attributes:
@@ -42,9 +43,11 @@ class Context:
         *,
         label: str = "",
         references: dict[str, dict[int | None, dict[str, float]]] | None = None,
+        allow_code: bool = False,
         group: ProcessGroup = ALONE,
     ) -> None:
         self.results, self.tracker, self.label, self.group = results, tracker, label, group
+        self.allow_code = allow_code
         self.references = {} if references is None else references
         self.loaded: dict[Callable[[Context], Any], Any] = {}
 

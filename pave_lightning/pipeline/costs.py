@@ -101,7 +101,7 @@ def predict_cost(
     kinds: Mapping[str, MomentKind],
     *,
     options: Purify | Sequence[Purify] | None = None,
-    methods: Sequence[type[MergeMethod]] = (),
+    methods: Sequence[MergeMethod] = (),
     when_read: Sequence[Purify] = (),
     new_experts: int = 0,
     merged_bytes: Sequence[int] | None = None,
@@ -116,7 +116,7 @@ def predict_cost(
         kinds: which second moment each matrix layer has or will have, by layer name; what reads statistics purifies no
             other layers. Empty where nothing is captured. See `expected_kinds`.
         options: the purification, or all that are made one after the other; None where nothing is purified.
-        methods: the method of each merged model that is made, from whatever task vectors.
+        methods: the method of each merged model that is made, from whatever task vectors, with its options.
         when_read: purifications that are computed while merging reads their result, once each time, and not written.
         new_experts: checkpoints that are still to be written, as experts are that are trained; others are read where
             they are.
@@ -418,7 +418,7 @@ def _sample_moment(weight: Tensor, kind: MomentKind, generator: torch.Generator)
     return weight * spread if kind == "cross" else (weight * spread) @ weight.T
 
 
-def merging_bytes(parameters: Sequence[Parameter], tasks: int, methods: Iterable[type[MergeMethod]]) -> int:
+def merging_bytes(parameters: Sequence[Parameter], tasks: int, methods: Iterable[MergeMethod]) -> int:
     """The most that merging by any of these methods holds in memory.
 
     A parameter stands there as merged task vector and as merged weight, beside what waits to be written of the ones
@@ -430,11 +430,10 @@ def merging_bytes(parameters: Sequence[Parameter], tasks: int, methods: Iterable
     waiting = waiting_bytes(parameters, SHARD_BYTES)
     highest = 0
     for method in methods:
-        instance = method()
-        held = 4 * total * method.held_models + _kept_bytes(instance, parameters, tasks)
+        held = 4 * total * method.held_models + _kept_bytes(method, parameters, tasks)
         for parameter, before in zip(parameters, [0, *waiting], strict=False):
             size = parameter.elements
-            seen = min(size, BLOCK_ELEMENTS) if instance.in_blocks(parameter) else size
+            seen = min(size, BLOCK_ELEMENTS) if method.in_blocks(parameter) else size
             masks = tasks * size if method.form == "per-task" else 0
             highest = max(highest, held + before + 4 * (2 * size + seen * METHOD_TENSORS * tasks) + masks)
     return highest
@@ -463,7 +462,7 @@ def disk_bytes(
     kinds: Mapping[str, MomentKind],
     *,
     purifications: Sequence[Purify] = (),
-    methods: Sequence[type[MergeMethod]],
+    methods: Sequence[MergeMethod],
     new_experts: int,
     merged_bytes: Sequence[int] | None = None,
 ) -> int:
@@ -487,6 +486,6 @@ def disk_bytes(
             * len(options.tasks or range(tasks))
             * sum(p.elements for p in purified_matrices(parameters, kinds, options))
         )
-    merged = sum(_kept_bytes(method(), parameters, tasks) for method in methods)
+    merged = sum(_kept_bytes(method, parameters, tasks) for method in methods)
     merged += total * len(methods) if merged_bytes is None else sum(merged_bytes)
     return new_experts * total + statistics + weights + merged

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from pave_lightning.evaluation import Candidate, Evaluator, ExpertsCandidate, SuiteData, TaskScore
+from pave_lightning.evaluation.options import LmEval
 from pave_lightning.evaluation.scale_search import ScaleSearcher
 from pave_lightning.experts.trainer_options import machine_options
 from pave_lightning.experts.trainers import build_trainer, quiet_lightning
+from pave_lightning.pipeline.benchmark_facts import facts_of
 from pave_lightning.pipeline.context import Context, shared
 from pave_lightning.pipeline.scoring import score_inputs
 from pave_lightning.pipeline.stages.align import experts, own_experts
 from pave_lightning.pipeline.stages.fit import own_digests
 from pave_lightning.pipeline.task_data import data_module
+
+if TYPE_CHECKING:
+    from pave_lightning.evaluation.benchmarks import BenchmarkScore
 
 
 @shared
@@ -56,6 +61,40 @@ def score_on_test(
         )
     scoring = evaluator_of_experts(context) if own else evaluator(context)
     return scoring.score(candidate, data, trainer, keep=True)
+
+
+def score_on_benchmark(context: Context, candidate: Candidate, benchmark: str, *, own: bool = False) -> BenchmarkScore:
+    """A candidate's score in a task or group of lm-eval.
+
+    Args:
+        context: the recipe, and what is loaded of it.
+        candidate: the model.
+        benchmark: the task or group; one of the recipe's.
+        own: whether the candidate is the experts by themselves, each with its own tokens.
+    """
+    from pave_lightning.evaluation.benchmarks import BenchmarkScorer, load_tasks
+
+    recipe = context.recipe
+    options = cast(LmEval, recipe.evaluate.lm_eval)
+    chosen = options.benchmarks[benchmark]
+    loaded = load_tasks(facts_of(options, benchmark), chosen.few_shot, allow_code=context.allow_code)
+    scorer = BenchmarkScorer(
+        evaluator_of_experts(context) if own else evaluator(context),
+        candidate,
+        task=chosen.expert,
+        processor=data_module(context, recipe.task(chosen.expert), recipe.evaluate.batch_size, own=own).processor,
+        name=benchmark,
+        loaded=loaded,
+        batch_size=options.batch_size or recipe.evaluate.batch_size,
+        limit=options.limit,
+        chat=options.chat,
+        allow_code=context.allow_code,
+    )
+    with quiet_lightning():
+        trainer = build_trainer(
+            machine_options(recipe.trainer), root=context.folder.root, precision=recipe.evaluate.precision
+        )
+    return scorer.score(trainer)
 
 
 @shared

@@ -13,7 +13,7 @@ from pave_lightning.reporting.scores import Model, Score
 from pave_lightning.system.files import DAMAGED, REPLACED, UNFINISHED
 from pave_lightning.tasks.predictions import FILE, TaskPredictions, read_predictions
 
-SCORES = "scores"
+SCORES, BENCHMARKS = "scores", "benchmarks"
 EXPERTS = "experts"
 # What of a task must be the same for two scores of it to be of the same rows.
 ROWS_ARE = ("data", "examples", "labelled")
@@ -52,7 +52,19 @@ class Scored:
         if FILE not in manifest.files:
             raise PaveError(f"{folder} was made before predictions were kept; {again}")
         predictions, classes = read_predictions(folder / FILE)
-        return cls(label, manifest.inputs["tasks"], manifest.result["scores"], predictions, classes)
+        tasks, scores = dict(manifest.inputs["tasks"]), dict(manifest.result["scores"])
+        for place in sorted((run / BENCHMARKS).glob(f"*/{label}")):
+            found, _ = read_manifest(place)
+            if found is None:
+                continue
+            for name, score in found.result["scores"].items():
+                tasks[name] = {
+                    "data": [found.inputs[key] for key in ("benchmark", "lm_eval", "files")],
+                    "metrics": [list(score["metrics"]), score["primary"]],
+                }
+                scores[name] = score
+            predictions |= read_predictions(place / FILE)[0]
+        return cls(label, tasks, scores, predictions, classes)
 
     @property
     def model(self) -> Model:

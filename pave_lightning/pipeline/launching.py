@@ -20,6 +20,8 @@ from pave_lightning.tracking import Tracker
 
 DRIVER_URI = "PAVE_DRIVER_TRACKING_URI"
 DRIVER_RUN = "PAVE_DRIVER_RUN_ID"
+# What lets benchmarks run code, and the commands that take it and start processes.
+CODE_OPTION, CODE_STAGES = "--allow-code-execution", ("evaluate",)
 # How long a stage that is to end may take for it.
 PATIENCE_SECONDS = 10
 
@@ -30,7 +32,13 @@ class Launcher:
     Lightning's ddp runs the command again for every further process, so nothing of the driver may stand in it. The
     driver holds the lock of the run folder and the MLflow run; the stage only attaches to them. An exit code of 0 is
     no proof of success: the caller looks for the stage's manifest.
+
+    Args:
+        allow_code: whether benchmarks may run code, see `run_recipe`.
     """
+
+    def __init__(self, *, allow_code: bool = False) -> None:
+        self.allow_code = allow_code
 
     def run(
         self,
@@ -60,6 +68,8 @@ class Launcher:
         command = [sys.executable, "-P", "-m", "pave_lightning", stage, str(path)]
         if task is not None:
             command += ["--task", task]
+        if self.allow_code and stage in CODE_STAGES:
+            command.append(CODE_OPTION)
         environment = {**os.environ, **python_environment(), DRIVER: "1"}
         if tracker is not None:
             environment |= {DRIVER_URI: tracker.uri, DRIVER_RUN: tracker.parent_run_id}

@@ -23,7 +23,8 @@ from pave_lightning.pipeline.stages import (
     captures,
     stages_of,
 )
-from pave_lightning.pipeline.stages.evaluate import ScoredJoint, scored_models
+from pave_lightning.pipeline.stages.benchmark import benchmark_stages, primary_metric
+from pave_lightning.pipeline.stages.evaluate import ScoredJoint, ScoredModel, scored_models
 from pave_lightning.pipeline.stages.fit import encoded_rows, own_digests
 from pave_lightning.purification import KeptRank
 from pave_lightning.purification.options import Purify
@@ -35,6 +36,7 @@ from pave_lightning.reporting.scores import EXPERT_HEADS, Model, Score, ScoreTab
 from pave_lightning.reporting.tables import render
 from pave_lightning.reporting.untouched import untouched_lines
 from pave_lightning.reporting.verdicts import difference_lines, difference_sentences
+from pave_lightning.statistics import NOT_REACHED
 from pave_lightning.system.keeping import keeping
 from pave_lightning.system.terminal import terminal
 from pave_lightning.tasks.constants import constant_answer
@@ -82,16 +84,30 @@ def collect_scores(results: Results) -> ScoreTable:
     for model in scored_models(results):
         stage = EvaluateStage(results, model)
         found = results.finished(stage).result["scores"]
-        what = Model(model.model, model.vectors, model.form, model.heads, model.is_control)
+        what = _model(model)
         predictions[what], _ = read_predictions(results.path(stage) / FILE)
         for name, scores in found.items():
             primary = results.recipe.task(name).primary_metric
             for metric, value in scores["metrics"].items():
                 measured = {"task": name, "metric": metric, "value": value, "examples": scores["examples"]}
                 rows.append(Score.of(what, is_primary=metric == primary, **measured))
+    for benchmark in benchmark_stages(results):
+        result, what, name = results.finished(benchmark).result, _model(benchmark.model), benchmark.benchmark
+        kept, _ = read_predictions(results.path(benchmark) / FILE)
+        predictions[what] = {**predictions[what], **kept}
+        scores = result["scores"][name]
+        chosen = primary_metric(benchmark, scores, result["lower"])
+        for metric, value in scores["metrics"].items():
+            measured = {"task": name, "metric": metric, "value": value, "examples": scores["examples"]}
+            rows.append(Score.of(what, is_primary=metric == chosen, **measured))
     table = ScoreTable(rows, _constants(results))
     intervals = bootstrap_intervals(table, predictions, seed=results.recipe.seed)
     return ScoreTable(rows, table.constants, intervals)
+
+
+def _model(scored: ScoredModel) -> Model:
+    """A scored model in a table."""
+    return Model(scored.model, scored.vectors, scored.form, scored.heads, scored.is_control)
 
 
 def _constants(results: Results) -> dict[str, dict[str, float]]:
@@ -138,8 +154,10 @@ def _unreached(results: Results) -> Iterator[tuple[str, str, str]]:
         if not isinstance(stage, CaptureStage):
             continue
         found = results.current(stage)
-        for layer in found.result.get("unreached", []) if found is not None else ():
-            yield stage.task.name, layer, "no example reached it"
+        layers = found.result.get("unreached", []) if found is not None else ()
+        reasons = layers if isinstance(layers, dict) else {}  # as results of older versions have them not
+        for layer in layers:
+            yield stage.task.name, layer, reasons.get(layer, NOT_REACHED)
 
 
 def _print_untouched(runner: Runner, console: Console) -> None:
@@ -234,9 +252,14 @@ def _record(runner: Runner, tracker: Tracker, table: ScoreTable, files: list[Pat
     tracker.complete_parent("report", averages)
     for file in files:
         tracker.log_file(parent, file)
+    lm_eval = runner.results.recipe.evaluate.lm_eval
+    benchmarks = {} if lm_eval is None else lm_eval.benchmarks
     for task in runner.results.recipe.tasks:
-        own = [score for score in table.scores if score.form == "expert" and score.task == task.name]
+        of_experts = [score for score in table.scores if score.form == "expert"]
+        own = [score for score in of_experts if score.task == task.name]
         values = {f"test/{score.metric}": score.value for score in own}
+        theirs = [one for one in of_experts if one.task in benchmarks and benchmarks[one.task].expert == task.name]
+        values |= {f"test/{score.task}/{score.metric}": score.value for score in theirs}
         for score in own:
             constant = table.constants[task.name][score.metric]
             values[f"test/{score.metric}/constant"] = constant

@@ -71,7 +71,7 @@ class MomentSource:
         owner = self.owner(task)
         statistics = self.statistics[owner]
         if matrix.layer not in statistics:
-            return "no example reached it"
+            return statistics.why_unreached(matrix.layer)
         found = _of_outputs(statistics[matrix.layer], matrix)
         if not bool(found.matrix.any()):
             return "all its outputs were zero" if found.kind in ("cross", "output") else "all its inputs were zero"

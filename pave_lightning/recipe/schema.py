@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, model_validator
 
 from pave_lightning.callbacks.options import Capture
-from pave_lightning.config import MOST_TOLD, FolderPath, Name, Section, unless_wrong
+from pave_lightning.config import MOST_TOLD, FolderPath, Name, Section, slug, unless_wrong
 from pave_lightning.errors import listed, nearest, shortened
 from pave_lightning.evaluation.options import EXPERT_HEADS, ControlList, Evaluate, HeadList, Heads
 from pave_lightning.experts.vocabularies import Vocabulary
@@ -24,6 +24,9 @@ from pave_lightning.tasks.options import Examples, Training
 from pave_lightning.tasks.suites import known_data, suite_task
 from pave_lightning.tasks.task import Task, any_kind, auto_models
 from pave_lightning.tracking.options import Tracking
+
+# Classes of transformers that build what lm-eval can score.
+LANGUAGE_MODELS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
 
 if TYPE_CHECKING:
     AnyTask = Task
@@ -143,6 +146,7 @@ class Recipe(Section):
                 for name in [name for name in chosen or [] if name not in known][:MOST_TOLD]
             ]
         wrong += self._anchor_problems()
+        wrong += self._benchmark_problems()
         wrong += stack_name_problems(self.vectors)
         wrong += folder_problems((step.name, stack) for step in self.merge for stack in step.vectors)
         stacks = [*BUILT_IN, *self.vectors]
@@ -155,6 +159,27 @@ class Recipe(Section):
             if reserved in [step.name for step in self.merge]:
                 wrong.append(f"a merge step cannot be named '{reserved}': the tables use that name")
         return unless_wrong(self, wrong)
+
+    def _benchmark_problems(self) -> list[str]:
+        if self.evaluate.lm_eval is None:
+            return []
+        where = "evaluate.lm_eval.benchmarks"
+        tasks = {task.name: task for task in self.tasks}
+        folders: dict[str, str] = {name.lower(): f"the task '{name}'" for name in tasks}
+        wrong = []
+        for name, chosen in self.evaluate.lm_eval.benchmarks.items():
+            task, key = tasks.get(chosen.expert), f"{where}.{shortened(name)}"
+            if task is None:
+                wrong.append(f"{key}: no task is named '{chosen.expert}'; {nearest(chosen.expert, list(tasks))}")
+            elif task.auto_model not in LANGUAGE_MODELS:
+                wrong.append(f"{key}: lm-eval scores language models, but '{task.name}' is a {task.kind} task")
+            other = folders.setdefault(slug(name).lower(), f"the benchmark '{name}'")
+            if other != f"the benchmark '{name}'":
+                wrong.append(
+                    f"{key}: {other} has the same name in tables or folders; give the task another name, or leave the "
+                    "benchmark out"
+                )
+        return wrong
 
     def _anchor_problems(self) -> list[str]:
         names = [step.name for step in self.merge]

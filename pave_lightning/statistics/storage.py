@@ -22,6 +22,8 @@ from pave_lightning.subspace import MomentKind, is_finite
 HEADER_KEY = "pave_lightning.statistics"
 # 2 adds kinds 'rows' and 'output', and how many rows there were.
 FORMAT_VERSION = 2
+# The usual reason for which a layer has no moment.
+NOT_REACHED = "no example reached it"
 # Norms are stored beside the layers' matrices under their own names with this before them.
 NORM_PREFIX = "norm:"
 
@@ -49,13 +51,14 @@ class TaskStatistics(Mapping[str, LayerMoment]):
         examples: how many examples (sequences, images) were seen.
         metadata: free-form strings to be kept with the statistics.
         norms: name of a norm -> mean squares of what its scale multiplies.
-        unreached: matrix layers that were watched but that no example reached.
+        unreached: matrix layers that were watched in vain; with reasons, where one is another than that no example
+            reached it.
 
     Attributes:
         examples: how many examples were seen.
         metadata: the free-form strings.
         file: what they are read from; None where they are in memory.
-        unreached: the layers that no example reached, sorted; None where that is not known, as in older files.
+        unreached: the layers that were watched in vain, sorted; None where that is not known, as in older files.
         norms: the mean squares by name of the norm, in alphabetical order; empty where none were captured.
 
     Raises:
@@ -72,12 +75,13 @@ class TaskStatistics(Mapping[str, LayerMoment]):
         examples: int,
         metadata: Mapping[str, str] | None = None,
         norms: Mapping[str, NormMoment] | None = None,
-        unreached: Iterable[str] | None = None,
+        unreached: Iterable[str] | Mapping[str, str] | None = None,
     ) -> None:
         self.examples = examples
         self.metadata = dict(metadata or {})
         self.file: Path | None = None
         self.unreached = None if unreached is None else tuple(sorted(unreached))
+        self._reasons = dict(unreached) if isinstance(unreached, Mapping) else {}
         self._finite: set[str] = set()  # owners whose stored matrix was looked through
         self._moments = {name: moments[name] for name in sorted(moments)}
         self._entries: dict[str, _Entry] = {}
@@ -114,6 +118,7 @@ class TaskStatistics(Mapping[str, LayerMoment]):
         statistics = cls(
             {}, examples=header["examples"], metadata=header["metadata"], unreached=header.get("unreached")
         )
+        statistics._reasons = header.get("reasons", {})
         statistics.file = file
         for key, expected in (of or {}).items():
             found = statistics.metadata.get(key, expected)
@@ -153,12 +158,20 @@ class TaskStatistics(Mapping[str, LayerMoment]):
         norms = dict(self.norms)
         if self.unreached is not None:
             header["unreached"] = list(self.unreached)
+            reasons = {name: reason for name, reason in sorted(self._reasons.items()) if reason != NOT_REACHED}
+            if reasons:  # files without keep their bytes
+                header["reasons"] = reasons
         if norms:  # files without norms keep their bytes
             header["norms"] = {name: {"rows": norm.rows, "seen": _seen(norm)} for name, norm in norms.items()}
         owners = sorted({entry.owner for entry in self._entries.values()})
         tensors = {owner: self[owner].matrix.contiguous() for owner in owners}
         tensors |= {NORM_PREFIX + name: norm.squares.clone().contiguous() for name, norm in norms.items()}
         write_whole(Path(path), tensors, HEADER_KEY, header)
+
+    def why_unreached(self, layer: str) -> str:
+        """Why there is no moment of a layer."""
+        found: str = self._reasons.get(layer, NOT_REACHED)
+        return found
 
     def layers(self) -> list[str]:
         """Names of all layers, sorted."""
@@ -297,6 +310,9 @@ def _read_header(file: Path) -> tuple[dict[str, Any], dict[str, tuple[int, int]]
         well_formed = found.all_float32 and isinstance(header["examples"], int) and isinstance(header["metadata"], dict)
         unreached = header.get("unreached", [])
         well_formed = well_formed and isinstance(unreached, list) and all(isinstance(name, str) for name in unreached)
+        reasons = header.get("reasons", {})
+        well_formed = well_formed and isinstance(reasons, dict)
+        well_formed = well_formed and all(isinstance(reason, str) for reason in reasons.values())
         for entry in header["layers"].values():
             kind, rows, shape = entry["kind"], entry["rows"], shapes[entry["owner"]]
             known = kind in get_args(MomentKind) and len(shape) == 2

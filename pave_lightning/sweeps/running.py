@@ -190,6 +190,8 @@ def _check(cells: Sequence[Cell], view: SweepView, folder: RunFolder) -> None:
             break
     if any("joint" in cell.recipe.controls for cell in cells):
         problems.add("controls: a sweep trains no joint model; set controls: [base, probe, experts, each], or fewer")
+    if any(cell.recipe.evaluate.lm_eval is not None for cell in cells):
+        problems.add("evaluate.lm_eval: a sweep scores test splits alone; set evaluate.lm_eval: null")
     looked_at: set[str] = set()
     for cell in (cell for cell in cells if cell.seed == cells[0].seed):
         others = cell.recipe.model_dump_json(exclude={"purify", "vectors", "merge"})

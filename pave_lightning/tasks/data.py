@@ -21,10 +21,11 @@ import pyarrow as pa
 from pave_lightning.errors import PaveError, counted, listed, reason
 from pave_lightning.system.files import file_sha256, local_path
 from pave_lightning.system.hub import hub_or_cache, unreached
+from pave_lightning.system.keeping import kept
 from pave_lightning.tasks.checks import row_problems
 from pave_lightning.tasks.copies import found_copy, kept_copy, read_copy
 from pave_lightning.tasks.labels import LabelValues, Reading, label_reading, readings_conflict
-from pave_lightning.tasks.reading import inner_column, plain_column, read_rows, reading_options
+from pave_lightning.tasks.reading import inner_column, is_text, plain_column, read_rows, reading_options
 from pave_lightning.tasks.rows import Rows, UnreadableError, column_path
 from pave_lightning.tasks.split_files import sliced, split_file
 from pave_lightning.tasks.task import Task
@@ -170,6 +171,43 @@ def split_fingerprint(task: Task, split: Split) -> str:
     """
     reading = _reading(task)
     return _source_fingerprint(task, split) + ("" if reading is None else f" labels: {reading}")
+
+
+def class_names_in_data(task: Task) -> tuple[str, ...]:
+    """The classes of a task by the names that its training split gives them, in the order of their indices.
+
+    Inside of `keeping` they are looked for once.
+
+    These are the names that a data set has for its numbers (``ClassLabel``), or else the labels that are texts (the
+    names of the sub-folders of a folder of images), sorted.
+
+    Raises:
+        PaveError: the split cannot be read, or its labels have no names.
+    """
+    written = task.model_dump_json()
+    # Asked for with every batch of rows, and the fingerprint of a folder is that of all its files.
+    return kept(("classes", written), lambda: _class_names_in_data(written, _source_fingerprint(task, "train")))
+
+
+@lru_cache(maxsize=64)
+def _class_names_in_data(task: str, fingerprint: str) -> tuple[str, ...]:
+    parsed: Task = Task.model_validate_json(task)
+    if parsed.data.hub is not None:
+        rows = _hub_rows(parsed, _read_hub(parsed, "train"))
+    else:
+        rows, digest = _read_local(parsed, "train", _local_source(parsed, "train"))
+        if not fingerprint.startswith(digest):
+            raise changing(parsed, "train")
+    if rows.own_names is not None:
+        return tuple(rows.own_names)
+    column = rows.columns.get(parsed.label_columns[0])
+    names = sorted(set(column.to_pylist()) - {None}) if column is not None and is_text(column.type) else []
+    if len(names) < 2:
+        raise PaveError(
+            f"{split_title(parsed, 'train')}: {label_title(parsed)} gives {'only one class' if names else 'no names'}, "
+            "so it is not known what the classes are called; name them in the order of their indices in 'classes'"
+        )
+    return tuple(names)
 
 
 def changing(task: Task, split: Split) -> PaveError:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Sampler
 from pave_lightning.tasks.data import SPLITS, Split, sample_rows
 from pave_lightning.tasks.encoded import EncodedRows
 from pave_lightning.tasks.samplers import ExactSampler, TrainingSampler
+from pave_lightning.tasks.stand_ins import EvenBatches, WeightedCollate, WeightedRows, is_sharded
 from pave_lightning.tasks.task import Batch, Task
 
 STAGE_SPLITS: dict[str, tuple[Split, ...]] = {
@@ -42,7 +43,9 @@ class TaskDataModule(LightningDataModule):
     Each split is encoded once, in `prepare_data`, and kept as an Arrow file (see `EncodedRows`); it is read
     memory-mapped, so processes share it. Give ``use_distributed_sampler=False`` to the trainer: the samplers
     here divide the rows themselves, by the world size and rank of the attached trainer (one process where there is
-    none, so set ``trainer`` before making loaders by hand).
+    none, so set ``trainer`` before making loaders by hand). Where its strategy shards the weights, or there
+    are fewer rows than processes, batches of validation and test rows hold the weight of each example besides (see
+    `stand_ins`).
 
     What batches hold is the kind of task's own affair, besides ``labels``; see `Task`.
 
@@ -156,7 +159,17 @@ class TaskDataModule(LightningDataModule):
 
     def _exact_loader(self, rows: datasets.Dataset, batch_size: int) -> DataLoader[Any]:
         world, rank = self._place()
-        return self._loader(rows, batch_size, ExactSampler(_lengths(rows), world=world, rank=rank))
+        sampler = ExactSampler(_lengths(rows), world=world, rank=rank)
+        # Lightning passes over the whole loop in a process without a batch, and the others would wait for its results.
+        waits = self.trainer is not None and (is_sharded(self.trainer) or len(rows) < world)
+        if not waits:
+            return self._loader(rows, batch_size, sampler)
+        return DataLoader(
+            WeightedRows(rows.remove_columns("length")),
+            batch_sampler=EvenBatches(sampler, batch_size),
+            collate_fn=WeightedCollate(self.collate),
+            **self._loading(),
+        )
 
     def _loader(
         self,
@@ -171,12 +184,18 @@ class TaskDataModule(LightningDataModule):
             batch_size=batch_size,
             sampler=sampler,
             collate_fn=collate or self.collate,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            # Its own generator: a loader otherwise draws from the global one and so changes the dropout that follows.
-            generator=torch.Generator().manual_seed(self.seed),
+            **self._loading(),
         )
+
+    def _loading(self) -> dict[str, Any]:
+        """How loaders of all kinds work."""
+        return {
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+            # Its own generator: a loader otherwise draws from the global one and so changes the dropout that follows.
+            "generator": torch.Generator().manual_seed(self.seed),
+        }
 
     def _place(self) -> tuple[int, int]:
         if self.trainer is None:

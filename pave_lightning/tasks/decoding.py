@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
@@ -62,11 +63,19 @@ def write(
     given = 1 if encodes else inputs[TOKENS].shape[1]
     watch = _Watch()
     stopping = [_StopAtTexts(tokenizer, stop, given)] if stop else []
+    # None lets transformers look, which it does at the model as a whole only.
+    waits = any(getattr(module, "_is_fsdp_managed_module", False) for module in inner.modules()) or None
     with _plainly(inner, tokenizer, most, ends):
-        tokens = inner.generate(**inputs, logits_processor=[watch], stopping_criteria=stopping)[:, given:]
+        tokens = inner.generate(
+            **inputs, logits_processor=[watch], stopping_criteria=stopping, synced_gpus=waits and _world_size() > 1
+        )[:, given:]
     broken = watch.broken if watch.broken is not None else torch.zeros(len(tokens), dtype=torch.bool)
     texts = tokenizer.batch_decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return Written([cut_at(text, stop) for text in texts], tokens, broken)
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def cut_at(text: str, stop: Sequence[str]) -> str:

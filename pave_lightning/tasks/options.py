@@ -194,6 +194,19 @@ class EarlyStopping(Section):
     """The least rise that counts."""
 
 
+class Compile(Section):
+    """Options of torch.compile, under the same names."""
+
+    backend: str = "inductor"
+    """What compiles: inductor, or another backend that PyTorch knows."""
+    mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None = None
+    """How much effort is spent on fast kernels."""
+    dynamic: bool | None = None
+    """Whether sequences of any length share one graph; null: from the second length on."""
+    fullgraph: bool = False
+    """Whether a block that cannot be compiled as one graph is an error."""
+
+
 class Training(Section):
     """How an expert is fine-tuned: AdamW with linear warm-up and linear decay."""
 
@@ -215,6 +228,10 @@ class Training(Section):
     """Stop early on the primary metric; without it all epochs run."""
     lora: Lora | None = None
     """Train adapters instead of all weights."""
+    activation_checkpointing: bool = False
+    """Keep only the inputs of each block for the backward pass, and recompute the rest: less memory, a third slower."""
+    compile: bool | Compile = False
+    """Compile the blocks of the model while training (torch.compile): true, or options of torch.compile."""
 
 
 class Expert(Section):
@@ -230,4 +247,4 @@ class Expert(Section):
     accept: list[str] = []
     """What may differ although it is refused otherwise; the message names it. Keys of config.json, such as rope_theta:
     merged models use the base's value, the expert is scored with its own. Or architectures, problem_type, id2label,
-    label2id, unused_weights, pooling; for adapters base (trained on another base) and task_type."""
+    label2id, unused_weights, text_side, pooling; for adapters base (trained on another base) and task_type."""

@@ -17,19 +17,26 @@ class ExactSampler(Sampler[int]):
     """Every row once over all processes, longest rows first so that a batch needs little padding.
 
     Nothing is padded or repeated, so sums over processes equal those of one process; in exchange some processes may
-    have one row, and so one batch, less than others. Strategies that talk in every forward pass (FSDP, tensor parallel)
-    wait for the missing batch: use one process there.
+    have one row, and so one batch, less than others. Strategies that gather weights in every forward pass would wait
+    for the missing batch: `EvenBatches` adds one of weight 0 there.
 
     Args:
         lengths: length in tokens of each row.
         world: number of processes.
         rank: index of this process.
+
+    Attributes:
+        rows: the rows of this process, in order.
+        most: how many rows the process has that has most.
+        shortest: one of the shortest of all rows; 0 where there are none.
     """
 
     def __init__(self, lengths: npt.ArrayLike, *, world: int = 1, rank: int = 0) -> None:
         # Stable: rows of one length stay in their order on every platform.
         order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
         self.rows: list[int] = order[rank::world].tolist()
+        self.most = len(order[::world])
+        self.shortest = int(order[-1]) if len(order) else 0
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.rows)

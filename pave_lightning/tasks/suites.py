@@ -1,12 +1,14 @@
-"""Tasks that are known by name: two suites shipped with the package, and GLUE, on the hub or in a folder."""
+"""Tasks that are known by name: two suites shipped with the package, and GLUE and CLIP's, on the hub or in a folder."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from pave_lightning.errors import nearest
+from pave_lightning.tasks.clip_suite import CLIP_TASKS
 
 POCKET_FOLDER = Path(__file__).parents[1] / "tasks" / "pocket"
 
@@ -38,6 +40,9 @@ _INSTRUCTIONS_DATA = "package:pave_lightning/tasks/instructions"
 # What a language model is asked, and the most tokens of what it is to answer.
 _INSTRUCTIONS = {"arithmetic": 16, "definition": 8, "order": 24, "record": 40}
 
+# CLIP's sets have a test split with labels, and a tenth of the training split validates.
+_CLIP_SPLITS = {"train": "train[:90%]", "validation": "train[90%:]", "test": "test"}
+
 # The test split of GLUE has no labels, so the validation split is reported and a tenth of the training split validates.
 _GLUE_SPLITS = {"train": "train[:90%]", "validation": "train[90%:]", "test": "validation"}
 _GLUE: dict[str, dict[str, Any]] = {
@@ -66,7 +71,12 @@ _GLUE: dict[str, dict[str, Any]] = {
 
 def suite_task_names() -> list[str]:
     """Every task that a recipe can use by name."""
-    suites: dict[str, Iterable[str]] = {"pocket": _POCKET, "instructions": _INSTRUCTIONS, "glue": _GLUE}
+    suites: dict[str, Iterable[str]] = {
+        "pocket": _POCKET,
+        "instructions": _INSTRUCTIONS,
+        "glue": _GLUE,
+        "clip": CLIP_TASKS,
+    }
     return [f"{suite}/{name}" for suite, tasks in suites.items() for name in tasks]
 
 
@@ -102,4 +112,7 @@ def suite_task(name: str) -> dict[str, Any]:
         if task == "mnli":
             splits["test"] = "validation_matched"
         return {"name": task, "data": {"hub": "nyu-mll/glue", "config": task, **splits}, **_GLUE[task]}
+    if suite == "clip" and task in CLIP_TASKS:
+        known = copy.deepcopy(CLIP_TASKS[task])
+        return {**known, "name": task, "kind": "zero_shot_image", "data": {**_CLIP_SPLITS, **known["data"]}}
     raise ValueError(f"unknown task '{name}': {nearest(name, suite_task_names())}")

@@ -53,6 +53,7 @@ class Task(Section):
         default_metrics: the metrics where a recipe names none.
         likelihood: how what is right is thought to be drawn from the outputs.
         has_head: whether models have a part of their own for the task, which is not merged.
+        headless_because: why there is none, in words that go on after "since".
         reads_tokens: whether the model is given tokens, so that its processor is a tokenizer.
         names_files: whether rows name files of their own, such as images, and may be given as a folder of these.
         encoded_at_once: how many rows are encoded, and written, at a time.
@@ -64,6 +65,7 @@ class Task(Section):
     default_metrics: ClassVar[tuple[MetricName, ...]]
     likelihood: ClassVar[Likelihood] = Likelihood.CATEGORICAL
     has_head: ClassVar[bool] = True
+    headless_because: ClassVar[str] = "their whole models are merged"
     reads_tokens: ClassVar[bool] = True
     names_files: ClassVar[bool] = False
     encoded_at_once: ClassVar[int] = 1000

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pave_lightning.errors import PaveError, listed, shortened
 
@@ -15,6 +16,8 @@ from pave_lightning.errors import PaveError, listed, shortened
 UNUSED = "<unused:{}>"
 # Scores are logarithms of probabilities; no text is split into a piece like this.
 UNUSED_SCORE = -1e6
+# Share of the texts of its tokens that a joined tokenizer may split in other ways than the one that they are of.
+TOLERATED = 0.01
 
 
 def union_problems(
@@ -91,6 +94,64 @@ def wrong_numbers(tokenizer: PreTrainedTokenizerBase, numbers: Mapping[str, int]
         if wrong
         else None
     )
+
+
+def joined_problems(
+    base: PreTrainedTokenizerBase,
+    experts: Mapping[str, PreTrainedTokenizerBase],
+    numbers: Mapping[str, int],
+) -> Iterator[str]:
+    """Why the joined tokenizer would not read what the base and the experts were trained on; joins them to see.
+
+    It must split the texts of each tokenizer's own tokens as that does, alone and behind a space. Vocabularies that
+    were learned apart seldom pass: merges (BPE) begin with the base's, pieces (Unigram) compete by their scores.
+
+    Args:
+        base: the base's tokenizer.
+        experts: those of the experts, by task; see `union_problems`.
+        numbers: the new tokens and their numbers.
+    """
+    with TemporaryDirectory(prefix="pave-tokenizer-") as folder:
+        write_union_tokenizer(base, experts.values(), numbers, Path(folder))
+        joined = AutoTokenizer.from_pretrained(folder)
+    wrong = wrong_numbers(joined, {**base.get_vocab(), **numbers})
+    if wrong is not None:
+        yield f"vocabulary: union: {wrong}; use vocabulary: base_rows"
+        return
+    for whose, own in {"the base": base, **{f"task '{task}'": own for task, own in experts.items()}}.items():
+        texts = _texts_of(own)
+        expected, found = _split(own, texts), _split(joined, texts)
+        # What a token that was added by hand is part of is meant to be split otherwise.
+        added = [token for token in _added(joined) if token not in own.get_vocab()]
+        differ = [
+            (text, before, after)
+            for text, before, after in zip(texts, expected, found, strict=True)
+            if before != after and not any(token in text for token in added)
+        ]
+        if len(differ) > TOLERATED * len(texts):
+            text, before, after = differ[0]
+            yield (
+                f"vocabulary: union: the joined tokenizer splits {len(differ):,} of {len(texts):,} texts of the tokens "
+                f"of {whose} in other ways than its own does, such as {shortened(repr(text))} "
+                f"({listed(after, 5)} in place of {listed(before, 5)}); their vocabularies were learned apart: use "
+                "vocabulary: base_rows"
+            )
+
+
+def _texts_of(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What each token that is no added one stands for, alone and behind a space; without parts of characters."""
+    added = _added(tokenizer)
+    prefix = getattr(tokenizer.backend_tokenizer.model, "continuing_subword_prefix", None) or ""
+    tokens = [token for token in sorted(tokenizer.get_vocab()) if token not in added]
+    decoded = (str(tokenizer.convert_tokens_to_string([token.removeprefix(prefix)])).strip() for token in tokens)
+    words = dict.fromkeys(text for text in decoded if text and "\N{REPLACEMENT CHARACTER}" not in text)
+    return [text for word in words for text in (word, f" {word}")]
+
+
+def _split(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[str]]:
+    """The tokens of each text."""
+    found = tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
+    return [encoding.tokens for encoding in found]
 
 
 def _take_in(content: dict[str, Any], own: dict[str, Any], numbers: Mapping[str, int]) -> None:

@@ -46,6 +46,9 @@ _PARTS = re.compile(r"expert|group|head")
 _SIZES = re.compile(r"size|dim|_ids?$|length|position")
 
 
+# Classes of transformers that build a model of images and of texts, of which tasks change what reads the images.
+ONE_SIDED = ("AutoModelForZeroShotImageClassification",)
+
 _TOO_LARGE: set[tuple[Path, tuple[int, ...]]] = set()
 
 
@@ -83,6 +86,8 @@ class Architecture:
         private: direct submodules of the backbone that not every model of the tasks has.
         beside: direct submodules and parameters of the whole model that are its head, where the backbone is no
             submodule of its own but all the others (CLIPForImageClassification); else none.
+        frozen: direct submodules and parameters of the backbone that no task changes, so that they are neither trained
+            nor merged: the text side of models that classify images by texts.
         token_embeddings: names of the weight that has one row a token; several where it is shared, none where there is
             no such table.
         config: the configuration, as plain values and with its defaults.
@@ -117,6 +122,7 @@ class Architecture:
     positions: int | None = None
     private: frozenset[str] = frozenset()
     beside: frozenset[str] = frozenset()
+    frozen: frozenset[str] = frozenset()
     backbone_class: str = ""
 
     @classmethod
@@ -290,8 +296,8 @@ class Architecture:
         return self.buffers.get(name) is BufferKind.STATISTICS
 
     def merges(self, name: str) -> bool:
-        """Whether a stored floating-point tensor of that name is a weight, and no buffer."""
-        return name not in self.buffers and not self.ignores(name)
+        """Whether a stored floating-point tensor of that name is a weight that tasks change, and no buffer."""
+        return name not in self.buffers and not self.ignores(name) and not lies_in(name, self.frozen)
 
     def compares(self, name: str) -> bool:
         """Whether base and experts must both store a floating-point tensor of that name, in one shape."""
@@ -427,16 +433,20 @@ def _in_common(found: list[Architecture]) -> Architecture:
         for name, one in first.parameters.items()
         if all(name in other.parameters for other in found) and not lies_in(name, private)
     }
-    return replace(first, parameters=parameters, private=private)
+    frozen = frozenset[str]().union(*(one.frozen for one in found))
+    return replace(first, parameters=parameters, private=private, frozen=frozen)
 
 
 @lru_cache(maxsize=64)
 def _architecture(folder: Path, auto_model: str | None, changes: str, stamp: tuple[int, ...]) -> Architecture:
     config = read_config(folder)  # which refuses what no model has, in the words of the file
     key = [auto_model, changes, config.to_json_string(use_diff=False)]
-    found = remembered(
-        Architecture, key, lambda: Architecture.of_model(empty_model(folder, auto_model, **json.loads(changes)))
-    )
+
+    def find() -> Architecture:
+        model = empty_model(folder, auto_model, **json.loads(changes))
+        return replace(Architecture.of_model(model), frozen=unchanged_parts(model, auto_model))
+
+    found = remembered(Architecture, key, find)
     if auto_model is not None and found.beside:
         # Models of tasks exchange their backbones as one submodule.
         raise PaveError(f"{found.model_class} has no backbone named '{found.config.get('model_type')}'")
@@ -480,6 +490,47 @@ def empty_model(folder: Path, auto_model: str | None = None, device: str = "meta
         else:
             model = auto_class(auto_model or "AutoModel").from_config(config, trust_remote_code=False)
     return model
+
+
+def unchanged_parts(model: nn.Module, auto_model: str | None) -> frozenset[str]:
+    """Direct submodules and parameters of a model that no task changes: all that does not read images, of `ONE_SIDED`.
+
+    Args:
+        model: what the class builds; none of its values are looked at.
+        auto_model: name of the class of transformers.
+
+    Raises:
+        PaveError: the model cannot be given images alone.
+    """
+    if auto_model not in ONE_SIDED:
+        return frozenset()
+    reached: set[str] = set()
+    children = dict(model.named_children())
+
+    def note(name: str) -> Any:
+        return lambda *given: reached.add(name)
+
+    config: Any = model.config
+    what = f"{type(model).__name__} cannot be given images alone, of one size and without texts"
+    hooks = [child.register_forward_pre_hook(note(name)) for name, child in children.items()]
+    device = next(model.parameters()).device
+    try:
+        with foreign(what), torch.no_grad():
+            seen = config.vision_config
+            size = seen.image_size if isinstance(seen.image_size, int) else max(seen.image_size)
+            pixels = torch.empty(1, getattr(seen, "num_channels", 3), size, size, device=device)
+            model.get_image_features(pixel_values=pixels)  # type: ignore[operator]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    direct = {name for name, _ in model.named_parameters(recurse=False)}
+    return frozenset((children.keys() | direct) - reached)
+
+
+def part_named(module: nn.Module, name: str) -> nn.Module | nn.Parameter:
+    """A submodule, or one of a module's own parameters; both can be told not to be trained (``requires_grad_``)."""
+    own = dict(module.named_parameters(recurse=False))
+    return own[name] if name in own else module.get_submodule(name)
 
 
 def auto_class(auto_model: str) -> Any:

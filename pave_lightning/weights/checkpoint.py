@@ -23,6 +23,10 @@ SINGLE_FILE = "model.safetensors"
 MOST_SHARDS = 10_000
 # What `pave convert` reads: weights of models and adapters, in one file or in shards, as torch.save writes them.
 CONVERTIBLE = re.compile(r"(pytorch_model|adapter_model)(-\d+-of-\d+)?\.bin")
+# Names under which model folders hold weights, here and in other frameworks, whole, in shards, or in another precision.
+_WEIGHTS = re.compile(
+    r"(pytorch_model|model|tf_model|flax_model)(\.\w+)?(-\d+-of-\d+)?(\.\w+)?\.(bin|safetensors|h5|msgpack)"
+)
 PICKLED_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
 IDENTIFYING = (".safetensors", ".json", ".txt", ".model", ".spm", ".tiktoken", ".tokenizer", ".codes")
 FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -319,6 +323,15 @@ def weight_files(folder: Path) -> list[Path]:
             "load and save them once with save_pretrained to get safetensors"
         )
     raise PaveError(f"{folder} has no {SINGLE_FILE} (nor shards with an index)")
+
+
+def passed_over(folder: Path) -> list[str]:
+    """Names of files beside those of `weight_files` that hold weights of the model as well, sorted.
+
+    Pickled ones, those of other frameworks, and safetensors files under a name that `transformers` reads, too.
+    """
+    read = {file.name for file in weight_files(folder)}
+    return sorted(file.name for file in folder.iterdir() if file.name not in read and _WEIGHTS.fullmatch(file.name))
 
 
 def shard_files(index: Path, ending: str = ".safetensors") -> list[Path]:

@@ -33,10 +33,12 @@ def naming_problem(architecture: Architecture, checkpoint: Checkpoint) -> str | 
         architecture: what the checkpoint's configuration gives.
         checkpoint: its files.
     """
-    prefix = architecture.start
+    start = f"{architecture.prefix}." if architecture.prefix else ""
     expected = {name for weight in architecture.weights for name in weight.names}
     expected |= architecture.renamed.keys() | architecture.places.keys()
-    expected |= {name.removeprefix(prefix) for name in expected}
+    expected |= {name.removeprefix(start) for name in expected}
+    if not architecture.start:  # a bare model, whose checkpoint may be that of a model with a head
+        expected |= {f"{start}{name}" for name in expected}
     names = [re.sub(r"LayerNorm\.(gamma|beta)$", _modern, name) for name, _ in checkpoint.stored()]
     own = sum(name in expected for name in names)
     found = Counter(filter(None, (_surplus(name, expected) for name in names if name not in expected)))
@@ -101,7 +103,8 @@ def lacking_of_base(architecture: Architecture, base: Checkpoint) -> list[str]:
         if found.startswith(prefix)
     ]
     absent = set(architecture.children) - {name.partition(".")[0] for name in base.backbone}
-    private = {name for name in absent if not architecture.children[name]}
+    # A model of images and texts has no head that a task could bring.
+    private = set() if architecture.frozen else {name for name in absent if not architecture.children[name]}
     return [found for found in lacking if not lies_in(found.partition(" ")[0], private)]
 
 

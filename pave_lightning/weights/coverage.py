@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from pave_lightning.weights.architecture import Architecture
+from pave_lightning.weights.architecture import Architecture, lies_in
 from pave_lightning.weights.buffers import BufferKind
 from pave_lightning.weights.checkpoint import FLOATING, Checkpoint
 from pave_lightning.weights.parameters import Parameter, ParameterKind
@@ -19,6 +19,8 @@ BUFFER_REASONS = {
     BufferKind.CONSTANT: "buffers, which are the base's",
     BufferKind.DERIVED: "buffers that the model computes itself",
 }
+# What a base was trained with before: predictions of masked words, a discriminator, the decoder of an autoencoder.
+BASE_HEAD = "the base's own head, which the models of the tasks lack; merged models are written without it"
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Coverage:
     """What merging and purification leave out of a model.
 
     Attributes:
-        not_merged: name of each tensor of the backbone that is not merged -> the reason.
+        not_merged: name of each tensor of the base, or of the experts' backbone, that is not merged -> the reason.
         not_purified: name of each weight with two axes or more that is merged, but not captured and purified -> the
             reason.
     """
@@ -67,12 +69,18 @@ def _not_merged(base: Checkpoint, architecture: Architecture) -> Iterator[tuple[
         if name in base.copies:
             yield name, f"tied to {own}, with which it is merged"
     for name, stored in base.backbone.items():
-        if name in architecture.buffers:
+        if lies_in(name, architecture.frozen):
+            yield name, "of the text side, which no task changes, so that it stays as it is in the base"
+        elif name in architecture.buffers:
             yield name, BUFFER_REASONS[architecture.buffers[name]]
         elif not architecture.knows(name):
             yield name, "not in the model of the experts, so that it stays as it is in the base"
         elif not stored.is_floating:
             yield name, f"stored as {stored.dtype}"
+    heads = architecture.head | {stored for stored, name in architecture.renamed.items() if name in architecture.head}
+    for name in base.head:
+        if not architecture.ignores(name):
+            yield name, "heads, of which each task keeps its own" if name in heads else BASE_HEAD
     for name in architecture.parameters:
         if name not in base.backbone and not any(one in base.backbone for one in architecture.stored_for(name)):
             yield name, "not in the base, so that each task keeps its own"

@@ -497,6 +497,7 @@ def differences(
             strays["base"].append(name)
         elif name not in expert.backbone and matters:
             found.append(f"task '{task}': {name} {list(stored.shape)} is in the base, but not in the expert")
+    strays["base"] = _without_options(strays["base"], base, architecture)
     model = architecture.backbone_class or architecture.model_class
     for names, whose in ((strays["expert"], f"task '{task}': the expert's"), (strays["base"], "base: its")):
         if names:  # of the base in the same words for every task, so that it is told once
@@ -506,6 +507,22 @@ def differences(
                 "if config.json is right, load the model with transformers, which passes over them, and save it again"
             )
     return found
+
+
+def _without_options(strays: list[str], base: Checkpoint, architecture: Architecture) -> list[str]:
+    """Stray weights of a base, without those that its own class has beside others of a module that experts have too.
+
+    Such as the mask token of a base that was trained to fill masked patches: it stays as it is in the base.
+    """
+    owners = {name.rpartition(".")[0] for name in architecture.parameters}
+    if not any(name.rpartition(".")[0] in owners for name in strays):
+        return strays
+    try:
+        own = Architecture.of_folder(base.folder)
+    except PaveError:  # a base without a class of its own
+        return strays
+    start = f"{architecture.prefix}." if architecture.prefix and not own.prefix else ""
+    return [name for name in strays if name.rpartition(".")[0] not in owners or not own.knows(start + name)]
 
 
 def checkpoint_vectors(

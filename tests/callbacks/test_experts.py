@@ -86,10 +86,10 @@ def test_each_expert_has_the_moment_of_the_real_tokens_that_its_router_sends_it(
     assert reached == 2 * 10
 
 
-def test_experts_that_get_their_rows_from_their_parent_know_which_are_padding():
+def test_experts_that_get_their_rows_from_their_parent_know_which_are_padding(recwarn):
     model, given = model_of(JETMOE), batch()
-    with pytest.warns(UserWarning, match="which of them are padding"):  # those in its attention do not
-        callback = captured(model, [given])
+    callback = captured(model, [given])
+    assert not any("which of them are padding" in str(warning.message) for warning in recwarn)
     hidden, real = routed(model, given, "model.layers.0.mlp")
     chosen = (hidden @ model.model.layers[0].mlp.router.layer.weight.T).topk(2).indices
     names = [name for name in callback.statistics if "mlp.input_linear." in name]
@@ -100,6 +100,33 @@ def test_experts_that_get_their_rows_from_their_parent_know_which_are_padding():
         torch.testing.assert_close(callback.statistics[name].matrix, rows.T @ rows / len(rows))
     down = [callback.statistics.rows(name) for name in callback.statistics if "mlp.output_linear." in name]
     assert sum(down) == 2 * 10
+
+
+@pytest.mark.parametrize("lengths", [(6, 4), (2, 1), (3, 3)])
+def test_attention_of_experts_counts_no_padding(lengths):
+    model, given = model_of(JETMOE), batch(lengths)
+    callback = captured(model, [given])
+    mixture = model.model.layers[0].self_attention.experts
+    answers = []
+    inner = mixture.reduce
+    mixture.reduce = lambda heads, places: answers.append(heads) or inner(heads, places)
+    hidden, real = routed(model, given, "model.layers.0.self_attention")
+    chosen = (hidden @ mixture.router.layer.weight.T).topk(2).indices
+    heads = answers[0].flatten(0, 1).detach()  # what each of a token's two experts gave, in the order of its choice
+    counted = 0
+    for number in range(5):
+        reached = real & (chosen == number).any(-1)
+        name = f"model.layers.0.self_attention.experts.{{}}.{number}"
+        if not reached.any():
+            assert name.format("input_linear") in callback.unreached
+            continue
+        counted += int(reached.sum())
+        rows = hidden[reached].detach()
+        torch.testing.assert_close(callback.statistics[name.format("input_linear")].matrix, rows.T @ rows / len(rows))
+        out = heads[real[:, None] & (chosen == number)]
+        assert len(out) == len(rows)
+        torch.testing.assert_close(callback.statistics[name.format("output_linear")].matrix, out.T @ out / len(out))
+    assert counted == 2 * sum(lengths)
 
 
 def test_of_experts_that_are_multiplied_all_at_once_zero_rows_do_not_count():

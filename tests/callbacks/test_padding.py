@@ -7,16 +7,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AutoModelForAudioClassification,
     AutoModelForSequenceClassification,
     BartConfig,
     BertConfig,
     GPT2Config,
+    HubertConfig,
     LlamaConfig,
     T5Config,
     T5ForConditionalGeneration,
+    Wav2Vec2Config,
+    WhisperConfig,
 )
 
-from pave_lightning.callbacks.padding import shifted
+from pave_lightning.callbacks.padding import convolved, shifted
 
 WORDS, END = 40, 3
 SPECIAL = {"vocab_size": WORDS, "pad_token_id": 0, "eos_token_id": END, "bos_token_id": 2}
@@ -147,3 +151,109 @@ def test_shifted_masks() -> None:
     # The start, then the words before the last one, where they stand after the shift.
     expected = [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 1, 1], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0]]
     assert shifted(mask).int().tolist() == expected
+
+
+CONVOLVED = {
+    "conv_dim": (8, 8),
+    "conv_kernel": (5, 3),
+    "conv_stride": (3, 2),
+    "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2,
+    # Other norms than those of layers let an example's padding change what is computed of it.
+    "feat_extract_norm": "layer",
+    "mask_time_prob": 0.0,
+    "vocab_size": 12,
+    "classifier_proj_size": 8,
+}
+
+
+@pytest.mark.parametrize("config", [Wav2Vec2Config, HubertConfig])
+def test_speech_encoders_see_what_each_waveform_shows_alone(config: Any, running: Any, capture_with: Any) -> None:
+    made = config(**SMALL, **CONVOLVED, do_stable_layer_norm=True)
+    model = random_weights(AutoModelForAudioClassification.from_config(made))
+    random = torch.Generator().manual_seed(0)
+    lengths = [120, 77, 64, 103, 50]
+    sounds = [torch.randn(length, generator=random) for length in lengths]
+
+    def batch(rows: list[Tensor], length: int | None = None) -> dict[str, Tensor]:
+        masks = padded([torch.ones(len(row), dtype=torch.long) for row in rows], 0, length)
+        return {"input_values": padded(rows, 0, length), "attention_mask": masks}
+
+    capture = capture_with(rows=None, moments="input", norms=True, keep_rows=False, convolutions=True)
+    alone = capture(running(model, run), [batch([sound]) for sound in sounds]).statistics
+    found = capture(running(model, run), [batch(sounds[:3]), batch(sounds[3:], 130)]).statistics
+    head = next(name for name, _ in model.named_modules() if name.endswith("projector"))
+    compare(found, alone)
+    # By hand: each convolution makes (length - kernel) // stride + 1 of so many positions.
+    first = sum((length - 5) // 3 + 1 for length in lengths)
+    last = sum(((length - 5) // 3 + 1 - 3) // 2 + 1 for length in lengths)
+    names = list(found)
+    rows = {name: found.rows(name) for name in names}
+    assert next(rows[name] for name in names if name.endswith("conv_layers.0.conv")) == first
+    assert next(rows[name] for name in names if name.endswith("feature_projection.projection")) == last
+    assert rows[head] == last
+
+
+def test_of_spectra_that_are_padded_the_positions_beyond_do_not_count(running: Any, capture_with: Any) -> None:
+    config = WhisperConfig(
+        **SIDES, d_model=16, encoder_ffn_dim=24, decoder_ffn_dim=24, vocab_size=40, num_mel_bins=6,
+        max_source_positions=10, classifier_proj_size=8, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        decoder_start_token_id=1,
+    )  # fmt: skip
+    model = random_weights(AutoModelForAudioClassification.from_config(config))
+    frames = [20, 13, 6]
+    features = torch.randn(3, 6, 20, generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(20) < torch.tensor(frames)[:, None]).long()
+    seen: dict[str, Tensor] = {}
+    layers = {"conv1": model.encoder.conv1, "fc1": model.encoder.layers[1].fc1}
+    handles = [
+        layer.register_forward_pre_hook(lambda module, args, name=name: seen.update({name: args[0].detach()}))
+        for name, layer in layers.items()
+    ]
+    capture = capture_with(rows=None, moments="input", keep_rows=False, convolutions=True)
+    step = running(model, lambda net, batch: net(batch["input_features"]))
+    found = capture(step, [{"input_features": features, "attention_mask": mask}]).statistics
+    for handle in handles:
+        handle.remove()
+    # Every second frame has a position, whose patch is centred on it.
+    kept = [(count + 1) // 2 for count in frames]
+    rows = torch.cat([own[:count] for own, count in zip(seen["fc1"], kept, strict=True)])
+    moment = found["encoder.layers.1.fc1"]
+    assert moment.rows == sum(kept)
+    torch.testing.assert_close(moment.matrix, rows.T @ rows / len(rows), rtol=1e-4, atol=1e-4)
+    wide = nn.functional.pad(seen["conv1"], (1, 1))
+    patches = [wide[row, :, place : place + 3].flatten() for row, count in enumerate(frames) for place in range(count)]
+    first = found["encoder.conv1"]
+    assert first.rows == sum(frames)
+    torch.testing.assert_close(first.matrix, torch.stack(patches).T @ torch.stack(patches) / first.rows)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv1d(1, 1, 3),
+        nn.Conv1d(1, 1, 4, stride=2, padding=1),
+        nn.Conv1d(1, 1, 3, padding="same", dilation=2),
+        nn.Conv1d(1, 1, 5, stride=1, padding=2),
+        nn.Conv1d(1, 1, 2, dilation=3, padding="valid"),
+    ],
+    ids=str,
+)
+def test_masks_pass_through_convolutions(layer: nn.Conv1d, side: str) -> None:
+    if side == "left" and layer.stride != (1,):
+        pytest.skip("the grid of strides begins at the padding then")
+    for length in range(8, 15):
+        mask = torch.zeros(1, 14)
+        mask[:, slice(length) if side == "right" else slice(14 - length, None)] = 1
+        alone = layer(torch.zeros(1, 1, length)).shape[2]
+        found = convolved(mask, layer)
+        assert found is not None
+        assert found.shape[1] == layer(torch.zeros(1, 1, 14)).shape[2]
+        assert int(found.sum()) == alone
+        assert bool(found[0, :alone].all() if side == "right" else found[0, -alone:].all())
+
+
+def test_a_sequence_that_is_shorter_than_a_kernel_has_no_mask() -> None:
+    assert convolved(torch.ones(2, 3), nn.Conv1d(1, 1, 5)) is None

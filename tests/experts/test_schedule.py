@@ -6,7 +6,13 @@ import torch
 from pave_lightning.errors import PaveError
 from pave_lightning.experts.rehearsal import rehearsed
 from pave_lightning.experts.schedule import Schedule, training_schedule
-from pave_lightning.experts.trainer_options import is_plain, process_count, trainer_problems
+from pave_lightning.experts.trainer_options import (
+    is_distributed,
+    is_plain,
+    machine_options,
+    process_count,
+    trainer_problems,
+)
 from pave_lightning.experts.trainers import refused_options
 from pave_lightning.tasks.task import Task
 
@@ -149,7 +155,11 @@ def test_asking_changes_nothing():
     [
         ({"strategy": "ddp_spawn", "devices": 2}, "ddp_spawn.*use strategy: ddp"),
         ({"strategy": "ddp_notebook", "devices": 2}, "use strategy: ddp"),
-        ({"strategy": "fsdp"}, "requires a GPU"),
+        ({"strategy": "fsdp"}, "trainer.strategy: fsdp needs GPUs; use fsdp2, which divides the weights on CPUs too"),
+        ({"strategy": "fsdp_cpu_offload", "devices": 2}, "fsdp_cpu_offload needs GPUs"),
+        ({"strategy": "ModelParallelStrategy"}, "trainer.strategy: ModelParallelStrategy is called fsdp2 here"),
+        ({"strategy": "model_parallel", "devices": 2}, "model_parallel is called fsdp2 here"),
+        ({"strategy": "fsdp2", "devices": 2, "precision": "64-true"}, "does not support .*64-true"),
         ({"strategy": "no_such"}, "no_such"),
         ({"strategy": {"class_path": "x"}}, "trainer.strategy: expected str, found"),
         ({"num_nodes": 2}, "trainer.num_nodes: pave starts its processes on this machine alone"),
@@ -166,7 +176,7 @@ def test_asking_changes_nothing():
     ids=str,
 )
 def test_options_that_would_fail_later_are_refused(options, told):
-    (problem,) = trainer_problems({"accelerator": "cpu", **options}, "trainer")
+    problem, *_ = trainer_problems({"accelerator": "cpu", **options}, "trainer")
     with pytest.raises(AssertionError, match=told):
         raise AssertionError(problem)
 
@@ -174,6 +184,8 @@ def test_options_that_would_fail_later_are_refused(options, told):
 @pytest.mark.parametrize(
     "options",
     [
+        {"strategy": "fsdp2", "devices": 2},
+        {"strategy": "fsdp2", "devices": 2, "gradient_clip_val": 1.0, "accumulate_grad_batches": 2},
         {"fast_dev_run": False},
         {"num_nodes": 1},
         {"precision": 16},
@@ -184,3 +196,43 @@ def test_options_that_would_fail_later_are_refused(options, told):
 )
 def test_harmless_options_pass(options):
     assert trainer_problems({"accelerator": "cpu", **options}, "trainer") == []
+
+
+def test_what_a_strategy_lacks_is_told_at_once(monkeypatch):
+    monkeypatch.setattr("pave_lightning.experts.trainers.find_spec", lambda name: None)
+    options = {"accelerator": "cpu", "strategy": "deepspeed_stage_3", "devices": 2}
+    told = trainer_problems(options, "trainer")
+    assert "run `pip install deepspeed`, or use fsdp2" in told[0]
+    assert "needs GPUs" in told[1]
+    told = trainer_problems({**options, "strategy": "fsdp", "gradient_clip_val": 1.0}, "trainer")
+    assert "needs GPUs" in told[0]
+    assert "clips no gradients by their norm" in told[1]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "where_nothing_is_trained"),
+    [
+        ("fsdp", "fsdp2"),
+        ("fsdp2", "fsdp2"),
+        ("fsdp_cpu_offload", "fsdp2"),
+        ("deepspeed_stage_3_offload", "fsdp2"),
+        ("deepspeed", "auto"),
+        ("deepspeed_stage_2", "auto"),
+        ("ddp_find_unused_parameters_true", "ddp_find_unused_parameters_true"),
+        ("auto", "auto"),
+    ],
+)
+def test_capture_and_evaluation_divide_weights_as_the_training_does(strategy, where_nothing_is_trained):
+    options = {"strategy": strategy, "devices": 4, "max_epochs": 2}
+    assert machine_options(options) == {"strategy": where_nothing_is_trained, "devices": 4}
+    assert machine_options({"devices": 4}) == {"devices": 4}
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "fsdp", "deepspeed_stage_2"])
+def test_divided_weights_are_always_trained_in_processes_of_their_own(strategy):
+    assert is_distributed({"accelerator": "cpu", "devices": 1, "strategy": strategy})
+    assert not is_distributed({"accelerator": "cpu", "devices": 1, "strategy": "ddp"})
+
+
+def test_processes_of_divided_weights_are_counted():
+    assert process_count({"accelerator": "cpu", "devices": 3, "strategy": "fsdp2"}) == 3

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from families.matrix import Row
 from families.pretrained import OPTIONS, capture, kinds_of, multiplying
-from families.reference import answers, check_moments, matrix_view, projected, scrambled, watched
+from families.reference import answers, check_moments, matrix_view, of_used, projected, scrambled, watched
 from pave_lightning import PurifiedTaskVectors, merge, task_vectors
 from pave_lightning.weights.coverage import purification_reasons
 
@@ -199,6 +199,7 @@ class Plain:
             check_moments(
                 statistics[task], lambda name, model=expert: matrix_view(model.get_submodule(name)), seen[task]
             )
+            seen[task] |= of_used(statistics[task], seen[task])
             reference[task] = deepcopy(expert)
         purified = PurifiedTaskVectors(source, statistics, OPTIONS)
         merged = merge("average", purified)

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from families.matrix import Row
-from families.reference import CONVOLUTIONS, answers, check_moments, matrix_view, projected, scrambled, watched
+from families.reference import CONVOLUTIONS, answers, check_moments, matrix_view, of_used, projected, scrambled, watched
 from pave_lightning import PaveCallback, PurifiedTaskVectors, Purify, TaskStatistics, load_merged, task_vectors
 from pave_lightning.merging.folders import MergeContext, write_merged
 from pave_lightning.merging.methods.average import Average
@@ -25,6 +25,8 @@ from pave_lightning.weights import Architecture
 from pave_lightning.weights.coverage import Coverage
 
 OPTIONS = Purify(rho=0.8, nearest_budget=True)
+# How names of layers end whose weight is used without calling them.
+USED = (".mixer.dt_proj", "head.attention.out_proj")
 
 
 class Expert(L.LightningModule):
@@ -112,7 +114,10 @@ class Pretrained:
             with self._watched(inside, layers, batches[0]) as rows:
                 statistics[task] = capture(expert, batches, f"model.{self.backbone}".rstrip("."))
             seen[task] = {name: torch.cat(found) for name, found in rows.items() if found}
-            assert set(statistics[task].layers()) == set(seen[task])
+            assert {name for name in statistics[task] if name not in seen[task]} == {
+                name for name in layers if name.endswith(USED)
+            }
+            seen[task] |= of_used(statistics[task], seen[task])
             check_moments(statistics[task], partial(self._matrix, inside), seen[task])
             reference[task] = deepcopy(expert)
         purified = PurifiedTaskVectors(source, statistics, OPTIONS)

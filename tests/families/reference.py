@@ -52,6 +52,21 @@ def watched(layers: dict[str, nn.Module], masks: Sequence[Tensor] = ()) -> Itera
             handle.remove()
 
 
+def of_used(statistics: Any, seen: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rows with the captured moment, for layers whose weight is used without calling them, which no hook has seen.
+
+    That their moments are right is tested on its own (tests/callbacks/test_used_weights.py).
+    """
+    found = {}
+    for name in set(statistics.layers()) - set(seen):
+        moment = statistics[name]
+        matrix = moment.matrix.double()
+        covariance = matrix.T @ matrix if moment.kind == "rows" else matrix
+        values, vectors = torch.linalg.eigh(covariance)
+        found[name] = (values.clamp(min=0) * len(matrix.T)).sqrt()[:, None] * vectors.T
+    return found
+
+
 def without_padding(rows: Tensor, masks: Sequence[Tensor]) -> Tensor:
     """Rows of shape ``(B, L, d)`` or ``(B * L, d)`` without those that are padding."""
     for mask in masks:

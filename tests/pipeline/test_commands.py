@@ -310,13 +310,14 @@ def test_killed_runs_go_on_and_end_like_an_undisturbed_one(recipe_settings, tmp_
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_same_experts_statistics_and_scores_as_one(recipe_settings, tmp_path):
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_give_the_same_experts_statistics_and_scores_as_one(recipe_settings, tmp_path, strategy):
     # Long enough to learn: a correlation divides rounding by the spread of what an expert says.
     recipe_settings["trainer"]["max_epochs"] = 30
     folder = rerun(recipe_settings)
     # In a shared folder, whose stages the driver claims for all of its processes.
     two = {**recipe_settings, "name": "two", "shared": str(tmp_path / "shared")}
-    two["trainer"] = {**two["trainer"], "devices": 2, "strategy": "ddp"}
+    two["trainer"] = {**two["trainer"], "devices": 2, "strategy": strategy}
     # The same experts, so that capture and evaluation can be compared with one process exactly.
     two["tasks"] = [
         {**task, "expert": {"from": str(folder / "experts" / task["name"])}} for task in recipe_settings["tasks"]

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from pave_lightning.merging import known_methods
+from pave_lightning.merging import make_method
 from pave_lightning.merging.methods.emr import Emr
 from pave_lightning.merging.methods.task_arithmetic import TaskArithmetic
 from pave_lightning.pipeline import costs
@@ -43,7 +43,7 @@ TOTAL = 1000 * 20 + 20 + 2 * 400 + 3 * 1200
 
 def predict(**changes):
     kinds = costs.expected_kinds(PARAMETERS, changes.pop("moments", "smallest"))
-    settings = {"options": Purify(), "methods": [TaskArithmetic], **changes}
+    settings = {"options": Purify(), "methods": [TaskArithmetic()], **changes}
     return costs.predict_cost(PARAMETERS, settings.pop("tasks", 4), settings.pop("workers", 2), kinds, **settings)
 
 
@@ -86,8 +86,8 @@ def test_disk_is_counted_by_hand():
     assert predict(options=None, timed=False).disk_bytes == captured + 4 * TOTAL
     assert predict(options=None, methods=[], new_experts=3, timed=False).disk_bytes == captured + 3 * 4 * TOTAL
     masks = 4 * sum(math.ceil(parameter.elements / 8) for parameter in PARAMETERS)
-    assert predict(options=None, methods=[Emr], timed=False).disk_bytes == captured + 4 * TOTAL + masks
-    nothing_captured = costs.predict_cost(PARAMETERS, 4, 2, {}, methods=[TaskArithmetic])
+    assert predict(options=None, methods=[Emr()], timed=False).disk_bytes == captured + 4 * TOTAL + masks
+    nothing_captured = costs.predict_cost(PARAMETERS, 4, 2, {}, methods=[TaskArithmetic()])
     assert nothing_captured.disk_bytes == 4 * TOTAL
 
 
@@ -282,7 +282,9 @@ from pave_lightning.purification.options import Compute, Purify
 from pave_lightning.statistics import TaskStatistics
 from pave_lightning.weights import Architecture, Checkpoint, ExpertTaskVectors
 
-folder, method, moments = Path(sys.argv[1]), make_method(sys.argv[2], {}), sys.argv[3]
+folder, moments = Path(sys.argv[1]), sys.argv[3]
+name, *given = sys.argv[2].split()
+method = make_method(name, {key: True for key in given})
 options = Purify(**json.loads(sys.argv[4])) if moments else None
 names = sorted(path.name for path in folder.glob("expert-*"))
 architecture = Architecture.of_folder(folder / names[0])
@@ -292,7 +294,7 @@ source = plain = ExpertTaskVectors(base, experts, architecture)
 kept = moments or "smallest"
 statistics = {name: TaskStatistics.load(folder / f"statistics-{kept}-{name}.safetensors") for name in names}
 kinds = {layer: own.kind(layer) for own in statistics.values() for layer in own.layers()}
-cost = costs.predict_cost(plain.parameters, len(names), 2, kinds, options=options, methods=[type(method)])
+cost = costs.predict_cost(plain.parameters, len(names), 2, kinds, options=options, methods=[method])
 out = folder / f"out-{method.name}-{os.getpid()}"
 if moments:
     write_purified(PurifiedTaskVectors(plain, statistics, options, Compute(workers=2)), out / "purified")
@@ -347,6 +349,10 @@ def mid_size(tmp_path_factory, tiny_tokenizer):
     [
         ("ties", "", {}),
         ("emr", "", {}),
+        ("tsv_m embeddings", "", {}),
+        ("iso_c embeddings", "", {}),
+        ("iso_cts embeddings", "", {}),
+        ("dc_merge embeddings", "", {}),
         ("task_arithmetic", "smallest", {}),
         ("task_arithmetic", "smallest", {"scope": "global"}),
         ("task_arithmetic", "smallest", {"exact": True}),
@@ -368,7 +374,7 @@ def test_the_predicted_peak_is_the_measured_one(mid_size, method, moments, optio
 
 def test_the_memory_of_a_merge_by_hand():
     large, small = linear("large", 100, 30), linear("small", 100, 10)
-    methods = [known_methods()["task_arithmetic"]]
+    methods = [make_method("task_arithmetic", {})]
     # Merged task vector and weight, and four tensors of rows for each of two tasks.
     alone = {parameter.name: 4 * (2 + 4 * 2) * parameter.elements for parameter in (large, small)}
     assert costs.merging_bytes([large], 2, methods) == alone[large.name]
@@ -383,12 +389,23 @@ def test_the_memory_of_a_merge_by_hand():
 
 def test_what_rules_hold_and_keep_counts():
     def peak(name, parameters=PARAMETERS):
-        return costs.merging_bytes(parameters, 4, [known_methods()[name]])
+        return costs.merging_bytes(parameters, 4, [make_method(name, {})])
 
     model = 4 * sum(parameter.elements for parameter in PARAMETERS)
     assert peak("featcal") - peak("iso_c") >= 4 * model - 8 * max(p.elements for p in PARAMETERS) * 4
     assert peak("esm") - peak("iso_c") == model
     square = [Parameter("w", ParameterKind.LINEAR, (400, 400), 1)]
     # Each of four tasks keeps 100 directions of 400 + 400 numbers of 4 bytes.
-    kept = costs.disk_bytes(square, 4, {}, methods=[known_methods()["tsv_c"]], new_experts=0) - 4 * 400 * 400
+    kept = costs.disk_bytes(square, 4, {}, methods=[make_method("tsv_c", {})], new_experts=0) - 4 * 400 * 400
     assert kept == 4 * 100 * 800 * 4
+
+
+def test_tables_that_a_method_decomposes_are_seen_whole():
+    table = Parameter("words.weight", ParameterKind.EMBEDDING, (50_000, 20))
+    averaged, whole = (
+        costs.merging_bytes([table], 3, [make_method("iso_c", {"embeddings": embeddings})])
+        for embeddings in (False, True)
+    )
+    # Task vector and weight; and four tensors for each of three tasks, of a block of rows or of all rows.
+    assert averaged == 4 * (2 * table.elements + 4 * 3 * costs.BLOCK_ELEMENTS)
+    assert whole == 4 * (2 + 4 * 3) * table.elements

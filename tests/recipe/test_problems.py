@@ -444,8 +444,8 @@ merge:
         "seed: must be a whole number in [0, 2147483647], found 'yes'",
         "training.learning_rat: unknown key; did you mean 'learning_rate'?",
         "purify.rho: 2 is outside (0, 1]",
-        "tasks.2 (isa): 'classes' belongs to image_classification, multi_label, text_classification and "
-        "token_classification tasks",
+        "tasks.2 (isa): 'classes' belongs to image_classification, multi_label, text_classification, "
+        "token_classification and zero_shot_image tasks",
         "tasks.2 (isa): metric 'accuracy' does not fit a regression task; fitting are pearson, spearman",
         "tasks.2 (isa).training.batch_size: must be at least 1, found 0",
         "tasks.3 (sense).training.early_stopping.patience: must be at least 1, found 0",

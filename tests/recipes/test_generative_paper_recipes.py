@@ -56,7 +56,7 @@ def changed(model, size=0.02):
     return model
 
 
-def run(name, folder, tracking_uri, overrides):
+def run(name, folder, tracking_uri, overrides, *options):
     """Plan and run a recipe of the paper with these overrides; its rows of the table, and its folder."""
     overrides = [
         *(f"base={folder / 'base'}", f"output={folder / 'runs'}", f"tracking.uri={tracking_uri}"),
@@ -66,7 +66,7 @@ def run(name, folder, tracking_uri, overrides):
     settings = [part for override in overrides for part in ("--set", override)]
     path = str(PAPER / f"{name}.yaml")
     assert main(["plan", path, *settings]) == 0
-    assert main(["run", path, *settings]) == 0
+    assert main(["run", path, *settings, *options]) == 0
     with (folder / "runs" / name / "results.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     return {(row["model"], row["vectors"]): row for row in rows}, folder / "runs" / name
@@ -91,6 +91,32 @@ def perplexity(folder, rows):
             logits = model.eval()(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
         losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(response), reduction="none"))
     return torch.cat(losses).mean().exp().item()
+
+
+BENCHMARKS = {"gsm8k": False, "minerva_math": False, "humaneval": True, "mbpp": True}
+STAND_IN = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}, cache_dir: {cache}}}
+unsafe_code: {runs_code}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+generation_kwargs: {{until: ["w0"], max_gen_toks: 4, do_sample: false}}
+metric_list:
+  - {{metric: exact_match, aggregation: mean, higher_is_better: true}}
+"""
+
+
+def stand_in_benchmarks(folder):
+    """Task files by the names of the published benchmarks; whether lm-eval is there to read them."""
+    for name, runs_code in BENCHMARKS.items():
+        rows = [{"question": sentence(random.Random(name)), "answer": f"w{place}"} for place in range(4)]
+        write_rows(folder / f"{name}.json", rows)
+        places = {"data": json.dumps(str(folder / f"{name}.json")), "cache": json.dumps(str(folder / "cache"))}
+        (folder / f"{name}.yaml").write_text(STAND_IN.format(name=name, runs_code=json.dumps(runs_code), **places))
+    return importlib.util.find_spec("lm_eval") is not None
 
 
 @pytest.mark.slow
@@ -129,7 +155,11 @@ def test_llama_runs_from_one_file(tmp_path, tracking_uri, tied):
     overrides += [f"{code}.hub=null", f"{code}.folder={tmp_path / 'feedback'}"]
     overrides += [f"tasks.code.expert.from={tmp_path / 'code'}", "evaluate.precision=32-true"]
     overrides += [f"tasks.{task}.max_new_tokens=12" for task in ("math", "code")]
-    rows, root = run("llama2_math_code", tmp_path, tracking_uri, overrides)
+    has_harness = stand_in_benchmarks(tmp_path / "benchmarks")
+    overrides.append(f"evaluate.lm_eval.folder={tmp_path / 'benchmarks'}" if has_harness else "evaluate.lm_eval=null")
+    rows, root = run("llama2_math_code", tmp_path, tracking_uri, overrides, "--allow-code-execution")
+    if has_harness:
+        assert all(row[f"{name}/exact_match"] for name in BENCHMARKS for row in rows.values())
     steps = ("task_arithmetic", "task_arithmetic_half")
     assert rows.keys() >= {(step, vectors) for step in steps for vectors in ("plain", "purified")}
     weight = "model.layers.1.mlp.up_proj.weight"

@@ -1,11 +1,19 @@
 """One tokenizer with the tokens of several."""
 
+import json
+from copy import deepcopy
+
 import pytest
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pave_lightning.errors import PaveError
-from pave_lightning.tasks.union_tokenizer import union_problems, write_union_tokenizer, wrong_numbers
+from pave_lightning.tasks.union_tokenizer import (
+    joined_problems,
+    union_problems,
+    write_union_tokenizer,
+    wrong_numbers,
+)
 
 SPECIAL = ("<pad>", "<unk>")
 
@@ -104,3 +112,107 @@ def test_a_tokenizer_without_a_file_of_its_own(tmp_path):
         PaveError, match=r"union takes a base whose tokenizer has a tokenizer\.json; use vocabulary: base_rows"
     ):
         write_union_tokenizer(ByT5Tokenizer(), [], {"ab": 999}, tmp_path)
+
+
+PROSE = [
+    *("the", "film", "was", "good", "and", "its", "acting", "better", "than", "expected"),
+    *("although", "story", "is", "thin", "ending", "weak"),
+]
+NETS = [
+    *("tensor", "gradient", "backward", "optimizer", "learning", "transformer", "attention"),
+    *("gradients", "tensors", "optimizers", "learnings"),
+]
+
+
+def trained(kind, words, size):
+    """A tokenizer as they are in use, learned from texts of these words."""
+    if kind == "byte-level BPE":
+        backend = Tokenizer(models.BPE())
+        backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(
+            vocab_size=size + 256, special_tokens=[*SPECIAL], initial_alphabet=alphabet, show_progress=False
+        )
+    elif kind == "unigram":
+        backend = Tokenizer(models.Unigram())
+        backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+        trainer = trainers.UnigramTrainer(
+            vocab_size=size, special_tokens=[*SPECIAL], unk_token="<unk>", show_progress=False
+        )
+    else:
+        backend = Tokenizer(models.WordPiece(unk_token="<unk>"))
+        backend.pre_tokenizer, backend.normalizer = pre_tokenizers.BertPreTokenizer(), normalizers.BertNormalizer()
+        backend.decoder = decoders.WordPiece()
+        trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=[*SPECIAL], show_progress=False)
+    backend.train_from_iterator([" ".join(words[start:] + words[:start]) for start in range(len(words))], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>")
+
+
+KINDS = ["byte-level BPE", "unigram", "WordPiece"]
+
+
+def numbers_of(base, *experts):
+    known = base.get_vocab()
+    new = dict.fromkeys(token for own in experts for token in sorted(own.get_vocab()) if token not in known)
+    return {token: max(known.values()) + 1 + place for place, token in enumerate(new)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_that_were_added_leave_all_else_as_it_was(tmp_path, kind):
+    base = trained(kind, PROSE, 90)  # once, since what is learned depends on chance among equals
+    first, second = deepcopy(base), deepcopy(base)
+    first.add_tokens(["<tool>", "zebra"])
+    second.add_tokens([AddedToken("<call>", normalized=False)])
+    assert not list(joined_problems(base, {"a": first, "b": second}, numbers_of(base, first, second)))
+    found = joined(tmp_path, base, [first, second])
+    text = "the acting <tool> was weak zebra film"
+    assert found.tokenize(text) == first.tokenize(text)
+    assert found.tokenize("good <call> story") == second.tokenize("good <call> story")
+    assert found.tokenize("the film was good") == base.tokenize("the film was good")
+
+
+def extended(base, word):
+    """A byte-level tokenizer with further merges behind its own, which make one more word whole, from the left."""
+    content = json.loads(base.backend_tokenizer.to_str())
+    whole, *rest = base.tokenize(word)
+    for piece in rest:
+        content["model"]["merges"].append([whole, piece])
+        whole += piece
+        content["model"]["vocab"].setdefault(whole, len(content["model"]["vocab"]))
+    backend = Tokenizer.from_str(json.dumps(content))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>")
+
+
+def test_merges_behind_the_bases_are_read_as_the_expert_reads_them(tmp_path):
+    base = trained("byte-level BPE", PROSE, 60)
+    expert = extended(extended(base, " tensor"), "gradient")
+    assert not list(joined_problems(base, {"a": expert}, numbers_of(base, expert)))
+    found = joined(tmp_path, base, [expert])
+    for text in ("the tensor was good", "gradient ending tensor", *PROSE):
+        assert found.tokenize(text) == expert.tokenize(text)
+    for text in PROSE:
+        assert found(text)["input_ids"] == base(text)["input_ids"]
+
+
+def test_vocabularies_that_were_learned_apart_are_refused():
+    base, expert = trained("byte-level BPE", PROSE, 90), trained("byte-level BPE", NETS + PROSE, 150)
+    (problem,) = joined_problems(base, {"a": expert}, numbers_of(base, expert))
+    assert problem.startswith("vocabulary: union: the joined tokenizer splits ")
+    assert "texts of the tokens of task 'a' in other ways than its own does, such as '" in problem
+    assert problem.endswith("their vocabularies were learned apart: use vocabulary: base_rows")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_not_refused_reads_the_tokens_of_both_as_both_did(tmp_path, kind):
+    for size in (40, 60, 90):
+        base, expert = trained(kind, PROSE, size), trained(kind, NETS, size)
+        numbers = numbers_of(base, expert)
+        if list(joined_problems(base, {"a": expert}, numbers)):
+            continue
+        (tmp_path / str(size)).mkdir()
+        found = joined(tmp_path / str(size), base, [expert])
+        for own in (base, expert):
+            for token in own.get_vocab():
+                text = own.convert_tokens_to_string([token.removeprefix("##")]).strip()
+                if text and "\ufffd" not in text and token not in SPECIAL:
+                    assert found.tokenize(text) == own.tokenize(text)

@@ -90,6 +90,16 @@ def test_prefixes_of_wrappers_are_named(changed, prefix, told):
     assert told in naming_problem(described(folder), checkpoint)
 
 
+def test_bare_models_read_checkpoints_with_a_head(changed):
+    """A base of language models has names behind a prefix, and is read without a head, too."""
+    folder, checkpoint = changed(lambda tensors: None)
+    bare = Architecture.of_folder(folder, "AutoModel")
+    assert naming_problem(bare, checkpoint) is None
+    assert all(name in checkpoint.backbone for name in bare.parameters if not name.startswith("pooler."))
+    _, checkpoint = changed(lambda tensors: {f"net.{name}": tensor for name, tensor in tensors.items()})
+    assert "'net.'" in naming_problem(bare, checkpoint)
+
+
 @pytest.mark.parametrize("part", ["_checkpoint_wrapped_module", "_fsdp_wrapped_module", "base_layer", "_orig_mod"])
 def test_wrappers_of_single_layers_are_named(changed, part):
     def wrap(tensors):

@@ -9,6 +9,7 @@ import torch
 
 from pave_lightning.errors import PaveError, Problems, counted
 from pave_lightning.experts.trainer_options import machine_options, trainer_problems
+from pave_lightning.pipeline.planning.benchmarks import benchmark_problems
 from pave_lightning.pipeline.planning.heads import head_problems, score_folder_problems
 from pave_lightning.pipeline.planning.joint import joint_problems
 from pave_lightning.pipeline.planning.merging import merge_problems
@@ -24,19 +25,31 @@ from pave_lightning.tasks.data import check_task
 from pave_lightning.tracking import resolve_uri
 
 
-def check_recipe(recipe: Recipe, folder: RunFolder, *, computes: bool = True) -> None:
+def check_recipe(
+    recipe: Recipe,
+    folder: RunFolder,
+    *,
+    computes: bool = True,
+    evaluates: bool = False,
+    allow_code: bool | None = None,
+) -> None:
     """Check data, base, existing experts, trainer options, merge methods and tracking; run nothing.
 
     Args:
         recipe: What is checked.
         folder: Its run folder.
         computes: Whether this machine is to compute; a report of what another one computed needs no devices of its own.
+        evaluates: Whether models are to be scored, now or later, so that benchmarks must be there.
+        allow_code: Whether benchmarks may run code; None where they are not to be scored now.
 
     Raises:
         PaveError: lists everything that is wrong, up to 20 problems.
     """
     with keeping():
-        _problems(recipe, folder, computes=computes).raise_if_any()
+        problems = _problems(recipe, folder, computes=computes)
+        if evaluates:
+            problems.extend(benchmark_problems(Results(recipe, folder), allow_code=allow_code))
+        problems.raise_if_any()
 
 
 def _problems(recipe: Recipe, folder: RunFolder, *, computes: bool) -> Problems:

@@ -6,14 +6,17 @@ import logging
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
+import torch
+
 from pave_lightning.errors import listed
 from pave_lightning.experts.adapters import adds_nothing, fit_problems
 from pave_lightning.experts.loading import expert_problem
 from pave_lightning.system.files import read_json
 from pave_lightning.tasks.task import Task
+from pave_lightning.weights import Checkpoint
 from pave_lightning.weights.adapter_base import other_base
 from pave_lightning.weights.adapter_models import adapter_problems, task_type
-from pave_lightning.weights.architecture import Architecture, form_of, read_config
+from pave_lightning.weights.architecture import Architecture, form_of, lies_in, read_config
 from pave_lightning.weights.completeness import naming_problem, unused_weights
 from pave_lightning.weights.configuration import (
     architecture_problem,
@@ -82,7 +85,7 @@ def expert_facts(task: Task, folder: Path, base: Path, *, aligned: bool = False)
     if incomplete is not None:
         yield f"{where}: {folder}: {incomplete}"
     yield from config_differences(task.name, base, folder, [*accept, *(NUMBERS if aligned else ())])
-    found = {} if incomplete is not None else _unlike(task, folder)
+    found = {} if incomplete is not None else _unlike(task, folder, base)
     misfits = list(task.misfits(read_config(folder), read_json(folder / "config.json")))
     if incomplete is None:
         found |= {misfit.accept: misfit.message for misfit in misfits if misfit.accept is not None}
@@ -109,8 +112,8 @@ def _tell_idle(task: Task, accept: Collection[str], differing: Collection[str]) 
         log.warning("task '%s': expert.accept names %s, of which nothing differs", task.name, listed(idle))
 
 
-def _unlike(task: Task, folder: Path) -> dict[str, str]:
-    """What an expert says of itself that is not what the task asks, by the key that accepts it."""
+def _unlike(task: Task, folder: Path, base: Path) -> dict[str, str]:
+    """What an expert is or says of itself that is not what the task asks, by the key that accepts it."""
     found, architecture = {}, Architecture.of_folder(folder, task.auto_model)
     other = architecture_problem(read_config(folder), architecture.model_class)
     if other is not None:
@@ -121,4 +124,17 @@ def _unlike(task: Task, folder: Path) -> dict[str, str]:
             f"it holds weights that a {architecture.model_class} has no place for ({listed(unused, 3)}), so it is "
             "another model, or has a head of its own"
         )
+    if other is None and (changed := _changed(task, folder, base)):
+        found["text_side"] = (
+            f"its text side is not the base's ({listed(changed, 2)} differ), and classes are embedded by the base's"
+        )
     return found
+
+
+def _changed(task: Task, folder: Path, base: Path) -> list[str]:
+    """Weights of an expert that the task never changes, and that differ from the base's all the same."""
+    whole = Architecture.of_folder(base, task.auto_model)
+    own, of_base = whole.checkpoint(folder).backbone, whole.checkpoint(base).backbone
+    same = (name for name in own if name in of_base and lies_in(name, whole.frozen) and own[name].is_floating)
+    pairs = ((name, Checkpoint.read(own[name]).float(), Checkpoint.read(of_base[name]).float()) for name in same)
+    return [name for name, mine, its in pairs if not torch.equal(mine, its)]

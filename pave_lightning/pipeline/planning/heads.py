@@ -35,9 +35,10 @@ def head_problems(recipe: Recipe, cache: Path) -> Iterator[str]:
     asked, headless = recipe.fitted_heads, [task for task in recipe.tasks if not task.has_head]
     if asked and headless:
         names, kinds = listed([f"'{task.name}'" for task in headless]), listed(sorted({one.kind for one in headless}))
+        why = listed(list(dict.fromkeys(task.headless_because for task in headless)))
         told = f"heads: {', '.join(one.label for one in asked)}: tasks of kind {kinds} ({names}) have no head to fit"
         if len(headless) == len(recipe.tasks):
-            yield f"{told}, since their whole models are merged; leave 'heads' out"
+            yield f"{told}, since {why}; leave 'heads' out"
         else:
             log.warning("%s; they are scored as they are", told)
     loaded: dict[str, tuple[pa.Table, set[str], pa.Table]] = {}

@@ -24,7 +24,7 @@ def lora_problems(task: Task, lora: Lora, architecture: Architecture, base: Path
         architecture: the base's, with the heads of the tasks.
         base: folder of the base.
     """
-    frozen, found = task.training.freeze, False
+    frozen, found = [*task.training.freeze, *sorted(architecture.frozen)], False
     parameters = list(architecture.parameters.values())
     ranks = adapter_ranks(lora, parameters, architecture.prefix, frozen)
     for told in (

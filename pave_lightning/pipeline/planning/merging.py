@@ -26,6 +26,7 @@ from pave_lightning.transforms import Transform
 from pave_lightning.transforms.pave import Pave
 from pave_lightning.weights import Adapter, Architecture, Checkpoint, Parameter
 from pave_lightning.weights.adapters import ADAPTER_CONFIG, ADAPTER_FOLDER
+from pave_lightning.weights.architecture import lies_in
 from pave_lightning.weights.task_vectors import (
     PlannedTaskVectors,
 )
@@ -64,7 +65,7 @@ def merge_problems(recipe: Recipe) -> Iterator[str]:
 def stored_parameters(base: Checkpoint, architecture: Architecture) -> Iterator[Parameter]:
     """The parameters that experts of a base will share with it."""
     for name, stored in sorted(base.backbone.items()):
-        if architecture.knows(name) and stored.is_floating:
+        if architecture.knows(name) and stored.is_floating and not lies_in(name, architecture.frozen):
             yield architecture.describe(name, stored.shape)
 
 

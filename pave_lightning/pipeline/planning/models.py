@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from pave_lightning.errors import PaveError, Problems, naming, nearest
+from pave_lightning.errors import PaveError, Problems, counted, listed, naming, nearest
 from pave_lightning.experts.alignment import output_tables
 from pave_lightning.experts.loading import base_problem
+from pave_lightning.experts.parts import is_part, part_problems
+from pave_lightning.experts.trainer_options import machine_options, shards
 from pave_lightning.pipeline.bases import existing_folder, folder_of_base, reference_of_base
 from pave_lightning.pipeline.planning.experts import adapter_facts, expert_facts, is_unreadable
 from pave_lightning.pipeline.planning.lora import lora_problems
@@ -19,7 +23,9 @@ from pave_lightning.tasks.task import Task
 from pave_lightning.weights import Adapter, Architecture, Checkpoint
 from pave_lightning.weights.adapters import ADAPTER_CONFIG, adapter_folder
 from pave_lightning.weights.architecture import empty_model, read_config
+from pave_lightning.weights.checkpoint import passed_over, weight_files
 from pave_lightning.weights.completeness import naming_problem
+from pave_lightning.weights.configuration import differences_in_function
 from pave_lightning.weights.coverage import unmergeable
 from pave_lightning.weights.task_vectors import absent_children, differences
 from pave_lightning.weights.ties import tie_problems
@@ -81,28 +87,79 @@ def check_models(recipe: Recipe, problems: Problems) -> None:
     unfit = {task.name: task.base_problem(config) for task in recipe.tasks}
     whose = f"the base's {architecture.backbone_class}"
     problems.extend(f"task '{name}': {whose} {why}" for name, why in unfit.items() if why is not None)
+    trained = [task for task in recipe.tasks if task.expert is None or "joint" in recipe.controls]
     for task in recipe.tasks:
-        limit = architecture.positions if task.reads_tokens else None
-        if limit is not None and task.training.max_length > limit:
-            problems.add(
-                f"task '{task.name}': training.max_length is {task.training.max_length}, "
-                f"but the base reads at most {limit} tokens"
-            )
-        meant = architecture.intended_positions if task.reads_tokens else None
-        if limit is None and meant is not None and task.training.max_length > meant:
-            log.warning(
-                "task '%s': training.max_length is %d, but the base was made for at most %d tokens "
-                "(max_position_embeddings); it may read longer texts badly",
-                *(task.name, task.training.max_length, meant),
-            )
-        try:
-            if task.expert is not None:
+        _warn_of_length(task, architecture)
+        if task.expert is not None:
+            with noting(problems, task):
                 problems.extend(_expert_problems(task, recipe, base, architecture))
-            if task.expert is None or "joint" in recipe.controls:
-                problems.extend(_training_problems(task, architecture, base_folder))
-        except PaveError as error:
-            told = str(error)
-            problems.add(told if told.startswith("task ") else f"task '{task.name}': {told}")
+    trainings = Problems("")
+    for task in recipe.tasks:
+        trainings.extend(_length_problems(task, architecture))
+        if task in trained:
+            with noting(trainings, task):
+                trainings.extend(_training_problems(task, architecture, base_folder))
+    # Tasks that share a training section have the same problems.
+    problems.extend(of_several_tasks(trainings.messages))
+
+
+@contextmanager
+def noting(problems: Problems, task: Task) -> Iterator[None]:
+    """Note what is raised as one more problem of a task."""
+    try:
+        yield
+    except PaveError as error:
+        told = str(error)
+        problems.add(told if told.startswith("task ") else f"task '{task.name}': {told}")
+
+
+def of_several_tasks(messages: Iterable[str]) -> list[str]:
+    """Problems of single tasks, those that several tasks have told once.
+
+    Example:
+        >>> of_several_tasks(["task 'a': no layer 'q'", "task 'a': no layer 'v'", "task 'b': no layer 'q'"])
+        ["tasks 'a', 'b': no layer 'q'", "task 'a': no layer 'v'"]
+    """
+    owners: dict[str, list[str]] = {}
+    for message in messages:
+        owner, _, problem = message.partition(": ")
+        owners.setdefault(problem, []).append(owner.removeprefix("task "))
+    return [f"task{'s' * (len(names) > 1)} {listed(names, 5)}: {problem}" for problem, names in owners.items()]
+
+
+def _length_problems(task: Task, architecture: Architecture) -> Iterator[str]:
+    limit = architecture.positions if task.reads_tokens else None
+    if limit is not None and task.training.max_length > limit:
+        yield (
+            f"task '{task.name}': training.max_length is {task.training.max_length}, but the base reads at most "
+            f"{limit} tokens"
+        )
+
+
+def _warn_of_length(task: Task, architecture: Architecture) -> None:
+    meant = architecture.intended_positions if task.reads_tokens and architecture.positions is None else None
+    if meant is not None and task.training.max_length > meant:
+        log.warning(
+            "task '%s': training.max_length is %d, but the base was made for at most %d tokens "
+            "(max_position_embeddings); it may read longer texts badly",
+            *(task.name, task.training.max_length, meant),
+        )
+
+
+def weight_notes(recipe: Recipe) -> Iterator[str]:
+    """Of models that hold their weights more than once which file is read, for a recipe in which nothing is wrong."""
+    folders = {folder_of_base(recipe): "base"}
+    for task in recipe.tasks:
+        if task.expert is not None:
+            folders.setdefault(existing_folder(task), f"task '{task.name}'")
+    for folder, role in folders.items():
+        if (folder / ADAPTER_CONFIG).is_file():
+            continue
+        others = passed_over(folder)
+        if others:
+            first, *more = [file.name for file in weight_files(folder)]
+            read = f"{first} and {counted(len(more), 'shard')} more are read" if more else f"{first} is read"
+            yield f"{role}: {folder} holds weights in other files, too: {read}, {listed(others, 3)} not"
 
 
 def _training_problems(task: Task, architecture: Architecture, base: Path) -> Iterator[str]:
@@ -110,6 +167,13 @@ def _training_problems(task: Task, architecture: Architecture, base: Path) -> It
     for name in task.training.freeze:
         if name not in layers:
             yield f"task '{task.name}': training.freeze: no submodule '{name}'; {nearest(name, layers)}"
+    if task.training.activation_checkpointing:
+        model: Any = empty_model(base, task.auto_model)
+        if not model.supports_gradient_checkpointing:
+            yield (
+                f"task '{task.name}': training.activation_checkpointing: transformers cannot recompute the activations "
+                f"of a {type(model).__name__}; set it to false"
+            )
     if task.training.lora is not None:
         yield from lora_problems(task, task.training.lora, architecture, base)
 
@@ -128,6 +192,9 @@ def _expert_problems(task: Task, recipe: Recipe, base: Checkpoint, architecture:
         if not problems:
             Adapter(folder, architecture.prefix)  # tells what is wrong with its factors
         return
+    if is_part(folder, base.folder, task.auto_model):
+        yield from (f"{where}: {problem}" for problem in part_problems(task, folder, base.folder))
+        return
     own = Architecture.of_folder(folder, task.auto_model)
     expert = own.checkpoint(folder)
     yield from expert_facts(task, folder, base.folder, aligned=recipe.vocabulary != "error")
@@ -137,6 +204,13 @@ def _expert_problems(task: Task, recipe: Recipe, base: Checkpoint, architecture:
     yield from differences(
         *(task.name, base, expert, architecture), matched=[name.removeprefix(own.start) for name in matched]
     )
+    different = differences_in_function(read_config(base.folder), read_config(folder))
+    if different and shards(machine_options(recipe.trainer)):
+        keys = listed([one.key for one in different], 3)
+        yield (
+            f"{where}: trainer.strategy: {folder} computes with a configuration of its own ({keys}), which cannot be "
+            "scored with divided weights; use strategy: ddp, or a single device"
+        )
     if expert.has_backbone_of(base):
         yield f"{where}: the backbone of {folder} is the base's, so there is nothing to merge; was it fine-tuned?"
     for name in expert.non_finite(absent_children(base, expert)):

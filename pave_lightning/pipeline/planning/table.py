@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import groupby
@@ -12,9 +13,9 @@ from rich.table import Table
 from pave_lightning.config import WrittenDtype
 from pave_lightning.errors import PaveError
 from pave_lightning.experts.joint_schedule import common_freeze
-from pave_lightning.merging import method_named
+from pave_lightning.merging import MergeMethod, make_method
 from pave_lightning.pipeline.bases import folder_of_base
-from pave_lightning.pipeline.costs import PredictedCost, expected_kinds, predict_cost
+from pave_lightning.pipeline.costs import PredictedCost, expected_kinds, merging_bytes, predict_cost
 from pave_lightning.pipeline.planning.memory import fit_bytes, later_bytes, search_bytes
 from pave_lightning.pipeline.planning.merging import stored_parameters
 from pave_lightning.pipeline.results import Results
@@ -23,9 +24,10 @@ from pave_lightning.pipeline.stacks import stacks_of
 from pave_lightning.pipeline.stage import Stage
 from pave_lightning.pipeline.stages import EvaluateStage, ExportStage, MergeStage, PurifyStage, captures, stages_of
 from pave_lightning.purification.vectors import workers_of
+from pave_lightning.recipe.merge_step import MergeStep
 from pave_lightning.recipe.schema import Recipe
 from pave_lightning.tasks.task import Task
-from pave_lightning.weights import Architecture, Checkpoint, written_dtype
+from pave_lightning.weights import Architecture, Checkpoint, Parameter, written_dtype
 from pave_lightning.weights.checkpoint import FLOATING
 
 
@@ -105,6 +107,12 @@ def _written_bytes(base: Checkpoint, dtype: WrittenDtype) -> int:
     return sum(tensor.size * written_dtype(dtype, FLOATING[tensor.dtype]).itemsize for tensor in stored)
 
 
+def largest_method(step: MergeStep, parameters: Sequence[Parameter], tasks: int) -> MergeMethod:
+    """A step's method with its options; of those that are still to be chosen the ones that need most memory."""
+    methods = [make_method(step.method, options) for options in step.tuned_options]
+    return max(methods, key=lambda method: merging_bytes(parameters, tasks, [method]))
+
+
 def predicted_cost(recipe: Recipe, folder: RunFolder) -> PredictedCost:
     """Memory, time and disk that the recipe's purification and merging will take, from headers and small trials."""
     results = Results(recipe, folder)
@@ -124,7 +132,7 @@ def predicted_cost(recipe: Recipe, folder: RunFolder) -> PredictedCost:
         workers_of(recipe.compute),
         kinds if captures(results) else {},
         options=planned,
-        methods=[method_named(merge.step.method) for merge in merges],
+        methods=[largest_method(merge.step, parameters, len(recipe.tasks)) for merge in merges],
         merged_bytes=[_written_bytes(base, merge.step.write.dtype) for merge in merges],
         when_read=[options for merge in merges for options in merge.stack.purified_when_read],
         new_experts=sum(task.expert is None for task in recipe.tasks) + exported + ("joint" in recipe.controls),

@@ -12,7 +12,7 @@ from pave_lightning.pipeline.bases import existing_folder, folder_of_base
 from pave_lightning.recipe.schema import Recipe
 from pave_lightning.tasks.task import Task
 from pave_lightning.tasks.tokenizers import load_tokenizer, padding_note
-from pave_lightning.tasks.union_tokenizer import union_problems
+from pave_lightning.tasks.union_tokenizer import joined_problems, union_problems
 from pave_lightning.weights import Architecture, Checkpoint
 from pave_lightning.weights.adapters import ADAPTER_CONFIG
 
@@ -61,8 +61,9 @@ def token_problems(recipe: Recipe) -> Iterator[str]:
         yield f"vocabulary: {recipe.vocabulary}: the base has no table with a row for each token; leave it out"
     elif recipe.vocabulary == "union":
         known = {task: own.get_vocab() for task, own in tokenizers.items()}
-        new = common_tokens("union", tokenizer.get_vocab(), rows, known).new
-        yield from union_problems(tokenizer, tokenizers, new)
+        common = common_tokens("union", tokenizer.get_vocab(), rows, known)
+        apart = list(union_problems(tokenizer, tokenizers, common.new))
+        yield from apart or joined_problems(tokenizer, tokenizers, common.new_numbers) if common.new else ()
 
 
 def token_notes(recipe: Recipe) -> Iterator[str]:

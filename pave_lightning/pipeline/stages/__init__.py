@@ -7,6 +7,7 @@ from operator import itemgetter
 from pave_lightning.pipeline.results import Results
 from pave_lightning.pipeline.stage import Stage
 from pave_lightning.pipeline.stages.align import AlignStage
+from pave_lightning.pipeline.stages.benchmark import BenchmarkStage
 from pave_lightning.pipeline.stages.capture import CaptureStage
 from pave_lightning.pipeline.stages.diagnose import DiagnoseStage
 from pave_lightning.pipeline.stages.evaluate import EvaluateStage
@@ -21,6 +22,7 @@ from pave_lightning.pipeline.stages.purify import PurifyStage
 __all__ = [
     "KINDS",
     "AlignStage",
+    "BenchmarkStage",
     "CaptureStage",
     "DiagnoseStage",
     "EvaluateStage",
@@ -32,7 +34,7 @@ __all__ = [
     "MergeStage",
     "PurifyStage",
     "captures",
-    "kind_of",
+    "kinds_of",
     "stages_of",
 ]
 
@@ -49,6 +51,7 @@ KINDS: tuple[type[Stage], ...] = (
     JointStage,
     HeadsStage,
     EvaluateStage,
+    BenchmarkStage,
 )
 
 
@@ -62,9 +65,9 @@ def stages_of(results: Results) -> list[Stage]:
     return [stage for _, stage in sorted(found.values(), key=itemgetter(0))]
 
 
-def kind_of(command: str) -> type[Stage]:
-    """The kind of stage that a command makes."""
-    return {kind.command: kind for kind in KINDS if not kind.on_demand}[command]
+def kinds_of(command: str) -> list[type[Stage]]:
+    """The kinds of stages that a command makes, in the order of work."""
+    return [kind for kind in KINDS if kind.command == command and not kind.on_demand]
 
 
 def captures(results: Results) -> bool:

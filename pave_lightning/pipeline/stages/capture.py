@@ -90,7 +90,8 @@ class CaptureStage(Stage):
         from pave_lightning.experts.trainer_options import machine_options
         from pave_lightning.experts.trainers import build_trainer, honest_interrupts, quiet_lightning
         from pave_lightning.pipeline.task_data import CaptureData, data_module
-        from pave_lightning.weights.architecture import name_prefix
+        from pave_lightning.tasks.stand_ins import WEIGHT
+        from pave_lightning.weights.architecture import lies_in, name_prefix
 
         options, expert = context.recipe.capture, self.expert.checkpoint()
         with doing(f"capture {self.task.name}"):
@@ -103,6 +104,7 @@ class CaptureStage(Stage):
                 convolutions=options.convolutions,
                 norms=options.norms,
                 seed=context.recipe.seed,
+                weight_key=WEIGHT,
                 metadata={**self._origin(), EXPERT_DIGEST: model_digest(expert)},
             )
             with quiet_lightning(), honest_interrupts():
@@ -119,7 +121,9 @@ class CaptureStage(Stage):
                 with context.writing(self) as writer:
                     found.save(writer.path / STATISTICS_FILE)
                     facts = {"examples": found.examples, "layers": len(found.layers())}
-                    writer.result.update(facts, unreached=list(callback.unreached))
+                    frozen = context.architecture.frozen  # whose layers no task changes
+                    left = [name for name in callback.unreached if not lies_in(name, frozen)]
+                    writer.result.update(facts, unreached={name: found.why_unreached(name) for name in left})
 
     def record(self, context: Context, found: Manifest) -> None:
         """How much was captured, in the run of the expert."""

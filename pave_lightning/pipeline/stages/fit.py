@@ -161,10 +161,14 @@ class FitStage(Stage):
                 clear_away(training)
 
     def _take_in(self, context: Context) -> None:
-        """Check a checkpoint that exists; merge an adapter into the base; otherwise only note where it is."""
+        """Check a checkpoint that exists; merge an adapter into the base, or put a part of it into its place.
+
+        Otherwise it is only noted where it is.
+        """
         from pave_lightning.experts.adapters import load_adapter
         from pave_lightning.experts.fitting import save_expert
         from pave_lightning.experts.loading import load_expert
+        from pave_lightning.experts.parts import is_part, load_part
         from pave_lightning.experts.vocabulary import expert_notes
 
         with doing(f"take in the expert of {self.task.name}"):
@@ -181,6 +185,9 @@ class FitStage(Stage):
                     (writer.path / ADAPTER_FOLDER).mkdir()
                     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
                         shutil.copyfile(folder / name, writer.path / ADAPTER_FOLDER / name)
+                elif is_part(folder, context.base_folder, self.task.auto_model):
+                    whole = load_part(self.task, folder, context.base_folder)
+                    save_expert(whole, context.base_folder, writer.path, tokenizer_of=folder)
                 else:
                     load_expert(folder, self.task, context.base_folder)
                     writer.result["folder"] = str(folder.resolve())
@@ -204,7 +211,8 @@ def training_inputs(task: Task) -> dict[str, Any]:
         "shown": task.shown_by,
         "labelled": task.labelled_by,
         "primary_metric": task.primary_metric,
-        "training": task.training.model_dump(),
+        # How forward passes are run changes the rounding at most.
+        "training": task.training.model_dump(exclude={"activation_checkpointing", "compile"}),
         "trainer": {key: value for key, value in task.trainer.items() if key not in HARMLESS_OPTIONS},
     }
 

@@ -90,7 +90,7 @@ class ImageTask(OneClassTask):
         if not wrong and rows.count:
             labels = self.label_column(rows, reading).usable().to_pylist()
             found = np.unique(self.row_labels({name: labels}))
-            absent = [one for index, one in enumerate(self.classes) if index not in found]
+            absent = [one for index, one in enumerate(self.class_names) if index not in found]
             if absent:
                 rows.remarks.append(f"no image of the class{'es' * (len(absent) > 1)} {', '.join(absent)}")
         yield from wrong

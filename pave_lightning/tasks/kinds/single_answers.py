@@ -177,9 +177,14 @@ class OneLabelTask(SingleAnswerTask):
 
 
 class OneClassTask(OneLabelTask):
-    """A task whose answer is one class; cross-entropy."""
+    """A task whose answer is one class; cross-entropy.
+
+    Attributes:
+        needs_classes: whether a recipe must name the classes.
+    """
 
     fitting_metrics: ClassVar[tuple[MetricName, ...]] = ("accuracy", "f1", "macro_f1", "matthews")
+    needs_classes: ClassVar[bool] = True
     default_metrics: ClassVar[tuple[MetricName, ...]] = ("accuracy",)
 
     classes: ClassNames = Field(default=[], validate_default=False)
@@ -194,13 +199,14 @@ class OneClassTask(OneLabelTask):
 
     def contradictions(self) -> Iterator[str]:
         """Classes and metrics that do not go together."""
-        yield from class_contradictions(self.kind, self.classes, self.metrics)
+        if self.classes or self.needs_classes:
+            yield from class_contradictions(self.kind, self.classes, self.metrics)
         yield from super().contradictions()
 
     @property
     def labelled_by(self) -> dict[str, Any]:
         """The column of the labels and the classes."""
-        return {**super().labelled_by, "classes": self.classes}
+        return {**super().labelled_by, "classes": list(self.class_names)}
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -211,18 +217,18 @@ class OneClassTask(OneLabelTask):
         """The labels of one split."""
         from pave_lightning.tasks.checks import LabelColumn
 
-        return LabelColumn(rows, self.label, reading, classes=self.classes)
+        return LabelColumn(rows, self.label, reading, classes=self.class_names)
 
     def row_labels(self, rows: Mapping[str, list[Any]]) -> npt.NDArray[np.int64]:
         """Class indices."""
         from pave_lightning.tasks.labels import class_indices
 
-        return class_indices(rows[self.label], self.classes)
+        return class_indices(rows[self.label], self.class_names)
 
     @property
     def output_size(self) -> int:
         """One logit a class."""
-        return len(self.classes)
+        return len(self.class_names)
 
     @property
     def head_config(self) -> dict[str, Any]:

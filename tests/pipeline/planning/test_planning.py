@@ -32,9 +32,12 @@ from pave_lightning import Recipe
 from pave_lightning.errors import PaveError
 from pave_lightning.merging import known_methods, make_method, merge_method, registry
 from pave_lightning.merging.evidence import PlannedEvidence
+from pave_lightning.pipeline import costs
 from pave_lightning.pipeline.commands import open_folder, plan_recipe, run_stage
 from pave_lightning.pipeline.planning import check_recipe, cost_table, plan_rows, predicted_cost
+from pave_lightning.pipeline.planning.table import largest_method
 from pave_lightning.pipeline.run_folder import RunFolder
+from pave_lightning.recipe.merge_step import MergeStep
 from pave_lightning.tasks import tokenizers
 from pave_lightning.tasks.kinds import tokens
 from pave_lightning.weights import Parameter, ParameterKind
@@ -82,6 +85,20 @@ def test_a_length_that_a_base_without_table_was_not_made_for_is_told(problems, r
     LlamaForSequenceClassification(config).save_pretrained(base)
     assert problems(base=str(base), merge=["average"]) == ""
     assert "training.max_length is 16, but the base was made for at most 12 tokens" in caplog.text
+
+
+def test_of_weights_that_lie_there_twice_the_plan_says_which_are_read(recipe_settings, expert, tmp_path):
+    folder, tasks = expert
+    for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "model.fp16.safetensors"):
+        (folder / name).write_bytes(b"not read")
+    recipe = Recipe.model_validate({**recipe_settings, "tasks": tasks})
+    console = Console(width=1000, record=True, file=StringIO())
+    plan_recipe(recipe, console)
+    notes = [line for line in console.export_text().splitlines() if "pytorch_model.bin" in line]
+    assert notes == [
+        f"note: task 'words': {folder} holds weights in other files, too: model.safetensors is read, "
+        "model.fp16.safetensors, pytorch_model.bin not"
+    ]
 
 
 def test_a_base_that_takes_no_attention_mask_is_refused(problems, recipe_settings, tmp_path):
@@ -209,7 +226,17 @@ def test_adapters_are_looked_at(problems, expert, tmp_path):
     ],
 )
 def test_training_that_does_not_fit_the_base(problems, training, told):
-    assert told in problems(training=training)
+    text = problems(training=training)
+    assert text.count(told) == 1
+    assert "tasks 'words', 'numbers': training." in text
+
+
+def test_what_is_wrong_with_one_of_two_trainings_is_told_of_it_alone(problems, recipe_settings):
+    words, numbers = recipe_settings["tasks"]
+    own = {"max_length": 40, "lora": {"target_modules": ["queri"]}}
+    text = problems(tasks=[{**words, "training": own}, numbers], training={"max_length": 40})
+    assert "tasks 'words', 'numbers': training.max_length is 40, but the base reads at most 32 tokens" in text
+    assert f"task '{words['name']}': training.lora.target_modules: no layer 'queri'" in text
 
 
 @pytest.mark.parametrize(
@@ -414,11 +441,34 @@ def test_what_always_the_same_answer_scores_is_told(recipe_settings):
         ({"strategy": "ddp_spawn", "devices": 2}, "trainer.strategy: ddp_spawn trains in processes that keep"),
         ({"num_nodes": 2}, "trainer.num_nodes"),
         ({"fast_dev_run": True}, "trainer.fast_dev_run"),
+        ({"strategy": "fsdp", "devices": 2}, "trainer.strategy: fsdp needs GPUs; use fsdp2"),
     ],
     ids=str,
 )
 def test_training_that_lightning_would_refuse_or_lose(problems, trainer, told):
     assert told in problems(trainer={"accelerator": "cpu", **trainer})
+
+
+def test_divided_weights_are_no_problem_but_where_they_must_be_whole(problems, expert, monkeypatch):
+    folder, tasks = expert
+    divided = {"accelerator": "cpu", "strategy": "fsdp2", "devices": 2}
+    assert problems(trainer=divided) == ""
+    told = problems(trainer=divided, controls=["joint"])
+    assert "controls: joint: trainer.strategy divides the weights over processes" in told
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "layer_norm_eps": 1e-5}))
+    tasks[0]["expert"]["accept"] = ["layer_norm_eps"]
+    told = problems(trainer=divided, tasks=tasks)
+    assert "computes with a configuration of its own (layer_norm_eps), which cannot be scored with divided" in told
+    assert problems(trainer={**divided, "strategy": "ddp"}, tasks=tasks) == ""
+
+
+def test_models_that_cannot_recompute_activations_are_told(problems, monkeypatch):
+    training = {"activation_checkpointing": True, "max_length": 16}
+    assert problems(training=training) == ""
+    monkeypatch.setattr("transformers.BertForSequenceClassification.supports_gradient_checkpointing", False)
+    told = problems(training=training)
+    assert "task 'words': training.activation_checkpointing: transformers cannot recompute the activations of a" in told
 
 
 def test_trainer_sections_of_tasks_are_asked_too(recipe_settings, problems):
@@ -687,6 +737,20 @@ def test_all_ratios_that_auto_tries_are_counted(planned):
     assert sum(name.startswith("purified/") for name in names) == 5
     # A ratio of 1 leaves every expert as it is.
     assert planned(merge=[step], purify={"rho": 1.0})[0].layers == ()
+
+
+def test_memory_is_that_of_a_step_with_its_options(planned, monkeypatch):
+    asked = []
+    monkeypatch.setattr(costs, "merging_bytes", lambda parameters, tasks, methods: asked.extend(methods) or 0)
+    table = Parameter("words.weight", ParameterKind.EMBEDDING, (50_000, 20))
+    step = {"method": "iso_c", "vectors": ["plain"]}
+    planned(merge=[step, {**step, "name": "whole", "options": {"embeddings": True}}])
+    assert [method.options.embeddings for method in asked] == [False, True]
+    # Of options that are still to be chosen those count that need most.
+    chosen = MergeStep.model_validate({**step, "tune": {"embeddings": [False, True]}})
+    assert largest_method(chosen, [table], 3).options.embeddings
+    chosen = MergeStep.model_validate({**step, "tune": {"embeddings": [True, False]}})
+    assert largest_method(chosen, [table], 3).options.embeddings
 
 
 def test_purification_without_merging_is_planned(planned, recipe_settings):
