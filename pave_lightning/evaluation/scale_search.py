@@ -19,7 +19,7 @@ from pave_lightning.evaluation.evaluator import Evaluator, SuiteData, refuse_non
 from pave_lightning.evaluation.heads import NotFiniteError
 from pave_lightning.evaluation.options import DEFAULT_POINTS, ScaleSearch
 from pave_lightning.experts.trainers import build_trainer, quiet_lightning
-from pave_lightning.merging.running import MergedVectors
+from pave_lightning.merging.merged import MergedVectors
 from pave_lightning.system.process_groups import ALONE, ProcessGroup
 from pave_lightning.tasks.data_module import TaskDataModule
 from pave_lightning.tasks.metrics import weak_experts

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pave_lightning.merging.merged import MergedVectors
 from pave_lightning.merging.modulators import LowRank
 from pave_lightning.system.files import write_tensors
 from pave_lightning.system.process_groups import ProcessGroup
-
-if TYPE_CHECKING:
-    from pave_lightning.merging.running import MergedVectors
 
 # What stands before the name of a parameter; the last three with the number of the task.
 _VECTOR, _MASK, _LEFT, _RIGHT = "vector", "mask", "left", "right"
