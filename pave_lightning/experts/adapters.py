@@ -21,7 +21,7 @@ from pave_lightning.weights.adapter_models import adapter_problems, merged_weigh
 from pave_lightning.weights.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, WRAPPED
 from pave_lightning.weights.architecture import Architecture, empty_model, lies_in
 from pave_lightning.weights.checkpoint import StoredTensor, stored_tensors
-from pave_lightning.weights.task_vectors import absent_children
+from pave_lightning.weights.task_vectors import absent_modules
 
 MERGE_FIRST = "merge it with peft first (merge_and_unload, save_pretrained) and name that folder"
 
@@ -128,7 +128,7 @@ def adds_nothing(base: Path, folder: Path, auto_model: str) -> bool:
         for name, found in stored_tensors(folder / ADAPTER_WEIGHTS).items()
         if name.startswith(start)
     }
-    private = absent_children(architecture.checkpoint(base), stored)
+    private = absent_modules(architecture.checkpoint(base), architecture, stored)
     updates = [
         found
         for name, found in stored.items()
@@ -146,7 +146,7 @@ def required_weights(architecture: Architecture, base: Path) -> list[str]:
     """
     prefix, names = architecture.start, [weight.names[0] for weight in architecture.weights]
     backbone = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
-    private = absent_children(architecture.checkpoint(base), backbone)
+    private = absent_modules(architecture.checkpoint(base), architecture, backbone)
     return [name for name in names if not name.startswith(prefix) or lies_in(name.removeprefix(prefix), private)]
 
 

@@ -46,7 +46,7 @@ from pave_lightning.tasks.tokenizers import load_tokenizer, padding_note
 from pave_lightning.weights import is_finite
 from pave_lightning.weights.architecture import Architecture, backbone_of, unchanged_parts
 from pave_lightning.weights.quiet import quiet_transformers
-from pave_lightning.weights.task_vectors import absent_children
+from pave_lightning.weights.task_vectors import absent_modules
 
 log = logging.getLogger("pave_lightning")
 
@@ -105,8 +105,8 @@ def fit_expert(
         freeze(model, frozen)
         if task.training.lora is not None:
             backbone = backbone_of(model)
-            stored = Architecture.of_model(model).checkpoint(base)
-            private = absent_children(stored, dict(backbone.named_parameters()))
+            architecture = Architecture.of_model(model)
+            private = absent_modules(architecture.checkpoint(base), architecture, dict(backbone.named_parameters()))
             model = add_adapters(model, task.training.lora, task.peft_type, frozen=frozen, private=private)
             if is_rank_zero():
                 keep_start(model, task.training.lora, work_folder)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pave_lightning.experts.schedule import training_schedule, training_settings
-from pave_lightning.experts.trainer_options import is_distributed, process_count, shards
+from pave_lightning.experts.strategies import shards
+from pave_lightning.experts.trainer_options import is_distributed, process_count
 from pave_lightning.tasks.task import Task
 from pave_lightning.tasks.turns import Turns
 from pave_lightning.weights.architecture import lies_in

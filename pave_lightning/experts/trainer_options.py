@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
 import torch
+
+from pave_lightning.experts.strategies import FULLY_SHARDED, shards, shards_weights
 
 # What concerns the machine, not the training; only these matter for capture and evaluation.
 MACHINE_OPTIONS = ("accelerator", "devices", "strategy", "num_nodes", "enable_progress_bar")
@@ -24,11 +25,6 @@ PLAIN: dict[str, Callable[[Any], bool]] = {
     "log_every_n_steps": lambda value: type(value) is int and value > 0,
     "gradient_clip_val": lambda value: type(value) in (int, float) and 0 < value < float("inf"),
 }
-# Strategies that divide the weights over the processes. In capture and evaluation, where nothing is trained, one does
-# for all; DeepSpeed's earlier stages divide what only training has.
-FULLY_SHARDED = "fsdp2"
-_DIVIDES = re.compile(r"fsdp.*|deepspeed_stage_3.*")
-_DIVIDES_IN_TRAINING = re.compile(r"fsdp.*|deepspeed.*")
 # Variables by which Lightning finds a cluster, which has a say in what the trainer takes.
 CLUSTERS = ("SLURM_NTASKS", "TORCHELASTIC_RUN_ID", "LSB_JOBID", "KUBERNETES_PORT", "OMPI_COMM_WORLD_SIZE", "WORLD_SIZE")
 
@@ -67,11 +63,6 @@ def is_distributed(options: Mapping[str, Any]) -> bool:
     return several or options.get("num_nodes", 1) != 1 or shards(options)
 
 
-def shards(options: Mapping[str, Any]) -> bool:
-    """Whether a trainer with these options divides weights, gradients or optimiser states over processes."""
-    return bool(_DIVIDES_IN_TRAINING.fullmatch(str(options.get("strategy", "auto"))))
-
-
 @lru_cache(maxsize=64)
 def _processes(options: str) -> int:
     from pave_lightning.experts.trainers import processes_started
@@ -90,5 +81,5 @@ def machine_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """
     found = {key: value for key, value in options.items() if key in MACHINE_OPTIONS}
     if shards(options):
-        found["strategy"] = FULLY_SHARDED if _DIVIDES.fullmatch(str(options["strategy"])) else "auto"
+        found["strategy"] = FULLY_SHARDED if shards_weights(options) else "auto"
     return found

@@ -29,7 +29,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pave_lightning.errors import Interrupted, PaveError, nearest, reason
 from pave_lightning.experts.progress import PassingProgressBar
 from pave_lightning.experts.sharding import FullyShardedStrategy
-from pave_lightning.experts.trainer_options import FULLY_SHARDED, shards
+from pave_lightning.experts.strategies import FULLY_SHARDED, shards
 
 OWNED = {
     "logger": "the recipe's tracking section decides it",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import platform
 import time
 from collections import Counter
@@ -23,6 +22,7 @@ from pave_lightning.purification.options import Purify
 from pave_lightning.purification.vectors import batches, layers_at_once
 from pave_lightning.statistics import Moments, captured_kind
 from pave_lightning.subspace import MomentKind, in_parallel, knowledge_spectrum, project
+from pave_lightning.system.processes import usable_cores
 from pave_lightning.weights import Parameter, ParameterKind
 from pave_lightning.weights.memory import resident_bytes
 from pave_lightning.weights.remembered import remembered
@@ -354,8 +354,7 @@ def _known_seconds(shape: Shape, kind: MomentKind | None, options: Purify, worke
 
 def _machine() -> list[Hashable]:
     """What tells machines apart, and what of this one may be used."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return [platform.node(), platform.machine(), usable, torch.get_num_threads()]
+    return [platform.node(), platform.machine(), usable_cores(), torch.get_num_threads()]
 
 
 def solve_seconds(shape: Shape, kind: MomentKind | None, options: Purify, workers: int) -> float:

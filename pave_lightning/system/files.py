@@ -71,6 +71,14 @@ def local_path(reference: str) -> Path:
     return Path(found.submodule_search_locations[0]) / inside
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is a file of a path that somebody wrote, which may be longer than any path can be."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def file_sha256(path: Path) -> str:
     """The sha256 of a file's content, in hexadecimal.
 

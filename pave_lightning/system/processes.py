@@ -1,4 +1,7 @@
-"""Which process of several this one is, and that it ends with the one that started it. Nothing heavy is imported."""
+"""Which process of several this one is, what it may use, and that it ends with the one that started it.
+
+Nothing heavy is imported.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +36,11 @@ SIZES = {
 
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 4.0
+
+
+def usable_cores() -> int:
+    """How many processor cores this process may use; all of them where the system does not say."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def is_launched() -> bool:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pave_lightning.errors import PaveError, counted, listed, reason
-from pave_lightning.system.files import file_sha256, local_path
+from pave_lightning.system.files import file_sha256, is_file, local_path
 from pave_lightning.system.hub import hub_or_cache, unreached
 from pave_lightning.system.keeping import kept
 from pave_lightning.tasks.checks import row_problems
@@ -27,7 +27,7 @@ from pave_lightning.tasks.copies import found_copy, kept_copy, read_copy
 from pave_lightning.tasks.labels import LabelValues, Reading, label_reading, readings_conflict
 from pave_lightning.tasks.reading import inner_column, is_text, plain_column, read_rows, reading_options
 from pave_lightning.tasks.rows import Rows, UnreadableError, column_path
-from pave_lightning.tasks.split_files import sliced, split_file
+from pave_lightning.tasks.split_files import sliced, split_file, split_folder
 from pave_lightning.tasks.task import Task
 
 if TYPE_CHECKING:  # it loads pandas and more; plans read rows from copies of their own without it
@@ -281,7 +281,7 @@ def _local_source(task: Task, split: Split) -> Path:
     """The file of a split, or its folder of files, for kinds of task that read one."""
     if task.data.folder is not None:
         try:
-            return split_file(task.data, getattr(task.data, split))
+            return _in_dataset(task, getattr(task.data, split))
         except (UnreadableError, OSError) as error:
             raise PaveError(f"{split_title(task, split)}: {error}") from error
     where = f"task '{task.name}', {split} split"
@@ -300,6 +300,18 @@ def _local_source(task: Task, split: Split) -> Path:
             "or give 'data.hub' if this is a split of a dataset on the hub"
         )
     return path
+
+
+def _in_dataset(task: Task, source: str) -> Path:
+    """The file of a split in ``data.folder``; else, for kinds of task that read one, its folder of files."""
+    try:
+        return split_file(task.data, source)
+    except UnreadableError:
+        # A table comes first: the folder beside it may hold the files that it names.
+        folder = split_folder(task.data, source) if task.names_files else None
+        if folder is None:
+            raise
+        return folder
 
 
 def _source_fingerprint(task: Task, split: Split) -> str:
@@ -393,8 +405,16 @@ def _named_files(task: str, split: Split, path: Path, digest: str) -> tuple[Path
 
 def _digest_of(files: Sequence[Path]) -> str:
     """SHA-256 of names and contents of files; those that do not exist count by their names."""
-    noted = [[str(file), file_sha256(file) if file.is_file() else None] for file in files]
+    noted = [[str(file), _content_sha256(file)] for file in files]
     return hashlib.sha256(json.dumps(noted).encode()).hexdigest()
+
+
+def _content_sha256(file: Path) -> str | None:
+    """SHA-256 of a file that rows name; None where it cannot be read, which is told with the rows."""
+    try:
+        return file_sha256(file) if is_file(file) else None
+    except OSError:
+        return None
 
 
 def _read_hub(task: Task, split: Split) -> datasets.Dataset:

@@ -6,8 +6,9 @@ import io
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from pave_lightning.errors import PaveError, listed, reason
+from pave_lightning.errors import PaveError, listed, reason, shortened
+from pave_lightning.system.files import is_file
+from pave_lightning.system.processes import usable_cores
 from pave_lightning.tasks.reading import is_text
 from pave_lightning.tasks.rows import Rows, UnreadableError
+from pave_lightning.tasks.text_files import GIT_POINTER
 
 # Where datasets and others keep an image in a table: its content, or the path of its file.
 BYTES, PATH = "bytes", "path"
@@ -27,6 +31,14 @@ BYTES, PATH = "bytes", "path"
 MOST_THREADS = 8
 # How many are named in a message.
 NAMED = 3
+# Most characters of a path in a message; a column of encoded contents would be read as paths of any length.
+SHOWN_CHARACTERS = 160
+BINARY_TYPES: tuple[Callable[[pa.DataType], bool], ...] = (
+    pa.types.is_binary,
+    pa.types.is_large_binary,
+    pa.types.is_fixed_size_binary,
+    pa.types.is_binary_view,
+)
 _TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")
 
 
@@ -41,15 +53,16 @@ def open_image(source: str | bytes, mode: str = "RGB") -> Image.Image:
         mode: Pillow's name of the mode, ``RGB`` or ``L``.
 
     Raises:
-        PaveError: it cannot be read, or is no image.
+        PaveError: it cannot be read, or is not an image.
     """
-    return _opened(source, mode)[0]
+    with _quiet():
+        return _opened(source, mode)[0]
 
 
 def open_images(sources: Sequence[str | bytes], mode: str = "RGB") -> list[Image.Image]:
     """As `open_image`, several at once."""
-    with _threads(len(sources)) as threads:
-        return list(threads.map(lambda source: open_image(source, mode), sources))
+    with _quiet(), _threads(len(sources)) as threads:
+        return list(threads.map(lambda source: _opened(source, mode)[0], sources))
 
 
 def image_findings(rows: Rows, name: str) -> tuple[list[str], list[str]]:
@@ -67,6 +80,8 @@ def image_findings(rows: Rows, name: str) -> tuple[list[str], list[str]]:
             f"column '{name}' must hold images (contents, paths, or objects with 'bytes' and 'path'), but holds "
             f"{column.type}; name another column"
         ], []
+    if absent := _absent_files(column):
+        return [_unreadable(name, [f"{_title(path)} ({_no_file(path)})" for path in absent], len(column))], []
     column = sources(column)
     missing = np.asarray(pc.is_null(column).to_numpy(), dtype=np.bool_)
     if missing.any():
@@ -74,9 +89,12 @@ def image_findings(rows: Rows, name: str) -> tuple[list[str], list[str]]:
     found = list(_looked_at(column))
     broken = [(index, fault) for index, fault in enumerate(found) if isinstance(fault, str)]
     if broken:
-        told = [f"{_title(column[index].as_py(), rows.place(index))} ({fault})" for index, fault in broken]
-        count = "1 image" if len(broken) == 1 else f"{len(broken)} of {len(found)} images"
-        return [f"column '{name}': {count} cannot be read: {listed(told, NAMED)}; repair or leave them out"], []
+        titles = [(column[index].as_py(), rows.place(index)) for index, _ in broken]
+        told = [
+            f"{_title(source) if isinstance(source, str) else place} ({fault})"
+            for (source, place), (_, fault) in zip(titles, broken, strict=True)
+        ]
+        return [_unreadable(name, told, len(found))], []
     return [], list(_mode_remarks(name, Counter(mode for mode in found if isinstance(mode, _Mode))))
 
 
@@ -95,7 +113,7 @@ def sources(column: pa.ChunkedArray) -> pa.ChunkedArray:
         return paths
     # Some have their content here and others are files: all are read.
     pairs = zip(contents.to_pylist(), paths.to_pylist(), strict=True)
-    read = [Path(path).read_bytes() if one is None and path and Path(path).is_file() else one for one, path in pairs]
+    read = [Path(path).read_bytes() if one is None and path else one for one, path in pairs]
     return pa.chunked_array([pa.array(read, pa.large_binary())])
 
 
@@ -132,13 +150,14 @@ def folder_rows(folder: Path, image: str, label: str) -> Rows:
         label: name of the column of classes, the names of the sub-folders.
 
     Returns:
-        Rows in the order of classes and paths. Files that have no ending of an image, and hidden ones, are left out;
-        those are told in the remarks.
+        Rows in the order of classes and paths. Hidden files are left out, and so are those that have no ending of an
+        image, or none at all and no image as content; these are told in the remarks.
 
     Raises:
         UnreadableError: there is no sub-folder, or no image in any of them.
     """
-    known = set(Image.registered_extensions())
+    endings = Image.registered_extensions()
+    known = {ending for ending, format_ in endings.items() if format_ in Image.OPEN}
     classes = sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
     if not classes:
         raise UnreadableError(
@@ -152,7 +171,7 @@ def folder_rows(folder: Path, image: str, label: str) -> Rows:
     for child in classes:
         before = len(paths)
         for file in sorted(_files(child)):
-            if file.suffix.lower() in known or not file.suffix:
+            if file.suffix.lower() in known or (not file.suffix and _is_image(file)):
                 paths.append(str(file))
                 labels.append(child.name)
             else:
@@ -163,8 +182,8 @@ def folder_rows(folder: Path, image: str, label: str) -> Rows:
         raise UnreadableError(f"there is no image in the sub-folders of {folder} ({listed(empty, NAMED)})")
     remarks = []
     if others:
-        count = "1 file is no image" if len(others) == 1 else f"{len(others)} files are no images"
-        remarks.append(f"{count} by the ending, and left out: {listed(others, NAMED)}")
+        count = "1 file is not an image" if len(others) == 1 else f"{len(others)} files are not images"
+        remarks.append(f"{count} and left out: {listed(others, NAMED)}")
     if empty:
         remarks.append(f"no image in {listed(empty, NAMED)}")
     columns = {image: pa.chunked_array([pa.array(paths)]), label: pa.chunked_array([pa.array(labels)])}
@@ -186,29 +205,67 @@ def _files(folder: Path) -> Iterator[Path]:
         yield from (Path(place) / name for name in files if not name.startswith("."))
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings of large images, and of profiles that nobody asked for; around threads, which share the filters."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def _opened(source: str | bytes, mode: str) -> tuple[Image.Image, _Mode]:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of large images, and of profiles that nobody asked for
-            content = io.BytesIO(source) if isinstance(source, bytes) else source
-            with Image.open(content) as opened:
-                found = _Mode(
-                    opened.mode in _TRANSPARENT or "transparency" in opened.info,
-                    opened.mode.startswith("I") or opened.mode == "F",
-                    getattr(opened, "n_frames", 1) > 1,
-                )
-                image: Image.Image = ImageOps.exif_transpose(opened)
-                image = _of_8_bits(image) if found.deep else image
-                image = image.convert(mode)
-                image.load()
+        content = io.BytesIO(source) if isinstance(source, bytes) else source
+        with Image.open(content) as opened:
+            found = _Mode(
+                opened.mode in _TRANSPARENT or "transparency" in opened.info,
+                opened.mode.startswith("I") or opened.mode == "F",
+                getattr(opened, "n_frames", 1) > 1,
+            )
+            image: Image.Image = ImageOps.exif_transpose(opened)
+            image = _of_8_bits(image) if found.deep else image
+            image = image.convert(mode)
+            image.load()
     # Decoders raise errors of many kinds for broken content; too many pixels are one of them.
     except UnidentifiedImageError as error:
-        raise PaveError("no image") from error
+        raise PaveError(_not_an_image(source)) from error
     except FileNotFoundError as error:
-        raise PaveError("no such file") from error
+        raise PaveError(_no_file(str(source))) from error
+    except IsADirectoryError as error:
+        raise PaveError("a folder, not a file") from error
+    except OSError as error:
+        raise PaveError(error.strerror or reason(error)) from error
     except Exception as error:
         raise PaveError(reason(error)) from error
     return image, found
+
+
+def _not_an_image(source: str | bytes) -> str:
+    """What content is that no decoder knows."""
+    if isinstance(source, str):
+        with Path(source).open("rb") as file:
+            source = file.read(len(GIT_POINTER))
+    if not source:
+        return "the file is empty"
+    if source.startswith(GIT_POINTER):
+        return "a pointer of Git LFS and not the image; run: git lfs pull"
+    return "not an image"
+
+
+def _no_file(path: str) -> str:
+    """Why there is no file of a path."""
+    if _is_address(path):
+        return "an address; download the images and give the paths of their files"
+    return "no such file" + ("; folders are told apart by / here" if "\\" in path and os.sep == "/" else "")
+
+
+def _is_image(file: Path) -> bool:
+    """Whether some decoder knows what a file holds."""
+    try:
+        with _quiet(), Image.open(file):
+            return True
+    except Exception:  # decoders raise errors of many kinds
+        return False
 
 
 def _of_8_bits(image: Image.Image) -> Image.Image:
@@ -229,7 +286,7 @@ def _looked_at(column: pa.ChunkedArray) -> Iterator[_Mode | str]:
         except PaveError as error:
             return str(error)
 
-    with _threads(len(column)) as threads:
+    with _quiet(), _threads(len(column)) as threads:
         for batch in (column.slice(start, 256) for start in range(0, len(column), 256)):
             yield from threads.map(look, batch.to_pylist())
 
@@ -246,20 +303,38 @@ def _mode_remarks(name: str, found: Counter[_Mode]) -> Iterator[str]:
             yield f"column '{name}' has " + words.format(f"{count} image{'s' * (count > 1)}")
 
 
-def _title(source: str | bytes, place: str) -> str:
-    return source if isinstance(source, str) else place
+def _unreadable(name: str, told: Sequence[str], of: int) -> str:
+    """That images of a column cannot be read, the first of them named."""
+    count = "1 image" if len(told) == 1 else f"{len(told)} of {of} images"
+    return f"column '{name}': {count} cannot be read: {listed(told, NAMED)}; repair or leave them out"
+
+
+def _title(path: str) -> str:
+    return shortened(path, SHOWN_CHARACTERS)
 
 
 def _threads(work: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max(1, min(MOST_THREADS, len(os.sched_getaffinity(0)), work)))
+    return ThreadPoolExecutor(max(1, min(MOST_THREADS, usable_cores(), work)))
+
+
+def _is_address(path: str) -> bool:
+    return "://" in path
 
 
 def _whole(path: str | None, folder: Path) -> str | None:
-    return None if path is None else str(folder / path)
+    """A path as it is read: from a folder, without blanks around it, which separators of .csv files leave."""
+    return path if path is None or _is_address(path) else str(folder / (path.strip() or path))
+
+
+def _absent_files(column: pa.ChunkedArray) -> list[str]:
+    """Files that do not exist, of a column of which some rows have contents and others name files."""
+    if not pa.types.is_struct(column.type) or column.type.get_field_index(BYTES) < 0:
+        return []
+    return [str(path) for path in image_paths(column) if not is_file(path)]
 
 
 def _is_binary(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind))
+    return any(is_one(kind) for is_one in BINARY_TYPES)
 
 
 def _holds_images(kind: pa.DataType) -> bool:

@@ -124,6 +124,20 @@ class _Texts:
         return pa.chunked_array(self.parts, pa.string())
 
 
+class _Paths(_Texts):
+    """A column of paths under way, as texts or as `datasets` keeps images: objects with a ``path``."""
+
+    def add(self, value: Any) -> None:
+        if isinstance(value, dict) and isinstance(value.get("path"), str) and value.get("bytes") is None:
+            value = value["path"]
+        if value is not None and not isinstance(value, str) and not self.fault:
+            self.fault = (
+                f"column '{self.name}' must hold paths of images, but holds {_shown(value)} in {_place(self.lines)}; "
+                "write the paths as texts, save contents in a .parquet file, or name another column"
+            )
+        super().add(value)
+
+
 class _Labels:
     """A column of labels under way."""
 
@@ -219,7 +233,7 @@ def _any_labels(name: str, lines: Sequence[int]) -> _Lists:
 _MAKERS: dict[ColumnForm, Callable[[str, Sequence[int]], _Texts | _Labels | _Lists]] = {
     ColumnForm.TEXT: _Texts,
     ColumnForm.LABEL: _Labels,
-    ColumnForm.IMAGE: _Texts,  # the path of its file
+    ColumnForm.IMAGE: _Paths,
     ColumnForm.TEXTS: _text_lists,
     ColumnForm.LABELS: _label_lists,
     ColumnForm.ANY_TEXTS: _any_texts,

@@ -68,8 +68,8 @@ class Data(Section):
     revision: str | None = None
     """Commit, tag or branch of the hub dataset."""
     folder: str | None = None
-    """A folder that holds a dataset's files by the names of splits (train.csv, train-00000-of-00001.parquet), in place
-    of the hub: train, validation and test are then splits too."""
+    """A folder that holds a dataset's files by the names of splits (train.csv, train-00000-of-00001.parquet, for images
+    train/CLASS/FILE), in place of the hub: train, validation and test are then splits too."""
     train: str = "train"
     """Path of a local file, or a split of the hub dataset or folder, of which slices such as train[:90%] are
     understood."""

@@ -88,6 +88,27 @@ def split_file(data: Data, source: str) -> Path:
     raise UnreadableError(f"there is no file of the split '{name}' in {folder}, such as {name}.parquet; {hint}")
 
 
+def split_folder(data: Data, source: str) -> Path | None:
+    """The folder of a split in ``data.folder``, as images are kept (``train/cat/1.png``); None where there is none.
+
+    Args:
+        data: as `split_file`.
+        source: as `split_file`.
+
+    Raises:
+        UnreadableError: it is a part of such a split that is asked for.
+    """
+    part = SplitSlice.parse(source)
+    folder = _configuration(data)
+    found = [place for name in (part.name, *_other_names(part.name)) if (place := folder / name).is_dir()]
+    if found and (part.first is not None or part.last is not None):
+        raise UnreadableError(
+            f"{found[0]} is a folder with one sub-folder a class, and '{source}' would leave whole classes out; "
+            f"name '{part.name}', and limit its rows with 'examples'"
+        )
+    return found[0] if found else None
+
+
 def sliced(rows: Rows, source: str) -> Rows:
     """The part of a split's rows that is asked for."""
     part = SplitSlice.parse(source).rows(rows.count)

@@ -1,4 +1,4 @@
-"""Tasks that are known by name: two suites shipped with the package, and GLUE and CLIP's, on the hub or in a folder."""
+"""Tasks that are known by name: three shipped suites, and those of GLUE and CLIP on the hub or in a folder."""
 
 from __future__ import annotations
 
@@ -40,6 +40,29 @@ _INSTRUCTIONS_DATA = "package:pave_lightning/tasks/instructions"
 # What a language model is asked, and the most tokens of what it is to answer.
 _INSTRUCTIONS = {"arithmetic": 16, "definition": 8, "order": 24, "record": 40}
 
+IMAGES_FOLDER = POCKET_FOLDER.with_name("pocket_images")
+_IMAGES_DATA = "package:pave_lightning/tasks/pocket_images"
+# Tasks on images of 32 x 32 pixels, and their classes.
+_IMAGES: dict[str, list[str]] = {
+    "digit": list("0123456789"),
+    "letter": list("ABCDEFGHIJKLMNOPQRSTUVWXYZ"),
+    "style": ["regular", "bold", "italic", "bold_italic"],
+    "script": [
+        *("latin", "greek", "cyrillic", "hebrew", "arabic", "devanagari"),
+        *("bengali", "tamil", "thai", "georgian", "armenian", "ethiopic"),
+    ],
+    "emoji": ["smiley", "person", "nature", "food", "place", "activity", "object", "symbol"],
+    "animal": [
+        *("bee", "butterfly", "camel", "crab", "duck", "eagle", "flamingo", "fox", "hamster", "horse", "kangaroo"),
+        *("koala", "ladybug", "lion", "lizard", "octopus", "owl", "peacock", "scorpion", "shark", "snail", "squid"),
+        *("swan", "wolf"),
+    ],
+    "flag": [
+        *("ar", "au", "br", "ca", "ch", "cn", "cu", "dk", "et", "fr", "gb", "gr"),
+        *("in", "it", "jm", "jp", "ke", "kr", "np", "se", "tr", "ua", "us", "za"),
+    ],
+}
+
 # CLIP's sets have a test split with labels, and a tenth of the training split validates.
 _CLIP_SPLITS = {"train": "train[:90%]", "validation": "train[90%:]", "test": "test"}
 
@@ -73,6 +96,7 @@ def suite_task_names() -> list[str]:
     """Every task that a recipe can use by name."""
     suites: dict[str, Iterable[str]] = {
         "pocket": _POCKET,
+        "images": _IMAGES,
         "instructions": _INSTRUCTIONS,
         "glue": _GLUE,
         "clip": CLIP_TASKS,
@@ -107,6 +131,9 @@ def suite_task(name: str) -> dict[str, Any]:
     if suite == "instructions" and task in _INSTRUCTIONS:
         splits = {split: f"{_INSTRUCTIONS_DATA}/{task}/{split}.parquet" for split in ("train", "validation", "test")}
         return {"name": task, "data": splits, "kind": "causal_lm", "max_new_tokens": _INSTRUCTIONS[task]}
+    if suite == "images" and task in _IMAGES:
+        splits = {split: f"{_IMAGES_DATA}/{task}/{split}.parquet" for split in ("train", "validation", "test")}
+        return {"name": task, "data": splits, "kind": "image_classification", "classes": _IMAGES[task]}
     if suite == "glue" and task in _GLUE:
         splits = dict(_GLUE_SPLITS)
         if task == "mnli":

@@ -420,6 +420,24 @@ class ExpertTaskVectors(TaskVectors):
         return tensor
 
 
+def absent_modules(base: Checkpoint, architecture: Architecture, names: Iterable[str]) -> set[str]:
+    """As `absent_children`, for names of a model in memory, which files may call otherwise (the layers of ViT).
+
+    Args:
+        base: the base's checkpoint.
+        architecture: says how files call the model's weights.
+        names: of weights of the backbone as the model has them.
+    """
+    of_base = {architecture.stored_names.get(name, name).partition(".")[0] for name in base.backbone}
+    of_base |= {
+        piece.parameter.partition(".")[0]
+        for stored, place in architecture.stored_places.items()
+        if stored in base.backbone
+        for piece in place.pieces
+    }
+    return {name.partition(".")[0] for name in names} - of_base
+
+
 def absent_children(base: Checkpoint, expert: Iterable[str]) -> set[str]:
     """Direct submodules of the backbone that the base has no tensor of at all, such as a pooler that was never trained.
 

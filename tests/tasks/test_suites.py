@@ -14,7 +14,7 @@ def test_every_named_task_is_a_valid_task(name):
 def test_names_are_unique_and_cover_all_suites():
     names = suite_task_names()
     assert len(names) == len(set(names))
-    assert {name.split("/")[0] for name in names} == {"pocket", "instructions", "glue", "clip"}
+    assert {name.split("/")[0] for name in names} == {"pocket", "images", "instructions", "glue", "clip"}
 
 
 def test_glue_reports_on_the_labelled_split():

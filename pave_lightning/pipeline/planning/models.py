@@ -12,7 +12,8 @@ from pave_lightning.errors import PaveError, Problems, counted, listed, naming, 
 from pave_lightning.experts.alignment import output_tables
 from pave_lightning.experts.loading import base_problem
 from pave_lightning.experts.parts import is_part, part_problems
-from pave_lightning.experts.trainer_options import machine_options, shards
+from pave_lightning.experts.strategies import shards
+from pave_lightning.experts.trainer_options import machine_options
 from pave_lightning.pipeline.bases import existing_folder, folder_of_base, reference_of_base
 from pave_lightning.pipeline.planning.experts import adapter_facts, expert_facts, is_unreadable
 from pave_lightning.pipeline.planning.lora import lora_problems

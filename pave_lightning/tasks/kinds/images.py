@@ -31,7 +31,8 @@ class ImageTask(OneClassTask):
 
     image: str = "image"
     """The column that holds the image: its content, the path of its file (relative to the table's folder), or what
-    `datasets` keeps of an image. Where data.train is a folder, its sub-folders are the classes."""
+    `datasets` keeps of an image. Where data.train is a folder, or a split in data.folder is one, its sub-folders are
+    the classes."""
 
     # ---- rows ------------------------------------------------------------------------------------------------------
 
