@@ -41,6 +41,9 @@ RECIPE_COMMANDS = {
 SWEEP = "run a recipe over a grid of settings and seeds; write a table, a picture and findings"
 COMPARE = "compare two models of a run: paired differences with intervals, and where they disagree"
 CONVERT = "write a model whose weights are pickled (pytorch_model.bin) as a folder with safetensors"
+NEW = "write a starting recipe from looking at files: columns, classes, splits"
+RECIPES = "list the shipped recipes, or print one"
+QUICKSTART = "run the shipped recipe quickstart: small tasks and models, offline, minutes on two CPU cores"
 EXPORT = "write a merged model of a run in another form, such as one LoRA adapter of its base"
 PER_TASK = ("fit", "capture")
 # How libraries are asked to keep their warnings to themselves.
@@ -53,8 +56,8 @@ QUIET = {
 }
 # An option with one value: gathered, so that none is lost unseen.
 SINGLE: dict[str, Any] = {"type": str, "action": "append", "default": []}
-VERIFYING = ("run", "plan")
-EVALUATING = ("run", "plan", "evaluate")
+VERIFYING = ("run", "plan", "quickstart")
+EVALUATING = ("run", "plan", "evaluate", "quickstart")
 CODE: dict[str, Any] = {
     "action": "store_true",
     "help": "let benchmarks run code that models write (HumanEval, MBPP), and Python files beside task files of your "
@@ -80,10 +83,11 @@ def build_parser() -> ArgumentParser:
     )
     single = SINGLE
     commands = parser.add_subcommands(required=True, dest="command")
-    for name, summary in RECIPE_COMMANDS.items():
+    for name, summary in {**RECIPE_COMMANDS, "quickstart": QUICKSTART}.items():
         command = new(description=summary[0].upper() + summary[1:] + ".")
         optional: dict[str, Any] = {"nargs": "?", "default": None} if name == "merge" else {}
-        command.add_argument("recipe", type=str, help="path of the recipe, a YAML file", **optional)
+        if name != "quickstart":
+            command.add_argument("recipe", type=str, help="path of a recipe, or name of a shipped one", **optional)
         command.add_argument(
             "--set",
             action="append",
@@ -116,7 +120,7 @@ def build_parser() -> ArgumentParser:
         command.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' own messages")
         commands.add_subcommand(name, command, help=summary)
     sweep = new(description=f"{SWEEP[0].upper()}{SWEEP[1:]}.")
-    sweep.add_argument("name", type=str, help="name of a sweep in recipes/sweeps, or path of its recipe")
+    sweep.add_argument("name", type=str, help="path of a recipe, or name of a shipped sweep")
     sweep.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the recipe")
     sweep.add_argument("--verify", **VERIFY)
     sweep.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' own messages")
@@ -151,6 +155,11 @@ def _add_commands_without_recipe(commands: Any, new: Callable[..., ArgumentParse
     convert.add_argument("--debug", action="store_true", help="show tracebacks")
     commands.add_subcommand("convert", convert, help=CONVERT)
     commands.add_subcommand("export", _export_parser(new), help=EXPORT)
+    recipes = new(description=f"{RECIPES[0].upper()}{RECIPES[1:]}.")
+    recipes.add_argument("name", type=str, nargs="?", default=None, help="a recipe, to see its text")
+    recipes.add_argument("--debug", action="store_true", help="show tracebacks")
+    commands.add_subcommand("recipes", recipes, help=RECIPES)
+    commands.add_subcommand("new", _start_parser(new), help=NEW)
     methods = new(description="List the merge methods, or the options of one.")
     methods.add_argument("method", type=str, nargs="?", default=None, help="a method, to see its options")
     methods.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -162,6 +171,27 @@ def _add_commands_without_recipe(commands: Any, new: Callable[..., ArgumentParse
     schema = new(description="Print the JSON schema of recipes, for editors.")
     schema.add_argument("--debug", action="store_true", help="show tracebacks")
     commands.add_subcommand("schema", schema, help="print the JSON schema of recipes, for editors")
+
+
+def _start_parser(new: Callable[..., ArgumentParser]) -> ArgumentParser:
+    """The parser of ``pave new``."""
+    start = new(description=f"{NEW[0].upper()}{NEW[1:]}.")
+    start.add_argument("name", type=str, help="name of the recipe, or path of its file; it must not exist")
+    start.add_argument(
+        "--tasks", type=str, nargs="+", required=True, metavar="FILE", help="csv, jsonl or parquet files, or folders"
+    )
+    start.add_argument(
+        "--base", type=str, required=True, help="the base model: a folder, a hub id, package:NAME/FOLDER"
+    )
+    start.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="tasks.NAME.KEY=VALUE",
+        help="what cannot be told from the files, such as --set tasks.reviews.label=stars; may be repeated",
+    )
+    start.add_argument("--debug", action="store_true", help="show tracebacks")
+    return start
 
 
 def _export_parser(new: Callable[..., ArgumentParser]) -> ArgumentParser:
@@ -283,7 +313,7 @@ def _execute(command: str, options: Namespace) -> None:
 
         task, metric, output = (_once(options, name) for name in ("task", "metric", "output"))
         return compare(options.run, options.a, options.b, task=task, metric=metric, rows=options.rows, output=output)
-    if command in (others := {"convert": _convert, "export": _export}):
+    if command in (others := {"convert": _convert, "export": _export, "new": _start, "recipes": _recipes}):
         return others[command](options)
     if command == "schema":
         import json
@@ -306,12 +336,33 @@ def _export(options: Namespace) -> None:
     export(options.run, model, output, lora=rank, task=task, keep_whole=bool(options.keep_whole))
 
 
+def _start(options: Namespace) -> None:
+    from pave_lightning.recipe.starting import start_recipe
+
+    path = start_recipe(options.name, options.tasks, options.base, options.set)
+    _out(f"{path} is written; check it, then run: pave plan {path}")
+
+
+def _recipes(options: Namespace) -> None:
+    if options.name is None:
+        from pave_lightning.recipe.catalogue import print_recipes
+
+        return print_recipes()
+    from pave_lightning.recipe.finding import shipped_recipe
+
+    _, file = shipped_recipe(options.name)
+    _say(f"# {file}")
+    return _out(file.read_text(encoding="utf-8").rstrip())
+
+
 def _execute_sweep(options: Namespace) -> None:
     refuse_foreign_launchers()
-    from pave_lightning.pipeline import commands
-    from pave_lightning.recipe.loading import find_sweep
+    from pave_lightning.recipe.finding import find_sweep
 
-    commands.read_recipe(find_sweep(options.name), options.set)  # what is wrong with it is told at once
+    path = find_sweep(options.name)  # before all that takes long to load
+    from pave_lightning.pipeline import commands
+
+    commands.read_recipe(path, options.set)  # what is wrong with it is told at once
     from pave_lightning.sweeps.running import run_sweep
 
     folder = run_sweep(options.name, options.set, verify=bool(options.verify))
@@ -325,20 +376,26 @@ def _execute_recipe(command: str, options: Namespace) -> None:
     if command == "merge" and _adds_expert(options):
         return _out(f"results: {_add_expert(options)}")
     refuse_foreign_launchers()
+    from pave_lightning.recipe.finding import find_recipe, shipped_recipe
+
+    if command == "quickstart":
+        command, (given, path) = "run", shipped_recipe(command)
+    else:
+        given, path = options.recipe, find_recipe(options.recipe)  # before all that takes long to load
     from pave_lightning.pipeline import commands
     from pave_lightning.recipe.loading import recipe_to_yaml
 
     task = _once(options, "task") if command in PER_TASK else None
-    recipe = commands.read_recipe(options.recipe, options.set)
+    recipe = commands.read_recipe(path, options.set)
     if options.print_config:
         return _out(recipe_to_yaml(recipe).rstrip())
     if command == "plan" and recipe.sweep is not None:
         from pave_lightning.sweeps.running import plan_sweep
 
-        return plan_sweep(options.recipe, options.set, verify=bool(options.verify))
+        return plan_sweep(str(path), options.set, verify=bool(options.verify))
     if command == "run":
         if recipe.sweep is not None:
-            _say(f"note: what the recipe's sweep varies is run by `pave sweep {options.recipe}`, not here")
+            _say(f"note: what the recipe's sweep varies is run by `pave sweep {given}`, not here")
         commands.run_recipe(recipe, verify=bool(options.verify), allow_code=bool(options.allow_code_execution))
     elif command == "plan":
         from pave_lightning.system.collecting import seldom_collected

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
@@ -55,16 +54,21 @@ def test_help_is_fast_and_loads_nothing_heavy():
     )
     took = []
     for _ in range(3):
-        start = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
-        took.append(time.perf_counter() - start)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        took.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
         assert done.returncode == 0, done.stderr
         assert "evaluate" in done.stdout
-    assert min(took) < 1.0
+    assert min(took) < 0.3  # seconds of the processor: others may use the machine
 
 
 @pytest.mark.parametrize(
-    "command", [*RECIPE_COMMANDS, "sweep", "compare", "convert", "export", "methods", "transforms", "schema"]
+    "command",
+    [
+        *RECIPE_COMMANDS,
+        *("quickstart", "new", "recipes", "sweep", "compare", "convert", "export", "methods", "transforms", "schema"),
+    ],
 )
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -17,7 +17,8 @@ from ruamel.yaml.representer import SafeRepresenter
 
 from pave_lightning.config import NAME_PATTERN
 from pave_lightning.credentials import mask_values
-from pave_lightning.errors import PaveError, Problems, nearest, reason, shortened
+from pave_lightning.errors import PaveError, Problems, reason, shortened
+from pave_lightning.recipe.finding import nearby, recipe_files
 from pave_lightning.recipe.limits import count_values, limit_problems
 from pave_lightning.recipe.overrides import apply_overrides
 from pave_lightning.recipe.problems import OptionProblems, validated_recipe
@@ -28,12 +29,9 @@ from pave_lightning.recipe.yaml_text import MOST_BYTES, MOST_VALUES, YAMLReadErr
 from pave_lightning.tasks.suites import suite_task_names
 from pave_lightning.tasks.task import known_kinds
 
-__all__ = ["find_sweep", "load_recipe", "recipe_digest", "recipe_schema", "recipe_to_yaml"]
+__all__ = ["load_recipe", "recipe_digest", "recipe_schema", "recipe_to_yaml"]
 
-RECIPE_FOLDER = Path("recipes")
-SUFFIXES = (".yaml", ".yml")
 LONGEST_QUOTED_LINE = 200
-SWEEPS_FOLDER = RECIPE_FOLDER / "sweeps"
 
 
 def load_recipe(
@@ -72,20 +70,6 @@ def load_recipe(
             "and values; split it into several recipes"
         )
     return recipe
-
-
-def find_sweep(name: str) -> Path:
-    """The recipe of a sweep: a path, or a name in ``recipes/sweeps``.
-
-    Raises:
-        PaveError: there is none; the names that there are, are told.
-    """
-    for path in (Path(name), SWEEPS_FOLDER / f"{name}.yaml"):
-        if path.is_file():
-            return path
-    known = sorted(path.stem for path in SWEEPS_FOLDER.glob("*.yaml"))
-    hint = f"{nearest(name, known)}" if known else f"there is no folder {SWEEPS_FOLDER} here"
-    raise PaveError(f"there is no sweep '{name}': {hint}")
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:
@@ -191,11 +175,13 @@ def _lines(value: Any) -> Any:
 def _read(path: Path) -> Any:
     """The mapping in a recipe file."""
     if path.is_dir():
-        raise PaveError(f"{path} is a folder, not a recipe file; recipes are: {', '.join(_recipes(path)) or 'none'}")
+        raise PaveError(
+            f"{path} is a folder, not a recipe file; recipes are: {', '.join(recipe_files(path)) or 'none'}"
+        )
     try:
         text = _text(path)
     except FileNotFoundError:
-        raise PaveError(f"there is no recipe {path}; {_nearby(path)}") from None
+        raise PaveError(f"there is no recipe {path}; {nearby(path)}") from None
     except UnicodeDecodeError as error:
         raise PaveError(f"the recipe {path} is not UTF-8 text: byte {error.start} cannot be read") from None
     except (OSError, ValueError) as error:  # a path with a zero byte is a ValueError
@@ -233,18 +219,3 @@ def _parse(text: str, path: Path) -> Any:
     line = lines[mark.line].rstrip() if mark.line < len(lines) else ""
     quoted = f"\n    {line}\n    {' ' * mark.column}^" if line and len(line) <= LONGEST_QUOTED_LINE else ""
     raise PaveError(f"{path}, line {mark.line + 1}, column {mark.column + 1}: {shortened(what)}{quoted}")
-
-
-def _nearby(path: Path) -> str:
-    """A hint for a recipe that is not there: the nearest one of its folder or of ./recipes, or all of them."""
-    recipes = _recipes(path.parent)
-    if not recipes:
-        return f"there are no recipes (*.yaml) in {path.parent} or ./{RECIPE_FOLDER}"
-    same = [recipe for recipe in recipes if Path(recipe).stem == path.stem]
-    return nearest(same[0] if same else str(path), recipes)
-
-
-def _recipes(folder: Path) -> list[str]:
-    """The recipe files of a folder and of ./recipes."""
-    files = {file for place in (folder, RECIPE_FOLDER) if place.is_dir() for file in place.iterdir()}
-    return sorted(str(file) for file in files if file.suffix in SUFFIXES)

@@ -31,7 +31,8 @@ from pave_lightning.pipeline.stages import CaptureStage, EvaluateStage, FitStage
 from pave_lightning.pipeline.stages.evaluate import ScoredMerge, ScoredPurifiedExperts, controls, untouched_models
 from pave_lightning.pipeline.stages.heads import fit_heads, head_inputs
 from pave_lightning.pipeline.stages.merge import chooser
-from pave_lightning.recipe.loading import find_sweep, load_recipe
+from pave_lightning.recipe.finding import find_sweep
+from pave_lightning.recipe.loading import load_recipe
 from pave_lightning.recipe.schema import Recipe
 from pave_lightning.recipe.sweep import Sweep
 from pave_lightning.reporting.sweep_view import CARRIED_COLUMNS
@@ -68,7 +69,7 @@ def run_sweep(name: str, overrides: Sequence[str] = (), *, verify: bool = False)
     """Run a sweep and write its table, picture and findings. Scores that are there are not computed again.
 
     Args:
-        name: path of a recipe with a sweep section, or the name of one in ``recipes/sweeps``.
+        name: path of a recipe with a sweep section, or the name of one; see `find_sweep`.
         overrides: ``key=value`` texts for the recipe, as in `load_recipe`; they hold in every cell.
         verify: hash every input and every result that is there, whatever their sizes and times say.
 

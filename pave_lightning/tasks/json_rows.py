@@ -40,7 +40,7 @@ def read_json(content: bytes, columns: Mapping[str, ColumnForm]) -> Rows:
     under_way = {name: _MAKERS[form](name, lines) for name, form in columns.items()}
     first, *_, last = columns
     known: dict[str, None] = {}
-    for line, row in _objects(content):
+    for line, row in json_objects(content):
         if not isinstance(row, dict):
             raise UnreadableError(
                 f"line {line} holds {_shown(row)}, but every row must be an object such as "
@@ -260,8 +260,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
-def _objects(content: bytes) -> Iterator[tuple[int, Any]]:
-    """What stands in the file, and the line where it begins."""
+def json_objects(content: bytes) -> Iterator[tuple[int, Any]]:
+    """What stands in a file of JSON, one thing after the other, and the line where it begins.
+
+    Raises:
+        UnreadableError: the file is damaged; the message names the line.
+    """
     start = content[:64].removeprefix(b"\xef\xbb\xbf").lstrip()
     if start.startswith(b"["):
         yield from _of_list("".join(opened(content)))

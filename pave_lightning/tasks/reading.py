@@ -143,7 +143,7 @@ def is_text(kind: pa.DataType) -> bool:
 
 
 def _read_parquet(content: bytes, names: Sequence[str], labels: str) -> Rows:
-    _check_parquet(content)
+    check_parquet(content)
     try:
         file = pq.ParquetFile(pa.BufferReader(content))
         schema = file.schema_arrow
@@ -164,10 +164,15 @@ def _read_parquet(content: bytes, names: Sequence[str], labels: str) -> Rows:
         raise UnreadableError(
             f"the file is damaged: its columns do not have the {count} rows that it speaks of; save it anew"
         )
-    return Rows(columns, count, known, own_names=_own_names(schema.metadata, labels))
+    return Rows(columns, count, known, own_names=class_names_of(schema.metadata, labels))
 
 
-def _check_parquet(content: bytes) -> None:
+def check_parquet(content: bytes) -> None:
+    """Refuse content that is no parquet file.
+
+    Raises:
+        UnreadableError: it is something else, or a part of one.
+    """
     if content.startswith(b"PARE") or content[-4:] == b"PARE":
         raise UnreadableError("the file is an encrypted parquet file; save it without encryption")
     if content.startswith(GIT_POINTER):
@@ -180,7 +185,7 @@ def _check_parquet(content: bytes) -> None:
         raise UnreadableError("the parquet file is cut off; copy or save it anew")
 
 
-def _own_names(metadata: dict[bytes, bytes] | None, column: str) -> list[str] | None:
+def class_names_of(metadata: dict[bytes, bytes] | None, column: str) -> list[str] | None:
     """The names of a column's classes where `datasets` wrote the file; nothing where that cannot be understood."""
     try:
         written: Any = json.loads((metadata or {})[b"huggingface"])

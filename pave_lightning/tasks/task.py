@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # what a recipe is read with loads none of these
     from torchmetrics import MetricCollection
 
     from pave_lightning.tasks.labels import LabelValues, Reading
+    from pave_lightning.tasks.profiles import Profile, Suggestion
     from pave_lightning.tasks.rows import ColumnForm, Rows
 
 Batch = Mapping[str, "Tensor"]
@@ -149,6 +150,16 @@ class Task(Section):
         return {name: value for name, value in self.model_dump().items() if name not in Task.model_fields} | {
             "kind": self.kind
         }
+
+    @classmethod
+    def suggested(cls, profile: Profile, given: Mapping[str, Any]) -> Suggestion | None:
+        """What a recipe would say of files whose rows look like this kind's; None where they do not.
+
+        Args:
+            profile: the files' columns.
+            given: options that are decided already.
+        """
+        return None
 
     # ---- rows ------------------------------------------------------------------------------------------------------
 

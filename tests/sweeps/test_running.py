@@ -27,7 +27,7 @@ from pave_lightning.pipeline.tuning import Chooser
 from pave_lightning.recipe.loading import load_recipe, recipe_to_yaml
 from pave_lightning.reporting.sweep_table import SweepScores
 from pave_lightning.sweeps import running
-from pave_lightning.sweeps.running import find_sweep, make_cells, plan_sweep, run_sweep, view_of
+from pave_lightning.sweeps.running import make_cells, plan_sweep, run_sweep, view_of
 
 SHIPPED = sorted((Path(__file__).parents[2] / "recipes" / "sweeps").glob("*.yaml"))
 RATIOS, SEEDS = (0.9, 0.75), (0, 3)
@@ -253,20 +253,6 @@ def test_a_recipe_without_a_sweep_is_refused(ready_settings, tmp_path, nothing_r
     path.write_text(recipe_to_yaml(Recipe.model_validate(ready_settings)))
     with pytest.raises(PaveError, match="no section 'sweep'; run it with `pave run`"):
         run_sweep(str(path))
-
-
-def test_sweeps_are_found_by_path_or_name(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(PaveError, match="no sweep 'rank-ratio': there is no folder recipes/sweeps here"):
-        find_sweep("rank-ratio")
-    path = Path("recipes/sweeps/rank-ratio.yaml")
-    path.parent.mkdir(parents=True)
-    path.write_text("")
-    assert find_sweep("rank-ratio") == find_sweep(str(path)) == path
-    with pytest.raises(PaveError, match="no sweep 'rank-ratioo': did you mean 'rank-ratio'"):
-        find_sweep("rank-ratioo")
-    with pytest.raises(PaveError, match="known are: rank-ratio"):
-        find_sweep("zzzz")
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedTokenizerBase
 
+    from pave_lightning.tasks.profiles import Profile, Suggestion
+
 # Marks the tokens of the response, of which the loss is taken.
 RESPONSE = "response_mask"
 
@@ -37,6 +39,11 @@ class CausalLM(GenerativeTask):
     packing: bool = False
     """Whether rows of a training batch share sequences of up to training.max_length tokens, without seeing each other:
     the same loss with less padding."""
+
+    @classmethod
+    def suggested(cls, profile: Profile, given: Mapping[str, Any]) -> Suggestion | None:
+        """Prompts and responses, where the base is no encoder with a decoder."""
+        return None if profile.base.get("is_encoder_decoder") is True else super().suggested(profile, given)
 
     @property
     def prompt_most(self) -> int:

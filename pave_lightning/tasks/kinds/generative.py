@@ -43,9 +43,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from pave_lightning.tasks.labels import Reading
+    from pave_lightning.tasks.profiles import Profile, Suggestion
     from pave_lightning.tasks.rows import ColumnForm, Rows
 
 LABELS = "labels"
+# Usual names of columns, in lower case.
+PROMPTS = ("prompt", "instruction", "question", "input", "source", "article", "document", "query", "dialogue")
+RESPONSES = ("response", "output", "completion", "answer", "target", "summary", "highlights", "translation")
 # How many tokens of a row's prompt and of its response are left out.
 PROMPT_CUT, RESPONSE_CUT = "prompt_cut", "response_cut"
 # Directions that estimate the Fisher information of an example where there are too many outputs for all of them.
@@ -99,6 +103,22 @@ class GenerativeTask(Task):
     """Where prompts that are too long are cut: left keeps their end."""
     ignore: list[Literal["case", "punctuation"]] = Field(default=[], validate_default=False)
     """What makes no difference to exact_match and contains, besides blanks."""
+
+    @classmethod
+    def suggested(cls, profile: Profile, given: Mapping[str, Any]) -> Suggestion | None:
+        """Chats; or a prompt and a response that is a text of its own in most rows."""
+        from pave_lightning.tasks.profiles import Holds, Suggestion
+
+        usual = ("messages", "conversation", "conversations")
+        chats = profile.column(str(given["messages"])) if "messages" in given else profile.named(usual)
+        if chats is not None and chats.holds is Holds.LISTS_OF_OBJECTS and {"role", "content"} <= chats.keys:
+            return Suggestion({"messages": chats.name}, 75)
+        prompt = profile.column(str(given["prompt"])) if "prompt" in given else profile.named(PROMPTS, Holds.TEXTS)
+        known = profile.named(RESPONSES, Holds.TEXTS)
+        response = profile.column(str(given["response"])) if "response" in given else known
+        if prompt is None or response is None or prompt is response or (response.repeats and "response" not in given):
+            return None
+        return Suggestion({"prompt": prompt.name, "response": response.name}, 35)
 
     def contradictions(self) -> Iterator[str]:
         """Columns, lengths and metrics that do not go together."""

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from pave_lightning.tasks.image_processors import ImageProcessor
     from pave_lightning.tasks.labels import Reading
+    from pave_lightning.tasks.profiles import Profile, Suggestion
     from pave_lightning.tasks.rows import ColumnForm, Rows
 
 # What is kept of an image, see `ImageProcessor.prepare`.
@@ -33,6 +34,20 @@ class ImageTask(OneClassTask):
     """The column that holds the image: its content, the path of its file (relative to the table's folder), or what
     `datasets` keeps of an image. Where data.train is a folder, or a split in data.folder is one, its sub-folders are
     the classes."""
+
+    @classmethod
+    def suggested(cls, profile: Profile, given: Mapping[str, Any]) -> Suggestion | None:
+        """Images, or the names of their files, and a column of values that repeat."""
+        from pave_lightning.tasks.profiles import LABELS, Holds, Suggestion
+
+        images = [
+            one for one in profile.columns if one.holds is Holds.IMAGES and given.get("image", one.name) == one.name
+        ]
+        known = profile.named((*LABELS, "fine_label", "coarse_label")) or profile.label()
+        label = profile.column(str(given["label"])) if "label" in given else known
+        if len(images) != 1 or label is None or not label.distinct:
+            return None
+        return Suggestion({"image": images[0].name, "label": label.name, "classes": label.classes}, 65)
 
     # ---- rows ------------------------------------------------------------------------------------------------------
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from pave_lightning.tasks.checks import LabelColumn
     from pave_lightning.tasks.labels import LabelValues, Reading
+    from pave_lightning.tasks.profiles import Profile, Suggestion
     from pave_lightning.tasks.rows import ColumnForm, Rows
 
 # How the values of a column are called that says of one class whether it holds.
@@ -68,6 +69,26 @@ class MultiLabel(TextTask):
     def flags(self) -> tuple[str, ...]:
         """The columns that say of one class each whether it holds; none where there is a column of lists."""
         return () if isinstance(self.labels, str) else tuple(self.labels)
+
+    @classmethod
+    def suggested(cls, profile: Profile, given: Mapping[str, Any]) -> Suggestion | None:
+        """A text, and a column of lists of classes; or several columns that say of one class each whether it holds."""
+        from pave_lightning.tasks.profiles import LABELS, Holds, Suggestion
+
+        lists = (Holds.LISTS_OF_TEXTS, Holds.LISTS_OF_NUMBERS)
+        column = given.get("labels") or profile.named((*LABELS, "tags", "categories", "genres", "topics"), *lists)
+        labels = column if isinstance(column, str | list) else None if column is None else column.name
+        if labels is None:
+            labels = [one.name for one in profile.columns if one.holds is Holds.FLAGS or one.distinct == [0, 1]]
+        text = given.get("text") or profile.shown([labels] if isinstance(labels, str) else labels)
+        if text is None or len(labels) < 2:
+            return None
+        if not isinstance(labels, str):
+            return Suggestion({"text": text, "labels": labels}, 40)
+        listed = profile.column(labels)
+        if listed is None or listed.holds not in lists or len(listed.distinct) < 2:
+            return None
+        return Suggestion({"text": text, "labels": labels, "classes": listed.classes}, 40)
 
     def contradictions(self) -> Iterator[str]:
         """Classes and columns that do not go together."""

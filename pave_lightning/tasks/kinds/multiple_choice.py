@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -30,10 +31,74 @@ if TYPE_CHECKING:
 
     from pave_lightning.tasks.checks import LabelColumn
     from pave_lightning.tasks.labels import Reading
+    from pave_lightning.tasks.profiles import Profile, Suggestion
     from pave_lightning.tasks.rows import ColumnForm, Rows
 
 # How many choices examples without data have.
 RANDOM_CHOICES = 4
+
+
+# Usual names of columns, in lower case.
+CHOICES = ("choices", "options", "endings", "candidates", "answers")
+ANSWERS = ("label", "answer", "answerkey", "answer_key", "answer_idx", "target", "gold", "correct", "cop")
+ASKED = (("sent1", "sent2"), ("article", "question"), ("passage", "question"), ("context", "question"))
+ASKED_ALONE = ("question", "ctx", "context", "premise", "stem", "goal", "text", "prompt", "sentence")
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+def likely_choices(profile: Profile) -> str | list[str] | None:
+    """The column of lists of choices, or those of texts whose names are one word with numbers or letters behind it."""
+    from pave_lightning.tasks.profiles import Holds
+
+    listed = profile.named(CHOICES, Holds.LISTS_OF_TEXTS)
+    if listed is not None:
+        return listed.name
+    inside = profile.named(CHOICES, Holds.LISTS_OF_OBJECTS, Holds.OBJECTS)
+    if inside is not None and "text" in inside.keys:
+        return f"{inside.name}.text"
+    numbered: dict[str, list[str]] = {}
+    for column in profile.texts():
+        found = re.fullmatch(r"(.*?)[ _-]?([0-9]|[A-Ha-h])", column.name)
+        if found is not None:
+            numbered.setdefault(found[1], []).append(column.name)
+    likely = [names for word, names in numbered.items() if len(names) > 2 or word.casefold() in (*CHOICES, *SINGLE)]
+    return sorted(likely[0]) if len(likely) == 1 and len(likely[0]) > 1 else None
+
+
+SINGLE = ("choice", "option", "ending", "candidate", "solution", "sol")
+
+
+def choice_count(profile: Profile, choices: str | list[str]) -> int | None:
+    """How many choices every row has; None where rows differ, or there are none."""
+    if not isinstance(choices, str):
+        return len(choices)
+    name, _, key = choices.partition(".")
+    column = profile.column(choices) or profile.column(name)
+    if column is None:
+        return None
+    values = [own.get(key) if key and isinstance(own, dict) else own for own in column.values]
+    counts = {len(own) if isinstance(own, list) else 0 for own in values}
+    return counts.pop() if len(counts) == 1 else None
+
+
+def asked_text(profile: Profile, without: Sequence[str]) -> list[str] | None:
+    """The column, or two, of the text that choices go with; None where several are as likely."""
+    texts = {column.name.casefold(): column.name for column in profile.texts(without)}
+    for pair in ASKED:
+        if all(name in texts for name in pair):
+            return [texts[name] for name in pair]
+    known = [texts[name] for name in ASKED_ALONE if name in texts]
+    if len(texts) == 1 or known:
+        return known[:1] or list(texts.values())
+    return None
+
+
+def choice_names(written: Sequence[str], count: int) -> list[str]:
+    """Names of all choices, of which labels name some: letters, or numbers counted from 1."""
+    for names in (list(LETTERS[:count]), list(LETTERS[:count].lower()), [str(one + 1) for one in range(count)]):
+        if set(written) <= set(names):
+            return names
+    return list(written)
 
 
 @task_kind
@@ -68,6 +133,27 @@ class MultipleChoice(SequencesTask):
             str(name) if isinstance(name, int) and not isinstance(name, bool) else name for name in raw["choice_names"]
         ]
         return {**raw, "choice_names": names}
+
+    @classmethod
+    def suggested(cls, profile: Profile, given: Mapping[str, Any]) -> Suggestion | None:
+        """A text, choices in a column of lists or in columns that are numbered, and which of them is right."""
+        from pave_lightning.tasks.profiles import Suggestion
+
+        choices = given.get("choices") or likely_choices(profile)
+        if choices is None:
+            return None
+        count = choice_count(profile, choices)
+        columns = [choices.partition(".")[0]] if isinstance(choices, str) else list(choices)
+        label = profile.column(str(given["label"])) if "label" in given else profile.named(ANSWERS)
+        text = given.get("text") or asked_text(profile, [*columns, *([] if label is None else [label.name])])
+        if count is None or label is None or text is None or not 2 <= len(label.distinct) <= count:
+            return None
+        options = {"text": text, "choices": choices, "label": label.name}
+        written = [str(value) for value in label.distinct]
+        counted = all(value.isdecimal() and int(value) < count for value in written)
+        if not counted and not (isinstance(choices, list) and set(written) <= set(choices)):
+            options["choice_names"] = choice_names(written, count)
+        return Suggestion(options, 70)
 
     @property
     def choice_columns(self) -> tuple[str, ...]:

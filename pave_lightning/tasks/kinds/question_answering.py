@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
     from pave_lightning.tasks.answers import AnswerColumns
     from pave_lightning.tasks.labels import Reading
+    from pave_lightning.tasks.profiles import Profile, Suggestion
     from pave_lightning.tasks.rows import ColumnForm, Rows
 
 # Where each token's text begins and ends in the context, in characters; -1 for tokens that no answer may begin or end
@@ -102,6 +103,33 @@ class QuestionAnswering(Task):
         if isinstance(raw, dict) and isinstance(raw.get("answer"), str):
             raw = {**raw, "answer": [f"{raw['answer']}.text", f"{raw['answer']}.answer_start"]}
         return raw
+
+    @classmethod
+    def suggested(cls, profile: Profile, given: Mapping[str, Any]) -> Suggestion | None:
+        """A question, a context, and answers with the place in the context at which they begin."""
+        from pave_lightning.tasks.profiles import Holds, Suggestion
+
+        question = profile.column(str(given.get("question", "question"))) or profile.named(("question", "query"))
+        usual = ("context", "passage", "paragraph", "document", "text")
+        context = profile.column(str(given["context"])) if "context" in given else profile.named(usual, Holds.TEXTS)
+        if question is None or context is None:
+            return None
+        answer: Any = given.get("answer")
+        nested = profile.named(("answers", "answer"), Holds.OBJECTS, Holds.LISTS_OF_OBJECTS)
+        if answer is None and nested is not None and {"text", "answer_start"} <= nested.keys:
+            answer = nested.name
+            texts = [own["text"] if isinstance(own, dict) else own for own in nested.values]
+            unanswerable = not all(texts)
+        elif answer is None:
+            text = profile.named(("answer_text", "answer", "answers"))
+            start = profile.named(("answer_start", "answer_starts", "start"))
+            if text is None or start is None:
+                return None
+            answer, unanswerable = [text.name, start.name], not all(text.values)
+        else:
+            unanswerable = False
+        options = {"question": question.name, "context": context.name, "answer": answer}
+        return Suggestion({**options, **({"unanswerable": True} if unanswerable else {})}, 80)
 
     def contradictions(self) -> Iterator[str]:
         """Columns that are named twice, and windows that do not go on."""

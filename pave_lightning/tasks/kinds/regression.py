@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from pave_lightning.tasks.checks import LabelColumn
     from pave_lightning.tasks.labels import Reading
+    from pave_lightning.tasks.profiles import Profile, Suggestion
     from pave_lightning.tasks.rows import Rows
 
 
@@ -34,6 +35,25 @@ class Regression(SingleLabelTask):
     """What is predicted: one number for a text."""
     value_range: Span | None = None
     """Lowest and highest possible label; labels outside are refused."""
+
+    @classmethod
+    def suggested(cls, profile: Profile, given: Mapping[str, Any]) -> Suggestion | None:
+        """A text or a pair of texts, and a column of amounts; whole numbers only where name or number say that."""
+        from pave_lightning.tasks.profiles import MOST_NUMBERED, SCORES, Holds, Suggestion
+
+        found = cls.judged(profile, given)
+        if found is None or not found[1].is_numeric:
+            return None
+        text, label = found
+        amount = (
+            label.holds is Holds.NUMBERS
+            or label.name.strip().casefold() in SCORES
+            or (not label.class_names and len(label.distinct) > MOST_NUMBERED)
+        )
+        remark = (
+            f"found: {label.distinct[0]:g} to {label.distinct[-1]:g}; value_range: [LOWEST, HIGHEST] refuses others"
+        )
+        return Suggestion({"text": text, "label": label.name}, 35 if amount else 20, remark)
 
     def contradictions(self) -> Iterator[str]:
         """A range that is none."""

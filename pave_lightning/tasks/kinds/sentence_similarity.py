@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from pave_lightning.tasks.checks import LabelColumn
     from pave_lightning.tasks.labels import Reading
+    from pave_lightning.tasks.profiles import Profile, Suggestion
     from pave_lightning.tasks.rows import Rows
 
 # What sentence-transformers notes of the steps behind the backbone; those that a cosine of means allows.
@@ -52,6 +53,18 @@ class SentenceSimilarity(SequencesTask):
     value_range: Span = (0.0, 1.0)
     """The score of unrelated texts, which are taught a cosine of 0, and of texts of one meaning, which are taught 1;
     scores outside are refused."""
+
+    @classmethod
+    def suggested(cls, profile: Profile, given: Mapping[str, Any]) -> Suggestion | None:
+        """A pair of texts and a column of amounts, which regression is the likelier kind for."""
+        from pave_lightning.tasks.profiles import Suggestion
+
+        found = cls.judged(profile, given)
+        if found is None or len(found[0]) != 2 or not found[1].is_numeric:
+            return None
+        text, label = found
+        lowest, highest = min(label.distinct[0], 0), max(label.distinct[-1], 1)
+        return Suggestion({"text": text, "label": label.name, "value_range": [lowest, highest]}, 10)
 
     def contradictions(self) -> Iterator[str]:
         """Other than two texts, or a range that is none."""

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedTokenizerBase
 
+    from pave_lightning.tasks.profiles import Profile, Suggestion
+
 # The response and its mask, padded by themselves.
 RESPONSE, RESPONSE_MASK = "response_ids", "response_mask"
 # What takes no part in losses, by transformers' convention.
@@ -35,6 +37,15 @@ class Seq2Seq(GenerativeTask):
     """What is predicted: a text that a decoder writes to a prompt that an encoder reads."""
     separator: str = ""
     """What ends prompts that are no chat."""
+
+    @classmethod
+    def suggested(cls, profile: Profile, given: Mapping[str, Any]) -> Suggestion | None:
+        """Prompts and responses, where the base is an encoder with a decoder."""
+        return (
+            None
+            if profile.base.get("is_encoder_decoder") is not True and given.get("kind") is None
+            else super().suggested(profile, given)
+        )
 
     @property
     def prompt_most(self) -> int:

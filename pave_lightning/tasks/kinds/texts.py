@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from transformers import PreTrainedTokenizerBase
 
+    from pave_lightning.tasks.profiles import Column, Profile
     from pave_lightning.tasks.rows import ColumnForm, Rows
 
 
@@ -44,6 +45,17 @@ class TextTask(SingleAnswerTask):
     @classmethod
     def _one_text(cls, raw: Any) -> Any:
         return {**raw, "text": [raw["text"]]} if isinstance(raw, dict) and isinstance(raw.get("text"), str) else raw
+
+    @classmethod
+    def judged(cls, profile: Profile, given: Mapping[str, Any]) -> tuple[list[str], Column] | None:
+        """The columns of the text, and the column of one label a row, that files seem to have; None where open."""
+        text = given.get("text")
+        names = [text] if isinstance(text, str) else list(text or ())
+        label = profile.column(str(given["label"])) if "label" in given else profile.label(names)
+        if label is None:
+            return None
+        names = names or profile.shown([label.name]) or []
+        return (names, label) if names else None
 
     # ---- rows ------------------------------------------------------------------------------------------------------
 

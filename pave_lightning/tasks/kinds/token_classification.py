@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from pave_lightning.tasks.checks import LabelColumn
     from pave_lightning.tasks.labels import LabelValues, Reading
+    from pave_lightning.tasks.profiles import Profile, Suggestion
     from pave_lightning.tasks.rows import ColumnForm, Rows
 
 # The label of tokens that carry none: all but the first one of each word.
@@ -68,6 +69,24 @@ class TokenClassification(Task):
     @classmethod
     def _class_names(cls, raw: Any) -> Any:
         return class_list(raw)
+
+    @classmethod
+    def suggested(cls, profile: Profile, given: Mapping[str, Any]) -> Suggestion | None:
+        """Two columns of lists that have as many entries in every row: words, and labels that repeat."""
+        from pave_lightning.tasks.profiles import Holds, Suggestion
+
+        lists = [one for one in profile.columns if one.holds in (Holds.LISTS_OF_TEXTS, Holds.LISTS_OF_NUMBERS)]
+        for words in lists:
+            if words.holds is not Holds.LISTS_OF_TEXTS or given.get("words", words.name) != words.name:
+                continue
+            for label in lists:
+                fits = label.sizes == words.sizes and 2 <= len(label.distinct) < len(words.distinct)
+                if label is not words and fits and given.get("label", label.name) == label.name:
+                    classes = label.classes
+                    if isinstance(classes, list) and "O" in classes and not label.class_names:
+                        classes = ["O", *(name for name in classes if name != "O")]
+                    return Suggestion({"words": words.name, "label": label.name, "classes": classes}, 60)
+        return None
 
     def contradictions(self) -> Iterator[str]:
         """Classes and columns that do not go together."""
