@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import threading
 from contextlib import closing
 from pathlib import Path
 
@@ -450,5 +451,74 @@ def measured():
         assert "Traceback" not in done.stderr
         code, torch, peak, seconds = done.stdout.split()[-4:]
         return int(code), torch == "True", int(peak), float(seconds)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def assert_same_weights():
+    """Fails unless two folders hold the same tensors to the bit, however weights are divided into shards."""
+    from safetensors.torch import load_file
+
+    def tensors(folder):
+        found = {}
+        for file in sorted(folder.rglob("*.safetensors")):
+            place = "model" if file.name.startswith("model") else file.name
+            where = str(file.parent.relative_to(folder)), place
+            found |= {(*where, name): tensor for name, tensor in load_file(file).items()}
+        return found
+
+    def check(one, other):
+        first, second = tensors(one), tensors(other)
+        assert first
+        assert first.keys() == second.keys()
+        differing = [key for key in first if first[key].dtype != second[key].dtype or not first[key].equal(second[key])]
+        assert differing == []
+
+    return check
+
+
+@pytest.fixture
+def in_processes(tmp_path):
+    """Calls a function for each of some processes, which are threads here; what each of them gives, in order."""
+    from pave_lightning.system.process_groups import ProcessGroup, _packed, _unpacked
+
+    class ThreadGroup(ProcessGroup):
+        """Threads in place of processes: they are told the same, by the same bytes."""
+
+        def __init__(self, rank, folder, told, barrier):
+            self.rank, self.size, self.folder = rank, len(told), folder
+            self._told, self._barrier = told, barrier
+
+        def gather(self, own):
+            self._told[self.rank] = _packed(own)
+            self._barrier.wait()
+            found = [_unpacked(packed) for packed in self._told]
+            self._barrier.wait()
+            return found
+
+    def run(size, work):
+        folder = tmp_path / f"meeting-{size}"
+        folder.mkdir(exist_ok=True)
+        barrier, told = threading.Barrier(size), [b""] * size
+        found, failed = [None] * size, []
+
+        def one(rank):
+            try:
+                found[rank] = work(ThreadGroup(rank, folder, told, barrier))
+            except threading.BrokenBarrierError:
+                pass
+            except BaseException as error:
+                failed.append(error)
+                barrier.abort()
+
+        threads = [threading.Thread(target=one, args=(rank,)) for rank in range(size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if failed:
+            raise failed[0]
+        return found
 
     return run

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from pave_lightning.config import WrittenDtype
 from pave_lightning.errors import PaveError
+from pave_lightning.merging.merged import MergedVectors
 from pave_lightning.merging.modulators import Modulator
-from pave_lightning.merging.running import MergedVectors
 from pave_lightning.weights import Checkpoint, TaskVectors, rounded, written_dtype
 
 

@@ -19,7 +19,8 @@ from pave_lightning.evaluation.evaluator import Evaluator, SuiteData, refuse_non
 from pave_lightning.evaluation.heads import NotFiniteError
 from pave_lightning.evaluation.options import DEFAULT_POINTS, ScaleSearch
 from pave_lightning.experts.trainers import build_trainer, quiet_lightning
-from pave_lightning.merging.running import MergedVectors
+from pave_lightning.merging.merged import MergedVectors
+from pave_lightning.system.process_groups import ALONE, ProcessGroup
 from pave_lightning.tasks.data_module import TaskDataModule
 from pave_lightning.tasks.metrics import weak_experts
 from pave_lightning.tasks.options import Examples
@@ -71,6 +72,7 @@ class ScaleSearcher:
         references: validation scores of these very experts that are known already, by the rows a task; filled here, so
             that several searchers may share them.
         of_experts: what scores the experts and gives their data, where they read with other tokens than candidates.
+        group: the processes that try scales side by side; each is told the scores of all.
     """
 
     def __init__(
@@ -85,7 +87,9 @@ class ScaleSearcher:
         root: Path,
         references: dict[int | None, dict[str, float]] | None = None,
         of_experts: tuple[Evaluator, Callable[[Task], TaskDataModule]] | None = None,
+        group: ProcessGroup = ALONE,
     ) -> None:
+        self._group = group
         self._of_experts = of_experts or (evaluator, data)
         self.tasks, self.evaluator, self.experts, self.data = list(tasks), evaluator, experts, data
         self.options, self.precision, self.root = options, precision, root
@@ -126,17 +130,29 @@ class ScaleSearcher:
         """
         candidates: dict[float, Candidate] = {}
 
-        def average_at(scale: float) -> float:
-            candidates[scale], average = self.scored(MergedCandidate(source, merged, scale, dtype), search.examples)
-            log.info("  scale %.4g: %.4f of the experts on validation", scale, average)
-            return average
+        def averages_at(scales: Sequence[float]) -> list[float]:
+            averages: list[float] = []
+            for begin in range(0, len(scales), self._group.size):
+                together = scales[begin : begin + self._group.size]
+                own = math.nan
+                if self._group.rank < len(together):
+                    scale = together[self._group.rank]
+                    plain = MergedCandidate(source, merged, scale, dtype)
+                    candidates[scale], own = self.scored(plain, search.examples)
+                for scale, average in zip(together, self._group.gather(own), strict=False):
+                    log.info("  scale %.4g: %.4f of the experts on validation", scale, average)
+                    averages.append(average)
+            return averages
 
         if search.search == "auto":
-            tried = search_from(start, average_at)
+            tried = search_from(start, averages_at)
         else:
             scales = torch.linspace(*search.search, search.points or DEFAULT_POINTS, dtype=torch.float64).tolist()
-            tried = {scale: average_at(scale) for scale in scales}
+            tried = dict(zip(scales, averages_at(scales), strict=True))
         best = best_scale(tried)
+        if best not in candidates:  # another process has scored it
+            plain = MergedCandidate(source, merged, best, dtype)
+            candidates[best] = self._fit(plain) if self._group.is_first else plain
         advice = _advice(tried, best, search)
         if advice is not None:
             log.warning("  %s", advice)
@@ -202,7 +218,7 @@ class ScaleSearcher:
         return task.model_copy(update={"examples": limited})
 
 
-def search_from(start: float, average_at: Callable[[float], float]) -> dict[float, float]:
+def search_from(start: float, averages_at: Callable[[Sequence[float]], Sequence[float]]) -> dict[float, float]:
     """Try scales around a first one until the best is enclosed, then between the best and its neighbours.
 
     Scales go up and down by factors of two while the best stands at that end, for at most `MOST_SCALES` scales; a
@@ -212,20 +228,24 @@ def search_from(start: float, average_at: Callable[[float], float]) -> dict[floa
 
     Args:
         start: the first scale, above zero.
-        average_at: the score of a scale.
+        averages_at: the scores of some scales, which may be tried side by side.
 
     Returns:
         Every scale that was tried -> its score, which may be NaN.
     """
-    tried = {scale: average_at(scale) for scale in (start, 2 * start, start / 2)}
+    tried: dict[float, float] = {}
+
+    def try_all(scales: Sequence[float]) -> None:
+        tried.update(zip(scales, averages_at(scales), strict=True))
+
+    try_all((start, 2 * start, start / 2))
     while len(tried) < MOST_SCALES and (further := _beyond(tried)) is not None:
-        tried[further] = average_at(further)
+        try_all([further])
     for _ in range(REFINEMENTS):
         best = _best_so_far(tried)
-        for neighbour in _neighbours(tried, best):
-            if math.isfinite(tried[best]) and tried[neighbour] != tried[best]:
-                between = math.sqrt(best * neighbour)
-                tried[between] = average_at(between)
+        different = [scale for scale in _neighbours(tried, best) if tried[scale] != tried[best]]
+        if different and math.isfinite(tried[best]):
+            try_all([math.sqrt(best * neighbour) for neighbour in different])
     return tried
 
 

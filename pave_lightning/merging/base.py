@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import ClassVar, Generic, Literal, cast
 
+import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from typing_extensions import TypeVar
@@ -64,10 +65,12 @@ class MergeMethod(ABC, Generic[OptionsT_co]):
             tasks.
         each_expert: whether the experts of a mixture, a stack of matrices in one parameter, are given to it one by one.
         whole_model_pass: whether :meth:`prepare` reads every task vector.
+        single_precision: whether float32 is all that it computes in, so that a device without float64 is enough.
         parallel: whether parts of the parameters may be merged apart from each other.
         serial_because: why not, where they may not.
         default_scale: what its merged task vector is multiplied with unless a recipe says otherwise; None for a method
             that has no such scale.
+        device: where it is given task vectors, and computes; the CPU unless something else is set.
         evidence: what is known of the tasks' data; nothing until the method is run.
         states: what is gathered over parameters.
     """
@@ -84,6 +87,7 @@ class MergeMethod(ABC, Generic[OptionsT_co]):
     held_models: ClassVar[int] = 0
     each_expert: ClassVar[bool] = False
     whole_model_pass: ClassVar[bool] = False
+    single_precision: ClassVar[bool] = False
     parallel: ClassVar[bool] = True
     serial_because: ClassVar[str] = ""
     default_scale: ClassVar[float | None] = None
@@ -91,8 +95,18 @@ class MergeMethod(ABC, Generic[OptionsT_co]):
 
     def __init__(self, options: OptionsT_co | None = None) -> None:
         self.options = options if options is not None else cast(OptionsT_co, self.Options())
+        self.device = torch.device("cpu")
         self.evidence = Evidence()
         self.states = States()
+
+    @classmethod
+    def cpu_because(cls, device_type: str) -> str:
+        """Why it computes on the CPU where a device of that type is asked for; empty where it computes there."""
+        if device_type == "cpu":
+            return ""
+        if cls.needs:
+            return "what it needs besides the weights is there"
+        return f"{device_type} has no float64" if device_type == "mps" and not cls.single_precision else ""
 
     def begin(self, vectors: TaskVectors, evidence: Evidence) -> None:
         """Check the request, take in the evidence, and prepare.
@@ -104,9 +118,15 @@ class MergeMethod(ABC, Generic[OptionsT_co]):
         self.evidence = evidence
         self.prepare_alone(vectors)
 
-    def begin_part(self, vectors: TaskVectors, evidence: Evidence) -> Iterator[None]:
-        """As :meth:`begin`, of a part of the parameters; stops wherever the states of all parts must be reduced."""
-        self._check(vectors, evidence)
+    def begin_part(self, vectors: TaskVectors, evidence: Evidence, whole: TaskVectors | None = None) -> Iterator[None]:
+        """As :meth:`begin`, of a part of the parameters; stops wherever the states of all parts must be reduced.
+
+        Args:
+            vectors: those of the part.
+            evidence: what is known of the tasks' data.
+            whole: those of all parameters, which are checked instead of the part's where they are given.
+        """
+        self._check(vectors if whole is None else whole, evidence)
         self.evidence, self.states = evidence, States()
         yield from self.prepare(vectors) or ()
 

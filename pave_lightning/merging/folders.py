@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pave_lightning.config import WrittenDtype, bytes_of
 from pave_lightning.errors import PaveError, foreign, nearest
 from pave_lightning.merging.base import MergeMethod, PerTaskMethod, StaticMethod
+from pave_lightning.merging.dealing import own_parameters
 from pave_lightning.merging.evidence import Evidence
 from pave_lightning.merging.modulators import Modulator, ModulatorWriter
 from pave_lightning.merging.running import merge_per_task, merge_static, within
@@ -24,6 +25,8 @@ from pave_lightning.merging.sequential import SequentialMethod
 from pave_lightning.statistics.gradients import EXPERT_DIGEST, TaskGradients
 from pave_lightning.subspace.linear_fit import LinearFit
 from pave_lightning.system.files import read_json, write_tensors
+from pave_lightning.system.process_groups import ALONE, ProcessGroup
+from pave_lightning.system.totals import Total
 from pave_lightning.weights import (
     Architecture,
     Checkpoint,
@@ -101,6 +104,7 @@ def write_merged(
     evidence: Evidence | None = None,
     dtype: WrittenDtype = "base",
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+    group: ProcessGroup = ALONE,
 ) -> None:
     """Merge by one method and write the result as a Hugging Face folder, one parameter at a time.
 
@@ -124,6 +128,8 @@ def write_merged(
             What per-task and sequential methods keep beside them stays float32, and heads stay as their experts have
             them.
         max_shard_size: largest size of a file of weights, in bytes or such as ``5GB``.
+        group: the processes that share the work, all with the same arguments: each merges its own parameters and writes
+            them into files of its own, and the first one writes what there is one of.
 
     Raises:
         PaveError: there is nothing to merge, the method cannot merge it, or what comes out is not finite, or too large
@@ -131,39 +137,70 @@ def write_merged(
         ValueError: ``max_shard_size`` is no size.
     """
     writer = _RoundingWriter(
-        folder, source, dtype, bytes_of(max_shard_size), own_names=context.base.own_names, new_rows=context.new_rows
+        folder,
+        source,
+        dtype,
+        bytes_of(max_shard_size),
+        own_names=context.base.own_names,
+        new_rows=context.new_rows,
+        group=group,
     )
     factor = 1.0 if scale is None else scale
     if isinstance(method, PerTaskMethod):
-        kept = {task: ModulatorWriter() for task in source.tasks}
-        for parameter, modulated in merge_per_task(method, source, evidence):
-            exact = _finite(method, parameter.name, _added(source, parameter, modulated.shared))
-            writer.add_merged(parameter.name, exact, modulated.shared)
-            for task, mask in modulated.masks.items():
-                kept[task].add_mask(parameter.name, mask)
-            for task, factors in modulated.factors.items():
-                for side in (factors.left, factors.right):
-                    _finite(method, f"{parameter.name} for task '{task}'", side)
-                kept[task].add_factors(parameter.name, factors)
-        (folder / "modulators").mkdir()
-        for task, rescaler in method.rescalers().items():
-            _finite(method, f"the factor of task '{task}'", torch.tensor(rescaler))
-            kept[task].save(folder / "modulators" / f"{task}.safetensors", factor * rescaler)
+        _write_per_task(folder, method, source, factor, writer, evidence=evidence, group=group)
     elif isinstance(method, StaticMethod):
-        known = None if merged is None else ((p, merged[p.name]) for p in source.parameters)
-        pairs: Iterable[tuple[Parameter, Tensor]] = merge_static(method, source, evidence) if known is None else known
+        pairs: Iterable[tuple[Parameter, Tensor]]
+        if merged is None:
+            pairs = merge_static(method, source, evidence, group)
+        else:
+            pairs = ((parameter, merged[parameter.name]) for parameter in own_parameters(method, source, group))
         for parameter, vector in pairs:
             exact = _finite(method, parameter.name, _added(source, parameter, vector, factor))
             writer.add_merged(parameter.name, exact, vector, factor)
-    for name, average in source.running_statistics():
-        writer.add_merged(name, average)
-    for name in context.base:
-        if name not in writer.names:
-            writer.add_of_base(name, context.base.tensor(name))
+    if group.is_first:
+        _write_unmerged(writer, source, context.base)
     writer.close()
     if _takes_experts_later(method, scale):
-        _write_kept(folder / KEPT_FOLDER, method, source)
-    _write_surroundings(folder, method, context, scale, writer)
+        _write_kept(folder / KEPT_FOLDER, method, source, group)
+    if group.is_first:
+        _write_surroundings(folder, method, context, scale, writer)
+
+
+def _write_per_task(
+    folder: Path,
+    method: PerTaskMethod,
+    source: TaskVectors,
+    factor: float,
+    writer: _RoundingWriter,
+    *,
+    evidence: Evidence | None,
+    group: ProcessGroup,
+) -> None:
+    """Merge, and write what is shared and what each task keeps beside it."""
+    kept = {task: ModulatorWriter() for task in source.tasks}
+    for parameter, modulated in merge_per_task(method, source, evidence, group):
+        exact = _finite(method, parameter.name, _added(source, parameter, modulated.shared))
+        writer.add_merged(parameter.name, exact, modulated.shared)
+        for task, mask in modulated.masks.items():
+            kept[task].add_mask(parameter.name, mask)
+        for task, factors in modulated.factors.items():
+            for side in (factors.left, factors.right):
+                _finite(method, f"{parameter.name} for task '{task}'", side)
+            kept[task].add_factors(parameter.name, factors)
+    (folder / "modulators").mkdir(exist_ok=group.size > 1)
+    for task, rescaler in method.rescalers().items():
+        _finite(method, f"the factor of task '{task}'", torch.tensor(rescaler))
+        kept[task].save(folder / "modulators" / f"{task}.safetensors", factor * rescaler, group)
+
+
+def _write_unmerged(writer: _RoundingWriter, source: TaskVectors, base: Checkpoint) -> None:
+    """Write running statistics, and of the base whatever is not merged."""
+    for name, average in source.running_statistics():
+        writer.add_merged(name, average)
+    done = {parameter.name for parameter in source.parameters} | writer.names
+    for name in base:
+        if name not in done:
+            writer.add_of_base(name, base.tensor(name))
 
 
 class _RoundingWriter:
@@ -183,13 +220,14 @@ class _RoundingWriter:
         *,
         own_names: Mapping[str, str],
         new_rows: Mapping[str, Tensor],
+        group: ProcessGroup,
     ) -> None:
-        self._new_rows = new_rows
+        self._new_rows, self._group = new_rows, group
         self.names: set[str] = set()
         self.asked = dtype
         self._own_names = own_names  # as the base's file calls them, so that the base's class loads them
-        self._source, self._shards = source, ShardWriter(folder, shard_bytes)
-        self._lost = self._merged = 0.0
+        self._source, self._shards = source, ShardWriter(folder, shard_bytes, group=group)
+        self._lost, self._merged = Total(), Total()
 
     def add_merged(self, name: str, exact: Tensor, vector: Tensor | None = None, factor: float = 1.0) -> None:
         """Round and write a merged weight; ``vector`` is the task vector in it, before it is multiplied."""
@@ -210,8 +248,10 @@ class _RoundingWriter:
         self.names.add(name)
 
     def close(self) -> None:
-        """Write what is pending."""
+        """Write what is pending, and learn what the other processes have rounded."""
         self._shards.close()
+        told = self._group.gather([self._lost, self._merged])
+        self._lost, self._merged = (sum(numbers, Total()) for numbers in zip(*told, strict=True))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -255,12 +295,12 @@ def _takes_experts_later(method: MergeMethod, scale: float | None) -> TypeGuard[
     return isinstance(method, SequentialMethod) and method.has_merged and scale != 0
 
 
-def _write_kept(folder: Path, method: SequentialMethod, source: TaskVectors) -> None:
+def _write_kept(folder: Path, method: SequentialMethod, source: TaskVectors, group: ProcessGroup) -> None:
     writers = {}
     for name in method.keeps:
-        (folder / name).mkdir(parents=True)
-        writers[name] = ShardWriter(folder / name)
-    for parameter in source.parameters if writers else ():
+        (folder / name).mkdir(parents=True, exist_ok=group.size > 1)
+        writers[name] = ShardWriter(folder / name, group=group)
+    for parameter in own_parameters(method, source, group) if writers else ():
         for name, tensor in method.kept(parameter, source).items():
             writers[name].add(parameter.name, tensor)
     for writer in writers.values():

@@ -12,10 +12,12 @@ from typing import Any
 import numpy
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from pave_lightning.errors import PaveError, foreign, reason
 from pave_lightning.system.files import check_header, read_failure, write_tensors
+from pave_lightning.system.process_groups import ALONE, ProcessGroup
 
 METADATA = "modulator"
 
@@ -103,8 +105,28 @@ class ModulatorWriter:
             self._tensors[side] = tensor.contiguous()
         self._factors.append(name)
 
-    def save(self, path: Path, rescaler: float) -> None:
-        """Write everything and the task's rescaling factor as safetensors."""
+    def save(self, path: Path, rescaler: float, group: ProcessGroup = ALONE) -> None:
+        """Write everything and the task's rescaling factor as safetensors.
+
+        Args:
+            path: the file.
+            rescaler: the factor.
+            group: the processes of which each has taken in its own parameters; the first one writes those of all.
+        """
+        parts = [path.with_name(f"{path.stem}-{rank}.tmp") for rank in range(1, group.size)]
+        if not group.is_first:
+            write_tensors(parts[group.rank - 1], self._tensors)
+        own: dict[str, Any] = {"masks": self._masks, "factors": self._factors}
+        told = group.gather(own)
+        if not group.is_first:
+            return
+        for part, others in zip(parts, told[1:], strict=True):
+            self._tensors |= load_file(part)
+            self._masks |= others["masks"]
+            self._factors += others["factors"]
+            part.unlink()
+        # In one order, so that equal results are equal files, however many processes have made them.
+        self._masks, self._factors = dict(sorted(self._masks.items())), sorted(self._factors)
         facts = {"shapes": self._masks, "factors": self._factors, "rescaler": rescaler}
         # One entry: safetensors writes several in random order, and equal results are to be equal files.
         write_tensors(path, self._tensors, {METADATA: json.dumps(facts, sort_keys=True)})

@@ -3,90 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from types import EllipsisType
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pave_lightning.errors import PaveError, nearest
+from pave_lightning.errors import PaveError
 from pave_lightning.merging.base import MergeMethod, Modulated, PerTaskMethod, StaticMethod
+from pave_lightning.merging.dealing import own_part
 from pave_lightning.merging.evidence import Evidence
-from pave_lightning.merging.modulators import LowRank, modulated
+from pave_lightning.merging.merged import MergedVectors
+from pave_lightning.merging.modulators import LowRank
+from pave_lightning.merging.placing import placed
 from pave_lightning.merging.registry import make_method
+from pave_lightning.merging.sharing import gathered
 from pave_lightning.merging.stacks import EachExpert, as_method_sees
+from pave_lightning.system.process_groups import ALONE, ProcessGroup
 from pave_lightning.weights import Parameter, TaskVectors
 
 
-@dataclass
-class MergedVectors:
-    """The result of a method: one merged task vector, and for per-task methods what every task keeps.
-
-    Attributes:
-        vectors: merged (or unified) task vector of each parameter, float32.
-        masks: for each task a bool tensor of each parameter that it masks; empty for static methods.
-        factors: for each task its low-rank addition to each parameter that has one; empty for static methods.
-        rescalers: the factor of each task; empty for static methods.
-        source: what was merged; None where nobody says.
-        default_scale: what the method's merged task vector is multiplied with unless somebody says otherwise.
-    """
-
-    vectors: dict[str, Tensor] = field(default_factory=dict)
-    masks: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    factors: dict[str, dict[str, LowRank]] = field(default_factory=dict)
-    rescalers: dict[str, float] = field(default_factory=dict)
-    source: TaskVectors | None = field(default=None, repr=False, compare=False)
-    default_scale: float = 1.0
-
-    @property
-    def per_task(self) -> bool:
-        """Whether tasks have weights of their own."""
-        return bool(self.masks or self.factors)
-
-    def own(self, task: str, name: str, unified: Tensor | None = None) -> Tensor:
-        """A parameter's task vector as the task uses it, before scaling: float32, of the parameter's shape.
-
-        Args:
-            task: the task.
-            name: name of the parameter.
-            unified: what takes the place of the parameter's merged task vector, such as a rounded one.
-        """
-        mask, factors = self.masks.get(task, {}).get(name), self.factors.get(task, {}).get(name)
-        shared = self.vectors[name] if unified is None else unified
-        return modulated(shared, mask, factors, self.rescalers.get(task, 1.0))
-
-    def model(self, task: str | None = None, *, scale: float | None = None) -> nn.Module:
-        """The merged model of modules in memory: base plus scaled merged task vectors, running statistics averaged.
-
-        Args:
-            task: whose head it has, and for methods that keep something for each task whose weights; the base's head
-                where None.
-            scale: what the merged task vector is multiplied with; the method's default where None.
-
-        Returns:
-            A copy of the base, or with a task of its expert, with the merged weights, in eval mode.
-
-        Raises:
-            PaveError: the task vectors are not of modules (`task_vectors` with a module as base), the method keeps
-                something for each task and no task is named, or there is no such task.
-        """
-        source = self.source
-        if source is None:
-            raise PaveError("these merged task vectors do not say what was merged; use what merge() gives")
-        if self.per_task and task is None:
-            raise PaveError(f"this method keeps weights for each task; name one of {', '.join(source.tasks)}")
-        if task is not None and task not in source.tasks:
-            raise PaveError(f"there is no task '{task}': {nearest(task, source.tasks)}")
-        factor = self.default_scale if scale is None else scale
-        weights = dict(source.running_statistics())
-        for parameter in source.parameters:
-            own = self.vectors[parameter.name] if task is None else self.own(task, parameter.name)
-            weights[parameter.name] = source.base(parameter).add_(own, alpha=factor)
-        return source.model(weights, task)
-
-
 def merge_static(
-    method: StaticMethod, source: TaskVectors, evidence: Evidence | None = None
+    method: StaticMethod, source: TaskVectors, evidence: Evidence | None = None, group: ProcessGroup = ALONE
 ) -> Iterator[tuple[Parameter, Tensor]]:
     """Yield the merged task vector of one parameter after the other, before scaling.
 
@@ -94,6 +31,7 @@ def merge_static(
         method: the method.
         source: plain or purified task vectors.
         evidence: what is known of the tasks' data, for methods that need it.
+        group: the processes that share the merge; each is given its own parameters, in the end the states of all.
 
     Yields:
         A parameter, and its merged task vector: float32, of the parameter's shape.
@@ -101,12 +39,16 @@ def merge_static(
     Raises:
         PaveError: there is nothing to merge, or the method cannot merge it.
     """
-    given = as_method_sees(method, source)
-    _begin(method, given, evidence)
+    given = as_method_sees(method, placed(method, own_part(method, source, group)))
+    _begin(method, given, as_method_sees(method, source), evidence, group)
     found: Iterable[tuple[Parameter, Tensor]] = _merged(method, given)
     if method.rescales:
-        found = ((parameter, merged.mul_(method.factor(parameter))) for parameter, merged in list(found))
+        held = list(found)
+        _reduce(method, group)
+        found = ((parameter, merged.mul_(method.factor(parameter))) for parameter, merged in held)
     yield from given.together(found) if isinstance(given, EachExpert) else found
+    if not method.rescales:
+        _reduce(method, group)
 
 
 def _merged(method: StaticMethod, source: TaskVectors) -> Iterator[tuple[Parameter, Tensor]]:
@@ -118,34 +60,39 @@ def _merged(method: StaticMethod, source: TaskVectors) -> Iterator[tuple[Paramet
 
 
 def merge_per_task(
-    method: PerTaskMethod, source: TaskVectors, evidence: Evidence | None = None
+    method: PerTaskMethod, source: TaskVectors, evidence: Evidence | None = None, group: ProcessGroup = ALONE
 ) -> Iterator[tuple[Parameter, Modulated]]:
     """Yield what is shared and what each task keeps of one parameter after the other; arguments as in `merge_static`.
 
     Raises:
         PaveError: there is nothing to merge, or the method cannot merge it.
     """
-    _begin(method, source, evidence)
-    for parameter in source.parameters:
+    own = placed(method, own_part(method, source, group))
+    _begin(method, own, source, evidence, group)
+    for parameter in own.parameters:
         shared = torch.empty(parameter.shape)
         masks: dict[str, Tensor] = {}
         factors: dict[str, LowRank] = {}
-        for rows in _blocks(method, source, parameter):
-            part = method.merge(parameter.block(rows), *source.read(parameter, rows))
+        for rows in _blocks(method, own, parameter):
+            part = method.merge(parameter.block(rows), *own.read(parameter, rows))
             shared[within(rows)] = part.shared
             for task, mask in part.masks.items():
                 masks.setdefault(task, torch.empty(parameter.shape, dtype=torch.bool))[within(rows)] = mask
-            factors |= part.factors
+            factors |= {task: LowRank(kept.left.cpu(), kept.right.cpu()) for task, kept in part.factors.items()}
         yield parameter, Modulated(shared, masks, factors)
+    _reduce(method, group)
 
 
-def merge(method: MergeMethod | str, source: TaskVectors, evidence: Evidence | None = None) -> MergedVectors:
+def merge(
+    method: MergeMethod | str, source: TaskVectors, evidence: Evidence | None = None, group: ProcessGroup = ALONE
+) -> MergedVectors:
     """Merge all parameters in memory; for models that fit there.
 
     Args:
         method: the method, or its name for the method with its default options.
         source: plain or purified task vectors.
         evidence: what is known of the tasks' data, for methods that need it.
+        group: the processes that share the merge; each is given all of the result.
 
     Raises:
         PaveError: no method has that name; there is nothing to merge, or the method cannot merge it.
@@ -168,7 +115,7 @@ def merge(method: MergeMethod | str, source: TaskVectors, evidence: Evidence | N
     result = MergedVectors(source=source, default_scale=1.0 if method.default_scale is None else method.default_scale)
     if isinstance(method, PerTaskMethod):
         result.masks, result.factors = {task: {} for task in source.tasks}, {task: {} for task in source.tasks}
-        for parameter, part in merge_per_task(method, source, evidence):
+        for parameter, part in merge_per_task(method, source, evidence, group):
             result.vectors[parameter.name] = part.shared
             for task, mask in part.masks.items():
                 result.masks[task][parameter.name] = mask
@@ -176,18 +123,28 @@ def merge(method: MergeMethod | str, source: TaskVectors, evidence: Evidence | N
                 result.factors[task][parameter.name] = factors
         result.rescalers = method.rescalers()
     elif isinstance(method, StaticMethod):
-        result.vectors = {parameter.name: merged for parameter, merged in merge_static(method, source, evidence)}
+        result.vectors = {parameter.name: made for parameter, made in merge_static(method, source, evidence, group)}
     else:
         raise TypeError(f"expected a merge method such as Ties(), or the name of one, found {method!r}")
+    gathered(result, group)
     return result
 
 
-def _begin(method: MergeMethod, source: TaskVectors, evidence: Evidence | None) -> None:
+def _begin(
+    method: MergeMethod, own: TaskVectors, source: TaskVectors, evidence: Evidence | None, group: ProcessGroup
+) -> None:
+    """Begin the merge of a part of the task vectors, of which other processes have the rest."""
     if len(source.tasks) < 2:
         raise PaveError(f"merging needs at least two experts, found {len(source.tasks)}")
     if not source.parameters:
         raise PaveError("base and experts share no floating-point tensor, so there is nothing to merge")
-    method.begin(source, evidence if evidence is not None else Evidence())
+    for _ in method.begin_part(own, evidence if evidence is not None else Evidence(), source):
+        _reduce(method, group)
+
+
+def _reduce(method: MergeMethod, group: ProcessGroup) -> None:
+    """Make what a method has gathered that of the parameters of all processes."""
+    method.states.reduce(group.gather(method.states.gathered()))
 
 
 def within(rows: slice | None) -> slice | EllipsisType:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeAlias, cast
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from typing_extensions import TypeVar
 
 from pave_lightning.subspace.selection import RankSearch
+from pave_lightning.system.totals import Total, parts_of
 
 Reduction = Literal["sum", "max", "min", "concatenate"]
 # What a state may hold. Mappings become one key by key; a key that one part lacks is what the other parts have there.
@@ -48,12 +48,16 @@ class States:
     def add(self, name: str, initial: ValueT, reduction: Reduction) -> State[ValueT]:
         """Declare a state.
 
+        Numbers that are summed become a `Total`, exact whatever is added to them in whichever order, so that the sum
+        does not depend on how the parameters are divided. Sums of tensors round, unless they are of integers: gather
+        those under the names of parameters, each of which one part alone has.
+
         Raises:
             ValueError: a state of that name has not been reduced yet.
         """
         if name in self._open:
             raise ValueError(f"two states are named '{name}'")
-        state = State(initial, reduction)
+        state = State(_exact(initial) if reduction == "sum" else initial, reduction)
         self._open[name] = state
         return state
 
@@ -77,6 +81,28 @@ class States:
             # Each part has its own, to do with as it likes.
             state.value = copy.deepcopy(joined([part[name] for part in parts], state.reduction))
         self._open = {}
+
+
+def total_of(tensors: Mapping[str, Tensor]) -> Tensor:
+    """The sum of tensors that were gathered under the names of parameters, in the order of the names.
+
+    Raises:
+        ValueError: there are none.
+    """
+    first, *others = (tensors[name] for name in sorted(tensors))
+    total = first.clone()
+    for tensor in others:
+        total += tensor
+    return total
+
+
+def _exact(value: ValueT) -> ValueT:
+    """The value with numbers that can be added to without rounding; a mapping stays the same object."""
+    if isinstance(value, float):
+        return cast(ValueT, Total(value))
+    if isinstance(value, MutableMapping):
+        value.update({name: _exact(one) for name, one in value.items()})
+    return value
 
 
 def joined(values: Sequence[ValueT], reduction: Reduction) -> ValueT:
@@ -117,7 +143,7 @@ def _joined_numbers(values: Sequence[float], reduction: Reduction) -> float:
     if reduction == "concatenate":
         raise ValueError("single numbers cannot be concatenated; gather them in a list")
     if reduction == "sum":
-        return math.fsum(values)
+        return Total(part for value in values for part in parts_of(value))
     return max(values) if reduction == "max" else min(values)
 
 

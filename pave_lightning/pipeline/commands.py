@@ -17,6 +17,7 @@ from pave_lightning.recipe.loading import load_recipe, recipe_digest, recipe_to_
 from pave_lightning.recipe.schema import Recipe
 from pave_lightning.system.interrupts import stoppable
 from pave_lightning.system.keeping import keeping
+from pave_lightning.system.process_groups import process_group
 from pave_lightning.system.processes import is_launched, refuse_foreign_launchers
 from pave_lightning.system.terminal import terminal
 
@@ -185,7 +186,8 @@ def working(
     folder = open_folder(recipe, verify=verify)
     results = Results(recipe, folder)
     if is_launched():
-        yield Runner(Context(results, attached_tracker(), allow_code=allow_code))
+        context = Context(results, attached_tracker(), allow_code=allow_code, group=process_group())
+        yield Runner(context)
         return
 
     from pave_lightning.pipeline.launching import Launcher

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property, wraps
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 from pave_lightning.pipeline.results import Kept, Results
 from pave_lightning.pipeline.run_folder import RunFolder, StageWriter
 from pave_lightning.recipe.schema import Recipe
+from pave_lightning.system.process_groups import ALONE, ProcessGroup
 from pave_lightning.tracking import Tracker, record_stage
 from pave_lightning.tracking.record import Kind
 from pave_lightning.weights import Architecture, Checkpoint
@@ -29,6 +30,7 @@ class Context:
         references: validation scores of experts, which normalise those of merged models, by what they depend on;
             filled on the way, so that several recipes may share them.
         allow_code: whether code that models write may be run, which the command line alone can say.
+        group: the processes that share the work of stages that can be divided.
 
     Attributes:
         loaded: what was loaded, by the function that did it.
@@ -42,8 +44,9 @@ class Context:
         label: str = "",
         references: dict[str, dict[int | None, dict[str, float]]] | None = None,
         allow_code: bool = False,
+        group: ProcessGroup = ALONE,
     ) -> None:
-        self.results, self.tracker, self.label = results, tracker, label
+        self.results, self.tracker, self.label, self.group = results, tracker, label, group
         self.allow_code = allow_code
         self.references = {} if references is None else references
         self.loaded: dict[Callable[[Context], Any], Any] = {}
@@ -91,6 +94,23 @@ class Context:
     def writing(self, stage: Kept) -> AbstractContextManager[StageWriter]:
         """Write a stage: all of it appears under its final name at once, or nothing does."""
         return self.folder.writing(stage.name, stage.inputs())
+
+    @contextmanager
+    def writing_together(self, stage: Kept) -> Iterator[StageWriter]:
+        """As `writing`, into one folder by all processes that share the stage; what the first one says of it counts."""
+        if self.group.size == 1:
+            with self.writing(stage) as writer:
+                yield writer
+        elif self.group.is_first:
+            with self.writing(stage) as writer:
+                self.group.from_first(str(writer.path))
+                yield writer
+                self.group.wait()  # until the others have written all
+            self.group.wait()  # until the folder has its name
+        else:
+            yield StageWriter(Path(self.group.from_first("")))
+            self.group.wait()
+            self.group.wait()
 
     def child(self, run: str, stage: str, params: Mapping[str, Any]) -> str:
         """Begin a run of MLflow; its id, or nothing where nothing is recorded."""

@@ -115,8 +115,13 @@ def searcher(context: Context) -> ScaleSearcher:
         precision=recipe.evaluate.precision,
         root=context.folder.root,
         references=context.references.setdefault(json.dumps(depends_on), {}),
+        group=context.group,
     )
 
 
 def _one_process(context: Context) -> dict[str, Any]:
-    return {**machine_options(context.recipe.trainer), "devices": 1, "num_nodes": 1, "strategy": "auto"}
+    """Options of a trainer that is one process; of several that score side by side each takes a card of its own."""
+    options, cards = machine_options(context.recipe.trainer), torch.cuda.device_count()
+    shared = context.group.size > 1 and cards and options.get("accelerator", "auto") in ("auto", "gpu", "cuda")
+    devices = [context.group.rank % cards] if shared else 1
+    return {**options, "devices": devices, "num_nodes": 1, "strategy": "auto"}

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pave_lightning.errors import Interrupted, PaveError
+from pave_lightning.pipeline.group_launching import run_group
 from pave_lightning.pipeline.run_folder import RunFolder
 from pave_lightning.recipe.loading import recipe_to_yaml
 from pave_lightning.recipe.schema import Recipe
@@ -39,8 +40,25 @@ class Launcher:
     def __init__(self, *, allow_code: bool = False) -> None:
         self.allow_code = allow_code
 
-    def run(self, stage: str, recipe: Recipe, folder: RunFolder, task: str | None, tracker: Tracker | None) -> None:
+    def run(
+        self,
+        stage: str,
+        recipe: Recipe,
+        folder: RunFolder,
+        task: str | None,
+        tracker: Tracker | None,
+        *,
+        processes: int = 1,
+    ) -> None:
         """Run a stage to its end.
+
+        Args:
+            stage: the command that makes it.
+            recipe: the recipe.
+            folder: its run folder.
+            task: for which task; for all where None.
+            tracker: the MLflow record.
+            processes: how many processes share the work, where not Lightning but this starts them.
 
         Raises:
             Interrupted: the stage was stopped from outside.
@@ -55,6 +73,13 @@ class Launcher:
         environment = {**os.environ, **python_environment(), DRIVER: "1"}
         if tracker is not None:
             environment |= {DRIVER_URI: tracker.uri, DRIVER_RUN: tracker.parent_run_id}
+        if processes > 1:
+            try:
+                run_group(f"the stage '{stage}'", command, environment, processes, folder.root)
+            except BaseException:
+                folder.clear()
+                raise
+            return
         code = run_to_its_end(command, environment)
         number = -code if code < 0 else code - STOPPED
         if number in SIGNALS:

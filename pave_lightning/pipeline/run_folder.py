@@ -120,7 +120,7 @@ class RunFolder:
                 f"another pave process works in {self.root}; wait for it, or give this run another name"
             ) from error
         try:
-            self._sweep()
+            self.clear()
             yield
         finally:
             self.note_hashes()
@@ -139,7 +139,8 @@ class RunFolder:
         if self.root.is_dir():
             save_hashes(self.root / HASHES, is_ours)
 
-    def _sweep(self) -> None:
+    def clear(self) -> None:
+        """Clear away what killed processes left unfinished; only whoever holds the folder may do so."""
         for replaced in self.root.rglob(f"*{REPLACED}*"):
             _restore(replaced)
         for unfinished in self.root.rglob(f"*{UNFINISHED}*"):

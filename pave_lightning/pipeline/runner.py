@@ -34,11 +34,12 @@ class Runner:
         asked = (stage for stage in stages if not stage.on_demand)
         for _, group in groupby(asked, key=lambda stage: (stage.command, stage.task and stage.task.name)):
             together = list(group)
-            if self._is_elsewhere(together[0]):
-                # One process makes all of them, so what they need is made here, before several would each do it.
-                for stage in together:
-                    if self.results.current(stage) is None:
-                        self._make_needed(stage)
+            if self.context.group.size > 1:
+                together = [stage for stage in together if stage.processes > 1]  # the driver makes the others
+            # One process makes all of them, so what they need is made here, before several would each do it.
+            for stage in filter(self._is_elsewhere, together):
+                if self.results.current(stage) is None:
+                    self._make_needed(stage)
             for stage in together:
                 self.make(stage)
 
@@ -48,6 +49,9 @@ class Runner:
         Raises:
             PaveError: something that it needs is missing or stale and has a command of its own; the message names it.
         """
+        if self.context.group.size > 1:
+            self._make_together(stage)
+            return
         stage = stage.begun()
         if self.results.current(stage) is not None:
             _tell_up_to_date(stage)
@@ -60,14 +64,29 @@ class Runner:
             # Whatever the work says of itself: only a manifest shows that it was done.
             stage.record(self.context, self.results.finished(stage))
 
+    def _make_together(self, stage: Stage) -> None:
+        """As `make`, in one of several processes; the first one decides, and makes alone what cannot be divided."""
+        group, stage = self.context.group, stage.begun()
+        if group.from_first(self.results.current(stage) is None):
+            self._make_needed(stage)
+            if stage.processes > 1 or group.is_first:
+                stage.run(self.context)
+            group.wait()
+        elif group.is_first:
+            _tell_up_to_date(stage)
+        if group.is_first:
+            stage.record(self.context, self.results.finished(stage))
+
     def made(self, stage: Stage) -> Manifest:
         """The manifest of a stage, which is made now where it is not there."""
         self.make(stage)
         return self.results.finished(stage)
 
     def _make_needed(self, stage: Stage) -> None:
+        """Make what a stage needs and has no command of its own, but for what its processes make together."""
+        elsewhere = self._is_elsewhere(stage)
         for needed in stage.needs():
-            if needed.on_demand:
+            if needed.on_demand and not (elsewhere and needed.processes > 1):
                 self.make(needed)
 
     def _work(self, stage: Stage) -> None:
@@ -77,11 +96,15 @@ class Runner:
         self.results.folder.note_hashes()  # which spares the processes of the stage reading all inputs again
         task = None if stage.task is None else stage.task.name
         context = self.context
-        self.launcher.run(stage.command, context.recipe, context.folder, task, context.tracker)
+        self.launcher.run(
+            stage.command, context.recipe, context.folder, task, context.tracker, processes=stage.processes
+        )
 
     def _is_elsewhere(self, stage: Stage) -> bool:
         """Whether a stage is made in processes of its own."""
-        return self.launcher is not None and stage.trainer is not None and is_distributed(stage.trainer)
+        if self.launcher is None or (stage.on_demand and stage.processes > 1):
+            return False
+        return stage.processes > 1 or (stage.trainer is not None and is_distributed(stage.trainer))
 
     @contextmanager
     def _held(self, stage: Stage) -> Iterator[bool]:

@@ -81,6 +81,11 @@ class Stage(ABC):
         return None
 
     @property
+    def processes(self) -> int:
+        """How many processes share its work, all of which call `run` and write through `Context.writing_together`."""
+        return 1
+
+    @property
     def made_by(self) -> str:
         """The command that makes it, in full."""
         return f"pave {self.command}"

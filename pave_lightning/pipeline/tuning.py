@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pave_lightning.config import WrittenDtype
@@ -27,6 +28,7 @@ from pave_lightning.pipeline.stacks import stack_of
 from pave_lightning.purification.options import AUTO_RATIOS
 from pave_lightning.recipe.merge_step import MergeStep
 from pave_lightning.recipe.schema import Recipe
+from pave_lightning.system.process_groups import ALONE, ProcessGroup
 from pave_lightning.weights import TaskVectors
 from pave_lightning.weights.memory import MeasuredCost, measured
 
@@ -48,6 +50,7 @@ class MergeChoice:
         cost: what merging took, where the result is known.
         fitted: the model with the heads that were fitted to it in choosing; None where none were.
         dtype: in which type its weights are written.
+        group: the processes that share the merge.
     """
 
     method: MergeMethod
@@ -60,6 +63,7 @@ class MergeChoice:
     cost: MeasuredCost = field(default_factory=MeasuredCost)
     fitted: FittedHeads | None = None
     dtype: WrittenDtype = "base"
+    group: ProcessGroup = ALONE
 
     def candidate(self) -> Candidate:
         """The merged model, in memory."""
@@ -67,7 +71,7 @@ class MergeChoice:
 
     def result(self) -> MergedVectors:
         """The merge result, computed now unless it is known."""
-        return self.merged if self.merged is not None else merge(self.method, self.source, self.evidence)
+        return self.merged if self.merged is not None else merge(self.method, self.source, self.evidence, self.group)
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,7 @@ class Chooser:
         evidence: gives what a method needs besides the weights, for a step whose ratio is fixed and its task vectors.
         searcher: gives what scores candidates on the validation splits under such heads.
         merged_before: gives the facts of a step's finished merge, where there is one of the same inputs.
+        group: the processes that share the merges; all of them choose, and so come to the same.
     """
 
     def __init__(
@@ -113,7 +118,10 @@ class Chooser:
         evidence: Callable[[MergeMethod, MergeStep, str], Evidence],
         searcher: Callable[[Heads], ScaleSearcher],
         merged_before: Callable[[MergeStep, str], Mapping[str, Any] | None] = lambda step, vectors: None,
+        *,
+        group: ProcessGroup = ALONE,
     ) -> None:
+        self._group = group
         self._recipe, self._source, self._evidence, self._searcher = recipe, source, evidence, searcher
         self._merged_before = merged_before
         self._chosen: dict[str, _Chosen] = {}
@@ -220,7 +228,8 @@ class Chooser:
         known = self._known_merge(step, vectors, options)
         if known is None and not (scored or complete or isinstance(scale, ScaleSearch)):
             given = self._given(step, vectors, options)
-            return MergeChoice(*given, scale, None, math.nan, {"scale": scale, **ratio}, dtype=step.write.dtype)
+            facts = {"scale": scale, **ratio}
+            return MergeChoice(*given, scale, None, math.nan, facts, dtype=step.write.dtype, group=self._group)
         made = known or self._merge(step, vectors, options)
         average, facts, candidate = math.nan, {"scale": scale, **ratio}, None
         if isinstance(scale, ScaleSearch):
@@ -242,6 +251,7 @@ class Chooser:
             made.cost,
             fitted,
             step.write.dtype,
+            self._group,
         )
 
     def _merge(self, step: MergeStep, vectors: str, options: dict[str, Any]) -> _Merge:
@@ -249,7 +259,7 @@ class Chooser:
         self._last_merge = None
         given = self._given(step, vectors, options)
         with measured() as cost:
-            merged = merge(*given)
+            merged = merge(*given, self._group)
         made = _Merge(*given, merged, cost)
         if len(self._recipe.heads_of(step)) > 1:
             self._last_merge = self._unscaled(step, vectors, options), made
@@ -260,6 +270,9 @@ class Chooser:
     ) -> tuple[MergeMethod, TaskVectors, Evidence]:
         """The method, the task vectors that it is run on, and what else it knows."""
         method = make_method(step.method, options)
+        device = torch.device(self._recipe.compute.device_of(self._group.rank))
+        if not method.cpu_because(device.type):
+            method.device = device
         source = self._source(step, vectors)
         return method, source, self._evidence(method, step, vectors)
 

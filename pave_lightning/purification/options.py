@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import AfterValidator, Discriminator, Field, Tag
 
 from pave_lightning.config import Section
+from pave_lightning.errors import shortened
 
 
 def _ratio_form(value: Any) -> str:
     return "auto" if isinstance(value, str) else "number"
 
 
+# The names of devices.
+DEVICE = r"^(auto|cpu|mps|cuda(:[0-9]{1,4})?)$"
 # Ratios that rho: auto tries; 1 leaves the experts as they are.
 AUTO_RATIOS = (0.875, 0.9375, 0.97, 0.984, 0.992, 1.0)
 Rho = Annotated[
@@ -100,10 +104,47 @@ def ratios(options: Purify) -> list[Purify]:
     return [one for one in found if not one.changes_nothing]
 
 
-class Compute(Section):
-    """How purification uses the machine; the results do not depend on it beyond rounding."""
+def _known_device(name: str) -> str:
+    """The name of a device.
 
+    Raises:
+        ValueError: it is none.
+    """
+    if re.search(DEVICE, name) is None:
+        raise ValueError(f"expected auto, cpu, mps, cuda, or one card such as cuda:0; found '{shortened(name)}'")
+    return name
+
+
+class Compute(Section):
+    """How purification and merging use the machine; the results do not depend on it beyond rounding."""
+
+    processes: int = Field(default=1, ge=1)
+    """Processes that share a merge, each with its own parameters. The merged weights are the same bit for bit whatever
+    their number, if each has the same number of threads. Methods that cannot be divided run in one."""
+    threads: int | None = Field(default=None, ge=1)
+    """Threads of each of them. Results may differ in their last bits with another number, so where one is set, it
+    counts as an input of merged models. Default: the processor cores, divided among the processes."""
     workers: int | None = Field(default=None, ge=1)
-    """Threads that work at once, each on one task of a layer; one for each processor core where nothing is said."""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """cpu: eigenvectors of the weakest directions alone; cuda: full eigenvalue decompositions on the graphics card."""
+    """Threads of each process that purify at once, each one task of a layer. Default: threads."""
+    device: Annotated[str, AfterValidator(_known_device), Field(json_schema_extra={"pattern": DEVICE})] = "cpu"
+    """Where purification and those merge methods compute that can: cpu; cuda, of several processes each on a card of
+    its own where there are as many, or cuda:0, cuda:1, ... for one card; mps for methods that need no float64, all else
+    stays on the CPU; auto: cuda where there is one, else cpu. On the CPU purification solves for the eigenvectors of
+    the weakest directions alone, on a card for all of them."""
+
+    def device_of(self, rank: int = 0) -> str:
+        """The device of one of several processes, as PyTorch calls it."""
+        if self.device not in ("auto", "cuda"):
+            return self.device
+        import torch
+
+        cards = torch.cuda.device_count()
+        return "cpu" if self.device == "auto" and not cards else f"cuda:{rank % max(1, cards)}"
+
+    def threads_of_each(self, processes: int) -> int | None:
+        """How many threads each of so many processes may use; None for as many as one process alone does."""
+        if self.threads is not None or processes == 1:
+            return self.threads
+        import torch
+
+        return max(1, torch.get_num_threads() // processes)

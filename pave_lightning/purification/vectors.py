@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import product
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,8 +29,11 @@ from pave_lightning.subspace import (
     remove_tail,
     spectral_budget,
 )
+from pave_lightning.system.process_groups import ALONE, ProcessGroup, dealt
+from pave_lightning.system.process_groups import place as process_place
 from pave_lightning.weights import DerivedTaskVectors, Parameter, ParameterKind, TaskVectors
 from pave_lightning.weights.matrices import Matrix
+from pave_lightning.weights.task_vectors import spectral_work
 
 # Convolutions are captured on demand.
 ALWAYS_PURIFIED = (ParameterKind.LINEAR, ParameterKind.EXPERTS)
@@ -122,6 +125,8 @@ class PurifiedTaskVectors(DerivedTaskVectors):
         self._layer: str | None = None
         self._weights: dict[str, Tensor] = {}
         self._workers = workers_of(self.compute)
+        place = process_place()
+        self._device = solving_device(self.compute, 0 if place is None else place.rank)
         self._check()
 
     def expert(self, task: str, parameter: Parameter, rows: slice | None = None) -> Tensor:
@@ -135,19 +140,47 @@ class PurifiedTaskVectors(DerivedTaskVectors):
         weight = self._weights[task]
         return weight if rows is None else weight[rows]
 
-    def purified(self) -> Iterator[tuple[str, Parameter, Tensor]]:
+    def work(self, parameter: Parameter) -> float:
+        """What reading the source takes, and the spectra of all purified tasks."""
+        solves = len(self.purified_tasks) if parameter.name in self._purifiable else 0
+        return self.source.work(parameter) + solves * sum(map(spectral_work, parameter.apart if solves else ()))
+
+    def purified(self, group: ProcessGroup = ALONE) -> Iterator[tuple[str, Parameter, Tensor]]:
         """Task, parameter and purified fine-tuned tensor (float32) of every layer and purified task, layer by layer.
 
         Where there are fewer tasks than workers, several layers are purified at a time, see `layers_at_once`.
+
+        Args:
+            group: the processes that share the work; each is given its own layers, and in the end ``ranks`` and
+                ``untouched`` of all.
         """
-        for layers in self._together():
+        if self.options.scope != "layer" and "_ranks_of_all" not in vars(self):
+            self._ranks_of_all = self._ranks_over(group)
+        for layers in self._own_batches(group):
             for parameter, weights in zip(layers, self._purify(layers), strict=True):
                 for task in self.purified_tasks:
                     # Handed over, so that it does not stay in memory while the next layers are purified.
                     yield task, parameter, weights.pop(task)
+        self._learn(group)
 
-    def _together(self) -> Iterator[Sequence[Parameter]]:
-        return batches(self.layers, len(self.purified_tasks), self._workers)
+    def _own_batches(self, group: ProcessGroup) -> Sequence[Sequence[Parameter]]:
+        """The layers that this process purifies, as many together as go at a time."""
+        every = list(batches(self.layers, len(self.purified_tasks), self._workers))
+        return dealt(every, group.size, lambda layers: sum(map(self.work, layers)))[group.rank]
+
+    def _learn(self, group: ProcessGroup) -> None:
+        """Take in what other processes have found of their layers; in the order of the layers, whoever had them."""
+        names = [matrix.name for parameter in self.layers for matrix in parameter.matrices]
+        keys = list(product(self.purified_tasks, names))
+        own: dict[str, Any] = {
+            "ranks": [(*key, found.rank, found.full) for key, found in self.ranks.items()],
+            "untouched": [(*key, reason) for key, reason in self.untouched.items()],
+        }
+        told = group.gather(own)
+        ranks = {(task, layer): KeptRank(task, layer, *rank) for one in told for task, layer, *rank in one["ranks"]}
+        untouched = {(task, layer): reason for one in told for task, layer, reason in one["untouched"]}
+        self.ranks = {key: ranks[key] for key in keys if key in ranks}
+        self.untouched = {key: untouched[key] for key in keys if key in untouched}
 
     def _purify(self, layers: Sequence[Parameter]) -> list[dict[str, Tensor]]:
         """All tasks' weights of some layers; the tasks of a layer go together because they share its ranks."""
@@ -247,7 +280,7 @@ class PurifiedTaskVectors(DerivedTaskVectors):
             metric=self.options.metric,
             damping=self.options.damping,
             exact=self.options.exact,
-            device=self.compute.device,
+            device=self._device,
         )
         if float(spectrum.values[0]) == 0:
             what = "task vector" if self.options.target == "delta" else "weight"
@@ -273,16 +306,24 @@ class PurifiedTaskVectors(DerivedTaskVectors):
     @cached_property
     def _ranks_of_all(self) -> dict[Key, int]:
         """Ranks of all tasks and layers, for the scopes that share a budget among layers."""
-        values: dict[Key, Tensor] = {}
-        ranks: dict[Key, int] = {}
-        for layers in self._together():
+        return self._ranks_over(ALONE)
+
+    def _ranks_over(self, group: ProcessGroup) -> dict[Key, int]:
+        """The same, found by several processes together."""
+        found_here: dict[str, dict[str, Tensor]] = {}
+        for layers in self._own_batches(group):
             pairs = [(parameter, matrix) for parameter in layers for matrix in parameter.matrices]
             for (_, matrix), spectra in zip(pairs, self._spectra(pairs), strict=True):
                 # Only the values are kept; the directions of all layers would not fit in memory.
-                own = {task: spectrum.values for task, spectrum in spectra.items()}
-                values.update({(task, matrix.name): found for task, found in own.items()})
-                if self.options.scope == "model":
-                    ranks.update({(task, matrix.name): rank for task, rank in self._allocate(own).items()})
+                found_here[matrix.name] = {task: spectrum.values for task, spectrum in spectra.items()}
+        by_layer = {name: found for one in group.gather(found_here) for name, found in one.items()}
+        values: dict[Key, Tensor] = {}
+        ranks: dict[Key, int] = {}
+        for matrix in (matrix for parameter in self.layers for matrix in parameter.matrices):
+            own = by_layer[matrix.name]
+            values.update({(task, matrix.name): found for task, found in own.items()})
+            if self.options.scope == "model":
+                ranks.update({(task, matrix.name): rank for task, rank in self._allocate(own).items()})
         if self.options.scope == "global":
             return self._allocate(values)
         averaged = averaged_ranks(ranks, {key: len(found) for key, found in values.items()})
@@ -308,7 +349,13 @@ class PurifiedTaskVectors(DerivedTaskVectors):
 
 def workers_of(compute: Compute) -> int:
     """How many threads purify at once."""
-    return 1 if compute.device != "cpu" else compute.workers or torch.get_num_threads()
+    return 1 if solving_device(compute) != "cpu" else compute.workers or compute.threads or torch.get_num_threads()
+
+
+def solving_device(compute: Compute, rank: int = 0) -> str:
+    """Where one of several processes solves: the CPU in place of a device without float64."""
+    found = compute.device_of(rank)
+    return "cpu" if found == "mps" else found
 
 
 def layers_at_once(tasks: int, workers: int) -> int:

@@ -59,6 +59,24 @@ def in_parallel(jobs: Sequence[Callable[[], T]], workers: int) -> list[T]:
 
 
 @contextmanager
+def limited_threads(threads: int | None) -> Iterator[None]:
+    """Let PyTorch and the BLAS libraries outside of it use so many threads; None leaves them as they are.
+
+    Sums and products are cut by the number of threads, and round accordingly.
+    """
+    if threads is None:
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with _libraries().limit(limits=threads, user_api="blas"):
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def one_blas_thread() -> Iterator[None]:
     """Let BLAS libraries outside of PyTorch (NumPy's and SciPy's) use one thread in the whole process.
 

@@ -131,7 +131,7 @@ def divided(rows: Tensor, matrix: Tensor, ridge: float = 0.0, *, tolerance: floa
         raise ValueError("the summed moments hold NaN or infinite values")
     if not matrix.numel():
         return rows.clone()
-    lifted = matrix + ridge * torch.eye(len(matrix), dtype=torch.float64)
+    lifted = matrix + ridge * torch.eye(len(matrix), dtype=torch.float64, device=matrix.device)
     factor, failed = torch.linalg.cholesky_ex(lifted)
     if not failed:
         # The product of these norms is at least the condition.

@@ -45,7 +45,7 @@ class RankSearch:
         """For each vector how many elements lie in each bin of the upper 16 bits: int64, ``(65536,)``. Reads all."""
         counts = {name: torch.zeros(_BINS, dtype=torch.int64) for name in self._names}
         for name, ordered in self._chunks():
-            counts[name] += torch.bincount(ordered.bitwise_right_shift_(16).add_(_BINS // 2), minlength=_BINS)
+            counts[name] += torch.bincount(ordered.bitwise_right_shift_(16).add_(_BINS // 2), minlength=_BINS).cpu()
         return counts
 
     def choose(self, upper: Counts, ranks: Callable[[int], Sequence[int]]) -> None:
@@ -69,15 +69,17 @@ class RankSearch:
     def lower(self) -> Counts:
         """For each vector and rank the counts of the lower 16 bits in its bin: int64, ``(ranks, 65536)``. Reads all."""
         counts = {name: torch.zeros(len(bins), _BINS, dtype=torch.int64) for name, bins in self._bins.items()}
-        upper_bits, inside = (torch.empty(_CHUNK, dtype=torch.int32) for _ in range(2))
+        upper_bits, inside = _memory(), _memory()
         for name, ordered in self._chunks() if any(self._bins.values()) else ():
             size = ordered.numel()
+            if ordered.device != inside.device:
+                upper_bits, inside = _memory(ordered.device), _memory(ordered.device)
             torch.bitwise_right_shift(ordered, 16, out=upper_bits[:size])
             for high in {found.high for found in self._bins[name]}:
                 # Integers instead of booleans, which are several times as slow to make and to look through.
                 torch.eq(upper_bits[:size], high - _BINS // 2, out=inside[:size])
                 found = ordered[inside[:size].nonzero().squeeze(1)]
-                of_bin = torch.bincount(found & (_BINS - 1), minlength=_BINS)
+                of_bin = torch.bincount(found & (_BINS - 1), minlength=_BINS).cpu()
                 counts[name][[index for index, one in enumerate(self._bins[name]) if one.high == high]] += of_bin
         return counts
 
@@ -114,14 +116,21 @@ def _ordered(
 
     Chunk by chunk in the same memory, which stays in the processor's cache; a chunk is gone when the next one comes.
     """
-    memory = torch.empty(_CHUNK, dtype=torch.int32)
+    memory = _memory()
     for name, block in blocks:
+        if block.device != memory.device:
+            memory = _memory(block.device)
         pattern = block.detach().float().contiguous().view(torch.int32).flatten()
         for start in range(0, pattern.numel(), _CHUNK):
             chunk = pattern[start : start + _CHUNK]
             ordered = memory[: chunk.numel()]
             order(chunk, ordered)
             yield name, ordered
+
+
+def _memory(device: torch.device | None = None) -> Tensor:
+    """Room for a chunk."""
+    return torch.empty(_CHUNK, dtype=torch.int32, device=device)
 
 
 def _magnitudes(pattern: Tensor, ordered: Tensor) -> None:

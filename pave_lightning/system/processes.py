@@ -13,6 +13,7 @@ import threading
 import time
 
 from pave_lightning.errors import PaveError
+from pave_lightning.system.process_groups import place
 
 log = logging.getLogger("pave_lightning")
 
@@ -50,8 +51,11 @@ def is_launched() -> bool:
 def is_rank_zero() -> bool:
     """Whether this process is the first of those that work together; only it writes results.
 
-    Only in a stage that a driver started are there others, which Lightning numbers.
+    Only in a stage that a driver started are there others, which the driver or Lightning numbers.
     """
+    own = place()
+    if own is not None:
+        return own.rank == 0
     return not is_launched() or all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "NODE_RANK"))
 
 

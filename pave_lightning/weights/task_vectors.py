@@ -93,6 +93,10 @@ class TaskVectors(ABC):
             for rows in self.blocks(parameter):
                 yield parameter, rows, self.read(parameter, rows)[1]
 
+    def work(self, parameter: Parameter) -> float:
+        """About what reading all tasks' vectors of a parameter takes, in elements that are read and added."""
+        return float(len(self.tasks) * parameter.elements)
+
     def is_zero(self, task: str, parameter: Parameter) -> bool:
         """Whether a task leaves a parameter as it is in the base."""
         return not any(bool(self.vector(task, parameter, rows).any()) for rows in self.blocks(parameter))
@@ -170,6 +174,10 @@ class DerivedTaskVectors(TaskVectors):
         """The base's tensor, as it is."""
         return self.source.base(parameter, rows)
 
+    def work(self, parameter: Parameter) -> float:
+        """That of the source."""
+        return self.source.work(parameter)
+
     def checkpoint(self, task: str) -> Checkpoint | None:
         """What the expert was read from that this one is made of."""
         return self.source.checkpoint(task)
@@ -189,6 +197,15 @@ class DerivedTaskVectors(TaskVectors):
     def running_statistics(self) -> Iterator[tuple[str, Tensor]]:
         """The averages, as they are."""
         return self.source.running_statistics()
+
+
+def spectral_work(parameter: Parameter) -> float:
+    """About what a decomposition of a parameter takes, in the same unit as `TaskVectors.work`; 0 for what is no matrix.
+
+    Some twenty multiplications for each element and singular value, of which a core does as many in a second as it
+    reads and adds 0.04 elements.
+    """
+    return 0.8 * parameter.elements * min(parameter.matrix_shape) if parameter.is_matrix else 0.0
 
 
 class PlannedTaskVectors(TaskVectors):

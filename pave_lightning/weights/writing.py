@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pave_lightning.system.files import let_others_read, write_tensors
+from pave_lightning.system.process_groups import ALONE, ProcessGroup
 
 # What a writer holds in memory; checkpoints of many small shards load as those of few large ones do.
 SHARD_BYTES = 256_000_000
@@ -47,13 +50,20 @@ class ShardWriter:
         folder: an existing folder.
         shard_bytes: largest size of the tensors in one file; a larger tensor has a file of its own.
         held_bytes: how much is held in memory at most; what a shard has beyond is written before it is full.
+        group: the processes that write one checkpoint, each its own tensors into files of its own.
 
     Attributes:
-        elements: how many values of each floating-point type were added.
+        elements: how many values of each floating-point type were added; once closed, by all processes.
     """
 
-    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES, held_bytes: int = SHARD_BYTES) -> None:
-        self.folder = folder
+    def __init__(
+        self,
+        folder: Path,
+        shard_bytes: int = SHARD_BYTES,
+        held_bytes: int = SHARD_BYTES,
+        group: ProcessGroup = ALONE,
+    ) -> None:
+        self.folder, self._group = folder, group
         self.shard_bytes, self.held_bytes = shard_bytes, held_bytes
         self.elements: dict[torch.dtype, int] = {}
         self._pending: dict[str, Tensor] = {}
@@ -77,7 +87,7 @@ class ShardWriter:
             self.elements[tensor.dtype] = self.elements.get(tensor.dtype, 0) + tensor.numel()
 
     def _temporary(self, number: int) -> Path:
-        return self.folder / f"shard-{number}.tmp"
+        return self.folder / f"shard-{self._group.rank}-{number}.tmp"
 
     def _spill(self) -> None:
         """Write what is held into the shard that is not full yet."""
@@ -103,25 +113,50 @@ class ShardWriter:
             self._begun.finish()
             self._shards.append(list(self._begun.entries))
             self._begun = None
-        if self._pending or not self._shards:
+        if self._pending:
             write_tensors(self._temporary(len(self._shards)), self._pending, {"format": "pt"})
             self._shards.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
 
     def close(self) -> None:
-        """Write what is pending, give the files their final names and write the index where there are several."""
+        """Write what is pending, give the files their final names and write the index where there are several.
+
+        Of several processes the first does so for all, once each has written its files.
+        """
         self._flush()
-        count = len(self._shards)
-        if count == 1:
-            self._temporary(0).replace(self.folder / "model.safetensors")
+        shards = [(self._temporary(number).name, names) for number, names in enumerate(self._shards)]
+        own: dict[str, Any] = {"shards": shards, "bytes": self._total_bytes, "elements": self._told_elements()}
+        told = self._group.gather(own)
+        self.elements = _added_up(one["elements"] for one in told)
+        if self._group.is_first:
+            self._name([shard for one in told for shard in one["shards"]], sum(one["bytes"] for one in told))
+        self._group.wait()
+
+    def _name(self, shards: Sequence[tuple[str, Sequence[str]]], total_bytes: int) -> None:
+        """Give files their final names; each is told with the names of its tensors."""
+        if not shards:
+            write_tensors(self.folder / "model.safetensors", {}, {"format": "pt"})
+        if len(shards) == 1:
+            (self.folder / shards[0][0]).replace(self.folder / "model.safetensors")
+        if len(shards) < 2:
             return
         weight_map = {}
-        for number, names in enumerate(self._shards):
-            file = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-            self._temporary(number).replace(self.folder / file)
+        for number, (temporary, names) in enumerate(shards):
+            file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+            (self.folder / temporary).replace(self.folder / file)
             weight_map.update(dict.fromkeys(names, file))
-        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
         (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+    def _told_elements(self) -> dict[str, int]:
+        return {_CODES[dtype]: count for dtype, count in self.elements.items()}
+
+
+def _added_up(counts: Iterable[Mapping[str, int]]) -> dict[torch.dtype, int]:
+    types, total = {code: dtype for dtype, code in _CODES.items()}, Counter[str]()
+    for one in counts:
+        total.update(one)
+    return {types[code]: count for code, count in total.items()}
 
 
 class _GrowingShard:

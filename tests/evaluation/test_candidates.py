@@ -5,10 +5,10 @@ from safetensors.torch import load_file
 from pave_lightning.evaluation import CheckpointCandidate, ExpertsCandidate, MergedCandidate, ModulatedCandidate
 from pave_lightning.merging import merge
 from pave_lightning.merging.folders import MergeContext, write_merged
+from pave_lightning.merging.merged import MergedVectors
 from pave_lightning.merging.methods.emr import Emr
 from pave_lightning.merging.methods.task_arithmetic import TaskArithmetic
 from pave_lightning.merging.modulators import LowRank, Modulator
-from pave_lightning.merging.running import MergedVectors
 from pave_lightning.weights import Architecture, Checkpoint, task_vectors
 
 

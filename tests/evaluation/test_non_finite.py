@@ -12,7 +12,7 @@ from pave_lightning.evaluation import CheckpointCandidate, Evaluator, ExpertsCan
 from pave_lightning.evaluation.options import ScaleSearch
 from pave_lightning.evaluation.scale_search import ScaleSearcher
 from pave_lightning.experts.trainers import build_trainer
-from pave_lightning.merging.running import MergedVectors
+from pave_lightning.merging.merged import MergedVectors
 from pave_lightning.weights import Checkpoint
 
 

@@ -12,8 +12,8 @@ from pave_lightning.evaluation import Evaluator, ExpertsCandidate, TaskScore
 from pave_lightning.evaluation.options import ScaleSearch
 from pave_lightning.evaluation.scale_search import ScaleSearcher
 from pave_lightning.merging import merge
+from pave_lightning.merging.merged import MergedVectors
 from pave_lightning.merging.methods.task_arithmetic import TaskArithmetic
-from pave_lightning.merging.running import MergedVectors
 from pave_lightning.weights import Architecture, Checkpoint, ExpertTaskVectors, Parameter, ParameterKind, TaskVectors
 
 

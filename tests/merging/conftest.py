@@ -294,3 +294,34 @@ def walkable(make_source):
 
     passes = ForwardPasses(backbone, source, batches, classifier=classifier)
     return source, Evidence(passes=passes, anchor=anchor)
+
+
+@pytest.fixture
+def random_source(make_source):
+    """Task vectors of matrices, tables and norms, for two tasks or more."""
+
+    def build(tasks, *, low_rank=True):
+        random = np.random.default_rng(1)
+        shapes = {
+            "layers.0.dense": (9, 7),
+            "layers.1.dense": (9, 7),
+            "table": (13, 6),
+            "bias": (11,),
+            "turned": (8, 10),
+        }
+        vectors = {
+            f"t{task}": {name: 0.1 * random.standard_normal(shape) for name, shape in shapes.items()}
+            for task in range(tasks)
+        }
+        kinds = {"bias": ParameterKind.BIAS, "table": ParameterKind.EMBEDDING}
+        base = {name: random.standard_normal(shape) for name, shape in shapes.items()}
+        return make_source(
+            vectors,
+            base=base,
+            kinds=kinds,
+            matrices=("layers.0.dense", "layers.1.dense"),
+            transposed=("turned",),
+            low_rank=True,
+        )
+
+    return build

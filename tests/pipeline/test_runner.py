@@ -60,7 +60,7 @@ class FakeLauncher:
     def __init__(self, made=()):
         self.made, self.launched, self.there = made, [], []
 
-    def run(self, stage, recipe, folder, task, tracker):
+    def run(self, stage, recipe, folder, task, tracker, *, processes=1):
         self.launched.append((stage, task))
         self.there.append(sorted(path.name for path in folder.root.glob("pieces/*")))
         for piece in self.made:
@@ -144,7 +144,7 @@ def test_distributed_stages_of_tasks_are_launched_apart(results):
     pieces = [Piece(results, task.name, devices=2, task=task) for task in results.recipe.tasks]
 
     class OneTask(FakeLauncher):
-        def run(self, stage, recipe, folder, task, tracker):
+        def run(self, stage, recipe, folder, task, tracker, *, processes=1):
             self.made = [piece for piece in pieces if piece.task.name == task]
             super().run(stage, recipe, folder, task, tracker)
 

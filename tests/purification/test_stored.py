@@ -8,7 +8,7 @@ import torch
 
 from pave_lightning.errors import PaveError
 from pave_lightning.purification import PurifiedTaskVectors, StoredPurification, write_purified
-from pave_lightning.purification.options import Purify
+from pave_lightning.purification.options import Compute, Purify
 from pave_lightning.weights import Checkpoint
 
 LAYERS = ("block.wide", "block.tall", "end.square", "end.flipped")
@@ -94,3 +94,24 @@ def test_what_was_left_as_it_is_is_told_once_for_each_layer(make_source, capture
         "task 'c': end.flipped is left as it is: its task vector has no effect on the data",
     }
     assert {record.getMessage() for record in caplog.records} == expected
+
+
+@pytest.mark.parametrize("scope", ["layer", "model", "global"])
+def test_two_processes_purify_as_one(source, capture, in_processes, assert_same_weights, tmp_path, scope):
+    unseen = {("b", "end.square"): np.zeros((9, 9))}
+    folders = {}
+
+    def purify(group):
+        folder = folders[group.size] = tmp_path / f"by-{group.size}"
+        folder.mkdir(exist_ok=True)
+        vectors = PurifiedTaskVectors(
+            source, capture(source, replace=unseen), Purify(rho=0.7, scope=scope), Compute(workers=2)
+        )
+        write_purified(vectors, folder, group)
+        return list(vectors.ranks.items()), vectors.untouched
+
+    results = [*in_processes(1, purify), *in_processes(2, purify)]
+    assert results[0] == results[1] == results[2]
+    assert ("b", "end.square") in results[0][1]
+    assert_same_weights(folders[1], folders[2])
+    assert all(len(list((folders[2] / task).glob("*.safetensors"))) == 2 for task in "abc")

@@ -17,3 +17,4 @@ class Average(RunningMean):
     summary = "mean of the experts' weights"
     source = "Wortsman et al. 2022, arXiv 2203.05482"
     elementwise = True
+    single_precision = True

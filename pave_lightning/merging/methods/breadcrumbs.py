@@ -44,6 +44,7 @@ class Breadcrumbs(StaticMethod[BreadcrumbsOptions]):
     summary = "leave out the largest and the smallest elements, add up the rest"
     source = "Davari and Belilovsky 2024, arXiv 2312.06795"
     elementwise = True
+    single_precision = True
     default_scale = 0.2
     Options = BreadcrumbsOptions
 
@@ -67,5 +68,5 @@ class Breadcrumbs(StaticMethod[BreadcrumbsOptions]):
         first = int(length * self.options.outliers)
         last = first + max(1, int(length * self.options.density))
         largest_first = rows.abs().sort(dim=1, descending=True, stable=True).indices
-        kept = torch.zeros(rows.shape, dtype=torch.bool).scatter_(1, largest_first[:, first:last], True)
+        kept = torch.zeros_like(rows, dtype=torch.bool).scatter_(1, largest_first[:, first:last], True)
         return torch.where(kept, rows, 0.0).view(vector.shape)

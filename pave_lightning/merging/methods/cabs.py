@@ -44,6 +44,7 @@ class Cabs(StaticMethod[CabsOptions]):
     summary = "each task keeps the largest of every m elements that earlier tasks left, add up"
     source = "Yang et al. 2025, arXiv 2503.01874"
     elementwise = True
+    single_precision = True
     ordered = True
     default_scale = 0.7
     Options = CabsOptions
@@ -77,7 +78,7 @@ class Cabs(StaticMethod[CabsOptions]):
 def _merge_groups(vectors: list[Tensor], n: int) -> Tensor:
     """The sum of the n largest elements a row of each vector that no vector before has taken; shape (groups, m)."""
     merged = torch.zeros_like(vectors[0])
-    taken = torch.zeros(merged.shape, dtype=torch.bool)
+    taken = torch.zeros_like(merged, dtype=torch.bool)
     for vector in vectors:
         # Below every magnitude, so that an element that is taken comes after all free ones.
         magnitudes = vector.abs().masked_fill(taken, -1.0)

@@ -175,6 +175,7 @@ class Dare(StaticMethod[DareOptions]):
     summary = "drop elements at random, rescale the rest, add up"
     source = "Yu et al. 2024, arXiv 2311.03099"
     elementwise = True
+    single_precision = True
     default_scale = TaskArithmetic.default_scale
     Options = DareOptions
 
@@ -205,6 +206,7 @@ class DareTies(StaticMethod[DareTiesOptions]):
     summary = "drop elements at random, rescale the rest, then TIES"
     source = "Yu et al. 2024, arXiv 2311.03099"
     elementwise = True
+    single_precision = True
     whole_model_pass = True
     default_scale = Ties.default_scale
     Options = DareTiesOptions

@@ -82,7 +82,7 @@ class Della(StaticMethod[DellaOptions]):
         rows = vector.reshape(vector.shape[0] if vector.dim() > 1 else 1, -1)
         keep = keep_probabilities(rows, 1 - self.options.drop_rate, self.options.window / 2)
         draws = uniform_draws(rows.numel(), task=task, parameter=parameter, seed=self.options.seed, start=start)
-        kept = draws.view(rows.shape) >= 1 - keep
+        kept = draws.view(rows.shape).to(rows.device) >= 1 - keep
         return torch.where(kept, rows / keep, 0.0).float().view(vector.shape)
 
 
@@ -100,6 +100,5 @@ def keep_probabilities(rows: Tensor, density: float, epsilon: float) -> Tensor:
     length = rows.shape[1]
     smallest_first = rows.abs().sort(dim=1, stable=True).indices
     steps = torch.linspace(-epsilon, epsilon, length, dtype=torch.float64) if length > 1 else torch.zeros(1).double()
-    return torch.empty(rows.shape, dtype=torch.float64).scatter_(
-        1, smallest_first, (density + steps).expand(rows.shape)
-    )
+    steps = steps.to(rows.device)
+    return torch.empty_like(rows, dtype=torch.float64).scatter_(1, smallest_first, (density + steps).expand(rows.shape))

@@ -12,6 +12,7 @@ from torch import Tensor
 from pave_lightning.merging.base import Cost, MethodOptions, StaticMethod
 from pave_lightning.merging.methods.task_arithmetic import TaskArithmetic
 from pave_lightning.merging.registry import merge_method
+from pave_lightning.merging.states import total_of
 from pave_lightning.weights import Parameter, TaskVectors
 
 # Two vectors count as zero below this share of the mean norm; their angle means nothing.
@@ -79,9 +80,10 @@ class Awd(StaticMethod[AwdOptions]):
         # Sorted, so that not even rounding depends on the order of the tasks.
         tasks = sorted(vectors.tasks)
         options = self.options
-        total = self.states.add("gram matrix", gram_matrix(vectors, tasks), "sum")
+        grams = {parameter.name: gram_matrix(vectors, tasks, parameter) for parameter in vectors.parameters}
+        every = self.states.add("gram matrices", grams, "sum")
         yield
-        gram = total.value
+        gram = total_of(every.value)
         norms = gram.diagonal().clamp(min=0).sqrt()
         long = [index for index, norm in enumerate(norms) if norm > _SHORT * norms.max()]
         self.weights = dict.fromkeys(tasks, 1.0)
@@ -97,10 +99,10 @@ class Awd(StaticMethod[AwdOptions]):
         return total
 
 
-def gram_matrix(vectors: TaskVectors, tasks: list[str]) -> Tensor:
-    """Inner products of whole task vectors, ``T x T``, float64; one pass, a block at a time."""
+def gram_matrix(vectors: TaskVectors, tasks: list[str], parameter: Parameter) -> Tensor:
+    """Inner products of the task vectors of a parameter, ``T x T``, float64; one pass, a block at a time."""
     gram = torch.zeros(len(tasks), len(tasks), dtype=torch.float64)
-    for _, _, own in vectors.walk():
+    for _, _, own in vectors.walk([parameter]):
         block = torch.stack([own[task].flatten() for task in tasks]).double()
         gram += (block @ block.T).cpu()
     return gram

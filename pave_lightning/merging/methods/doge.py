@@ -161,7 +161,7 @@ class DogeTa(MatrixMethod[DogeOptions]):
         """The correction that all task vectors of a layer share, float32."""
         options = self.options
         stacked = torch.stack(vectors).double()
-        weights = stacked.new_tensor(coefficients)
+        weights = torch.tensor(coefficients, dtype=stacked.dtype).to(stacked.device)
         gaps = stacked - (weights[:, None, None] * stacked).sum(dim=0)
         loss = _Gap(
             rows=stacked.float().transpose(0, 1).contiguous(),

@@ -15,6 +15,7 @@ from pave_lightning.merging.base import MethodOptions, StaticMethod
 from pave_lightning.merging.evidence import Evidence, Need
 from pave_lightning.merging.methods.weighted_average import misnamed_tasks
 from pave_lightning.merging.registry import merge_method
+from pave_lightning.system.totals import Total
 from pave_lightning.weights import Parameter, TaskVectors
 
 # Stands in for a floor of zero: far below every float32 number, so it counts only where no task knows anything.
@@ -81,7 +82,7 @@ class Fisher(StaticMethod[FisherOptions]):
         total = self.states.add("squares", squares, "sum")
         yield
         for task, square in total.value.items():
-            if square == 0:
+            if not square:
                 raise PaveError(
                     f"task '{task}': the Fisher information is zero everywhere, so it cannot be normalised; take it "
                     "from other examples, or set options.normalise: false"
@@ -101,9 +102,9 @@ class Fisher(StaticMethod[FisherOptions]):
             total += weight.mul_(vectors[task])
         return (total / weights).float()
 
-    def _square(self, task: str, vectors: TaskVectors) -> float:
+    def _square(self, task: str, vectors: TaskVectors) -> Total:
         """The sum of the squares of a task's Fisher information."""
-        squares = 0.0
+        squares = Total()
         for parameter in vectors.parameters:
             for rows in vectors.blocks(parameter):
                 squares += float(self.evidence.fisher_information(task, parameter, rows).double().square_().sum())

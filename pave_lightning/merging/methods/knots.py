@@ -133,7 +133,7 @@ class Knots(MatrixMethod[KnotsOptions]):
         gram = torch.zeros(height, height, dtype=torch.float64)
         for task in source.tasks:
             vector = parameter.as_matrix(source.vector(task, parameter)).double()
-            gram += vector @ vector.T
+            gram = gram.to(vector.device).addmm_(vector, vector.T)
         return basis_of_gram(gram, self.options.cut).float()
 
 

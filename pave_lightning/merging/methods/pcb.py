@@ -114,7 +114,7 @@ class Pcb(StaticMethod[PcbOptions]):
 
     def merge(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
         """The mean of the clamped task vectors, weighted by their coefficients."""
-        merged = torch.zeros(base.shape, dtype=torch.float64)
+        merged = torch.zeros_like(base, dtype=torch.float64)
         total = torch.zeros_like(merged)
         for task, score in self._scores(vectors):
             coefficient = self._ranges[task].share(score.double())

@@ -13,6 +13,7 @@ from pave_lightning.merging.evidence import Need
 from pave_lightning.merging.registry import merge_method
 from pave_lightning.merging.running import within
 from pave_lightning.merging.sequential import SequentialMethod
+from pave_lightning.merging.states import total_of
 from pave_lightning.weights import Parameter, TaskVectors
 
 # How many elements of every task vector are turned into float64 at a time: few enough to stay in the processor's cache.
@@ -74,19 +75,15 @@ class PerturbAndMerge(SequentialMethod[PerturbAndMergeOptions]):
         """Find the weight of every task, in the model or in each tensor."""
         super().prepare(vectors)
         first = self._counted(1)
-        own = Products(len(vectors.tasks))
-        self._weights: dict[str, list[float]] = {}
-        for parameter in vectors.parameters:
-            products = self._products(parameter, vectors)
-            self._weights[parameter.name] = expert_weights(products, first)
-            own.add(products)
+        own = {parameter.name: self._products(parameter, vectors) for parameter in vectors.parameters}
+        self._weights: dict[str, list[float]] = {name: expert_weights(found, first) for name, found in own.items()}
         if self.options.per == "tensor":
             return
-        curvatures = self.states.add("curvatures", own.curvatures, "sum")
-        pulls = self.states.add("pulls", own.pulls, "sum")
+        curvatures = self.states.add("curvatures", {name: found.curvatures for name, found in own.items()}, "sum")
+        pulls = self.states.add("pulls", {name: found.pulls for name, found in own.items()}, "sum")
         yield
         total = Products(len(vectors.tasks))
-        total.curvatures, total.pulls = curvatures.value, pulls.value
+        total.curvatures, total.pulls = total_of(curvatures.value), total_of(pulls.value)
         self._weights = dict.fromkeys(self._weights, expert_weights(total, first))
 
     def merge(self, parameter: Parameter, base: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
@@ -152,11 +149,6 @@ class Products:
     def __init__(self, tasks: int) -> None:
         self.curvatures = torch.zeros(tasks, tasks, tasks, dtype=torch.float64)
         self.pulls = torch.zeros(tasks, tasks, dtype=torch.float64)
-
-    def add(self, other: Products) -> None:
-        """Take in those of other elements."""
-        self.curvatures += other.curvatures
-        self.pulls += other.pulls
 
 
 def expert_weights(products: Products, first: int = 1) -> list[float]:

@@ -17,4 +17,5 @@ class TaskArithmetic(RunningSum):
     summary = "scaled sum of the task vectors"
     source = "Ilharco et al. 2023, arXiv 2212.04089"
     elementwise = True
+    single_precision = True
     default_scale = 0.3

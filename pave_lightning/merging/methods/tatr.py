@@ -124,6 +124,7 @@ class TatrZeroShot(_TrustRegion):
 
     summary = "leave out the weights that several tasks move most, add up"
     source = "Sun et al. 2025, arXiv 2501.15065"
+    single_precision = True
 
     def gradient(self, task: str, parameter: Parameter, vector: Tensor) -> Tensor:
         """The magnitude of the task vector."""

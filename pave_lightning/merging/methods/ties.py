@@ -77,7 +77,7 @@ def merge_trimmed(
 ) -> Tensor:
     """Trim task vectors of one shape, float32, each by its own threshold, and merge them by `disjoint_merge`."""
     first = next(iter(vectors.values()))
-    merged = torch.empty(first.numel())
+    merged = torch.empty(first.numel(), device=first.device)
     flat = {task: vector.reshape(-1) for task, vector in vectors.items()}
     for start in range(0, first.numel(), _CHUNK):
         chunk = slice(start, start + _CHUNK)
@@ -146,6 +146,7 @@ class Ties(StaticMethod[TiesOptions]):
     summary = "trim small elements, elect signs by mass, average what agrees"
     source = "Yadav et al. 2023, arXiv 2306.01708"
     elementwise = True
+    single_precision = True
     whole_model_pass = True
     default_scale = 1.0
     Options = TiesOptions

@@ -67,6 +67,7 @@ class WeightedAverage(StaticMethod[WeightedAverageOptions]):
     summary = "mean of the experts' weights with a weight for each task"
     source = "Wortsman et al. 2022, arXiv 2203.05482"
     elementwise = True
+    single_precision = True
     Options = WeightedAverageOptions
 
     def problems(self, vectors: TaskVectors, evidence: Evidence) -> Iterator[str]:

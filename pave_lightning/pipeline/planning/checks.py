@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from pave_lightning.errors import PaveError, Problems
+from pave_lightning.errors import PaveError, Problems, counted
 from pave_lightning.experts.trainer_options import machine_options, trainer_problems
 from pave_lightning.pipeline.planning.benchmarks import benchmark_problems
 from pave_lightning.pipeline.planning.heads import head_problems, score_folder_problems
@@ -88,5 +88,16 @@ def _machine_problems(recipe: Recipe) -> Iterator[str]:
     asked = {"capture": recipe.capture.precision, "evaluate": recipe.evaluate.precision}
     for where, precision in asked.items() if not trainer_problems(machine, "trainer") else ():
         yield from trainer_problems({**machine, "precision": precision}, where)
-    if recipe.compute.device == "cuda" and not torch.cuda.is_available():
-        yield "compute.device is cuda, but PyTorch finds no graphics card that it can use; set it to cpu"
+    yield from _device_problems(recipe.compute.device)
+
+
+def _device_problems(device: str) -> Iterator[str]:
+    """Why there is no such device."""
+    kind, _, number = device.partition(":")
+    cards = torch.cuda.device_count() if kind == "cuda" else 0
+    if kind == "cuda" and not cards:
+        yield f"compute.device is {device}, but PyTorch finds no graphics card that it can use; set it to cpu"
+    elif number and int(number) >= cards:
+        yield f"compute.device is {device}, but PyTorch finds {counted(cards, 'graphics card')}, numbered from 0"
+    if kind == "mps" and not torch.backends.mps.is_available():
+        yield "compute.device is mps, but PyTorch finds no such device on this machine; set it to cpu"

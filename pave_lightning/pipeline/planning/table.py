@@ -72,7 +72,8 @@ def cost_table(recipe: Recipe, folder: RunFolder) -> Table:
     needs = [
         f"{what} {filesize.decimal(cost.baseline_bytes + size)}" for what, size in added_memory(recipe).items() if size
     ]
-    memory = ", ".join([*needs[:1], f"purifying and merging {merging}", *needs[1:]])
+    each = f" in each of {recipe.compute.processes} processes" if recipe.compute.processes > 1 else ""
+    memory = ", ".join([*needs[:1], f"purifying and merging {merging}{each}", *needs[1:]])
     table.caption = (
         f"purification {cost.seconds:.1f} s; highest memory of {memory} (the program itself {program}); disk {disk}"
     )

@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,8 @@ from pave_lightning.pipeline.stages.purify import purification_inputs, purify_st
 from pave_lightning.recipe.merge_step import MergeStep
 from pave_lightning.recipe.parameters import Parameters
 from pave_lightning.recipe.write import Write
+from pave_lightning.subspace.parallel import limited_threads
+from pave_lightning.system.process_groups import ALONE
 from pave_lightning.transforms import transformed
 from pave_lightning.transforms.pave import Pave
 from pave_lightning.weights import Checkpoint, TaskVectors
@@ -115,13 +117,47 @@ class MergeStage(Stage):
         """The providers of what the method and the transforms need."""
         return providers_of(method_named(self.step.method).needs | self.stack.needs)
 
+    @property
+    def processes(self) -> int:
+        """As many as the recipe says, unless the method or its anchor's cannot be divided."""
+        if self.weights_from or self.serial_because:
+            return 1
+        return self.results.recipe.compute.processes
+
+    @property
+    def serial_because(self) -> str:
+        """Why one process merges whatever the recipe says; empty where several may."""
+        recipe, step = self.results.recipe, self.step
+        while True:
+            method = method_named(step.method)
+            if not method.parallel:
+                return f"{method.name}: {method.serial_because}"
+            if step.anchor is None:
+                return ""
+            step = recipe.anchor_of(step)
+
     def about(self) -> str:
         """Method and scale; the transforms where their stack's name alone does not say it."""
         scale, stack = self.step.scale, self.stack
         told = "" if scale is None else f", scale {scale if isinstance(scale, float) else 'searched'}"
         before = "" if stack.is_built_in else f", after {', '.join(transform.name for transform in stack.transforms)}"
         heads = f", heads fitted to {self.heads.fit}" if self.heads.fitted else ""
-        return f"{self.step.method}{told}{before}{heads}"
+        return f"{self.step.method}{told}{before}{heads}{self._division}"
+
+    @property
+    def _division(self) -> str:
+        """In how many processes and where, if a recipe asks for several, or for another device than the CPU."""
+        compute, told = self.results.recipe.compute, ""
+        if self.weights_from:
+            return told
+        if compute.processes > 1:
+            serial = self.serial_because
+            told += f", in one process ({serial})" if serial else f", in {self.processes} processes"
+        device = compute.device_of()
+        if device != "cpu":
+            cpu = method_named(self.step.method).cpu_because(device.partition(":")[0])
+            told += f", on the CPU ({cpu})" if cpu else f", on {compute.device}"
+        return told
 
     def needs(self) -> list[Stage]:
         """Experts, what the evidence for method and transforms is made of, and purified weights; or a merged model."""
@@ -170,18 +206,24 @@ class MergeStage(Stage):
             inputs["tune"] = step.tune
         if isinstance(step.scale, ScaleSearch) or step.tune or stack.is_chosen:
             inputs["search"] = score_inputs(recipe, experts, "validation")
+        if recipe.compute.threads is not None:
+            inputs["threads"] = recipe.compute.threads
         return inputs
 
     def run(self, context: Context) -> None:
         """Choose what the recipe leaves open, merge, and write the model with its heads."""
         context.child(self.run_name, "merge", self.params())
-        with doing(f"merge {self.words}"), context.writing(self) as writer:
+        threads = context.recipe.compute.threads_of_each(context.group.size)
+        with doing(f"merge {self.words}"), limited_threads(threads), self._writing(context) as writer:
             for stage in self.weights_from:
                 writer.result.update(_taken(self.results.finished(stage), self.results.path(stage), writer.path))
             chosen = None if self.weights_from else self._merge(context, writer)
-            if self.heads.fitted:
+            if self.heads.fitted and context.group.is_first:
                 fitted = None if chosen is None else chosen.fitted
                 self._fit(context, writer, fitted or fit_heads(context, merged_model(context, writer.path), self.heads))
+
+    def _writing(self, context: Context) -> AbstractContextManager[StageWriter]:
+        return context.writing_together(self) if self.processes > 1 else context.writing(self)
 
     def _merge(self, context: Context, writer: StageWriter) -> MergeChoice:
         step = self.step
@@ -212,6 +254,7 @@ class MergeStage(Stage):
             evidence=chosen.evidence,
             dtype=step.write.dtype,
             max_shard_size=step.write.max_shard_size,
+            group=context.group if self.processes > 1 else ALONE,
         )
         cost = {name: value for name, value in vars(chosen.cost).items() if math.isfinite(value)}
         writer.result.update(facts, form=chosen.method.form, cost=cost)
@@ -273,7 +316,12 @@ def chooser(context: Context) -> Chooser:
         return None if found is None else found.result
 
     return Chooser(
-        context.recipe, vectors_of, evidence_for, lambda heads: searcher_under(context, heads), merged_before
+        context.recipe,
+        vectors_of,
+        evidence_for,
+        lambda heads: searcher_under(context, heads),
+        merged_before,
+        group=context.group,
     )
 
 

@@ -13,6 +13,7 @@ from pave_lightning.pipeline.stages.align import expert_digests, expert_stages, 
 from pave_lightning.pipeline.stages.capture import CaptureStage, statistics, statistics_digests
 from pave_lightning.purification import PurifiedTaskVectors, StoredPurification, write_purified
 from pave_lightning.purification.options import Purify, ratios
+from pave_lightning.subspace.parallel import limited_threads
 from pave_lightning.weights import Checkpoint, TaskVectors
 
 FORMAT = 3
@@ -43,6 +44,11 @@ class PurifyStage(Stage):
         """``purified/LABEL``."""
         return f"purified/{label(self.options)}"
 
+    @property
+    def processes(self) -> int:
+        """As many as the recipe says; each purifies its own layers."""
+        return self.results.recipe.compute.processes
+
     def about(self) -> str:
         """The purification in a few words."""
         return self.options.summary
@@ -57,9 +63,11 @@ class PurifyStage(Stage):
 
     def run(self, context: Context) -> None:
         """Purify the weights of all tasks, layer by layer."""
-        with doing(f"purify ({self.options.summary})"), context.writing(self) as writer:
+        group = context.group
+        threads = limited_threads(context.recipe.compute.threads_of_each(group.size))
+        with doing(f"purify ({self.options.summary})"), threads, context.writing_together(self) as writer:
             vectors = purified_now(context, self.options)
-            write_purified(vectors, writer.path)
+            write_purified(vectors, writer.path, group)
             writer.result["ranks"] = [[r.task, r.layer, r.rank, r.full] for r in vectors.ranks.values()]
             writer.result["untouched"] = [[*key, reason] for key, reason in vectors.untouched.items()]
 
@@ -99,6 +107,7 @@ def purification_inputs(results: Results, options: Purify) -> dict[str, Any]:
         "experts": expert_digests(results),
         "statistics": statistics_digests(results),
         "purify": options.model_dump(),
+        **({} if results.recipe.compute.threads is None else {"threads": results.recipe.compute.threads}),
     }
 
 
