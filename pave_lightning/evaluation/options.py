@@ -130,12 +130,11 @@ Strength = Annotated[
 class Heads(Section):
     """Under which heads models are scored: those of the experts, or heads whose last layer is fitted to the model."""
 
-    fit: HeadFit = "probabilities"
+    fit: HeadFit = "logits"
     """What the last linear layer of each head is. expert: the expert's own; logits: ridge regression from the model's
     features to what the expert says of training rows, without labels; probabilities: logistic regression to the
-    probabilities that the expert gives to classes, without labels, which did best on validation rows of several suites;
-    orthogonal: the expert's, behind the turn that brings the model's features nearest to the expert's; labels: fitted
-    to the labels of training rows."""
+    probabilities that the expert gives to classes, without labels; orthogonal: the expert's, behind the turn that
+    brings the model's features nearest to the expert's; labels: fitted to the labels of training rows."""
     rows: int = Field(default=512, ge=2)
     """Rows of each task's training split, a seeded sample."""
     strength: Strength = "auto"

@@ -40,7 +40,7 @@ _SYNONYMS = {
 
 A_TASK_NAME = "the name of a known task, such as pocket/movie"
 A_MODEL = "a folder, a hub id, or a mapping such as {hub: OWNER/NAME, folder: last}"
-HEADS = "the name of a fit such as probabilities, a mapping such as {fit: labels, rows: 256}, or a list of these"
+HEADS = "the name of a fit such as logits, a mapping such as {fit: labels, rows: 256}, or a list of these"
 TASK, TRAINER = "Task", "trainer"
 _EXPECTED: dict[tuple[Any, str | int], str] = {
     (TASK, "text"): "the name of a column, or a list of one or two",
