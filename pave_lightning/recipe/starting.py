@@ -14,7 +14,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from pave_lightning.config import LONGEST_NAME, NAME_PATTERN, name_problem, options_of
-from pave_lightning.errors import PaveError, Problems, counted, listed, nearest, reason
+from pave_lightning.errors import PaveError, Problems, counted, listed, nearest, reason, shortened
 from pave_lightning.recipe.finding import SUFFIXES
 from pave_lightning.recipe.loading import load_recipe
 from pave_lightning.recipe.yaml_text import YAMLReadError, read_yaml
@@ -30,6 +30,8 @@ LONGEST_LINE = 110
 MAX_LENGTH = 128
 # Position tables of some models begin behind the padding token.
 RESERVED_POSITIONS = 2
+# Names of columns have fewer words.
+WORDS_OF_A_TEXT = 3
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,13 @@ def _start_task(found: FoundSplits, given: Mapping[str, Any], config: Mapping[st
     absent = [name for name in task.columns if column_path(name, known) is None]
     if absent:
         raise PaveError("; ".join(no_column(name, known) for name in absent))
+    if "label" not in given and _lacks_header(task, profile):
+        row = listed([f"'{shortened(name, 40)}'" for name in known], 8)
+        raise PaveError(
+            f"the first line looks like a row and not like the names of columns: {row}\n"
+            "write a line with their names above it, such as text,label; if these are the names, "
+            f"say so with --set tasks.{found.name}.label={task.label_columns[0]}"
+        )
     data: dict[str, Any] = found.data()
     delimiter = read["train"].delimiter
     if "folder" in data:
@@ -169,6 +178,14 @@ def _start_task(found: FoundSplits, given: Mapping[str, Any], config: Mapping[st
         remarks[list(suggestion.options)[-1]] = f"columns not used: {listed(unused, 8)}"
     data |= {} if delimiter is None else {"delimiter": delimiter}
     return StartingTask({"name": found.name, "kind": task.kind, "data": data, **suggestion.options}, remarks)
+
+
+def _lacks_header(task: Task, profile: Profile) -> bool:
+    """Whether the name of the label is one of the labels and a name beside it is a text, as where names are missing."""
+    labels = [column for name in task.label_columns if (column := profile.column(name)) is not None]
+    named_as_value = any(column.name.strip() in {str(value).strip() for value in column.distinct} for column in labels)
+    others = set(task.columns) - set(task.label_columns)
+    return named_as_value and any(len(name.split()) >= WORDS_OF_A_TEXT for name in others)
 
 
 def _suggest(profile: Profile, given: Mapping[str, Any]) -> Suggestion | None:
@@ -257,6 +274,7 @@ def _check_parts(file: Path, columns: FileColumns, data: Mapping[str, str], task
 def _text(name: str, base: str, tasks: Sequence[StartingTask], config: Mapping[str, Any]) -> str:
     """The recipe as a text with comments."""
     positions = config.get("max_position_embeddings")
+    mark = "" if len(tasks) > 1 else "# "
     longest = min(MAX_LENGTH, positions - RESERVED_POSITIONS) if isinstance(positions, int) else MAX_LENGTH
     lines = [
         f"# {counted(len(tasks), 'task')} on {base}. Written by `pave new` from what the files look like:",
@@ -287,11 +305,16 @@ def _text(name: str, base: str, tasks: Sequence[StartingTask], config: Mapping[s
         "capture: {examples: 256}",
         "purify: {rho: 0.97}",
         "",
+        *(
+            []
+            if len(tasks) > 1
+            else ["# Merging needs a second task; add one above, then remove the leading '# ' below."]
+        ),
         "# `pave methods` lists the others. Scales are chosen on validation rows.",
-        "merge:",
-        "  - average",
-        "  - {method: task_arithmetic, scale: {search: auto, examples: 100}}",
-        "  - {method: ties, scale: {search: auto, examples: 100}}",
+        f"{mark}merge:",
+        f"{mark}  - average",
+        f"{mark}  - {{method: task_arithmetic, scale: {{search: auto, examples: 100}}}}",
+        f"{mark}  - {{method: ties, scale: {{search: auto, examples: 100}}}}",
     ]
     return "\n".join(lines) + "\n"
 

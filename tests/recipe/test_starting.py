@@ -210,3 +210,28 @@ def test_folders_of_images(write):
     Path("pets/test").rename("pets/later")
     Path("mine.yaml").unlink()
     assert "there is no folder test beside train" in refused("mine", ["pets"], BASE)
+
+
+def test_a_first_line_that_is_a_row_is_told(write):
+    lines = [f"{text(place)},{('good', 'bad')[place % 2]}" for place in range(40)]
+    Path("reviews.csv").write_text("\n".join(lines) + "\n")
+    told = refused("mine", ["reviews.csv"], BASE)
+    assert f"the first line looks like a row and not like the names of columns: '{text(0)}', 'good'" in told
+    start_recipe("mine", ["reviews.csv"], BASE, ["tasks.reviews.label=good"])
+    assert load_recipe("mine.yaml").tasks[0].label_columns == ("good",)
+
+
+def test_a_column_may_be_named_like_one_of_its_classes(write):
+    write("mails.csv", lambda place: {"mail": text(place), "spam": ("ham", "spam")[place % 2]})
+    start_recipe("mine", ["mails.csv"], BASE)
+    assert load_recipe("mine.yaml").tasks[0].label_columns == ("spam",)
+
+
+def test_one_task_is_not_merged(write):
+    write("reviews.csv", review)
+    path = start_recipe("mine", ["reviews.csv"], BASE)
+    assert not load_recipe(path).merge
+    path.write_text(path.read_text().replace("# merge:", "merge:").replace("#   - ", "  - "))
+    assert len(load_recipe(path).merge) == 3
+    write("mails.csv", review)
+    assert len(load_recipe(start_recipe("both", ["reviews.csv", "mails.csv"], BASE)).merge) == 3

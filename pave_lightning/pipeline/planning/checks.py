@@ -74,7 +74,7 @@ def _problems(recipe: Recipe, folder: RunFolder, *, computes: bool) -> Problems:
     problems.extend(token_problems(recipe))
     problems.extend(merge_problems(recipe))
     if recipe.merge and len(recipe.tasks) < 2:
-        problems.add("merging needs at least two tasks; the recipe has one")
+        problems.add("merging needs at least two tasks; the recipe has one: add a task, or remove the key merge")
     attempt(partial(resolve_uri, recipe.tracking.uri))
     return problems
 
