@@ -110,6 +110,9 @@ def recipe_schema() -> dict[str, Any]:
     names_of_stacks: dict[str, Any] = {"anyOf": [{"enum": list(BUILT_IN)}, {"type": "string", "pattern": NAME_PATTERN}]}
     step["properties"]["vectors"]["items"] = names_of_stacks
     step["properties"]["name"] = _or(step["properties"]["name"], {"type": "null"})
+    for keys in (schema["properties"], step["properties"]):
+        keys["heads"] = _or(keys["heads"], _one_of_heads(keys["heads"], parts["Heads"]))
+    schema["properties"]["controls"] = _or(schema["properties"]["controls"], {"type": "boolean"})
     step["properties"]["scale"] = _or(step["properties"]["scale"], {"const": "search"})
     use = {"enum": suite_task_names(), "description": "Name of a known task; the other keys change it."}
     forms: list[dict[str, Any]] = [{"enum": suite_task_names(), "description": "Name of a known task."}]
@@ -123,6 +126,15 @@ def recipe_schema() -> dict[str, Any]:
     method = {"type": "string", "description": step["properties"]["method"]["description"]}
     schema["properties"]["merge"]["items"] = {"anyOf": [method, {"$ref": "#/$defs/MergeStep"}]}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _one_of_heads(key: dict[str, Any], section: dict[str, Any]) -> dict[str, Any]:
+    """The forms of one kind of heads, a word or a section, which the schema now takes in the lists of a key too."""
+    one: dict[str, Any] = {"anyOf": [{"enum": section["properties"]["fit"]["enum"]}, {"$ref": "#/$defs/Heads"}]}
+    for form in (key, *key.get("anyOf", ())):
+        if "items" in form:
+            form["items"] = one
+    return one
 
 
 def _allow_short_forms(task: dict[str, Any]) -> None:

@@ -163,7 +163,7 @@ def dealt(things: Sequence[T], shares: int, work: Callable[[T], float]) -> list[
 
     Example:
         >>> dealt([5, 1, 1, 4, 2], 2, float)
-        [[5, 1], [1, 4, 2]]
+        [[5, 1, 1], [4, 2]]
     """
     totals, owner = [0.0] * shares, dict[int, int]()
     for index in sorted(range(len(things)), key=lambda index: -work(things[index])):

@@ -207,6 +207,11 @@ def test_the_schema_accepts_recipes(schema_errors: SchemaErrors, read_recipe: Re
         "merge: [average, {method: ties, name: null, scale: {search: [0, 1]}, purify: {rho: 0.5}}]",
         "examples: {train: null}",
         "training: {lora: {target_modules: all-linear}}",
+        "heads: logits",
+        "heads: {fit: labels, rows: 64}",
+        "heads: [expert, {rows: 64}, orthogonal]",
+        "merge: [{method: ties, heads: [expert, logits]}, {method: average, heads: null}]",
+        "controls: true",
     ],
 )
 def test_the_schema_accepts_what_the_loader_accepts(schema_errors: SchemaErrors, read_recipe: Read, keys: str) -> None:

@@ -27,7 +27,7 @@ WRONG = [
     ("training: {learning_rat: 1}", ["training.learning_rat: unknown key; did you mean 'learning_rate'?"]),
     ("training: {lora: {rnk: 1}}", ["training.lora.rnk: unknown key; did you mean 'rank'?"]),
     ("examples: {valid: 5}", ["examples.valid: unknown key; did you mean 'validation'?"]),
-    ("evaluate: {zzz: 5}", ["evaluate.zzz: unknown key; known are: batch_size, precision, purified_experts"]),
+    ("evaluate: {zzz: 5}", ["evaluate.zzz: unknown key; known are: batch_size, precision, purified_experts, lm_eval"]),
     ("learning_rate: 3", ["learning_rate: unknown key; it belongs under 'training'"]),
     ("training: {rho: 1}", ["training.rho: unknown key; it belongs under 'purify'"]),
     ("label: x", ["label: unknown key; it belongs under 'tasks.N'"]),
