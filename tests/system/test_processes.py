@@ -149,7 +149,8 @@ if len(sys.argv) > 2:
     processes.end_with_parent()
     time.sleep(60)
 own = str(os.getpid())
-late = subprocess.Popen([sys.executable, "-c", *sys.argv[1:], *sys.argv[1:], own], env={**os.environ, "PAVE_PARENT": own})
+command = [sys.executable, "-c", *sys.argv[1:], *sys.argv[1:], own]
+late = subprocess.Popen(command, env={**os.environ, "PAVE_PARENT": own})
 print(late.pid, flush=True)
 time.sleep(60)
 """
