@@ -29,9 +29,10 @@ from pave_lightning.tasks.stand_ins import rows_in_order, split_weight
 from pave_lightning.tasks.task import Batch, Task, auto_models
 from pave_lightning.tasks.tokenizers import set_padding
 from pave_lightning.weights import Architecture, Checkpoint
-from pave_lightning.weights.architecture import backbone_of, empty_model, name_prefix, read_config, with_backbone
+from pave_lightning.weights.backbones import backbone_of, name_prefix, with_backbone
 from pave_lightning.weights.configuration import differences_in_function
 from pave_lightning.weights.embeddings import resize_rows, scoring_layer
+from pave_lightning.weights.empty_models import empty_model, read_config
 from pave_lightning.weights.task_vectors import absent_children, own_token_rows
 
 Split = Literal["validation", "test"]

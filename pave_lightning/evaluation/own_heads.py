@@ -9,8 +9,10 @@ from torch import nn
 from pave_lightning.evaluation.candidates import CheckpointCandidate
 from pave_lightning.merging.folders import HEAD_FILE
 from pave_lightning.weights import Checkpoint
-from pave_lightning.weights.architecture import Architecture, backbone_of, empty_model, with_backbone
+from pave_lightning.weights.architecture import Architecture
+from pave_lightning.weights.backbones import backbone_of, with_backbone
 from pave_lightning.weights.checkpoint import stored_tensors
+from pave_lightning.weights.empty_models import empty_model
 
 
 class OwnHeadsCandidate(CheckpointCandidate):

@@ -19,8 +19,10 @@ from pave_lightning.tasks.task import Task, kind_of_adapters
 from pave_lightning.weights import Checkpoint, is_finite
 from pave_lightning.weights.adapter_models import adapter_problems, merged_weights, task_type, with_its_rows
 from pave_lightning.weights.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, WRAPPED
-from pave_lightning.weights.architecture import Architecture, empty_model, lies_in
+from pave_lightning.weights.architecture import Architecture
+from pave_lightning.weights.backbones import lies_in
 from pave_lightning.weights.checkpoint import StoredTensor, stored_tensors
+from pave_lightning.weights.empty_models import empty_model
 from pave_lightning.weights.task_vectors import absent_modules
 
 MERGE_FIRST = "merge it with peft first (merge_and_unload, save_pretrained) and name that folder"

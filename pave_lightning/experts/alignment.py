@@ -21,8 +21,8 @@ from pave_lightning.tasks.tokenizers import load_tokenizer
 from pave_lightning.tasks.union_tokenizer import union_problems, write_union_tokenizer, wrong_numbers
 from pave_lightning.weights import Architecture, Checkpoint, ShardWriter
 from pave_lightning.weights.adapters import ADAPTER_FOLDER
-from pave_lightning.weights.architecture import empty_model
 from pave_lightning.weights.checkpoint import INDEX_FILE, StoredTensor
+from pave_lightning.weights.empty_models import empty_model
 from pave_lightning.weights.tokenizer_files import TOKENIZER_FILES
 
 # A row of a table that an expert has no row for.

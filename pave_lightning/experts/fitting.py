@@ -45,7 +45,8 @@ from pave_lightning.tasks.stand_ins import is_sharded
 from pave_lightning.tasks.task import Task
 from pave_lightning.tasks.tokenizers import load_tokenizer, padding_note
 from pave_lightning.weights import is_finite
-from pave_lightning.weights.architecture import Architecture, backbone_of, unchanged_parts
+from pave_lightning.weights.architecture import Architecture
+from pave_lightning.weights.backbones import backbone_of, unchanged_parts
 from pave_lightning.weights.quiet import quiet_transformers
 from pave_lightning.weights.task_vectors import absent_modules
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pave_lightning.errors import PaveError
 from pave_lightning.tasks.task import Batch, Task
 from pave_lightning.weights import is_finite
-from pave_lightning.weights.architecture import backbone_of
+from pave_lightning.weights.backbones import backbone_of
 
 # An example's outputs, shape (n, output_size), and the example -> rows, shape (k, n, output_size), of k gradients.
 Directions = Callable[[Tensor, Batch], Tensor]

@@ -20,7 +20,7 @@ from pave_lightning.tasks.joint_data import JointDataModule
 from pave_lightning.tasks.task import Task, auto_models
 from pave_lightning.tasks.turns import Turns
 from pave_lightning.weights import Architecture
-from pave_lightning.weights.architecture import backbone_of, lies_in, unchanged_parts
+from pave_lightning.weights.backbones import backbone_of, lies_in, unchanged_parts
 
 
 def fit_joint(

@@ -11,7 +11,7 @@ from pave_lightning.experts.strategies import shards
 from pave_lightning.experts.trainer_options import is_distributed, process_count
 from pave_lightning.tasks.task import Task
 from pave_lightning.tasks.turns import Turns
-from pave_lightning.weights.architecture import lies_in
+from pave_lightning.weights.backbones import lies_in
 
 # Options of the trainer by which a training of several tasks would not have the steps of all of theirs, and the values
 # that change nothing.

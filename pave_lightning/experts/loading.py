@@ -14,17 +14,11 @@ from pave_lightning.tasks.heads import HeadForm
 from pave_lightning.tasks.task import Task
 from pave_lightning.tasks.tokenizers import set_padding
 from pave_lightning.weights import Checkpoint, is_finite
-from pave_lightning.weights.architecture import (
-    Architecture,
-    auto_class,
-    backbone_of,
-    form_of,
-    name_prefix,
-    read_config,
-    with_backbone,
-)
+from pave_lightning.weights.architecture import Architecture
+from pave_lightning.weights.backbones import backbone_of, name_prefix, with_backbone
 from pave_lightning.weights.checkpoint import StoredTensor, weight_files
 from pave_lightning.weights.completeness import lacking_of_base, lacking_weights, naming_problem
+from pave_lightning.weights.empty_models import auto_class, form_of, read_config
 from pave_lightning.weights.quiet import quiet_transformers
 
 

@@ -18,16 +18,10 @@ from pave_lightning.tasks.lora import adapter_ranks, saved_modules
 from pave_lightning.tasks.options import Lora
 from pave_lightning.weights import Checkpoint
 from pave_lightning.weights.adapters import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, adapter_settings
-from pave_lightning.weights.architecture import (
-    Architecture,
-    backbone_of,
-    empty_model,
-    has_language_head,
-    lies_in,
-    name_prefix,
-    part_named,
-)
+from pave_lightning.weights.architecture import Architecture
+from pave_lightning.weights.backbones import backbone_of, has_language_head, lies_in, name_prefix, part_named
 from pave_lightning.weights.checkpoint import stored_tensors
+from pave_lightning.weights.empty_models import empty_model
 from pave_lightning.weights.remembered import remembered
 
 if TYPE_CHECKING:  # to load peft takes seconds

@@ -13,9 +13,11 @@ from pave_lightning.errors import PaveError, counted, listed
 from pave_lightning.experts.loading import load_with_new_head
 from pave_lightning.tasks.task import Task
 from pave_lightning.weights import Checkpoint
-from pave_lightning.weights.architecture import Architecture, lies_in, read_config
+from pave_lightning.weights.architecture import Architecture
+from pave_lightning.weights.backbones import lies_in
 from pave_lightning.weights.checkpoint import StoredTensor, is_finite_in_float32, stored_tensors, weight_files
 from pave_lightning.weights.configuration import differences_in_function
+from pave_lightning.weights.empty_models import read_config
 
 
 def is_part(folder: Path, base: Path, auto_model: str) -> bool:

@@ -27,7 +27,7 @@ from pave_lightning.tasks.options import Training
 from pave_lightning.tasks.stand_ins import split_weight
 from pave_lightning.tasks.task import Batch, Task
 from pave_lightning.tasks.turns import Turns
-from pave_lightning.weights.architecture import backbone_of, part_named
+from pave_lightning.weights.backbones import backbone_of, part_named
 
 # The mean of the tasks' primary metrics, where there are several.
 AVERAGE = "validation/primary_average"

@@ -17,8 +17,8 @@ from pave_lightning.tasks.lora import module_names
 from pave_lightning.tasks.task import known_kinds
 from pave_lightning.weights import Architecture, Checkpoint, Parameter, ParameterKind, locate_model
 from pave_lightning.weights.adapter_writing import AdapterFit, AdapterWriter
-from pave_lightning.weights.architecture import read_config
 from pave_lightning.weights.checkpoint import stored_tensors
+from pave_lightning.weights.empty_models import read_config
 
 
 class _Weights:

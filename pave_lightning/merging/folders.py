@@ -38,9 +38,9 @@ from pave_lightning.weights import (
     rounded,
     written_dtype,
 )
-from pave_lightning.weights.architecture import empty_model, read_config
 from pave_lightning.weights.checkpoint import model_digest, stored_tensors
 from pave_lightning.weights.configuration import merged_configuration
+from pave_lightning.weights.empty_models import empty_model, read_config
 from pave_lightning.weights.memory import freed_memory_returned
 from pave_lightning.weights.task_vectors import absent_children, own_token_rows
 from pave_lightning.weights.ties import tied_names

@@ -13,7 +13,7 @@ from pave_lightning.pipeline.stages.align import expert_folder
 from pave_lightning.pipeline.stages.fit import own_folders
 from pave_lightning.tasks.data_module import TaskDataModule
 from pave_lightning.tasks.task import Task
-from pave_lightning.weights.architecture import read_config
+from pave_lightning.weights.empty_models import read_config
 
 
 def data_module(context: Context, task: Task, batch_size: int, *, own: bool = False) -> TaskDataModule:

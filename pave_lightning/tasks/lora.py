@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from pave_lightning.tasks.options import Lora
 from pave_lightning.weights.adapters import by_pattern
-from pave_lightning.weights.architecture import lies_in
+from pave_lightning.weights.backbones import lies_in
 from pave_lightning.weights.parameters import Parameter, ParameterKind
 
 # What peft adapts with factors.

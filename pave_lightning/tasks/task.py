@@ -374,7 +374,7 @@ class Task(Section):
         Args:
             model: a model that `auto_model` builds.
         """
-        from pave_lightning.weights.architecture import name_prefix
+        from pave_lightning.weights.backbones import name_prefix
 
         prefix = name_prefix(model)
         return {name for name, _ in model.named_parameters() if not name.startswith(prefix)}

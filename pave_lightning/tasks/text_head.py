@@ -18,8 +18,9 @@ from pave_lightning.system.files import replacing, write_tensors
 from pave_lightning.system.keeping import kept
 from pave_lightning.tasks.kinds.tokens import TOKENS
 from pave_lightning.tasks.tokenizers import load_tokenizer, text_config
-from pave_lightning.weights.architecture import auto_class, part_named, read_config, unchanged_parts
+from pave_lightning.weights.backbones import part_named, unchanged_parts
 from pave_lightning.weights.checkpoint import Checkpoint, model_digest, stored_tensors
+from pave_lightning.weights.empty_models import auto_class, read_config
 from pave_lightning.weights.quiet import quiet_transformers
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from pave_lightning.errors import PaveError, foreign
 from pave_lightning.system.files import check_sizes
 from pave_lightning.system.keeping import kept
 from pave_lightning.tasks.kinds.tokens import TOKENS
-from pave_lightning.weights.architecture import read_config
+from pave_lightning.weights.empty_models import read_config
 from pave_lightning.weights.tokenizer_files import has_tokenizer
 
 if TYPE_CHECKING:

@@ -20,9 +20,10 @@ from pave_lightning.weights.adapters import (
     absent_adapter,
     adapter_settings,
 )
-from pave_lightning.weights.architecture import backbone_of, empty_model, is_bare
+from pave_lightning.weights.backbones import backbone_of, is_bare
 from pave_lightning.weights.checkpoint import Checkpoint, is_finite_in_float32, stored_tensors, weight_files
 from pave_lightning.weights.embeddings import resize_rows, token_embeddings
+from pave_lightning.weights.empty_models import empty_model
 
 # Settings of adapters that weights of the base's shape cannot hold.
 NOT_IN_WEIGHTS = {

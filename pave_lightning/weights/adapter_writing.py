@@ -14,7 +14,7 @@ from pave_lightning.errors import listed
 from pave_lightning.subspace.factorisation import leading_triplets
 from pave_lightning.system.files import write_tensors
 from pave_lightning.weights.adapters import ADAPTER_WEIGHTS, WRAPPED
-from pave_lightning.weights.architecture import lies_in
+from pave_lightning.weights.backbones import lies_in
 from pave_lightning.weights.parameters import Parameter, ParameterKind
 
 MOST_TOLD = 40

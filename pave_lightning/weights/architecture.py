@@ -2,54 +2,39 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from pave_lightning.errors import PaveError, foreign, shortened
-from pave_lightning.system.files import file_facts, read_json
+from pave_lightning.errors import PaveError
+from pave_lightning.weights.backbones import (
+    backbone_of,
+    bare_class,
+    has_language_head,
+    heads_beside,
+    lies_in,
+    unchanged_parts,
+)
 from pave_lightning.weights.buffers import BufferKind, buffer_kinds
 from pave_lightning.weights.checkpoint import Checkpoint
 from pave_lightning.weights.embeddings import token_embeddings
+from pave_lightning.weights.empty_models import auto_class, configuration_stamp, empty_model, read_config
 from pave_lightning.weights.fused import fused_parts
 from pave_lightning.weights.matrices import Outputs, Part
 from pave_lightning.weights.parameters import Parameter, ParameterKind, kind_of, parameters_of
 from pave_lightning.weights.places import Piece, Place, loaded_names, stored_places
 from pave_lightning.weights.positions import longest_sequence
-from pave_lightning.weights.quantised import quantisation_problem
 from pave_lightning.weights.remembered import remembered
 from pave_lightning.weights.ties import tied_names
-
-if TYPE_CHECKING:  # to load the classes of models takes seconds
-    from transformers import PretrainedConfig
-
-MOST_LAYERS = 500
-MOST_PARTS = 2_000
-MOST_LABELS = 100_000
-MOST_PARAMETERS = 20_000
-LARGEST_SIZE = 2**31 - 1
-# Keys that count what a model is built of, and keys of sizes that only look like them.
-_LAYERS = re.compile(r"layer|depth(?!wise)|block|stage")
-_PARTS = re.compile(r"expert|group|head")
-_SIZES = re.compile(r"size|dim|_ids?$|length|position")
-
-
-# Classes of transformers that build a model of images and of texts, of which tasks change what reads the images.
-ONE_SIDED = ("AutoModelForZeroShotImageClassification",)
-
-_TOO_LARGE: set[tuple[Path, tuple[int, ...]]] = set()
 
 
 @dataclass(frozen=True)
@@ -140,7 +125,7 @@ class Architecture:
             PaveError: the configuration is missing, broken, or of an architecture that has no such form.
         """
         found = [
-            _architecture(folder, name, json.dumps(changes), _stamp(folder))
+            _architecture(folder, name, json.dumps(changes), configuration_stamp(folder))
             for name in dict.fromkeys(auto_models or (None,))
         ]
         return found[0] if len(found) == 1 else _in_common(found)
@@ -180,7 +165,7 @@ class Architecture:
         values = config.to_dict()
         return cls(
             model_class=type(model).__name__,
-            backbone_class=_bare_class(model.config) if beside else type(backbone).__name__,
+            backbone_class=bare_class(model.config) if beside else type(backbone).__name__,
             beside=beside,
             prefix="" if is_language_model or beside else inner,
             inner=inner if is_language_model and hasattr(model, inner) else "",
@@ -451,246 +436,3 @@ def _architecture(folder: Path, auto_model: str | None, changes: str, stamp: tup
         # Models of tasks exchange their backbones as one submodule.
         raise PaveError(f"{found.model_class} has no backbone named '{found.config.get('model_type')}'")
     return found
-
-
-def _stamp(folder: Path) -> tuple[int, ...]:
-    """What changes when the configuration of a folder does; empty where there is none."""
-    try:
-        return file_facts(folder / "config.json")
-    except OSError:
-        return ()
-
-
-def lies_in(name: str, modules: Iterable[str]) -> bool:
-    """Whether a module, by its dotted name, is one of these modules or lies inside of one."""
-    return any(name == module or name.startswith(f"{module}.") for module in modules)
-
-
-def empty_model(folder: Path, auto_model: str | None = None, device: str = "meta", **changes: Any) -> nn.Module:
-    """A model of the folder's configuration, untrained; the meta device needs no memory.
-
-    Args:
-        folder: folder of a model.
-        auto_model: name of the class of transformers that builds it, such as ``AutoModelForSequenceClassification``;
-            where none is given, the class that the configuration names, or else the bare model.
-        device: where it is made.
-        changes: values of the configuration, such as ``num_labels``, in place of those of the file.
-
-    Raises:
-        PaveError: the configuration is missing, broken, or of an architecture that has no such form.
-    """
-    import transformers
-
-    config = read_config(folder, **changes)
-    named = next((name for name in config.architectures or () if hasattr(transformers, name)), None)
-    what = f"{folder}: its config.json gives no {form_of(auto_model)}"
-    with foreign(what), torch.device(device), _counted_parameters(folder):
-        if auto_model is None and named is not None:
-            model: nn.Module = auto_class(named)._from_config(config)
-        else:
-            model = auto_class(auto_model or "AutoModel").from_config(config, trust_remote_code=False)
-    return model
-
-
-def unchanged_parts(model: nn.Module, auto_model: str | None) -> frozenset[str]:
-    """Direct submodules and parameters of a model that no task changes: all that does not read images, of `ONE_SIDED`.
-
-    Args:
-        model: what the class builds; none of its values are looked at.
-        auto_model: name of the class of transformers.
-
-    Raises:
-        PaveError: the model cannot be given images alone.
-    """
-    if auto_model not in ONE_SIDED:
-        return frozenset()
-    reached: set[str] = set()
-    children = dict(model.named_children())
-
-    def note(name: str) -> Any:
-        return lambda *given: reached.add(name)
-
-    config: Any = model.config
-    what = f"{type(model).__name__} cannot be given images alone, of one size and without texts"
-    hooks = [child.register_forward_pre_hook(note(name)) for name, child in children.items()]
-    device = next(model.parameters()).device
-    try:
-        with foreign(what), torch.no_grad():
-            seen = config.vision_config
-            size = seen.image_size if isinstance(seen.image_size, int) else max(seen.image_size)
-            pixels = torch.empty(1, getattr(seen, "num_channels", 3), size, size, device=device)
-            model.get_image_features(pixel_values=pixels)  # type: ignore[operator]
-    finally:
-        for hook in hooks:
-            hook.remove()
-    direct = {name for name, _ in model.named_parameters(recurse=False)}
-    return frozenset((children.keys() | direct) - reached)
-
-
-def part_named(module: nn.Module, name: str) -> nn.Module | nn.Parameter:
-    """A submodule, or one of a module's own parameters; both can be told not to be trained (``requires_grad_``)."""
-    own = dict(module.named_parameters(recurse=False))
-    return own[name] if name in own else module.get_submodule(name)
-
-
-def auto_class(auto_model: str) -> Any:
-    """A class of transformers by its name."""
-    import transformers
-
-    return getattr(transformers, auto_model)
-
-
-def form_of(auto_model: str | None) -> str:
-    """What a class of transformers builds, in words: ``sequence-classification model``."""
-    words = re.findall(r"[A-Z][a-z]*|[A-Z]+(?![a-z])", (auto_model or "").removeprefix("AutoModel").removeprefix("For"))
-    return f"{'-'.join(words).lower()} model".lstrip()
-
-
-def read_config(folder: Path, **changes: Any) -> PretrainedConfig:
-    """The configuration of a model folder, which runs no code of the folder.
-
-    Args:
-        folder: the folder.
-        changes: values to use in place of those of the file.
-
-    Raises:
-        PaveError: it is missing or broken, describes a model of impossible size, one that brings its own code, or one
-            whose weights are quantised.
-    """
-    file = folder / "config.json"
-    settings = read_json(file)
-    for key, value in _numbers(settings):
-        if value > _most(key):
-            raise PaveError(f"{file}: {shortened(key)} is {value:,}, which no model has; is it broken?")
-    named = settings.get("architectures") or []
-    if not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
-        raise PaveError(f"{file}: expected a list of names under architectures, found {shortened(str(named))}")
-    quantised = quantisation_problem(folder, settings)
-    if quantised is not None:
-        raise PaveError(f"{folder}: {quantised}")
-    from transformers import AutoConfig
-
-    with foreign(f"{folder}: its config.json gives no model", _own_code(settings)):
-        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False, **changes)
-        config.to_dict()
-    return config
-
-
-def _most(key: str) -> int:
-    """The largest number that a key of a configuration may hold."""
-    if key == "num_labels":
-        return MOST_LABELS
-    if _SIZES.search(key):
-        return LARGEST_SIZE
-    return MOST_LAYERS if _LAYERS.search(key) else MOST_PARTS if _PARTS.search(key) else LARGEST_SIZE
-
-
-def _own_code(settings: Mapping[str, Any]) -> str:
-    return "a model that brings code of its own (auto_map) is not supported" if settings.get("auto_map") else ""
-
-
-def _numbers(settings: Any, key: str = "") -> Iterator[tuple[str, int]]:
-    """Every whole number of a configuration, and the key that it belongs to."""
-    if isinstance(settings, dict):
-        for name, value in settings.items():
-            # What belongs to a class is an index, whatever the class is called.
-            yield from () if name in ("label2id", "id2label") else _numbers(value, name)
-    elif isinstance(settings, list):
-        for value in settings:
-            yield from _numbers(value, key)
-    elif isinstance(settings, int):
-        yield key, settings
-
-
-@contextmanager
-def _counted_parameters(folder: Path) -> Iterator[None]:
-    """Break off the building of a model with more parameters than any file that is read here can hold."""
-    refusal = f"{folder}: its config.json asks for more than {MOST_PARAMETERS:,} weights; is it broken?"
-    if (folder, _stamp(folder)) in _TOO_LARGE:  # to count them again takes seconds
-        raise PaveError(refusal)
-    count = itertools.count(1)
-
-    def noted(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-        if next(count) > MOST_PARAMETERS:
-            _TOO_LARGE.add((folder, _stamp(folder)))
-            raise PaveError(refusal)
-
-    hook = register_module_parameter_registration_hook(noted)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-def backbone_of(model: nn.Module) -> nn.Module:
-    """The part of a Hugging Face model below its head; the model itself where it is a bare one or a language model.
-
-    Raises:
-        PaveError: it has a head, and no backbone where transformers says.
-    """
-    backbone = getattr(model, str(model.base_model_prefix), None)
-    if has_language_head(model) or (backbone is None and is_bare(model)):
-        return model
-    if not isinstance(backbone, nn.Module):
-        raise PaveError(f"{type(model).__name__} has no backbone named '{model.base_model_prefix}'")
-    return backbone
-
-
-def name_prefix(model: nn.Module) -> str:
-    """What names of the backbone's parameters begin with in a model: ``bert.``; nothing in a bare one."""
-    return "" if backbone_of(model) is model else f"{model.base_model_prefix}."
-
-
-def with_backbone(model: nn.Module, backbone: nn.Module) -> nn.Module:
-    """A model on another backbone: itself, changed in place; the backbone itself where it is a bare one."""
-    if backbone_of(model) is model:
-        return backbone
-    setattr(model, str(model.base_model_prefix), backbone)
-    return model
-
-
-def has_language_head(model: nn.Module) -> bool:
-    """Whether a model's head gives a score for each token, and so is as much the model's own as its embeddings are."""
-    reader: Any = getattr(model, "get_output_embeddings", None)
-    try:
-        return reader is not None and isinstance(reader(), nn.Module)
-    except (NotImplementedError, AttributeError):  # models that read no tokens
-        return False
-
-
-def heads_beside(model: nn.Module) -> frozenset[str]:
-    """Direct submodules and parameters of a model that are its head, where its backbone is not one of its submodules.
-
-    The backbone is then all that the bare model of the same configuration has too. Empty for all other models.
-    """
-    if isinstance(getattr(model, str(model.base_model_prefix), None), nn.Module) or has_language_head(model):
-        return frozenset()
-    bare = _bare_class(getattr(model, "config", None))
-    if not bare or type(model).__name__ in _bare_classes(getattr(model, "config", None)):
-        return frozenset()
-    with torch.device("meta"):
-        known = _own_names(auto_class(bare)._from_config(copy.deepcopy(model.config)))
-    own = _own_names(model)
-    return frozenset(own - known) if own & known else frozenset()
-
-
-def _own_names(model: nn.Module) -> set[str]:
-    """The direct submodules that have parameters, and the parameters beside them."""
-    return {name.partition(".")[0] for name, _ in model.named_parameters()}
-
-
-def is_bare(model: nn.Module) -> bool:
-    """Whether a model of transformers is a backbone without a head."""
-    return type(model).__name__ in _bare_classes(getattr(model, "config", None))
-
-
-def _bare_classes(config: Any) -> tuple[str, ...]:
-    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
-
-    known = MODEL_MAPPING_NAMES.get(getattr(config, "model_type", ""), ())
-    return (known,) if isinstance(known, str) else tuple(known)
-
-
-def _bare_class(config: Any) -> str:
-    """Name of the class of models without head; empty where there is none."""
-    return next(iter(_bare_classes(config)), "")

@@ -7,7 +7,8 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 
-from pave_lightning.weights.architecture import Architecture, lies_in
+from pave_lightning.weights.architecture import Architecture
+from pave_lightning.weights.backbones import lies_in
 from pave_lightning.weights.checkpoint import Checkpoint
 
 # What wraps a model, or layers of it, and goes into the names of its weights.

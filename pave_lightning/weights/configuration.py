@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pave_lightning.errors import listed
-from pave_lightning.weights.architecture import read_config
+from pave_lightning.weights.empty_models import read_config
 
 # Values that do not change what the weights of a backbone compute when the model is not trained. Names and versions:
 _NAMES = (

@@ -14,8 +14,8 @@ from pave_lightning.errors import PaveError, foreign, listed, shortened
 from pave_lightning.system.files import let_others_read, making_folder, naming_file, write_tensors
 from pave_lightning.system.references import ModelReference
 from pave_lightning.weights.adapters import ADAPTER_FOLDER, ADAPTER_WEIGHTS, PICKLED_ADAPTER
-from pave_lightning.weights.architecture import empty_model
 from pave_lightning.weights.checkpoint import CONVERTIBLE, PICKLED_ENDINGS, shard_files
+from pave_lightning.weights.empty_models import empty_model
 from pave_lightning.weights.gguf import ORIGIN_FILE
 from pave_lightning.weights.hub_models import PICKLED
 from pave_lightning.weights.locate import locate_model

@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from pave_lightning.weights.architecture import Architecture, lies_in
+from pave_lightning.weights.architecture import Architecture
+from pave_lightning.weights.backbones import lies_in
 from pave_lightning.weights.buffers import BufferKind
 from pave_lightning.weights.checkpoint import FLOATING, Checkpoint
 from pave_lightning.weights.parameters import Parameter, ParameterKind

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pave_lightning.errors import PaveError, Problems, listed, nearest
 from pave_lightning.subspace import is_finite
-from pave_lightning.weights.architecture import backbone_of, heads_beside, lies_in
+from pave_lightning.weights.backbones import backbone_of, heads_beside, lies_in
 from pave_lightning.weights.buffers import BufferKind, buffer_kinds
 from pave_lightning.weights.fused import fused_parts
 from pave_lightning.weights.parameters import Parameter, parameters_of

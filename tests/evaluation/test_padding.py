@@ -14,7 +14,7 @@ from pave_lightning.experts.trainers import build_trainer
 from pave_lightning.tasks.data_module import TaskDataModule
 from pave_lightning.tasks.tokenizers import load_tokenizer, padding_id
 from pave_lightning.weights import Architecture, Checkpoint
-from pave_lightning.weights.architecture import read_config
+from pave_lightning.weights.empty_models import read_config
 
 SIZES = {
     "hidden_size": 16,

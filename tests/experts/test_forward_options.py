@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from pave_lightning.experts.forward_options import apply_forward_options
 from pave_lightning.tasks.options import Training
-from pave_lightning.weights.architecture import backbone_of
+from pave_lightning.weights.backbones import backbone_of
 
 TOKENS = torch.arange(12).reshape(2, 6) + 1
 

@@ -14,7 +14,7 @@ from pave_lightning.merging.methods.feature_calibration import FeatureCalibratio
 from pave_lightning.merging.methods.regmean_blocks import RegMeanBlocks
 from pave_lightning.merging.passes import ForwardPasses
 from pave_lightning.pipeline.planning.blocks import block_problem
-from pave_lightning.weights.architecture import backbone_of
+from pave_lightning.weights.backbones import backbone_of
 
 WORDS, WIDTH, LAYERS = 60, 32, 3
 SHORT = {"vocab_size": WORDS, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

@@ -9,7 +9,7 @@ from transformers import BertConfig, GPT2Config, LlamaConfig, RobertaConfig, T5C
 
 from pave_lightning.errors import PaveError
 from pave_lightning.tasks.tokenizers import load_tokenizer, padding_id, padding_note, set_padding
-from pave_lightning.weights.architecture import empty_model, read_config
+from pave_lightning.weights.empty_models import empty_model, read_config
 from pave_lightning.weights.tokenizer_files import has_tokenizer
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}

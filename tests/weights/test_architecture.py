@@ -9,7 +9,8 @@ from transformers import BertConfig, CLIPConfig, GPT2Config, ViTConfig, ViTForIm
 from pave_lightning.callbacks import PaveCallback
 from pave_lightning.errors import PaveError
 from pave_lightning.weights import Architecture, Checkpoint, ExpertTaskVectors, Parameter, ParameterKind
-from pave_lightning.weights.architecture import backbone_of, empty_model, name_prefix, with_backbone
+from pave_lightning.weights.backbones import backbone_of, name_prefix, with_backbone
+from pave_lightning.weights.empty_models import empty_model
 from pave_lightning.weights.matrices import Outputs, Part
 
 IMAGES = "AutoModelForImageClassification"

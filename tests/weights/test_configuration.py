@@ -13,13 +13,13 @@ from transformers import (
 )
 
 from pave_lightning.errors import PaveError
-from pave_lightning.weights.architecture import read_config
 from pave_lightning.weights.configuration import (
     architecture_problem,
     config_differences,
     differences_in_function,
     merged_configuration,
 )
+from pave_lightning.weights.empty_models import read_config
 
 
 def keys(first, second):

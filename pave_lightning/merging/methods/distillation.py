@@ -18,7 +18,7 @@ from pave_lightning.merging.registry import merge_method
 from pave_lightning.merging.trained import TrainedMethod, TrainedOptions
 from pave_lightning.subspace import is_finite
 from pave_lightning.weights import Parameter, TaskVectors
-from pave_lightning.weights.architecture import backbone_of
+from pave_lightning.weights.backbones import backbone_of
 
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,8 @@ from pave_lightning.merging.passes import misnamed
 from pave_lightning.pipeline.providers import providers_of
 from pave_lightning.recipe.schema import Recipe
 from pave_lightning.tasks.kinds.tokens import MASK, TOKENS
-from pave_lightning.weights.architecture import backbone_of, empty_model, read_config
+from pave_lightning.weights.backbones import backbone_of
+from pave_lightning.weights.empty_models import empty_model, read_config
 from pave_lightning.weights.quiet import quiet_transformers
 
 if TYPE_CHECKING:

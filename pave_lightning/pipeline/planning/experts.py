@@ -16,13 +16,15 @@ from pave_lightning.tasks.task import Task
 from pave_lightning.weights import Checkpoint
 from pave_lightning.weights.adapter_base import other_base
 from pave_lightning.weights.adapter_models import adapter_problems, task_type
-from pave_lightning.weights.architecture import Architecture, form_of, lies_in, read_config
+from pave_lightning.weights.architecture import Architecture
+from pave_lightning.weights.backbones import lies_in
 from pave_lightning.weights.completeness import naming_problem, unused_weights
 from pave_lightning.weights.configuration import (
     architecture_problem,
     config_differences,
     differences_in_function,
 )
+from pave_lightning.weights.empty_models import form_of, read_config
 
 # Keys of configurations that hold numbers of tokens and change what is computed.
 NUMBERS = ("eos_token_id", "decoder_start_token_id")

@@ -12,7 +12,7 @@ from pave_lightning.tasks.lora import adapter_ranks, is_named, is_weight, module
 from pave_lightning.tasks.options import Lora
 from pave_lightning.tasks.task import Task
 from pave_lightning.weights import Architecture, Parameter, ParameterKind
-from pave_lightning.weights.architecture import lies_in
+from pave_lightning.weights.backbones import lies_in
 
 
 def lora_problems(task: Task, lora: Lora, architecture: Architecture, base: Path) -> Iterator[str]:

@@ -11,7 +11,7 @@ from pave_lightning.recipe.merge_step import MergeStep
 from pave_lightning.tasks.lora import trained_values
 from pave_lightning.tasks.task import Task
 from pave_lightning.weights import Parameter
-from pave_lightning.weights.architecture import lies_in
+from pave_lightning.weights.backbones import lies_in
 
 # What a run loads besides a plan, and how much memory that takes (measured on Linux, Python 3.11, torch 2.13).
 LOADED_LATER = {

@@ -26,7 +26,7 @@ from pave_lightning.transforms import Transform
 from pave_lightning.transforms.pave import Pave
 from pave_lightning.weights import Adapter, Architecture, Checkpoint, Parameter
 from pave_lightning.weights.adapters import ADAPTER_CONFIG, ADAPTER_FOLDER
-from pave_lightning.weights.architecture import lies_in
+from pave_lightning.weights.backbones import lies_in
 from pave_lightning.weights.task_vectors import (
     PlannedTaskVectors,
 )

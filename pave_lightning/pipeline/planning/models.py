@@ -23,11 +23,11 @@ from pave_lightning.tasks.lora import module_names
 from pave_lightning.tasks.task import Task
 from pave_lightning.weights import Adapter, Architecture, Checkpoint
 from pave_lightning.weights.adapters import ADAPTER_CONFIG, adapter_folder
-from pave_lightning.weights.architecture import empty_model, read_config
 from pave_lightning.weights.checkpoint import passed_over, weight_files
 from pave_lightning.weights.completeness import naming_problem
 from pave_lightning.weights.configuration import differences_in_function
 from pave_lightning.weights.coverage import unmergeable
+from pave_lightning.weights.empty_models import empty_model, read_config
 from pave_lightning.weights.task_vectors import absent_children, differences
 from pave_lightning.weights.ties import tie_problems
 

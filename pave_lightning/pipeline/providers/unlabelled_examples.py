@@ -15,8 +15,9 @@ from pave_lightning.pipeline.context import Context
 from pave_lightning.pipeline.providers.base import Asking, MergeRequest, Provider, provides
 from pave_lightning.pipeline.stages.align import classifier, expert_folder, experts, plain_vectors
 from pave_lightning.pipeline.stages.capture import shown_examples
-from pave_lightning.weights.architecture import backbone_of, empty_model
+from pave_lightning.weights.backbones import backbone_of
 from pave_lightning.weights.embeddings import OwnTokens, resize_rows, tokens_beyond
+from pave_lightning.weights.empty_models import empty_model
 from pave_lightning.weights.task_vectors import own_token_rows
 
 

@@ -14,7 +14,7 @@ from pave_lightning.pipeline.results import Results
 from pave_lightning.pipeline.stage import Stage
 from pave_lightning.tasks.task import Task
 from pave_lightning.weights import Checkpoint, ExpertTaskVectors, TaskVectors
-from pave_lightning.weights.architecture import backbone_of
+from pave_lightning.weights.backbones import backbone_of
 from pave_lightning.weights.embeddings import share_rows
 
 if TYPE_CHECKING:

@@ -91,7 +91,7 @@ class CaptureStage(Stage):
         from pave_lightning.experts.trainers import build_trainer, honest_interrupts, quiet_lightning
         from pave_lightning.pipeline.task_data import CaptureData, data_module
         from pave_lightning.tasks.stand_ins import WEIGHT
-        from pave_lightning.weights.architecture import lies_in, name_prefix
+        from pave_lightning.weights.backbones import lies_in, name_prefix
 
         options, expert = context.recipe.capture, self.expert.checkpoint()
         with doing(f"capture {self.task.name}"):

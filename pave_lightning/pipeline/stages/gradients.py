@@ -17,7 +17,7 @@ from pave_lightning.pipeline.stages.fit import FitStage
 from pave_lightning.statistics.gradients import EXPERT_DIGEST, GradientKind, TaskGradients
 from pave_lightning.tasks.task import Task
 from pave_lightning.weights import model_digest
-from pave_lightning.weights.architecture import backbone_of
+from pave_lightning.weights.backbones import backbone_of
 
 FORMAT = 1
 

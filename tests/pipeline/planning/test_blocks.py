@@ -27,7 +27,7 @@ from pave_lightning.errors import PaveError
 from pave_lightning.pipeline.planning import check_recipe
 from pave_lightning.pipeline.planning.blocks import LARGEST_COPY, block_problem, naming_problems, smaller
 from pave_lightning.pipeline.run_folder import RunFolder
-from pave_lightning.weights.architecture import empty_model
+from pave_lightning.weights.empty_models import empty_model
 
 SIZES = {
     "hidden_size": 32,

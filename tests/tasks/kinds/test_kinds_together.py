@@ -16,7 +16,7 @@ from pave_lightning.experts.new_adapters import add_adapters
 from pave_lightning.pipeline.planning import check_recipe
 from pave_lightning.pipeline.run_folder import RunFolder
 from pave_lightning.tasks.options import Lora
-from pave_lightning.weights.architecture import backbone_of
+from pave_lightning.weights.backbones import backbone_of
 
 
 def words(drawn, least, most):

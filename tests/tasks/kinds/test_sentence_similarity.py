@@ -115,7 +115,7 @@ def test_models_that_embed_otherwise_are_told(make_base, task_of, steps, pooling
     (folder / "1_Pooling").mkdir()
     modes = {f"pooling_mode_{name}": name == pooling for name in ("cls_token", "mean_tokens", "max_tokens")}
     (folder / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 32, **modes}))
-    from pave_lightning.weights.architecture import read_config
+    from pave_lightning.weights.empty_models import read_config
 
     found = list(task_of([], **OF_KIND).misfits(read_config(folder), {}))
     assert [misfit.accept for misfit in found] == (["pooling"] if told else [])
