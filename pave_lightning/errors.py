@@ -189,6 +189,7 @@ def foreign(what: str, advice: str = "") -> Iterator[None]:
 _LINK = re.compile(r"https?://")
 _USELESS = re.compile(
     r"weights_only|trust_remote_code|allow_pickle|add_safe_globals|^Traceback|^During handling|^The above ex"
+    r"|-invoked autoflush"
 )
 _PLAIN_KINDS = (
     *("Exception", "ImportError", "MisconfigurationException", "ModuleNotFoundError", "OSError", "RuntimeError"),

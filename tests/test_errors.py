@@ -2,9 +2,11 @@
 
 import errno
 import os
+import sqlite3
 import tempfile
 
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from pave_lightning.errors import PaveError, foreign, near, nearest, reason, system_problem, visible
 
@@ -38,6 +40,12 @@ class StrictDataclassFieldValidationError(Exception):
 )
 def test_reason(error, told):
     assert reason(error) == told
+
+
+def test_what_a_database_did_when_it_failed_does_not_hide_why():
+    failed = OperationalError("INSERT", {}, sqlite3.OperationalError("database or disk is full"))
+    failed.add_detail("(raised as a result of Query-invoked autoflush; consider using a session.no_autoflush block)")
+    assert reason(failed) == "OperationalError: (sqlite3.OperationalError) database or disk is full"
 
 
 def test_a_long_reason_is_cut():

@@ -15,7 +15,7 @@ from pave_lightning.pipeline.run_folder import RunFolder
 from pave_lightning.recipe.loading import recipe_to_yaml
 from pave_lightning.recipe.schema import Recipe
 from pave_lightning.system.interrupts import SIGNALS, STOPPED
-from pave_lightning.system.processes import DRIVER, is_rank_zero
+from pave_lightning.system.processes import DRIVER, PARENT, is_rank_zero
 from pave_lightning.tracking import Tracker
 
 DRIVER_URI = "PAVE_DRIVER_TRACKING_URI"
@@ -70,7 +70,7 @@ class Launcher:
             command += ["--task", task]
         if self.allow_code and stage in CODE_STAGES:
             command.append(CODE_OPTION)
-        environment = {**os.environ, **python_environment(), DRIVER: "1"}
+        environment = {**os.environ, **python_environment(), DRIVER: "1", PARENT: str(os.getpid())}
         if tracker is not None:
             environment |= {DRIVER_URI: tracker.uri, DRIVER_RUN: tracker.parent_run_id}
         if processes > 1:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from pave_lightning.system.files import (
     load_hashes,
     making_folder,
     naming_file,
+    remove,
     replacing,
     save_hashes,
     set_aside,
@@ -141,10 +141,11 @@ class RunFolder:
 
     def clear(self) -> None:
         """Clear away what killed processes left unfinished; only whoever holds the folder may do so."""
-        for replaced in self.root.rglob(f"*{REPLACED}*"):
-            _restore(replaced)
-        for unfinished in self.root.rglob(f"*{UNFINISHED}*"):
-            shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
+        for folder, names, files in os.walk(self.root):  # which passes over what vanishes meanwhile
+            left = [Path(folder) / name for name in (*names, *files) if UNFINISHED in name or REPLACED in name]
+            for path in left:
+                remove(path) if UNFINISHED in path.name else _restore(path)
+            names[:] = set(names).difference(path.name for path in left)
 
     def path(self, stage: str) -> Path:
         """The folder of a stage."""
@@ -169,7 +170,7 @@ class RunFolder:
             for replaced in final.parent.glob(f"{final.name}{REPLACED}*"):
                 _restore(replaced)
             for unfinished in final.parent.glob(f"{final.name}{UNFINISHED}*"):
-                shutil.rmtree(unfinished)
+                remove(unfinished)
             yield
         finally:
             lock.release()
@@ -275,7 +276,7 @@ def _restore(replaced: Path) -> None:
     """Give an old result back its name, unless the new one is there."""
     final = replaced.with_name(replaced.name.partition(REPLACED)[0])
     if final.exists():
-        shutil.rmtree(replaced)
+        remove(replaced)
     else:
         replaced.rename(final)
 

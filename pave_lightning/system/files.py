@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.util
 import json
@@ -40,6 +41,8 @@ DAMAGED = ".damaged-"
 
 # Size, time of the last change of the content, inode, time of the last change of anything about the file.
 Facts = tuple[int, int, int, int]
+# How long what another process still removes, or writes into, is tried to be removed.
+REMOVAL_SECONDS = 10.0
 SECOND_NS = 1_000_000_000
 # The clock of most file systems moves every 10 ms at the latest; times in whole seconds come from coarser ones.
 TICK_NS, COARSE_TICK_NS = 50_000_000, 2 * SECOND_NS
@@ -218,6 +221,27 @@ def making_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
 def _beside(path: Path, mark: str) -> Path:
     """A name that no other process or thread gives."""
     return path.with_name(f"{path.name}{mark}{os.getpid()}-{uuid.uuid4().hex[:8]}")
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder with all that it holds; nothing where it is not there.
+
+    Another process that ends may be removing the same, or still be writing into it, for some seconds.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    deadline = time.monotonic() + REMOVAL_SECONDS
+    while True:
+        try:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY) or time.monotonic() > deadline:
+                raise
 
 
 def set_aside(path: Path) -> Path:

@@ -18,6 +18,8 @@ from pave_lightning.system.process_groups import place
 log = logging.getLogger("pave_lightning")
 
 DRIVER = "PAVE_DRIVER"
+# The number of the process that started this one, as that one tells it.
+PARENT = "PAVE_PARENT"
 
 # What launchers of several processes tell each of them; libraries believe it wherever it comes from.
 RANKS = (
@@ -96,9 +98,12 @@ def end_with_parent() -> None:
     """Let this process end soon after the one that started it, however that one ended.
 
     The process is asked to end as by SIGTERM, which leaves it time to tidy up. One that waits for a lost process in a
-    library cannot hear that, and is ended all the same.
+    library cannot hear that, and is ended all the same. The parent may have ended while Python was starting, so what
+    `PARENT` says of it counts; processes that this one starts are told the same of this one.
     """
-    parent = os.getppid()
+    told = os.environ.get(PARENT, "")
+    parent = int(told) if told.isdecimal() and sys.platform != "win32" else os.getppid()  # there a stub stands between
+    os.environ[PARENT] = str(os.getpid())
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -172,6 +172,30 @@ def test_what_killed_processes_left_is_swept(folder):
     assert folder.current("experts/a", INPUTS) is not None
 
 
+def test_what_a_dying_process_removes_itself_is_swept_as_well(folder, monkeypatch):
+    left = folder.root / "experts" / "a.unfinished-4711"
+    (left / "adapter.unfinished-4711").mkdir(parents=True)
+    (left / "weights").write_text("half")
+    real = os.unlink
+
+    def too_late(path, **options):
+        real(path, **options)
+        real(path, **options)
+
+    monkeypatch.setattr(os, "unlink", too_late)  # as if the other process had come first
+    with folder.locked():
+        assert everything(folder) - OURS == {"experts"}
+
+
+def test_a_link_that_is_called_unfinished_is_removed_and_what_it_leads_to_stays(folder, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    folder.root.mkdir()
+    (folder.root / "data.unfinished-4711").symlink_to(tmp_path / "elsewhere")
+    with folder.locked():
+        assert everything(folder) - OURS == set()
+    assert (tmp_path / "elsewhere").is_dir()
+
+
 def test_a_replacement_killed_before_the_new_result_was_in_place_gives_back_the_old_one(folder):
     path = write(folder)
     path.rename(folder.root / "experts" / "a.replaced-4711")

@@ -136,3 +136,36 @@ def test_no_process_outlives_the_one_that_started_it(killed):
             time.sleep(0.05)
         assert time.monotonic() - begun < 10
         driver.kill()
+
+
+LATE = """
+import os, subprocess, sys, time
+from pave_lightning.system import processes
+
+if len(sys.argv) > 2:
+    while os.getppid() == int(sys.argv[2]):  # Python and its modules take a while to load
+        time.sleep(0.01)
+    processes.POLL_SECONDS = 0.1
+    processes.end_with_parent()
+    time.sleep(60)
+own = str(os.getpid())
+command = [sys.executable, "-c", *sys.argv[1:], *sys.argv[1:], own]
+late = subprocess.Popen(command, env={**os.environ, "PAVE_PARENT": own})
+print(late.pid, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_parent_that_ends_while_its_child_is_starting_is_noticed():
+    with subprocess.Popen([sys.executable, "-c", LATE, LATE], stdout=subprocess.PIPE, text=True) as driver:
+        late = int(driver.stdout.readline())
+        driver.kill()
+        driver.wait()
+        begun = time.monotonic()
+        while is_running(late) and time.monotonic() - begun < 15:
+            time.sleep(0.05)
+        outlived = is_running(late)
+        if outlived:
+            os.kill(late, signal.SIGKILL)
+        assert not outlived
