@@ -242,6 +242,7 @@ def remove(path: Path) -> None:
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENOTEMPTY) or time.monotonic() > deadline:
                 raise
+            time.sleep(0.05)
 
 
 def set_aside(path: Path) -> Path:
