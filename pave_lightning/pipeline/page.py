@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from pave_lightning.merging import method_named
+from pave_lightning.pipeline.purifications import fixed_purifications
 from pave_lightning.pipeline.results import Results
 from pave_lightning.pipeline.run_folder import Manifest
 from pave_lightning.pipeline.stages import DiagnoseStage, FitStage, MergeStage
@@ -110,7 +111,7 @@ def _diagnostics(results: Results) -> dict[str, dict[str, object]]:
     import pandas as pd
 
     found = {}
-    for stage in DiagnoseStage.all(results):
+    for stage in (DiagnoseStage(results, options) for options in fixed_purifications(results.recipe)):
         if results.is_there(stage):
             folder = results.path(stage)
             found[stage.options.summary] = {name: pd.read_parquet(folder / f"{name}.parquet") for name in DIAGNOSED}

@@ -19,19 +19,29 @@ def label(options: Purify) -> str:
     return slug(f"rho{ratio}-{options.metric}-{options.allocation}-{short_digest(options.model_dump())}")
 
 
-def purifications(recipe: Recipe) -> list[Purify]:
-    """Every distinct purification of plain task vectors with a ratio of its own.
+def fixed_purifications(recipe: Recipe) -> list[Purify]:
+    """Every distinct purification of plain task vectors whose ratio is a number.
 
-    Those with which the stacks of the merge steps begin, or else the recipe's.
+    Those with which the stacks of the merge steps begin, or else the recipe's. None where every ratio is to be chosen
+    on validation data.
+
+    Raises:
+        PaveError: a transform is wrong.
+    """
+    asked = [options for _, stack in stacks_of(recipe) if (options := stack.purification) is not None]
+    return [options for options in dict.fromkeys(asked or [recipe.purify]) if options.rho != "auto"]
+
+
+def purifications(recipe: Recipe) -> list[Purify]:
+    """Every distinct purification of plain task vectors, as `fixed_purifications` has them.
 
     Raises:
         PaveError: there is none, because every ratio is to be chosen on validation data; or a transform is wrong.
     """
-    asked = [(step.name, options) for step, stack in stacks_of(recipe) if (options := stack.purification) is not None]
-    distinct = dict.fromkeys(options for _, options in asked) or [recipe.purify]
-    found = [options for options in distinct if options.rho != "auto"]
+    found = fixed_purifications(recipe)
     if not found:
-        own = [f"merge.{name}.purify.rho" for name, _ in asked] if recipe.purify.rho != "auto" else ["purify.rho"]
+        asked = [step.name for step, stack in stacks_of(recipe) if stack.purification is not None]
+        own = [f"merge.{name}.purify.rho" for name in asked] if recipe.purify.rho != "auto" else ["purify.rho"]
         raise PaveError(
             "the ratios of all purifications are 'auto', which only merging chooses; "
             f"give a number at {' or '.join(own)}"

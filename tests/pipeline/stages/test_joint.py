@@ -253,7 +253,7 @@ def test_what_keeps_it_from_being_trained_is_told(joint_settings, tmp_path):
     told = problems_of({**joint_settings, "trainer": {"accelerator": "cpu", "limit_train_batches": 0.001}})
     assert "controls: joint: task 'words': its expert is there, but it would be trained again: " in told
     told = problems_of({**joint_settings, "training": {"max_length": 16, "freeze": ["embedings"]}})
-    assert "task 'words': training.freeze: no submodule 'embedings'" in told
+    assert "tasks 'words', 'more': training.freeze: no submodule 'embedings'" in told
 
     other = Path(shutil.copytree(words["expert"]["from"], tmp_path / "other"))
     file = other / "tokenizer.json"
