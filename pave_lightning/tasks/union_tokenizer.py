@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from pave_lightning.errors import PaveError, listed, shortened
 
@@ -111,6 +111,8 @@ def joined_problems(
         experts: those of the experts, by task; see `union_problems`.
         numbers: the new tokens and their numbers.
     """
+    from transformers import AutoTokenizer  # which takes plans a third of a second that need none of it
+
     with TemporaryDirectory(prefix="pave-tokenizer-") as folder:
         write_union_tokenizer(base, experts.values(), numbers, Path(folder))
         joined = AutoTokenizer.from_pretrained(folder)
