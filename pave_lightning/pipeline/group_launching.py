@@ -12,9 +12,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from pave_lightning.errors import Interrupted, PaveError
+from pave_lightning.errors import PaveError
 from pave_lightning.system.files import UNFINISHED
-from pave_lightning.system.interrupts import SIGNALS, STOPPED
+from pave_lightning.system.interrupts import raise_if_stopped
 from pave_lightning.system.process_groups import Place
 
 # How long processes that are to end may take for it.
@@ -105,9 +105,7 @@ def _refuse(what: str, rank: int, code: int, processes: int, log: str) -> NoRetu
         Interrupted: it was stopped from outside.
         PaveError: it has failed.
     """
-    number = -code if code < 0 else code - STOPPED
-    if number in SIGNALS:
-        raise Interrupted(STOPPED + number)
+    raise_if_stopped(code)
     which = f"process {rank + 1} of {processes} of {what}"
     if code == -signal.SIGKILL:
         raise PaveError(
@@ -115,7 +113,7 @@ def _refuse(what: str, rank: int, code: int, processes: int, log: str) -> NoRetu
             "free memory, or set fewer compute.processes, and run the same command again"
         )
     if code < 0:
-        raise PaveError(f"{which} crashed ({signal.Signals(number).name}); run the same command again")
+        raise PaveError(f"{which} crashed ({signal.Signals(-code).name}); run the same command again")
     if rank == 0:
         raise PaveError(f"{which} failed (exit code {code}); see above")
     told = log.strip().removeprefix("error: ") or "it said nothing"

@@ -9,12 +9,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pave_lightning.errors import Interrupted, PaveError
+from pave_lightning.errors import PaveError
 from pave_lightning.pipeline.group_launching import run_group
 from pave_lightning.pipeline.run_folder import RunFolder
 from pave_lightning.recipe.loading import recipe_to_yaml
 from pave_lightning.recipe.schema import Recipe
-from pave_lightning.system.interrupts import SIGNALS, STOPPED
+from pave_lightning.system.interrupts import raise_if_stopped
 from pave_lightning.system.processes import DRIVER, PARENT, is_rank_zero
 from pave_lightning.tracking import Tracker
 
@@ -81,9 +81,7 @@ class Launcher:
                 raise
             return
         code = run_to_its_end(command, environment)
-        number = -code if code < 0 else code - STOPPED
-        if number in SIGNALS:
-            raise Interrupted(STOPPED + number)
+        raise_if_stopped(code)
         if code:
             what = f"the stage '{stage}'{f' of task {task}' if task else ''}"
             if code == -signal.SIGKILL:

@@ -25,6 +25,17 @@ DEFERRED_SECONDS = 10.0
 SAME_REQUEST_SECONDS = 1.0
 
 
+def raise_if_stopped(code: int) -> None:
+    """Stop this program as another one was, whose exit code says so; both ways of saying it are known.
+
+    Raises:
+        Interrupted: the exit code is that of a signal of `SIGNALS`.
+    """
+    number = -code if code < 0 else code - STOPPED
+    if number in SIGNALS:
+        raise Interrupted(STOPPED + number)
+
+
 class _Deferral:
     """Keeps signals back while a critical section of the main thread is open."""
 
