@@ -23,6 +23,7 @@ from pave_lightning.errors import PaveError, foreign
 from pave_lightning.evaluation.candidates import Candidate
 from pave_lightning.evaluation.evaluator import Evaluator
 from pave_lightning.evaluation.harness import Facts
+from pave_lightning.evaluation.options import CODE_OPTION
 from pave_lightning.experts.trainers import honest_interrupts, quiet_lightning
 from pave_lightning.tasks.data import quiet_datasets
 from pave_lightning.tasks.predictions import TaskPredictions
@@ -66,7 +67,7 @@ def load_tasks(facts: Facts, few_shot: int | None, *, allow_code: bool) -> dict[
         PaveError: data or packages are not there, or code would run.
     """
     if (facts.runs_code or facts.own_code) and not allow_code:
-        raise PaveError(f"{facts.name} runs code, which takes --allow-code-execution on the command line")
+        raise PaveError(f"{facts.name} runs code, which takes {CODE_OPTION} on the command line")
     from lm_eval.tasks import TaskManager
 
     with quiet_datasets(), _quiet(), _code(allow_code), foreign(f"lm-eval cannot prepare '{facts.name}'"):

@@ -67,6 +67,10 @@ Scale = Annotated[
 ]
 
 
+CODE_OPTION = "--allow-code-execution"
+"""Without it on the command line, no benchmark may run code."""
+
+
 class Benchmark(Section):
     """A task of lm-eval that models are scored on."""
 

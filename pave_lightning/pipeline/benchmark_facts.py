@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pave_lightning.evaluation.harness import Catalogue, Facts
 from pave_lightning.evaluation.options import LmEval
+
+if TYPE_CHECKING:  # plans of recipes without benchmarks need none of it
+    from pave_lightning.evaluation.harness import Catalogue, Facts
 
 
 def facts_of(options: LmEval, benchmark: str) -> Facts:
@@ -25,4 +28,6 @@ def _facts(folder: str | None, benchmark: str) -> Facts:
 
 @cache
 def _catalogue(folder: str | None) -> Catalogue:
+    from pave_lightning.evaluation.harness import Catalogue
+
     return Catalogue(None if folder is None else Path(folder))

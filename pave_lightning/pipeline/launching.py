@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pave_lightning.errors import PaveError
+from pave_lightning.evaluation.options import CODE_OPTION
 from pave_lightning.pipeline.group_launching import run_group
 from pave_lightning.pipeline.run_folder import RunFolder
 from pave_lightning.recipe.loading import recipe_to_yaml
@@ -20,8 +21,8 @@ from pave_lightning.tracking import Tracker
 
 DRIVER_URI = "PAVE_DRIVER_TRACKING_URI"
 DRIVER_RUN = "PAVE_DRIVER_RUN_ID"
-# What lets benchmarks run code, and the commands that take it and start processes.
-CODE_OPTION, CODE_STAGES = "--allow-code-execution", ("evaluate",)
+# The commands that may run code and start processes.
+CODE_STAGES = ("evaluate",)
 # How long a stage that is to end may take for it.
 PATIENCE_SECONDS = 10
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from pave_lightning.errors import PaveError, listed
-from pave_lightning.evaluation.harness import Facts
-from pave_lightning.evaluation.options import Benchmark, LmEval
+from pave_lightning.evaluation.options import CODE_OPTION, Benchmark, LmEval
 from pave_lightning.pipeline.benchmark_facts import facts_of
-from pave_lightning.pipeline.launching import CODE_OPTION
 from pave_lightning.pipeline.results import Results
 from pave_lightning.pipeline.stages.benchmark import benchmark_stages
 from pave_lightning.recipe.schema import Recipe
+
+if TYPE_CHECKING:  # plans of recipes without benchmarks need none of it
+    from pave_lightning.evaluation.harness import Facts
 
 
 def benchmark_problems(results: Results, *, allow_code: bool | None) -> Iterator[str]:
