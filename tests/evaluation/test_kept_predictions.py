@@ -1,9 +1,5 @@
 """What is kept of predictions: every row once, in the order of the file, whatever the batches and processes."""
 
-import multiprocessing
-import os
-import socket
-
 import lightning.pytorch as L
 import numpy as np
 import pytest
@@ -20,6 +16,7 @@ from pave_lightning.experts.trainers import build_trainer
 from pave_lightning.tasks.heads import Predictions
 from pave_lightning.tasks.predictions import TaskPredictions, read_predictions, write_predictions
 from pave_lightning.tasks.samplers import ExactSampler
+from several_processes import run_together
 
 
 @torch.no_grad()
@@ -111,20 +108,9 @@ class Fake(L.LightningModule):
         self.found = self.kept.gathered(self.trainer, self.device)
 
 
-def predict(rank, world, port, folder):
-    torch.set_num_threads(1)
+def predict(rank, world, folder):
     options = {"devices": 1}
     if world > 1:
-        os.environ |= {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world),
-            "LOCAL_WORLD_SIZE": str(world),
-            "GROUP_RANK": "0",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-            "TORCHELASTIC_RUN_ID": "test",
-        }
         strategy = DDPStrategy(process_group_backend="gloo", cluster_environment=TorchElasticEnvironment())
         options = {"devices": world, "strategy": strategy}
     module = Fake(KeptPredictions(TASKS))
@@ -140,23 +126,10 @@ def predict(rank, world, port, folder):
     write_predictions(folder / f"{world}-{rank}.parquet", named, {"task0": ["no", "yes", "maybe"]})
 
 
-def run(world, folder):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=predict, args=(rank, world, port, folder)) for rank in range(world)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-        assert process.exitcode == 0
-
-
 @pytest.mark.parametrize("world", [2, 3])
 def test_several_processes_keep_the_same_as_one(tmp_path, world):
-    run(1, tmp_path)
-    run(world, tmp_path)
+    for processes in (1, world):
+        run_together(predict, processes, processes, tmp_path)
     whole = (tmp_path / "1-0.parquet").read_bytes()
     for rank in range(world):
         assert (tmp_path / f"{world}-{rank}.parquet").read_bytes() == whole
