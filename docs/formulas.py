@@ -8,11 +8,12 @@ from typing import Any
 import griffe
 from latex2mathml.converter import convert
 
+from pave_lightning.system.docstrings import with_formulas
+
 
 def as_markdown(text: str) -> str:
     """A docstring as Markdown."""
-    text = re.sub(r"\.\. math:: ((?:.+\n?)+)", lambda found: f"{_formula(found[1], 'block')}\n", text)
-    text = re.sub(r":math:`([^`]*)`", lambda found: _formula(found[1], "inline"), text)
+    text = with_formulas(text, lambda latex: f"{_formula(latex, 'block')}\n", lambda latex: _formula(latex, "inline"))
     return re.sub(r":[a-z]+:`([^`]*)`", r"`\1`", text).replace("``", "`")
 
 

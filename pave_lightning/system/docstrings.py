@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Callable
 
 # Signs of formulas, besides Greek letters; what is neither keeps its name, as sin does.
 SIGNS = {
@@ -18,9 +19,20 @@ ACCENTS |= {"tilde": "\N{COMBINING TILDE}", "dot": "\N{COMBINING DOT ABOVE}"}
 
 def readable(text: str) -> str:
     """A docstring without its markup, formulas in signs."""
-    text = re.sub(r"\.\. math:: ((?:.+\n?)+)", lambda found: f"    {_formula(found[1])}", text)
-    text = re.sub(r":math:`([^`]*)`", lambda found: _formula(found[1]), text)
+    text = with_formulas(text, lambda latex: f"    {_formula(latex)}", _formula)
     return re.sub(r":[a-z]+:`([^`]*)`", r"\1", text).replace("``", "`")
+
+
+def with_formulas(text: str, alone: Callable[[str], str], in_line: Callable[[str], str]) -> str:
+    """A docstring with something else in the place of its formulas.
+
+    Args:
+        text: the docstring.
+        alone: gives what stands for a formula on lines of its own, from its LaTeX.
+        in_line: the same for one inside of a line.
+    """
+    text = re.sub(r"\.\. math:: ((?:.+\n?)+)", lambda found: alone(found[1]), text)
+    return re.sub(r":math:`([^`]*)`", lambda found: in_line(found[1]), text)
 
 
 def _formula(latex: str) -> str:
